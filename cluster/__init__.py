@@ -1,0 +1,1 @@
+"""Wires the rooms together: Serve application, OpenAI HTTP, command line, configuration, metrics."""

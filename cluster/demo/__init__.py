@@ -1,0 +1,1 @@
+"""The demo model: its corpus, its training script and its weights."""

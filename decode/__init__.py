@@ -1,0 +1,1 @@
+"""A handoff in; a stream of tokens out."""

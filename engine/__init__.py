@@ -1,0 +1,1 @@
+"""A batch of tokens in, next tokens out: model, paged attention, scheduler, sampler, tokenizer."""

@@ -1,0 +1,40 @@
+"""How a pool lies in one registered region: a generation per block, then the blocks.
+
+    [generations: num_blocks * uint64, padded to 4096][block 0][block 1] ...
+
+A block's generation changes *before* its bytes do, and only then: whoever copied a block and reads the expected
+generation afterwards has the bytes that were published (reads are not reordered on x86 and by every road we use).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_PAGE = 4096
+GENERATION_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RegionLayout:
+    """Offsets in bytes within a pool's region."""
+
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def data_offset(self) -> int:
+        """Where block 0 begins."""
+        return (self.num_blocks * GENERATION_BYTES + _PAGE - 1) // _PAGE * _PAGE
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole region."""
+        return self.data_offset + self.num_blocks * self.block_bytes
+
+    def block_offset(self, block_id: int) -> int:
+        """Where the bytes of a block begin."""
+        return self.data_offset + block_id * self.block_bytes
+
+    def generation_offset(self, block_id: int) -> int:
+        """Where a block's generation lies, uint64 little endian."""
+        return block_id * GENERATION_BYTES

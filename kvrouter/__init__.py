@@ -1,0 +1,1 @@
+"""Which workers should serve this prompt, and where its blocks already are."""

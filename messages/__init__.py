@@ -1,0 +1,1 @@
+"""What crosses a process: frozen, slotted values. Standard library and msgspec only."""

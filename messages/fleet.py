@@ -1,0 +1,72 @@
+"""Who is there, what they hold, how busy they are. The router subscribes to every worker."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Role = Literal["prefill", "decode"]
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's constants, recorded as its replica's metadata. A restarted worker has a new `worker_id`."""
+
+    worker_id: str
+    role: Role
+    address: str  #: channel endpoint, tcp://host:port
+    node_id: str
+    fingerprint: bytes  #: of weights, dtype, KV layout, rope, kernel path: root of all its block names
+    block_size: int  #: tokens
+    num_blocks: int
+    block_bytes: int
+    max_model_len: int  #: tokens
+    max_num_seqs: int
+    roads: tuple[str, ...]  #: transports it offers
+
+
+class Subscribe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Router to worker: send a snapshot, then events and reports. Also the answer to a gap."""
+
+
+class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What changed in a worker's pool, in order: `cleared` first, then `stored`, then `removed`.
+
+    `seq` counts from 0 per (worker_id, subscription); a receiver that sees a gap subscribes again. A snapshot is
+    cleared plus everything stored, with seq 0. Names are 16 bytes each, concatenated.
+    """
+
+    worker_id: str
+    seq: int
+    cleared: bool = False
+    stored: bytes = b""
+    removed: bytes = b""
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker's load and measured rates, about once a second and after each admission or end."""
+
+    worker_id: str
+    queued_tokens: int  #: prompt tokens still to compute
+    num_waiting: int
+    num_running: int
+    free_blocks: int  #: free or evictable
+    prefill_tokens_per_s: float  #: measured; 0 before the first measurement
+    decode_step_s: float  #: measured median
+    pull_bytes_per_s: float = 0.0
+    request_ids: tuple[str, ...] = ()  #: sequences it has: replaces the router's prediction for them
+
+
+class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Anyone to a worker or the router: answer with Stats."""
+
+    query_id: str
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Counters and gauges by metric name; labels as `name{a="b"}`."""
+
+    query_id: str
+    worker_id: str
+    role: str
+    values: dict[str, float]

@@ -1,0 +1,75 @@
+"""Decode asks prefill for KV; prefill publishes it under a lease; decode pulls and releases."""
+
+from __future__ import annotations
+
+import msgspec
+
+from messages.errors import ErrorInfo
+from messages.request import GenerateRequest
+from messages.stream import TokenLogprob
+
+
+class RegionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A registered region as its owner describes it to a puller. Travels only over the authenticated channel."""
+
+    road: str  #: transport that can read it: "shm", "loopback", ...
+    handle: bytes  #: opaque to all but that transport
+    num_bytes: int
+    nonce: bytes  #: random; proves that what was opened is what was described
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Compute the KV of `request`'s prompt, sample its first token, publish.
+
+    `num_held_tokens`: leading tokens whose blocks the asker holds (a multiple of the block size): they need not be
+    published, though they must be attended to.
+    """
+
+    request: GenerateRequest
+    num_held_tokens: int = 0
+
+
+class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
+    """One block in its owner's pool. A reader trusts it only while the region says the same generation."""
+
+    index: int  #: position in the sequence: tokens [index * block_size, ...)
+    block_id: int  #: in the owner's pool
+    generation: int
+    name: bytes  #: digest of the prefix up to its end; b"" for a partial last block
+    num_tokens: int  #: valid tokens, block_size unless partial
+
+
+class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Prefill to decode: these blocks are readable until the lease ends. The last one carries the first token.
+
+    Handoffs of one request come in order; each adds blocks; all share one lease. `is_last` is False on those
+    that are published while prefill still runs.
+    """
+
+    request_id: str
+    lease_s: float  #: from receipt; RenewLease starts it anew, ReleaseLease ends it
+    region: RegionInfo
+    blocks: list[BlockLocation]
+    is_last: bool = True
+    first_token: int | None = None
+    first_logprob: TokenLogprob | None = None
+    num_cached_tokens: int = 0  #: prompt tokens that prefill found in its own cache
+
+
+class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """No handoff will come for this request; nothing is held for it."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class RenewLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The pull makes progress."""
+
+    request_id: str
+
+
+class ReleaseLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The blocks were pulled, or are not wanted any more. Also cancels a prefill that still runs."""
+
+    request_id: str

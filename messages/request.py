@@ -1,0 +1,65 @@
+"""What a client asks for, as it crosses from the ingress to a worker."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark"]
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """A constraint on the output. `spec` is a JSON text for json_schema and choice (a list of strings)."""
+
+    kind: GrammarKind
+    spec: str = ""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen, with every default filled in by the ingress.
+
+    Order of application: penalties, logit_bias, grammar mask, temperature, top_k, top_p, min_p. Log-probabilities are
+    of the distribution before all of them. Output token number i (from 0) of choice c is drawn with the uniform number
+    that `seed`, c and i determine, so that a sequence gives the same tokens in any batch and on any worker.
+    """
+
+    max_tokens: int  #: output tokens at most, at least 1
+    temperature: float = 1.0  #: 0 is greedy
+    top_k: int = 0  #: 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  #: over prompt and output, multiplicative (Keskar et al. 2019)
+    presence_penalty: float = 0.0  #: over output only
+    frequency_penalty: float = 0.0  #: over output only
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  #: unsigned 64 bits; the ingress draws one where the client gave none
+    choice: int = 0  #: which of the n choices this sequence is
+    min_tokens: int = 0  #: no stop token before this many output tokens
+    stop_token_ids: tuple[int, ...] = ()  #: the model's own end tokens (unless ignore_eos) and the client's
+    logprobs: int | None = None  #: None: none; k >= 0: the chosen token's and the k most likely ones'
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One sequence to generate (one choice of a client's request).
+
+    `token_ids`: the prompt, then what was generated so far if the sequence moves: uint32, little endian, packed.
+    """
+
+    request_id: str  #: unique per sequence
+    token_ids: bytes
+    num_prompt_tokens: int
+    params: SamplingParams
+    salt: bytes = b""  #: tenant salt of block names
+    priority: int = 0  #: smaller is sooner, as in vLLM
+    deadline_s: float | None = None  #: seconds from arrival at the worker; None: no limit but the worker's own
+    prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice
+    prefill_address: str | None = None
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The sequence is no longer wanted: stop within one step and free what it holds. Unknown ids are ignored."""
+
+    request_id: str

@@ -1,0 +1,48 @@
+"""The ingress asks the router where a prompt should run."""
+
+from __future__ import annotations
+
+import msgspec
+
+from messages.errors import ErrorInfo
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Route and reserve, in one step.
+
+    `names`: 16-byte names of the prompt's full blocks, concatenated. `num_sequences`: choices that will run.
+    """
+
+    request_id: str
+    names: bytes
+    num_prompt_tokens: int
+    max_tokens: int
+    num_sequences: int = 1
+    exclude: tuple[str, ...] = ()  #: worker ids that just failed this request
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Where a request runs, and why. A hint: the workers verify."""
+
+    request_id: str
+    decode_worker: str
+    decode_address: str
+    prefill_worker: str | None = None  #: None: the decode worker prefills
+    prefill_address: str | None = None
+    decode_match_tokens: int = 0
+    prefill_match_tokens: int = 0
+    predicted_ttft_s: float = 0.0
+    reason: str = ""
+
+
+class RouteFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """No worker can take it."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class RequestEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ingress to router: the reservation made for this request ends."""
+
+    request_id: str

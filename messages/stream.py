@@ -1,0 +1,58 @@
+"""What a worker streams back: one message per engine step and ingress."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from messages.errors import ErrorInfo
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token's log-probability under the unmodified distribution, with the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int  #: 1 is the likeliest
+    top: tuple[tuple[int, float], ...] = ()  #: (token id, logprob), likeliest first
+
+
+class PromptSources(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the KV of a prompt's tokens came from; the five add up to the prompt's length.
+
+    `device`: already in the decode worker's pool; `peer`: already cached by the prefill worker and pulled;
+    `computed`: computed for this request, wherever.
+    """
+
+    device: int = 0
+    host: int = 0
+    peer: int = 0
+    disk: int = 0
+    computed: int = 0
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that nobody had to compute."""
+        return self.device + self.host + self.peer + self.disk
+
+
+class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step yields for one sequence. `finish_reason` is set on its last chunk, and only there."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []  #: one per token id where asked for
+    prompt_logprobs: list[TokenLogprob | None] | None = None  #: on the first chunk where asked for; [0] is None
+    sources: PromptSources | None = None  #: on the first chunk
+    stop_token_id: int | None = None  #: the stop token that ended it (also the last of token_ids)
+    finish_reason: FinishReason | None = None
+    error: ErrorInfo | None = None  #: with finish_reason "error"
+
+
+class TokenBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All of one step's chunks for one ingress."""
+
+    chunks: list[TokenChunk]

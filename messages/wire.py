@@ -1,0 +1,61 @@
+"""Bytes on a channel: one msgpack document, a tagged union of all messages."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
+from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.request import CancelRequest, GenerateRequest
+from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.stream import TokenBatch
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Client to server, once a heartbeat; answered by Pong. Either side that hears nothing for long enough gives up."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """Server to client."""
+
+
+Message: TypeAlias = (
+    Ping
+    | Pong
+    | GenerateRequest
+    | CancelRequest
+    | TokenBatch
+    | PrefillRequest
+    | KvHandoff
+    | PrefillFailed
+    | RenewLease
+    | ReleaseLease
+    | RouteRequest
+    | Placement
+    | RouteFailed
+    | RequestEnded
+    | Subscribe
+    | KvEvents
+    | LoadReport
+    | GetStats
+    | Stats
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """`message` as bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> Message:
+    """The message in `data`.
+
+    Raises:
+        msgspec.DecodeError: not one of ours (a ValidationError where it is msgpack of another shape).
+    """
+    return _decoder.decode(data)

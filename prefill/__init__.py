@@ -1,0 +1,1 @@
+"""A prompt in; published KV and a first token out."""
