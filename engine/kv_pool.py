@@ -1,0 +1,151 @@
+"""The paged pool's tensors: per-layer K and V views over one buffer of blocks, and how many blocks fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from messages.errors import ConfigError
+
+#: Part of every block name: changes whenever the bytes of a block mean something else.
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer keeps per token, after rotary embedding and before heads are repeated for grouped queries."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def token_elements(self) -> int:
+        """Numbers kept per token, K and V together."""
+        return self.num_kv_heads * (self.k_dim + self.v_dim)
+
+
+def block_elements(layer_specs: Sequence[LayerSpec], block_size: int) -> int:
+    """Numbers in one block: `block_size` tokens of every layer."""
+    return block_size * sum(spec.token_elements for spec in layer_specs)
+
+
+def block_bytes(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: `block_size` tokens of every layer."""
+    return block_elements(layer_specs, block_size) * dtype.itemsize
+
+
+class KvPool:
+    """All blocks of one worker, and each layer's view of them.
+
+    A block is one run of bytes: for each layer in order K `[num_kv_heads, block_size, k_dim]`, then V
+    `[num_kv_heads, block_size, v_dim]`. Copying a block's row moves its tokens of all layers.
+
+    Attributes:
+        data: `[num_blocks, block_elements]`, dtype.
+        k: per layer `[num_blocks, num_kv_heads, block_size, k_dim]`, strided views of `data`.
+        v: per layer `[num_blocks, num_kv_heads, block_size, v_dim]`, strided views of `data`.
+    """
+
+    def __init__(
+        self,
+        layer_specs: Sequence[LayerSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        memory: memoryview | None = None,
+        num_blocks: int | None = None,
+    ) -> None:
+        """Lay the pool out in `memory`, or allocate `num_blocks` zeroed blocks on `device`.
+
+        Args:
+            layer_specs: one per layer.
+            block_size: tokens per block.
+            dtype: of K and V.
+            device: where the blocks lie; must be the CPU when `memory` is given.
+            memory: writable bytes, a whole number of blocks; kept alive by this object, never copied.
+            num_blocks: how many; must agree with `memory` when both are given.
+
+        Raises:
+            ValueError: `memory` is not a whole number of blocks, or neither `memory` nor `num_blocks` is given.
+        """
+        self.layer_specs = tuple(layer_specs)
+        self.block_size = block_size
+        self.dtype = dtype
+        self.block_bytes = block_bytes(layer_specs, block_size, dtype)
+        elements = block_elements(layer_specs, block_size)
+        if memory is not None:
+            if torch.device(device).type != "cpu":
+                raise ValueError(f"a pool in shared memory lies on the CPU, not on {device}")
+            count, rest = divmod(memory.nbytes, self.block_bytes)
+            if rest or count == 0 or num_blocks not in (None, count):
+                raise ValueError(
+                    f"pool memory of {memory.nbytes} bytes is not {num_blocks or 'a whole number of'} "
+                    f"blocks of {self.block_bytes} bytes"
+                )
+            self.data = torch.frombuffer(memory, dtype=dtype).view(count, elements)
+        elif num_blocks is not None:
+            self.data = torch.zeros(num_blocks, elements, dtype=dtype, device=device)
+        else:
+            raise ValueError("a pool needs memory or a number of blocks")
+        self.num_blocks = self.data.shape[0]
+        self.device = self.data.device
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+        offset = 0
+        for spec in self.layer_specs:
+            for views, dim in ((self.k, spec.k_dim), (self.v, spec.v_dim)):
+                shape = (self.num_blocks, spec.num_kv_heads, block_size, dim)
+                views.append(self.data.as_strided(shape, (elements, block_size * dim, dim, 1), offset))
+                offset += spec.num_kv_heads * block_size * dim
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy of these blocks, `[len(block_ids), block_elements]`."""
+        return self.data[torch.tensor(block_ids, dtype=torch.int64, device=self.device)]
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        """Put `blocks` `[len(block_ids), block_elements]` where `read_blocks` would read them."""
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        self.data.index_copy_(0, index, blocks.to(self.device))
+
+
+def plan_num_blocks(
+    *,
+    block_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    available_bytes: int,
+    pool_bytes: int | None = None,
+    memory_share: float = 0.5,
+    max_blocks: int | None = None,
+) -> int:
+    """How many blocks a pool gets: `pool_bytes` if given, else `memory_share` of `available_bytes`.
+
+    Args:
+        block_bytes: of one block.
+        block_size: tokens per block.
+        max_model_len: longest sequence, tokens; it must fit into the pool alone.
+        available_bytes: free memory where the pool will lie.
+        pool_bytes: explicit size of the pool.
+        memory_share: in (0, 1], used when `pool_bytes` is None.
+        max_blocks: never more than this.
+
+    Raises:
+        ConfigError: the explicit size exceeds what is free, or one sequence of `max_model_len` tokens does not fit.
+    """
+    if pool_bytes is not None and pool_bytes > available_bytes:
+        raise ConfigError(f"a KV pool of {pool_bytes} bytes was asked for and {available_bytes} bytes are free")
+    budget = pool_bytes if pool_bytes is not None else int(available_bytes * memory_share)
+    num_blocks = budget // block_bytes
+    if max_blocks is not None:
+        num_blocks = min(num_blocks, max_blocks)
+    needed = -(-max_model_len // block_size)
+    if num_blocks < needed:
+        raise ConfigError(
+            f"too little memory for one sequence: {max_model_len} tokens need {needed * block_bytes} bytes "
+            f"({needed} blocks of {block_bytes}), the KV pool gets {num_blocks * block_bytes}; "
+            "give the pool more memory or lower max_model_len"
+        )
+    return num_blocks
