@@ -1,0 +1,119 @@
+"""The compiled kernels as the engine sees them: attention over the paged pool for CPUs, in C++.
+
+A row's result depends on its own position, keys and values only: never on the batch it is in, on how its prompt was cut
+into chunks, on what of it was reused, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+
+from engine.attention import LayerUse
+from engine.kernels.build import import_library, library_path
+
+_log = logging.getLogger(__name__)
+
+MAX_HEAD_SIZE = 1024
+
+
+class NativeKernels:
+    """`engine.attention.AttentionKernels` in C++: float32 and bfloat16, any head size up to MAX_HEAD_SIZE, any group.
+
+    Thread-safe; each call uses torch's threads and releases the GIL.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self.name = f"native-1-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
+
+    def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
+        """Every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
+        is_small = max(layer.spec.k_dim, layer.spec.v_dim) <= MAX_HEAD_SIZE
+        return is_small and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_ids: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> None:
+        """See AttentionKernels."""
+        self._module.write_kv(key, value, k_view, v_view, block_ids, offsets)
+
+    def decode_attention(
+        self,
+        query: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_tables: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        max_kv_len: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        chunk: int | None,
+    ) -> torch.Tensor:
+        """See AttentionKernels. Split every 512 keys; the heads of a group share each key and value read."""
+        out: torch.Tensor = self._module.decode_attention(
+            query,
+            k_view,
+            v_view,
+            block_tables,
+            kv_lens,
+            scaling,
+            window or 0,
+            softcap or 0.0,
+            _float(sinks),
+            chunk or 0,
+        )
+        return out
+
+    def prefill_attention(
+        self,
+        query: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_table: torch.Tensor,
+        kv_len: int,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        chunk: int | None,
+    ) -> torch.Tensor:
+        """See AttentionKernels. In bfloat16 the softmax's weights are rounded to bfloat16 before they meet the values."""
+        out: torch.Tensor = self._module.prefill_attention(
+            query, k_view, v_view, block_table, kv_len, scaling, window or 0, softcap or 0.0, _float(sinks), chunk or 0
+        )
+        return out
+
+
+def _float(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks.detach().float().contiguous()
+
+
+@functools.cache
+def load_kernels() -> NativeKernels | None:
+    """The kernels built for this machine by `python -m engine.kernels.build`.
+
+    Never compiles. None, with one log line saying why, where they were not built or do not load.
+    """
+    path = library_path()
+    if not path.exists():
+        _log.warning("kernels not built, using torch's operators (build them: python -m engine.kernels.build)")
+        return None
+    try:
+        return NativeKernels(import_library(path))
+    except ImportError as error:
+        _log.warning("kernels do not load, using torch's operators: %s", error)
+        return None
