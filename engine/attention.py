@@ -435,9 +435,9 @@ def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,  # noqa: ARG001  # None, see ATTENTION_NAME
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001  # 0 in inference
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -463,12 +463,11 @@ def paged_attention(
         `[1, T, num_heads, v_dim]` and None for the weights.
     """
     step = kv_step if kv_step is not None else _current_step.get()
-    layer = step.layers[module.layer_idx]  # type: ignore[index]  # transformers sets it on every attention layer
+    layer_index: Any = module.layer_idx
+    layer = step.layers[layer_index]
     kernels, k_view, v_view = layer.kernels, layer.k_view, layer.v_view
     rows = query[0].transpose(0, 1)  # [T, num_heads, k_dim]
-    kernels.write_kv(
-        key[0].transpose(0, 1), value[0].transpose(0, 1), k_view, v_view, step.block_ids, step.offsets
-    )
+    kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_view, v_view, step.block_ids, step.offsets)
     options: dict[str, Any] = {
         "scaling": rows.shape[2] ** -0.5 if scaling is None else scaling,
         "window": sliding_window,
@@ -490,9 +489,7 @@ def paged_attention(
             )
         )
     parts.extend(
-        kernels.prefill_attention(
-            rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, **options
-        )
+        kernels.prefill_attention(rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, **options)
         for span in step.spans
     )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)

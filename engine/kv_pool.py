@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from messages.errors import ConfigError
 
 #: Part of every block name: changes whenever the bytes of a block mean something else.
 LAYOUT_VERSION = 1
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,15 @@ class KvPool:
         memory: memoryview | None = None,
         num_blocks: int | None = None,
     ) -> None:
-        """Lay the pool out in `memory`, or allocate `num_blocks` zeroed blocks on `device`.
+        """Lay the pool out in `memory` on a CPU, else allocate zeroed blocks on `device`.
 
         Args:
             layer_specs: one per layer.
             block_size: tokens per block.
             dtype: of K and V.
-            device: where the blocks lie; must be the CPU when `memory` is given.
-            memory: writable bytes, a whole number of blocks; kept alive by this object, never copied.
+            device: where the blocks lie.
+            memory: writable bytes, a whole number of blocks. On a CPU the blocks lie there: kept alive, never
+                copied. On another device it says only how many there are (it is where they are staged for peers).
             num_blocks: how many; must agree with `memory` when both are given.
 
         Raises:
@@ -77,19 +82,19 @@ class KvPool:
         self.block_bytes = block_bytes(layer_specs, block_size, dtype)
         elements = block_elements(layer_specs, block_size)
         if memory is not None:
-            if torch.device(device).type != "cpu":
-                raise ValueError(f"a pool in shared memory lies on the CPU, not on {device}")
             count, rest = divmod(memory.nbytes, self.block_bytes)
             if rest or count == 0 or num_blocks not in (None, count):
                 raise ValueError(
                     f"pool memory of {memory.nbytes} bytes is not {num_blocks or 'a whole number of'} "
                     f"blocks of {self.block_bytes} bytes"
                 )
-            self.data = torch.frombuffer(memory, dtype=dtype).view(count, elements)
-        elif num_blocks is not None:
-            self.data = torch.zeros(num_blocks, elements, dtype=dtype, device=device)
-        else:
+            num_blocks = count
+        if num_blocks is None:
             raise ValueError("a pool needs memory or a number of blocks")
+        if memory is not None and torch.device(device).type == "cpu":
+            self.data = torch.frombuffer(memory, dtype=dtype).view(num_blocks, elements)
+        else:
+            self.data = torch.zeros(num_blocks, elements, dtype=dtype, device=device)
         self.num_blocks = self.data.shape[0]
         self.device = self.data.device
         self.k: list[torch.Tensor] = []
@@ -116,28 +121,29 @@ def plan_num_blocks(
     block_bytes: int,
     block_size: int,
     max_model_len: int,
-    available_bytes: int,
-    pool_bytes: int | None = None,
-    memory_share: float = 0.5,
+    kv_cache_bytes: int | None,
+    kv_cache_share: float,
+    device: torch.device,
     max_blocks: int | None = None,
 ) -> int:
-    """How many blocks a pool gets: `pool_bytes` if given, else `memory_share` of `available_bytes`.
+    """How many blocks a pool gets: `kv_cache_bytes` if given, else a share of what is free on `device`.
 
     Args:
         block_bytes: of one block.
         block_size: tokens per block.
         max_model_len: longest sequence, tokens; it must fit into the pool alone.
-        available_bytes: free memory where the pool will lie.
-        pool_bytes: explicit size of the pool.
-        memory_share: in (0, 1], used when `pool_bytes` is None.
+        kv_cache_bytes: explicit size of the pool.
+        kv_cache_share: in (0, 1], used when `kv_cache_bytes` is None.
+        device: where the pool will lie.
         max_blocks: never more than this.
 
     Raises:
         ConfigError: the explicit size exceeds what is free, or one sequence of `max_model_len` tokens does not fit.
     """
-    if pool_bytes is not None and pool_bytes > available_bytes:
-        raise ConfigError(f"a KV pool of {pool_bytes} bytes was asked for and {available_bytes} bytes are free")
-    budget = pool_bytes if pool_bytes is not None else int(available_bytes * memory_share)
+    free_bytes = available_bytes(device)
+    if kv_cache_bytes is not None and kv_cache_bytes > free_bytes:
+        raise ConfigError(f"a KV pool of {kv_cache_bytes} bytes was asked for and {free_bytes} bytes are free")
+    budget = kv_cache_bytes if kv_cache_bytes is not None else int(free_bytes * kv_cache_share)
     num_blocks = budget // block_bytes
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
@@ -149,3 +155,19 @@ def plan_num_blocks(
             "give the pool more memory or lower max_model_len"
         )
     return num_blocks
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had on `device`; on a CPU no more than the container's limit leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return free
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, int(limit) - used + int(stat["inactive_file"]))  # cached files give way
+    except (OSError, KeyError, ValueError):
+        return free  # no cgroup v2 here

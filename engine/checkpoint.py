@@ -1,0 +1,108 @@
+"""A model directory's weight files: which they are, whether they are whole, what they hash to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from messages.errors import ConfigError
+
+_INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HEADER_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ConfigError: unreadable, not JSON, not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of `directory`, each checked to be whole, sorted by name.
+
+    Raises:
+        ConfigError: there are none (says so where only pickled ones are there), one is missing, truncated or corrupt.
+    """
+    index = directory / _INDEX
+    if (directory / "model.safetensors").is_file():
+        files = [directory / "model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index} has no weight_map")
+        files = sorted({directory / str(name) for name in weight_map.values()})
+    elif any(path for pattern in _PICKLED for path in directory.glob(pattern)):
+        raise ConfigError(
+            f"{directory} has pickled weights only, which can run code when read; wanted model.safetensors"
+        )
+    else:
+        raise ConfigError(f"{directory} has no weights: wanted model.safetensors or {_INDEX}")
+    for path in files:
+        _check_whole(path)
+    return files
+
+
+def stored_dtype(files: list[Path]) -> str:
+    """The dtype most numbers of `files` are stored in, as safetensors spells it ("BF16")."""
+    sizes: dict[str, int] = {}
+    for path in files:
+        for entry in _read_header(path).values():
+            if isinstance(entry, dict) and "data_offsets" in entry:
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return max(sizes, key=lambda name: sizes[name]) if sizes else "F32"
+
+
+def weights_digest(files: list[Path]) -> bytes:
+    """32 bytes of BLAKE3 over the content of `files` in order; reads them once, on all cores."""
+    digest = blake3(max_threads=blake3.AUTO)
+    for path in files:
+        digest.update_mmap(path)
+    return digest.digest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """A safetensors header: 8 bytes of length, little endian, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise ConfigError(f"{path} is corrupt: its header claims {length} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is corrupt or truncated: its header is not valid JSON") from error
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path} is corrupt: its header is not a JSON object")
+    header["__data_start__"] = _HEADER_LENGTH_BYTES + length
+    return header
+
+
+def _check_whole(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} lacks the weight file {path.name}")
+    header = _read_header(path)
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if not name.startswith("__")]
+        wanted = header["__data_start__"] + max(ends, default=0)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{path} is corrupt: a tensor in its header has no offsets") from error
+    seen = path.stat().st_size
+    if seen != wanted:
+        raise ConfigError(f"{path} is truncated or corrupt: it has {seen} bytes, its header describes {wanted}")
