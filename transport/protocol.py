@@ -37,13 +37,19 @@ class Transport(Protocol):
     """
 
     @property
-    def road(self) -> str: ...
+    def road(self) -> str:
+        """As in `RegionInfo.road`."""
+        ...
 
     @property
-    def is_one_sided(self) -> bool: ...
+    def is_one_sided(self) -> bool:
+        """See above."""
+        ...
 
     @property
-    def can_abort_safely(self) -> bool: ...
+    def can_abort_safely(self) -> bool:
+        """See above."""
+        ...
 
     def register(self, memory: Memory) -> RegionInfo:
         """Make `memory` readable by peers; the answer describes it to them. Idempotent."""

@@ -1,0 +1,351 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import msgspec
+import pytest
+import uvloop
+import zmq
+
+from messages.errors import ConfigError
+from messages.fleet import GetStats, Stats, Subscribe
+from messages.stream import TokenBatch, TokenChunk
+from transport.channel import ChannelClient, ChannelConfig, ChannelServer
+from transport.secret import ClusterSecret
+
+SECRET = ClusterSecret(b"\x07" * 32)
+FAST = ChannelConfig(heartbeat_s=0.05, lost_after_s=0.3, connect_timeout_s=1.0)
+
+
+class Server:
+    """A ChannelServer that keeps what came, and answers GetStats."""
+
+    def __init__(self, secret=SECRET, config=FAST):
+        self.messages = []
+        self.lost = []
+        self.lost_event = asyncio.Event()
+        self.channel = ChannelServer(secret, "127.0.0.1", self._on_message, self._on_lost, config)
+
+    def _on_message(self, peer, message):
+        self.messages.append((peer, message))
+        if isinstance(message, GetStats):
+            self.channel.send(peer, stats(message.query_id))
+
+    def _on_lost(self, peer):
+        self.lost.append(peer)
+        self.lost_event.set()
+
+
+class Client:
+    def __init__(self, address, secret=SECRET, config=FAST):
+        self.messages = asyncio.Queue()
+        self.lost = asyncio.get_running_loop().create_future()
+        self.ready = asyncio.Event()
+        self.channel = ChannelClient(secret, address, self.messages.put_nowait, self.lost.set_result, self.ready.set, config)
+
+    async def ask(self, query_id):
+        self.channel.send(GetStats(query_id=query_id))
+        return await asyncio.wait_for(self.messages.get(), 5)
+
+
+def stats(query_id):
+    return Stats(query_id=query_id, worker_id="w", role="prefill", values={"a": 1.0})
+
+
+@pytest.fixture
+def opened():
+    channels = []
+    yield lambda endpoint: channels.append(endpoint.channel) or endpoint
+    for channel in channels:
+        channel.close()
+
+
+async def eventually(predicate, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not predicate():
+            await asyncio.sleep(0.005)
+
+
+async def test_messages_arrive_whole_and_in_order(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    batches = [TokenBatch(chunks=[TokenChunk(request_id=str(i), token_ids=[i] * (i % 50))]) for i in range(3000)]
+    for batch in batches:
+        assert client.channel.send(batch)
+    await eventually(lambda: len(server.messages) == len(batches))
+    assert [message for _, message in server.messages] == batches
+    peer = server.messages[0][0]
+    for batch in batches:
+        assert server.channel.send(peer, batch)
+    assert [await asyncio.wait_for(client.messages.get(), 5) for _ in batches] == batches
+
+
+async def test_peers_are_told_apart(opened):
+    server = opened(Server())
+    clients = [opened(Client(server.channel.address)) for _ in range(5)]
+    answers = await asyncio.gather(*(client.ask(str(i)) for i, client in enumerate(clients)))
+    assert [answer.query_id for answer in answers] == [str(i) for i in range(5)]
+    assert len(server.channel.peers) == 5
+
+
+async def test_large_message_crosses(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    client.channel.send(GetStats(query_id="x" * (20 << 20)))
+    answer = await asyncio.wait_for(client.messages.get(), 20)
+    assert len(answer.query_id) == 20 << 20
+
+
+async def test_wrong_secret_gets_nothing(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address, secret=ClusterSecret(b"\x08" * 32)))
+    client.channel.send(GetStats(query_id="steal"))
+    await asyncio.wait_for(client.lost, 5)
+    assert client.messages.empty()
+    assert not client.ready.is_set()
+    assert server.messages == []
+
+
+async def test_servers_public_key_alone_opens_nothing(opened):
+    server = opened(Server())
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        public, secret = zmq.curve_keypair()
+        stranger.curve_publickey, stranger.curve_secretkey = public, secret
+        stranger.curve_serverkey = SECRET.server_keys().public
+        stranger.linger = 0
+        stranger.connect(server.channel.address)
+        stranger.send(b"hello", zmq.DONTWAIT)
+        await eventually(lambda: server.channel.num_refused > 0)
+        await asyncio.sleep(0.1)
+        assert stranger.poll(0) == 0
+    assert server.messages == []
+    assert server.channel.peers == ()
+
+
+async def test_unencrypted_client_gets_nothing(opened):
+    server = opened(Server())
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(server.channel.address)
+        stranger.send(b"hello", zmq.DONTWAIT)
+        await asyncio.sleep(0.3)
+        assert stranger.poll(0) == 0
+    assert server.messages == []
+    assert server.channel.peers == ()
+
+
+async def test_malformed_bytes_drop_the_peer_and_are_counted(opened):
+    server = opened(Server())
+    good = opened(Client(server.channel.address))
+    await asyncio.wait_for(good.ready.wait(), 5)
+    bad = opened(Client(server.channel.address))
+    await asyncio.wait_for(bad.ready.wait(), 5)
+    for junk in (b"", b"\xc1", msgspec.msgpack.encode({"type": "Nonsense"})):
+        bad.channel._socket.send(junk)
+    await asyncio.wait_for(bad.lost, 5)
+    assert server.channel.num_malformed == 1
+    assert len(server.lost) == 1
+    assert (await good.ask("still here")).query_id == "still here"
+
+
+async def test_bug_in_a_callback_does_not_silence_the_channel(opened):
+    reports = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context["exception"]))
+    seen = []
+
+    def on_message(peer, message):
+        seen.append(message)
+        if len(seen) == 1:
+            raise KeyError("bug")
+
+    channel = ChannelServer(SECRET, "127.0.0.1", on_message, lambda peer: None, FAST)
+    client = opened(Client(channel.address))
+    for _ in range(3):
+        client.channel.send(Subscribe())
+    await eventually(lambda: len(seen) == 3)
+    channel.close()
+    assert [type(report) for report in reports] == [KeyError]
+
+
+async def test_nobody_listening_is_lost_within_the_deadline(opened):
+    closed = ChannelServer(SECRET, "127.0.0.1", lambda *_: None, lambda _: None, FAST)
+    closed.close()
+    await asyncio.sleep(0.1)
+    client = opened(Client(closed.address))
+    client.channel.send(Subscribe())
+    await asyncio.wait_for(client.lost, 3)
+    assert not client.channel.send(Subscribe())
+
+
+@pytest.mark.parametrize("address", ["", "tcp://", "nonsense", "tcp://host.invalid:99999"])
+async def test_address_that_is_none_is_lost_not_raised(opened, address):
+    client = opened(Client(address))
+    await asyncio.wait_for(client.lost, 3)
+
+
+async def test_host_that_is_not_ours_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"198\.51\.100\.1"):
+        ChannelServer(SECRET, "198.51.100.1", lambda *_: None, lambda _: None)
+
+
+async def test_closing_either_side_is_noticed_by_the_other(opened):
+    server = opened(Server())
+    leaving, staying = opened(Client(server.channel.address)), opened(Client(server.channel.address))
+    await leaving.ask("a")
+    await staying.ask("b")
+    leaving.channel.close()
+    await asyncio.wait_for(server.lost_event.wait(), 0.25)  # by the connection's end, before any heartbeat
+    assert len(server.lost) == 1
+    server.channel.close()
+    await asyncio.wait_for(staying.lost, 3)
+    assert not leaving.lost.done()
+
+
+async def test_last_words_before_close_arrive(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await client.ask("a")
+    peer = server.channel.peers[0]
+    for i in range(1000):
+        server.channel.send(peer, stats(str(i)))
+    server.channel.close()
+    await asyncio.wait_for(client.lost, 5)
+    words = [client.messages.get_nowait().query_id for _ in range(client.messages.qsize())]
+    assert words == [str(i) for i in range(1000)]
+
+
+async def test_peer_that_does_not_read_is_dropped_not_waited_for(opened):
+    server = opened(Server(config=ChannelConfig(heartbeat_s=0.1, lost_after_s=30, max_queued_messages=10)))
+    client = opened(Client(server.channel.address, config=ChannelConfig(max_queued_messages=10)))
+    await client.ask("a")
+    peer = server.channel.peers[0]
+    started = asyncio.get_running_loop().time()
+    word = stats("x" * 1_000_000)  # more than sockets and queues take, while this loop does not read them
+    assert not all([server.channel.send(peer, word) for _ in range(200)])
+    assert asyncio.get_running_loop().time() - started < 5
+    await asyncio.wait_for(server.lost_event.wait(), 1)
+    assert server.lost == [peer]
+    assert not server.channel.send(peer, stats("b"))
+
+
+async def test_own_pause_is_not_blamed_on_the_peers(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await client.ask("a")
+    import time
+
+    time.sleep(0.8)  # noqa: ASYNC251 - the loop stands still for longer than the silence allowed
+    assert (await client.ask("b")).query_id == "b"
+    assert not client.lost.done()
+    assert server.lost == []
+
+
+def test_works_on_uvloop():
+    async def scenario():
+        server = Server()
+        client = Client(server.channel.address)
+        answers = [await client.ask(str(i)) for i in range(200)]
+        client.channel.close()
+        await asyncio.wait_for(server.lost_event.wait(), 5)
+        server.channel.close()
+        return answers
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        answers = runner.run(scenario())
+    assert [answer.query_id for answer in answers] == [str(i) for i in range(200)]
+
+
+# ------------------------------------------------------------------------------------------------- other processes
+
+SERVER_PROCESS = """
+import asyncio
+from messages.fleet import GetStats, Stats
+from transport.channel import ChannelConfig, ChannelServer
+from transport.secret import ClusterSecret
+
+async def main():
+    def answer(peer, message):
+        server.send(peer, Stats(query_id=message.query_id, worker_id="w", role="prefill", values={}))
+    server = ChannelServer(ClusterSecret(bytes([7]) * 32), "127.0.0.1", answer, lambda peer: None)
+    print(server.address, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+CLIENT_PROCESS = """
+import asyncio, sys
+from messages.fleet import Subscribe
+from transport.channel import ChannelClient
+from transport.secret import ClusterSecret
+
+async def main():
+    client = ChannelClient(ClusterSecret(bytes([7]) * 32), sys.argv[1], lambda message: None, lambda reason: None)
+    client.send(Subscribe())
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def spawn():
+    processes = []
+
+    def start(source, *arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(source), *arguments], stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+async def test_killed_server_is_noticed_in_well_under_a_second(opened, spawn):
+    process = spawn(SERVER_PROCESS)
+    client = opened(Client(process.stdout.readline().strip(), config=ChannelConfig()))
+    await client.ask("a")
+    os.kill(process.pid, signal.SIGKILL)
+    assert await asyncio.wait_for(client.lost, 0.8) == "disconnected"
+
+
+async def test_killed_client_is_noticed_in_well_under_a_second(opened, spawn):
+    server = opened(Server(config=ChannelConfig()))
+    process = spawn(CLIENT_PROCESS, server.channel.address)
+    await eventually(lambda: server.messages)
+    os.kill(process.pid, signal.SIGKILL)
+    await asyncio.wait_for(server.lost_event.wait(), 0.8)
+    assert server.lost == [server.messages[0][0]]
+
+
+async def test_stopped_server_is_noticed_by_its_silence(opened, spawn):
+    process = spawn(SERVER_PROCESS)
+    client = opened(Client(process.stdout.readline().strip(), config=FAST))
+    await client.ask("a")
+    os.kill(process.pid, signal.SIGSTOP)
+    await asyncio.wait_for(client.lost, 3)
+
+
+async def test_stopped_client_is_noticed_by_its_silence(opened, spawn):
+    server = opened(Server(config=ChannelConfig(heartbeat_s=0.25, lost_after_s=1.0)))
+    process = spawn(CLIENT_PROCESS, server.channel.address)
+    await eventually(lambda: server.messages)
+    os.kill(process.pid, signal.SIGSTOP)
+    await asyncio.wait_for(server.lost_event.wait(), 4)
+    assert server.channel.peers == ()
+
+
+async def test_stopped_server_does_not_hang_a_new_client(opened, spawn):
+    process = spawn(SERVER_PROCESS)
+    address = process.stdout.readline().strip()
+    os.kill(process.pid, signal.SIGSTOP)
+    client = opened(Client(address, config=FAST))
+    await asyncio.wait_for(client.lost, 3)

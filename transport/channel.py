@@ -1,0 +1,467 @@
+"""One authenticated, encrypted, multiplexed socket per pair of processes that talk.
+
+Messages are `messages.wire` documents over ZeroMQ with CURVE; both key pairs follow from the cluster secret, and the
+server admits no other client key. Nothing here blocks; everything runs on the event loop (asyncio's or uvloop) that
+was running when the object was made, and is to be called from there only.
+
+    client                                    server
+    Ping at once and every heartbeat   --->   first message makes the peer known
+    on_ready at the first answer       <---   Pong
+    silence, disconnection, bad bytes: on_lost / on_peer_lost, once, for good
+
+Silence is counted in one's own heartbeats: a process that was itself stopped for a while does not blame its peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import msgspec
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from messages.errors import ConfigError
+from messages.wire import Message, Ping, Pong, decode, encode
+from transport.secret import ClusterSecret
+
+log = logging.getLogger(__name__)
+
+PeerId: TypeAlias = bytes  #: a connection as its server knows it; a client that connects anew has another
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ RFC 27
+_ZAP_DOMAIN = b"kvray"
+_LINGER_MS = 500  #: what was sent just before `close` still leaves
+_MAX_MESSAGES_PER_TURN = 256  #: then others on the loop have their turn
+_PROBE_DELAYS_S = (0.005, 0.05)  #: the monitor reports a disconnection just before the socket knows of it
+_NO_RECONNECT_MS = 24 * 3600 * 1000  #: -1 would drop what was received but not yet read
+_PONG = encode(Pong())
+_PING = encode(Ping())
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelConfig:
+    """Limits and times of a channel, either side."""
+
+    heartbeat_s: float = 0.5
+    lost_after_s: float = 3.0  #: of silence
+    connect_timeout_s: float = 5.0  #: until the first answer
+    max_queued_messages: int = 10_000  #: to one peer; beyond it the peer is lost
+    max_message_bytes: int = 256 << 20
+
+    @property
+    def max_silent_beats(self) -> int:
+        """Own heartbeats without a word from the peer."""
+        return max(2, math.ceil(self.lost_after_s / self.heartbeat_s))
+
+
+class ChannelServer:
+    """The listening side. `on_message(peer, message)` and `on_peer_lost(peer)` are called on the loop.
+
+    `on_peer_lost` comes once for each peer that sent a message, whatever ended it, except after `close`.
+    """
+
+    def __init__(
+        self,
+        secret: ClusterSecret,
+        host: str,
+        on_message: Callable[[PeerId, Message], None],
+        on_peer_lost: Callable[[PeerId], None],
+        config: ChannelConfig = ChannelConfig(),
+    ) -> None:
+        """Listen on a free port of `host`, an address of this node.
+
+        Raises:
+            ConfigError: nothing can be bound there.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self._on_peer_lost = on_peer_lost
+        self._config = config
+        self._silent_beats: dict[PeerId, int] = {}  # of every live peer
+        self._dropped: set[PeerId] = set()  # given up but still connected: not listened to
+        self.num_refused = 0  #: clients without the secret
+        self.num_malformed = 0  #: messages that were none
+        self._is_closed = False
+        # A context of its own, because the gatekeeper (ZAP) stands at one fixed address per context.
+        self._context = zmq.Context()
+        self._gate = _listening_socket(self._context, zmq.REP, _ZAP_ENDPOINT)
+        self._socket = self._context.socket(zmq.ROUTER)
+        _configure(self._socket, config)
+        keys = secret.server_keys()
+        self._client_key = secret.client_keys().public
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        #: tcp://host:port, for ChannelClient
+        self.address = self._bind(host)
+        self._inbox = _Inbox(self._loop, self._socket, self._receive)
+        self._inboxes = [
+            self._inbox,
+            _Inbox(self._loop, self._gate, self._admit),
+            _Inbox(self._loop, self._monitor, self._notice_disconnection),
+        ]
+        self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """All live peers."""
+        return tuple(self._silent_beats)
+
+    def send(self, peer: PeerId, message: Message) -> bool:
+        """Queue `message`; never blocks. False: the peer is lost (`on_peer_lost` was or will be called)."""
+        if self._is_closed or peer not in self._silent_beats:
+            return False
+        return self._send(peer, encode(message))
+
+    def drop(self, peer: PeerId) -> None:
+        """Be done with a peer; it notices by the silence. `on_peer_lost` follows."""
+        self._lose(peer)
+
+    def close(self) -> None:
+        """End all connections; what was sent before still leaves for half a second."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._beat_timer.cancel()
+        for inbox in self._inboxes:
+            inbox.close()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=_LINGER_MS)
+        self._gate.close(linger=0)
+        # Ending a context waits for the lingering bytes: not on the loop.
+        threading.Thread(target=self._context.term, name="channel-close").start()
+
+    def _bind(self, host: str) -> str:
+        literal = f"[{host}]" if ":" in host else host
+        try:
+            self._socket.bind(f"tcp://{literal}:*")
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            self._gate.close(linger=0)
+            raise ConfigError(f"host {host!r}: cannot listen there: {error}") from error
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _admit(self, frames: list[bytes]) -> None:
+        """Answer one question of ZAP (ZeroMQ RFC 27): is this client key known?"""
+        version, request_id, mechanism = frames[0], frames[1], frames[5]
+        key = z85.encode(frames[6]) if mechanism == b"CURVE" and len(frames) > 6 else b""
+        is_known = hmac.compare_digest(key, self._client_key)
+        if not is_known:
+            self.num_refused += 1
+            log.warning("channel: a client without the cluster secret was refused (%s)", frames[3].decode())
+        verdict = (b"200", b"OK") if is_known else (b"400", b"unknown key")
+        self._gate.send_multipart([version, request_id, *verdict, b"", b""])
+
+    def _receive(self, frames: list[bytes]) -> None:
+        peer = frames[0]
+        if peer in self._dropped:
+            return
+        message = _decoded(frames[1:])
+        is_new = peer not in self._silent_beats
+        self._silent_beats[peer] = 0
+        if message is None:
+            self.num_malformed += 1
+            log.warning("channel: a peer sent something that is no message: dropped")
+            self._lose(peer)
+        elif isinstance(message, Ping):
+            self._send(peer, _PONG)
+            if is_new:
+                log.debug("channel: peer %s is here", peer.hex())
+        else:
+            self._on_message(peer, message)
+
+    def _send(self, peer: PeerId, data: bytes) -> bool:
+        try:
+            self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            log.warning(
+                "channel: a peer does not read, %d messages are waiting: dropped", self._config.max_queued_messages
+            )
+            self._lose(peer)
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self._lose(peer)
+            return False
+        self._inbox.poke()
+        return True
+
+    def _lose(self, peer: PeerId) -> None:
+        if self._silent_beats.pop(peer, None) is None:
+            return
+        self._dropped.add(peer)
+        # Later, so that no caller of `send` finds its own state changed under its feet.
+        self._loop.call_soon(self._tell_lost, peer)
+
+    def _tell_lost(self, peer: PeerId) -> None:
+        if not self._is_closed:
+            self._on_peer_lost(peer)
+
+    def _notice_disconnection(self, frames: list[bytes]) -> None:
+        for delay_s in _PROBE_DELAYS_S:
+            self._loop.call_later(delay_s, self._probe)
+
+    def _probe(self) -> None:
+        """Find out who went: the socket refuses to send to them. An unasked Pong does no harm to the others."""
+        if self._is_closed:
+            return
+        self._inbox.drain(math.inf)  # what it sent before it went comes first
+        for peer in tuple(self._silent_beats):
+            self._send(peer, _PONG)
+        for peer in tuple(self._dropped):
+            if not self._is_connected(peer):
+                self._dropped.discard(peer)
+
+    def _is_connected(self, peer: PeerId) -> bool:
+        try:
+            self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
+            self._socket.send(_PONG, zmq.DONTWAIT)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def _beat(self) -> None:
+        for peer, silent in tuple(self._silent_beats.items()):
+            if silent >= self._config.max_silent_beats:
+                log.warning("channel: a peer was silent for %.1f s: lost", silent * self._config.heartbeat_s)
+                self._lose(peer)
+            else:
+                self._silent_beats[peer] = silent + 1
+        self._beat_timer = self._loop.call_later(self._config.heartbeat_s, self._beat)
+
+
+class ChannelClient:
+    """The connecting side. `on_message`, `on_lost(reason)` and `on_ready` are called on the loop.
+
+    `on_ready` comes once, at the server's first answer; `on_lost` once, except after `close`. Lost is for good: whoever
+    wants the server back makes a new client, after a pause.
+    """
+
+    def __init__(
+        self,
+        secret: ClusterSecret,
+        address: str,
+        on_message: Callable[[Message], None],
+        on_lost: Callable[[str], None],
+        on_ready: Callable[[], None] | None = None,
+        config: ChannelConfig = ChannelConfig(),
+    ) -> None:
+        """Begin to connect to `address` (tcp://host:port); messages may be sent at once."""
+        self._loop = asyncio.get_running_loop()
+        self.address = address
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_ready = on_ready
+        self._config = config
+        self._silent_beats = 0
+        self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        _configure(self._socket, config)
+        keys = secret.client_keys()
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, secret.server_keys().public)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        self._inbox = _Inbox(self._loop, self._socket, self._receive)
+        self._monitor_inbox = _Inbox(self._loop, self._monitor, self._notice_event)
+        self._connect_timer = self._loop.call_later(config.connect_timeout_s, self._give_up_connecting)
+        self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._lose(f"no address to connect to: {address!r} ({error})")
+        else:
+            self._send(_PING)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server has answered and is not lost."""
+        return self._state == "ready"
+
+    def send(self, message: Message) -> bool:
+        """Queue `message`; never blocks. False: the server is lost (`on_lost` was or will be called)."""
+        return self._send(encode(message))
+
+    def close(self) -> None:
+        """End the connection; what was sent before still leaves for half a second. No callback comes any more."""
+        if self._state != "closed":
+            self._release()
+            self._state = "closed"
+
+    def _send(self, data: bytes) -> bool:
+        if self._state not in ("connecting", "ready"):
+            return False
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            self._lose(f"it does not read: {self._config.max_queued_messages} messages are waiting")
+            return False
+        self._inbox.poke()
+        return True
+
+    def _receive(self, frames: list[bytes]) -> None:
+        message = _decoded(frames)
+        if message is None:
+            self._lose("it sent something that is no message")
+            return
+        self._silent_beats = 0
+        if self._state == "connecting":
+            self._state = "ready"
+            self._connect_timer.cancel()
+            if self._on_ready is not None:
+                self._on_ready()
+        if not isinstance(message, Pong):
+            self._on_message(message)
+
+    def _notice_event(self, frames: list[bytes]) -> None:
+        event = parse_monitor_message(frames)["event"]
+        if event == zmq.EVENT_DISCONNECTED:
+            self._inbox.drain(math.inf)  # what came before the end
+            self._lose("disconnected")
+        elif event == zmq.EVENT_CLOSED:
+            self._lose("connection refused")
+        else:
+            self._lose("handshake failed: it does not have the same cluster secret")
+
+    def _give_up_connecting(self) -> None:
+        self._lose(f"no answer within {self._config.connect_timeout_s:g} s")
+
+    def _beat(self) -> None:
+        if self._state == "ready":
+            self._silent_beats += 1
+            if self._silent_beats > self._config.max_silent_beats:
+                self._lose(f"silent for {self._config.lost_after_s:g} s")
+                return
+        self._send(_PING)
+        self._beat_timer = self._loop.call_later(self._config.heartbeat_s, self._beat)
+
+    def _lose(self, reason: str) -> None:
+        if self._state in ("lost", "closed"):
+            return
+        self._release()
+        self._state = "lost"
+        self._loop.call_soon(self._tell_lost, reason)
+
+    def _tell_lost(self, reason: str) -> None:
+        if self._state == "lost":
+            self._on_lost(reason)
+
+    def _release(self) -> None:
+        if self._state in ("lost", "closed"):
+            return
+        self._beat_timer.cancel()
+        self._connect_timer.cancel()
+        self._inbox.close()
+        self._monitor_inbox.close()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=_LINGER_MS)
+
+
+class _Inbox:
+    """Calls `on_frames` on the loop for each message of a ZeroMQ socket.
+
+    A ZeroMQ socket's file descriptor says "something may have changed", once; any call on the socket may swallow that.
+    Hence: read until nothing is left, and look again after each send (`poke`).
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]
+    ) -> None:
+        self._loop = loop
+        self._socket = socket
+        self._on_frames = on_frames
+        self._fd: int = socket.FD
+        self._is_poked = False
+        self._is_closed = False
+        loop.add_reader(self._fd, self.drain)
+        self.poke()
+
+    def poke(self) -> None:
+        """Look at the socket in the loop's next turn."""
+        if not self._is_poked and not self._is_closed:
+            self._is_poked = True
+            self._loop.call_soon(self._look)
+
+    def drain(self, max_messages: float = _MAX_MESSAGES_PER_TURN) -> None:
+        """Handle what is there; after `max_messages`, go on in the loop's next turn."""
+        is_empty = False
+        num_messages = 0
+        try:
+            while num_messages < max_messages and not self._is_closed:
+                num_messages += 1
+                try:
+                    frames = self._socket.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    is_empty = True
+                    return
+                self._on_frames(frames)
+        finally:
+            # Also when `on_frames` raised: that is its owner's bug to report, and must not silence the channel.
+            if not is_empty:
+                self.poke()
+
+    def close(self) -> None:
+        """Stop reading; the socket stays its owner's to close."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._fd)
+
+    def _look(self) -> None:
+        self._is_poked = False
+        if not self._is_closed:
+            self.drain()
+
+
+def _configure(socket: zmq.Socket[bytes], config: ChannelConfig) -> None:
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.SNDHWM, config.max_queued_messages)
+    socket.setsockopt(zmq.RCVHWM, config.max_queued_messages)
+    socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+    # ZeroMQ's own heartbeat frees what is queued for a peer whose process stopped; ours judges the event loop.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(config.heartbeat_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(config.lost_after_s * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(config.connect_timeout_s * 1000))
+
+
+def _listening_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.bind(endpoint)
+    return socket
+
+
+def _decoded(frames: list[bytes]) -> Message | None:
+    """The message, or None for bytes that are none."""
+    if len(frames) != 1:
+        return None
+    try:
+        return decode(frames[0])
+    except msgspec.DecodeError:
+        return None

@@ -1,0 +1,167 @@
+"""Memory that other processes of the same node and user may read.
+
+An anonymous file of the kernel (memfd): no name in /dev/shm, freed by the kernel when the last process that maps it
+ends, however it ends. Peers reach it through the owner's /proc/<pid>/fd, which the kernel lets only the same user do.
+
+    [data: num_bytes][padding to a page][header: magic, version, num_bytes, nonce]
+    ^ page aligned, aligned for huge pages where the kernel grants them
+
+The header tells a reader that what it opened is what was described to it; it lies behind the data so that the data
+begins where the mapping begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+import struct
+from pathlib import Path
+
+from messages.errors import ConfigError
+
+PAGE_BYTES = mmap.PAGESIZE
+NONCE_BYTES = 16
+
+_HEADER = struct.Struct("<8sQQ16s")  # magic, layout version, num_bytes, nonce
+_MAGIC = b"kvraymem"
+_VERSION = 1
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class Memory:
+    """Writable memory of this process, mapped shared. Make it with `Memory.allocate`."""
+
+    def __init__(self, fd: int, mapping: mmap.mmap, num_bytes: int) -> None:
+        self._fd = fd
+        self._mapping = mapping
+        self.num_bytes = num_bytes
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        #: [num_bytes] uint8, writable, page aligned; stays valid as long as anyone refers to it
+        self.view = memoryview(mapping)[:num_bytes]
+
+    @classmethod
+    def allocate(cls, num_bytes: int) -> Memory:
+        """Zeroed memory, every page of it reserved: writing to it later cannot fail (nor raise SIGBUS).
+
+        Takes about 0.3 s per GiB, the kernel's zeroing; call it in a thread where a loop runs.
+
+        Raises:
+            ConfigError: there is not that much memory, or `num_bytes` is not positive.
+        """
+        if num_bytes < 1:
+            raise ConfigError(f"memory of {num_bytes} bytes asked for: at least 1 wanted")
+        # An anonymous file is bounded by nothing but the out-of-memory killer: look before reserving.
+        available = available_bytes()
+        if num_bytes > available:
+            raise ConfigError(f"memory of {num_bytes:,} bytes asked for, {available:,} bytes are available")
+        total = _header_offset(num_bytes) + PAGE_BYTES
+        fd = os.memfd_create("kvray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(fd, 0, total)
+            # A file that cannot shrink cannot give its readers a SIGBUS either.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            mapping = mmap.mmap(fd, total, flags=mmap.MAP_SHARED)
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError(f"memory of {num_bytes:,} bytes could not be reserved: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # kernels without huge pages for shared memory refuse: nothing is lost
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return cls(fd, mapping, num_bytes)
+
+    @property
+    def fd(self) -> int:
+        """The file behind it, valid until `close`."""
+        if self._fd < 0:
+            raise ValueError("the memory is closed")
+        return self._fd
+
+    def publish(self) -> None:
+        """Write the header: from now on `SharedView.open` with this nonce succeeds."""
+        header = _HEADER.pack(_MAGIC, _VERSION, self.num_bytes, self.nonce)
+        offset = _header_offset(self.num_bytes)
+        self._mapping[offset : offset + _HEADER.size] = header
+
+    def withdraw(self) -> None:
+        """Wipe the header: readers that opened it before find out at their next look."""
+        offset = _header_offset(self.num_bytes)
+        self._mapping[offset : offset + _HEADER.size] = bytes(_HEADER.size)
+
+    def close(self) -> None:
+        """Withdraw it and close the file. The bytes go when the last view of them does, here and at peers."""
+        if self._fd < 0:
+            return
+        self.withdraw()
+        os.close(self._fd)
+        self._fd = -1
+
+    def __repr__(self) -> str:
+        return f"Memory(num_bytes={self.num_bytes})"
+
+
+class SharedView:
+    """Another process's `Memory`, mapped read-only. Stays readable after its owner died; check `is_current`."""
+
+    def __init__(self, mapping: mmap.mmap, num_bytes: int, nonce: bytes) -> None:
+        self._mapping = mapping
+        self._nonce = nonce
+        self.num_bytes = num_bytes
+        #: [num_bytes] uint8, read-only, page aligned
+        self.view = memoryview(mapping)[:num_bytes]
+
+    @classmethod
+    def open(cls, pid: int, fd: int, num_bytes: int, nonce: bytes) -> SharedView:
+        """Map what process `pid` has open as `fd`, if it is the memory that was described.
+
+        Raises:
+            OSError: the process or the file is gone, or belongs to another user.
+            ValueError: it is another file than the one described.
+        """
+        # Non-blocking: a recycled number may be a pipe, whose open would wait for a writer.
+        own_fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            total = _header_offset(num_bytes) + PAGE_BYTES
+            seen = os.fstat(own_fd)
+            if not stat.S_ISREG(seen.st_mode) or seen.st_size != total:
+                raise ValueError(f"a file of {total} bytes wanted, one of {seen.st_size} bytes found")
+            if fcntl.fcntl(own_fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise ValueError("the file could shrink under its reader")
+            mapping = mmap.mmap(own_fd, total, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        finally:
+            os.close(own_fd)
+        opened = cls(mapping, num_bytes, nonce)
+        if not opened.is_current():
+            raise ValueError("the nonce differs from the one described")
+        return opened
+
+    def is_current(self) -> bool:
+        """Whether its owner still publishes it under the nonce it was opened with."""
+        offset = _header_offset(self.num_bytes)
+        expected = _HEADER.pack(_MAGIC, _VERSION, self.num_bytes, self._nonce)
+        return self._mapping[offset : offset + _HEADER.size] == expected
+
+
+def available_bytes() -> int:
+    """Memory that can be reserved without pushing anyone out: the machine's and this process's control group's."""
+    available = _meminfo_available()
+    for current, limit in (
+        ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
+        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            available = min(available, int(Path(limit).read_text()) - int(Path(current).read_text()))
+    return max(available, 0)
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _header_offset(num_bytes: int) -> int:
+    return (num_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
