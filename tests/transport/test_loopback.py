@@ -1,0 +1,76 @@
+import asyncio
+
+import pytest
+
+from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
+from transport.memory import Memory
+from transport.protocol import Copy, TransferError
+
+COPIES = [Copy(i * 10, i * 10, 10) for i in range(10)]
+
+
+@pytest.fixture
+def setting():
+    network = LoopbackNetwork()
+    owner, puller = LoopbackTransport(network), LoopbackTransport(network)
+    source, target = Memory.allocate(100), Memory.allocate(100)
+    source.view[:] = bytes(range(1, 101))
+    yield puller, owner.register(source), source, target
+    source.close()
+    target.close()
+
+
+async def test_fault_hits_one_pull_and_the_next_is_whole(setting):
+    puller, region, source, target = setting
+    puller.faults.append(Fail(num_copies=3))
+    with pytest.raises(TransferError):
+        await puller.pull(region, COPIES, target, timeout_s=1)
+    assert bytes(target.view) == bytes(source.view[:30]) + bytes(70)
+    await puller.pull(region, COPIES, target, timeout_s=1)
+    assert target.view == source.view
+    assert puller.num_pulls == 2
+
+
+async def test_stall_ends_with_the_deadline_and_writes_nothing(setting):
+    puller, region, _, target = setting
+    puller.faults.append(Stall())
+    with pytest.raises(TransferError, match="no end"):
+        await puller.pull(region, COPIES, target, timeout_s=0.02)
+    await asyncio.sleep(0.05)
+    assert target.view == bytes(100)
+
+
+async def test_short_stall_is_only_late(setting):
+    puller, region, source, target = setting
+    puller.faults.append(Stall(0.01))
+    await puller.pull(region, COPIES, target, timeout_s=1)
+    assert target.view == source.view
+
+
+async def test_reorder_changes_who_writes_last(setting):
+    puller, region, source, target = setting
+    puller.faults.append(Reorder(seed=3))
+    await puller.pull(region, [Copy(i * 10, 0, 10) for i in range(10)], target, timeout_s=1)
+    assert target.view[:10] != source.view[90:]
+    assert bytes(target.view[:10]) in bytes(source.view)
+
+
+async def test_corrupt_reports_success(setting):
+    puller, region, source, target = setting
+    puller.faults.append(Corrupt(offset=25))
+    await puller.pull(region, COPIES, target, timeout_s=1)
+    assert [i for i in range(100) if target.view[i] != source.view[i]] == [25]
+
+
+async def test_late_write_lands_after_the_pull_was_given_up(setting):
+    puller, region, source, target = setting
+    puller.faults.append(WriteLate(delay_s=0.02))
+    with pytest.raises(TransferError):
+        await puller.pull(region, COPIES, target, timeout_s=0.01)
+    assert target.view == bytes(100)
+    await asyncio.sleep(0.05)
+    assert target.view == source.view
+
+
+def test_abort_safety_is_as_told():
+    assert not LoopbackTransport(LoopbackNetwork(), can_abort_safely=False).can_abort_safely

@@ -1,0 +1,117 @@
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import transport.memory
+from messages.errors import ConfigError
+from transport.memory import Memory, SharedView
+
+
+@pytest.fixture
+def memory():
+    allocated = Memory.allocate(10_000)
+    yield allocated
+    allocated.close()
+
+
+def test_view_is_zeroed_writable_page_aligned_and_exactly_as_long(memory):
+    assert memory.view.nbytes == 10_000
+    assert bytes(memory.view) == bytes(10_000)
+    memory.view[9_999] = 7
+    assert np.frombuffer(memory.view, np.uint8).ctypes.data % mmap.PAGESIZE == 0
+
+
+def test_every_page_is_reserved_at_once():
+    memory = Memory.allocate(3 << 20)
+    assert os.fstat(memory.fd).st_blocks * 512 >= 3 << 20
+    memory.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1, 1 << 60])
+def test_impossible_size_is_a_config_error_that_names_it(num_bytes):
+    with pytest.raises(ConfigError, match=f"{num_bytes:,}"):
+        Memory.allocate(num_bytes)
+
+
+def test_memory_beyond_what_is_available_is_refused_before_it_is_touched(monkeypatch):
+    monkeypatch.setattr(transport.memory, "available_bytes", lambda: 1000)
+    with pytest.raises(ConfigError, match="1,000 bytes are available"):
+        Memory.allocate(1001)
+
+
+def test_kernel_that_refuses_is_a_config_error_and_leaves_no_file(monkeypatch):
+    def refuse(fd, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(ConfigError, match="No space left"):
+        Memory.allocate(4096)
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+
+
+def test_size_cannot_change_under_a_reader(memory):
+    with pytest.raises(PermissionError):
+        os.truncate(memory.fd, 4096)
+
+
+def test_unpublished_memory_cannot_be_opened(memory):
+    with pytest.raises(ValueError, match="nonce"):
+        SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce)
+
+
+def test_reader_sees_writes_and_cannot_write(memory):
+    memory.publish()
+    opened = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce)
+    memory.view[5] = 9
+    assert opened.view[5] == 9
+    assert opened.view.readonly
+    memory.withdraw()
+    assert not opened.is_current()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "closed"])
+def test_descriptor_that_became_something_else_is_refused_without_waiting(memory, tmp_path, kind):
+    read_end, write_end = os.pipe()
+    other = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    os.truncate(other, 3 * mmap.PAGESIZE + mmap.PAGESIZE)
+    fd = {"pipe": read_end, "file": other, "closed": 9999}[kind]
+    with pytest.raises((OSError, ValueError)):
+        SharedView.open(os.getpid(), fd, memory.num_bytes, memory.nonce)
+    for opened in (read_end, write_end, other):
+        os.close(opened)
+
+
+def test_close_frees_the_kernels_memory_once_no_view_is_left():
+    memory = Memory.allocate(1 << 20)
+    array = np.frombuffer(memory.view, np.uint8)
+    fd = memory.fd
+    memory.close()
+    memory.close()
+    assert array[0] == 0  # a view outlives the close
+    with pytest.raises(ValueError, match="closed"):
+        _ = memory.fd
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_nothing_remains_after_a_process_was_killed():
+    def shared_bytes():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Shmem:")).split()[1]) * 1024
+
+    num_bytes = 512 << 20
+    program = f"from transport.memory import Memory; m = Memory.allocate({num_bytes}); print(1, flush=True); input()"
+    before = shared_bytes()
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    held = shared_bytes()
+    process.kill()
+    process.communicate()
+    assert held - before > num_bytes / 2
+    assert held - shared_bytes() > num_bytes / 2

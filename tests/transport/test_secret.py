@@ -1,0 +1,40 @@
+import pytest
+import zmq
+from zmq.utils import z85
+
+from messages.errors import ConfigError
+from transport.secret import ClusterSecret
+
+
+def test_text_form_gives_the_same_secret():
+    secret = ClusterSecret.generate()
+    assert ClusterSecret.from_hex(f" {secret.hex()}\n") == secret
+
+
+@pytest.mark.parametrize("text", ["", "ab", "zz" * 32, "ab" * 33])
+def test_text_that_is_no_secret_is_refused_and_not_repeated(text):
+    with pytest.raises(ConfigError) as refusal:
+        ClusterSecret.from_hex(text)
+    assert text == "" or text not in str(refusal.value)
+
+
+def test_keys_follow_from_the_secret_and_differ_by_side():
+    one, other = ClusterSecret(b"\1" * 32), ClusterSecret(b"\2" * 32)
+    assert one.server_keys() == ClusterSecret(b"\1" * 32).server_keys()
+    assert len({one.server_keys(), one.client_keys(), other.server_keys(), other.client_keys()}) == 4
+
+
+def test_public_key_belongs_to_the_clamped_scalar():
+    keys = ClusterSecret(b"\1" * 32).server_keys()
+    scalar = z85.decode(keys.secret)
+    assert scalar[0] & 7 == 0
+    assert scalar[31] & 0xC0 == 0x40
+    assert zmq.curve_public(keys.secret) == keys.public
+
+
+def test_nothing_secret_is_printed():
+    secret = ClusterSecret(b"\1" * 32)
+    keys = secret.server_keys()
+    assert "01" not in repr(secret)
+    assert keys.secret.decode() not in repr(keys)
+    assert keys.secret.decode() not in f"{keys}"

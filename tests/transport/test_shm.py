@@ -1,0 +1,167 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+import transport.shm
+from messages.handoff import RegionInfo
+from transport.memory import Memory
+from transport.protocol import Copy, RegionError, TransferError
+from transport.shm import ShmTransport, strides
+
+OWNER = """
+import sys, msgspec
+from transport.memory import Memory
+from transport.shm import ShmTransport
+memory = Memory.allocate(1 << 20)
+memory.view[:] = bytes(range(256)) * 4096
+sys.stdout.buffer.write(msgspec.json.encode(ShmTransport().register(memory)) + b"\\n")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner():
+    """A process that registered 1 MiB, and the region's description."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    yield process, msgspec.json.decode(process.stdout.readline(), type=RegionInfo)
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def shm():
+    transport = ShmTransport()
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+def target():
+    memory = Memory.allocate(64 << 20)
+    yield memory
+    memory.close()
+
+
+async def test_bytes_come_out_of_another_process(owner, shm, target):
+    await shm.pull(owner[1], [Copy(0, 4096, 1 << 20)], target, timeout_s=5)
+    assert target.view[4096 : 4096 + (1 << 20)] == bytes(range(256)) * 4096
+
+
+async def test_killed_owner_cannot_be_opened_anew(owner, shm, target):
+    process, region = owner
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(RegionError, match="cannot be opened"):
+        await shm.pull(region, [Copy(0, 0, 10)], target, timeout_s=5)
+    assert target.view[:10] == bytes(10)
+
+
+async def test_killed_owner_leaves_opened_memory_readable_until_forgotten(owner, shm, target):
+    process, region = owner
+    await shm.pull(region, [Copy(0, 0, 10)], target, timeout_s=5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    await shm.pull(region, [Copy(0, 100, 1 << 20)], target, timeout_s=5)
+    assert target.view[100 : 100 + (1 << 20)] == bytes(range(256)) * 4096
+    shm.forget(region)
+    with pytest.raises(RegionError):
+        await shm.pull(region, [Copy(0, 0, 10)], target, timeout_s=5)
+
+
+async def test_stopped_owner_is_read_all_the_same(owner, shm, target):
+    process, region = owner
+    os.kill(process.pid, signal.SIGSTOP)
+    await shm.pull(region, [Copy(256, 0, 256)], target, timeout_s=5)
+    assert target.view[:256] == bytes(range(256))
+
+
+async def test_owner_on_another_node_is_refused(shm, target, monkeypatch):
+    region = shm.register(target)
+    monkeypatch.setattr(transport.shm, "_node_identity", lambda: "elsewhere")
+    with pytest.raises(RegionError, match="another node"):
+        await shm.pull(region, [Copy(0, 10, 10)], target, timeout_s=5)
+
+
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """Each stride takes 20 ms longer, as on a machine that is very busy."""
+
+    def slowly(copies, max_bytes):
+        for stride in strides(copies, 1 << 20):
+            time.sleep(0.02)
+            yield stride
+
+    monkeypatch.setattr(transport.shm, "strides", slowly)
+
+
+@pytest.fixture
+def source():
+    memory = Memory.allocate(64 << 20)
+    memory.view[:] = b"\xff" * (64 << 20)
+    yield memory
+    memory.close()
+
+
+async def test_pull_past_its_deadline_has_stopped_writing_when_it_returns(shm, source, target, slow_copies):
+    started = time.monotonic()
+    with pytest.raises(TransferError, match="no end"):
+        await shm.pull(shm.register(source), [Copy(0, 0, 64 << 20)], target, timeout_s=0.15)
+    assert time.monotonic() - started < 1
+    await _assert_nothing_more_lands(target)
+
+
+async def test_cancelled_pull_has_stopped_writing_when_it_returns(shm, source, target, slow_copies):
+    task = asyncio.create_task(shm.pull(shm.register(source), [Copy(0, 0, 64 << 20)], target, timeout_s=60))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await _assert_nothing_more_lands(target)
+
+
+async def test_pull_waiting_behind_others_keeps_its_own_deadline(shm, source, target, slow_copies):
+    region = shm.register(source)
+    others = [asyncio.create_task(shm.pull(region, [Copy(0, 0, 64 << 20)], target, 60)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    started = time.monotonic()
+    with pytest.raises(TransferError):
+        await shm.pull(region, [Copy(0, 0, 1 << 20)], target, timeout_s=0.1)
+    assert time.monotonic() - started < 0.5
+    shm.close()
+    for outcome in await asyncio.gather(*others, return_exceptions=True):
+        assert isinstance(outcome, TransferError)
+
+
+async def test_loop_goes_on_while_much_is_copied(shm, source, target):
+    await shm.pull(shm.register(source), [Copy(0, 0, 64 << 20)], target, timeout_s=30)  # touches all pages
+    pull = asyncio.create_task(shm.pull(shm.register(source), [Copy(0, 0, 64 << 20)] * 8, target, timeout_s=30))
+    turns = 0
+    while not pull.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 20
+
+
+def test_strides_cover_the_same_bytes_in_order():
+    assert list(strides([Copy(0, 100, 25), Copy(50, 0, 10)], 10)) == [
+        Copy(0, 100, 10),
+        Copy(10, 110, 10),
+        Copy(20, 120, 5),
+        Copy(50, 0, 10),
+    ]
+
+
+async def _assert_nothing_more_lands(target):
+    num_landed = bytes(target.view).count(0xFF)
+    assert num_landed < 64 << 20
+    await asyncio.sleep(0.2)
+    assert bytes(target.view).count(0xFF) == num_landed
