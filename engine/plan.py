@@ -70,10 +70,15 @@ class KvRefused:
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """A PullBlocks was carried out. `bad_indexes`: positions of blocks that did not arrive whole and verified."""
+    """A PullBlocks was carried out. `bad_indexes`: positions of blocks that did not arrive whole and verified.
+
+    `quarantine_until_s`, by the scheduler's clock: the road could not abort the pull, so late bytes may land in the bad
+    blocks' targets until then, and nobody gets them.
+    """
 
     seq_id: str
     bad_indexes: frozenset[int]
+    quarantine_until_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,91 @@
+"""Block names: what makes KV recognisable everywhere, and only to those who may use it.
+
+A name is 16 bytes of keyed BLAKE3 (Aumasson et al. 2020, https://github.com/BLAKE3-team/BLAKE3-specs) over *all* tokens
+from the first to the block's last, as uint32 little endian. The key is derived from the model's fingerprint, the
+tenant's salt, the adapter and the block size: KV of another model or tenant has other names, and nobody without the
+salt can compute them. The digest is streamed, so position i can be named without keeping the names before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from functools import lru_cache
+
+from blake3 import blake3
+
+NAME_BYTES = 16
+TOKEN_BYTES = 4
+_CONTEXT = "kvray 2026 block names, version 1"
+
+
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
+    """Token ids as uint32 little endian.
+
+    Raises:
+        OverflowError: an id is negative or needs more than 32 bits.
+    """
+    tokens = array("I", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def unpack_tokens(token_bytes: bytes) -> list[int]:
+    """The token ids in `token_bytes`.
+
+    Raises:
+        ValueError: the length is no multiple of four.
+    """
+    tokens = array("I")
+    tokens.frombytes(token_bytes)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()
+
+
+def split_names(names: bytes) -> list[bytes]:
+    """Concatenated names, one by one."""
+    return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
+
+
+def block_names(fingerprint: bytes, salt: bytes, token_bytes: bytes, block_size: int, *, adapter: bytes = b"") -> bytes:
+    """Names of the full blocks of a sequence, 16 bytes each, concatenated; tokens after the last full block count not.
+
+    128 k tokens in blocks of 16 take about 7 ms (one busy EPYC core, 2026-11-23).
+    """
+    return b"".join(BlockNamer(fingerprint, salt, block_size, adapter=adapter).extend(token_bytes))
+
+
+class BlockNamer:
+    """Names the blocks of one growing sequence."""
+
+    __slots__ = ("_block_bytes", "_digest", "_pending")
+
+    def __init__(self, fingerprint: bytes, salt: bytes, block_size: int, *, adapter: bytes = b"") -> None:
+        self._block_bytes = block_size * TOKEN_BYTES
+        self._digest = blake3(key=_key(fingerprint, salt, adapter, block_size))
+        self._pending = b""  # tokens after the last full block
+
+    def extend(self, token_bytes: bytes) -> list[bytes]:
+        """Append tokens; the names of the blocks that they complete."""
+        data = memoryview(self._pending + token_bytes)
+        update, digest = self._digest.update, self._digest.digest
+        names: list[bytes] = []
+        step = self._block_bytes
+        num_full_bytes = len(data) // step * step
+        for begin in range(0, num_full_bytes, step):
+            update(data[begin : begin + step])
+            names.append(digest(NAME_BYTES))
+        self._pending = bytes(data[num_full_bytes:])
+        return names
+
+
+@lru_cache(maxsize=1024)
+def _key(fingerprint: bytes, salt: bytes, adapter: bytes, block_size: int) -> bytes:
+    hasher = blake3(derive_key_context=_CONTEXT)
+    for field in (fingerprint, salt, adapter, block_size.to_bytes(8, "little")):
+        hasher.update(len(field).to_bytes(8, "little"))  # no two lists of fields give the same bytes
+        hasher.update(field)
+    return hasher.digest()

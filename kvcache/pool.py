@@ -1,0 +1,286 @@
+"""The paged pool's bookkeeping: which block is whose, what it is called, what goes when room is needed.
+
+A block is in exactly one state:
+
+    free ---allocate---> writing ---commit---> committed, pinned ---last unpin---> committed, evictable
+      ^                    |  |                       ^-------------- pin --------------'  |
+      |--- last unpin -----'  '--- quarantine ---> quarantined ---time---> free            |
+      '------------------------------- evict (inside allocate) ----------------------------'
+
+Every operation is O(1) a block. No bytes are touched here, except the generations, which lie in shared memory so that
+a peer who copies a block can see that it was reused meanwhile.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable, MutableSequence, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+
+from messages.errors import CapacityError, InvariantError
+
+
+class BlockState(Enum):
+    """What a block is at this moment."""
+
+    FREE = "free"
+    WRITING = "writing"  #: pinned, without a name
+    PINNED = "pinned"  #: committed, in use
+    EVICTABLE = "evictable"  #: committed, in nobody's use
+    QUARANTINED = "quarantined"  #: late writes may still land in it
+
+
+@dataclass(slots=True)
+class PoolStats:
+    """Counted since the pool was made."""
+
+    num_allocated_blocks: int = 0
+    num_hit_blocks: int = 0  #: pins of blocks that were already there
+    num_committed_blocks: int = 0
+    num_duplicate_blocks: int = 0  #: commits under a name that another block had
+    num_evicted_blocks: int = 0
+    num_quarantined_blocks: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all blocks handed out that did not have to be written; 0 before the first."""
+        total = self.num_hit_blocks + self.num_allocated_blocks
+        return self.num_hit_blocks / total if total else 0.0
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens. One thread.
+
+    `generations` [num_blocks] uint64, written through: `memoryview(...).cast("Q")` over the region, or None for a plain
+    list. They count from `first_generation` (None: a random one, so that a restarted worker repeats none).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        generations: MutableSequence[int] | memoryview | None = None,
+        *,
+        first_generation: int | None = None,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise InvariantError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
+        if generations is not None and len(generations) < num_blocks:
+            raise InvariantError(f"{len(generations)} generations for {num_blocks} blocks")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.stats = PoolStats()
+        self._generations = [0] * num_blocks if generations is None else generations
+        base = secrets.randbits(62) if first_generation is None else first_generation
+        for block_id in range(num_blocks):
+            self._generations[block_id] = base
+        self._num_pins = [0] * num_blocks
+        self._names: list[bytes | None] = [None] * num_blocks
+        self._by_name: dict[bytes, int] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the last freed is the first reused, still in cache
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._quarantined: dict[int, float] = {}  # block id -> until when
+        self._stored: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
+
+    # ---------------------------------------------------------------------------------------------------- counts
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give: free or evictable."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that nobody may use for a while."""
+        return len(self._quarantined)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks pinned by somebody."""
+        return self.num_blocks - self.num_free - len(self._quarantined)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that have a name."""
+        return len(self._by_name)
+
+    def generation(self, block_id: int) -> int:
+        """Changes before the block's bytes may change, and only then."""
+        return self._generations[block_id]
+
+    def name(self, block_id: int) -> bytes | None:
+        """The name under which the block is committed."""
+        return self._names[block_id]
+
+    def num_pins(self, block_id: int) -> int:
+        """How many times the block is pinned."""
+        return self._num_pins[block_id]
+
+    def state(self, block_id: int) -> BlockState:
+        """The block's state."""
+        if block_id in self._quarantined:
+            return BlockState.QUARANTINED
+        if self._names[block_id] is None:
+            return BlockState.WRITING if self._num_pins[block_id] else BlockState.FREE
+        return BlockState.PINNED if self._num_pins[block_id] else BlockState.EVICTABLE
+
+    # ------------------------------------------------------------------------------------------------- a block's life
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Blocks to write, each pinned once by the caller. What nobody uses is evicted when no block is free.
+
+        Raises:
+            CapacityError: fewer than `num_blocks` are free or evictable; nothing changed.
+        """
+        if num_blocks > self.num_free:
+            raise CapacityError(f"{num_blocks} blocks wanted, {self.num_free} of {self.num_blocks} are free")
+        block_ids = [self._free.pop() if self._free else self._evict() for _ in range(num_blocks)]
+        for block_id in block_ids:
+            self._generations[block_id] += 1
+            self._num_pins[block_id] = 1
+        self.stats.num_allocated_blocks += num_blocks
+        return block_ids
+
+    def match(self, names: Iterable[bytes]) -> list[int]:
+        """Block ids of the longest leading run of `names` that is held. Pin them before the next `allocate`."""
+        block_ids: list[int] = []
+        for name in names:
+            block_id = self._by_name.get(name)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def holds(self, name: bytes) -> bool:
+        """Whether a block is committed under `name`."""
+        return name in self._by_name
+
+    def pin(self, block_ids: Sequence[int]) -> None:
+        """Forbid eviction, once more for each call, of blocks that `match` gave."""
+        for block_id in block_ids:
+            if self._num_pins[block_id] == 0:
+                if self._names[block_id] is None:
+                    raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only committed ones match")
+                del self._evictable[block_id]
+            self._num_pins[block_id] += 1
+        self.stats.num_hit_blocks += len(block_ids)
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        """Take one pin off each block of a chain, given head first.
+
+        What has no pin left is free if it has no name, else it may be evicted: tails before heads.
+        """
+        for block_id in reversed(block_ids):
+            if self._num_pins[block_id] < 1 or block_id in self._quarantined:
+                raise InvariantError(f"block {block_id} is {self.state(block_id).value}, not pinned")
+            self._num_pins[block_id] -= 1
+            if self._num_pins[block_id] == 0:
+                if self._names[block_id] is None:
+                    self._free.append(block_id)
+                else:
+                    self._evictable[block_id] = None
+
+    def commit(self, block_id: int, name: bytes) -> bool:
+        """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
+
+        Raises:
+            InvariantError: the block is not being written, or has another name.
+        """
+        if self._num_pins[block_id] < 1 or self._names[block_id] not in (None, name):
+            raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only a written block gets a name")
+        if self._by_name.setdefault(name, block_id) != block_id:
+            self.stats.num_duplicate_blocks += 1
+            return False
+        if self._names[block_id] is None:
+            self._names[block_id] = name
+            self.stats.num_committed_blocks += 1
+            if self._removed.pop(name, _ABSENT) is _ABSENT:
+                self._stored[name] = None
+        return True
+
+    def quarantine(self, block_ids: Sequence[int], until_s: float) -> None:
+        """The caller gives up blocks that it was writing; nobody gets them before `release_quarantined(until_s)`."""
+        for block_id in block_ids:
+            if self.state(block_id) is not BlockState.WRITING or self._num_pins[block_id] != 1:
+                raise InvariantError(
+                    f"block {block_id} is {self.state(block_id).value}; only a sole writer gives it up"
+                )
+            self._num_pins[block_id] = 0
+            self._quarantined[block_id] = until_s
+        self.stats.num_quarantined_blocks += len(block_ids)
+
+    def release_quarantined(self, now_s: float) -> int:
+        """Free the blocks whose time is over; how many."""
+        if not self._quarantined:
+            return 0
+        ended = [block_id for block_id, until_s in self._quarantined.items() if until_s <= now_s]
+        for block_id in ended:
+            del self._quarantined[block_id]
+        self._free.extend(ended)
+        return len(ended)
+
+    def clear(self) -> int:
+        """Evict everything that nobody uses; how many blocks."""
+        num_evicted = len(self._evictable)
+        for _ in range(num_evicted):
+            self._free.append(self._evict())
+        return num_evicted
+
+    def _evict(self) -> int:
+        block_id, _ = self._evictable.popitem(last=False)
+        name = self._names[block_id]
+        if name is None:
+            raise InvariantError(f"block {block_id} is evictable without a name")
+        self._names[block_id] = None
+        del self._by_name[name]
+        if self._stored.pop(name, _ABSENT) is _ABSENT:
+            self._removed[name] = None
+        self.stats.num_evicted_blocks += 1
+        return block_id
+
+    # ---------------------------------------------------------------------------------------------------- what is told
+
+    def names(self) -> list[bytes]:
+        """All names held, oldest commit first: a snapshot. Take it together with `take_events`."""
+        return list(self._by_name)
+
+    def take_events(self) -> tuple[list[bytes], list[bytes]]:
+        """Names (stored, removed) since the last call, as the difference between then and now.
+
+        No name is in both, so it does not matter in which order a receiver applies them.
+        """
+        events = (list(self._stored), list(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return events
+
+    # ------------------------------------------------------------------------------------------------------ invariants
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the books do not agree."""
+        groups = (self._free, list(self._evictable), list(self._quarantined))
+        idle = [block_id for group in groups for block_id in group]
+        used = [block_id for block_id in range(self.num_blocks) if self._num_pins[block_id] > 0]
+        _require(sorted(idle + used) == list(range(self.num_blocks)), "every block is in exactly one state")
+        _require(min(self._num_pins) >= 0, "no negative pins")
+        _require(self.num_used == len(used), "the counts add up")
+        _require(all(self._names[b] is None for b in self._free), "free blocks have no name")
+        _require(all(self._names[b] is None for b in self._quarantined), "quarantined blocks have no name")
+        _require(all(self._names[b] is not None for b in self._evictable), "evictable blocks have a name")
+        named = {name: block_id for block_id, name in zip(count(), self._names) if name is not None}
+        _require(named == self._by_name, "names and blocks correspond one to one")
+        _require(len(named) == sum(name is not None for name in self._names), "no name is given twice")
+        _require(all(name in self._by_name for name in self._stored), "what was told stored is held")
+        _require(not any(name in self._by_name for name in self._removed), "what was told removed is not held")
+
+
+_ABSENT = object()
+
+
+def _require(is_true: bool, what: str) -> None:
+    if not is_true:
+        raise InvariantError(f"block pool: not true that {what}")
