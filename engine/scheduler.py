@@ -106,8 +106,7 @@ class Scheduler:
         self._blocked: Sequence | None = None  # first in the queue, and there was no room for it
         self._deadlines: list[tuple[float, int, Sequence, RemotePull | None]] = []  # a heap
         self._num_arrivals = 0
-        #: counters since start
-        self.stats: dict[str, int] = {
+        self._stats: dict[str, int] = {
             "num_preemptions": 0,
             "num_prompt_tokens_device": 0,
             "num_prompt_tokens_peer": 0,
@@ -119,10 +118,13 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------------------------- load
 
-    @property
     def seq_ids(self) -> tuple[str, ...]:
         """All sequences that have not ended, kept ones included."""
         return tuple(self._sequences)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, by name."""
+        return dict(self._stats)
 
     @property
     def num_waiting(self) -> int:
@@ -419,7 +421,7 @@ class Scheduler:
             seq.prompt_logprobs = [None]
         seq.phase = Phase.WAITING
         insort(self._waiting, seq, key=_seniority)
-        self.stats["num_preemptions"] += 1
+        self._stats["num_preemptions"] += 1
 
     # --------------------------------------------------------------------------------------------------- after a step
 
@@ -463,7 +465,7 @@ class Scheduler:
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
         """A new token, from a step or from the prefill worker: emit it, and end the sequence if it is the last."""
         seq.token_ids.append(sampled.token_id)
-        self.stats["num_generated_tokens"] += 1
+        self._stats["num_generated_tokens"] += 1
         reason = self._finish_reason(seq)
         if seq.spec.is_kept:
             self._offer(seq, out, is_last=True)
@@ -503,9 +505,9 @@ class Scheduler:
 
     def _sources(self, seq: Sequence) -> PromptSources:
         computed = seq.num_prompt_tokens - seq.num_device_tokens - seq.num_peer_tokens
-        self.stats["num_prompt_tokens_device"] += seq.num_device_tokens
-        self.stats["num_prompt_tokens_peer"] += seq.num_peer_tokens
-        self.stats["num_prompt_tokens_computed"] += computed
+        self._stats["num_prompt_tokens_device"] += seq.num_device_tokens
+        self._stats["num_prompt_tokens_peer"] += seq.num_peer_tokens
+        self._stats["num_prompt_tokens_computed"] += computed
         return PromptSources(device=seq.num_device_tokens, peer=seq.num_peer_tokens, computed=computed)
 
     def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
@@ -547,7 +549,7 @@ class Scheduler:
             if self._is_expected(seq, location):
                 pull.offered[index] = location
             else:
-                self.stats["num_rejected_blocks"] += 1
+                self._stats["num_rejected_blocks"] += 1
         self._pull_offered(seq, pull, out)
         if not event.is_last:
             return
@@ -584,7 +586,7 @@ class Scheduler:
         pull = seq.pull
         for index in pull.open:
             if index in event.bad_indexes:
-                self.stats["num_rejected_blocks"] += 1
+                self._stats["num_rejected_blocks"] += 1
                 continue
             pull.arrived.add(index)
             if (index + 1) * seq.block_size <= seq.num_prompt_tokens:
@@ -622,7 +624,7 @@ class Scheduler:
         pull = seq.pull
         if pull is None:
             raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, not pulling")
-        self.stats["num_remote_fallbacks"] += 1
+        self._stats["num_remote_fallbacks"] += 1
         num_blocks = pull.first_missing(len(seq.block_table))
         if seq.num_output_tokens == 0:
             num_blocks = min(num_blocks, seq.max_match_blocks)  # the last token's logits are wanted

@@ -244,8 +244,8 @@ class BlockPool:
 
     # ---------------------------------------------------------------------------------------------------- what is told
 
-    def names(self) -> list[bytes]:
-        """All names held, oldest commit first: a snapshot. Take it together with `take_events`."""
+    def snapshot(self) -> list[bytes]:
+        """All names held, oldest commit first. Take it together with `take_events`, or a change is told twice."""
         return list(self._by_name)
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
