@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from engine.attention import AttentionKernels, LayerUse, choose_kernels
 from engine.checkpoint import read_json, stored_dtype, weight_files, weights_digest
 from engine.families import check_against_eager, eager_trial, probe_layers, read_model_config
+from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.linear import PACKED_NAME, can_pack, pack_linears
 from messages.errors import ConfigError
@@ -63,6 +64,7 @@ def load_model(
     device: str = "cpu",
     num_threads: int | None = None,
     max_model_len: int | None = None,
+    use_kernels: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load the decoder in directory `path`. Reads safetensors only, runs no code of its own, uses no network.
@@ -73,6 +75,7 @@ def load_model(
         device: "cpu" or a CUDA device.
         num_threads: torch's threads from now on; None leaves them.
         max_model_len: tokens at most; None: as many as the model has positions for.
+        use_kernels: the C++ kernels, where they were built for this machine; False: plain torch.
         on_progress: called with a line for people as loading goes on.
 
     Raises:
@@ -102,7 +105,8 @@ def load_model(
         say("packing linear layers")
         pack_linears(model)
         linear_name = PACKED_NAME
-    kernels = choose_kernels(layers, chosen, target)
+    native = load_kernels() if use_kernels and target.type == "cpu" else None
+    kernels = choose_kernels(layers, chosen, target, [native] if native else [])
     check_against_eager(model, family, layers, kernels, chosen, trial)
     kernel_path = "/".join([target.type, linear_name, *sorted({kernel.name for kernel in kernels})])
     say(f"{family} ready: {num_parameters / 1e6:,.1f} M parameters, {kernel_path}")

@@ -15,12 +15,9 @@ from engine.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAt
 from engine.kv_pool import KvPool
 from engine.model import LoadedModel
 from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
-from engine.sampler import Sampler, SamplingRow, token_logprobs
+from engine.sampler import Sampler, SamplingRow, prompt_logprobs
 from messages.errors import InvariantError, ServeError
 from messages.stream import TokenLogprob
-
-#: Rows of logits worked on at a time for prompt log-probabilities, so that a long chunk needs no second copy of all.
-_LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +95,10 @@ class Runner:
             logits = self._forward(step)  # [rows, vocab_size]
             num_sampled = len(step.sampled)
             sampled, errors = self._sample(step.sampled, logits[:num_sampled].float())
-            prompt_logprobs = _prompt_logprobs(step.logprob_parts, logits[num_sampled:])
+            of_prompts = _prompt_logprobs(step.logprob_parts, logits[num_sampled:])
         return StepResult(
             sampled=sampled,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=of_prompts,
             errors=errors,
             elapsed_s=time.perf_counter() - started,
         )
@@ -226,13 +223,8 @@ def _prompt_logprobs(parts: Sequence[tuple[SequenceStep, int]], logits: torch.Te
     found: dict[str, list[TokenLogprob]] = {}
     begin = 0
     for part, count in parts:
-        entries: list[TokenLogprob] = []
-        for first in range(0, count, _LOGPROB_ROWS):
-            rows = min(_LOGPROB_ROWS, count - first)
-            targets = part.token_ids[part.start + 1 + first : part.start + 1 + first + rows]
-            piece = logits[begin + first : begin + first + rows].float()
-            entries += token_logprobs(piece, targets, part.params.prompt_logprobs or 0)
-        found[part.seq_id] = entries
+        targets = part.token_ids[part.start + 1 : part.start + 1 + count]
+        found[part.seq_id] = prompt_logprobs(logits[begin : begin + count], targets, part.params.prompt_logprobs or 0)
         begin += count
     return found
 

@@ -49,7 +49,8 @@ def make_tiny_model(directory: Path, family: str = "llama", seed: int = 0, **ove
         `directory`.
     """
     dtype = overrides.pop("dtype", torch.float32)
-    entries = {**_COMMON, **overrides}
+    removed = {name for name, value in overrides.items() if value is None and name in _COMMON}
+    entries = {name: value for name, value in {**_COMMON, **overrides}.items() if name not in removed}
     write_tokenizer(directory)
     eos = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(EOS)
     entries.setdefault("eos_token_id", eos)
