@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from engine.attention import AttentionKernels, LayerUse, choose_kernels
 from engine.checkpoint import read_json, stored_dtype, weight_files, weights_digest
 from engine.families import check_against_eager, eager_trial, probe_layers, read_model_config
+from engine.fused import fuse_modules
 from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.linear import PACKED_NAME, can_pack, pack_linears
@@ -106,6 +107,8 @@ def load_model(
         pack_linears(model)
         linear_name = PACKED_NAME
     native = load_kernels() if use_kernels and target.type == "cpu" else None
+    if native:
+        linear_name += "+" + fuse_modules(model, native).name
     kernels = choose_kernels(layers, chosen, target, [native] if native else [])
     check_against_eager(model, family, layers, kernels, chosen, trial)
     kernel_path = "/".join([target.type, linear_name, *sorted({kernel.name for kernel in kernels})])

@@ -37,13 +37,16 @@ class SequenceSpec:
 
 @dataclass(frozen=True, slots=True)
 class SequenceAdded:
+    """A sequence to run."""
+
     spec: SequenceSpec
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceCancelled:
-    """Not wanted any more, in whatever state; unknown ids are ignored. Blocks of a step or a pull that still runs
-    are freed when that ends.
+    """Not wanted any more, in whatever state; unknown ids are ignored.
+
+    Blocks of a step or a pull that still runs are freed when that ends.
     """
 
     seq_id: str
@@ -95,6 +98,8 @@ class StepWanted:
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
+    """The step that ran last gave this."""
+
     result: StepResult
 
 
@@ -120,6 +125,8 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
+    """Compute this, answer with StepEnded."""
+
     plan: StepPlan
 
 
@@ -155,8 +162,9 @@ class EmitTokens:
 
 @dataclass(frozen=True, slots=True)
 class OfferBlocks:
-    """A kept sequence's prompt blocks are written. `is_last` comes with the EmitTokens that holds its first token,
-    just before it; the blocks stay pinned until BlocksReleased.
+    """A kept sequence's prompt blocks are written; they stay pinned until BlocksReleased.
+
+    The last offer comes just before the EmitTokens that holds the first token.
     """
 
     seq_id: str
@@ -205,6 +213,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
+    """A chosen token."""
+
     token_id: int
     logprob: TokenLogprob | None = None  #: where params.logprobs asked for it
 

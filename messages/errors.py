@@ -1,11 +1,11 @@
 """The error tree, and its form on the wire.
 
-    ServeError                 everything this project raises on purpose
-    |-- RequestError           the caller's fault: 4xx; names the field, the value seen, the value wanted
-    |-- CapacityError          no room now: 429 (try later) or 503 (nobody there)
-    |-- WorkerError            a worker failed or vanished: the request may be tried elsewhere
-    `-- InvariantError         a bug of ours: the worker that meets it crashes
-    ConfigError                start-up: one line, exit code 2 (a ServeError too)
+ServeError                 everything this project raises on purpose
+|-- RequestError           the caller's fault: 4xx; names the field, the value seen, the value wanted
+|-- CapacityError          no room now: 429 (try later) or 503 (nobody there)
+|-- WorkerError            a worker failed or vanished: the request may be tried elsewhere
+|-- InvariantError         a bug of ours: the worker that meets it crashes
+`-- ConfigError            the product cannot start as configured: one line, exit code 2
 """
 
 from __future__ import annotations
@@ -100,6 +100,4 @@ _KINDS: dict[str, type[ServeError]] = {
 def error_from_info(info: ErrorInfo) -> ServeError:
     """The exception that `info` was made from; an unknown kind becomes a plain ServeError."""
     cls = _KINDS.get(info.kind, ServeError)
-    return cls(
-        info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s
-    )
+    return cls(info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s)

@@ -49,6 +49,7 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     lease_s: float  #: from receipt; RenewLease starts it anew, ReleaseLease ends it
     region: RegionInfo
+    num_region_blocks: int  #: of the owner's pool: with the block size in bytes, gives every block's offset
     blocks: list[BlockLocation]
     is_last: bool = True
     first_token: int | None = None

@@ -1,0 +1,122 @@
+"""The Serve application: which deployments, how many replicas, with what options.
+
+Importable as it is: `serve run cluster.app:build model=DIR`, or in a serveConfigV2:
+
+    applications:
+      - name: kvray
+        import_path: cluster.app:build
+        args: {model: {path: /models/x}, pools: {prefill: 2, decode: 2}}
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.config import KvrayConfig, parse_config, parse_size, with_secret
+from cluster.fleet import FleetWatch, fleet_router_config
+from cluster.ingress import Ingress
+from cluster.logs import configure_logging
+from decode.actor import DecodeActor
+from engine.core import EngineOptions
+from engine.worker import WorkerOptions
+from kvrouter.actor import RouterActor, RouterOptions
+from prefill.actor import PrefillActor
+from transport.channel import ChannelConfig
+
+APP_NAME = "kvray"
+
+#: A replica that does not answer for this long is replaced.
+_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
+_DRAIN = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.2}
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """An application from a configuration document, for `serve run` and serveConfigV2.
+
+    Raises:
+        ConfigError: the document will not do.
+    """
+    return build_application(with_secret(parse_config(args)))
+
+
+def build_application(config: KvrayConfig) -> serve.Application:
+    """An application from a whole configuration (its secret set)."""
+    options = _worker_options(config)
+    prepare = functools.partial(configure_logging, config.log.level, config.log.format)
+    common: dict[str, Any] = {"request_router_config": fleet_router_config(), **_HEALTH, **_DRAIN}
+    resources = {"num_cpus": config.pools.cpus_per_worker, "num_gpus": config.pools.gpus_per_worker}
+    decode = serve.deployment(
+        name="Decode",
+        num_replicas=config.pools.decode,
+        ray_actor_options=_placed(resources, config.pools.decode_labels),
+        **common,
+    )(DecodeActor).bind(options, prepare)
+    inner = [decode]
+    if config.pools.prefill > 0:
+        inner.append(
+            serve.deployment(
+                name="Prefill",
+                num_replicas=config.pools.prefill,
+                ray_actor_options=_placed(resources, config.pools.prefill_labels),
+                **common,
+            )(PrefillActor).bind(options, prepare)
+        )
+    roles = ["Decode", "Prefill"] if config.pools.prefill > 0 else ["Decode"]
+    assert config.network.secret is not None, "with_secret comes first"
+    router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
+        RouterActor
+    ).bind(RouterOptions(secret=config.network.secret, channel=_channel(config)), FleetWatch(APP_NAME), roles, prepare)
+    return serve.deployment(
+        name="Ingress",
+        num_replicas=config.pools.ingress,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10_000,
+        **_HEALTH,
+        **_DRAIN,
+    )(Ingress).bind(config, APP_NAME, roles, [router, *inner])
+
+
+def _placed(resources: dict[str, float], labels: dict[str, str]) -> dict[str, Any]:
+    return {**resources, **({"label_selector": labels} if labels else {})}
+
+
+def _channel(config: KvrayConfig) -> ChannelConfig:
+    return ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s)
+
+
+def _worker_options(config: KvrayConfig) -> WorkerOptions:
+    assert config.network.secret is not None, "with_secret comes first"
+    section = config.engine
+    return WorkerOptions(
+        model_dir=config.model.path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        max_model_len=config.model.max_model_len,
+        num_threads=section.num_threads or _threads_per_worker(config),
+        engine=EngineOptions(
+            block_size=section.block_size,
+            kv_cache_bytes=None if section.kv_cache_memory is None else parse_size(section.kv_cache_memory),
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            itl_target_s=section.itl_target_ms / 1000,
+            remote_timeout_s=config.network.prefill_timeout_s,
+        ),
+        use_kernels=section.kernels == "auto",
+        secret=config.network.secret,
+        channel=_channel(config),
+        lease_s=config.network.lease_s,
+        pull_timeout_s=config.network.pull_timeout_s,
+    )
+
+
+def _threads_per_worker(config: KvrayConfig) -> int:
+    """The node's cores shared out between its workers (docs/LOG.md has the measurement)."""
+    num_nodes = sum(1 for node in ray.nodes() if node["Alive"]) if ray.is_initialized() else 1
+    workers_per_node = math.ceil((config.pools.prefill + config.pools.decode) / max(1, num_nodes))
+    return max(1, (os.cpu_count() or 1) // workers_per_node)

@@ -1,0 +1,253 @@
+"""The command line: kvray serve, demo, status, config, version."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+import yaml
+from rich.console import Console
+
+from cluster.config import DEMO_MODEL, KvrayConfig, load_config, with_secret
+from cluster.logs import configure_logging
+from messages.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+app.add_typer(config_app, name="config")
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+#: command-line flag -> where its value goes in the document
+_ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
+_Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
+
+
+def main() -> None:
+    """Run the command line; a ConfigError is one line on stderr and exit code 2."""
+    try:
+        app()
+    except ConfigError as error:
+        _err.print(f"kvray: {error.message}", markup=False)
+        sys.exit(2)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A transformers model directory; default: the demo.")] = None,
+    config: _ConfigFile = None,
+    prefill: Annotated[int | None, typer.Option("--prefill", help="Prefill workers.")] = None,
+    decode: Annotated[int | None, typer.Option("--decode", help="Decode workers.")] = None,
+    host: Annotated[str | None, typer.Option("--host")] = None,
+    port: Annotated[int | None, typer.Option("--port")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda.")] = None,
+    max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Tokens, prompt and output.")] = None,
+    served_model_name: Annotated[list[str] | None, typer.Option("--served-model-name")] = None,
+    api_key: Annotated[list[str] | None, typer.Option("--api-key")] = None,
+    block_size: Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")] = None,
+    kv_cache_memory: Annotated[
+        str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads per worker.")] = None,
+    tool_call_parser: Annotated[str | None, typer.Option("--tool-call-parser")] = None,
+    log_level: Annotated[str | None, typer.Option("--log-level")] = None,
+    log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
+) -> None:
+    """Serve MODEL over the OpenAI API, disaggregated; in the foreground until Ctrl-C."""
+    chosen = _overrides(
+        {
+            ("model", "path"): None if model is None else str(Path(model).resolve()),
+            ("model", "dtype"): dtype,
+            ("model", "device"): device,
+            ("model", "max_model_len"): max_model_len,
+            ("model", "served_names"): served_model_name or None,
+            ("model", "tool_parser"): tool_call_parser,
+            ("engine", "block_size"): block_size,
+            ("engine", "kv_cache_memory"): kv_cache_memory,
+            ("engine", "max_num_seqs"): max_num_seqs,
+            ("engine", "max_num_batched_tokens"): max_num_batched_tokens,
+            ("engine", "num_threads"): threads,
+            ("pools", "prefill"): prefill,
+            ("pools", "decode"): decode,
+            ("http", "host"): host,
+            ("http", "port"): port,
+            ("http", "api_keys"): api_key or None,
+            ("log", "level"): log_level,
+            ("log", "format"): log_format,
+        }
+    )
+    _run(with_secret(load_config(config, chosen)), _serve_until_stopped)
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option("--port")] = 8000,
+    prefill: Annotated[int, typer.Option("--prefill")] = 1,
+    decode: Annotated[int, typer.Option("--decode")] = 1,
+) -> None:
+    """Start, hold a conversation of three turns, show where each prompt's tokens came from, and exit."""
+    overrides = {"http": {"port": port}, "pools": {"prefill": prefill, "decode": decode}}
+    _run(with_secret(load_config(None, overrides)), _hold_conversation)
+
+
+@app.command()
+def status(
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option("--api-key")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
+) -> None:
+    """What is running where."""
+    from cluster.status import status_table
+
+    request = urllib.request.Request(url.rstrip("/") + "/status")
+    if api_key is not None:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            document: dict[str, Any] = json.load(response)
+    except (OSError, ValueError) as error:
+        reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)
+        raise ConfigError(f"no status from {url}: {reason}") from None
+    if as_json:
+        print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
+    else:
+        _out.print(status_table(document))
+
+
+@app.command()
+def version() -> None:
+    """The version of this package."""
+    print(package_version("kvray"))  # noqa: T201
+
+
+@config_app.command("show")
+def config_show(config: _ConfigFile = None) -> None:
+    """The whole configuration, defaults filled in; secrets and keys are masked."""
+    document = msgspec.to_builtins(load_config(config, {}))
+    if document["network"]["secret"]:
+        document["network"]["secret"] = "***"
+    document["http"]["api_keys"] = ["***" for _ in document["http"]["api_keys"]]
+    print(yaml.safe_dump(_plain(document), sort_keys=False), end="")  # noqa: T201
+
+
+@config_app.command("check")
+def config_check(config: Annotated[Path, typer.Argument(help="YAML file.")]) -> None:
+    """Say whether a configuration file is good; exit code 2 if not."""
+    load_config(config, {})
+    _out.print(f"{config}: good")
+
+
+def _overrides(flags: dict[tuple[str, str], Any]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for (section, key), value in flags.items():
+        if value is not None:
+            document.setdefault(section, {})[key] = value
+    return document
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> None:
+    """Check, start, do `body` while it serves, end everything."""
+    configure_logging(config.log.level, config.log.format)
+    _check_model_directory(Path(config.model.path))
+    from cluster.launch import Stopped, running, stop_signals
+
+    with stop_signals() as stop:
+        try:
+            with _Progress() as progress, running(config, stop, progress.show) as launched:
+                progress.clear()
+                body(config, launched, stop)
+        except Stopped:
+            _err.print("kvray: stopped while starting")
+    # Ray's threads may linger in the interpreter; everything of ours has ended by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
+    name = (config.model.served_names or (Path(config.model.path).resolve().name,))[0]
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
+    _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)
+    key = " -H 'Authorization: Bearer ...'" if config.http.api_keys else ""
+    _out.print(
+        f"  curl {launched.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
+    )
+    where = "Ray started here" if launched.is_own_cluster else "the Ray cluster that was there"
+    _out.print(
+        f"  {config.pools.prefill} prefill, {config.pools.decode} decode, 1 router, {config.pools.ingress} ingress on "
+        f"{where}; `kvray status` says more. Ctrl-C ends everything.",
+        markup=False,
+    )
+    stop.wait()
+
+
+def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any) -> None:
+    from cluster.demo.conversation import hold_conversation
+
+    hold_conversation(launched.url, _out, stop)
+
+
+def _check_model_directory(path: Path) -> None:
+    """What can be told without loading anything, so that most mistakes show at once."""
+    if not path.is_dir():
+        raise ConfigError(f"model: no directory {path}" + ("" if path != DEMO_MODEL else " (the demo model)"))
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model: {path} has no config.json: wanted a transformers model directory")
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"model: {path} has no tokenizer: wanted tokenizer.json")
+    from engine.checkpoint import weight_files
+
+    weight_files(path)
+
+
+class _Progress:
+    """One line on a terminal that changes; one line per change elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._status = _err.status("") if _err.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        if text == self._last:
+            return
+        self._last = text
+        if self._status is not None:
+            self._status.update(text)
+        else:
+            _err.print(f"kvray: {text}", markup=False)
+
+    def clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+if __name__ == "__main__":
+    main()

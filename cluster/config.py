@@ -1,0 +1,231 @@
+"""Configuration: one YAML document into frozen, composed values. The only reader of os.environ.
+
+    model:   what is served
+    engine:  how one worker computes
+    pools:   how many workers of each kind, and what they reserve
+    http:    the public face
+    network: the channel between processes
+    log:     how it speaks
+
+An unknown key is an error that names it. Flags of the command line override the file; the file overrides defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from messages.errors import ConfigError
+
+#: Shipped with the package; the default of `kvray serve`.
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+
+_SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the document; an unknown key in it is an error."""
+
+
+class ModelConfig(_Section, frozen=True):
+    """What is served."""
+
+    path: str = str(DEMO_MODEL)
+    served_names: tuple[str, ...] = ()  #: names clients may use; empty: the directory's name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = None  #: tokens of prompt and output together; None: what the model was made for
+    tool_parser: str | None = None  #: None: told from the chat template
+
+
+class EngineSection(_Section, frozen=True):
+    """How one worker computes."""
+
+    block_size: int = 16  #: tokens
+    kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: a share of what is free at start
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048  #: budget of a step
+    itl_target_ms: float = 50.0  #: prefill chunks are cut so that running sequences wait no longer, where possible
+    num_threads: int | None = None  #: CPU threads per worker; None: the node's cores shared out
+    kernels: Literal["auto", "off"] = "auto"  #: C++ kernels on CPU, where they were built
+
+
+class PoolsConfig(_Section, frozen=True):
+    """How many workers, and what each reserves from Ray."""
+
+    prefill: int = 1
+    decode: int = 1
+    ingress: int = 1
+    cpus_per_worker: float = 0.0
+    gpus_per_worker: float = 0.0
+    prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
+    decode_labels: dict[str, str] = {}
+
+
+class HttpConfig(_Section, frozen=True):
+    """The public face."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  #: none: open
+    max_body_bytes: int = 8 * 2**20
+    max_choices: int = 128  #: largest n
+    request_timeout_s: float = 600.0  #: a request that has not ended by then is ended with an error
+
+
+class NetworkConfig(_Section, frozen=True):
+    """The channel between processes."""
+
+    secret: str | None = None  #: 64 hex digits; None: from KVRAY_SECRET, else drawn at start
+    heartbeat_s: float = 0.5
+    lost_after_s: float = 3.0  #: of silence
+    lease_s: float = 15.0  #: how long prefill holds blocks for a decode worker that says nothing
+    pull_timeout_s: float = 5.0
+    prefill_timeout_s: float = 120.0  #: from asking a prefill worker to its last handoff
+
+
+class LogConfig(_Section, frozen=True):
+    """How it speaks."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class KvrayConfig(_Section, frozen=True):
+    """The whole document."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineSection = EngineSection()
+    pools: PoolsConfig = PoolsConfig()
+    http: HttpConfig = HttpConfig()
+    network: NetworkConfig = NetworkConfig()
+    log: LogConfig = LogConfig()
+
+
+def parse_config(document: dict[str, Any]) -> KvrayConfig:
+    """The configuration that `document` (from YAML or a serveConfigV2's args) describes.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value; says where, what was seen, what is wanted.
+    """
+    try:
+        config = msgspec.convert(document, KvrayConfig, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}") from None
+    _check(config)
+    return config
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
+    """The file at `path` (None: all defaults) with `overrides` ({"http": {"port": 1}}) laid over it.
+
+    Raises:
+        ConfigError: no such file, not YAML, or what parse_config refuses.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"configuration file {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"configuration file {path}: wanted a mapping, saw {type(loaded).__name__}")
+        document = loaded or {}
+    for section, values in overrides.items():
+        present = document.get(section)
+        if present is not None and not isinstance(present, dict):
+            raise ConfigError(f"configuration: `{section}` wants a mapping, saw {present!r}")
+        document[section] = {**(present or {}), **values}
+    return parse_config(document)
+
+
+def with_secret(config: KvrayConfig) -> KvrayConfig:
+    """`config` with a cluster secret: its own, else KVRAY_SECRET's, else a fresh one.
+
+    Raises:
+        ConfigError: the secret is not 64 hex digits.
+    """
+    secret = config.network.secret or os.environ.get("KVRAY_SECRET") or secrets.token_hex(32)
+    try:
+        is_good = len(bytes.fromhex(secret)) == 32
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ConfigError(f"network.secret: wanted 64 hex digits, saw {len(secret)} characters that are not")
+    return msgspec.structs.replace(config, network=msgspec.structs.replace(config.network, secret=secret))
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "512MiB", "2GiB", "1.5GB" or "1048576".
+
+    Raises:
+        ConfigError: not a size.
+    """
+    unit = next((unit for unit in _SIZE_UNITS if text.endswith(unit)), "")
+    try:
+        value = float(text.removesuffix(unit)) * _SIZE_UNITS.get(unit, 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 2**60:
+        raise ConfigError(f"wanted a size such as 512MiB or 2GiB, saw {text!r}")
+    return int(value)
+
+
+def serve_environment() -> dict[str, str]:
+    """What Ray's processes need from the environment, beyond what is set already."""
+    return {
+        # Ray asks on the terminal otherwise; whoever wants to send usage reports sets it to 1.
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
+        # Cluster-local by default; an operator's own choice (token) is kept.
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
+        # Every line of a replica on the driver's terminal would drown ours.
+        "RAY_DEDUP_LOGS": os.environ.get("RAY_DEDUP_LOGS", "1"),
+    }
+
+
+def ray_address() -> str | None:
+    """The Ray cluster that the operator names, if any."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def _check(config: KvrayConfig) -> None:
+    """Raises ConfigError for values that have the right type and make no sense."""
+    wants: list[tuple[str, float, float, float]] = [
+        ("engine.block_size", config.engine.block_size, 1, 1024),
+        ("engine.max_num_seqs", config.engine.max_num_seqs, 1, 65536),
+        ("engine.max_num_batched_tokens", config.engine.max_num_batched_tokens, 1, 2**20),
+        ("engine.itl_target_ms", config.engine.itl_target_ms, 0.1, 1e6),
+        ("engine.num_threads", config.engine.num_threads or 1, 1, 4096),
+        ("model.max_model_len", 1 if config.model.max_model_len is None else config.model.max_model_len, 1, 2**30),
+        ("pools.prefill", config.pools.prefill, 0, 4096),
+        ("pools.decode", config.pools.decode, 1, 4096),
+        ("pools.ingress", config.pools.ingress, 1, 4096),
+        ("pools.cpus_per_worker", config.pools.cpus_per_worker, 0, 4096),
+        ("pools.gpus_per_worker", config.pools.gpus_per_worker, 0, 64),
+        ("http.port", config.http.port, 1, 65535),
+        ("http.max_body_bytes", config.http.max_body_bytes, 1024, 2**40),
+        ("http.max_choices", config.http.max_choices, 1, 4096),
+        ("http.request_timeout_s", config.http.request_timeout_s, 0.1, 1e7),
+        ("network.heartbeat_s", config.network.heartbeat_s, 0.05, 60),
+        ("network.lost_after_s", config.network.lost_after_s, 0.2, 600),
+        ("network.lease_s", config.network.lease_s, 0.5, 3600),
+        ("network.pull_timeout_s", config.network.pull_timeout_s, 0.05, 3600),
+        ("network.prefill_timeout_s", config.network.prefill_timeout_s, 0.1, 1e6),
+    ]
+    for name, value, low, high in wants:
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: wanted {low:g} to {high:g}, saw {value:g}")
+    if config.network.lost_after_s < 2 * config.network.heartbeat_s:
+        raise ConfigError(
+            f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "
+            f"saw {config.network.lost_after_s:g}"
+        )
+    if config.engine.kv_cache_memory is not None:
+        parse_size(config.engine.kv_cache_memory)

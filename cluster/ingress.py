@@ -1,0 +1,147 @@
+"""The Serve deployment that clients talk to: the OpenAI surface over a Dispatcher. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import KvrayConfig
+from cluster.dispatch import Dispatcher, DispatchOptions
+from cluster.fleet import FleetWatch, ReplicaMetadata
+from cluster.logs import configure_logging
+from cluster.openai.app import create_app
+from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
+from cluster.status import fleet_status
+from engine.structured import GrammarTokenizer
+from engine.tokenizer import Tokenizer
+from messages.errors import ConfigError
+from messages.fleet import Role, WorkerInfo
+from transport.channel import ChannelConfig
+
+logger = logging.getLogger(__name__)
+
+_ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
+_FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
+
+
+@serve.ingress(None)
+class Ingress:
+    """One replica of the public face."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: KvrayConfig,
+        app_name: str,
+        roles: list[str],
+        inner: list[DeploymentHandle],
+    ) -> None:
+        """Waits until a decode worker is there: what the model is, only a worker knows.
+
+        `inner` ties the other deployments to this application; nothing is called on them.
+        """
+        configure_logging(config.log.level, config.log.format)
+        self._config = config
+        assert config.network.secret is not None, "the application sets it"
+        self._dispatcher = Dispatcher(
+            DispatchOptions(
+                secret=config.network.secret,
+                channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
+                request_timeout_s=config.http.request_timeout_s,
+            )
+        )
+        self._has_worker = asyncio.Event()
+        watch = FleetWatch(app_name)
+        for deployment in roles:
+            watch.start(deployment, functools.partial(self._on_workers, _ROLES[deployment]))
+        watch.start("Router", self._on_routers)
+        self._watch = watch
+        model_dir = Path(config.model.path)
+        self._tokenizer = Tokenizer.load(model_dir)
+        await asyncio.wait_for(self._has_worker.wait(), _FLEET_TIMEOUT_S)
+        info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
+        self._model = _served_model(config, model_dir, info, self._tokenizer)
+        self._grammar_tokenizer = (
+            GrammarTokenizer.from_tokenizer_json(
+                model_dir / "tokenizer.json", self._model.vocab_size, self._model.eos_token_ids
+            )
+            if self._model.eos_token_ids
+            else None
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        http = self._config.http
+        model = self._model
+        app = create_app(
+            backend=self._dispatcher,
+            model=model,
+            tokenizer=self._tokenizer,
+            grammar_tokenizer=self._grammar_tokenizer,
+            api_keys=http.api_keys,
+            limits=HttpLimits(max_body_bytes=http.max_body_bytes, max_choices=http.max_choices),
+            tool_parser=self._config.model.tool_parser,
+        )
+
+        @app.get("/status", summary="What is running where, for `kvray status`")
+        async def status() -> dict[str, Any]:
+            return await fleet_status(self._dispatcher)
+
+        return app
+
+    def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
+        infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]
+        self._dispatcher.set_workers(role, infos)
+        if role == "decode" and infos:
+            self._has_worker.set()
+
+    def _on_routers(self, replicas: ReplicaMetadata) -> None:
+        self._dispatcher.set_routers([str(metadata["address"]) for metadata in replicas.values()])
+
+
+def _served_model(config: KvrayConfig, model_dir: Path, info: WorkerInfo, tokenizer: Tokenizer) -> ServedModel:
+    generation = _read_json(model_dir / "generation_config.json")
+    model_config = _read_json(model_dir / "config.json")
+    text_config = model_config.get("text_config") or model_config
+    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
+    eos_ids = [eos] if isinstance(eos, int) else [int(token) for token in eos or []]
+    if tokenizer.eos_token_id is not None:
+        eos_ids.append(tokenizer.eos_token_id)
+    is_sampling = bool(generation.get("do_sample", True))
+    return ServedModel(
+        names=config.model.served_names or (model_dir.resolve().name,),
+        max_model_len=info.max_model_len,
+        max_prompt_tokens=min(info.max_model_len - 1, info.num_blocks * info.block_size - 1),
+        vocab_size=int(text_config["vocab_size"]),
+        eos_token_ids=tuple(dict.fromkeys(eos_ids)),
+        created_s=int(time.time()),
+        defaults=GenerationDefaults(
+            temperature=generation.get("temperature") if is_sampling else 0.0,
+            top_p=generation.get("top_p"),
+            top_k=generation.get("top_k"),
+            min_p=generation.get("min_p"),
+            repetition_penalty=generation.get("repetition_penalty"),
+            max_new_tokens=generation.get("max_new_tokens"),
+        ),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: wanted an object, saw {type(document).__name__}")
+    return document

@@ -1,0 +1,330 @@
+"""The decode worker: takes requests, gets the prompt's KV from a prefill worker or computes it, streams tokens.
+
+Steps 3, 4, 6 and 7 of the read path (docs/ARCHITECTURE.md). No Ray here; decode.actor is the shell.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from decode.puller import BlockPuller
+from engine.plan import (
+    AskRemote,
+    EmitTokens,
+    Instruction,
+    KvOffered,
+    KvRefused,
+    OfferBlocks,
+    PullBlocks,
+    PullEnded,
+    RunStep,
+    SequenceAdded,
+    SequenceCancelled,
+    SequenceSpec,
+)
+from engine.worker import EngineWorker, WorkerOptions
+from kvcache.names import unpack_tokens
+from messages.errors import InvariantError, RequestError, ServeError
+from messages.fleet import WorkerInfo
+from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, RegionInfo, ReleaseLease, RenewLease
+from messages.request import CancelRequest, GenerateRequest
+from messages.stream import TokenBatch, TokenChunk
+from messages.wire import Message
+from transport.channel import ChannelClient
+from transport.secret import ClusterSecret
+
+logger = logging.getLogger(__name__)
+
+_AVOID_S = 1.0  #: how long an address is left alone after it was lost
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request that this worker answers."""
+
+    peer: bytes  #: the ingress
+    request: GenerateRequest
+    region: RegionInfo | None = None  #: where its KV comes from, once offered
+    num_region_blocks: int = 0
+    is_offered_whole: bool = False  #: the last handoff came
+    num_pulls: int = 0  #: in progress
+    is_leased: bool = False  #: a prefill worker works on it or holds blocks for it
+    is_done: bool = False
+
+
+@dataclass(slots=True)
+class _Prefiller:
+    """A prefill worker seen from here."""
+
+    client: ChannelClient
+    asked: set[str] = field(default_factory=set)  #: requests that still may get something from it
+
+
+class DecodeWorker:
+    """Answers requests. All methods belong to one event loop."""
+
+    def __init__(
+        self, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+    ) -> None:
+        """Loads the model; blocks.
+
+        Raises:
+            ConfigError: as EngineWorker.
+        """
+        self._worker = EngineWorker("decode", worker_id, host, options, on_crash)
+        self._options = options
+        self._secret = ClusterSecret.from_hex(options.secret)
+        self._puller = BlockPuller(self._worker.engine, self._worker.transport, options.pull_timeout_s)
+        self._streams: dict[str, _Stream] = {}
+        self._prefillers: dict[str, _Prefiller] = {}
+        self._avoided_until_s: dict[str, float] = {}
+        self._num_refused = 0
+
+    async def start(self) -> WorkerInfo:
+        """Listen; the answer goes to the fleet."""
+        return await self._worker.start(self)
+
+    async def close(self) -> None:
+        """Stop and let go of everything."""
+        for prefiller in self._prefillers.values():
+            prefiller.client.close()
+        await self._worker.close()
+
+    # ---------------------------------------------------------------------------------------------------- WorkerRole
+
+    def on_message(self, peer: bytes, message: Message) -> None:
+        """Requests of an ingress."""
+        match message:
+            case GenerateRequest():
+                self._accept(peer, message)
+            case CancelRequest(request_id=request_id):
+                self._cancel(request_id)
+            case _:
+                logger.warning("decode %s: unexpected %s", self._worker.worker_id, type(message).__name__)
+
+    def on_peer_lost(self, peer: bytes) -> None:
+        """The ingress is gone: nobody reads the answers."""
+        for request_id in [key for key, stream in self._streams.items() if stream.peer == peer]:
+            self._cancel(request_id)
+
+    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        """Carry out what the scheduler decided; one message per ingress."""
+        batches: dict[bytes, list[TokenChunk]] = {}
+        for instruction in instructions:
+            match instruction:
+                case EmitTokens():
+                    self._emit(instruction, batches)
+                case AskRemote():
+                    self._ask(instruction)
+                case PullBlocks():
+                    self._worker.spawn(self._pull(instruction))
+                case OfferBlocks() | RunStep():
+                    raise InvariantError(f"not a decode worker's instruction: {instruction}")
+        for peer, chunks in batches.items():
+            self._worker.send(peer, TokenBatch(chunks=chunks))
+
+    def stats(self) -> dict[str, float]:
+        """Decode's own numbers."""
+        stats = self._puller.stats
+        return {
+            "kvray_streams": float(len(self._streams)),
+            "kvray_pulled_bytes_total": float(stats.num_bytes),
+            "kvray_pull_seconds_total": stats.busy_s,
+            "kvray_pulls_failed_total": float(stats.num_failed),
+            'kvray_blocks_rejected_total{reason="generation"}': float(stats.num_rejected_generation),
+            'kvray_blocks_rejected_total{reason="transfer"}': float(stats.num_rejected_transfer),
+            "kvray_prefill_refused_total": float(self._num_refused),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def _accept(self, peer: bytes, request: GenerateRequest) -> None:
+        """Read path step 3."""
+        if request.request_id in self._streams:
+            logger.warning("request %s came twice", request.request_id)
+            return
+        now_s = time.monotonic()
+        spec = SequenceSpec(
+            seq_id=request.request_id,
+            token_ids=unpack_tokens(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            params=request.params,
+            salt=request.salt,
+            priority=request.priority,
+            deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
+            is_remote=self._can_prefill_remotely(request, now_s),
+        )
+        self._streams[request.request_id] = _Stream(peer=peer, request=request)
+        try:
+            self._worker.post(SequenceAdded(spec))
+        except RequestError as error:
+            self._emit_error(request.request_id, error)
+
+    def _can_prefill_remotely(self, request: GenerateRequest, now_s: float) -> bool:
+        address = request.prefill_address
+        return (
+            address is not None
+            and request.params.prompt_logprobs is None
+            and len(request.token_ids) // 4 == request.num_prompt_tokens
+            and self._avoided_until_s.get(address, 0.0) <= now_s
+        )
+
+    def _cancel(self, request_id: str) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return
+        stream.is_done = True
+        self._worker.post(SequenceCancelled(request_id))
+        self._release_if_idle(stream)
+
+    def _emit(self, emitted: EmitTokens, batches: dict[bytes, list[TokenChunk]]) -> None:
+        stream = self._streams.get(emitted.seq_id)
+        if stream is None:
+            return
+        batches.setdefault(stream.peer, []).append(
+            TokenChunk(
+                request_id=emitted.seq_id,
+                token_ids=emitted.token_ids,
+                logprobs=emitted.logprobs,
+                prompt_logprobs=emitted.prompt_logprobs,
+                sources=emitted.sources,
+                stop_token_id=emitted.stop_token_id,
+                finish_reason=emitted.finish_reason,
+                error=None if emitted.error is None else emitted.error.info(),
+            )
+        )
+        if emitted.finish_reason is not None:
+            del self._streams[emitted.seq_id]
+            stream.is_done = True
+            self._release_if_idle(stream)
+
+    def _emit_error(self, request_id: str, error: ServeError) -> None:
+        self.on_instructions([EmitTokens(request_id, finish_reason="error", error=error)])
+
+    # ------------------------------------------------------------------------------------------------ remote prefill
+
+    def _ask(self, instruction: AskRemote) -> None:
+        """Read path step 4."""
+        stream = self._streams.get(instruction.seq_id)
+        if stream is None:
+            return  # cancelled in the same breath
+        address = stream.request.prefill_address
+        assert address is not None, "only a request with a prefill address is remote"
+        prefiller = self._prefiller(address)
+        prefiller.asked.add(instruction.seq_id)
+        stream.is_leased = True
+        prefiller.client.send(PrefillRequest(request=stream.request, num_held_tokens=instruction.num_held_tokens))
+
+    def _prefiller(self, address: str) -> _Prefiller:
+        known = self._prefillers.get(address)
+        if known is not None:
+            return known
+        client = ChannelClient(
+            self._secret,
+            address,
+            on_message=lambda message: self._on_prefill_message(address, message),
+            on_lost=lambda reason: self._on_prefill_lost(address, reason),
+            config=self._options.channel,
+        )
+        prefiller = self._prefillers[address] = _Prefiller(client)
+        return prefiller
+
+    def _on_prefill_lost(self, address: str, reason: str) -> None:
+        """The prefill worker is gone: whatever still hung on it is computed here."""
+        prefiller = self._prefillers.pop(address, None)
+        if prefiller is None:
+            return
+        logger.warning("prefill worker at %s lost: %s", address, reason)
+        self._avoided_until_s[address] = time.monotonic() + _AVOID_S
+        for request_id in prefiller.asked:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            stream.is_leased = False
+            if not stream.is_offered_whole:
+                self._num_refused += 1
+                self._worker.post(KvRefused(request_id))
+        prefiller.client.close()
+
+    def _on_prefill_message(self, address: str, message: Message) -> None:
+        match message:
+            case KvHandoff():
+                self._on_handoff(address, message)
+            case PrefillFailed(request_id=request_id, error=error):
+                stream = self._streams.get(request_id)
+                self._forget_asked(address, request_id)
+                if stream is not None:
+                    stream.is_leased = False
+                    self._num_refused += 1
+                    logger.warning("prefill at %s refused %s: %s", address, request_id, error.message)
+                    self._worker.post(KvRefused(request_id))
+            case _:
+                logger.warning("unexpected %s from prefill at %s", type(message).__name__, address)
+
+    def _on_handoff(self, address: str, handoff: KvHandoff) -> None:
+        stream = self._streams.get(handoff.request_id)
+        if stream is None:  # ended meanwhile; the prefill worker must not wait for its lease
+            self._send_release(address, handoff.request_id)
+            return
+        stream.region = handoff.region
+        stream.num_region_blocks = handoff.num_region_blocks
+        stream.is_offered_whole |= handoff.is_last
+        self._worker.post(
+            KvOffered(
+                seq_id=handoff.request_id,
+                blocks=handoff.blocks,
+                is_last=handoff.is_last,
+                first_token=handoff.first_token,
+                first_logprob=handoff.first_logprob,
+                num_peer_cached_tokens=handoff.num_cached_tokens,
+            )
+        )
+        self._release_if_idle(stream)
+
+    async def _pull(self, instruction: PullBlocks) -> None:
+        """Read path step 6."""
+        stream = self._streams.get(instruction.seq_id)
+        bad = frozenset(location.index for location, _ in instruction.pairs)
+        try:
+            if stream is not None and stream.region is not None:
+                stream.num_pulls += 1
+                self._renew(stream)
+                try:
+                    bad = await self._puller.pull(stream.region, stream.num_region_blocks, instruction.pairs)
+                finally:
+                    stream.num_pulls -= 1
+        finally:
+            # Where a transfer cannot be aborted, late bytes may land in the targets for as long again.
+            can_abort = self._worker.transport.can_abort_safely
+            until_s = None if can_abort or not bad else time.monotonic() + self._options.pull_timeout_s
+            self._worker.post(PullEnded(instruction.seq_id, bad, until_s))
+            if stream is not None:
+                self._release_if_idle(stream)
+
+    def _renew(self, stream: _Stream) -> None:
+        prefiller = self._prefillers.get(stream.request.prefill_address or "")
+        if prefiller is not None and stream.is_leased:
+            prefiller.client.send(RenewLease(request_id=stream.request.request_id))
+
+    def _release_if_idle(self, stream: _Stream) -> None:
+        """Nothing more will be read from the prefill worker's blocks: say so at once."""
+        if not stream.is_leased or stream.num_pulls > 0:
+            return
+        if stream.is_done or stream.is_offered_whole:
+            stream.is_leased = False
+            address = stream.request.prefill_address or ""
+            self._forget_asked(address, stream.request.request_id)
+            self._send_release(address, stream.request.request_id)
+
+    def _send_release(self, address: str, request_id: str) -> None:
+        prefiller = self._prefillers.get(address)
+        if prefiller is not None:
+            prefiller.client.send(ReleaseLease(request_id=request_id))
+
+    def _forget_asked(self, address: str, request_id: str) -> None:
+        prefiller = self._prefillers.get(address)
+        if prefiller is not None:
+            prefiller.asked.discard(request_id)

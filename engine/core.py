@@ -1,0 +1,135 @@
+"""One engine: scheduler, block pool and runner put together, without threads, processes or a clock of its own.
+
+Use it directly (tests, benchmarks, a notebook):
+
+    engine = Engine.build(loaded, EngineOptions(kv_cache_bytes=2**30))
+    engine.post(SequenceAdded(spec))
+    while engine.has_work():
+        for emitted in engine.step(): ...
+
+A worker drives the same object from its event loop (engine.driver).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.kv_pool import KvPool, block_bytes, plan_num_blocks
+from engine.model import LoadedModel
+from engine.plan import EmitTokens, Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.structured import GrammarTokenizer
+from kvcache.pool import BlockPool
+from kvcache.region import RegionLayout
+from transport.memory import Memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How an engine computes. `kv_cache_bytes` None: `kv_cache_share` of the memory that is free now."""
+
+    block_size: int = 16  #: tokens
+    kv_cache_bytes: int | None = None
+    kv_cache_share: float = 0.25
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    itl_target_s: float = 0.05
+    remote_threshold_tokens: int = 256
+    remote_timeout_s: float = 120.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """Scheduler, pool and runner over one region of memory. Not thread-safe: one caller at a time."""
+
+    loaded: LoadedModel
+    options: EngineOptions
+    layout: RegionLayout
+    memory: Memory  #: the region: generations, then blocks
+    pool: BlockPool
+    runner: Runner
+    scheduler: Scheduler
+    _pending: list[Instruction] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, loaded: LoadedModel, options: EngineOptions, *, model_dir: Path | None = None) -> Engine:
+        """An engine with a pool of its own. `model_dir` gives the tokenizer that structured output needs.
+
+        Raises:
+            ConfigError: too little memory for one sequence.
+        """
+        num_bytes_per_block = block_bytes(loaded.layer_specs, options.block_size, loaded.dtype)
+        num_blocks = plan_num_blocks(
+            block_bytes=num_bytes_per_block,
+            block_size=options.block_size,
+            max_model_len=loaded.max_model_len,
+            kv_cache_bytes=options.kv_cache_bytes,
+            kv_cache_share=options.kv_cache_share,
+            device=loaded.device,
+            max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
+        )
+        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block)
+        memory = Memory.allocate(layout.num_bytes)
+        generations = memory.view[: num_blocks * 8].cast("Q")
+        pool = BlockPool(num_blocks, options.block_size, generations)
+        kv_pool = KvPool(
+            loaded.layer_specs, options.block_size, loaded.dtype, loaded.device, memory.view[layout.data_offset :]
+        )
+        grammar_tokenizer = None
+        if model_dir is not None and loaded.eos_token_ids:
+            grammar_tokenizer = GrammarTokenizer.from_tokenizer_json(
+                model_dir / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids
+            )
+        sampler = Sampler(loaded.vocab_size, grammar_tokenizer)
+        config = SchedulerConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=loaded.max_model_len,
+            itl_target_s=options.itl_target_s,
+            remote_threshold_tokens=options.remote_threshold_tokens,
+            remote_timeout_s=options.remote_timeout_s,
+        )
+        return cls(
+            loaded=loaded,
+            options=options,
+            layout=layout,
+            memory=memory,
+            pool=pool,
+            runner=Runner(loaded, kv_pool, sampler),
+            scheduler=Scheduler(config, pool, loaded.fingerprint),
+        )
+
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
+        """What follows from `event`."""
+        return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """Carry out a planned step; blocks for as long as the forward pass takes."""
+        return self.runner.execute(plan)
+
+    # -- for callers that have no loop of their own
+
+    def post(self, event: Event) -> None:
+        """Take in an event; what follows comes out of the next `step`."""
+        self._pending += self.decide(event)
+
+    def step(self) -> list[EmitTokens]:
+        """Run one step if there is one to run; all tokens emitted since the last call."""
+        self.post(StepWanted())
+        for plan in [item.plan for item in self._pending if isinstance(item, RunStep)]:
+            self.post(StepEnded(self.compute(plan)))
+        emitted = [item for item in self._pending if isinstance(item, EmitTokens)]
+        self._pending.clear()
+        return emitted
+
+    def has_work(self) -> bool:
+        """Sequences are waiting or running."""
+        return self.scheduler.num_waiting + self.scheduler.num_pulling + self.scheduler.num_running > 0
+
+    def close(self) -> None:
+        """Give the pool's memory back."""
+        self.memory.close()

@@ -1,0 +1,102 @@
+"""Drives an engine from an event loop: decisions on the loop, forward passes on one thread.
+
+All bookkeeping is touched by the loop's thread alone; the thread sees a plan and gives back a result. While it
+computes, the loop keeps answering heartbeats, cancels and pulls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from engine.core import Engine
+from engine.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepWanted, TimePassed
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.1  #: how late a deadline may be noticed
+
+
+class EngineDriver:
+    """Feeds events in, hands instructions out, keeps steps running while there is work.
+
+    `on_instructions` is called on the loop with what one event led to, RunStep left out. `on_crash` is called once
+    if a step raises: the engine's state is then unknown and the worker must end.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_instructions: Callable[[Sequence[Instruction]], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        self.engine = engine
+        self._on_instructions = on_instructions
+        self._on_crash = on_crash
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.num_steps = 0
+        self.busy_s = 0.0
+
+    def start(self) -> None:
+        """Begin stepping on the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def post(self, event: Event) -> None:
+        """Take in an event from the loop's thread; its instructions are handed out before this returns."""
+        self._carry_out(event)
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Stop after the step in progress."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _run(self) -> None:
+        try:
+            next_tick_s = 0.0
+            while True:
+                now_s = time.monotonic()
+                if now_s >= next_tick_s:
+                    next_tick_s = now_s + _TICK_S
+                    self._carry_out(TimePassed())
+                self._wake.clear()
+                plan = self._carry_out(StepWanted())
+                if plan is not None:
+                    await self._step(plan)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), timeout=_TICK_S)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # the edge: a worker that cannot step must not look alive
+            logger.exception("engine step failed")
+            self._on_crash(error)
+
+    async def _step(self, plan: StepPlan) -> None:
+        loop = asyncio.get_running_loop()
+        started_s = time.perf_counter()
+        result = await loop.run_in_executor(self._thread, self.engine.compute, plan)
+        self.num_steps += 1
+        self.busy_s += time.perf_counter() - started_s
+        self._carry_out(StepEnded(result))
+
+    def _carry_out(self, event: Event) -> StepPlan | None:
+        instructions = self.engine.decide(event)
+        plan = None
+        others: list[Instruction] = []
+        for instruction in instructions:
+            if isinstance(instruction, RunStep):
+                plan = instruction.plan
+            else:
+                others.append(instruction)
+        if others:
+            self._on_instructions(others)
+        return plan

@@ -1,0 +1,281 @@
+"""What prefill and decode workers have in common: an engine, a channel, a registered region, subscribers.
+
+No Ray. A role (prefill.worker, decode.worker) owns one EngineWorker, is handed the messages and instructions that
+concern it, and posts events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine.core import Engine, EngineOptions
+from engine.driver import EngineDriver
+from engine.model import load_model
+from engine.plan import Event, Instruction
+from messages.fleet import GetStats, KvEvents, LoadReport, Role, Stats, Subscribe, WorkerInfo
+from messages.handoff import RegionInfo
+from messages.wire import Message
+from transport.channel import ChannelConfig, ChannelServer
+from transport.protocol import Transport
+from transport.secret import ClusterSecret
+from transport.shm import ShmTransport
+
+logger = logging.getLogger(__name__)
+
+_REPORT_S = 1.0  #: a report at least this often
+_REPORT_MIN_S = 0.02  #: and at most this often
+
+#: the scheduler's counters as operators see them
+_METRICS = {
+    "num_preemptions": "kvray_preemptions_total",
+    "num_prompt_tokens_device": 'kvray_prompt_tokens_total{source="device"}',
+    "num_prompt_tokens_peer": 'kvray_prompt_tokens_total{source="peer"}',
+    "num_prompt_tokens_computed": 'kvray_prompt_tokens_total{source="computed"}',
+    "num_generated_tokens": "kvray_generated_tokens_total",
+    "num_rejected_blocks": "kvray_blocks_recomputed_total",
+    "num_remote_fallbacks": "kvray_remote_fallbacks_total",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What a worker is told at its start. Everything in it crosses a process."""
+
+    model_dir: str
+    dtype: str
+    device: str
+    max_model_len: int | None
+    num_threads: int | None
+    engine: EngineOptions
+    use_kernels: bool
+    secret: str  #: 64 hex digits
+    channel: ChannelConfig
+    lease_s: float
+    pull_timeout_s: float
+
+
+class WorkerRole(Protocol):
+    """The part that differs."""
+
+    def on_message(self, peer: bytes, message: Message) -> None:
+        """A message that is not the EngineWorker's own."""
+        ...
+
+    def on_peer_lost(self, peer: bytes) -> None:
+        """A client of this worker is gone."""
+        ...
+
+    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        """What the scheduler wants done."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges of the role, by metric name."""
+        ...
+
+
+class EngineWorker:
+    """An engine on its thread, behind a channel, with its KV registered for peers."""
+
+    def __init__(
+        self, role: Role, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+    ) -> None:
+        """Loads the model; blocks for as long as that takes. `host`: the node's address, where the channel listens.
+
+        Raises:
+            ConfigError: the model or the memory will not do.
+        """
+        self.role: Role = role
+        self.worker_id = worker_id
+        self._host = host
+        self.options = options
+        model_dir = Path(options.model_dir)
+        loaded = load_model(
+            model_dir,
+            dtype=options.dtype,
+            device=_resolved_device(options.device),
+            num_threads=options.num_threads,
+            max_model_len=options.max_model_len,
+            use_kernels=options.use_kernels,
+            on_progress=lambda text: logger.info("%s %s: %s", role, worker_id, text),
+        )
+        self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
+        self.transport: Transport = ShmTransport()
+        self.region: RegionInfo = self.transport.register(self.engine.memory)
+        self._on_crash = on_crash
+        self._role: WorkerRole | None = None
+        self._subscribers: dict[bytes, int] = {}  #: peer -> next event number
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._report_wanted = asyncio.Event()
+        self.server: ChannelServer | None = None
+        self.driver: EngineDriver | None = None
+
+    async def start(self, role: WorkerRole) -> WorkerInfo:
+        """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
+        self._role = role
+        options = self.options
+        secret = ClusterSecret.from_hex(options.secret)
+        self.server = ChannelServer(
+            secret,
+            self._host,
+            on_message=self._on_message,
+            on_peer_lost=self._on_peer_lost,
+            config=options.channel,
+        )
+        self.driver = EngineDriver(self.engine, self._on_instructions, self._on_crash)
+        self.driver.start()
+        self.spawn(self._report_forever())
+        return self.info(self.server.address)
+
+    def info(self, address: str) -> WorkerInfo:
+        """This worker's constants."""
+        engine = self.engine
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            role=self.role,
+            address=address,
+            node_id=os.uname().nodename,
+            fingerprint=engine.loaded.fingerprint,
+            block_size=engine.options.block_size,
+            num_blocks=engine.layout.num_blocks,
+            block_bytes=engine.layout.block_bytes,
+            max_model_len=engine.loaded.max_model_len,
+            max_num_seqs=engine.options.max_num_seqs,
+            roads=(self.transport.road,),
+        )
+
+    def post(self, event: Event) -> None:
+        """An event for the scheduler."""
+        assert self.driver is not None, "start() comes first"
+        self.driver.post(event)
+        self._report_wanted.set()
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """A message to a client of this worker; dropped if it is gone."""
+        if self.server is not None:
+            self.server.send(peer, message)
+
+    def spawn(self, coroutine: object) -> None:
+        """Run a coroutine until it ends or the worker closes."""
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Stop stepping, hang up, give memory back."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.driver is not None:
+            await self.driver.close()
+        if self.server is not None:
+            self.server.close()
+        self.transport.close()
+        self.engine.close()
+
+    # ------------------------------------------------------------------------------------------------- the channel
+
+    def _on_message(self, peer: bytes, message: Message) -> None:
+        match message:
+            case Subscribe():
+                self._flush_events()
+                self._subscribers[peer] = 1
+                names = b"".join(self.engine.pool.snapshot())
+                self.send(peer, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
+                self.send(peer, self._report())
+            case GetStats(query_id=query_id):
+                self.send(
+                    peer, Stats(query_id=query_id, worker_id=self.worker_id, role=self.role, values=self._stats())
+                )
+            case _:
+                assert self._role is not None
+                self._role.on_message(peer, message)
+
+    def _on_peer_lost(self, peer: bytes) -> None:
+        self._subscribers.pop(peer, None)
+        assert self._role is not None
+        self._role.on_peer_lost(peer)
+
+    def _on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        assert self._role is not None
+        self._role.on_instructions(instructions)
+        self._flush_events()
+        self._report_wanted.set()
+
+    # --------------------------------------------------------------------------------------- what the router is told
+
+    def _flush_events(self) -> None:
+        """Write path b: what changed in the pool, numbered per subscriber."""
+        stored, removed = self.engine.pool.take_events()
+        if not stored and not removed:
+            return
+        for peer, seq in self._subscribers.items():
+            self._subscribers[peer] = seq + 1
+            self.send(
+                peer,
+                KvEvents(worker_id=self.worker_id, seq=seq, stored=b"".join(stored), removed=b"".join(removed)),
+            )
+
+    async def _report_forever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._report_wanted.wait(), _REPORT_S)
+            self._report_wanted.clear()
+            self._flush_events()
+            report = self._report()
+            for peer in list(self._subscribers):
+                self.send(peer, report)
+            await asyncio.sleep(_REPORT_MIN_S)
+
+    def _report(self) -> LoadReport:
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        return LoadReport(
+            worker_id=self.worker_id,
+            queued_tokens=scheduler.queued_tokens,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            free_blocks=pool.num_free,
+            prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
+            decode_step_s=scheduler.decode_step_s,
+            request_ids=tuple(scheduler.seq_ids()),
+        )
+
+    def _stats(self) -> dict[str, float]:
+        assert self._role is not None
+        assert self.driver is not None
+        engine = self.engine
+        values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
+        values |= self._role.stats()
+        values |= {
+            "kvray_blocks": float(engine.layout.num_blocks),
+            "kvray_blocks_free": float(engine.pool.num_free),
+            "kvray_blocks_pinned": float(engine.pool.num_used),
+            "kvray_block_bytes": float(engine.layout.block_bytes),
+            "kvray_block_size_tokens": float(engine.options.block_size),
+            "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
+            "kvray_sequences_running": float(engine.scheduler.num_running),
+            "kvray_queued_tokens": float(engine.scheduler.queued_tokens),
+            "kvray_prefill_tokens_per_s": float(engine.scheduler.prefill_tokens_per_s),
+            "kvray_decode_step_seconds": float(engine.scheduler.decode_step_s),
+            "kvray_steps_total": float(self.driver.num_steps),
+            "kvray_step_seconds_total": self.driver.busy_s,
+            "kvray_process_cpu_seconds_total": time.process_time(),
+        }
+        return values
+
+
+def _resolved_device(device: str) -> str:
+    """What `device` stands for: auto is the accelerator, where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,67 @@
+"""The Serve deployment around the router: one replica. Placements travel over its channel, not over Serve."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import ray.util
+from ray import serve
+
+from kvrouter.worker import RouterWorker
+from messages.fleet import WorkerInfo
+from transport.channel import ChannelConfig
+from transport.secret import ClusterSecret
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    """What a router is told at its start."""
+
+    secret: str  #: 64 hex digits
+    channel: ChannelConfig
+
+
+class ReplicaWatch(Protocol):
+    """Tells of the replicas of a deployment as they come and go (cluster.fleet.FleetWatch)."""
+
+    def start(self, deployment: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+        """Call `on_change` with replica id -> metadata, on the running loop."""
+        ...
+
+
+class RouterActor:
+    """One replica: one router for as long as the process lives."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, options: RouterOptions, watch: ReplicaWatch, deployments: Sequence[str], prepare: Callable[[], None]
+    ) -> None:
+        prepare()
+        self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
+        self._router = RouterWorker(
+            self._id, ClusterSecret.from_hex(options.secret), ray.util.get_node_ip_address(), options.channel
+        )
+        self._replicas: dict[str, list[WorkerInfo]] = {}
+        for deployment in deployments:
+            watch.start(deployment, functools.partial(self._on_replicas, deployment))
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Where ingresses find this router."""
+        return {"worker_id": self._id, "address": self._router.address}
+
+    async def identify(self) -> str:
+        """The router's id; the only method that is ever called over a handle."""
+        return self._id
+
+    def _on_replicas(self, deployment: str, replicas: dict[str, dict[str, Any]]) -> None:
+        self._replicas[deployment] = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]
+        self._router.set_fleet([info for infos in self._replicas.values() for info in infos])
+
+    async def __del__(self) -> None:
+        """Serve's only shutdown hook, after the drain."""
+        router = getattr(self, "_router", None)
+        if router is not None:
+            router.close()

@@ -1,0 +1,194 @@
+"""The prefill worker: computes a prompt's KV, samples the first token, publishes the blocks under a lease.
+
+Steps 4 and 5 of the read path (docs/ARCHITECTURE.md). No Ray here; prefill.actor is the shell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.plan import (
+    AskRemote,
+    BlocksReleased,
+    EmitTokens,
+    Instruction,
+    OfferBlocks,
+    PullBlocks,
+    RunStep,
+    SequenceAdded,
+    SequenceCancelled,
+    SequenceSpec,
+)
+from engine.worker import EngineWorker, WorkerOptions
+from kvcache.names import unpack_tokens
+from messages.errors import InvariantError, ServeError
+from messages.fleet import WorkerInfo
+from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.wire import Message
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A prompt that a decode worker asked for. Ends by release, by the asker's death or by its lease."""
+
+    peer: bytes
+    num_held_tokens: int
+    offer: OfferBlocks | None = None  #: the last one, until its first token comes
+    lease_ends_s: float | None = None  #: None while prefill still runs
+
+
+class PrefillWorker:
+    """Runs prompts for decode workers. All methods belong to one event loop."""
+
+    def __init__(
+        self, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+    ) -> None:
+        """Loads the model; blocks.
+
+        Raises:
+            ConfigError: as EngineWorker.
+        """
+        self._worker = EngineWorker("prefill", worker_id, host, options, on_crash)
+        self._lease_s = options.lease_s
+        self._jobs: dict[str, _Job] = {}
+        self._num_prompts = 0
+        self._num_expired = 0
+        self._num_published_blocks = 0
+
+    async def start(self) -> WorkerInfo:
+        """Listen; the answer goes to the fleet."""
+        info = await self._worker.start(self)
+        self._worker.spawn(self._expire_forever())
+        return info
+
+    async def close(self) -> None:
+        """Stop and let go of everything."""
+        await self._worker.close()
+
+    # ---------------------------------------------------------------------------------------------------- WorkerRole
+
+    def on_message(self, peer: bytes, message: Message) -> None:
+        """Requests and leases of decode workers."""
+        match message:
+            case PrefillRequest():
+                self._accept(peer, message)
+            case RenewLease(request_id=request_id):
+                job = self._jobs.get(request_id)
+                if job is not None and job.lease_ends_s is not None:
+                    job.lease_ends_s = time.monotonic() + self._lease_s
+            case ReleaseLease(request_id=request_id):
+                self._release(request_id)
+            case _:
+                logger.warning("prefill %s: unexpected %s", self._worker.worker_id, type(message).__name__)
+
+    def on_peer_lost(self, peer: bytes) -> None:
+        """The asker is gone: nobody will pull."""
+        for request_id in [key for key, job in self._jobs.items() if job.peer == peer]:
+            self._release(request_id)
+
+    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        """Publish what became readable."""
+        for instruction in instructions:
+            match instruction:
+                case OfferBlocks():
+                    self._offer(instruction)
+                case EmitTokens():
+                    self._finish(instruction)
+                case AskRemote() | PullBlocks() | RunStep():
+                    raise InvariantError(f"a prefill worker's sequences are local, saw {instruction}")
+
+    def stats(self) -> dict[str, float]:
+        """Prefill's own numbers."""
+        return {
+            "kvray_prefill_prompts_total": float(self._num_prompts),
+            "kvray_leases": float(sum(job.lease_ends_s is not None for job in self._jobs.values())),
+            "kvray_leases_expired_total": float(self._num_expired),
+            "kvray_blocks_published_total": float(self._num_published_blocks),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- the jobs
+
+    def _accept(self, peer: bytes, message: PrefillRequest) -> None:
+        request = message.request
+        if request.request_id in self._jobs:
+            self._release(request.request_id)
+        self._num_prompts += 1
+        self._jobs[request.request_id] = _Job(peer=peer, num_held_tokens=message.num_held_tokens)
+        now_s = time.monotonic()
+        spec = SequenceSpec(
+            seq_id=request.request_id,
+            token_ids=unpack_tokens(request.token_ids)[: request.num_prompt_tokens],
+            num_prompt_tokens=request.num_prompt_tokens,
+            params=request.params,
+            salt=request.salt,
+            priority=request.priority,
+            deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
+            is_kept=True,
+        )
+        self._worker.post(SequenceAdded(spec))
+
+    def _offer(self, offer: OfferBlocks) -> None:
+        """Read path step 5. The last offer waits for the first token, which follows at once."""
+        job = self._jobs.get(offer.seq_id)
+        if job is None:
+            return
+        if offer.is_last:
+            job.offer = offer
+        else:
+            self._publish(job, offer, None)
+
+    def _finish(self, emitted: EmitTokens) -> None:
+        job = self._jobs.get(emitted.seq_id)
+        if job is None:
+            return
+        if emitted.error is not None or not emitted.token_ids or job.offer is None:
+            error = emitted.error or ServeError(f"prefill ended with {emitted.finish_reason} and no token")
+            del self._jobs[emitted.seq_id]
+            self._worker.send(job.peer, PrefillFailed(request_id=emitted.seq_id, error=error.info()))
+            return
+        self._publish(job, job.offer, emitted)
+        job.offer = None
+
+    def _publish(self, job: _Job, offer: OfferBlocks, emitted: EmitTokens | None) -> None:
+        engine = self._worker.engine
+        first_block = job.num_held_tokens // engine.options.block_size
+        blocks = [block for block in offer.blocks if block.index >= first_block]
+        self._num_published_blocks += len(blocks)
+        job.lease_ends_s = time.monotonic() + self._lease_s
+        self._worker.send(
+            job.peer,
+            KvHandoff(
+                request_id=offer.seq_id,
+                lease_s=self._lease_s,
+                region=self._worker.region,
+                num_region_blocks=engine.layout.num_blocks,
+                blocks=blocks,
+                is_last=emitted is not None,
+                first_token=None if emitted is None else emitted.token_ids[0],
+                first_logprob=emitted.logprobs[0] if emitted is not None and emitted.logprobs else None,
+                num_cached_tokens=offer.num_cached_tokens,
+            ),
+        )
+
+    def _release(self, request_id: str) -> None:
+        """The blocks are not needed any more, computed or not."""
+        if self._jobs.pop(request_id, None) is not None:
+            self._worker.post(SequenceCancelled(request_id))
+            self._worker.post(BlocksReleased(request_id))
+
+    async def _expire_forever(self) -> None:
+        """A lease that ends frees the blocks even when nobody says anything."""
+        while True:
+            await asyncio.sleep(min(0.2, self._lease_s / 4))
+            now_s = time.monotonic()
+            for request_id, job in list(self._jobs.items()):
+                if job.lease_ends_s is not None and job.lease_ends_s < now_s:
+                    logger.warning("lease of %s ended after %.1f s without a word", request_id, self._lease_s)
+                    self._num_expired += 1
+                    self._release(request_id)
