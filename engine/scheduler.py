@@ -57,12 +57,12 @@ class SchedulerConfig:
     """The scheduler's numbers.
 
     Raises:
-        ConfigError: one makes no sense, or a step could not hold a row of every sequence and one chunk.
+        ConfigError: one makes no sense.
     """
 
     max_model_len: int  #: tokens, prompt and output
     max_num_seqs: int = 256  #: running or pulling at once
-    max_num_batched_tokens: int = 2048  #: in one step
+    max_num_batched_tokens: int = 2048  #: in one step; a row for each decode and one chunk fit in any case
     chunk_quantum_tokens: int = 256  #: prefill chunks end at multiples of it
     itl_target_s: float = 0.1  #: steps with decodes take no more prefill than fits in it, but always one chunk
     #: a remote sequence that lacks fewer tokens than this computes them here
@@ -74,11 +74,6 @@ class SchedulerConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is wanted")
-        if self.max_num_batched_tokens < self.max_num_seqs + self.chunk_quantum_tokens:
-            raise ConfigError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; wanted: at least max_num_seqs + "
-                f"chunk_quantum_tokens = {self.max_num_seqs + self.chunk_quantum_tokens}"
-            )
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}; a share from 0 up to 1 is wanted")
 
@@ -354,7 +349,7 @@ class Scheduler:
         """Short remainders first, which gives the lowest mean TTFT; who is passed over counts as ever shorter."""
         budget = ChunkBudget(
             self._cost,
-            num_tokens=self._config.max_num_batched_tokens,
+            max_tokens=self._config.max_num_batched_tokens,
             quantum_tokens=self._config.chunk_quantum_tokens,
             decode_parts=list(parts.values()),
             target_s=self._config.itl_target_s,
@@ -697,6 +692,64 @@ class Scheduler:
         elif not seq.is_in_step:
             self._give_back(seq)
 
+    # ------------------------------------------------------------------------------------------------------ invariants
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the books do not agree, those of the pool included."""
+        self._pool.check_invariants()
+        for seq in self._sequences.values():
+            self._check_sequence(seq)
+        lists = (self._waiting, self._pulling.values(), self._running.values())
+        _require(
+            sorted(s.order for group in lists for s in group)
+            == sorted(s.order for s in self._sequences.values() if s.phase is not Phase.KEPT),
+            "every sequence is in the one list of its phase",
+        )
+        _require(self._waiting == sorted(self._waiting, key=_seniority), "the queue is in order")
+        pins = [0] * self._pool.num_blocks
+        in_step = [seq for _, seq in self._step or [] if seq.phase is Phase.ENDED]
+        for seq in [*self._sequences.values(), *in_step]:
+            for block_id in seq.block_table:
+                pins[block_id] += 1
+        for targets in self._orphans.values():
+            for _, block_id, _ in targets:
+                pins[block_id] += 1
+        _require(
+            pins == [self._pool.num_pins(block_id) for block_id in range(self._pool.num_blocks)],
+            "a block is pinned once for each table that holds it",
+        )
+        _require(
+            all(seq.phase in (Phase.RUNNING, Phase.PULLING) for seq in self._in_flight.values()),
+            "only who runs or pulls is waited for",
+        )
+
+    def _check_sequence(self, seq: Sequence) -> None:
+        table, pool = seq.block_table, self._pool
+        match seq.phase:
+            case Phase.WAITING:
+                _require(not table and not seq.num_computed and not seq.is_in_step, "who waits holds nothing")
+            case Phase.PULLING:
+                _require(len(table) == seq.num_blocks_for(seq.num_prompt_tokens), "a pull has all its targets")
+            case Phase.RUNNING:
+                _require(seq.num_computed < seq.num_tokens, "who runs has something to compute")
+            case Phase.KEPT:
+                _require(seq.num_computed >= seq.num_prompt_tokens, "what is kept is whole")
+            case Phase.ENDED:
+                _require(False, "who ended is forgotten")
+            case _ as unreachable:
+                assert_never(unreachable)
+        _require((seq.pull is not None) == (seq.phase is Phase.PULLING), "who pulls, and nobody else, has a pull")
+        _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
+        _require(
+            all(pool.name(table[i]) in (None, seq.names[i]) for i in range(seq.num_computed // seq.block_size)),
+            "blocks have the names of their sequences",
+        )
+        partial = table[seq.num_computed // seq.block_size :] if seq.pull is None else []
+        _require(
+            all(pool.name(block_id) is None and pool.num_pins(block_id) == 1 for block_id in partial),
+            "what is still to be written is nobody else's",
+        )
+
     def _give_back(self, seq: Sequence) -> None:
         self._pool.unpin(seq.block_table)
         seq.block_table = []
@@ -740,6 +793,11 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
 
 def _stop_token(seq: Sequence, reason: FinishReason | None) -> int | None:
     return seq.token_ids[-1] if reason == "stop" else None
+
+
+def _require(is_true: bool, what: str) -> None:
+    if not is_true:
+        raise InvariantError(f"scheduler: not true that {what}")
 
 
 def _deadline_error(seq_id: str, phase: Phase) -> WorkerError:

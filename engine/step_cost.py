@@ -104,13 +104,13 @@ class ChunkBudget:
         self,
         cost: StepCost,
         *,
-        num_tokens: int,
+        max_tokens: int,
         quantum_tokens: int,
         decode_parts: Sequence[SequenceStep],
         target_s: float,
     ) -> None:
         self._cost = cost
-        self._left_tokens = num_tokens - len(decode_parts)
+        self._left_tokens = max(max_tokens - len(decode_parts), quantum_tokens)
         self._quantum = quantum_tokens
         self._target_s = target_s if decode_parts else None
         self._features = features(decode_parts)
