@@ -1,0 +1,174 @@
+"""Which worker holds which block: name -> holders, folded from what workers report (write path step c).
+
+Holders of a name are one integer, a bit per slot; a worker has one slot. Workers evict tails of a prefix before its
+heads, so along a prompt's names the set of holders only shrinks, and the longest match of every worker is found by
+galloping: tens of probes instead of one per block.
+
+    names      0 1 2 3 4 5 6 7
+    worker a   # # # # # # . .      match 6
+    worker b   # # . . . . . .      match 2
+
+A worker that left or was cleared stops counting at once; its names are swept out by and by, and its slot is used
+again only when nothing of it is left. Memory follows what workers hold: about 165 bytes a name with one holder
+(benchmarks/router.py, 2026-11-23). Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import count
+
+from messages.errors import InvariantError
+
+NAME_BYTES = 16
+
+_NAME = struct.Struct(f"{NAME_BYTES}s")
+_SWEPT_PER_FOLD = 256  #: besides twice as many as came in, so that sweeping keeps up
+
+
+class BlockIndex:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._holders: dict[bytes, int] = {}  # name -> bits of slots, live or retired; never 0
+        self._slots: dict[str, int] = {}  # live workers
+        self._workers: dict[int, str] = {}  # the other way round
+        self._held: dict[int, set[bytes]] = {}  # slot, live or retired -> its names
+        self._retired: list[int] = []
+        self._live = 0  # bits of live slots
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def num_held(self, worker_id: str) -> int:
+        """Names that the worker holds; 0 for one that is unknown."""
+        slot = self._slots.get(worker_id)
+        return 0 if slot is None else len(self._held[slot])
+
+    def fold(self, worker_id: str, *, cleared: bool = False, stored: bytes = b"", removed: bytes = b"") -> None:
+        """Apply one worker's change: `cleared` first, then `stored`, then `removed` (concatenated names).
+
+        Storing what is held and removing what is not are both fine. An unknown worker becomes known.
+
+        Raises:
+            ValueError: `stored` or `removed` is no whole number of names; nothing was applied.
+        """
+        if len(stored) % NAME_BYTES or len(removed) % NAME_BYTES:
+            raise ValueError(f"names come in {NAME_BYTES} bytes each: saw {len(stored)} and {len(removed)} bytes")
+        if cleared:
+            self.drop(worker_id)
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            slot = self._take_slot(worker_id)
+        self._store(slot, stored)
+        self._remove(slot, removed)
+        if self._retired:
+            self.sweep(2 * (len(stored) + len(removed)) // NAME_BYTES + _SWEPT_PER_FOLD)
+
+    def drop(self, worker_id: str) -> None:
+        """Forget a worker: no match names it any more. Unknown ones are fine."""
+        slot = self._slots.pop(worker_id, None)
+        if slot is not None:
+            del self._workers[slot]
+            self._live &= ~(1 << slot)
+            self._retired.append(slot)
+
+    def sweep(self, max_names: int) -> None:
+        """Free at most `max_names` entries of workers that are gone."""
+        holders = self._holders
+        while self._retired and max_names > 0:
+            slot = self._retired[-1]
+            held = self._held[slot]
+            others = ~(1 << slot)
+            num_swept = min(max_names, len(held))
+            for _ in range(num_swept):
+                name = held.pop()
+                bits = holders[name] & others
+                if bits:
+                    holders[name] = bits
+                else:
+                    del holders[name]
+            max_names -= num_swept
+            if not held:
+                self._retired.pop()
+                del self._held[slot]
+
+    def match(self, names: bytes) -> dict[str, int]:
+        """Leading blocks that each worker holds, of the prompt with these (concatenated) names. Zeros are left out.
+
+        For a worker that does not hold a prefix without gaps the figure is the end of *some* run of held names: a hint,
+        as everything here.
+        """
+        matches: dict[str, int] = {}
+        num_names = len(names) // NAME_BYTES
+        get = self._holders.get
+        alive = self._live & get(names[:NAME_BYTES], 0)
+        held = 0  # all of `alive` hold name number `held`
+        while alive:
+            begin = held
+            step = 1
+            while begin + step < num_names:
+                at = (begin + step) * NAME_BYTES
+                if get(names[at : at + NAME_BYTES], 0) & alive != alive:
+                    break
+                begin += step
+                step *= 2
+            end = min(begin + step, num_names)  # all of `alive` hold `begin`; not all of them hold `end`
+            while end - begin > 1:
+                middle = (begin + end) // 2
+                at = middle * NAME_BYTES
+                if get(names[at : at + NAME_BYTES], 0) & alive == alive:
+                    begin = middle
+                else:
+                    end = middle
+            at = end * NAME_BYTES
+            staying = alive & get(names[at : at + NAME_BYTES], 0) if end < num_names else 0
+            leaving = alive & ~staying
+            while leaving:
+                bit = leaving & -leaving
+                matches[self._workers[bit.bit_length() - 1]] = end
+                leaving ^= bit
+            alive, held = staying, end
+        return matches
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError unless both directions of the index agree."""
+        expected: dict[bytes, int] = {}
+        for slot, held in self._held.items():
+            for name in held:
+                expected[name] = expected.get(name, 0) | 1 << slot
+        live = sum(1 << slot for slot in self._slots.values())
+        slots = {slot: worker_id for worker_id, slot in self._slots.items()}
+        if expected != self._holders or live != self._live or slots != self._workers:
+            raise InvariantError("block index: names by worker and workers by name differ")
+        if sorted([*self._workers, *self._retired]) != sorted(self._held):
+            raise InvariantError(f"block index: slots {sorted(self._held)} are neither live nor retired, or both")
+
+    def _take_slot(self, worker_id: str) -> int:
+        slot = next(slot for slot in count() if slot not in self._held)
+        self._slots[worker_id] = slot
+        self._workers[slot] = worker_id
+        self._held[slot] = set()
+        self._live |= 1 << slot
+        return slot
+
+    def _store(self, slot: int, names: bytes) -> None:
+        holders, bit = self._holders, 1 << slot
+        get, add = holders.get, self._held[slot].add
+        for (name,) in _NAME.iter_unpack(names):
+            bits = get(name, 0)
+            if not bits & bit:
+                holders[name] = bits | bit if bits else bit  # one integer object for all names held once
+                add(name)
+
+    def _remove(self, slot: int, names: bytes) -> None:
+        holders, bit = self._holders, 1 << slot
+        discard = self._held[slot].discard
+        for (name,) in _NAME.iter_unpack(names):
+            bits = holders.get(name, 0)
+            if bits & bit:
+                if bits == bit:
+                    del holders[name]
+                else:
+                    holders[name] = bits ^ bit
+                discard(name)

@@ -1,0 +1,292 @@
+"""The router: folds what workers report, and answers where a prompt should run. Pure: events in, instructions out.
+
+Read path step 2, write path steps c and d (docs/ARCHITECTURE.md). Choosing and reserving are one step, so that
+requests that come together see each other; a reservation ends when the worker's own report lists the request, when
+the ingress says that it ended, or by its deadline.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, assert_never
+
+from kvrouter.index import BlockIndex
+from kvrouter.policy import Candidate, Pricing, Rates, Reserved, WorkerState, blocks_wanted, can_ever_hold
+from messages.errors import CapacityError, InvariantError, RequestError, ServeError, WorkerError
+from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+
+_SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
+_DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """The router's own limits."""
+
+    rates: Rates = field(default_factory=Rates)
+    max_delay_s: float = 60.0  #: predicted wait and queue beyond which a request is refused (429)
+    reservation_grace_s: float = 10.0  #: a placed request that its worker never reports counts this long past its TTFT
+    snapshot_timeout_s: float = 5.0  #: then it is asked for again
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """The worker's channel is up."""
+
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker, or the channel to it, is gone."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """About once a second."""
+
+
+Event: TypeAlias = WorkerJoined | WorkerLost | KvEvents | LoadReport | RouteRequest | RequestEnded | TimePassed
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """To whoever sent the RouteRequest that is being handled."""
+
+    message: Placement | RouteFailed
+
+
+@dataclass(frozen=True, slots=True)
+class AskSnapshot:
+    """Send Subscribe to this worker."""
+
+    worker_id: str
+
+
+Instruction: TypeAlias = Reply | AskSnapshot
+
+
+@dataclass(slots=True)
+class _Feed:
+    """Where a worker's stream of KvEvents stands."""
+
+    next_seq: int = 0
+    asked_s: float | None = None  #: when a snapshot was asked for; None: in step
+
+
+@dataclass(slots=True)
+class _Placed:
+    """A request that was placed and has not ended."""
+
+    worker_ids: tuple[str, ...]
+    placed_s: float
+    expires_s: float  #: of its reservations, not of itself
+
+
+class Router:
+    """See the module. Not thread-safe; `now_s` is monotonic."""
+
+    def __init__(self, config: RouterConfig = RouterConfig()) -> None:
+        self._config = config
+        self._rates = config.rates
+        self._index = BlockIndex()
+        self._workers: dict[str, WorkerState] = {}
+        self._feeds: dict[str, _Feed] = {}
+        self._placed: dict[str, _Placed] = {}
+        self._counts: Counter[str] = Counter()
+
+    def on_event(self, event: Event, now_s: float) -> list[Instruction]:
+        """Take one event in; what has to be done about it."""
+        match event:
+            case RouteRequest():
+                return [Reply(self._route(event, now_s))]
+            case KvEvents():
+                return self._fold(event, now_s)
+            case LoadReport():
+                if event.worker_id in self._workers:
+                    self._workers[event.worker_id].report(event)
+                return []
+            case RequestEnded(request_id=request_id):
+                self._end(request_id, now_s)
+                return []
+            case WorkerJoined(info):
+                self._forget_worker(info.worker_id)
+                self._workers[info.worker_id] = WorkerState(info)
+                self._feeds[info.worker_id] = _Feed()
+                return self._ask_snapshot(info.worker_id, now_s)
+            case WorkerLost(worker_id):
+                self._forget_worker(worker_id)
+                return []
+            case TimePassed():
+                return self._tick(now_s)
+            case _:
+                assert_never(event)
+
+    def explain(self, request: RouteRequest) -> list[Candidate]:
+        """Every placement that `request` could get now, cheapest first. Reserves nothing."""
+        decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
+        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
+        return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges by metric name."""
+        gauges = {
+            "kvray_router_workers": len(self._workers),
+            "kvray_router_workers_out_of_step": sum(feed.asked_s is not None for feed in self._feeds.values()),
+            "kvray_router_index_names": len(self._index),
+            "kvray_router_requests": len(self._placed),
+            "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
+        }
+        return {name: float(value) for name, value in (gauges | self._counts).items()}
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError unless what is counted twice agrees."""
+        self._index.check_invariants()
+        if self._workers.keys() != self._feeds.keys():
+            raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
+        for worker_id, worker in self._workers.items():
+            sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0)
+            seen = (worker.reserved_tokens, worker.reserved_blocks, worker.reserved_sequences)
+            if sums != seen:
+                raise InvariantError(f"router: {worker_id} has {seen} reserved, its reservations add up to {sums}")
+            strangers = [
+                request_id
+                for request_id in worker.reserved
+                if request_id not in self._placed or worker_id not in self._placed[request_id].worker_ids
+            ]
+            if strangers:
+                raise InvariantError(f"router: {worker_id} has reservations of requests not placed there: {strangers}")
+
+    # ---------------------------------------------------------------------------------------------------- placement
+
+    def _route(self, request: RouteRequest, now_s: float) -> Placement | RouteFailed:
+        try:
+            best = self._choose(request)
+        except ServeError as error:
+            self._counts[f'kvray_router_refused_total{{kind="{type(error).__name__}"}}'] += 1
+            return RouteFailed(request_id=request.request_id, error=error.info())
+        self._reserve(request, best, now_s)
+        kind = "alone" if best.prefill is None else "pair"
+        self._counts[f'kvray_router_placed_total{{kind="{kind}"}}'] += 1
+        self._counts["kvray_router_prompt_tokens_total"] += request.num_prompt_tokens
+        self._counts["kvray_router_matched_tokens_total"] += max(best.decode_match_tokens, best.prefill_match_tokens)
+        decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
+        return Placement(
+            request_id=request.request_id,
+            decode_worker=decode.worker_id,
+            decode_address=decode.address,
+            prefill_worker=prefill.worker_id if prefill else None,
+            prefill_address=prefill.address if prefill else None,
+            decode_match_tokens=best.decode_match_tokens,
+            prefill_match_tokens=best.prefill_match_tokens,
+            predicted_ttft_s=best.ttft_s,
+            reason=best.reason(),
+        )
+
+    def _choose(self, request: RouteRequest) -> Candidate:
+        if not any(worker.info.role == "decode" for worker in self._workers.values()):
+            raise CapacityError("no decode worker is there", status=503, code="no_workers", retry_after_s=1.0)
+        there = self._candidates("decode", request)
+        if not there:
+            raise WorkerError(f"every decode worker failed this request: {', '.join(request.exclude)}")
+        decodes = [worker for worker in there if can_ever_hold(worker.info, request)]
+        if not decodes:
+            limit = max(min(w.info.max_model_len - 1, w.info.num_blocks * w.info.block_size - 1) for w in there)
+            raise RequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; the workers hold at most {limit} and one more",
+                code="context_length_exceeded",
+            )
+        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
+        best = self._pricing(request).best(decodes, prefills)
+        excess_s = best.delay_s - self._config.max_delay_s
+        if excess_s > 0:
+            raise CapacityError(
+                f"all workers are busy for {best.delay_s:.1f} s, {self._config.max_delay_s:g} s are allowed",
+                code="overloaded",
+                retry_after_s=max(1.0, round(excess_s)),
+            )
+        return best
+
+    def _candidates(self, role: str, request: RouteRequest) -> list[WorkerState]:
+        return [
+            worker
+            for worker_id, worker in self._workers.items()
+            if worker.info.role == role and worker_id not in request.exclude
+        ]
+
+    def _pricing(self, request: RouteRequest) -> Pricing:
+        return Pricing(request, self._index.match(request.names), self._rates)
+
+    def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
+        request_id = request.request_id
+        self._release(request_id)
+        block_size = best.decode.info.block_size
+        num_blocks = blocks_wanted(request, block_size) - best.decode_match_tokens // block_size
+        tokens_here = best.num_computed_tokens if best.prefill is None else 0
+        best.decode.reserve(request_id, Reserved(tokens_here, num_blocks, request.num_sequences))
+        worker_ids = [best.decode.info.worker_id]
+        if best.prefill is not None:
+            num_blocks = blocks_wanted(request, block_size) - best.prefill_match_tokens // block_size
+            best.prefill.reserve(request_id, Reserved(best.num_computed_tokens, num_blocks, request.num_sequences))
+            worker_ids.append(best.prefill.info.worker_id)
+        expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
+        self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s)
+
+    def _end(self, request_id: str, now_s: float) -> None:
+        self._release(request_id)
+        placed = self._placed.pop(request_id, None)
+        if placed is not None:
+            seen, mean = now_s - placed.placed_s, self._rates.sequence_s
+            self._rates = replace(self._rates, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
+
+    def _release(self, request_id: str) -> None:
+        placed = self._placed.get(request_id)
+        for worker_id in placed.worker_ids if placed is not None else ():
+            worker = self._workers.get(worker_id)
+            if worker is not None:
+                worker.release(request_id)
+
+    # ----------------------------------------------------------------------------------------------- what workers say
+
+    def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
+        feed = self._feeds.get(event.worker_id)
+        if feed is None:
+            return []
+        is_snapshot = event.seq == 0 and event.cleared
+        if feed.asked_s is not None and not is_snapshot:
+            return []  # of the numbering before
+        if not is_snapshot and event.seq != feed.next_seq:
+            self._counts["kvray_router_gaps_total"] += 1
+            return self._ask_snapshot(event.worker_id, now_s)
+        try:
+            self._index.fold(event.worker_id, cleared=event.cleared, stored=event.stored, removed=event.removed)
+        except ValueError:
+            self._counts["kvray_router_gaps_total"] += 1
+            return self._ask_snapshot(event.worker_id, now_s)
+        feed.asked_s = None
+        feed.next_seq = event.seq + 1
+        return []
+
+    def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
+        self._feeds[worker_id].asked_s = now_s
+        return [AskSnapshot(worker_id)]
+
+    def _forget_worker(self, worker_id: str) -> None:
+        self._workers.pop(worker_id, None)
+        self._feeds.pop(worker_id, None)
+        self._index.drop(worker_id)
+
+    def _tick(self, now_s: float) -> list[Instruction]:
+        self._index.sweep(_SWEPT_PER_TICK)
+        for request_id, placed in self._placed.items():
+            if placed.expires_s < now_s:
+                self._release(request_id)
+        instructions: list[Instruction] = []
+        for worker_id, feed in self._feeds.items():
+            if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:
+                instructions += self._ask_snapshot(worker_id, now_s)
+        return instructions

@@ -1,0 +1,184 @@
+"""The router as a process, without Ray: channels around `kvrouter.router.Router`. kvrouter.actor is the shell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from kvrouter.router import (
+    AskSnapshot,
+    Event,
+    Instruction,
+    Reply,
+    Router,
+    RouterConfig,
+    TimePassed,
+    WorkerJoined,
+    WorkerLost,
+)
+from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe, WorkerInfo
+from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.wire import Message
+from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
+from transport.secret import ClusterSecret
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_RECONNECT_S = 0.1  #: first pause before a lost worker is tried again; doubles up to
+_MAX_RECONNECT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Link:
+    """A worker of the fleet, and the channel to it while there is one."""
+
+    info: WorkerInfo
+    client: ChannelClient | None = None
+    pause_s: float = _RECONNECT_S
+    timer: asyncio.TimerHandle | None = None
+
+
+class RouterWorker:
+    """Answers ingresses, listens to workers. All methods belong to the event loop it was made on."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        secret: ClusterSecret,
+        host: str,
+        channel: ChannelConfig | None = None,
+        config: RouterConfig | None = None,
+    ) -> None:
+        """Listen on a free port of `host`.
+
+        Raises:
+            ConfigError: nothing can be bound there.
+        """
+        self._worker_id = worker_id
+        self._secret = secret
+        self._channel = channel or ChannelConfig()
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[str, _Link] = {}
+        self._requests: dict[PeerId, set[str]] = {}  # placed and not ended, by ingress
+        self.router = Router(config or RouterConfig())
+        self._server = ChannelServer(secret, host, self._on_ingress_message, self._on_ingress_lost, self._channel)
+        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+
+    @property
+    def address(self) -> str:
+        """For ingresses, tcp://host:port."""
+        return self._server.address
+
+    def set_fleet(self, workers: Iterable[WorkerInfo]) -> None:
+        """The workers that are there now: new ones are connected to, missing ones forgotten."""
+        fleet = {info.worker_id: info for info in workers}
+        for worker_id, link in list(self._links.items()):
+            if fleet.get(worker_id) != link.info:
+                self._unlink(worker_id)
+        for worker_id, info in fleet.items():
+            if worker_id not in self._links:
+                self._links[worker_id] = _Link(info)
+                self._connect(worker_id)
+
+    def close(self) -> None:
+        """Hang up everywhere."""
+        self._tick_timer.cancel()
+        for worker_id in list(self._links):
+            self._unlink(worker_id)
+        self._server.close()
+
+    # ------------------------------------------------------------------------------------------------------- workers
+
+    def _connect(self, worker_id: str) -> None:
+        link = self._links[worker_id]
+        link.timer = None
+        link.client = ChannelClient(
+            self._secret,
+            link.info.address,
+            on_message=lambda message: self._on_worker_message(worker_id, message),
+            on_lost=lambda reason: self._on_worker_lost(worker_id, reason),
+            on_ready=lambda: self._on_worker_ready(worker_id),
+            config=self._channel,
+        )
+
+    def _unlink(self, worker_id: str) -> None:
+        link = self._links.pop(worker_id)
+        if link.timer is not None:
+            link.timer.cancel()
+        if link.client is not None:
+            link.client.close()
+        self._decide(WorkerLost(worker_id))
+
+    def _on_worker_ready(self, worker_id: str) -> None:
+        self._links[worker_id].pause_s = _RECONNECT_S
+        self._decide(WorkerJoined(self._links[worker_id].info))
+
+    def _on_worker_lost(self, worker_id: str, reason: str) -> None:
+        link = self._links[worker_id]
+        logger.warning("router: worker %s lost (%s); trying again in %.1f s", worker_id, reason, link.pause_s)
+        link.client = None
+        link.timer = self._loop.call_later(link.pause_s, self._connect, worker_id)
+        link.pause_s = min(2 * link.pause_s, _MAX_RECONNECT_S)
+        self._decide(WorkerLost(worker_id))
+
+    def _on_worker_message(self, worker_id: str, message: Message) -> None:
+        match message:
+            case KvEvents() | LoadReport() if message.worker_id == worker_id:
+                self._decide(message)
+            case _:
+                logger.warning("router: unexpected %s from %s", type(message).__name__, worker_id)
+
+    # ----------------------------------------------------------------------------------------------------- ingresses
+
+    def _on_ingress_message(self, peer: PeerId, message: Message) -> None:
+        match message:
+            case RouteRequest():
+                self._decide(message, peer)
+            case RequestEnded():
+                self._requests.get(peer, set()).discard(message.request_id)
+                self._decide(message)
+            case GetStats(query_id=query_id):
+                values = self.router.stats()
+                self._server.send(
+                    peer, Stats(query_id=query_id, worker_id=self._worker_id, role="router", values=values)
+                )
+            case _:
+                logger.warning("router: unexpected %s from an ingress", type(message).__name__)
+
+    def _on_ingress_lost(self, peer: PeerId) -> None:
+        for request_id in self._requests.pop(peer, ()):
+            self._decide(RequestEnded(request_id=request_id))
+
+    # ------------------------------------------------------------------------------------------------------ the rest
+
+    def _tick(self) -> None:
+        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+        self._decide(TimePassed())
+
+    def _decide(self, event: Event, peer: PeerId | None = None) -> None:
+        self._carry_out(self.router.on_event(event, time.monotonic()), peer)
+
+    def _carry_out(self, instructions: Sequence[Instruction], peer: PeerId | None) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Reply(message):
+                    assert peer is not None, "only ingresses ask for placements"
+                    self._reply(peer, message)
+                case AskSnapshot(worker_id):
+                    client = self._links[worker_id].client
+                    if client is not None:
+                        client.send(Subscribe())
+                case _:
+                    assert_never(instruction)
+
+    def _reply(self, peer: PeerId, message: Placement | RouteFailed) -> None:
+        if isinstance(message, Placement):
+            self._requests.setdefault(peer, set()).add(message.request_id)
+        if not self._server.send(peer, message) and isinstance(message, Placement):
+            # The ingress went meanwhile, and its loss may have been told already.
+            self._on_ingress_lost(peer)
