@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "elementwise.h"
 
 namespace {
 
@@ -201,6 +202,65 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor
   return out;
 }
 
+// Rows that are worth a thread's while.
+int64_t grain(int64_t row_size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(row_size, 1)); }
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool adds_one, bool rounds_first) {
+  const int64_t n = x.size(-1), num_rows = x.numel() / std::max<int64_t>(n, 1);
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.numel() == n &&
+                  weight.scalar_type() == x.scalar_type(),
+              "rms_norm: want contiguous rows and a weight [", n, "] of the same type");
+  Tensor out = at::empty(x.sizes(), x.options());
+  const kvray::NormStyle style{static_cast<float>(eps), adds_one, rounds_first};
+  by_dtype(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *from = pointer<const T>(x), *factor = pointer<const T>(weight);
+    T* to = pointer<T>(out);
+    at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        kvray::rms_norm_row<T>(from + i * n, factor, static_cast<int>(n), style, to + i * n);
+    });
+  });
+  return out;
+}
+
+void gate(const Tensor& gate, const Tensor& up, bool is_gelu) {
+  TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.sizes() == up.sizes() &&
+                  gate.scalar_type() == up.scalar_type(),
+              "gate: want two contiguous tensors of one shape and type");
+  const int64_t n = gate.size(-1), num_rows = gate.numel() / std::max<int64_t>(n, 1);
+  const auto activation = is_gelu ? kvray::Activation::kGeluTanh : kvray::Activation::kSilu;
+  by_dtype(gate, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = pointer<T>(gate);
+    const T* from = pointer<const T>(up);
+    at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        kvray::gate_row<T>(to + i * n, from + i * n, static_cast<int>(n), activation);
+    });
+  });
+}
+
+void rotate(const Tensor& rows, const Tensor& cosine, const Tensor& sine) {
+  check_rows(rows, rows, 3, "rows");
+  const int64_t num_tokens = rows.size(0), rotary = cosine.size(-1);
+  TORCH_CHECK(cosine.is_contiguous() && sine.is_contiguous() && cosine.sizes() == sine.sizes() &&
+                  cosine.numel() == num_tokens * rotary && cosine.scalar_type() == rows.scalar_type() &&
+                  sine.scalar_type() == rows.scalar_type() && rotary % 2 == 0 && rotary <= rows.size(2),
+              "rotate: want contiguous cosine and sine [", num_tokens, ", even, at most ", rows.size(2),
+              "] of the rows' type");
+  by_dtype(rows, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = pointer<T>(rows);
+    const T *c = pointer<const T>(cosine), *s = pointer<const T>(sine);
+    at::parallel_for(0, num_tokens, grain(rows.size(1) * rotary), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        kvray::rotate_row<T>(to + t * rows.stride(0), rows.stride(1), static_cast<int>(rows.size(1)), c + t * rotary,
+                             s + t * rotary, static_cast<int>(rotary));
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -208,6 +268,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("write_kv", &write_kv, call_guard<gil_scoped_release>());
   m.def("decode_attention", &decode_attention, call_guard<gil_scoped_release>());
   m.def("prefill_attention", &prefill_attention, call_guard<gil_scoped_release>());
+  m.def("rms_norm", &rms_norm, call_guard<gil_scoped_release>());
+  m.def("gate", &gate, call_guard<gil_scoped_release>());
+  m.def("rotate", &rotate, call_guard<gil_scoped_release>());
   m.attr("vector_floats") = kvray::W;
   m.attr("has_bf16_dot") = kvray::kHasBf16Dot;
 }

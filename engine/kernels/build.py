@@ -25,7 +25,15 @@ import torch
 MODULE_NAME = "kvray_kernels"
 
 _SOURCE_DIRECTORY = Path(__file__).parent
-_SOURCES = ("attention.h", "vec.h", "binding.cpp", "decode.cpp", "prefill.cpp")
+_SOURCES = (
+    "attention.h",
+    "elementwise.h",
+    "vec.h",
+    "binding.cpp",
+    "decode.cpp",
+    "elementwise.cpp",
+    "prefill.cpp",
+)
 
 
 class BuildError(Exception):

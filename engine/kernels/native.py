@@ -91,11 +91,41 @@ class NativeKernels:
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """See AttentionKernels. In bfloat16 the softmax's weights are rounded to bfloat16 before they meet the values."""
+        """See AttentionKernels. In bfloat16 the weights are rounded to bfloat16 before they meet the values."""
         out: torch.Tensor = self._module.prefill_attention(
             query, k_view, v_view, block_table, kv_len, scaling, window or 0, softcap or 0.0, _float(sinks), chunk or 0
         )
         return out
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool, rounds_first: bool
+    ) -> torch.Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
+
+        Args:
+            x: `[..., n]`, contiguous.
+            weight: `[n]`, of x's dtype.
+            eps: under the root.
+            adds_one: the factor is `1 + weight`.
+            rounds_first: round to x's dtype before the weight; otherwise the whole product is float32.
+        """
+        out: torch.Tensor = self._module.rms_norm(x, weight, eps, adds_one, rounds_first)
+        return out
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """`silu(gate) * up`, or with gelu's tanh form; overwrites and returns `gate`. Both `[..., n]`, contiguous."""
+        self._module.gate(gate, up, is_gelu)
+        return gate
+
+    def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Rotary embedding, in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
+
+        Args:
+            rows: `[num_tokens, num_heads, head_dim]`, last dimension contiguous.
+            cosine: `[num_tokens, r]` or `[1, num_tokens, r]`, contiguous, r at most head_dim; what is left stays.
+            sine: likewise.
+        """
+        self._module.rotate(rows, cosine, sine)
 
 
 def _float(sinks: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,320 @@
+"""A model's RMS norms, gated MLPs and attention layers on compiled operators: fewer passes over memory, same numbers.
+
+Transformers computes these in several operators, each reading and writing all of its tensors. `fuse_modules` gives
+single *instances* of them another `forward`; classes and module trees stay as they are. An instance is fused only after
+its own arithmetic was reproduced on trial input: the same operations in the same order (bit for bit), and the compiled
+operator within a rounding of them. Whatever differs, in whichever way, keeps its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from engine.kernels.native import NativeKernels
+
+_PROBE_NAME = "kvray_fuse_probe"
+_TRIAL_ROWS = 5
+
+#: What the forward of a module that is not what it looks like can raise.
+_MODULE_ERRORS = (TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError)
+
+#: Share of bfloat16 results that may differ by a rounding. The wrong order of roundings differs in 15 % and more.
+_MAX_ROUNDED = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class FusedModules:
+    """How many instances of each kind were fused."""
+
+    norms: int
+    gates: int
+    attentions: int
+
+    @property
+    def name(self) -> str:
+        """Part of the kernel path in block names: fused operators have bits of their own."""
+        return f"fused-1-{self.norms}-{self.gates}-{self.attentions}"
+
+
+def fuse_modules(model: nn.Module, kernels: NativeKernels) -> FusedModules:
+    """Fuse what can be fused of a loaded model on the CPU, in place. Call it after linears were packed.
+
+    The model's attention implementation is left as it was.
+    """
+    with torch.inference_mode():
+        modules = list(model.modules())
+        norms = sum(_fuse_norm(module, kernels) for module in modules)
+        gates = sum(_fuse_gate(module, kernels) for module in modules)
+        attentions = sum(_fuse_attention(call, kernels) for call in _attention_calls(model))
+    return FusedModules(norms, gates, attentions)
+
+
+def _agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Equal but for the last bits of float32, or for the rounding of a few results of bfloat16."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if got.dtype == torch.float32:
+        return torch.allclose(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+    is_near = torch.allclose(got.float(), want.float(), rtol=2**-6, atol=2**-7 * float(want.abs().mean()))
+    return is_near and float((got != want).float().mean()) <= _MAX_ROUNDED
+
+
+def _trial(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- norms
+
+
+class _FusedNorm:
+    """Stands for an RMS norm's forward."""
+
+    def __init__(self, norm: nn.Module, kernels: NativeKernels, eps: float, adds_one: bool, rounds_first: bool) -> None:
+        self._forward = norm.forward
+        self._weight: torch.Tensor = norm.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        self._kernels = kernels
+        self._eps = eps
+        self._adds_one = adds_one
+        self._rounds_first = rounds_first
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != self._weight.dtype:
+            result: torch.Tensor = self._forward(hidden_states)
+            return result
+        return self._kernels.rms_norm(
+            hidden_states.contiguous(),
+            self._weight,
+            self._eps,
+            adds_one=self._adds_one,
+            rounds_first=self._rounds_first,
+        )
+
+
+def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return False
+    if "Norm" not in type(norm).__name__ or len(list(norm.parameters())) != 1 or not _is_served(weight):
+        return False
+    size = weight.shape[0]
+    # Rows of ordinary and of tiny size: eps must be where it belongs.
+    rows = _trial(_TRIAL_ROWS, 64, size, dtype=weight.dtype)
+    rows = rows * torch.tensor([30.0, 1.0, 0.1, 1e-2, 1e-3], dtype=weight.dtype)[:, None, None]
+    try:
+        want = norm(rows)
+    except _MODULE_ERRORS:
+        return False
+    for adds_one, rounds_first in ((False, True), (False, False), (True, False)):
+        fused = _FusedNorm(norm, kernels, eps, adds_one, rounds_first)
+        if _agree(fused(rows), want):
+            norm.forward = fused  # type: ignore[method-assign]
+            return True
+    return False
+
+
+def _is_served(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------------------------------- gates
+
+
+class _FusedGate:
+    """Stands for a gated MLP's forward: `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, mlp: nn.Module, kernels: NativeKernels, is_gelu: bool) -> None:
+        self._gate: Callable[[torch.Tensor], torch.Tensor] = mlp.gate_proj  # type: ignore[assignment]
+        self._up: Callable[[torch.Tensor], torch.Tensor] = mlp.up_proj  # type: ignore[assignment]
+        self._down: Callable[[torch.Tensor], torch.Tensor] = mlp.down_proj  # type: ignore[assignment]
+        self._kernels = kernels
+        self._is_gelu = is_gelu
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._down(self._kernels.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
+
+
+def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
+    children = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activation = getattr(mlp, "act_fn", None)
+    if not all(isinstance(child, nn.Module) and hasattr(child, "in_features") for child in children):
+        return False
+    gate, up, down = children
+    dtype = _dtype_of(gate)
+    if not callable(activation) or dtype is None:
+        return False
+    rows = _trial(_TRIAL_ROWS, gate.in_features, dtype=dtype)  # type: ignore[union-attr]
+    try:
+        opened, raised = gate(rows), up(rows)  # type: ignore[misc]
+        if not torch.equal(mlp(rows), down(activation(opened) * raised)):  # type: ignore[misc]
+            return False
+        opened, raised = _trial(64, 256, dtype=dtype), _trial(64, 256, dtype=dtype, seed=1)
+        trials = [(x, y, activation(x) * y) for x, y in ((opened, raised), (opened.float(), raised.float()))]
+    except _MODULE_ERRORS:
+        return False
+    for is_gelu in (False, True):
+        # In float32 too: bfloat16 alone does not tell gelu's two forms apart.
+        if all(_agree(kernels.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
+            mlp.forward = _FusedGate(mlp, kernels, is_gelu)  # type: ignore[method-assign]
+            return True
+    return False
+
+
+def _dtype_of(linear: nn.Module | None) -> torch.dtype | None:
+    """What a linear layer works in; None where the kernels do not serve it."""
+    weight = getattr(linear, "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) and _is_served(weight) else None
+
+
+# ---------------------------------------------------------------------------------------------------------- attentions
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionCall:
+    """How an attention layer was called in a forward of its model, and how it called the attention function."""
+
+    module: nn.Module
+    keywords: dict[str, Any]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    options: dict[str, Any]
+    result: torch.Tensor
+
+
+def _probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What the probe answers in place of attention: `[1, T, num_heads, v_dim]`."""
+    return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype, seed=2)
+
+
+def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
+    """One forward of a few tokens through the model as it is, with the probe for attention."""
+    config: Any = model.config
+    before = config._attn_implementation  # noqa: SLF001  # transformers offers no other way to ask
+    asked: dict[nn.Module, tuple[Any, ...]] = {}
+    calls: list[_AttentionCall] = []
+
+    def probe(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        asked[module] = (query.clone(), key.clone(), value.clone(), {"attention_mask": mask, **options})
+        return _probe_result(query, value), None
+
+    def after(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if not args and module in asked:
+            query, key, value, options = asked.pop(module)
+            calls.append(_AttentionCall(module, keywords, query, key, value, options, output[0]))
+
+    AttentionInterface.register(_PROBE_NAME, probe)
+    hooks = [
+        module.register_forward_hook(after, with_kwargs=True) for module in model.modules() if hasattr(module, "q_proj")
+    ]
+    tokens = torch.arange(_TRIAL_ROWS)[None]
+    try:
+        model.set_attn_implementation(_PROBE_NAME)  # type: ignore[operator]
+        model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
+    except _MODULE_ERRORS:
+        calls.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)  # type: ignore[operator]
+    return iter(calls)
+
+
+class _FusedAttention:
+    """Stands for an attention layer's forward: projections, norms of q and k where it has them, rotary embedding."""
+
+    def __init__(self, module: Any, kernels: NativeKernels, options: dict[str, Any]) -> None:
+        self._module = module
+        self._forward = module.forward
+        self._kernels = kernels
+        self._options = options
+        self._query_norm = getattr(module, "q_norm", None)
+        self._key_norm = getattr(module, "k_norm", None)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **keywords: Any,
+    ) -> Any:
+        if past_key_values is not None or position_embeddings is None or hidden_states.shape[0] != 1:
+            return self._forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **keywords,
+            )
+        module = self._module
+        heads = (*hidden_states.shape[:-1], -1, module.head_dim)  # [1, T, num_heads, head_dim]
+        query, key = module.q_proj(hidden_states).view(heads), module.k_proj(hidden_states).view(heads)
+        value = module.v_proj(hidden_states).view(heads)
+        if self._query_norm is not None:
+            query = self._query_norm(query)
+        if self._key_norm is not None:
+            key = self._key_norm(key)
+        cosine, sine = position_embeddings
+        self._kernels.rotate(query[0], cosine, sine)
+        self._kernels.rotate(key[0], cosine, sine)
+        attention = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # noqa: SLF001  # as the layer does
+        out, _ = attention(
+            module,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask,
+            **keywords,
+            **self._options,
+        )
+        return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
+    module: Any = call.module
+    if not all(hasattr(module, name) for name in ("k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "config")):
+        return False
+    given = {*call.keywords, "attention_mask"}
+    options = {name: value for name, value in call.options.items() if name not in given}
+    fused = _FusedAttention(module, kernels, options)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    mismatches: list[str] = []
+
+    def probe(
+        _: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **got: Any
+    ) -> tuple[torch.Tensor, None]:
+        seen.append((query, key, value))
+        wanted = {**call.options}
+        if mask is not wanted.pop("attention_mask") or got.keys() != wanted.keys():
+            mismatches.append("options")
+        return _probe_result(query, value), None
+
+    AttentionInterface.register(_PROBE_NAME, probe)
+    before = module.config._attn_implementation  # noqa: SLF001
+    module.config._attn_implementation = _PROBE_NAME  # noqa: SLF001
+    try:
+        result = fused(**call.keywords)[0]
+    except _MODULE_ERRORS:
+        return False
+    finally:
+        module.config._attn_implementation = before  # noqa: SLF001
+    is_same = (
+        len(seen) == 1
+        and not mismatches
+        and torch.equal(seen[0][2], call.value)
+        and _agree(seen[0][0], call.query)
+        and _agree(seen[0][1], call.key)
+        and torch.equal(result, call.result)
+    )
+    if is_same:
+        module.forward = fused
+    return is_same

@@ -1,0 +1,78 @@
+#include "elementwise.h"
+
+namespace kvray {
+namespace {
+
+// x as it reads back after being stored as T.
+template <typename T>
+inline vf rounded(vf x) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(x));
+  return x;
+}
+
+// x / (1 + e^-y)
+inline vf swish(vf x, vf y) {
+  vf exponent = y * -kLog2E;
+  vf bounded = exponent > 127.f ? splat(127.f) : exponent;
+  return x / (1.f + exp2v<7>(bounded));
+}
+
+inline vf silu(vf x) { return swish(x, x); }
+
+// x / 2 * (1 + tanh(y)) is x / (1 + e^-2y), which keeps its digits where tanh is near -1.
+inline vf gelu_tanh(vf x) { return swish(x, 1.5957691216057308f * (x + 0.044715f * (x * x * x))); }
+
+}  // namespace
+
+template <typename T>
+void rms_norm_row(const T* x, const T* weight, int n, const NormStyle& style, T* out) {
+  vf squares[4] = {};  // four sums, so that one addition need not wait for the one before
+  for (int i = 0, lane = 0; i < n; i += W, lane = (lane + 1) % 4) {
+    vf part = load_upto(x + i, n - i);
+    squares[lane] = fma(part, part, squares[lane]);
+  }
+  const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(n);
+  const float scale = 1.f / std::sqrt(mean + style.eps);
+  for (int i = 0; i < n; i += W) {
+    vf y = load_upto(x + i, n - i) * scale;
+    vf w = load_upto(weight + i, n - i);
+    if (style.adds_one) w = w + 1.f;
+    if (style.rounds_first) y = rounded<T>(y);
+    store_upto(out + i, y * w, n - i);
+  }
+}
+
+template <typename T>
+void gate_row(T* gate, const T* up, int n, Activation activation) {
+  for (int i = 0; i < n; i += W) {
+    vf x = load_upto(gate + i, n - i);
+    vf y = activation == Activation::kSilu ? silu(x) : gelu_tanh(x);
+    store_upto(gate + i, rounded<T>(y) * load_upto(up + i, n - i), n - i);
+  }
+}
+
+template <typename T>
+void rotate_row(T* row, int64_t head_stride, int num_heads, const T* cosine, const T* sine, int rotary) {
+  const int half = rotary / 2;
+  for (int i = 0; i < half; i += W) {
+    const int n = half - i;
+    const vf cos_low = load_upto(cosine + i, n), cos_high = load_upto(cosine + half + i, n);
+    const vf sin_low = load_upto(sine + i, n), sin_high = load_upto(sine + half + i, n);
+    for (int h = 0; h < num_heads; h++) {
+      T* low = row + h * head_stride + i;
+      T* high = low + half;
+      const vf x = load_upto(low, n), y = load_upto(high, n);
+      store_upto(low, rounded<T>(x * cos_low) + rounded<T>(-y * sin_low), n);
+      store_upto(high, rounded<T>(y * cos_high) + rounded<T>(x * sin_high), n);
+    }
+  }
+}
+
+template void rms_norm_row<float>(const float*, const float*, int, const NormStyle&, float*);
+template void rms_norm_row<bf16>(const bf16*, const bf16*, int, const NormStyle&, bf16*);
+template void gate_row<float>(float*, const float*, int, Activation);
+template void gate_row<bf16>(bf16*, const bf16*, int, Activation);
+template void rotate_row<float>(float*, int64_t, int, const float*, const float*, int);
+template void rotate_row<bf16>(bf16*, int64_t, int, const bf16*, const bf16*, int);
+
+}  // namespace kvray
