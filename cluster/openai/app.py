@@ -1,0 +1,239 @@
+"""The HTTP application: OpenAI's endpoints over a Backend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Final
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from cluster.openai import replies
+from cluster.openai.backend import Backend, HttpLimits, ServedModel
+from cluster.openai.body import BodyDecoder, nested_too_deeply, read_body
+from cluster.openai.chat import start_chat
+from cluster.openai.completions import start_completion
+from cluster.openai.conversation import tool_format
+from cluster.openai.docs_schema import answers, body_of, describe
+from cluster.openai.edge import CLIENT_LEFT, Edge
+from cluster.openai.errors import error_headers, error_json, model_not_found, shown
+from cluster.openai.metrics import HttpMetrics
+from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from cluster.openai.stream import EventStream, reply_while_connected
+from cluster.openai.surface import Surface
+from cluster.openai.tokens import detokenize, tokenize
+from cluster.openai.tool_calls import MARKS, ToolFormat
+from engine.structured import GrammarTokenizer
+from engine.tokenizer import Tokenizer
+from messages.errors import ConfigError, RequestError, ServeError
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION: Final = "OpenAI's API, with vLLM's extra fields."
+
+
+def create_app(
+    backend: Backend,
+    model: ServedModel,
+    tokenizer: Tokenizer,
+    *,
+    version: str,
+    limits: HttpLimits | None = None,
+    api_keys: Sequence[str] = (),
+    tool_parser: ToolFormat | None = None,
+) -> FastAPI:
+    """The application. Nothing runs before the first request; everything happens on one event loop.
+
+    Args:
+        backend: generates.
+        model: facts about the model served.
+        tokenizer: of that model.
+        version: of the product, for /version.
+        limits: what one client may ask for.
+        api_keys: where there are any, every path but /health, /ready, /metrics and /version wants one of them.
+        tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
+    """
+    kind = tool_parser or tool_format(tokenizer)
+    marks = MARKS[kind] if kind else ()
+    surface = Surface(
+        backend=backend,
+        model=model,
+        tokenizer=tokenizer,
+        grammar_tokenizer=_grammar_tokenizer(model, tokenizer),
+        limits=limits or HttpLimits(),
+        metrics=HttpMetrics(),
+        tool_format=kind,
+        hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
+        max_token_chars=_max_token_chars(tokenizer),
+    )
+    app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
+    describe(app)
+    _add_generation(app, surface)
+    _add_models(app, surface)
+    _add_tokens(app, surface)
+    _add_operations(app, surface, version)
+    _add_error_handlers(app)
+    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    app.add_middleware(Edge, api_keys=tuple(api_keys), metrics=surface.metrics, paths=paths)
+    return app
+
+
+def _max_token_chars(tokenizer: Tokenizer) -> int:
+    """No token stands for more characters than it has bytes; other kinds of tokenizer may have an unknown token."""
+    if not tokenizer.decoding.is_byte_level:
+        return 0
+    return max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=0)
+
+
+def _grammar_tokenizer(model: ServedModel, tokenizer: Tokenizer) -> GrammarTokenizer | None:
+    try:
+        return GrammarTokenizer.from_tokenizer_json(tokenizer.backend, model.vocab_size, model.eos_token_ids)
+    except ConfigError as error:
+        logger.warning("structured output and forced tool calls are refused: %s", error)
+        return None
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _request_id(request: Request, asked: str | None) -> str:
+    """The body's id, else the header's, else a random one; the reply's header will carry it."""
+    if asked is not None:
+        request.state.request_id = asked
+    found: str = request.state.request_id
+    return found
+
+
+def _add_generation(app: FastAPI, surface: Surface) -> None:
+    max_bytes = surface.limits.max_body_bytes
+    chat_decoder, completion_decoder = BodyDecoder(ChatRequest), BodyDecoder(CompletionRequest)
+
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=body_of(ChatRequest),
+        responses=answers(replies.ChatReply, replies.ChatChunk),
+    )
+    async def chat_completions(request: Request) -> Response:
+        """The assistant's next turn."""
+        fields = chat_decoder.decode(await read_body(request, max_bytes))
+        chat = await start_chat(surface, fields, _request_id(request, fields.request_id))
+        if fields.stream:
+            return EventStream(chat.events())
+        return await reply_while_connected(request, chat.reply())
+
+    @app.post(
+        "/v1/completions",
+        openapi_extra=body_of(CompletionRequest),
+        responses=answers(replies.CompletionReply, replies.CompletionReply),
+    )
+    async def completions(request: Request) -> Response:
+        """What follows a prompt."""
+        fields = completion_decoder.decode(await read_body(request, max_bytes))
+        completion = await start_completion(surface, fields, _request_id(request, fields.request_id))
+        if fields.stream:
+            return EventStream(completion.events())
+        return await reply_while_connected(request, completion.reply())
+
+
+def _add_models(app: FastAPI, surface: Surface) -> None:
+    model = surface.model
+    cards = [
+        replies.ModelCard(id=name, created=model.created_s, root=model.name, max_model_len=model.max_model_len)
+        for name in model.names
+    ]
+
+    @app.get("/v1/models", responses=answers(replies.ModelList))
+    async def models() -> Response:
+        """The names under which the model is served."""
+        return _json(replies.ModelList(data=cards))
+
+    @app.get("/v1/models/{name:path}", responses=answers(replies.ModelCard))
+    async def model_card(name: str) -> Response:
+        """One of them."""
+        for card in cards:
+            if card.id == name:
+                return _json(card)
+        raise model_not_found(name, model.names)
+
+
+def _add_tokens(app: FastAPI, surface: Surface) -> None:
+    max_bytes = surface.limits.max_body_bytes
+    tokenize_decoder, detokenize_decoder = BodyDecoder(TokenizeRequest), BodyDecoder(DetokenizeRequest)
+
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(replies.TokenizeReply))
+    async def tokenize_text(request: Request) -> Response:
+        """Text or messages as token ids."""
+        fields = tokenize_decoder.decode(await read_body(request, max_bytes))
+        return Response(await tokenize(surface, fields), media_type="application/json")
+
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(replies.DetokenizeReply))
+    async def detokenize_ids(request: Request) -> Response:
+        """Token ids as text."""
+        fields = detokenize_decoder.decode(await read_body(request, max_bytes))
+        return Response(await detokenize(surface, fields), media_type="application/json")
+
+
+def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while this process answers."""
+        return Response(status_code=200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 when a request could be answered now, else 503; with details."""
+        readiness = await surface.backend.ready()
+        body = msgspec.json.encode({"ready": readiness.is_ready, **readiness.detail})
+        return Response(body, 200 if readiness.is_ready else 503, media_type="application/json")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text."""
+        body = surface.metrics.text() + (await surface.backend.metrics_text()).encode()
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", responses=answers(replies.VersionReply))
+    async def version_reply() -> Response:
+        """The product's version."""
+        return _json(replies.VersionReply(version))
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def reply(error: ServeError) -> Response:
+        return Response(error_json(error), error.status, headers=error_headers(error), media_type="application/json")
+
+    @app.exception_handler(ServeError)
+    async def on_serve_error(_: Request, error: ServeError) -> Response:
+        if error.status >= 500:
+            logger.warning("%s: %s", type(error).__name__, error.message)
+        return reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        seen = shown(request.url.path)
+        if error.status_code == 404:
+            return reply(RequestError(f"path: got {seen}, want one that is in /docs", status=404))
+        message = f"{request.method} {seen}: {HTTPStatus(error.status_code).phrase}"
+        if error.status_code == 405:
+            message = f"method: got {request.method} for {seen}, want {(error.headers or {}).get('Allow', 'another')}"
+        response = reply(RequestError(message, status=error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_client_left(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
+
+    @app.exception_handler(RecursionError)
+    async def on_nested_too_deeply(_: Request, __: Exception) -> Response:
+        return reply(nested_too_deeply())
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: Request, __: Exception) -> Response:
+        return reply(ServeError("internal error"))  # the server logs the traceback

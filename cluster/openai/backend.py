@@ -1,0 +1,94 @@
+"""What the HTTP surface sees below it: somebody who generates, and facts about the model served."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from messages.request import GenerateRequest
+from messages.stream import TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether requests can be answered now. `detail` goes to whoever asks /ready: JSON values only."""
+
+    is_ready: bool
+    detail: dict[str, object] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Routes sequences to workers and streams their tokens back. One event loop, any number of calls at once."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
+        """All sequences of one client request, their chunks interleaved as they come.
+
+        Each sequence ends with one chunk that has a finish_reason; the iterator ends after the last of them. Closing
+        or cancelling the iterator stops all that still runs, within a step. A sequence that fails ends with
+        finish_reason "error".
+
+        Raises:
+            CapacityError: before the first chunk: there is no room now.
+            WorkerError: before the first chunk: nobody can take it.
+            RequestError: before the first chunk: it can never be taken.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """One sequence is not wanted any more though its siblings are (its text met a stop string).
+
+        Returns at once and never fails; unknown ids are ignored. Chunks that still come for it are dropped by the
+        caller, and a last one need not come.
+        """
+        ...
+
+    async def ready(self) -> Readiness:
+        """Whether a request could be answered now; quick, for it is asked often."""
+        ...
+
+    async def metrics_text(self) -> str:
+        """More for /metrics, in the Prometheus text format; "" where there is nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What the model's generation_config.json asks for; None where it is silent. A request overrides it."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model behind the HTTP surface. The first of `names` is the one that replies carry."""
+
+    names: tuple[str, ...]
+    max_model_len: int  #: tokens, prompt and output together
+    max_prompt_tokens: int  #: the longest prompt that a pool can hold, at most max_model_len - 1
+    vocab_size: int  #: token ids are below it
+    eos_token_ids: tuple[int, ...]  #: all of the model's own end tokens
+    created_s: int  #: when it began to be served, seconds since 1970
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    @property
+    def name(self) -> str:
+        """The name that replies carry."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What one client may ask for."""
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_choices: int = 128  #: n
+    max_sequences: int = 1024  #: prompts of one request times n
+    max_stop_strings: int = 32
+    max_stop_chars: int = 1024  #: of one stop string
+    max_logprobs: int = 20  #: alternatives per token

@@ -1,0 +1,153 @@
+"""A request's body: read within a limit, decoded into a type, with errors that say what was seen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from cluster.openai.errors import shown
+from messages.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MAX_LOGGED_NAMES = 256  # of unknown fields: a client that invents names must not fill memory or the log
+_EXCERPT_CHARS = 40
+_PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
+_BYTE = re.compile(r"\(byte (\d+)\)")
+_KEY = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:')
+_LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, never more than `max_bytes` of it in memory.
+
+    Raises:
+        RequestError: 415, not JSON; 413, too long (found from Content-Length where there is one, before reading).
+    """
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise RequestError(
+            f"Content-Type: got {shown(content_type)}, want application/json",
+            code="unsupported_media_type",
+            status=415,
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise _too_long(f"{declared[:20]} bytes", max_bytes)
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise _too_long(f"more than {max_bytes} bytes", max_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def nested_too_deeply() -> RequestError:
+    """The 400 for JSON that would overflow the stack."""
+    return RequestError("body: JSON nested too deeply, want at most a few hundred levels", code="invalid_json")
+
+
+def _too_long(seen: str, max_bytes: int) -> RequestError:
+    return RequestError(f"body: got {seen}, want at most {max_bytes} bytes", code="request_too_large", status=413)
+
+
+class BodyDecoder(Generic[T]):
+    """Decodes one kind of body. Unknown fields are ignored, and logged once per name."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+        self._known = {field.encode_name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
+        self._logged: set[str] = set()
+
+    def decode(self, body: bytes) -> T:
+        """`body` as a value.
+
+        Raises:
+            RequestError: 400, naming the field, the value seen, the value wanted.
+        """
+        try:
+            value = self._decoder.decode(body)
+            self._log_unknown(self._names.decode(body).keys() - self._known)
+        except msgspec.ValidationError as error:
+            raise _explain(error, body) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _broken(error, body) from None
+        except RecursionError:
+            raise nested_too_deeply() from None
+        return value
+
+    def _log_unknown(self, names: set[str]) -> None:
+        for name in sorted(names - self._logged):
+            if len(self._logged) < _MAX_LOGGED_NAMES:
+                self._logged.add(name)
+                logger.info("ignored unknown request field %s (logged once)", shown(name))
+
+
+def _explain(error: msgspec.ValidationError, body: bytes) -> RequestError:
+    """Msgspec says where and what was wanted; this adds the field's plain name and the value seen."""
+    match = _PATH.match(str(error))
+    reason, path = (match["reason"], match["path"] or "") if match else (str(error), "")
+    missing = re.match(r"Object missing required field `(.+)`", reason)
+    if missing:
+        param = f"{path}.{missing[1]}" if path else missing[1]
+        return RequestError(f"{param}: missing, want a value", param=param, code="missing_required_field")
+    wanted = _wanted(reason)
+    param = path.partition("[...]")[0] or None
+    if not path:
+        return RequestError(f"body: {wanted}, got {shown(body[:100].decode(errors='replace'))}", code="invalid_type")
+    return RequestError(f"{path}: {wanted}, got {_value_at(body, path)}", param=param, code="invalid_value")
+
+
+def _wanted(reason: str) -> str:
+    """The wish in msgspec's words: of "Expected `float` >= 0.0, got `str`" that is "want float >= 0.0"."""
+    if "out of range" in reason:
+        return "want a number in range"
+    text = re.sub(r", got `[^`]*`$", "", reason).replace("`", "").replace(" | null", "").replace(" | ", " or ")
+    return re.sub(r"^Expected ", "want ", text)
+
+
+def _value_at(body: bytes, path: str) -> str:
+    """The value at msgspec's `path`; through `[...]` (any item) the container is shown."""
+    try:
+        value: Any = msgspec.json.decode(body)
+    except msgspec.DecodeError:  # a number that no float holds
+        value = json.loads(body, parse_float=str, parse_int=str)
+    for index, name in _STEP.findall(path):
+        try:
+            if index == "...":
+                break
+            value = value[int(index)] if index else value[name]
+        except (KeyError, IndexError, TypeError):
+            break
+    return shown(value)
+
+
+def _broken(error: Exception, body: bytes) -> RequestError:
+    if isinstance(error, UnicodeDecodeError):
+        return RequestError("body: not UTF-8, want JSON in UTF-8", code="invalid_json")
+    if not body.strip():
+        return RequestError("body: empty, want a JSON object", code="invalid_json")
+    if _LONE_SURROGATE.search(body):
+        return RequestError("body: an escape is half of a surrogate pair, want whole characters", code="invalid_json")
+    match = _BYTE.search(str(error))
+    if match is None:
+        return RequestError(f"body: broken JSON ({error})", code="invalid_json")
+    at = int(match[1])
+    near = body[max(0, at - _EXCERPT_CHARS) : at + _EXCERPT_CHARS].decode(errors="replace")
+    near = "".join(c if c.isprintable() else "?" for c in near)
+    keys = _KEY.findall(body, max(0, at - 200), at)
+    param = keys[-1].decode() if keys else None
+    return RequestError(f"body: broken JSON at byte {at}, near ...{near}...", param=param, code="invalid_json")

@@ -1,0 +1,284 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from secrets import token_hex
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from cluster.openai import prompts
+from cluster.openai.constraints import constraint_of
+from cluster.openai.conversation import template_messages
+from cluster.openai.errors import bad_field
+from cluster.openai.generation import Generation
+from cluster.openai.logprobs import chat_logprobs, prompt_logprobs
+from cluster.openai.protocol import ChatRequest, StreamOptions
+from cluster.openai.replies import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatFinish,
+    ChatLogprobs,
+    ChatReply,
+    ChatReplyMessage,
+    FunctionCall,
+    KvrayExtras,
+    ToolCall,
+    Usage,
+)
+from cluster.openai.sampling import check_stream_options, max_output_tokens
+from cluster.openai.starting import OutputPlan, start
+from cluster.openai.stream import DONE, event
+from cluster.openai.surface import Surface
+from cluster.openai.tool_calls import CallDelta
+from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
+from cluster.openai.transcript import Delta
+from messages.stream import TokenLogprob
+
+_encode = msgspec.json.Encoder().encode
+
+
+async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> Chat:
+    """Everything checked, rendered and tokenized, nothing running yet.
+
+    Raises:
+        RequestError: naming the field at fault.
+    """
+    surface.check_model(fields.model)
+    check_stream_options(fields)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise bad_field("top_logprobs", fields.top_logprobs, "logprobs to be true with it")
+    structure = constraint_of(fields)
+    tools = plan_tools(fields, surface.tool_format)
+    check_no_other_structure(tools, None if structure is None else structure[0])
+    token_ids = await _token_ids(surface, fields, tools)
+    plan = OutputPlan(
+        max_tokens=[_max_tokens(surface, fields, len(token_ids))],
+        logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+        prompt_logprobs=fields.prompt_logprobs,
+        grammar=structure if tools.grammar is None else ("tools", tools.grammar),
+        keeps_special_tokens=tools.keeps_special_tokens,
+    )
+    generation = start(surface, fields, request_id, [token_ids], plan)
+    return Chat(surface, fields, f"chatcmpl-{request_id}", token_ids, tools, generation)
+
+
+async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
+    continues = bool(fields.continue_final_message)
+    text = surface.tokenizer.render_chat(
+        template_messages(fields.messages),
+        tools=tools.template_tools,
+        add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=fields.chat_template_kwargs,
+    )
+    if fields.truncate_prompt_tokens is None:
+        prompts.check_chars("messages", text, surface.max_token_chars, surface.model)
+    # The template writes the special tokens itself.
+    token_ids = await prompts.encode(surface.tokenizer, text, add_special_tokens=bool(fields.add_special_tokens))
+    asked = fields.max_completion_tokens or fields.max_tokens
+    return prompts.fitted("messages", token_ids, fields.truncate_prompt_tokens, asked, surface.model)
+
+
+def _max_tokens(surface: Surface, fields: ChatRequest, num_prompt_tokens: int) -> int:
+    """The newer name wins; without either, what remains of the context."""
+    if fields.max_tokens == 0:
+        raise bad_field("max_tokens", 0, "at least 1")
+    param = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+    asked = fields.max_completion_tokens or fields.max_tokens
+    return max_output_tokens(param, asked, num_prompt_tokens, surface.model)
+
+
+@dataclass(slots=True)
+class _Message:
+    """One choice of a whole reply, as it grows."""
+
+    content: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  #: of the functions called
+    arguments: list[list[str]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def add(self, content: str, calls: list[CallDelta], delta: Delta) -> None:
+        self.content.append(content)
+        for call in calls:
+            if call.name is not None:
+                self.names.append(call.name)
+                self.arguments.append([])
+            self.arguments[call.index].append(call.arguments)
+        self.logprobs += delta.logprobs
+        self.token_ids += delta.token_ids
+
+    def tool_calls(self) -> list[ToolCall]:
+        return [
+            ToolCall(id=_call_id(), type="function", function=FunctionCall("".join(arguments), name))
+            for name, arguments in zip(self.names, self.arguments, strict=True)
+        ]
+
+
+class Chat:
+    """One request, ready to be answered whole or as a stream."""
+
+    def __init__(
+        self,
+        surface: Surface,
+        fields: ChatRequest,
+        reply_id: str,
+        token_ids: list[int],
+        tools: ToolPlan,
+        generation: Generation,
+    ) -> None:
+        self._surface = surface
+        self._fields = fields
+        self._id = reply_id
+        self._created = int(time.time())
+        self._token_ids = token_ids
+        self._tools = tools
+        self._generation = generation
+        self._parsers = [tools.parser() for _ in generation.requests]
+        self._has_calls = [False] * len(generation.requests)
+        self._is_begun = [False] * len(generation.requests)
+        self._is_prompt_given = False
+
+    async def reply(self) -> bytes:
+        """The whole answer as JSON.
+
+        Raises:
+            ServeError: a sequence was refused or failed.
+        """
+        messages = [_Message() for _ in self._generation.requests]
+        choices: dict[int, ChatChoice] = {}
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                messages[index].add(*self._parsed(index, delta), delta)
+                if delta.finish_reason is not None:
+                    choices[index] = self._whole(index, messages[index], delta)
+        reply = ChatReply(
+            id=self._id,
+            created=self._created,
+            model=self._surface.model.name,
+            choices=[choices[index] for index in sorted(choices)],
+            usage=self._generation.usage(),
+            prompt_logprobs=prompt_logprobs(
+                self._surface.tokenizer, self._generation.transcripts[0].prompt_logprobs or []
+            )
+            if self._fields.prompt_logprobs is not None
+            else UNSET,
+            prompt_token_ids=self._token_ids if self._fields.return_token_ids else UNSET,
+            kvray=self._extras(),
+        )
+        return _encode(reply)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events.
+
+        Raises:
+            ServeError: a sequence was refused or failed, perhaps after events were given.
+        """
+        options = self._fields.stream_options or StreamOptions()
+        has_usage = bool(options.include_usage)
+        no_usage: UnsetType | None = None if has_usage else UNSET
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                chunk = self._chunk_of(index, delta)
+                if chunk is not None:
+                    usage = self._generation.usage() if options.continuous_usage_stats else no_usage
+                    yield event(self._enveloped(chunk, usage))
+        if has_usage or self._fields.return_prompt_sources:
+            yield event(self._enveloped(None, self._generation.usage() if has_usage else UNSET, self._extras()))
+        yield DONE
+
+    def _enveloped(
+        self,
+        choice: ChatChunkChoice | None,
+        usage: Usage | UnsetType | None,
+        kvray: KvrayExtras | UnsetType = UNSET,
+    ) -> ChatChunk:
+        has_prompt = bool(self._fields.return_token_ids) and not self._is_prompt_given
+        self._is_prompt_given = True
+        return ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._surface.model.name,
+            choices=[] if choice is None else [choice],
+            usage=usage,
+            prompt_token_ids=self._token_ids if has_prompt else UNSET,
+            kvray=kvray,
+        )
+
+    def _chunk_of(self, index: int, delta: Delta) -> ChatChunkChoice | None:
+        """One event's choice; None where a chunk adds nothing that a client could see yet."""
+        content, calls = self._parsed(index, delta)
+        fields = self._fields
+        shows_tokens = bool(fields.logprobs or fields.return_token_ids)
+        if not content and not calls and delta.finish_reason is None and not shows_tokens:
+            return None
+        is_first = not self._is_begun[index]
+        self._is_begun[index] = True
+        return ChatChunkChoice(
+            index=index,
+            delta=ChatDelta(
+                role="assistant" if is_first else UNSET,
+                content=content if content or not calls else UNSET,
+                tool_calls=[_streamed_call(call) for call in calls] if calls else UNSET,
+            ),
+            logprobs=self._chat_logprobs(delta.logprobs),
+            finish_reason=self._finish_reason(index, delta),
+            stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
+            token_ids=delta.token_ids if fields.return_token_ids else UNSET,
+        )
+
+    def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
+        """The delta's text as content and calls."""
+        parser = self._parsers[index]
+        if parser is None:
+            return delta.text, []
+        pieces = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += parser.flush()
+        calls = [p for p in pieces if isinstance(p, CallDelta) and not (self._tools.is_single and p.index)]
+        self._has_calls[index] |= bool(calls)
+        return "".join(piece for piece in pieces if isinstance(piece, str)), calls
+
+    def _finish_reason(self, index: int, delta: Delta) -> ChatFinish | None:
+        """Calls end with "tool_calls", except the one that tool_choice named, as in OpenAI's API."""
+        if delta.finish_reason == "stop" and self._has_calls[index] and self._tools.named is None:
+            return "tool_calls"
+        return delta.finish_reason
+
+    def _whole(self, index: int, message: _Message, last: Delta) -> ChatChoice:
+        calls = message.tool_calls()
+        content = "".join(message.content)
+        return ChatChoice(
+            index=index,
+            message=ChatReplyMessage(content=content if content or not calls else None, tool_calls=calls or UNSET),
+            logprobs=self._chat_logprobs(message.logprobs),
+            finish_reason=self._finish_reason(index, last) or "stop",
+            stop_reason=last.stop_reason,
+            token_ids=message.token_ids if self._fields.return_token_ids else UNSET,
+        )
+
+    def _chat_logprobs(self, entries: list[TokenLogprob]) -> ChatLogprobs | None:
+        if not self._fields.logprobs:
+            return None
+        return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0)
+
+    def _extras(self) -> KvrayExtras | UnsetType:
+        return self._generation.extras() if self._fields.return_prompt_sources else UNSET
+
+
+def _call_id() -> str:
+    return f"call_{token_hex(12)}"
+
+
+def _streamed_call(call: CallDelta) -> ToolCall:
+    """The first piece of a call carries its id and name."""
+    if call.name is None:
+        return ToolCall(index=call.index, function=FunctionCall(call.arguments))
+    return ToolCall(index=call.index, id=_call_id(), type="function", function=FunctionCall(call.arguments, call.name))

@@ -1,0 +1,229 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from cluster.openai import prompts as prompt_checks
+from cluster.openai.constraints import constraint_of
+from cluster.openai.errors import bad_field
+from cluster.openai.generation import Generation
+from cluster.openai.logprobs import CompletionLogprobList, joined, prompt_logprobs
+from cluster.openai.protocol import CompletionRequest, StreamOptions
+from cluster.openai.replies import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionReply,
+    KvrayExtras,
+    PromptLogprobs,
+    Usage,
+)
+from cluster.openai.sampling import check_stream_options, max_output_tokens
+from cluster.openai.starting import OutputPlan, start
+from cluster.openai.stream import DONE, event
+from cluster.openai.surface import Surface
+from cluster.openai.transcript import Delta
+
+_encode = msgspec.json.Encoder().encode
+_OPENAI_MAX_TOKENS = 16  # the API's own default for text completions
+
+
+async def start_completion(surface: Surface, fields: CompletionRequest, request_id: str) -> Completion:
+    """Everything checked and tokenized, nothing running yet.
+
+    Raises:
+        RequestError: naming the field at fault.
+    """
+    _check(surface, fields)
+    texts: list[str | None] = []
+    prompts: list[list[int]] = []
+    for prompt in prompt_checks.prompts_of(fields.prompt, surface.model):
+        token_ids = await _token_ids(surface, fields, prompt)
+        prompts.append(token_ids)
+        texts.append(prompt if isinstance(prompt, str) else None)
+    plan = OutputPlan(
+        max_tokens=[_max_tokens(surface, fields, len(token_ids)) for token_ids in prompts],
+        logprobs=fields.logprobs,
+        prompt_logprobs=_prompt_logprobs(fields),
+        grammar=constraint_of(fields),
+    )
+    generation = start(surface, fields, request_id, prompts, plan)
+    return Completion(surface, fields, f"cmpl-{request_id}", prompts, texts, generation)
+
+
+def _check(surface: Surface, fields: CompletionRequest) -> None:
+    surface.check_model(fields.model)
+    check_stream_options(fields)
+    if fields.suffix:
+        raise bad_field("suffix", fields.suffix, "no suffix: no model served here fills in the middle")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise bad_field("best_of", fields.best_of, f"the same as n, which is {fields.n or 1}")
+    if fields.max_tokens == 0 and not fields.echo:
+        raise bad_field("max_tokens", 0, "at least 1, or 0 together with echo")
+
+
+async def _token_ids(surface: Surface, fields: CompletionRequest, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        if fields.truncate_prompt_tokens is None:
+            prompt_checks.check_chars("prompt", prompt, surface.max_token_chars, surface.model)
+        prompt = await prompt_checks.encode(
+            surface.tokenizer, prompt, add_special_tokens=fields.add_special_tokens is not False
+        )
+    return prompt_checks.fitted("prompt", prompt, fields.truncate_prompt_tokens, fields.max_tokens, surface.model)
+
+
+def _max_tokens(surface: Surface, fields: CompletionRequest, num_prompt_tokens: int) -> int:
+    asked = fields.max_tokens
+    if asked is None:  # OpenAI's default, cut to what remains
+        remaining = max_output_tokens("max_tokens", None, num_prompt_tokens, surface.model)
+        return min(remaining, surface.model.defaults.max_new_tokens or _OPENAI_MAX_TOKENS)
+    return max_output_tokens("max_tokens", max(asked, 1), num_prompt_tokens, surface.model)
+
+
+def _prompt_logprobs(fields: CompletionRequest) -> int | None:
+    """Echoed tokens have log-probabilities like generated ones."""
+    wanted = [k for k in (fields.prompt_logprobs, fields.logprobs if fields.echo else None) if k is not None]
+    return max(wanted, default=None)
+
+
+class Completion:
+    """One request, ready to be answered whole or as a stream."""
+
+    def __init__(
+        self,
+        surface: Surface,
+        fields: CompletionRequest,
+        reply_id: str,
+        prompts: list[list[int]],
+        texts: list[str | None],
+        generation: Generation,
+    ) -> None:
+        self._surface = surface
+        self._fields = fields
+        self._id = reply_id
+        self._created = int(time.time())
+        self._prompts = prompts
+        self._texts = texts
+        self._generation = generation
+        self._logprobs = [CompletionLogprobList(surface.tokenizer, fields.logprobs or 0) for _ in generation.requests]
+        self._is_begun = [False] * len(generation.requests)
+        self._is_prompt_only = fields.max_tokens == 0
+
+    async def reply(self) -> bytes:
+        """The whole answer as JSON.
+
+        Raises:
+            ServeError: a sequence was refused or failed.
+        """
+        pieces: list[list[CompletionChoice]] = [[] for _ in self._generation.requests]
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                pieces[index].append(self._choice(index, delta))
+        return _encode(self._reply([_whole(parts) for parts in pieces], self._usage(), self._extras()))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events.
+
+        Raises:
+            ServeError: a sequence was refused or failed, perhaps after events were given.
+        """
+        options = self._fields.stream_options or StreamOptions()
+        has_usage = bool(options.include_usage)
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                choice = self._choice(index, delta)
+                if not choice.text and choice.finish_reason is None and not self._shows_tokens:
+                    continue
+                usage: Usage | UnsetType | None = None if has_usage else UNSET
+                yield event(self._reply([choice], self._usage() if options.continuous_usage_stats else usage, UNSET))
+        if has_usage or self._fields.return_prompt_sources:
+            yield event(self._reply([], self._usage() if has_usage else UNSET, self._extras()))
+        yield DONE
+
+    def _reply(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, kvray: KvrayExtras | UnsetType
+    ) -> CompletionReply:
+        return CompletionReply(
+            id=self._id,
+            created=self._created,
+            model=self._surface.model.name,
+            choices=choices,
+            usage=usage,
+            kvray=kvray,
+        )
+
+    @property
+    def _shows_tokens(self) -> bool:
+        """Whether a piece without text still says something."""
+        return self._fields.logprobs is not None or bool(self._fields.return_token_ids)
+
+    def _usage(self) -> Usage:
+        usage = self._generation.usage()
+        if not self._is_prompt_only:
+            return usage
+        return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
+
+    def _extras(self) -> KvrayExtras | UnsetType:
+        return self._generation.extras() if self._fields.return_prompt_sources else UNSET
+
+    def _choice(self, index: int, delta: Delta) -> CompletionChoice:
+        """What a chunk adds; the first one of a choice carries what is said about its prompt."""
+        fields = self._fields
+        is_first = not self._is_begun[index]
+        self._is_begun[index] = True
+        if self._is_prompt_only:  # the engine makes one token at least: it is not shown
+            delta = Delta(finish_reason="length" if delta.finish_reason else None)
+        parts: list[CompletionLogprobs] = []
+        if fields.logprobs is not None:
+            if is_first and fields.echo:
+                parts.append(self._echoed_logprobs(index))
+            parts.append(self._logprobs[index].piece(delta.logprobs))
+        return CompletionChoice(
+            index=index,
+            text=self._echoed_text(index) + delta.text if is_first and fields.echo else delta.text,
+            logprobs=joined(parts) if parts else None,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if fields.return_token_ids else UNSET,
+            prompt_token_ids=self._prompt(index) if is_first and fields.return_token_ids else UNSET,
+            prompt_logprobs=self._prompt_logprobs(index) if is_first and fields.prompt_logprobs is not None else UNSET,
+        )
+
+    def _prompt(self, index: int) -> list[int]:
+        return self._prompts[index // self._generation.num_choices]
+
+    def _echoed_text(self, index: int) -> str:
+        """The prompt as the client sent it, where it is text that was not cut."""
+        text = self._texts[index // self._generation.num_choices]
+        if text is not None and self._fields.truncate_prompt_tokens is None:
+            return text
+        return self._surface.tokenizer.decode(
+            self._prompt(index), skip_special_tokens=self._fields.skip_special_tokens is not False
+        )
+
+    def _echoed_logprobs(self, index: int) -> CompletionLogprobs:
+        entries = self._generation.transcripts[index].prompt_logprobs or []
+        return self._logprobs[index].prompt(self._prompt(index), entries)
+
+    def _prompt_logprobs(self, index: int) -> PromptLogprobs:
+        return prompt_logprobs(self._surface.tokenizer, self._generation.transcripts[index].prompt_logprobs or [])
+
+
+def _whole(parts: list[CompletionChoice]) -> CompletionChoice:
+    """A choice's pieces as one. The first says what is said about the prompt, the last how it ended."""
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return msgspec.structs.replace(
+        parts[0],
+        text="".join(part.text for part in parts),
+        logprobs=joined(logprobs) if logprobs else None,
+        finish_reason=parts[-1].finish_reason,
+        stop_reason=parts[-1].stop_reason,
+        token_ids=UNSET
+        if parts[0].token_ids is UNSET
+        else [token_id for part in parts for token_id in part.token_ids or ()],
+    )

@@ -1,0 +1,113 @@
+"""Which structure a request wants its output to have: OpenAI's `response_format`, vLLM's two spellings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from cluster.openai.errors import bad_field
+from cluster.openai.protocol import ResponseFormat, SharedFields, StructuredOutputs
+from engine.structured import GrammarTokenizer, check_grammar
+from messages.errors import RequestError
+from messages.request import Grammar
+
+_MAX_CHOICES = 4096
+_MAX_GRAMMAR_CHARS = 256 * 1024
+
+
+def constraint_of(request: SharedFields) -> tuple[str, Grammar] | None:
+    """The field that asks for a structure, and the grammar it means; None where the output is free.
+
+    Raises:
+        RequestError: more than one structure, or one that is malformed.
+    """
+    found = [*_of_response_format(request.response_format), *_of_structured_outputs(request.structured_outputs)]
+    found += _of_values(
+        "guided_",
+        request.guided_json,
+        request.guided_regex,
+        request.guided_choice,
+        request.guided_grammar,
+    )
+    if len(found) > 1:
+        names = " and ".join(param for param, _ in found)
+        raise RequestError(f"{found[1][0]}: got {names}, want one structure", param=found[1][0], code="invalid_value")
+    return found[0] if found else None
+
+
+def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, Grammar]]:
+    if wanted is None or wanted.type == "text":
+        return []
+    if wanted.type == "json_object":
+        return [("response_format", Grammar(kind="json_object"))]
+    if wanted.type != "json_schema":
+        raise bad_field("response_format.type", wanted.type, "text, json_object or json_schema")
+    param = "response_format.json_schema.schema"
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise RequestError(f"{param}: missing, want a JSON schema", param=param, code="missing_required_field")
+    return [(param, json_grammar(param, wanted.json_schema.schema_))]
+
+
+def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[tuple[str, Grammar]]:
+    if wanted is None:
+        return []
+    prefix = "structured_outputs."
+    found = _of_values(prefix, wanted.json_, wanted.regex, wanted.choice, wanted.grammar)
+    if wanted.json_object:
+        found.append((f"{prefix}json_object", Grammar(kind="json_object")))
+    return found
+
+
+def _of_values(
+    prefix: str, schema: Any, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> list[tuple[str, Grammar]]:
+    found: list[tuple[str, Grammar]] = []
+    if schema is not None:
+        found.append((f"{prefix}json", json_grammar(f"{prefix}json", schema)))
+    if regex is not None:
+        found.append((f"{prefix}regex", Grammar(kind="regex", spec=regex)))
+    if choice is not None:
+        found.append((f"{prefix}choice", _choice_grammar(f"{prefix}choice", choice)))
+    if grammar is not None:
+        found.append((f"{prefix}grammar", Grammar(kind="lark", spec=grammar)))
+    return found
+
+
+def json_grammar(param: str, schema: Any) -> Grammar:
+    """The grammar of a JSON schema, given as an object or as JSON text.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.json.decode(schema)
+        except (msgspec.DecodeError, RecursionError):
+            raise bad_field(param, schema, "a JSON schema, as an object or as JSON text") from None
+    if not isinstance(schema, dict):
+        raise bad_field(param, schema, "a JSON schema, as an object or as JSON text")
+    return Grammar(kind="json_schema", spec=msgspec.json.encode(schema).decode())
+
+
+def _choice_grammar(param: str, choices: list[str]) -> Grammar:
+    if not 1 <= len(choices) <= _MAX_CHOICES or not all(choices):
+        raise bad_field(param, choices, f"1 to {_MAX_CHOICES} strings, none empty")
+    return Grammar(kind="choice", spec=msgspec.json.encode(choices).decode())
+
+
+def check(param: str, grammar: Grammar, tokenizer: GrammarTokenizer | None) -> None:
+    """Compile `grammar` and throw the result away, so that a bad one is refused at once and not in a worker.
+
+    Raises:
+        RequestError: it does not compile, or nothing can be compiled for this model; names `param`.
+    """
+    if tokenizer is None:
+        raise RequestError(f"{param}: this model has no end token, want no structure", param=param, code="unsupported")
+    if len(grammar.spec) > _MAX_GRAMMAR_CHARS:
+        raise RequestError(
+            f"{param}: got {len(grammar.spec)} characters, want at most {_MAX_GRAMMAR_CHARS}",
+            param=param,
+            code="invalid_value",
+        )
+    check_grammar(tokenizer, grammar, param=param)

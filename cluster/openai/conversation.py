@@ -1,0 +1,100 @@
+"""Chat messages and tools as chat templates expect them, and how a template writes tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from cluster.openai.errors import bad_field
+from cluster.openai.protocol import ChatMessage, ContentPart, PastToolCall, Tool
+from cluster.openai.tool_calls import ToolFormat, format_of_text
+from engine.tokenizer import Tokenizer
+from messages.errors import RequestError
+
+_PROBE_NAME = "probe_call"
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """`messages` as plain dicts, "developer" as "system". Roles are the chat template's to check.
+
+    Raises:
+        RequestError: no message, no content where there must be some, content that is not text.
+    """
+    if not messages:
+        raise bad_field("messages", [], "at least one message")
+    return [_template_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _template_message(param: str, message: ChatMessage) -> dict[str, Any]:
+    if message.content is None and message.role != "assistant":
+        raise RequestError(
+            f"{param}.content: missing, want text", param=f"{param}.content", code="missing_required_field"
+        )
+    result: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _content(f"{param}.content", message.content),
+    }
+    if message.tool_calls:
+        result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            result[name] = value
+    return result
+
+
+def _content(param: str, content: str | list[ContentPart] | None) -> str | list[dict[str, Any]]:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for index, part in enumerate(content):
+        if part.type != "text":
+            raise bad_field(f"{param}[{index}].type", part.type, '"text": this model reads no images, audio or files')
+        if part.text is None:
+            where = f"{param}[{index}].text"
+            raise RequestError(f"{where}: missing, want text", param=where, code="missing_required_field")
+        parts.append({"type": "text", "text": part.text})
+    return parts
+
+
+def _template_call(call: PastToolCall) -> dict[str, Any]:
+    arguments = call.function.arguments or {}
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """`tools` as plain dicts; what the client left out stays out.
+
+    Raises:
+        RequestError: a tool that is no function, or two of one name.
+    """
+    seen: set[str] = set()
+    result: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        if tool.type != "function":
+            raise bad_field(f"tools[{index}].type", tool.type, '"function"')
+        if tool.function.name in seen:
+            raise bad_field(f"tools[{index}].function.name", tool.function.name, "a name that no other tool has")
+        seen.add(tool.function.name)
+        function = {k: v for k, v in msgspec.structs.asdict(tool.function).items() if v is not None}
+        result.append({"type": "function", "function": function})
+    return result
+
+
+def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
+    """How the model writes tool calls: seen from how its chat template shows it a past one. None: it shows none."""
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": _PROBE_NAME, "arguments": {"key": "value"}}}
+    tool = {"type": "function", "function": {"name": _PROBE_NAME, "description": "", "parameters": {"type": "object"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "text"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    try:
+        text = tokenizer.render_chat(messages, tools=[tool], add_generation_prompt=False)
+    except RequestError:
+        return None
+    return format_of_text(text, _PROBE_NAME)

@@ -1,0 +1,61 @@
+"""OpenAPI of endpoints whose bodies are msgspec types, which FastAPI does not read by itself."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from cluster.openai import protocol, replies
+from cluster.openai.errors import ErrorReply
+
+_TEMPLATE: Final = "#/components/schemas/{name}"
+_TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
+    protocol.ChatRequest,
+    protocol.CompletionRequest,
+    protocol.TokenizeRequest,
+    protocol.DetokenizeRequest,
+    replies.ChatReply,
+    replies.ChatChunk,
+    replies.CompletionReply,
+    replies.ModelList,
+    replies.ModelCard,
+    replies.TokenizeReply,
+    replies.DetokenizeReply,
+    replies.VersionReply,
+    ErrorReply,
+)
+
+
+def _reference(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"schema": {"$ref": _TEMPLATE.format(name=kind.__name__)}}
+
+
+def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """A route's `openapi_extra` for a JSON body of `kind`."""
+    return {"requestBody": {"required": True, "content": {"application/json": _reference(kind)}}}
+
+
+def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = None) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`: `kind` as JSON, `stream` as server-sent events, errors in OpenAI's form."""
+    content: dict[str, Any] = {"application/json": _reference(kind)}
+    if stream is not None:
+        content["text/event-stream"] = _reference(stream)
+    errors = {"description": "An error", "content": {"application/json": _reference(ErrorReply)}}
+    return {200: {"description": "The answer", "content": content}, "4XX": errors, "5XX": errors}
+
+
+def describe(app: FastAPI) -> None:
+    """Give `app` a schema that includes these types."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            _, types = msgspec.json.schema_components(_TYPES, ref_template=_TEMPLATE)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(types)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

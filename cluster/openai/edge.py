@@ -1,0 +1,120 @@
+"""The outermost layer: request ids, API keys, counting. Plain ASGI, so that streams pass through untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Collection, Sequence
+from secrets import token_hex
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.openai.errors import error_headers, error_json
+from cluster.openai.metrics import HttpMetrics
+from messages.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS: Final = ("/health", "/ready", "/metrics", "/version")  # for probes and scrapers, which hold no key
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
+
+
+class Edge:
+    """Wraps the application. Leaves `request_id` in the scope's state; a handler may put another one there."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], metrics: HttpMetrics, paths: Collection[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in api_keys]
+        self._metrics = metrics
+        self._paths = frozenset(paths)  # known ones; others share a label, or a scanner could fill memory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await _Exchange(self._metrics, self._label(scope), scope, send).run(self._guarded, receive)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._digests or _path(scope) in OPEN_PATHS or self._is_known(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = RequestError(
+            "Authorization: want Bearer and one of the server's API keys", code="invalid_api_key", status=401
+        )
+        body = error_json(error)
+        headers = {**error_headers(error), "content-type": "application/json", "content-length": str(len(body))}
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 401, "headers": raw})
+        await send({"type": "http.response.body", "body": body})
+
+    def _is_known(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip())
+        # All keys are compared, whole, so that time says nothing about any of them.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _label(self, scope: Scope) -> str:
+        path = _path(scope)
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{id}"
+        return path if path in self._paths else "other"
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, metrics: HttpMetrics, label: str, scope: Scope, send: Send) -> None:
+        self._metrics = metrics
+        self._label = label
+        self._scope = scope
+        self._send = send
+        self._status = CLIENT_LEFT
+        self._is_complete = False
+        sent_id = Headers(scope=scope).get("x-request-id", "")
+        self._state = scope.setdefault("state", {})
+        self._state["request_id"] = sent_id if _REQUEST_ID.fullmatch(sent_id) else token_hex(16)
+
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
+        started_s = time.perf_counter()
+        try:
+            await app(self._scope, receive, self._forward)
+        finally:
+            status = self._status if self._is_complete else CLIENT_LEFT
+            self._metrics.http_requests.labels(self._label, str(status)).inc()
+            if status == CLIENT_LEFT:
+                self._metrics.disconnects.inc()
+            logger.debug(
+                "%s %s %d %.1f ms %s",
+                self._scope["method"],
+                self._label,
+                status,
+                (time.perf_counter() - started_s) * 1000,
+                self._state["request_id"],
+            )
+
+    async def _forward(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._state["request_id"]
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_complete = True
+        await self._send(message)
+
+
+def _path(scope: Scope) -> str:
+    """The path below the application's root."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _digest(key: str) -> bytes:
+    """Keys of one length, for a comparison in constant time."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

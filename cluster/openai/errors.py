@@ -1,0 +1,92 @@
+"""OpenAI's error object, for every error that leaves through HTTP.
+
+messages.errors         status      error.type
+RequestError            4xx         invalid_request_error (401: authentication_error)
+CapacityError           429, 503    rate_limit_error, service_unavailable_error; with Retry-After
+WorkerError             503         service_unavailable_error
+anything else           500         server_error
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from messages.errors import CapacityError, RequestError, ServeError
+
+_MAX_SHOWN_CHARS = 80  # of a value that an error message repeats
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The object under `error`."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    """The whole reply."""
+
+    error: ErrorBody
+
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded", 503: "service_unavailable"}
+
+
+def shown(value: object) -> str:
+    """`value` as an error message repeats it: JSON where possible, on one line, clipped."""
+    if isinstance(value, str):
+        value = value[: _MAX_SHOWN_CHARS + 1]  # do not encode megabytes to show a line
+    elif isinstance(value, (list, tuple)):
+        value = value[:_MAX_SHOWN_CHARS]
+    try:
+        text = msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError):
+        text = str(type(value).__name__)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+
+
+def bad_field(param: str, seen: object, wanted: str, *, code: str = "invalid_value") -> RequestError:
+    """A 400 that names the field, the value seen and the value wanted."""
+    return RequestError(f"{param}: got {shown(seen)}, want {wanted}", param=param, code=code)
+
+
+def error_body(error: ServeError) -> ErrorBody:
+    """`error` in OpenAI's form."""
+    fallback = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
+    return ErrorBody(
+        message=error.message,
+        type=_TYPES.get(error.status, fallback),
+        param=error.param,
+        code=error.code or _CODES.get(error.status),
+    )
+
+
+def error_json(error: ServeError) -> bytes:
+    """The reply's bytes."""
+    return msgspec.json.encode(ErrorReply(error_body(error)))
+
+
+def error_headers(error: ServeError) -> dict[str, str]:
+    """Headers that go with an error's status."""
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    if error.retry_after_s is not None:
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, CapacityError):
+        return {"Retry-After": "1"}
+    return {}
+
+
+def model_not_found(name: str, served: tuple[str, ...]) -> RequestError:
+    """The 404 for a model that is not served here."""
+    return RequestError(
+        f"model: got {shown(name)}, want one of {', '.join(served)}",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )

@@ -1,0 +1,110 @@
+"""Counters and histograms of the HTTP surface, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from messages.stream import PromptSources
+
+_TTFT_BUCKETS_S: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
+_ITL_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+SOURCES: Final = ("device", "host", "peer", "disk", "computed")
+
+
+class HttpMetrics:
+    """One registry per application, so that several can live in a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.http_requests = Counter(
+            "kvray_http_requests_total",
+            "HTTP requests",
+            ["endpoint", "status"],
+            registry=registry,
+        )
+        self.disconnects = Counter(
+            "kvray_client_disconnects_total", "Requests whose client left before the end", registry=registry
+        )
+        self.running = Gauge("kvray_requests_running", "Generation requests not yet answered", registry=registry)
+        self.finished = Counter(
+            "kvray_choices_finished_total",
+            "Choices by how they ended",
+            ["reason"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "kvray_prompt_tokens_total", "Prompt tokens by where their KV came from", ["source"], registry=registry
+        )
+        self.generation_tokens = Counter("kvray_generation_tokens_total", "Tokens generated", registry=registry)
+        self.time_to_first_token = Histogram(
+            "kvray_time_to_first_token_seconds",
+            "To the first token",
+            buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "kvray_inter_token_latency_seconds",
+            "Between a choice's chunks",
+            buckets=_ITL_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_latency = Histogram(
+            "kvray_request_latency_seconds", "From request to last token", buckets=_LATENCY_BUCKETS_S, registry=registry
+        )
+        for source in SOURCES:
+            self.prompt_tokens.labels(source)
+
+    def text(self) -> bytes:
+        """All of them in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class RequestClock:
+    """Times one generation request with `num_choices` choices. `end` must be called, once."""
+
+    def __init__(self, metrics: HttpMetrics, num_choices: int) -> None:
+        self._metrics = metrics
+        self._started_s = time.perf_counter()
+        self._last_s = [0.0] * num_choices
+        self._is_first = True
+        self._num_open = num_choices
+        metrics.running.inc()
+
+    def chunk(self, choice: int, num_tokens: int) -> None:
+        """Tokens of `choice` arrived."""
+        now_s = time.perf_counter()
+        if self._is_first:
+            self._is_first = False
+            self._metrics.time_to_first_token.observe(now_s - self._started_s)
+        if num_tokens == 0:
+            return
+        last_s = self._last_s[choice]
+        if last_s:
+            self._metrics.inter_token_latency.observe(now_s - last_s)
+        self._last_s[choice] = now_s
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def sources(self, sources: PromptSources) -> None:
+        """Where a sequence's prompt came from."""
+        for name in SOURCES:
+            num_tokens = getattr(sources, name)
+            if num_tokens:
+                self._metrics.prompt_tokens.labels(name).inc(num_tokens)
+
+    def finish(self, reason: str) -> None:
+        """A choice ended."""
+        self._num_open -= 1
+        self._metrics.finished.labels(reason).inc()
+
+    def end(self, reason: str) -> None:
+        """The request is over; choices still open ended for `reason`."""
+        self._metrics.running.dec()
+        if self._num_open:
+            self._metrics.finished.labels(reason).inc(self._num_open)
+        else:
+            self._metrics.request_latency.observe(time.perf_counter() - self._started_s)

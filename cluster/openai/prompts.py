@@ -1,0 +1,118 @@
+"""Prompts as token ids: encoded, checked against the vocabulary and the context, cut where asked."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any
+
+from cluster.openai.backend import ServedModel
+from cluster.openai.errors import bad_field, shown
+from engine.tokenizer import Tokenizer
+from messages.errors import RequestError
+
+# Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
+_THREAD_FROM_CHARS = 8192
+
+
+def packed(token_ids: list[int]) -> bytes:
+    """Token ids as they cross processes: uint32, little endian."""
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """`text` as token ids; the event loop stays free while a long one is encoded."""
+    if len(text) < _THREAD_FROM_CHARS:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def prompts_of(prompt: str | list[Any], model: ServedModel) -> list[str | list[int]]:
+    """The prompts that a `prompt` field holds: texts, or checked token ids.
+
+    Raises:
+        RequestError: an empty prompt, mixed kinds, token ids that are none.
+    """
+    if isinstance(prompt, str):
+        return [_text("prompt", prompt)]
+    if not prompt:
+        raise bad_field("prompt", prompt, "a string, a list of strings, token ids, or lists of token ids; not empty")
+    first = prompt[0]
+    if isinstance(first, str):
+        return [_text(f"prompt[{index}]", item) for index, item in enumerate(prompt)]
+    if isinstance(first, list):
+        return [check_token_ids(f"prompt[{index}]", item, model.vocab_size) for index, item in enumerate(prompt)]
+    return [check_token_ids("prompt", prompt, model.vocab_size)]
+
+
+def _text(param: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise bad_field(param, value, "a string of at least one character")
+    return value
+
+
+def check_token_ids(param: str, value: Any, vocab_size: int) -> list[int]:
+    """`value`, when it is a list of token ids of the vocabulary.
+
+    Raises:
+        RequestError: it is not; names the first position that is wrong.
+    """
+    if not isinstance(value, list) or not value:
+        raise bad_field(param, value, "at least one token id")
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < vocab_size:  # all in C: prompts are long
+        return value
+    for index, item in enumerate(value):
+        if type(item) is not int or not 0 <= item < vocab_size:
+            raise bad_field(f"{param}[{index}]", item, f"a token id from 0 to {vocab_size - 1}")
+    raise AssertionError("unreachable: one of them is wrong")
+
+
+def fitted(
+    param: str, token_ids: list[int], truncate: int | None, max_tokens: int | None, model: ServedModel
+) -> list[int]:
+    """`token_ids`, cut from the left to `truncate` tokens where given (-1: to what fits), checked to fit.
+
+    Raises:
+        RequestError: nothing left, or longer than the model's context or than a pool holds.
+    """
+    if truncate is not None:
+        room = min(model.max_prompt_tokens, max(1, model.max_model_len - max(1, max_tokens or 1)))
+        keep = room if truncate == -1 else truncate
+        if keep > model.max_prompt_tokens:
+            raise bad_field("truncate_prompt_tokens", truncate, f"-1 to {model.max_prompt_tokens}")
+        token_ids = token_ids[max(0, len(token_ids) - keep) :]
+    if not token_ids:
+        raise RequestError(f"{param}: got no tokens, want at least one", param=param, code="invalid_value")
+    check_length(param, len(token_ids), model)
+    return token_ids
+
+
+def check_length(param: str, num_tokens: int, model: ServedModel) -> None:
+    """A prompt must leave room for one token, and fit a pool.
+
+    Raises:
+        RequestError: context_length_exceeded.
+    """
+    if num_tokens > model.max_prompt_tokens:
+        why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
+        raise RequestError(
+            f"{param}: got {shown(num_tokens)} tokens, want at most {model.max_prompt_tokens}: the model's {why} holds"
+            " no more",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def check_chars(param: str, text: str, max_token_chars: int, model: ServedModel) -> None:
+    """Refuse text so long that it cannot fit however it is encoded, before spending seconds on encoding it.
+
+    Raises:
+        RequestError: context_length_exceeded.
+    """
+    if max_token_chars and len(text) > max_token_chars * model.max_prompt_tokens:
+        raise RequestError(
+            f"{param}: got {len(text)} characters, want at most {model.max_prompt_tokens} tokens, which no text of over"
+            f" {max_token_chars * model.max_prompt_tokens} characters gives",
+            param=param,
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,80 @@
+"""What chat and text completions do alike to turn prompts and fields into sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from secrets import token_hex
+from typing import NamedTuple
+
+import msgspec
+
+from cluster.openai.constraints import check
+from cluster.openai.generation import Generation
+from cluster.openai.prompts import packed
+from cluster.openai.protocol import SharedFields
+from cluster.openai.sampling import num_choices, sampling_params, stop_strings
+from cluster.openai.surface import Surface
+from cluster.openai.transcript import TextOptions, Transcript
+from messages.request import GenerateRequest, Grammar, SamplingParams
+
+
+class OutputPlan(NamedTuple):
+    """What the endpoint decided about the output."""
+
+    max_tokens: list[int]  #: one per prompt
+    logprobs: int | None
+    prompt_logprobs: int | None
+    grammar: tuple[str, Grammar] | None  #: with the field that asks for it
+    keeps_special_tokens: bool = False  #: those that mark tool calls; the others stay hidden
+
+
+def start(
+    surface: Surface, fields: SharedFields, request_id: str, prompts: Sequence[list[int]], plan: OutputPlan
+) -> Generation:
+    """The generation of `n` choices for each of `prompts`, checked but not yet running.
+
+    Raises:
+        RequestError: a field that cannot be, by name.
+    """
+    n = num_choices(fields, len(prompts), surface.limits)
+    if plan.grammar is not None:
+        check(*plan.grammar, surface.grammar_tokenizer)
+    options = TextOptions(
+        stop=stop_strings(fields, surface.limits),
+        includes_stop=bool(fields.include_stop_str_in_output),
+        min_tokens=fields.min_tokens or 0,
+        skips_special_tokens=fields.skip_special_tokens is not False and not plan.keeps_special_tokens,
+        hidden_ids=surface.hidden_ids if plan.keeps_special_tokens else frozenset(),
+        stop_token_ids=frozenset(fields.stop_token_ids or ()),
+    )
+    base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
+    requests: list[GenerateRequest] = []
+    for token_ids, max_tokens in zip(prompts, plan.max_tokens, strict=True):
+        params = sampling_params(
+            fields,
+            surface.model,
+            surface.limits,
+            max_tokens=max_tokens,
+            logprobs=plan.logprobs,
+            prompt_logprobs=plan.prompt_logprobs,
+            grammar=None if plan.grammar is None else plan.grammar[1],
+        )
+        data = packed(token_ids)
+        requests += [
+            _sequence(fields, f"{base}-{len(requests) + i}", data, len(token_ids), params, i) for i in range(n)
+        ]
+    transcripts = [Transcript(surface.tokenizer, options) for _ in requests]
+    return Generation(surface.backend, surface.metrics, requests, transcripts, n)
+
+
+def _sequence(
+    fields: SharedFields, sequence_id: str, data: bytes, num_tokens: int, params: SamplingParams, choice: int
+) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=sequence_id,
+        token_ids=data,
+        num_prompt_tokens=num_tokens,
+        params=msgspec.structs.replace(params, choice=choice) if choice else params,
+        salt=(fields.cache_salt or "").encode(),
+        priority=fields.priority or 0,
+    )

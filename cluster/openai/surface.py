@@ -1,0 +1,36 @@
+"""What every endpoint works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.openai.backend import Backend, HttpLimits, ServedModel
+from cluster.openai.errors import model_not_found
+from cluster.openai.metrics import HttpMetrics
+from cluster.openai.tool_calls import ToolFormat
+from engine.structured import GrammarTokenizer
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surface:
+    """One served model, seen from HTTP."""
+
+    backend: Backend
+    model: ServedModel
+    tokenizer: Tokenizer
+    grammar_tokenizer: GrammarTokenizer | None  #: None: no structured output with this model
+    limits: HttpLimits
+    metrics: HttpMetrics
+    tool_format: ToolFormat | None  #: how the model writes tool calls
+    hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls
+    max_token_chars: int  #: no token stands for more characters; 0: not known
+
+    def check_model(self, name: str | None) -> None:
+        """A request may leave the name out.
+
+        Raises:
+            RequestError: 404: no model of that name is served here.
+        """
+        if name is not None and name not in self.model.names:
+            raise model_not_found(name, self.model.names)

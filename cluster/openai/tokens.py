@@ -1,0 +1,62 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from cluster.openai import prompts
+from cluster.openai.conversation import template_messages, template_tools
+from cluster.openai.errors import bad_field
+from cluster.openai.protocol import DetokenizeRequest, TokenizeRequest
+from cluster.openai.replies import DetokenizeReply, TokenizeReply
+from cluster.openai.surface import Surface
+from messages.errors import RequestError
+
+
+async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
+    """The token ids of a prompt, or of messages through the chat template.
+
+    Raises:
+        RequestError: neither or both of them, or a text that is refused.
+    """
+    surface.check_model(fields.model)
+    if (fields.prompt is None) == (fields.messages is None):
+        raise RequestError("prompt: want either prompt or messages", param="prompt", code="invalid_value")
+    if fields.messages is None:
+        text, adds_special = fields.prompt or "", fields.add_special_tokens is not False
+    else:
+        text, adds_special = _rendered(surface, fields), bool(fields.add_special_tokens)
+    token_ids = await prompts.encode(surface.tokenizer, text, add_special_tokens=adds_special)
+    token_strs = [surface.tokenizer.token_text(i) for i in token_ids] if fields.return_token_strs else None
+    return msgspec.json.encode(
+        TokenizeReply(
+            count=len(token_ids), max_model_len=surface.model.max_model_len, tokens=token_ids, token_strs=token_strs
+        )
+    )
+
+
+def _rendered(surface: Surface, fields: TokenizeRequest) -> str:
+    continues = bool(fields.continue_final_message)
+    return surface.tokenizer.render_chat(
+        template_messages(fields.messages or []),
+        tools=template_tools(fields.tools) if fields.tools else None,
+        add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=fields.chat_template_kwargs,
+    )
+
+
+async def detokenize(surface: Surface, fields: DetokenizeRequest) -> bytes:
+    """The text of token ids, special tokens included.
+
+    Raises:
+        RequestError: an id outside the vocabulary.
+    """
+    surface.check_model(fields.model)
+    for index, token_id in enumerate(fields.tokens):
+        if token_id >= surface.model.vocab_size:
+            raise bad_field(f"tokens[{index}]", token_id, f"a token id from 0 to {surface.model.vocab_size - 1}")
+    text = await asyncio.to_thread(surface.tokenizer.decode, fields.tokens, skip_special_tokens=False)
+    return msgspec.json.encode(DetokenizeReply(text))

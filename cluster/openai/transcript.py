@@ -1,0 +1,107 @@
+"""The text of one choice, grown chunk by chunk: detokenized, cut at stop strings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.stops import StopMatcher
+from engine.tokenizer import Detokenizer, Tokenizer
+from messages.errors import ServeError, WorkerError, error_from_info
+from messages.stream import PromptSources, TokenChunk, TokenLogprob
+
+EndReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What a request says about its text."""
+
+    stop: tuple[str, ...] = ()
+    includes_stop: bool = False
+    min_tokens: int = 0
+    skips_special_tokens: bool = True
+    hidden_ids: frozenset[int] = frozenset()  #: tokens without text, besides those that skips_special_tokens skips
+    stop_token_ids: frozenset[int] = frozenset()  #: the client's own, which count as a stop_reason
+
+
+@dataclass(slots=True, kw_only=True)
+class Delta:
+    """What one chunk adds to a choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: EndReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Transcript:
+    """One choice. `take` gets its chunks in order until a delta has a finish_reason."""
+
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
+        self._options = options
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens)
+        self._stops = StopMatcher(options.stop, include_stop_str=options.includes_stop, min_tokens=options.min_tokens)
+        self.num_tokens = 0
+        self.sources: PromptSources | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.is_finished = False
+
+    def take(self, chunk: TokenChunk) -> Delta:
+        """What `chunk` adds.
+
+        Raises:
+            ServeError: the sequence failed, or was cancelled by someone other than its client.
+        """
+        if chunk.finish_reason == "error":
+            raise (error_from_info(chunk.error) if chunk.error else ServeError("the sequence failed"))
+        if chunk.finish_reason == "cancelled":
+            raise WorkerError("the sequence was cancelled by the server", code="cancelled")
+        if chunk.sources is not None:
+            self.sources = chunk.sources
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+        delta = Delta(token_ids=chunk.token_ids, logprobs=chunk.logprobs)
+        if self._options.stop:
+            self._take_singly(chunk, delta)
+        else:
+            delta.text = self._detokenizer.push([i for token_ids in self._visible(chunk) for i in token_ids])
+        if delta.finish_reason is None and chunk.finish_reason is not None:
+            self._end(chunk, delta)
+        self.num_tokens += len(delta.token_ids)
+        self.is_finished = delta.finish_reason is not None
+        return delta
+
+    def _visible(self, chunk: TokenChunk) -> list[list[int]]:
+        """For each of the chunk's tokens itself, or nothing where it has no text."""
+        hidden_ids = self._options.hidden_ids
+        visible = [[] if token_id in hidden_ids else [token_id] for token_id in chunk.token_ids]
+        stop_id = chunk.stop_token_id
+        if stop_id is not None and not (self._options.includes_stop and stop_id in self._options.stop_token_ids):
+            visible[-1] = []
+        return visible
+
+    def _take_singly(self, chunk: TokenChunk, delta: Delta) -> None:
+        """Token by token, so that the token that completes a stop string is the last one."""
+        texts: list[str] = []
+        for position, token_ids in enumerate(self._visible(chunk), start=1):
+            text, met = self._stops.push(self._detokenizer.push(token_ids))
+            texts.append(text)
+            if met is not None:
+                delta.finish_reason, delta.stop_reason = "stop", met
+                delta.token_ids = chunk.token_ids[:position]
+                delta.logprobs = chunk.logprobs[:position]
+                break
+        delta.text = "".join(texts)
+
+    def _end(self, chunk: TokenChunk, delta: Delta) -> None:
+        text, met = self._stops.push(self._detokenizer.flush(), 0)
+        delta.text += text
+        if met is not None:
+            delta.finish_reason, delta.stop_reason = "stop", met
+            return
+        delta.text += self._stops.flush()
+        delta.finish_reason = "length" if chunk.finish_reason == "length" else "stop"
+        if chunk.stop_token_id in self._options.stop_token_ids:
+            delta.stop_reason = chunk.stop_token_id
