@@ -27,7 +27,7 @@ class RouterConfig:
 
     rates: Rates = field(default_factory=Rates)
     max_delay_s: float = 60.0  #: predicted wait and queue beyond which a request is refused (429)
-    reservation_grace_s: float = 10.0  #: a placed request that its worker never reports counts this long past its TTFT
+    reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
 
 

@@ -145,7 +145,10 @@ class ChannelServer:
         threading.Thread(target=self._context.term, name="channel-close").start()
 
     def _bind(self, host: str) -> str:
-        literal = f"[{host}]" if ":" in host else host
+        is_ipv6 = ":" in host
+        # Only where it is asked for: with it, an IPv4 address would be shown in its IPv6 form.
+        self._socket.setsockopt(zmq.IPV6, is_ipv6)
+        literal = f"[{host}]" if is_ipv6 else host
         try:
             self._socket.bind(f"tcp://{literal}:*")
         except zmq.ZMQError as error:
@@ -281,6 +284,7 @@ class ChannelClient:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
+        self._socket.setsockopt(zmq.IPV6, "[" in address)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED
             | zmq.EVENT_CLOSED
@@ -441,7 +445,6 @@ class _Inbox:
 
 def _configure(socket: zmq.Socket[bytes], config: ChannelConfig) -> None:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.SNDHWM, config.max_queued_messages)
     socket.setsockopt(zmq.RCVHWM, config.max_queued_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)

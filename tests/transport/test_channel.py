@@ -195,6 +195,15 @@ async def test_host_that_is_not_ours_is_a_config_error():
         ChannelServer(SECRET, "198.51.100.1", lambda *_: None, lambda _: None)
 
 
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+async def test_address_is_of_the_host_it_was_bound_to(opened, host, shown):
+    channel = ChannelServer(SECRET, host, lambda *_: None, lambda _: None, FAST)
+    client = opened(Client(channel.address))
+    await asyncio.wait_for(client.ready.wait(), 3)
+    channel.close()
+    assert channel.address.startswith(f"tcp://{shown}:")
+
+
 async def test_closing_either_side_is_noticed_by_the_other(opened):
     server = opened(Server())
     leaving, staying = opened(Client(server.channel.address)), opened(Client(server.channel.address))

@@ -1,0 +1,83 @@
+from collections import Counter
+
+import pytest
+
+from kvrouter.fallback import choose
+from messages.errors import CapacityError, RequestError, WorkerError
+from messages.fleet import WorkerInfo
+from messages.route import RouteRequest
+
+
+def worker(worker_id, role="decode", node_id="n1"):
+    return WorkerInfo(
+        worker_id=worker_id,
+        role=role,
+        address=f"tcp://{worker_id}:1",
+        node_id=node_id,
+        fingerprint=b"f",
+        block_size=16,
+        num_blocks=1000,
+        block_bytes=1000,
+        max_model_len=4096,
+        max_num_seqs=64,
+        roads=("shm",),
+    )
+
+
+def request(chain=0, num_blocks=20, request_id="r", exclude=()):
+    names = b"".join(bytes([chain]) * 12 + i.to_bytes(4, "big") for i in range(num_blocks))
+    return RouteRequest(
+        request_id=request_id, names=names, num_prompt_tokens=num_blocks * 16 + 5, max_tokens=10, exclude=exclude
+    )
+
+
+FLEET = [worker(f"d{i}") for i in range(4)] + [worker(f"p{i}", "prefill") for i in range(2)]
+
+
+def test_prompts_that_begin_alike_meet_whoever_places_them():
+    placements = {choose(request(num_blocks=n), fleet, {}) for n in (20, 20, 20) for fleet in (FLEET, FLEET[::-1])}
+    assert len(placements) == 1
+    longer = choose(request(num_blocks=60), FLEET, {})
+    assert longer.decode_worker == next(iter(placements)).decode_worker
+
+
+def test_different_prompts_spread():
+    placed = Counter(choose(request(chain), FLEET, {}).decode_worker for chain in range(200))
+    assert len(placed) == 4
+    assert max(placed.values()) < 90
+
+
+def test_nobody_gets_far_more_than_the_mean():
+    running: Counter[str] = Counter()
+    for _ in range(100):
+        running[choose(request(), FLEET, running).decode_worker] += 1
+    assert max(running.values()) <= 1.25 * 100 / 4 + 1
+
+
+def test_long_prompt_gets_a_prefill_worker_it_can_reach_and_a_short_one_none():
+    assert choose(request(), FLEET, {}).prefill_worker in {"p0", "p1"}
+    assert choose(request(num_blocks=1), FLEET, {}).prefill_worker is None
+    far = [worker("d0"), worker("p0", "prefill", node_id="n2")]
+    assert choose(request(), far, {}).prefill_worker is None
+
+
+def test_address_and_reason_come_with_it():
+    placement = choose(request(), [worker("d0")], {})
+    assert placement.decode_address == "tcp://d0:1"
+    assert "no router" in placement.reason
+
+
+def test_excluded_workers_are_not_chosen():
+    excluded = ("d0", "d1", "d2", "p0")
+    placement = choose(request(exclude=excluded), FLEET, {})
+    assert (placement.decode_worker, placement.prefill_worker) == ("d3", "p1")
+
+
+def test_failures_say_whose_they_are():
+    with pytest.raises(CapacityError) as nobody:
+        choose(request(), FLEET[4:], {})
+    assert nobody.value.status == 503
+    with pytest.raises(WorkerError):
+        choose(request(exclude=("d0",)), [worker("d0")], {})
+    with pytest.raises(RequestError):
+        choose(request(num_blocks=300), FLEET, {})

@@ -1,0 +1,218 @@
+import pytest
+
+from kvrouter.policy import (
+    Pricing,
+    Rates,
+    Reserved,
+    WorkerState,
+    affinity_key,
+    can_ever_hold,
+    can_hand_over,
+    rendezvous,
+)
+from messages.fleet import LoadReport, WorkerInfo
+from messages.route import RouteRequest
+
+RATES = Rates(prefill_tokens_per_s=1000.0, decode_step_s=0.05, pull_bytes_per_s=1e9, handoff_s=0.005)
+
+
+def info(worker_id, role="decode", **changes):
+    fields = {
+        "worker_id": worker_id,
+        "role": role,
+        "address": f"tcp://{worker_id}:1",
+        "node_id": "n1",
+        "fingerprint": b"f",
+        "block_size": 16,
+        "num_blocks": 1000,
+        "block_bytes": 100_000,
+        "max_model_len": 8192,
+        "max_num_seqs": 64,
+        "roads": ("shm",),
+    }
+    return WorkerInfo(**(fields | changes))
+
+
+def load(worker_id, **changes):
+    fields = {
+        "worker_id": worker_id,
+        "queued_tokens": 0,
+        "num_waiting": 0,
+        "num_running": 0,
+        "free_blocks": 1000,
+        "prefill_tokens_per_s": 1000.0,
+        "decode_step_s": 0.05,
+    }
+    return LoadReport(**(fields | changes))
+
+
+def request(num_prompt_tokens=1600, request_id="r", **changes):
+    names = b"".join(i.to_bytes(16, "big") for i in range(num_prompt_tokens // 16))
+    return RouteRequest(
+        **(
+            {"request_id": request_id, "names": names, "num_prompt_tokens": num_prompt_tokens, "max_tokens": 100}
+            | changes
+        )
+    )
+
+
+def best(route, matches, decodes, prefills=()):
+    return Pricing(route, matches, RATES).best(decodes, prefills)
+
+
+def test_warm_worker_wins_until_its_queue_outweighs_its_cache():
+    cold, warm = WorkerState(info("cold"), load("cold")), WorkerState(info("warm"))
+    warm.load = load("warm", queued_tokens=1000)
+    assert best(request(1600), {"warm": 90}, [cold, warm]).decode is warm
+    warm.load = load("warm", queued_tokens=2000)
+    assert best(request(1600), {"warm": 90}, [cold, warm]).decode is cold
+
+
+def test_long_uncached_prompt_goes_to_prefill_and_a_short_one_stays():
+    decode, prefill = WorkerState(info("d"), load("d")), WorkerState(info("p", "prefill"), load("p"))
+    assert best(request(1600), {}, [decode], [prefill]).prefill is prefill
+    assert best(request(10), {}, [decode], [prefill]).prefill is None
+
+
+def test_prompt_that_decode_holds_almost_whole_is_not_handed_over():
+    decode, prefill = WorkerState(info("d"), load("d")), WorkerState(info("p", "prefill"), load("p"))
+    chosen = best(request(1610), {"d": 100, "p": 100}, [decode], [prefill])
+    assert chosen.prefill is None
+    assert chosen.decode_match_tokens == 1600
+
+
+def test_busy_prefill_sends_the_prompt_to_an_idle_decode():
+    decode = WorkerState(info("d"), load("d"))
+    prefill = WorkerState(info("p", "prefill"), load("p", queued_tokens=100_000))
+    assert best(request(1600), {}, [decode], [prefill]).prefill is None
+
+
+def test_decode_full_of_sequences_does_not_prefill_itself():
+    decode = WorkerState(info("d"), load("d", num_running=32))
+    prefill = WorkerState(info("p", "prefill"), load("p", queued_tokens=3000))
+    assert best(request(1600), {}, [decode], [prefill]).prefill is prefill
+
+
+def test_prefill_that_holds_the_prefix_wins():
+    decode = WorkerState(info("d"), load("d"))
+    prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}")) for i in range(3)]
+    chosen = best(request(1600), {"p1": 80}, [decode], prefills)
+    assert chosen.prefill is prefills[1]
+    assert (chosen.prefill_match_tokens, chosen.num_computed_tokens) == (1280, 320)
+
+
+def test_decode_that_holds_the_prefix_need_not_pull_it():
+    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", pull_bytes_per_s=1e7)) for i in range(2)]
+    prefill = WorkerState(info("p", "prefill"), load("p"))
+    chosen = best(request(1600), {"p": 100, "d1": 50}, decodes, [prefill])
+    assert chosen.decode is decodes[1]
+
+
+def test_measured_rates_replace_the_assumed_ones():
+    slow = WorkerState(info("slow"), load("slow", prefill_tokens_per_s=100.0))
+    unmeasured = WorkerState(info("unmeasured"), load("unmeasured", prefill_tokens_per_s=0.0))
+    chosen = best(request(1600), {}, [slow, unmeasured])
+    assert chosen.decode is unmeasured
+    assert chosen.compute_s == pytest.approx(1.6)
+    assert best(request(1600), {}, [slow]).compute_s == pytest.approx(16.0)
+
+
+def test_fully_held_prompt_still_computes_its_last_token():
+    decode = WorkerState(info("d"), load("d"))
+    assert best(request(1600), {"d": 100}, [decode]).num_computed_tokens == 1
+
+
+def test_worker_without_free_blocks_or_slots_is_waited_for_and_avoided():
+    free = WorkerState(info("free"), load("free", queued_tokens=100))
+    out_of_blocks = WorkerState(info("blocks"), load("blocks", free_blocks=10))
+    out_of_slots = WorkerState(info("slots"), load("slots", num_running=1, num_waiting=63))
+    assert best(request(1600), {}, [out_of_blocks, out_of_slots, free]).decode is free
+    assert best(request(1600), {}, [out_of_blocks]).wait_s > 0
+    assert best(request(1600), {}, [out_of_slots]).wait_s > 0
+    assert best(request(1600), {}, [free]).wait_s == 0
+
+
+def test_more_choices_need_more_slots():
+    decode = WorkerState(info("d"), load("d", num_running=60))
+    assert best(request(160, num_sequences=4), {}, [decode]).wait_s == 0
+    assert best(request(160, num_sequences=8), {}, [decode]).wait_s > 0
+
+
+def test_equal_costs_go_to_the_least_loaded_then_by_hash():
+    light, heavy = WorkerState(info("light"), load("light")), WorkerState(info("heavy"), load("heavy"))
+    heavy.reserve("other", Reserved(tokens=0, blocks=0, sequences=1))
+    heavy.load = load("heavy", decode_step_s=1e-9)
+    light.load = load("light", decode_step_s=1e-9)
+    assert best(request(1), {}, [heavy, light]).decode is light
+    twins = [WorkerState(info(f"d{i}"), load(f"d{i}")) for i in range(4)]
+    for i in range(20):
+        route = request(0, request_id=f"r{i}")
+        assert best(route, {}, twins).decode is best(route, {}, twins[::-1]).decode
+
+
+def test_best_is_the_cheapest_of_all():
+    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", num_running=i, queued_tokens=300 * i)) for i in range(5)]
+    prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}", queued_tokens=700 * i)) for i in range(5)]
+    matches = {"d3": 70, "p4": 100, "p0": 10}
+    for num_tokens in (1, 17, 300, 1600, 5000):
+        pricing = Pricing(request(num_tokens), matches, RATES)
+        cheapest = min(candidate.cost_s for candidate in pricing.all(decodes, prefills))
+        assert pricing.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "can"),
+    [
+        ({}, True),
+        ({"fingerprint": b"g"}, False),
+        ({"block_size": 32}, False),
+        ({"block_bytes": 1}, False),
+        ({"node_id": "n2"}, False),
+        ({"node_id": "n2", "roads": ("shm", "ucx")}, True),
+        ({"roads": ()}, False),
+    ],
+)
+def test_handover_needs_the_same_model_and_a_road(changes, can):
+    decode = info("d", roads=("shm", "ucx"))
+    assert can_hand_over(info("p", "prefill", **changes), decode) is can
+
+
+def test_unreachable_prefill_is_not_chosen_and_the_reachable_one_is():
+    decode = WorkerState(info("d"), load("d"))
+    far = WorkerState(info("far", "prefill", node_id="n2"), load("far"))
+    near = WorkerState(info("near", "prefill"), load("near", queued_tokens=500))
+    assert best(request(3200), {"far": 100}, [decode], [far, near]).prefill is near
+    assert best(request(3200), {"far": 100}, [decode], [far]).prefill is None
+
+
+def test_prompt_must_leave_room_for_one_token():
+    assert can_ever_hold(info("d", max_model_len=100), request(99))
+    assert not can_ever_hold(info("d", max_model_len=100), request(100))
+    assert can_ever_hold(info("d", num_blocks=2), request(31))
+    assert not can_ever_hold(info("d", num_blocks=2), request(32))
+
+
+def test_reservations_add_up_and_go_when_the_worker_reports_the_request():
+    state = WorkerState(info("d"), load("d", queued_tokens=5, num_running=1, free_blocks=100))
+    state.reserve("a", Reserved(tokens=10, blocks=3, sequences=1))
+    state.reserve("b", Reserved(tokens=20, blocks=4, sequences=2))
+    state.reserve("b", Reserved(tokens=21, blocks=4, sequences=2))
+    assert (state.queued_tokens, state.num_sequences, state.free_blocks) == (36, 4, 93)
+    state.report(load("d", queued_tokens=7, num_running=3, free_blocks=90, request_ids=("b", "x")))
+    assert (state.queued_tokens, state.num_sequences, state.free_blocks) == (17, 4, 87)
+    assert list(state.reserved) == ["a"]
+
+
+def test_rendezvous_moves_only_the_keys_of_the_worker_that_left():
+    workers = [f"w{i}" for i in range(8)]
+    keys = [i.to_bytes(16, "big") for i in range(500)]
+    before = {key: max(workers, key=lambda worker: rendezvous(key, worker)) for key in keys}
+    after = {key: max(workers[1:], key=lambda worker: rendezvous(key, worker)) for key in keys}
+    assert all(after[key] == before[key] for key in keys if before[key] != "w0")
+    shares = [sum(worker == chosen for chosen in before.values()) for worker in workers]
+    assert min(shares) > 30
+
+
+def test_prompts_that_begin_alike_have_one_affinity():
+    assert affinity_key(request(160)) == affinity_key(request(1600))
+    assert affinity_key(request(5, request_id="a")) != affinity_key(request(5, request_id="b"))

@@ -1,0 +1,354 @@
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvrouter.policy import Rates
+from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TimePassed, WorkerJoined, WorkerLost
+from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+
+
+def info(worker_id, role="decode", **changes):
+    fields = {
+        "worker_id": worker_id,
+        "role": role,
+        "address": f"tcp://{worker_id}:1",
+        "node_id": "n1",
+        "fingerprint": b"f",
+        "block_size": 16,
+        "num_blocks": 10_000,
+        "block_bytes": 10_000,
+        "max_model_len": 8192,
+        "max_num_seqs": 256,
+        "roads": ("shm",),
+    }
+    return WorkerInfo(**(fields | changes))
+
+
+def load(worker_id, **changes):
+    fields = {
+        "worker_id": worker_id,
+        "queued_tokens": 0,
+        "num_waiting": 0,
+        "num_running": 0,
+        "free_blocks": 10_000,
+        "prefill_tokens_per_s": 1000.0,
+        "decode_step_s": 0.05,
+    }
+    return LoadReport(**(fields | changes))
+
+
+def names(chain, num_blocks):
+    return b"".join(bytes([chain]) * 12 + i.to_bytes(4, "big") for i in range(num_blocks))
+
+
+def request(request_id="r", chain=0, num_blocks=10, **changes):
+    return RouteRequest(
+        **({
+            "request_id": request_id,
+            "names": names(chain, num_blocks),
+            "num_prompt_tokens": num_blocks * 16 + 4,
+            "max_tokens": 10,
+        } | changes)
+    )  # fmt: skip
+
+
+class Fleet:
+    """A router that workers have joined, in step, at time 0."""
+
+    def __init__(self, *infos, config=None):
+        self.router = Router(config or RouterConfig())
+        self.now_s = 0.0
+        for worker in infos:
+            assert self.tell(WorkerJoined(worker)) == [AskSnapshot(worker.worker_id)]
+            assert self.tell(KvEvents(worker_id=worker.worker_id, seq=0, cleared=True)) == []
+            self.tell(load(worker.worker_id))
+
+    def tell(self, event):
+        instructions = self.router.on_event(event, self.now_s)
+        self.router.check_invariants()
+        return instructions
+
+    def route(self, **fields):
+        (reply,) = self.tell(request(**fields))
+        assert isinstance(reply, Reply)
+        return reply.message
+
+
+def test_placement_says_where_how_much_is_held_and_why():
+    fleet = Fleet(info("d"), info("p", "prefill"))
+    fleet.tell(KvEvents(worker_id="p", seq=1, stored=names(0, 40)))
+    placement = fleet.route(num_blocks=50)
+    assert placement.request_id == "r"
+    assert (placement.decode_worker, placement.decode_address) == ("d", "tcp://d:1")
+    assert (placement.prefill_worker, placement.prefill_address) == ("p", "tcp://p:1")
+    assert (placement.decode_match_tokens, placement.prefill_match_tokens) == (0, 640)
+    assert placement.predicted_ttft_s > 0.16
+    assert "prefill 640" in placement.reason
+
+
+def test_burst_with_one_prefix_does_not_herd_on_a_cold_fleet():
+    fleet = Fleet(*(info(f"d{i}") for i in range(4)))
+    placed = Counter(fleet.route(request_id=f"r{i}", num_blocks=20).decode_worker for i in range(100))
+    assert len(placed) == 4
+    assert max(placed.values()) - min(placed.values()) <= 2
+
+
+def test_burst_over_pairs_spreads_over_both_roles():
+    fleet = Fleet(*(info(f"d{i}") for i in range(4)), *(info(f"p{i}", "prefill") for i in range(2)))
+    placements = [fleet.route(request_id=f"r{i}", num_blocks=50) for i in range(60)]
+    decodes = Counter(placement.decode_worker for placement in placements)
+    prefills = Counter(placement.prefill_worker for placement in placements)
+    assert len(decodes) == 4
+    assert max(decodes.values()) - min(decodes.values()) <= 6
+    assert abs(prefills["p0"] - prefills["p1"]) <= 1
+    assert prefills[None] > 0  # once prefill has a queue, idle decode workers help
+
+
+def test_conversation_comes_back_to_the_worker_that_decoded_it():
+    fleet = Fleet(*(info(f"d{i}") for i in range(4)), info("p", "prefill"))
+    fleet.tell(KvEvents(worker_id="d2", seq=1, stored=names(7, 60)))
+    placement = fleet.route(chain=7, num_blocks=61)
+    assert (placement.decode_worker, placement.prefill_worker) == ("d2", None)
+    assert placement.decode_match_tokens == 960
+
+
+def test_removed_blocks_attract_no_more():
+    fleet = Fleet(info("d"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 10)))
+    fleet.tell(KvEvents(worker_id="d", seq=2, removed=names(0, 10)[5 * 16 :]))
+    assert fleet.route().decode_match_tokens == 80
+
+
+def test_lost_worker_is_never_placed_on_and_its_blocks_are_forgotten():
+    fleet = Fleet(info("d0"), info("d1"))
+    fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 10)))
+    assert fleet.route().decode_worker == "d1"
+    fleet.tell(WorkerLost("d1"))
+    assert fleet.route(request_id="r2").decode_worker == "d0"
+    fleet.tell(WorkerJoined(info("d1")))
+    assert fleet.router.explain(request())[0].decode_match_tokens == 0
+
+
+def test_prefill_that_was_lost_is_not_used():
+    fleet = Fleet(info("d"), info("p", "prefill"))
+    assert fleet.route(num_blocks=100).prefill_worker == "p"
+    fleet.tell(WorkerLost("p"))
+    assert fleet.route(request_id="r2", num_blocks=100).prefill_worker is None
+
+
+@pytest.mark.parametrize("seq", [0, 2, 5])
+def test_gap_leads_to_one_question_and_is_healed_by_the_snapshot(seq):
+    fleet = Fleet(info("d"))
+    assert fleet.tell(KvEvents(worker_id="d", seq=seq, stored=names(0, 3))) == [AskSnapshot("d")]
+    assert fleet.tell(KvEvents(worker_id="d", seq=seq + 1, stored=names(0, 3))) == []
+    assert fleet.route().decode_match_tokens == 0
+    assert fleet.tell(KvEvents(worker_id="d", seq=0, cleared=True, stored=names(0, 10))) == []
+    assert fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(1, 2))) == []
+    assert fleet.route(request_id="r2").decode_match_tokens == 160
+
+
+def test_torn_names_count_as_a_gap():
+    fleet = Fleet(info("d"))
+    assert fleet.tell(KvEvents(worker_id="d", seq=1, stored=b"short")) == [AskSnapshot("d")]
+
+
+def test_snapshot_that_does_not_come_is_asked_for_again():
+    fleet = Fleet(info("d"))
+    fleet.tell(KvEvents(worker_id="d", seq=9))
+    fleet.now_s = 4.0
+    assert fleet.tell(TimePassed()) == []
+    fleet.now_s = 6.0
+    assert fleet.tell(TimePassed()) == [AskSnapshot("d")]
+    assert fleet.tell(TimePassed()) == []
+
+
+def test_events_and_reports_of_strangers_are_ignored():
+    fleet = Fleet(info("d"))
+    assert fleet.tell(KvEvents(worker_id="x", seq=0, cleared=True, stored=names(0, 10))) == []
+    assert fleet.tell(load("x")) == []
+    assert fleet.route().decode_worker == "d"
+    assert fleet.tell(RequestEnded(request_id="unheard of")) == []
+
+
+def test_reservation_ends_with_the_workers_report_the_end_or_its_deadline():
+    fleet = Fleet(info("d"), config=RouterConfig(reservation_grace_s=2.0))
+
+    def queued():
+        (candidate,) = fleet.router.explain(request())
+        return candidate.queue_s
+
+    fleet.route(request_id="a")
+    assert queued() == pytest.approx(0.164)
+    fleet.tell(load("d", queued_tokens=10, num_running=1, request_ids=("a",)))
+    assert queued() == pytest.approx(0.010)
+    fleet.route(request_id="b")
+    assert queued() == pytest.approx(0.174)
+    fleet.tell(RequestEnded(request_id="b"))
+    assert queued() == pytest.approx(0.010)
+    placement = fleet.route(request_id="c")
+    fleet.now_s = placement.predicted_ttft_s + 1.9
+    fleet.tell(TimePassed())
+    assert queued() == pytest.approx(0.174)
+    fleet.now_s += 0.2
+    fleet.tell(TimePassed())
+    assert queued() == pytest.approx(0.010)
+
+
+def test_report_from_before_a_placement_does_not_undo_it():
+    fleet = Fleet(info("d"))
+    fleet.route(request_id="a")
+    fleet.tell(load("d"))
+    assert fleet.router.explain(request())[0].queue_s > 0
+
+
+def test_request_routed_anew_is_reserved_once():
+    fleet = Fleet(info("d0"), info("d1"))
+    first = fleet.route(request_id="a")
+    second = fleet.route(request_id="a", exclude=(first.decode_worker,))
+    assert {first.decode_worker, second.decode_worker} == {"d0", "d1"}
+    assert fleet.router.stats()["kvray_router_reservations"] == 1
+
+
+def test_nobody_there_is_503_all_excluded_is_a_worker_error_and_too_long_is_the_callers():
+    fleet = Fleet(info("p", "prefill"))
+    failed = fleet.route()
+    assert isinstance(failed, RouteFailed)
+    assert (failed.error.kind, failed.error.status) == ("CapacityError", 503)
+    fleet.tell(WorkerJoined(info("d", max_model_len=100)))
+    assert fleet.route(exclude=("d",)).error.kind == "WorkerError"
+    too_long = fleet.route().error
+    assert (too_long.kind, too_long.code) == ("RequestError", "context_length_exceeded")
+    assert "164" in too_long.message
+    assert "99" in too_long.message
+
+
+def test_saturated_fleet_is_429_with_a_time_to_come_back_and_counts_nothing():
+    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    fleet.tell(load("d", queued_tokens=20_000))
+    failed = fleet.route()
+    assert (failed.error.kind, failed.error.status, failed.error.retry_after_s) == ("CapacityError", 429, 15.0)
+    assert fleet.router.stats()["kvray_router_reservations"] == 0
+
+
+def test_huge_prompt_on_an_idle_fleet_is_not_refused_for_its_own_length():
+    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    assert isinstance(fleet.route(num_blocks=500), Placement)
+
+
+def test_burst_beyond_what_is_allowed_to_wait_is_refused_early():
+    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    answers = [fleet.route(request_id=f"r{i}", num_blocks=20) for i in range(40)]
+    kinds = [isinstance(answer, Placement) for answer in answers]
+    assert kinds == sorted(kinds, reverse=True)
+    assert 12 <= sum(kinds) <= 18  # 5 s at 324 tokens each, 1,000 tokens/s
+
+
+def test_explanation_lists_every_pair_cheapest_first_and_reserves_nothing():
+    fleet = Fleet(info("d0"), info("d1"), info("p0", "prefill"), info("p1", "prefill"))
+    candidates = fleet.router.explain(request(num_blocks=50))
+    pairs = {(c.decode.info.worker_id, c.prefill.info.worker_id if c.prefill else None) for c in candidates}
+    assert pairs == {(d, p) for d in ("d0", "d1") for p in ("p0", "p1", None)}
+    costs = [candidate.cost_s for candidate in candidates]
+    assert costs == sorted(costs)
+    assert fleet.router.stats()["kvray_router_reservations"] == 0
+
+
+def test_how_long_requests_take_is_learnt():
+    fleet = Fleet(info("d", max_num_seqs=1), config=RouterConfig(rates=Rates(sequence_s=10.0)))
+    for i in range(200):
+        fleet.route(request_id=f"r{i}")
+        fleet.now_s += 1.0
+        fleet.tell(RequestEnded(request_id=f"r{i}"))
+    fleet.tell(load("d", num_running=1))
+    assert fleet.router.explain(request())[0].wait_s == pytest.approx(1.0, rel=0.01)
+
+
+def test_router_is_light_to_import():
+    program = (
+        "import sys, time; started = time.perf_counter(); import kvrouter.router; "
+        "assert not {'torch', 'transformers', 'ray', 'numpy'} & set(sys.modules); "
+        "print(time.perf_counter() - started)"
+    )
+    times = [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(3)]
+    assert min(times) < 0.3
+
+
+class RouterMachine(RuleBasedStateMachine):
+    """Any order of events: one reply per request, onto workers that are there, and nothing left at the end."""
+
+    workers = st.sampled_from(["d0", "d1", "d2", "p0", "p1"])
+    ids = st.sampled_from([f"r{i}" for i in range(6)])
+
+    def __init__(self):
+        super().__init__()
+        self.router = Router()
+        self.there = set()
+        self.now_s = 0.0
+
+    def tell(self, event):
+        self.now_s += 0.01
+        return self.router.on_event(event, self.now_s)
+
+    @rule(worker=workers)
+    def join(self, worker):
+        role = "decode" if worker.startswith("d") else "prefill"
+        self.there.add(worker)
+        assert self.tell(WorkerJoined(info(worker, role, num_blocks=50, max_num_seqs=3))) == [AskSnapshot(worker)]
+
+    @rule(worker=workers)
+    def lose(self, worker):
+        self.there.discard(worker)
+        assert self.tell(WorkerLost(worker)) == []
+
+    @rule(worker=workers, seq=st.integers(0, 3), cleared=st.booleans(), chain=st.integers(0, 1), n=st.integers(0, 12))
+    def events(self, worker, seq, cleared, chain, n):
+        instructions = self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, stored=names(chain, n)))
+        assert instructions in ([], [AskSnapshot(worker)])
+        assert not instructions or worker in self.there
+
+    @rule(worker=workers, free=st.integers(0, 50), running=st.integers(0, 5), ids=st.lists(ids))
+    def report(self, worker, free, running, ids):
+        assert self.tell(load(worker, free_blocks=free, num_running=running, request_ids=tuple(ids))) == []
+
+    @rule(request_id=ids, chain=st.integers(0, 1), n=st.integers(0, 60), excluded=st.lists(workers, max_size=3))
+    def route(self, request_id, chain, n, excluded):
+        (reply,) = self.tell(request(request_id, chain, n, exclude=tuple(excluded)))
+        usable = self.there - set(excluded)
+        if isinstance(reply.message, Placement):
+            assert reply.message.decode_worker in usable
+            assert reply.message.prefill_worker in usable | {None}
+            assert reply.message.predicted_ttft_s >= 0
+        else:
+            can_fit = n * 16 + 4 < 50 * 16
+            assert reply.message.error.status == 429 or not can_fit or not any(w.startswith("d") for w in usable)
+
+    @rule(request_id=ids)
+    def end(self, request_id):
+        assert self.tell(RequestEnded(request_id=request_id)) == []
+
+    @rule(seconds=st.sampled_from([1.0, 30.0]))
+    def wait(self, seconds):
+        self.now_s += seconds
+        for instruction in self.tell(TimePassed()):
+            assert instruction.worker_id in self.there
+
+    @invariant()
+    def sums_agree(self):
+        self.router.check_invariants()
+
+    def teardown(self):
+        for i in range(6):
+            self.tell(RequestEnded(request_id=f"r{i}"))
+        self.router.check_invariants()
+        assert self.router.stats()["kvray_router_reservations"] == 0
+        assert self.router.stats()["kvray_router_requests"] == 0
+
+
+TestRouterMachine = RouterMachine.TestCase
+TestRouterMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
