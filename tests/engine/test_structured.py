@@ -175,7 +175,13 @@ def test_a_bad_grammar_is_refused_at_once_and_by_name(kind, spec, message):
 
 @pytest.mark.parametrize(
     ("kind", "spec"),
-    [("json_schema", json.dumps(SCHEMA)), ("regex", ""), ("choice", '["a"]'), ("json_object", ""), ("lark", "start: /a/")],
+    [
+        ("json_schema", json.dumps(SCHEMA)),
+        ("regex", ""),
+        ("choice", '["a"]'),
+        ("json_object", ""),
+        ("lark", "start: /a/"),
+    ],
 )
 def test_a_good_grammar_passes(kind, spec):
     check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec))
