@@ -1,0 +1,309 @@
+"""Request ids, API keys, probes, counters, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from messages.errors import CapacityError, ErrorInfo, WorkerError
+from messages.stream import TokenChunk
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT = "/v1/chat/completions"
+
+
+def raw_post(server, path, body, **headers):
+    """An open socket on which a request was sent."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+    sock.sendall(head.encode() + data)
+    return sock
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 2
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+
+
+# ------------------------------------------------------------------------------------------------ clients that leave
+
+
+def test_leaving_a_stream_stops_the_work_at_once(server):
+    server.backend.delay_s = 0.01
+    server.backend.says("x" * 400)
+    with raw_post(server, CHAT, {"messages": USER, "stream": True}) as sock:
+        assert b"200 OK" in sock.recv(4096)
+        assert server.backend.num_active == 1
+    left_s = time.monotonic()
+    wait_for(lambda: server.backend.num_active == 0)
+    assert time.monotonic() - left_s < 0.5
+    assert server.backend.num_closed_early == 1
+
+
+def test_leaving_before_the_first_token_stops_the_work(server):
+    server.backend.delay_s = 30
+    for stream in (True, False):
+        with raw_post(server, CHAT, {"messages": USER, "stream": stream}):
+            wait_for(lambda: server.backend.num_active == 1)
+        wait_for(lambda: server.backend.num_active == 0)
+    assert server.backend.num_closed_early == 2
+
+
+def test_closing_the_openai_client_s_stream_stops_the_work(server):
+    server.backend.delay_s = 0.01
+    server.backend.says("x" * 400)
+    with server.client().chat.completions.create(model="tiny", messages=USER, stream=True) as stream:
+        next(iter(stream))
+    wait_for(lambda: server.backend.num_active == 0)
+
+
+def test_a_client_that_left_is_counted(serve):
+    server = serve()
+    server.backend.delay_s = 30
+    with raw_post(server, CHAT, {"messages": USER}):
+        wait_for(lambda: server.backend.num_active == 1)
+    wait_for(lambda: server.backend.num_active == 0)
+    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+    assert "kvray_client_disconnects_total 1.0" in text
+    assert 'kvray_choices_finished_total{reason="abandoned"} 1.0' in text
+    assert "kvray_requests_running 0.0" in text
+
+
+# --------------------------------------------------------------------------------------------------------- failures
+
+
+def test_refusals_keep_their_status_and_say_when_to_retry(server):
+    server.backend.refusal = CapacityError("full", retry_after_s=2.4)
+    for stream in (True, False):
+        response = server.post(CHAT, {"messages": USER, "stream": stream})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "3"
+        assert response.json()["error"] == {
+            "message": "full",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "rate_limit_exceeded",
+        }
+    server.backend.refusal = CapacityError("nobody", status=503, retry_after_s=1)
+    assert server.post(CHAT, {"messages": USER}).status_code == 503
+    server.backend.refusal = WorkerError("gone")
+    with pytest.raises(openai.InternalServerError, match="gone"):
+        server.client().chat.completions.create(model="tiny", messages=USER)
+
+
+def failing_after(server, num_chunks):
+    def script(request):
+        chunks = server.backend.spoken(request, "Hello")[:num_chunks]
+        info = ErrorInfo(kind="WorkerError", message="worker d1 vanished", status=503, code="worker_lost")
+        return [*chunks, TokenChunk(request_id=request.request_id, finish_reason="error", error=info)]
+
+    return script
+
+
+def test_an_error_in_mid_stream_is_an_event_and_the_end(server):
+    server.backend.script = failing_after(server, 2)
+    response = server.post(CHAT, {"messages": USER, "stream": True})
+    assert response.status_code == 200
+    events = [e for e in response.text.split("\n\n") if e]
+    assert json.loads(events[-1][6:]) == {
+        "error": {
+            "message": "worker d1 vanished",
+            "type": "service_unavailable_error",
+            "param": None,
+            "code": "worker_lost",
+        }
+    }
+    stream = server.client().chat.completions.create(model="tiny", messages=USER, stream=True)
+    with pytest.raises(openai.APIError, match="vanished"):
+        list(stream)
+
+
+def test_an_error_before_the_first_token_has_its_own_status(server):
+    server.backend.script = failing_after(server, 0)
+    for stream in (True, False):
+        assert server.post(CHAT, {"messages": USER, "stream": stream}).status_code == 503
+
+
+def test_one_failed_choice_fails_the_request_and_stops_the_others(server):
+    failing = failing_after(server, 1)
+    server.backend.script = lambda r: failing(r) if r.params.choice else server.backend.spoken(r, "x" * 100)
+    assert server.post(CHAT, {"messages": USER, "n": 2}).status_code == 503
+    assert server.backend.num_closed_early == 1
+
+
+def test_a_sequence_that_ends_without_a_last_token_is_an_error(server):
+    server.backend.script = lambda r: server.backend.spoken(r, "Hello")[:2]
+    assert server.post(CHAT, {"messages": USER}).status_code == 503
+    assert "error" in server.post(CHAT, {"messages": USER, "stream": True}).text
+
+
+def test_a_bug_below_is_a_500_in_our_form_and_ends_a_stream(server, caplog):
+    def bug(request):
+        raise ZeroDivisionError
+
+    server.backend.script = bug
+    response = server.post(CHAT, {"messages": USER})
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "internal error"
+    good = server.backend.spoken
+
+    def half_good(request):
+        chunk = good(request, "Hello")[0]
+        return [chunk, None]
+
+    server.backend.script = half_good
+    text = server.post(CHAT, {"messages": USER, "stream": True}).text
+    assert '"message":"internal error"' in text.split("\n\n")[-2]
+
+
+# ------------------------------------------------------------------------------------------------- ids, keys, probes
+
+
+def test_the_request_id_goes_in_and_comes_out(server):
+    response = server.post(CHAT, {"messages": USER}, **{"X-Request-Id": "my-id.1"})
+    assert response.headers["x-request-id"] == "my-id.1"
+    assert response.json()["id"] == "chatcmpl-my-id.1"
+    assert server.backend.requests[0].request_id.startswith("my-id.1-")
+    response = server.post(CHAT, {"messages": USER, "request_id": "body-id"}, **{"X-Request-Id": "my-id"})
+    assert response.headers["x-request-id"] == "body-id"
+
+
+def test_a_request_id_that_could_forge_a_log_line_is_replaced(server):
+    for bad in ("x" * 200, "a b", 'a"b'):
+        response = server.post(CHAT, {"messages": USER}, **{"X-Request-Id": bad})
+        assert response.status_code == 200
+        assert len(response.headers["x-request-id"]) == 32
+
+
+def test_the_same_request_id_twice_gives_distinct_sequences(server):
+    for _ in range(2):
+        server.post(CHAT, {"messages": USER, "request_id": "same"})
+    assert len({r.request_id for r in server.backend.requests}) == 2
+
+
+def test_errors_and_streams_carry_the_request_id_too(server):
+    assert httpx.get(f"{server.url}/nowhere", timeout=5).headers["x-request-id"]
+    assert server.post(CHAT, {"messages": USER, "stream": True}).headers["x-request-id"]
+
+
+def test_api_keys_guard_all_but_probes(serve):
+    server = serve(api_keys=("first", "sécond"))
+    for path in ("/health", "/ready", "/metrics", "/version"):
+        assert httpx.get(server.url + path, timeout=5).status_code == 200
+    for path in ("/v1/models", "/docs", "/openapi.json", "/nowhere"):
+        response = httpx.get(server.url + path, timeout=5)
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+    for header in ("Bearer wrong", "Basic first", "first", "Bearer", "Bearer  ", b"Bearer \xff\xfe"):
+        response = httpx.get(f"{server.url}/v1/models", headers={"Authorization": header}, timeout=5)
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").models.list()
+    assert server.client("first").models.list().data[0].id == "tiny"
+
+
+def test_health_ready_and_version(server):
+    assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+    ready = httpx.get(f"{server.url}/ready", timeout=5)
+    assert (ready.status_code, ready.json()) == (200, {"ready": True, "decode_workers": 2})
+    server.backend.is_ready = False
+    assert httpx.get(f"{server.url}/ready", timeout=5).status_code == 503
+    assert httpx.get(f"{server.url}/version", timeout=5).json() == {"version": "1.2.3"}
+
+
+def test_models_are_listed_by_all_their_names(server):
+    models = server.client().models.list().data
+    assert [m.id for m in models] == ["tiny", "alias"]
+    assert models[0].model_extra["max_model_len"] == 512
+    assert server.client().models.retrieve("alias").id == "alias"
+    with pytest.raises(openai.NotFoundError, match="want one of tiny, alias"):
+        server.client().models.retrieve("org/other")
+
+
+def test_metrics_count_tokens_latencies_and_sources(serve):
+    server = serve()
+    server.post(CHAT, {"messages": USER})
+    server.post(CHAT, {"messages": 3})
+    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+    for line in (
+        'kvray_http_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0',
+        'kvray_http_requests_total{endpoint="/v1/chat/completions",status="400"} 1.0',
+        "kvray_time_to_first_token_seconds_count 1.0",
+        "kvray_inter_token_latency_seconds_count 12.0",
+        "kvray_request_latency_seconds_count 1.0",
+        "kvray_generation_tokens_total 13.0",
+        'kvray_prompt_tokens_total{source="peer"} 2.0',
+        'kvray_prompt_tokens_total{source="disk"} 0.0',
+        'kvray_choices_finished_total{reason="stop"} 1.0',
+        "kvray_requests_running 0.0",
+        "kvray_fake 1",
+    ):
+        assert line in text.splitlines()
+
+
+def test_unknown_paths_share_one_label(serve):
+    server = serve()
+    for i in range(3):
+        httpx.get(f"{server.url}/scan{i}", timeout=5)
+    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+    assert 'kvray_http_requests_total{endpoint="other",status="404"} 3.0' in text.splitlines()
+    assert "scan" not in text
+
+
+def test_openapi_describes_bodies_replies_and_bounds(server):
+    assert "swagger" in httpx.get(f"{server.url}/docs", timeout=5).text
+    schema = httpx.get(f"{server.url}/openapi.json", timeout=5).json()
+    body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "tools", "top_k", "return_token_ids"} <= fields.keys()
+    assert fields["top_p"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
+    names = schema["components"]["schemas"].keys()
+    assert all(ref in names for ref in _references(schema))
+
+
+def _references(node):
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "$ref":
+                yield value.rsplit("/", 1)[1]
+            else:
+                yield from _references(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _references(item)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(server):
+    reply = server.post("/tokenize", {"model": "tiny", "prompt": "né", "return_token_strs": True}).json()
+    assert (reply["count"], reply["max_model_len"]) == (3, 512)
+    assert reply["token_strs"] == ["n", "\ufffd", "\ufffd"]
+    assert server.post("/detokenize", {"tokens": reply["tokens"]}).json() == {"prompt": "né"}
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_tokenize_renders_messages(server):
+    tokens = server.post("/tokenize", {"messages": USER}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "<user>Hi\n<assistant>"
+    tokens = server.post("/tokenize", {"messages": USER, "add_generation_prompt": False}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "<user>Hi\n"
+
+
+async def test_a_long_prompt_being_encoded_holds_nobody_up(server):
+    async with httpx.AsyncClient(timeout=10) as client:
+        long = asyncio.ensure_future(client.post(f"{server.url}/tokenize", json={"prompt": "ab " * 20_000}))
+        while not long.done():
+            assert (await client.get(f"{server.url}/health")).status_code == 200
+        assert (await long).json()["count"] == 60_000
