@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 #: Part of the kernel path in block names.
 PACKED_NAME = "onednn-1"
@@ -23,15 +24,15 @@ _MAX_LONE_FEATURES = 1024
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` over a weight in oneDNN's own layout. CPU, inference only."""
+    """A linear layer over a weight in oneDNN's own layout. CPU, inference only."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Pack `weight [out_features, in_features]` (copied) and `bias [out_features]` (kept)."""
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        self._packed = _pack(linear.weight.detach())
-        self._doubles_lone_row = self._lone_row_differs(linear.weight.dtype)
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = _pack(weight.detach())
+        self._doubles_lone_row = self._lone_row_differs(weight.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,17 +69,18 @@ def can_pack(dtype: torch.dtype) -> bool:
         linear.weight.copy_(torch.randn(48, 64, generator=generator))
         rows = torch.randn(3, 64, generator=generator).to(dtype)
         try:
-            got = PackedLinear(linear)(rows)
+            got = PackedLinear(linear.weight, linear.bias)(rows)
         except (RuntimeError, AttributeError, NotImplementedError):
             return False
         return torch.allclose(got.float(), linear(rows).float(), rtol=2e-2, atol=2e-2)
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every plain `nn.Linear` of `model` by a PackedLinear; the originals are freed one by one.
+    """Replace every plain linear layer of `model` by a PackedLinear; the originals are freed one by one.
 
+    `nn.Linear` and gpt2's Conv1D, a linear with its weight transposed; subclasses compute something else and stay.
     A weight shared with an embedding table stays for the table; the linear gets a packed copy, since logits too must
-    not depend on the batch. Subclasses of `nn.Linear` compute something else and are left alone.
+    not depend on the batch.
 
     Returns:
         How many were replaced.
@@ -86,10 +88,13 @@ def pack_linears(model: nn.Module) -> int:
     packed: dict[int, PackedLinear] = {}  # by id of the linear: a module used in two places stays one
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not child.weight.is_meta:
-                if id(child) not in packed:
-                    packed[id(child)] = PackedLinear(child)
-                setattr(parent, name, packed[id(child)])
+            if type(child) not in (nn.Linear, Conv1D):
+                continue
+            if id(child) not in packed:
+                linear: Any = child
+                weight = linear.weight if type(child) is nn.Linear else linear.weight.t()
+                packed[id(child)] = PackedLinear(weight, linear.bias)
+            setattr(parent, name, packed[id(child)])
     return len(packed)
 
 

@@ -19,6 +19,9 @@ from engine.sampler import Sampler, SamplingRow, prompt_logprobs
 from messages.errors import InvariantError, ServeError
 from messages.stream import TokenLogprob
 
+#: Rows of logits made float32 at a time for prompt log-probabilities: a long chunk needs no second copy of all.
+_LOGPROB_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _PackedStep:
@@ -223,8 +226,13 @@ def _prompt_logprobs(parts: Sequence[tuple[SequenceStep, int]], logits: torch.Te
     found: dict[str, list[TokenLogprob]] = {}
     begin = 0
     for part, count in parts:
-        targets = part.token_ids[part.start + 1 : part.start + 1 + count]
-        found[part.seq_id] = prompt_logprobs(logits[begin : begin + count], targets, part.params.prompt_logprobs or 0)
+        entries: list[TokenLogprob] = []
+        for first in range(0, count, _LOGPROB_ROWS):
+            rows = min(_LOGPROB_ROWS, count - first)
+            targets = part.token_ids[part.start + 1 + first :][:rows]
+            piece = logits[begin + first :][:rows].float()
+            entries += prompt_logprobs(piece, targets, part.params.prompt_logprobs or 0)
+        found[part.seq_id] = entries
         begin += count
     return found
 
