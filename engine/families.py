@@ -54,7 +54,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory} is no model directory: it has no config.json")
     raw = read_json(directory / "config.json")
-    family = str(raw.get("model_type", ""))
+    family = str(raw.get("model_type") or "")
     reason = _refusal(raw, family)
     if reason:
         raise ConfigError(f"{family or 'this model'} cannot be served: {reason}")
@@ -77,14 +77,15 @@ def _refusal(raw: dict[str, Any], family: str) -> str:
         return "it is an encoder-decoder, wanted a decoder"
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "it is not a decoder (transformers has no causal language model of this family)"
-    architectures = raw.get("architectures") or []
+    architectures = [str(name) for name in raw.get("architectures") or []]
     if architectures and not set(architectures) & _causal_classes(family):
         return f"its architecture is {architectures[0]}, wanted {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}"
     parts = [name for name in ("vision_config", "audio_config") if raw.get(name)]
     if parts:
         return f"it has a {parts[0].removesuffix('_config')} part, wanted text only"
     if raw.get("quantization_config") and family != "bitnet":
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        entries = raw["quantization_config"]
+        method = entries.get("quant_method", "unknown") if isinstance(entries, dict) else "unknown"
         return f"its weights are quantised ({method}), wanted float32, bfloat16 or float16"
     if raw.get("index_topk"):
         return "its layers pick keys with an indexer (sparse attention)"
