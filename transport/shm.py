@@ -25,8 +25,8 @@ from transport.protocol import Copy, RegionError, TransferError
 
 #: Between two looks at the deadline: about 1 ms of copying.
 _STRIDE_BYTES = 4 << 20
-#: Up to here a copy costs the event loop less than the way to a thread and back (about 0.1 ms).
-_INLINE_BYTES = 128 << 10
+#: Up to here a copy takes about 0.1 ms; so does the way to a thread and back, and much longer on a busy machine.
+_INLINE_BYTES = 1 << 20
 _NUM_THREADS = 2
 
 Bytes = npt.NDArray[np.uint8]

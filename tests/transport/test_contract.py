@@ -12,6 +12,8 @@ from transport.memory import Memory
 from transport.protocol import Copy, RegionError, Transport
 from transport.shm import ShmTransport
 
+SIZE = 4 << 20  #: above and below what shm copies on the loop
+
 
 @pytest.fixture(params=["shm", "loopback"])
 def pair(request):
@@ -28,20 +30,20 @@ def pair(request):
 
 @pytest.fixture
 def memories():
-    allocated = [Memory.allocate(1 << 20), Memory.allocate(1 << 20)]
-    allocated[0].view[:] = random.Random(1).randbytes(1 << 20)
+    allocated = [Memory.allocate(SIZE), Memory.allocate(SIZE)]
+    allocated[0].view[:] = random.Random(1).randbytes(SIZE)
     yield allocated
     for memory in allocated:
         memory.close()
 
 
-@pytest.mark.parametrize("scale", [1, 512], ids=["small", "large"])
+@pytest.mark.parametrize("scale", [1, 2048], ids=["small", "large"])
 async def test_bytes_arrive_where_asked_and_nowhere_else(pair, memories, scale):
     owner, puller = pair
     source, target = memories
-    copies = [Copy(0, 1000 * scale, 17 * scale), Copy(100 * scale, 0, 999 * scale), Copy(1 << 20, 5, 0)]
+    copies = [Copy(0, 1000 * scale, 17 * scale), Copy(100 * scale, 0, 999 * scale), Copy(SIZE, 5, 0)]
     await puller.pull(owner.register(source), copies, target, timeout_s=5)
-    expected = bytearray(1 << 20)
+    expected = bytearray(SIZE)
     for copy in copies:
         expected[copy.target_offset : copy.target_offset + copy.num_bytes] = source.view[
             copy.source_offset : copy.source_offset + copy.num_bytes
@@ -59,19 +61,19 @@ async def test_later_copies_land_over_earlier_ones(pair, memories):
 async def test_last_byte_of_both_regions_can_be_reached(pair, memories):
     owner, puller = pair
     source, target = memories
-    await puller.pull(owner.register(source), [Copy((1 << 20) - 1, (1 << 20) - 1, 1)], target, timeout_s=5)
+    await puller.pull(owner.register(source), [Copy(SIZE - 1, SIZE - 1, 1)], target, timeout_s=5)
     assert target.view[-1] == source.view[-1]
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        Copy((1 << 20) - 1, 0, 2),
-        Copy(0, (1 << 20) - 1, 2),
+        Copy(SIZE - 1, 0, 2),
+        Copy(0, SIZE - 1, 2),
         Copy(-1, 0, 1),
         Copy(0, -1, 1),
         Copy(0, 0, -1),
-        Copy(0, 0, (1 << 20) + 1),
+        Copy(0, 0, SIZE + 1),
     ],
 )
 async def test_range_out_of_bounds_writes_nothing(pair, memories, bad):
@@ -80,15 +82,15 @@ async def test_range_out_of_bounds_writes_nothing(pair, memories, bad):
     region = owner.register(source)
     with pytest.raises(RegionError):
         await puller.pull(region, [Copy(0, 0, 4096), bad], target, timeout_s=5)
-    assert target.view == bytes(1 << 20)
+    assert target.view == bytes(SIZE)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"nonce": b"\0" * 16},
-        {"num_bytes": (1 << 20) - 1},
-        {"num_bytes": (1 << 20) + 8192},
+        {"num_bytes": SIZE - 1},
+        {"num_bytes": SIZE + 8192},
         {"handle": b"junk"},
         {"road": "pigeon"},
     ],
@@ -103,7 +105,7 @@ async def test_region_other_than_described_writes_nothing(pair, memories, change
         await puller.pull(region, [], target, timeout_s=5)
     with pytest.raises(RegionError):
         await puller.pull(msgspec.structs.replace(region, **change), [Copy(0, 0, 10)], target, timeout_s=5)
-    assert target.view == bytes(1 << 20)
+    assert target.view == bytes(SIZE)
 
 
 async def test_region_never_registered_is_unknown(pair, memories):
@@ -156,10 +158,10 @@ async def test_pulls_at_once_do_not_mix(pair, memories):
     owner, puller = pair
     source, target = memories
     region = owner.register(source)
-    parts = [Copy(i << 16, (15 - i) << 16, 1 << 16) for i in range(16)]
-    await asyncio.gather(*(puller.pull(region, parts[i : i + 4], target, timeout_s=5) for i in range(0, 16, 4)))
+    parts = [Copy(i << 18, (15 - i) << 18, 1 << 18) for i in range(16)]
+    await asyncio.gather(*(puller.pull(region, parts[i : i + 8], target, timeout_s=5) for i in (0, 8)))
     for part in parts:
-        assert target.view[part.target_offset :][: 1 << 16] == source.view[part.source_offset :][: 1 << 16]
+        assert target.view[part.target_offset :][: 1 << 18] == source.view[part.source_offset :][: 1 << 18]
 
 
 async def test_own_region_can_be_pulled_from(pair, memories):
