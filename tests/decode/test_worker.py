@@ -1,0 +1,174 @@
+"""Decode and prefill workers together: real engines, sockets and shared memory, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from tests.models import make_tiny_model
+from tests.reference import Reference
+from tests.workers import engine_of, running_pair, worker_options
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return Reference(model_dir)
+
+
+def prompts(seed: int, *lengths: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 250) for _ in range(length)] for length in lengths]
+
+
+async def test_pulled_prompts_give_the_tokens_of_plain_transformers(model_dir, reference):
+    lengths = (1, 15, 16, 17, 32, 100, 257, 600)
+    asked = prompts(1, *lengths)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        answers = [pair.ingress.send(f"r{i}", prompt) for i, prompt in enumerate(asked)]
+        got = await pair.ingress.finish(*answers)
+        for answer, length in zip(answers, lengths, strict=True):
+            assert answer.sources is not None
+            assert answer.sources.computed == length
+        assert pair.decode.stats()["kvray_pulled_bytes_total"] > 0
+    assert got == [reference.greedy(prompt, 16) for prompt in asked]
+
+
+async def test_second_turn_finds_the_answers_blocks_on_the_decode_worker(model_dir, reference):
+    (first,) = prompts(2, 200)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        (answer,) = await pair.ingress.finish(pair.ingress.send("turn-1", first, max_tokens=40))
+        second = [*first, *answer, *prompts(3, 30)[0]]
+        turn = pair.ingress.send("turn-2", second)
+        (got,) = await pair.ingress.finish(turn)
+        assert turn.sources is not None
+        # all but the newest token's KV lies there, in whole blocks
+        assert turn.sources.device == (len(first) + len(answer) - 1) // 16 * 16
+    assert got == reference.greedy(second, 16)
+
+
+async def test_a_prefix_cached_by_prefill_counts_as_peer_when_decode_does_not_hold_it(model_dir, reference):
+    shared, tail_a, tail_b = prompts(4, 320, 40, 40)
+    prefill, decode = worker_options(model_dir), worker_options(model_dir)
+    async with running_pair(prefill, decode) as pair:
+        await pair.ingress.finish(pair.ingress.send("a", shared + tail_a))
+        await pair.idle()
+        engine_of(pair.decode).pool.clear()
+        answer = pair.ingress.send("b", shared + tail_b)
+        (got,) = await pair.ingress.finish(answer)
+        assert answer.sources is not None
+        assert (answer.sources.peer, answer.sources.computed) == (320, 40)
+    assert got == reference.greedy(shared + tail_b, 16)
+
+
+async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
+    (prompt,) = prompts(5, 400)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        answers = [pair.ingress.send(f"c{i}", prompt, choice=i, temperature=0.9, seed=7) for i in range(4)]
+        got = await pair.ingress.finish(*answers)
+        computed = sum(answer.sources.computed for answer in answers if answer.sources is not None)
+        assert computed < 400 + 4 * 32
+    assert got == [reference.sampled(prompt, 16, temperature=0.9, seed=7, choice=i) for i in range(4)]
+    assert len({tuple(tokens) for tokens in got}) > 1
+
+
+async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference):
+    asked = prompts(6, *([90] * 12))
+    tiny = worker_options(model_dir, kv_cache_bytes=40 * 16384, max_model_len=256)
+    async with running_pair(tiny, tiny) as pair:
+        answers = [pair.ingress.send(f"r{i}", prompt, max_tokens=60) for i, prompt in enumerate(asked)]
+        got = await pair.ingress.finish(*answers, timeout_s=60)
+        assert engine_of(pair.decode).scheduler.stats()["num_preemptions"] > 0
+    assert got == [reference.greedy(prompt, 60) for prompt in asked]
+
+
+async def test_an_unreachable_prefill_worker_is_done_without(model_dir, reference):
+    (prompt,) = prompts(7, 120)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        await pair.prefill.close()
+        (got,) = await pair.ingress.finish(pair.ingress.send("r", prompt))
+        assert engine_of(pair.decode).scheduler.stats()["num_remote_fallbacks"] == 1
+        assert got == reference.greedy(prompt, 16)
+
+
+async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir, reference, monkeypatch):
+    (prompt,) = prompts(8, 200)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        source = engine_of(pair.prefill)
+        transport = pair.decode._worker.transport
+        pull = transport.pull
+        generations = source.memory.view[: source.layout.num_blocks * 8].cast("Q")
+
+        async def reuse_then_pull(region, copies, target, timeout_s):
+            await pull(region, copies, target, timeout_s)
+            if target is engine_of(pair.decode).memory:  # the owner moves on while the bytes travel
+                for index in range(0, len(generations), 2):
+                    generations[index] += 1
+
+        monkeypatch.setattr(transport, "pull", reuse_then_pull)
+        (got,) = await pair.ingress.finish(pair.ingress.send("r", prompt))
+        assert pair.decode.stats()['kvray_blocks_rejected_total{reason="generation"}'] > 0
+        for index in range(0, len(generations), 2):
+            generations[index] -= 1
+    assert got == reference.greedy(prompt, 16)
+
+
+async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_dir):
+    asked = prompts(9, 600, 600, 600, 50)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        for delay_s in (0.0, 0.005, 0.03, 0.1):
+            answers = [
+                pair.ingress.send(f"{delay_s}-{i}", prompt, max_tokens=200) for i, prompt in enumerate(asked)
+            ]
+            await asyncio.sleep(delay_s)
+            for i in range(len(answers)):
+                pair.ingress.cancel(f"{delay_s}-{i}")
+            await asyncio.sleep(0.05)
+            await pair.idle()
+
+
+async def test_an_ingress_that_vanishes_ends_its_requests(model_dir):
+    asked = prompts(10, 300, 20)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        for i, prompt in enumerate(asked):
+            pair.ingress.send(f"r{i}", prompt, max_tokens=400)
+        await asyncio.sleep(0.1)
+        pair.ingress.client.close()
+        await pair.idle()
+
+
+async def test_a_lease_that_nobody_ends_frees_the_blocks(model_dir):
+    (prompt,) = prompts(11, 200)
+    prefill = worker_options(model_dir, lease_s=0.4)
+    async with running_pair(prefill, worker_options(model_dir)) as pair:
+        # a decode worker that asks and then neither renews nor releases
+        pair.decode._send_release = lambda *_: None
+        await pair.ingress.finish(pair.ingress.send("r", prompt))
+        await pair.idle()
+        assert pair.prefill.stats()["kvray_leases_expired_total"] == 1
+
+
+async def test_a_request_longer_than_the_model_is_refused_with_a_reason(model_dir):
+    options = worker_options(model_dir, max_model_len=128)
+    async with running_pair(options, options) as pair:
+        answer = pair.ingress.send("r", prompts(12, 200)[0])
+        await asyncio.wait_for(answer.is_done.wait(), 5)
+        assert answer.last is not None
+        assert answer.last.error is not None
+        assert answer.last.error.kind == "RequestError"
+        assert "128" in answer.last.error.message

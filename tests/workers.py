@@ -1,0 +1,152 @@
+"""Real prefill and decode workers on one event loop, and a client that speaks to a decode worker as an ingress does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from decode.worker import DecodeWorker
+from engine.core import EngineOptions
+from engine.worker import WorkerOptions
+from kvcache.names import pack_tokens
+from messages.fleet import WorkerInfo
+from messages.request import CancelRequest, GenerateRequest, SamplingParams
+from messages.stream import PromptSources, TokenBatch, TokenChunk
+from messages.wire import Message
+from prefill.worker import PrefillWorker
+from transport.channel import ChannelClient, ChannelConfig
+from transport.secret import ClusterSecret
+
+SECRET = "5a" * 32
+CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=0.6)
+
+
+def worker_options(model_dir: Path, **overrides: object) -> WorkerOptions:
+    """Options of a worker for tests: float32, one thread, a small pool."""
+    engine = {
+        "kv_cache_bytes": 16 * 2**20,
+        "max_num_seqs": 64,
+        "remote_threshold_tokens": 16,
+        "remote_timeout_s": 5.0,
+        **{key: overrides.pop(key) for key in list(overrides) if key in EngineOptions.__dataclass_fields__},
+    }
+    values: dict[str, object] = {
+        "model_dir": str(model_dir),
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": None,
+        "num_threads": 1,
+        "engine": EngineOptions(**engine),
+        "use_kernels": True,
+        "secret": SECRET,
+        "channel": CHANNEL,
+        "lease_s": 5.0,
+        "pull_timeout_s": 2.0,
+        **overrides,
+    }
+    return WorkerOptions(**values)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    sources: PromptSources | None = None
+    last: TokenChunk | None = None
+    is_done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Ingress:
+    """The ingress' side of a decode worker's channel."""
+
+    def __init__(self, decode: WorkerInfo, prefill: WorkerInfo | None) -> None:
+        self.prefill = prefill
+        self.answers: dict[str, Answer] = {}
+        self.client = ChannelClient(
+            ClusterSecret.from_hex(SECRET), decode.address, self._take, lambda _reason: None, config=CHANNEL
+        )
+
+    def send(self, request_id: str, prompt: Sequence[int], **params: object) -> Answer:
+        """Begin a request; greedy and 16 tokens unless told otherwise."""
+        values = {"max_tokens": 16, "temperature": 0.0, **params}
+        prefill = self.prefill
+        self.answers[request_id] = Answer()
+        self.client.send(
+            GenerateRequest(
+                request_id=request_id,
+                token_ids=pack_tokens(list(prompt)),
+                num_prompt_tokens=len(prompt),
+                params=SamplingParams(**values),
+                prefill_worker=None if prefill is None else prefill.worker_id,
+                prefill_address=None if prefill is None else prefill.address,
+            )
+        )
+        return self.answers[request_id]
+
+    def cancel(self, request_id: str) -> None:
+        self.client.send(CancelRequest(request_id=request_id))
+
+    async def finish(self, *answers: Answer, timeout_s: float = 20.0) -> list[list[int]]:
+        """The token ids of each, when all have ended well."""
+        await asyncio.wait_for(asyncio.gather(*(answer.is_done.wait() for answer in answers)), timeout_s)
+        for answer in answers:
+            assert answer.last is not None
+            assert answer.last.error is None, answer.last.error
+        return [answer.token_ids for answer in answers]
+
+    def _take(self, message: Message) -> None:
+        assert isinstance(message, TokenBatch), message
+        for chunk in message.chunks:
+            answer = self.answers[chunk.request_id]
+            assert not answer.is_done.is_set(), f"a chunk after the last one: {chunk}"
+            answer.token_ids += chunk.token_ids
+            answer.sources = chunk.sources or answer.sources
+            if chunk.finish_reason is not None:
+                answer.last = chunk
+                answer.is_done.set()
+
+
+@dataclass(slots=True)
+class Pair:
+    """A prefill and a decode worker, and an ingress in front of them."""
+
+    prefill: PrefillWorker
+    decode: DecodeWorker
+    ingress: Ingress
+
+    async def idle(self, timeout_s: float = 5.0) -> None:
+        """Wait until no block is pinned anywhere, then check the invariants of both."""
+        ends_s = asyncio.get_running_loop().time() + timeout_s
+        engines = [engine_of(self.prefill), engine_of(self.decode)]
+        while any(engine.pool.num_used for engine in engines):
+            assert asyncio.get_running_loop().time() < ends_s, [engine.pool.num_used for engine in engines]
+            await asyncio.sleep(0.02)
+        for engine in engines:
+            engine.scheduler.check_invariants()
+            engine.pool.check_invariants()
+
+
+def engine_of(worker: PrefillWorker | DecodeWorker):
+    return worker._worker.engine
+
+
+@asynccontextmanager
+async def running_pair(prefill_options: WorkerOptions, decode_options: WorkerOptions) -> AsyncIterator[Pair]:
+    """Both workers started on the running loop; at the end nothing may be pinned."""
+    crashes: list[BaseException] = []
+    prefill = PrefillWorker("prefill-1", "127.0.0.1", prefill_options, crashes.append)
+    decode = DecodeWorker("decode-1", "127.0.0.1", decode_options, crashes.append)
+    prefill_info, decode_info = await prefill.start(), await decode.start()
+    pair = Pair(prefill, decode, Ingress(decode_info, prefill_info))
+    try:
+        yield pair
+        await pair.idle()
+    finally:
+        pair.ingress.client.close()
+        await decode.close()
+        await prefill.close()
+    assert not crashes
