@@ -233,7 +233,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RecursionError)
     async def on_nested_too_deeply(_: Request, __: Exception) -> Response:
         return reply(nested_too_deeply())
-
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, __: Exception) -> Response:
-        return reply(ServeError("internal error"))  # the server logs the traceback

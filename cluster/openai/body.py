@@ -22,7 +22,7 @@ _EXCERPT_CHARS = 40
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
-_KEY = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:')
+_VALUE_OF = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:\s*-?(?:"[^"]*)?\Z')  # a key whose value is being read
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
@@ -136,7 +136,9 @@ def _value_at(body: bytes, path: str) -> str:
 
 
 def _broken(error: Exception, body: bytes) -> RequestError:
-    if isinstance(error, UnicodeDecodeError):
+    try:
+        body.decode()
+    except UnicodeDecodeError:
         return RequestError("body: not UTF-8, want JSON in UTF-8", code="invalid_json")
     if not body.strip():
         return RequestError("body: empty, want a JSON object", code="invalid_json")
@@ -148,6 +150,6 @@ def _broken(error: Exception, body: bytes) -> RequestError:
     at = int(match[1])
     near = body[max(0, at - _EXCERPT_CHARS) : at + _EXCERPT_CHARS].decode(errors="replace")
     near = "".join(c if c.isprintable() else "?" for c in near)
-    keys = _KEY.findall(body, max(0, at - 200), at)
-    param = keys[-1].decode() if keys else None
+    key = _VALUE_OF.search(body[max(0, at - 200) : at])
+    param = key[1].decode() if key else None
     return RequestError(f"body: broken JSON at byte {at}, near ...{near}...", param=param, code="invalid_json")

@@ -14,9 +14,9 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.openai.errors import error_headers, error_json
+from cluster.openai.errors import send_error
 from cluster.openai.metrics import HttpMetrics
-from messages.errors import RequestError
+from messages.errors import RequestError, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,7 @@ class Edge:
         error = RequestError(
             "Authorization: want Bearer and one of the server's API keys", code="invalid_api_key", status=401
         )
-        body = error_json(error)
-        headers = {**error_headers(error), "content-type": "application/json", "content-length": str(len(body))}
-        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 401, "headers": raw})
-        await send({"type": "http.response.body", "body": body})
+        await send_error(error, send)
 
     def _is_known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -77,6 +73,7 @@ class _Exchange:
         self._scope = scope
         self._send = send
         self._status = CLIENT_LEFT
+        self._is_started = False
         self._is_complete = False
         sent_id = Headers(scope=scope).get("x-request-id", "")
         self._state = scope.setdefault("state", {})
@@ -86,6 +83,11 @@ class _Exchange:
         started_s = time.perf_counter()
         try:
             await app(self._scope, receive, self._forward)
+        except Exception:
+            logger.exception("%s %s failed", self._scope["method"], self._label)
+            if self._is_started:
+                raise  # the server cuts the connection, which is all that can be said now
+            await send_error(ServeError("internal error"), self._forward)
         finally:
             status = self._status if self._is_complete else CLIENT_LEFT
             self._metrics.http_requests.labels(self._label, str(status)).inc()
@@ -102,6 +104,7 @@ class _Exchange:
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._is_started = True
             self._status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self._state["request_id"]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):

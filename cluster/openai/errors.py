@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import msgspec
+from starlette.types import Send
 
 from messages.errors import CapacityError, RequestError, ServeError
 
@@ -34,7 +35,13 @@ class ErrorReply(msgspec.Struct, frozen=True):
 
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded", 503: "service_unavailable"}
+_CODES = {
+    400: "invalid_value",
+    404: "not_found",
+    405: "method_not_allowed",
+    429: "rate_limit_exceeded",
+    503: "service_unavailable",
+}
 
 
 def shown(value: object) -> str:
@@ -71,10 +78,21 @@ def error_json(error: ServeError) -> bytes:
     return msgspec.json.encode(ErrorReply(error_body(error)))
 
 
+async def send_error(error: ServeError, send: Send) -> None:
+    """Answer a request with `error`, in plain ASGI; nothing may have been sent for it before."""
+    body = error_json(error)
+    headers = {**error_headers(error), "content-type": "application/json", "content-length": str(len(body))}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
 def error_headers(error: ServeError) -> dict[str, str]:
     """Headers that go with an error's status."""
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
+    if error.status == 413:
+        return {"Connection": "close"}  # or the server would go on reading, and discarding, what the client sends
     if error.retry_after_s is not None:
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, CapacityError):

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cluster.openai.errors import error_headers, error_json
+from cluster.openai.errors import error_json, send_error
 from messages.errors import ServeError
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_error(self, error: ServeError, send: Send) -> None:
-        body = error_json(error)
-        if self._is_started:
-            body = b"data: " + body + b"\n\n"
-        else:
-            headers = [(k.lower().encode(), v.encode()) for k, v in error_headers(error).items()]
-            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        if not self._is_started:
+            await send_error(error, send)
+            return
+        await send({"type": "http.response.body", "body": b"data: " + error_json(error) + b"\n\n"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import socket
 import struct
 import threading
@@ -88,7 +87,7 @@ class FakeBackend:
             ]
         first = msgspec.structs.replace(
             chunks[0],
-            sources=PromptSources(device=1, peer=2, computed=request.num_prompt_tokens - 3),
+            sources=sources(request.num_prompt_tokens),
             prompt_logprobs=None
             if request.params.prompt_logprobs is None
             else [None, *[self.logprob(request, i) for i in prompt_ids(request)[1:]]],
@@ -137,6 +136,12 @@ class FakeBackend:
         return "kvray_fake 1\n"
 
 
+def sources(num_tokens: int) -> PromptSources:
+    """One token from the device, the next two from a peer, the others computed."""
+    peer = min(2, num_tokens - 1)
+    return PromptSources(device=1, peer=peer, computed=num_tokens - 1 - peer)
+
+
 def prompt_ids(request: GenerateRequest) -> list[int]:
     return list(struct.unpack(f"<{len(request.token_ids) // 4}I", request.token_ids))
 
@@ -148,16 +153,17 @@ class Server:
     url: str
     backend: FakeBackend
     tokenizer: Tokenizer
+    http: httpx.Client  #: one for all tests: making one takes 30 ms
 
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
     def client(self, api_key: str = "unused") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, http_client=self.http)
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=10)
+        return self.http.post(self.url + path, json=body, headers=headers)
 
     def prompt(self, index: int = -1) -> str:
         """The text that the backend was asked to continue."""
@@ -184,7 +190,7 @@ def served(tokenizer: Tokenizer, **changes: object) -> ServedModel:
 
 
 class _Running:
-    def __init__(self, backend: FakeBackend, **settings: object) -> None:
+    def __init__(self, http: httpx.Client, backend: FakeBackend, **settings: object) -> None:
         model = settings.pop("model", None) or served(backend.tokenizer)
         limits = settings.pop("limits", None) or HttpLimits(max_body_bytes=64 * 1024, max_choices=8, max_sequences=16)
         app = create_app(backend, model, backend.tokenizer, version="1.2.3", limits=limits, **settings)  # type: ignore[arg-type]
@@ -196,7 +202,7 @@ class _Running:
         while not self.uvicorn.started:
             time.sleep(0.005)
         port = self.socket.getsockname()[1]
-        self.server = Server(f"http://127.0.0.1:{port}", backend, backend.tokenizer)
+        self.server = Server(f"http://127.0.0.1:{port}", backend, backend.tokenizer, http)
 
     def stop(self) -> None:
         self.uvicorn.should_exit = True
@@ -216,8 +222,14 @@ def backend(tokenizer: Tokenizer) -> FakeBackend:
 
 
 @pytest.fixture(scope="session")
-def _shared() -> Iterator[_Running]:
-    running = _Running(FakeBackend(make_tokenizer()))
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def _shared(http: httpx.Client) -> Iterator[_Running]:
+    running = _Running(http, FakeBackend(make_tokenizer()))
     yield running
     running.stop()
 
@@ -232,12 +244,12 @@ def server(_shared: _Running) -> Iterator[Server]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve(http: httpx.Client) -> Iterator[Callable[..., Server]]:
     """A server of its own: serve(template=..., **settings of create_app)."""
     started: list[_Running] = []
 
     def start(template: str = HERMES_TEMPLATE, **settings: object) -> Server:
-        started.append(_Running(FakeBackend(make_tokenizer(template)), **settings))
+        started.append(_Running(http, FakeBackend(make_tokenizer(template)), **settings))
         return started[-1].server
 
     yield start
@@ -248,8 +260,3 @@ def serve() -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def served_model() -> Callable[..., ServedModel]:
     return lambda tokenizer=None, **changes: served(tokenizer or make_tokenizer(), **changes)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return random.Random(7)

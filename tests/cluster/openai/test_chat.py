@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 
-import httpx
 import msgspec
 import pytest
 
@@ -340,4 +339,4 @@ async def test_many_streams_at_once_keep_their_own_text(server):
 
         texts = await asyncio.gather(*[one(seed) for seed in range(16)])
     assert texts == [f"seed {seed} " * 4 for seed in range(16)]
-    assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+    assert server.http.get(f"{server.url}/health").status_code == 200

