@@ -71,7 +71,12 @@ def build_application(config: KvrayConfig) -> serve.Application:
     assert config.network.secret is not None, "with_secret comes first"
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
         RouterActor
-    ).bind(RouterOptions(secret=config.network.secret, channel=_channel(config)), FleetWatch(APP_NAME), roles, prepare)
+    ).bind(
+        RouterOptions(secret=config.network.secret, channel=_channel(config), host=config.network.host),
+        functools.partial(FleetWatch, APP_NAME),
+        roles,
+        prepare,
+    )
     return serve.deployment(
         name="Ingress",
         num_replicas=config.pools.ingress,
@@ -109,6 +114,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         ),
         use_kernels=section.kernels == "auto",
         secret=config.network.secret,
+        host=config.network.host,
         channel=_channel(config),
         lease_s=config.network.lease_s,
         pull_timeout_s=config.network.pull_timeout_s,

@@ -40,7 +40,7 @@ class ModelConfig(_Section, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = None  #: tokens of prompt and output together; None: what the model was made for
-    tool_parser: str | None = None  #: None: told from the chat template
+    tool_parser: Literal["hermes", "llama3", "mistral", "list"] | None = None  #: None: told from the chat template
 
 
 class EngineSection(_Section, frozen=True):
@@ -82,6 +82,7 @@ class NetworkConfig(_Section, frozen=True):
     """The channel between processes."""
 
     secret: str | None = None  #: 64 hex digits; None: from KVRAY_SECRET, else drawn at start
+    host: str | None = None  #: where channels listen; None: the node's address, or loopback on a Ray of our own
     heartbeat_s: float = 0.5
     lost_after_s: float = 3.0  #: of silence
     lease_s: float = 15.0  #: how long prefill holds blocks for a decode worker that says nothing

@@ -36,7 +36,7 @@ def publish(deployment: str, replicas: ReplicaMetadata) -> None:
         listener(replicas)
 
 
-class FleetRouter(RequestRouter):
+class FleetRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Publishes the replica set within its process; routes what little still comes over a handle to any replica."""
 
     async def choose_replicas(

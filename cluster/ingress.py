@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import time
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from cluster.logs import configure_logging
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.status import fleet_status
-from engine.structured import GrammarTokenizer
 from engine.tokenizer import Tokenizer
 from messages.errors import ConfigError
 from messages.fleet import Role, WorkerInfo
@@ -70,13 +70,6 @@ class Ingress:
         await asyncio.wait_for(self._has_worker.wait(), _FLEET_TIMEOUT_S)
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
         self._model = _served_model(config, model_dir, info, self._tokenizer)
-        self._grammar_tokenizer = (
-            GrammarTokenizer.from_tokenizer_json(
-                model_dir / "tokenizer.json", self._model.vocab_size, self._model.eos_token_ids
-            )
-            if self._model.eos_token_ids
-            else None
-        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
@@ -86,7 +79,7 @@ class Ingress:
             backend=self._dispatcher,
             model=model,
             tokenizer=self._tokenizer,
-            grammar_tokenizer=self._grammar_tokenizer,
+            version=package_version("kvray"),
             api_keys=http.api_keys,
             limits=HttpLimits(max_body_bytes=http.max_body_bytes, max_choices=http.max_choices),
             tool_parser=self._config.model.tool_parser,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import msgspec
+
 from cluster.config import KvrayConfig, ray_address, serve_environment
 from messages.errors import ConfigError
 
@@ -75,6 +77,10 @@ def running(
     is_own_cluster = _connect(ray, on_progress)
     signal_handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
+        if is_own_cluster and config.network.host is None:
+            # One node, this one: the channels need not be seen by anybody else.
+            network = msgspec.structs.replace(config.network, host="127.0.0.1")
+            config = msgspec.structs.replace(config, network=network)
         _start(config, serve, stop, on_progress)
         yield Launched(url=f"http://{config.http.host}:{config.http.port}", is_own_cluster=is_own_cluster)
     finally:
@@ -99,7 +105,6 @@ def _connect(ray: Any, on_progress: Callable[[str], None]) -> bool:
             address="local",
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
             **quiet,
         )
         return True

@@ -25,7 +25,7 @@ class DecodeActor:
     ) -> None:
         prepare()
         worker_id = f"decode-{serve.get_replica_context().replica_id.unique_id}"
-        host = ray.util.get_node_ip_address()
+        host = options.host or ray.util.get_node_ip_address()
         self._worker = DecodeWorker(worker_id, host, options, self._on_crash)
         self._info = await self._worker.start()
 

@@ -59,6 +59,7 @@ class WorkerOptions:
     engine: EngineOptions
     use_kernels: bool
     secret: str  #: 64 hex digits
+    host: str | None = None  #: where the channel listens; None: the node's address
     channel: ChannelConfig
     lease_s: float
     pull_timeout_s: float

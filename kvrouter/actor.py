@@ -23,6 +23,7 @@ class RouterOptions:
 
     secret: str  #: 64 hex digits
     channel: ChannelConfig
+    host: str | None = None  #: where the channel listens; None: the node's address
 
 
 class ReplicaWatch(Protocol):
@@ -37,16 +38,21 @@ class RouterActor:
     """One replica: one router for as long as the process lives."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: RouterOptions, watch: ReplicaWatch, deployments: Sequence[str], prepare: Callable[[], None]
+        self,
+        options: RouterOptions,
+        make_watch: Callable[[], ReplicaWatch],
+        deployments: Sequence[str],
+        prepare: Callable[[], None],
     ) -> None:
         prepare()
         self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
-        self._router = RouterWorker(
-            self._id, ClusterSecret.from_hex(options.secret), ray.util.get_node_ip_address(), options.channel
-        )
+        host = options.host or ray.util.get_node_ip_address()
+        self._router = RouterWorker(self._id, ClusterSecret.from_hex(options.secret), host, options.channel)
         self._replicas: dict[str, list[WorkerInfo]] = {}
+        # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
+        self._watch = make_watch()
         for deployment in deployments:
-            watch.start(deployment, functools.partial(self._on_replicas, deployment))
+            self._watch.start(deployment, functools.partial(self._on_replicas, deployment))
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where ingresses find this router."""

@@ -39,9 +39,11 @@ def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
 
 def _notes_and_questions() -> tuple[str, list[tuple[str, str]]]:
     """One text of notes and three (question, answer) pairs about it."""
-    rng = random.Random(20)
-    lookup = make_lookup(rng, num_tokens=_NOTES_TOKENS, num_facts=_NUM_FACTS)
-    return lookup.notes, rng.sample(lookup.questions, 3)
+    lookups = [
+        make_lookup(random.Random(20), num_tokens=_NOTES_TOKENS, num_facts=_NUM_FACTS, position=position)
+        for position in (0.9, 0.1, 0.5)
+    ]  # one seed, one text of notes
+    return lookups[0].notes, [(lookup.question, lookup.answer) for lookup in lookups]
 
 
 def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str, Any]]:
