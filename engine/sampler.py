@@ -8,8 +8,9 @@ and no number of threads, shows in the result. And candidates have one order: lo
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,17 +183,14 @@ class Sampler:
         tops: dict[int, float] = {}
         greedy = [index for index, row in enumerate(rows) if index not in errors and row.is_greedy]
         drawn = [index for index, row in enumerate(rows) if index not in errors and not row.is_greedy]
-        for batch in _batches(greedy, shaped):
-            stacked = _stack(batch, shaped)
+        for stacked, part in _batches([shaped[index] for index in greedy]):
             ids, values = _argmax(stacked)
-            chosen.update(zip(batch, ids, strict=True))
-            tops.update(zip(batch, values, strict=True))
-        for batch in _batches(drawn, shaped):
-            stacked = _stack(batch, shaped)
-            candidates = _leading(stacked, min(NUM_CANDIDATES, self._vocab_size))
-            tops.update(zip(batch, candidates.values[:, 0].tolist(), strict=True))
-            ids = _draw_batch(stacked, candidates, [rows[index] for index in batch])
-            chosen.update(zip(batch, ids, strict=True))
+            chosen.update(zip(greedy[part], ids, strict=True))
+            tops.update(zip(greedy[part], values, strict=True))
+        if drawn:
+            ids, values = _draw_rows([shaped[index] for index in drawn], [rows[index] for index in drawn])
+            chosen.update(zip(drawn, ids, strict=True))
+            tops.update(zip(drawn, values, strict=True))
         for index, top in tops.items():
             if not np.isfinite(top):
                 errors[index] = WorkerError(
@@ -260,17 +258,31 @@ class _Candidates:
     num_sure: NDArray[np.int64]  # [n] how many are surely the first ones: the rest may miss one that ties with the last
     is_all: NDArray[np.bool_]  # [n] whether no other token of the row has a logit above -inf
 
+    @property
+    def tops(self) -> NDArray[np.float32]:
+        """[n] the largest logits."""
+        return np.ascontiguousarray(self.values[:, 0])
 
-def _batches(indexes: list[int], rows: list[Tensor]) -> list[list[int]]:
-    """Rows that are handled by one call: all on a GPU; one at a time on a CPU, whose cache holds one."""
-    if not indexes:
-        return []
-    return [[index] for index in indexes] if rows[0].device.type == "cpu" else [indexes]
+    @classmethod
+    def joined(cls, parts: list[_Candidates]) -> _Candidates:
+        """The rows of all parts, which have one k."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.num_sure for part in parts]),
+            np.concatenate([part.is_all for part in parts]),
+        )
 
 
-def _stack(batch: list[int], rows: list[Tensor]) -> Tensor:
-    """[len(batch), vocab]; a single row is not copied."""
-    return rows[batch[0]].unsqueeze(0) if len(batch) == 1 else torch.stack([rows[index] for index in batch])
+def _batches(rows: list[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Rows that one call handles, [n, vocab]: all on a GPU; one at a time on a CPU, whose cache holds one."""
+    if rows and rows[0].device.type == "cpu":
+        for index, row in enumerate(rows):
+            yield row.unsqueeze(0), slice(index, index + 1)
+    elif rows:
+        yield torch.stack(rows), slice(0, len(rows))
 
 
 def _argmax(logits: Tensor) -> tuple[list[int], list[float]]:
@@ -287,25 +299,41 @@ def _leading(logits: Tensor, k: int) -> _Candidates:
     """The first k candidates of each row of [n, vocab], by selection."""
     top = torch.topk(logits, k, dim=1)
     values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
-    order = np.lexsort((ids, -values), axis=1)
-    values, ids = np.take_along_axis(values, order, axis=1), np.take_along_axis(ids, order, axis=1)
-    values[np.isnan(values).any(axis=1), 0] = np.nan  # selection puts NaN first, the order above last
+    has_nan = np.isnan(values).any(axis=1)
+    values, ids = _in_order(values, ids)
+    values[has_nan, 0] = np.nan  # selection puts them first, the order may not
     is_all = (values[:, -1] == -np.inf) | (k == logits.shape[1])
     num_sure = np.where(is_all, (values > -np.inf).sum(axis=1), (values > values[:, -1:]).sum(axis=1))
     return _Candidates(values, ids, num_sure, is_all)
 
 
+def _at_least(logits: Tensor, least: float) -> _Candidates:
+    """The candidates of one row, [1, vocab], with a logit of `least` or more."""
+    found = (logits[0] >= least).nonzero().squeeze(1)
+    values, ids = _in_order(logits[0][found].cpu().numpy(), found.cpu().numpy())
+    return _Candidates(values[None], ids[None], np.array([len(ids)]), np.array([len(ids) == logits.shape[1]]))
+
+
 def _all_in_order(logits: Tensor) -> _Candidates:
-    """All candidates of one row, [1, vocab], by sorting."""
-    row = logits[0] + 0.0  # -0.0 becomes 0.0, which has other bits
-    bits = row.view(torch.int32)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the floats as order of integers
-    # One integer for logit and id: sorting those is quicker than a stable sort, by nine times on a CPU.
-    keys = (~ascending).to(torch.int64) << 32 | torch.arange(len(row), device=row.device)
-    ids = (np.sort(keys.numpy()) if keys.device.type == "cpu" else keys.sort().values.cpu().numpy()) & 0xFFFFFFFF
-    values = row.cpu().numpy()[ids]
-    num_finite = np.count_nonzero(values > -np.inf)
-    return _Candidates(values[None], ids[None], np.array([num_finite]), np.array([True]))
+    """All candidates of one row, [1, vocab]."""
+    values, ids = _in_order(logits[0].cpu().numpy(), np.arange(logits.shape[1]))
+    return _Candidates(values[None], ids[None], np.array([np.count_nonzero(values > -np.inf)]), np.array([True]))
+
+
+def _in_order(values: NDArray[np.float32], ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Both sorted along the last axis: values downwards, equal ones by id.
+
+    Logit and id are sorted as one integer, which numpy does with vector instructions: 0.15 M in 1.4 ms, where torch's
+    stable sort takes 12.8 ms (AVX-512, one thread).
+    """
+    keys = _flipped((values + np.float32(0)).view(np.int32))  # -0.0 becomes 0.0, which has other bits
+    keys = np.sort(~keys.astype(np.int64) << 32 | ids, axis=-1)
+    return _flipped(~(keys >> 32).astype(np.int32)).view(np.float32), keys & 0xFFFFFFFF
+
+
+def _flipped(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Between the bits of float32 numbers and integers of the same order; its own inverse."""
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
 def _mass(logits: Tensor, tops: NDArray[np.float32], temperatures: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -321,24 +349,38 @@ def _mass(logits: Tensor, tops: NDArray[np.float32], temperatures: NDArray[np.fl
 # --------------------------------------------------------------------------------------------------------------- draw
 
 
-def _draw_batch(logits: Tensor, candidates: _Candidates, rows: Sequence[SamplingRow]) -> list[int]:
-    """A token id for each row of [n, vocab]; any id where the row has no finite logit."""
+def _draw_rows(logits: list[Tensor], rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
+    """A token id for each row, and the row's largest logit; any id where that is not finite."""
     settings = _Settings.of(rows)
-    tops = np.ascontiguousarray(candidates.values[:, 0])
-    masses = np.full(len(rows), np.nan)
-    needed = np.flatnonzero(settings.top_k == _NO_CUT)
-    if len(needed):
-        part = logits if len(needed) == len(rows) else logits[torch.from_numpy(needed).to(logits.device)]
-        with np.errstate(invalid="ignore"):
-            masses[needed] = _mass(part, tops[needed], settings.temperature[needed])
-    positions = _draw(candidates, masses, settings)
+    leading, masses = [], np.full(len(rows), np.nan)
+    with np.errstate(invalid="ignore"):
+        for stacked, part in _batches(logits):
+            candidates = _leading(stacked, min(NUM_CANDIDATES, stacked.shape[1]))
+            leading.append(candidates)
+            if (settings.top_k[part] == _NO_CUT).any():
+                masses[part] = _mass(stacked, candidates.tops, settings.temperature[part])
+        candidates = _Candidates.joined(leading)
+        positions = _draw(candidates, masses, settings)
+    tops = candidates.tops
     ids = candidates.ids[np.arange(len(rows)), np.maximum(positions, 0)]
     for index in np.flatnonzero((positions < 0) & np.isfinite(tops)).tolist():
         one = slice(index, index + 1)
-        whole = _all_in_order(logits[one])
-        ids[index] = whole.ids[0, _draw(whole, masses[one], settings.part(one))[0]]
-    token_ids: list[int] = ids.tolist()
-    return token_ids
+        ids[index] = _draw_slowly(logits[index].unsqueeze(0), float(tops[index]), masses[one], settings.part(one))
+    return ids.tolist(), tops.tolist()
+
+
+def _draw_slowly(logits: Tensor, top: float, mass: NDArray[np.float64], settings: _Settings) -> int:
+    """The token of one row, [1, vocab], that the first candidates do not decide."""
+    share = float(settings.top_p[0] if settings.top_p[0] < 1 else settings.uniform[0])
+    if not np.isnan(mass[0]):
+        # All tokens together that have less than this weight cannot make up the share that is not needed.
+        weight = (1 - share) * float(mass[0]) / logits.shape[1]
+        heavy = _at_least(logits, top + float(settings.temperature[0]) * math.log(weight))
+        position = int(_draw(heavy, mass, settings)[0])
+        if position >= 0:
+            return int(heavy.ids[0, position])
+    whole = _all_in_order(logits)
+    return int(whole.ids[0, _draw(whole, mass, settings)[0]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,7 +481,7 @@ def token_logprobs(logits: Tensor, targets: Sequence[int], ks: Sequence[int]) ->
 def _some_logprobs(logits: Tensor, targets: Sequence[int], ks: Sequence[int]) -> list[TokenLogprob]:
     num_rows, vocab_size = logits.shape
     leading = _leading(logits, min(max(*ks, 0) + 1, vocab_size))
-    tops = np.ascontiguousarray(leading.values[:, 0])
+    tops = leading.tops
     log_norm = tops + np.log(_mass(logits, tops, np.ones(num_rows, np.float32)))
     target = torch.tensor(targets, dtype=torch.int64, device=logits.device).unsqueeze(1)
     at_target = logits.gather(1, target)

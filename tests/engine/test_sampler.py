@@ -152,6 +152,10 @@ def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params
     expected = sampler_module._draw(whole, mass, config)[0]
     assert expected >= 0
     assert position in (-1, expected)
+    above = sampler_module._at_least(logits, float(whole.values[0, min(num_candidates, whole.num_sure[0]) - 1]))
+    assert sampler_module._draw(above, mass, config)[0] in (-1, expected)
+    slowly = sampler_module._draw_slowly(logits, float(whole.values[0, 0]), mass, config)
+    assert slowly == whole.ids[0, expected]
     sure = few.num_sure[0]
     assert few.ids[0, :sure].tolist() == whole.ids[0, :sure].tolist()
 
@@ -193,7 +197,7 @@ def mixed_rows(count: int) -> list[SamplingRow]:
 @pytest.mark.parametrize("vocab_size", [1_003, 40_001])
 @pytest.mark.parametrize("grain", [0.0, 0.125])
 def test_a_row_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(vocab_size, grain):
-    rows = mixed_rows(18)
+    rows = mixed_rows(12)
     logits = torch.from_numpy(np.stack([some_logits(vocab_size, i, 3.0, grain) for i in range(len(rows))]))
     alone = [Sampler(vocab_size, None).sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     assert all(isinstance(outcome, Sampled) for outcome in alone)
@@ -208,7 +212,9 @@ def test_rows_handled_in_one_call_as_on_a_gpu_give_the_same_tokens(monkeypatch):
     rows = mixed_rows(18)
     logits = torch.from_numpy(np.stack([some_logits(5_000, i, 3.0, 0.0) for i in range(len(rows))]))
     singly = Sampler(5_000, None).sample(logits, rows)
-    monkeypatch.setattr(sampler_module, "_batches", lambda indexes, rows: [indexes] if indexes else [])
+    monkeypatch.setattr(
+        sampler_module, "_batches", lambda rows: [(torch.stack(rows), slice(0, len(rows)))] if rows else []
+    )
     assert Sampler(5_000, None).sample(logits, rows) == singly
 
 
@@ -257,7 +263,7 @@ def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
 def test_tokens_are_drawn_with_their_probabilities(vary):
     logits = np.array([1.0, 0.0, 2.0, -1.0, 0.5, 0.5, 1.5, -2.0], np.float32)
     shares = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
-    count = 3_000
+    count = 2_000
     rows = [
         row_of(
             params_of(temperature=0.8, seed=i if vary == "seed" else 5, choice=i if vary == "choice" else 0),
@@ -277,6 +283,18 @@ def test_nothing_outside_the_cuts_is_ever_drawn():
         rows = [row_of(msgspec.structs.replace(params, seed=i)) for i in range(500)]
         drawn = {outcome.token_id for outcome in Sampler(5, None).sample(logits, rows)}
         assert drawn == {0, 1, 2}
+
+
+def test_top_p_keeps_no_token_more_than_its_share_needs():
+    rows = [row_of(params_of(top_p=0.5, seed=i)) for i in range(200)]
+    outcomes = Sampler(4, None).sample(torch.zeros(200, 4), rows)
+    assert {outcome.token_id for outcome in outcomes} == {0, 1}
+
+
+def test_each_token_owns_the_numbers_from_its_beginning_up_to_the_next(monkeypatch):
+    for number, token in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1 - 2**-53, 3)):
+        monkeypatch.setattr(sampler_module, "uniform", lambda seed, choice, index, number=number: number)
+        assert Sampler(4, None).sample(torch.zeros(1, 4), [row_of(params_of())]) == [Sampled(token)]
 
 
 def test_of_equal_logits_greedy_takes_the_lowest_id():
