@@ -183,11 +183,12 @@ def attention_chunk(config: Any, layer_index: int) -> int | None:
     return None
 
 
-def eager_trial(model: nn.Module, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_trial(model: nn.Module, vocab_size: int, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[n]` and the logits `[n, vocab_size]` fp32 that the model's own eager attention gives for them."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (_TRIAL_PREFILL + _TRIAL_DECODE,), generator=generator).to(device)
+    num_tokens = min(_TRIAL_PREFILL + _TRIAL_DECODE, max_model_len)
+    tokens = torch.randint(vocab_size, (num_tokens,), generator=generator).to(device)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     positions = torch.arange(len(tokens), device=device)
     with torch.inference_mode():
@@ -216,10 +217,11 @@ def check_against_eager(
     device = tokens.device
     block_size = 16
     num_tokens = len(tokens)
+    num_decodes = min(_TRIAL_DECODE, num_tokens - 1)
     num_blocks = -(-num_tokens // block_size)
     pool = KvPool([layer.spec for layer in layers], block_size, dtype, device, num_blocks=num_blocks)
     table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32, device=device)
-    positions = torch.arange(num_tokens, device=device).roll(_TRIAL_DECODE)  # decode rows come first
+    positions = torch.arange(num_tokens, device=device).roll(num_decodes)  # decode rows come first
     step = StepAttention(
         layers=[
             LayerAttention(k, v, kernel, layer.chunk)
@@ -227,11 +229,11 @@ def check_against_eager(
         ],
         block_ids=table[positions // block_size].long(),
         offsets=positions % block_size,
-        num_decode_rows=_TRIAL_DECODE,
-        block_tables=table.repeat(_TRIAL_DECODE, 1),
-        kv_lens=(positions[:_TRIAL_DECODE] + 1).int(),
+        num_decode_rows=num_decodes,
+        block_tables=table.repeat(num_decodes, 1),
+        kv_lens=(positions[:num_decodes] + 1).int(),
         max_kv_len=num_tokens,
-        spans=[PrefillSpan(_TRIAL_DECODE, num_tokens, _TRIAL_PREFILL, table)],
+        spans=[PrefillSpan(num_decodes, num_tokens, num_tokens - num_decodes, table)],
     )
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
     try:

@@ -22,6 +22,7 @@ from engine.fused import fuse_modules
 from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.linear import PACKED_NAME, can_pack, pack_linears
+from engine.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def load_model(
         dtype: "auto" (as stored, float16 as float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "cpu" or a CUDA device.
         num_threads: torch's threads from now on; None leaves them.
-        max_model_len: tokens at most; None: as many as the model has positions for.
+        max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
+            with where its rotary frequencies change after that. Asking for more then gives all lengths the
+            frequencies of long ones.
         use_kernels: the C++ kernels, where they were built for this machine; False: plain torch.
         on_progress: called with a line for people as loading goes on.
 
@@ -99,8 +102,9 @@ def load_model(
     say(f"loading {family} as {str(chosen).removeprefix('torch.')}")
     model = _load(path, config, chosen).to(target).eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    fix_frequencies(model, length)
     layers, vocab_size = probe_layers(model, family)
-    trial = eager_trial(model, vocab_size)
+    trial = eager_trial(model, vocab_size, length)
     linear_name = "torch"
     if target.type == "cpu" and can_pack(chosen):
         say("packing linear layers")
@@ -123,7 +127,7 @@ def load_model(
         vocab_size=vocab_size,
         max_model_len=length,
         eos_token_ids=_eos_token_ids(path, config),
-        fingerprint=_fingerprint(digest, config, chosen, kernel_path, [k.name for k in kernels]),
+        fingerprint=_fingerprint(digest, config, chosen, kernel_path, [k.name for k in kernels], length),
         num_parameters=num_parameters,
         kernel_path=kernel_path,
     )
@@ -171,7 +175,7 @@ def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) ->
     if wanted is None and positions is None:
         raise ConfigError(f"{path / 'config.json'} names no max_position_embeddings: give max_model_len")
     if wanted is None:
-        return int(positions)
+        return int(min(positions, original_length(config) or positions))
     if wanted < 1 or (positions is not None and wanted > positions):
         raise ConfigError(f"max_model_len is {wanted}, wanted 1 to {positions} (the model's positions)")
     return wanted
@@ -190,11 +194,17 @@ def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def _fingerprint(
-    weights: bytes, config: PretrainedConfig, dtype: torch.dtype, kernel_path: str, layer_kernels: list[str]
+    weights: bytes,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    kernel_path: str,
+    layer_kernels: list[str],
+    max_model_len: int,
 ) -> bytes:
     """32 bytes over everything that decides the bits of a block but its tokens (and its size: see block names)."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IDLE_CONFIG_KEYS}
+    has_long_rope = max_model_len > (original_length(config) or max_model_len)
     description = json.dumps(
-        [facts, str(dtype), LAYOUT_VERSION, kernel_path, layer_kernels], sort_keys=True, default=str
+        [facts, str(dtype), LAYOUT_VERSION, kernel_path, layer_kernels, has_long_rope], sort_keys=True, default=str
     )
     return blake3(weights + description.encode()).digest()

@@ -31,6 +31,7 @@ DEEPSEEK = {
     "num_key_value_heads": 4,
 }
 SLIDING_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
+PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
 GPT = {"num_key_value_heads": None, "head_dim": None}
 
 #: name of the case: (family, entries of its configuration)
@@ -48,11 +49,24 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma": ("gemma", {}),
     "gemma2, soft caps": ("gemma2", {"sliding_window": 12, "query_pre_attn_scalar": 16}),
     "gemma3_text": ("gemma3_text", SLIDING_FULL),
-    "gemma4_text": ("gemma4_text", {"num_kv_shared_layers": 0, **SLIDING_FULL}),
-    "gemma4_text, shared KV": ("gemma4_text", {"num_kv_shared_layers": 2, **SLIDING_FULL}),
-    "gemma3n_text": ("gemma3n_text", {"num_kv_shared_layers": 0, **SLIDING_FULL}),
+    "gemma4_text": ("gemma4_text", {"num_kv_shared_layers": 0, **PER_LAYER_INPUT, **SLIDING_FULL}),
+    "gemma4_text, shared KV": ("gemma4_text", {"num_kv_shared_layers": 2, **PER_LAYER_INPUT, **SLIDING_FULL}),
+    "gemma3n_text": ("gemma3n_text", {"num_kv_shared_layers": 0, **PER_LAYER_INPUT, **SLIDING_FULL}),
     "phi": ("phi", {}),
     "phi3": ("phi3", {}),
+    "phi3, long rope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+                "original_max_position_embeddings": 256,
+            },
+            "original_max_position_embeddings": 256,
+        },
+    ),
     "phimoe": ("phimoe", MOE),
     "gpt_oss, sinks": ("gpt_oss", {**MOE, **SLIDING_FULL}),
     "deepseek_v2, MLA": ("deepseek_v2", DEEPSEEK),
