@@ -9,20 +9,22 @@ galloping: tens of probes instead of one per block.
     worker b   # # . . . . . .      match 2
 
 A worker that left or was cleared stops counting at once; its names are swept out by and by, and its slot is used
-again only when nothing of it is left. Memory follows what workers hold: about 165 bytes a name with one holder
+again only when nothing of it is left. Memory follows what workers hold: about 190 bytes a name with one holder
 (benchmarks/router.py, 2026-11-23). Not thread-safe.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from functools import cache
 from itertools import count
 
 from messages.errors import InvariantError
 
 NAME_BYTES = 16
 
-_NAME = struct.Struct(f"{NAME_BYTES}s")
+_BATCH_NAMES = 256
 _SWEPT_PER_FOLD = 256  #: besides twice as many as came in, so that sweeping keeps up
 
 
@@ -153,22 +155,37 @@ class BlockIndex:
         return slot
 
     def _store(self, slot: int, names: bytes) -> None:
-        holders, bit = self._holders, 1 << slot
-        get, add = holders.get, self._held[slot].add
-        for (name,) in _NAME.iter_unpack(names):
-            bits = get(name, 0)
-            if not bits & bit:
-                holders[name] = bits | bit if bits else bit  # one integer object for all names held once
-                add(name)
+        holders, held, bit = self._holders, self._held[slot], 1 << slot
+        for batch in _split(names):
+            held.update(batch)
+            if holders.keys().isdisjoint(batch):  # the usual case, at C's speed; one integer object for all of them
+                holders.update(dict.fromkeys(batch, bit))
+                continue
+            for name in batch:
+                holders[name] = holders.get(name, 0) | bit
 
     def _remove(self, slot: int, names: bytes) -> None:
         holders, bit = self._holders, 1 << slot
         discard = self._held[slot].discard
-        for (name,) in _NAME.iter_unpack(names):
-            bits = holders.get(name, 0)
-            if bits & bit:
-                if bits == bit:
-                    del holders[name]
-                else:
-                    holders[name] = bits ^ bit
-                discard(name)
+        for batch in _split(names):
+            for name in batch:
+                bits = holders.get(name, 0)
+                if bits & bit:
+                    if bits == bit:
+                        del holders[name]
+                    else:
+                        holders[name] = bits ^ bit
+                    discard(name)
+
+
+def _split(names: bytes) -> Iterator[tuple[bytes, ...]]:
+    """Concatenated names one by one, in batches."""
+    batch_bytes = _BATCH_NAMES * NAME_BYTES
+    for begin in range(0, len(names), batch_bytes):
+        batch = names[begin : begin + batch_bytes]
+        yield _unpacker(len(batch) // NAME_BYTES).unpack(batch)
+
+
+@cache
+def _unpacker(num_names: int) -> struct.Struct:
+    return struct.Struct(f"{NAME_BYTES}s" * num_names)

@@ -27,6 +27,7 @@ from transport.protocol import Copy, RegionError, TransferError
 _STRIDE_BYTES = 4 << 20
 #: Up to here a copy takes about 0.1 ms; so does the way to a thread and back, and much longer on a busy machine.
 _INLINE_BYTES = 1 << 20
+_INLINE_COPIES = 256
 _NUM_THREADS = 2
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +78,7 @@ class ShmTransport:
         opened = self._open(source)
         check_ranges(copies, source.num_bytes, target.num_bytes)
         job = _CopyJob(opened, copies, target, deadline_s=time.monotonic() + timeout_s)
-        if sum(copy.num_bytes for copy in copies) <= _INLINE_BYTES:
+        if len(copies) <= _INLINE_COPIES and sum(copy.num_bytes for copy in copies) <= _INLINE_BYTES:
             job.run()
         else:
             await self._run_in_thread(job, timeout_s)

@@ -184,6 +184,32 @@ async def test_nobody_listening_is_lost_within_the_deadline(opened):
     assert not client.channel.send(Subscribe())
 
 
+async def test_lost_client_does_not_knock_again(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await client.ask("a")
+    port = int(server.channel.address.rpartition(":")[2])
+    server.channel.close()
+    await asyncio.wait_for(client.lost, 3)
+    knocks = []
+    listener = await asyncio.start_server(lambda *connection: knocks.append(connection), "127.0.0.1", port)
+    await asyncio.sleep(0.5)
+    listener.close()
+    assert knocks == []
+
+
+async def test_clients_that_leave_together_are_all_noticed_and_the_others_kept(opened):
+    server = opened(Server())
+    clients = [opened(Client(server.channel.address)) for _ in range(40)]
+    await asyncio.gather(*(client.ask("a") for client in clients))
+    for client in clients[:30]:
+        client.channel.close()
+    await eventually(lambda: len(server.lost) == 30)
+    assert len(set(server.lost)) == 30
+    assert len(server.channel.peers) == 10
+    assert (await clients[30].ask("still here")).query_id == "still here"
+
+
 @pytest.mark.parametrize("address", ["", "tcp://", "nonsense", "tcp://host.invalid:99999"])
 async def test_address_that_is_none_is_lost_not_raised(opened, address):
     client = opened(Client(address))

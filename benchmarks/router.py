@@ -1,0 +1,318 @@
+"""The router's index and decisions, beside Dynamo's RadixTree, in the same run.
+
+    python benchmarks/router.py                   everything
+    python benchmarks/router.py --quick           a tenth of the blocks, within 60 s
+    python benchmarks/router.py --with-dynamo     install the peer first, in an environment of its own
+    python benchmarks/router.py --record          also append to benchmarks/results/router.jsonl
+
+64 workers hold a million blocks of 16 tokens. One prompt of 128 k tokens is held whole by one of them, to 4,000 blocks
+by another, to 100 by all. Both sides get block names ready made (Dynamo's are 64 bits, ours 128) and the same events,
+64 blocks each. Medians. Memory is what the process grew by.
+Goals: matching and folding at least as fast as Dynamo's; a decision over 64 + 64 workers within 1 ms at 128 k tokens;
+`import kvrouter.router` within 0.3 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from kvrouter.index import BlockIndex
+from kvrouter.router import Reply, Router, WorkerJoined
+from messages.fleet import KvEvents, LoadReport, Role, WorkerInfo
+from messages.route import Placement, RequestEnded, RouteRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "router.jsonl"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvray"
+DYNAMO = "1.6.1"
+SEED = 1
+NUM_WORKERS = 64
+BLOCK_SIZE = 16
+NAME_BYTES = 16
+EVENT_BLOCKS = 64
+PROMPT_BLOCKS = (512, 2048, 8192)  # 8 k, 32 k, 128 k tokens
+MAX_DECISION_MS = 1.0
+MAX_IMPORT_S = 0.3
+
+#: Runs under the peer's Python: a job on standard input, figures on standard output.
+PEER = """
+import json, sys, time
+from statistics import median
+from dynamo._core import RadixTree
+
+job = json.load(sys.stdin)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def event(number, parent, hashes):
+    blocks = [{"block_hash": h, "tokens_hash": h} for h in hashes]
+    stored = {"parent_hash": parent, "blocks": blocks}
+    return json.dumps({"event_id": number, "data": {"stored": stored}, "dp_rank": 0}).encode()
+
+state = job["seed"]
+def fresh():
+    global state
+    state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+    return state
+
+prompt = [fresh() for _ in range(job["num_prompt_blocks"])]
+chains = [(worker, prompt[:num]) for worker, num in job["holders"]]
+for worker in range(job["num_workers"]):
+    chains.append((worker, [fresh() for _ in range(job["num_blocks"] // job["num_workers"])]))
+events = []
+for worker, chain in chains:
+    for begin in range(0, len(chain), job["event_blocks"]):
+        parent = chain[begin - 1] if begin else None
+        events.append((worker, event(len(events), parent, chain[begin : begin + job["event_blocks"]])))
+tree = RadixTree()
+before = resident()
+started = time.perf_counter()
+for worker, data in events:
+    tree.apply_event(worker, data)
+tree.find_matches(prompt[:1])  # events are applied by a thread, in order: wait for it
+fold_s = time.perf_counter() - started
+num_stored = sum(len(chain) for _, chain in chains)
+figures = {"fold_blocks_per_s": num_stored / fold_s, "bytes_per_block": (resident() - before) / num_stored}
+for num in job["prompt_blocks"]:
+    taken = []
+    for _ in range(job["repeats"]):
+        started = time.perf_counter()
+        scores = tree.find_matches(prompt[:num]).scores
+        taken.append(time.perf_counter() - started)
+    assert max(scores.values()) == num, scores
+    figures[f"match_{num}_us"] = 1e6 * median(taken)
+print(json.dumps(figures))
+"""
+
+
+def dynamo_python(*, is_wanted: bool) -> Path | None:
+    """Python of the peer's environment; made on request. None: not there."""
+    home = CACHE / "peers" / f"dynamo-{DYNAMO}"
+    python, done = home / "bin" / "python", home / "installed"
+    if done.exists() or not is_wanted:
+        return python if done.exists() else None
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    wheel = f"ai-dynamo-runtime=={DYNAMO}"
+    if subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel]).returncode != 0:
+        return None
+    done.touch()
+    return python
+
+
+def holders() -> list[tuple[int, int]]:
+    """(worker, leading blocks of the prompt it holds)."""
+    return [(5, PROMPT_BLOCKS[-1]), (9, 4000)] + [(worker, 100) for worker in range(NUM_WORKERS)]
+
+
+def measure_dynamo(python: Path, num_blocks: int, repeats: int) -> dict[str, float]:
+    """The peer's figures."""
+    job = {
+        "seed": SEED,
+        "num_workers": NUM_WORKERS,
+        "num_blocks": num_blocks,
+        "num_prompt_blocks": PROMPT_BLOCKS[-1],
+        "prompt_blocks": PROMPT_BLOCKS,
+        "holders": holders(),
+        "event_blocks": EVENT_BLOCKS,
+        "repeats": repeats,
+    }
+    done = subprocess.run([python, "-c", PEER], input=json.dumps(job), capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def chains(num_blocks: int) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """The prompt's names, and (worker, names it stores)."""
+    rng = random.Random(SEED)
+    prompt = rng.randbytes(NAME_BYTES * PROMPT_BLOCKS[-1])
+    shared = [(f"w{worker}", prompt[: NAME_BYTES * num]) for worker, num in holders()]
+    own = [(f"w{worker}", rng.randbytes(NAME_BYTES * (num_blocks // NUM_WORKERS))) for worker in range(NUM_WORKERS)]
+    return prompt, shared + own
+
+
+def measure_index(num_blocks: int, repeats: int) -> dict[str, float]:
+    """Folding, matching, memory."""
+    prompt, stores = chains(num_blocks)
+    step = NAME_BYTES * EVENT_BLOCKS
+    events = [(worker, names[i : i + step]) for worker, names in stores for i in range(0, len(names), step)]
+    index = BlockIndex()
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    for worker, names in events:
+        index.fold(worker, stored=names)
+    fold_s = time.perf_counter() - started
+    grown = psutil.Process().memory_info().rss - before
+    num_stored = sum(len(names) for _, names in stores) // NAME_BYTES
+    figures = {"fold_blocks_per_s": num_stored / fold_s, "bytes_per_block": grown / num_stored}
+    for num in PROMPT_BLOCKS:
+        names = prompt[: NAME_BYTES * num]
+        figures[f"match_{num}_us"] = 1e6 * typical(partial(index.match, names), repeats)
+        assert max(index.match(names).values()) == num
+    started = time.perf_counter()
+    index.drop("w5")
+    figures["drop_worker_us"] = 1e6 * (time.perf_counter() - started)
+    return figures
+
+
+def measure_decisions(num_blocks: int, repeats: int) -> dict[str, float]:
+    """Route, reserve and end, over half prefill, half decode workers and over twice as many."""
+    prompt, stores = chains(num_blocks)
+    figures = {}
+    for num_each in (8, NUM_WORKERS):
+        router = Router()
+        for number in range(num_each):
+            join(router, f"w{number}", "decode")
+            join(router, f"p{number}", "prefill")
+        seqs = dict.fromkeys((worker for worker, _ in stores), 0)
+        for worker, names in stores:
+            seqs[worker] += 1
+            router.on_event(KvEvents(worker_id=worker, seq=seqs[worker], stored=names), 0.0)
+        for num in PROMPT_BLOCKS:
+            request = RouteRequest(
+                request_id="r",
+                names=prompt[: NAME_BYTES * num],
+                num_prompt_tokens=num * BLOCK_SIZE + 1,
+                max_tokens=100,
+            )
+
+            def decide(router: Router = router, request: RouteRequest = request) -> None:
+                (reply,) = router.on_event(request, 0.0)
+                assert isinstance(reply, Reply)
+                assert isinstance(reply.message, Placement)
+                router.on_event(RequestEnded(request_id="r"), 1.0)
+
+            figures[f"route_{num_each}+{num_each}_{num}_us"] = 1e6 * typical(decide, repeats)
+    return figures
+
+
+def join(router: Router, worker_id: str, role: Role) -> None:
+    """A worker that is there, idle and measured."""
+    info = WorkerInfo(
+        worker_id=worker_id,
+        role=role,
+        address="tcp://10.0.0.1:1",
+        node_id="n",
+        fingerprint=b"f",
+        block_size=BLOCK_SIZE,
+        num_blocks=100_000,
+        block_bytes=100_000,
+        max_model_len=200_000,
+        max_num_seqs=256,
+        roads=("shm",),
+    )
+    load = LoadReport(
+        worker_id=worker_id,
+        queued_tokens=0,
+        num_waiting=0,
+        num_running=10,
+        free_blocks=100_000,
+        prefill_tokens_per_s=10_000.0,
+        decode_step_s=0.02,
+    )
+    router.on_event(WorkerJoined(info), 0.0)
+    router.on_event(KvEvents(worker_id=worker_id, seq=0, cleared=True), 0.0)
+    router.on_event(load, 0.0)
+
+
+def typical(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds."""
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def import_s() -> float:
+    """`import kvrouter.router` in a fresh process, the fastest of five."""
+    program = "import time; t = time.perf_counter(); import kvrouter.router; print(time.perf_counter() - t)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return min(float(subprocess.check_output([sys.executable, "-c", program], env=environment)) for _ in range(5))
+
+
+def hardware() -> str:
+    """CPU, cores, memory, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
+
+
+def record(results: dict[str, Any]) -> None:
+    """Append this run to the results."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    row = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "load": os.getloadavg()[0],
+        "commit": commit.stdout.strip(),
+        "command": shlex.join(["python", *sys.argv]),
+        "results": results,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def goals(ours: dict[str, float], theirs: dict[str, float] | None) -> list[str]:
+    """One line per goal."""
+    lines = []
+    comparisons = [(f"match at {num * BLOCK_SIZE // 1024} k tokens", f"match_{num}_us") for num in PROMPT_BLOCKS]
+    for name, key in [*comparisons, ("folding events", "fold_blocks_per_s")]:
+        label = f"goal {name} over Dynamo's RadixTree"
+        if theirs is None:
+            lines.append(f"{label}: not measured (goal at least 1x) not measured")
+            continue
+        ratio = ours[key] / theirs[key] if key.endswith("per_s") else theirs[key] / ours[key]
+        lines.append(f"{label}: {ratio:.2f}x (goal at least 1x) {'met' if ratio >= 1 else 'missed'}")
+    decision_ms = ours[f"route_{NUM_WORKERS}+{NUM_WORKERS}_{PROMPT_BLOCKS[-1]}_us"] / 1e3
+    is_met = "met" if decision_ms < MAX_DECISION_MS else "missed"
+    lines.append(
+        f"goal decision over 64 + 64 workers: {decision_ms:.3f} ms (goal under {MAX_DECISION_MS:g} ms) {is_met}"
+    )
+    is_met = "met" if ours["import_s"] < MAX_IMPORT_S else "missed"
+    lines.append(f"goal import of kvrouter.router: {ours['import_s']:.3f} s (goal under {MAX_IMPORT_S} s) {is_met}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the blocks, within 60 s")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--with-dynamo", action="store_true", help="install the peer on first use")
+    args = parser.parse_args()
+    num_blocks, repeats = (100_000, 100) if args.quick else (1_000_000, 1000)
+    python = dynamo_python(is_wanted=args.with_dynamo)
+    theirs = measure_dynamo(python, num_blocks, repeats) if python else None
+    ours = measure_index(num_blocks, repeats) | measure_decisions(num_blocks // 10, repeats) | {"import_s": import_s()}
+    print(f"{hardware()}; {num_blocks:,} blocks on {NUM_WORKERS} workers\n{'':28}{'kvray':>14}{'dynamo':>14}")
+    for name, figure in ours.items():
+        peer = f"{theirs[name]:14,.2f}" if theirs and name in theirs else f"{'-':>14}"
+        print(f"{name:28}{figure:14,.2f}{peer}")
+    if args.record:
+        record({"kvray": ours, "dynamo": theirs})
+    print("\n".join(goals(ours, theirs)))
+
+
+if __name__ == "__main__":
+    main()
