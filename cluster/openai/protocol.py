@@ -28,6 +28,12 @@ SessionId = Annotated[str, Meta(max_length=256)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
+ReturnTokenIds = Annotated[bool, Meta(description="token_ids per choice, and prompt_token_ids")]
+ReturnPromptSources = Annotated[
+    bool,
+    Meta(description="kvray.prompt_sources: prompt tokens by where their KV came from; last chunk of a stream"),
+]
+
 
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides tokens."""
@@ -99,8 +105,8 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     request_id: RequestId | None = None
     session_id: SessionId | None = None
     cache_salt: Salt | None = None
-    return_token_ids: bool | None = None
-    return_prompt_sources: bool | None = None
+    return_token_ids: ReturnTokenIds | None = None
+    return_prompt_sources: ReturnPromptSources | None = None
     user: str | None = None
 
 

@@ -39,12 +39,13 @@ def start(
     n = num_choices(fields, len(prompts), surface.limits)
     if plan.grammar is not None:
         check(*plan.grammar, surface.grammar_tokenizer)
+    skips_special = fields.skip_special_tokens is not False
     options = TextOptions(
         stop=stop_strings(fields, surface.limits),
         includes_stop=bool(fields.include_stop_str_in_output),
         min_tokens=fields.min_tokens or 0,
-        skips_special_tokens=fields.skip_special_tokens is not False and not plan.keeps_special_tokens,
-        hidden_ids=surface.hidden_ids if plan.keeps_special_tokens else frozenset(),
+        skips_special_tokens=skips_special and not plan.keeps_special_tokens,
+        hidden_ids=surface.hidden_ids if skips_special and plan.keeps_special_tokens else frozenset(),
         stop_token_ids=frozenset(fields.stop_token_ids or ()),
     )
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet

@@ -51,13 +51,16 @@ async def first_of(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     watching = asyncio.ensure_future(until_gone(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        has_left = not working.done()
     finally:
         watching.cancel()
         working.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        outcome, _ = await asyncio.gather(working, watching, return_exceptions=True)
+    if has_left:
+        if isinstance(outcome, Exception):
+            logger.error("stopping the work of a client that left failed", exc_info=outcome)
+        raise ClientDisconnect
+    return working.result()
 
 
 async def reply_while_connected(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:

@@ -8,6 +8,10 @@ import socket
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -335,8 +339,6 @@ def test_unknown_fields_are_ignored_and_logged_once_per_name(serve, caplog):
 
 
 def test_nulls_mean_left_out(server):
-    from cluster.openai.protocol import ChatRequest
-
     body = {name: None for name in ChatRequest.__struct_fields__ if name != "messages"}
     assert server.post(CHAT, {**body, "messages": USER}).status_code == 200
 
@@ -357,3 +359,28 @@ def test_a_prompt_longer_than_the_pool_says_so(serve, served_model):
 def test_without_an_end_token_structures_are_refused(serve, served_model):
     server = serve(model=served_model(eos_token_ids=()))
     check_error(server.post(CHAT, {"messages": USER, "guided_regex": "a"}), 400, "guided_regex", "end token")
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**20), 10**20),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=10),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from([CHAT, TEXT, "/tokenize", "/detokenize"]), data=st.data())
+def test_no_json_whatsoever_is_a_500(server, path, data):
+    kinds = {CHAT: ChatRequest, TEXT: CompletionRequest, "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
+    names = st.sampled_from(kinds[path].__struct_encode_fields__)
+    body = {**BASE[path], **data.draw(st.dictionaries(names, JSON, max_size=3))}
+    response = server.post(path, body)
+    assert response.status_code in (200, 400, 404), (body, response.text)
+    if response.status_code != 200:
+        assert response.json()["error"]["param"] is not None, (body, response.text)

@@ -45,7 +45,7 @@ def test_leaving_a_stream_stops_the_work_at_once(server):
         assert server.backend.num_active == 1
     left_s = time.monotonic()
     wait_for(lambda: server.backend.num_active == 0)
-    assert time.monotonic() - left_s < 0.5
+    assert time.monotonic() - left_s < 1
     assert server.backend.num_closed_early == 1
 
 
