@@ -33,11 +33,17 @@ class RemotePull:
     """The KV that another worker computes for a sequence. One pull at a time, so that its end needs no number."""
 
     first_index: int  #: blocks before it were held already
+    deadline_s: float  #: of the whole phase
     arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified
     offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
     num_peer_cached_tokens: int = 0
     has_last_offer: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come."""
+        return self.has_last_offer and not self.open and not self.offered
 
     def first_missing(self, num_blocks: int) -> int:
         """The first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""

@@ -123,7 +123,7 @@ class FakeWorker:
 
     # ------------------------------------------------------------------------------------------------------- events
 
-    def post(self, event) -> None:  # noqa: ANN001
+    def post(self, event) -> None:
         for instruction in self.scheduler.on_event(event, self.now_s):
             match instruction:
                 case RunStep(plan):
@@ -189,7 +189,9 @@ class FakeWorker:
                 self.sequences[seq_id].reason = "error"
         self.post(StepEnded(StepResult(sampled=sampled, prompt_logprobs=logprobs, errors=errors, elapsed_s=elapsed_s)))
 
-    def offer(self, seq_id: str, indexes: list[int], *, is_last: bool, wrong: set[int] = frozenset(), cached: int = 0) -> None:
+    def offer(
+        self, seq_id: str, indexes: list[int], *, is_last: bool, wrong: set[int] = frozenset(), cached: int = 0
+    ) -> None:
         """The peer offers blocks; those in `wrong` are named as something else."""
         expected = self.sequences[seq_id]
         num_prompt, size = expected.spec.num_prompt_tokens, self.pool.block_size
@@ -434,7 +436,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         patience_s=st.sampled_from([None, None, None, 4.0]),
     )
-    def add(self, data, num_choices, max_tokens, kind, priority, salt, prompt_logprobs, has_stop, min_tokens, patience_s):
+    def add(
+        self, data, num_choices, max_tokens, kind, priority, salt, prompt_logprobs, has_stop, min_tokens, patience_s
+    ):
         longest = min(self.worker.max_len - 1, 40)
         over = [e for e in self.worker.sequences.values() if e.is_over and len(e.token_ids) < longest]
         if over and data.draw(st.booleans()):  # the next turn of a conversation
@@ -553,7 +557,7 @@ _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 class TestSchedulerMachine(SchedulerMachine.TestCase):
-    settings = settings(max_examples=40, stateful_step_count=40, derandomize=True, **_SETTINGS)
+    settings = settings(max_examples=100, stateful_step_count=50, derandomize=True, **_SETTINGS)
 
 
 @pytest.mark.slow
@@ -576,7 +580,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
     for number in range(num_events):
         action = rng.random()
         if action < 0.12:
-            tokens = BASES[rng.randrange(2)][: rng.randint(1, 34)] + [rng.randrange(VOCABULARY)]
+            tokens = [*BASES[rng.randrange(2)][: rng.randint(1, 34)], rng.randrange(VOCABULARY)]
             kind = rng.choice(["local", "local", "remote", "kept"])
             spec = SequenceSpec(
                 seq_id=f"r{number}",

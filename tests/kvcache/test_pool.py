@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvcache.pool import BlockPool, BlockState
+from messages.errors import CapacityError, InvariantError
+
+
+def name_of(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+@pytest.fixture
+def pool() -> Iterator[BlockPool]:
+    """Four blocks of 16 tokens; its books are checked when the test is over."""
+    pool = BlockPool(4, 16)
+    yield pool
+    pool.check_invariants()
+
+
+def commit_chain(pool: BlockPool, first: int, length: int) -> list[int]:
+    """Blocks named `first`, `first + 1`, ..., pinned."""
+    block_ids = pool.allocate(length)
+    for number, block_id in enumerate(block_ids, first):
+        assert pool.commit(block_id, name_of(number))
+    return block_ids
+
+
+def test_a_new_pool_is_free(pool: BlockPool) -> None:
+    assert (pool.num_free, pool.num_used, pool.num_cached) == (4, 0, 0)
+    assert pool.take_events() == ([], [])
+
+
+def test_the_generation_changes_at_every_reuse_and_only_then(pool: BlockPool) -> None:
+    [block_id] = pool.allocate(1)
+    generation = pool.generation(block_id)
+    pool.commit(block_id, name_of(1))
+    pool.unpin([block_id])
+    pool.pin([block_id])
+    assert pool.generation(block_id) == generation
+    pool.unpin([block_id])
+    assert block_id in pool.allocate(4)
+    assert pool.generation(block_id) == generation + 1
+
+
+def test_generations_are_written_through_to_shared_memory() -> None:
+    memory = bytearray(4096)
+    view = memoryview(memory)[: 4 * 8].cast("Q")
+    pool = BlockPool(4, 16, view)
+    block_ids = pool.allocate(4)
+    assert [pool.generation(block_id) for block_id in range(4)] == list(view)
+    assert int.from_bytes(memory[8 * block_ids[0] :][:8], "little") == pool.generation(block_ids[0])
+    view.release()
+
+
+def test_two_lives_of_a_worker_share_no_generation() -> None:
+    pools = [BlockPool(4, 16) for _ in range(2)]
+    assert abs(pools[0].generation(0) - pools[1].generation(0)) > 1000
+
+
+def test_generations_continue_from_where_the_caller_says() -> None:
+    assert BlockPool(1, 16, first_generation=41).allocate(1) == [0]
+    pool = BlockPool(1, 16, first_generation=41)
+    pool.allocate(1)
+    assert pool.generation(0) == 42
+
+
+def test_too_many_blocks_wanted_changes_nothing(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 3))
+    with pytest.raises(CapacityError, match="5 blocks wanted, 4 of 4"):
+        pool.allocate(5)
+    assert pool.num_free == 4
+    assert pool.num_cached == 3
+
+
+def test_free_blocks_go_before_cached_ones(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 2))
+    pool.allocate(2)
+    assert pool.num_cached == 2
+    pool.allocate(1)
+    assert pool.num_cached == 1
+
+
+def test_tails_are_evicted_before_heads(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 4))
+    pool.allocate(2)
+    assert sorted(pool.snapshot()) == [name_of(0), name_of(1)]
+
+
+def test_the_least_recently_used_chain_is_evicted_first(pool: BlockPool) -> None:
+    old = commit_chain(pool, 0, 2)
+    new = commit_chain(pool, 10, 2)
+    pool.unpin(old)
+    pool.unpin(new)
+    pool.pin(pool.match([name_of(0), name_of(1)]))
+    pool.unpin(old)
+    pool.allocate(2)
+    assert pool.snapshot() == [name_of(0), name_of(1)]
+
+
+def test_pinned_blocks_are_never_evicted(pool: BlockPool) -> None:
+    block_ids = commit_chain(pool, 0, 2)
+    pool.pin(block_ids)
+    pool.unpin(block_ids)
+    assert pool.num_free == 2
+    with pytest.raises(CapacityError):
+        pool.allocate(3)
+
+
+def test_a_match_ends_at_the_first_block_that_is_missing(pool: BlockPool) -> None:
+    block_ids = commit_chain(pool, 0, 3)
+    names = [name_of(0), name_of(1), name_of(9), name_of(2)]
+    assert pool.match(names) == block_ids[:2]
+    assert pool.match([name_of(9)]) == []
+    assert pool.holds(name_of(2))
+    assert not pool.holds(name_of(9))
+
+
+def test_a_second_block_of_the_same_name_stays_unnamed(pool: BlockPool) -> None:
+    [first] = commit_chain(pool, 7, 1)
+    [second] = pool.allocate(1)
+    assert not pool.commit(second, name_of(7))
+    assert pool.match([name_of(7)]) == [first]
+    assert pool.state(second) is BlockState.WRITING
+    pool.unpin([second])
+    assert pool.state(second) is BlockState.FREE
+    assert pool.stats.num_duplicate_blocks == 1
+
+
+def test_committing_again_under_the_same_name_is_nothing_new(pool: BlockPool) -> None:
+    [block_id] = commit_chain(pool, 7, 1)
+    assert pool.commit(block_id, name_of(7))
+    assert pool.stats.num_committed_blocks == 1
+
+
+def test_a_block_never_changes_its_name(pool: BlockPool) -> None:
+    [block_id] = commit_chain(pool, 7, 1)
+    with pytest.raises(InvariantError, match="only a written block gets a name"):
+        pool.commit(block_id, name_of(8))
+
+
+def test_only_its_writer_names_a_block(pool: BlockPool) -> None:
+    with pytest.raises(InvariantError, match="is free"):
+        pool.commit(0, name_of(1))
+
+
+def test_unnamed_blocks_cannot_be_shared(pool: BlockPool) -> None:
+    with pytest.raises(InvariantError, match="is free"):
+        pool.pin([0])
+
+
+def test_giving_back_twice_is_a_bug_that_is_noticed(pool: BlockPool) -> None:
+    block_ids = pool.allocate(1)
+    pool.unpin(block_ids)
+    with pytest.raises(InvariantError, match="is free, not pinned"):
+        pool.unpin(block_ids)
+
+
+def test_a_quarantined_block_is_nobodys_until_its_time_is_over(pool: BlockPool) -> None:
+    block_ids = pool.allocate(2)
+    pool.quarantine(block_ids[:1], until_s=10.0)
+    assert pool.state(block_ids[0]) is BlockState.QUARANTINED
+    assert (pool.num_free, pool.num_used, pool.num_quarantined) == (2, 1, 1)
+    assert pool.release_quarantined(9.9) == 0
+    with pytest.raises(CapacityError):
+        pool.allocate(3)
+    with pytest.raises(InvariantError, match="is quarantined"):
+        pool.unpin(block_ids[:1])
+    assert pool.release_quarantined(10.0) == 1
+    assert block_ids[0] in pool.allocate(3)
+
+
+def test_only_what_is_being_written_is_quarantined(pool: BlockPool) -> None:
+    block_ids = commit_chain(pool, 0, 1)
+    with pytest.raises(InvariantError, match="is pinned"):
+        pool.quarantine(block_ids, until_s=1.0)
+
+
+def test_clear_evicts_all_but_what_is_in_use(pool: BlockPool) -> None:
+    kept = commit_chain(pool, 0, 1)
+    pool.unpin(commit_chain(pool, 10, 2))
+    assert pool.clear() == 2
+    assert pool.snapshot() == [name_of(0)]
+    assert pool.state(kept[0]) is BlockState.PINNED
+    assert pool.num_free == 3
+
+
+def test_events_tell_the_difference_since_the_last_call(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 2))
+    assert pool.take_events() == ([name_of(0), name_of(1)], [])
+    pool.allocate(3)
+    assert pool.take_events() == ([], [name_of(1)])
+    assert pool.take_events() == ([], [])
+
+
+def test_stored_then_removed_is_not_worth_telling(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 1))
+    pool.clear()
+    assert pool.take_events() == ([], [])
+
+
+def test_removed_then_stored_again_is_not_worth_telling(pool: BlockPool) -> None:
+    pool.unpin(commit_chain(pool, 0, 1))
+    pool.take_events()
+    pool.clear()
+    commit_chain(pool, 0, 1)
+    assert pool.take_events() == ([], [])
+    assert pool.snapshot() == [name_of(0)]
+
+
+def test_the_hit_rate_is_the_share_of_blocks_that_were_not_written(pool: BlockPool) -> None:
+    assert pool.stats.hit_rate == 0
+    block_ids = commit_chain(pool, 0, 3)
+    pool.pin(block_ids[:1])
+    assert pool.stats.hit_rate == 0.25
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0), (-1, 16)])
+def test_a_pool_without_room_is_refused(num_blocks: int, block_size: int) -> None:
+    with pytest.raises(InvariantError, match="at least 1"):
+        BlockPool(num_blocks, block_size)
+
+
+def test_too_few_generations_are_refused() -> None:
+    with pytest.raises(InvariantError, match="2 generations for 4 blocks"):
+        BlockPool(4, 16, [0, 0])
+
+
+def _break_pins(pool: BlockPool, held: list[int]) -> None:
+    pool._num_pins[held[0]] = 0
+
+
+def _break_names(pool: BlockPool, held: list[int]) -> None:
+    pool._by_name[name_of(99)] = held[0]
+
+
+def _break_twice_named(pool: BlockPool, held: list[int]) -> None:
+    pool._names[held[1]] = pool._names[held[0]]
+
+
+def _break_free(pool: BlockPool, held: list[int]) -> None:
+    pool._free.append(held[0])
+
+
+def _break_events(pool: BlockPool, held: list[int]) -> None:
+    pool._removed[name_of(0)] = None
+
+
+@pytest.mark.parametrize("damage", [_break_pins, _break_names, _break_twice_named, _break_free, _break_events])
+def test_damage_to_the_books_is_noticed(damage) -> None:
+    pool = BlockPool(4, 16)
+    held = commit_chain(pool, 0, 2)
+    pool.check_invariants()
+    damage(pool, held)
+    with pytest.raises(InvariantError, match="not true that"):
+        pool.check_invariants()
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a model made of plain sets: who holds what, what it contains, who was told what."""
+
+    tables = Bundle("tables")
+
+    @initialize(num_blocks=st.integers(1, 9))
+    def make(self, num_blocks: int) -> None:
+        self.generations = [0] * num_blocks
+        self.pool = BlockPool(num_blocks, 16, self.generations, first_generation=0)
+        self.tables_held: dict[int, list[int]] = {}
+        self.content: dict[int, bytes] = {}  # of committed blocks
+        self.told: set[bytes] = set()
+        self.num_tables = 0
+        self.now_s = 0.0
+        self.quarantined: dict[int, float] = {}
+
+    def _hold(self, block_ids: list[int]) -> int:
+        self.num_tables += 1
+        self.tables_held[self.num_tables] = list(block_ids)
+        return self.num_tables
+
+    @rule(target=tables, num_blocks=st.integers(0, 6))
+    def allocate(self, num_blocks: int) -> int:
+        before = list(self.generations)
+        cached, free = set(self.pool.snapshot()), self.pool.num_free
+        if num_blocks > free:
+            with pytest.raises(CapacityError):
+                self.pool.allocate(num_blocks)
+            return self._hold([])
+        block_ids = self.pool.allocate(num_blocks)
+        assert len(set(block_ids)) == num_blocks
+        held = {block_id for table in self.tables_held.values() for block_id in table}
+        assert held.isdisjoint(block_ids)
+        assert self.quarantined.keys().isdisjoint(block_ids)
+        for block_id in range(self.pool.num_blocks):
+            assert self.generations[block_id] == before[block_id] + (block_id in block_ids)
+        for block_id in block_ids:
+            self.content.pop(block_id, None)
+        if cached != set(self.pool.snapshot()):
+            assert all(self.pool.state(block_id) is not BlockState.FREE for block_id in range(self.pool.num_blocks))
+        return self._hold(block_ids)
+
+    @rule(table=tables, chain=st.integers(0, 2))
+    def commit(self, table: int, chain: int) -> None:
+        for index, block_id in enumerate(self.tables_held.get(table, [])):
+            name = name_of(100 * chain + index)
+            if self.pool.name(block_id) not in (None, name):
+                with pytest.raises(InvariantError):
+                    self.pool.commit(block_id, name)
+                continue
+            is_new = name not in self.content.values() or self.content.get(block_id) == name
+            assert self.pool.commit(block_id, name) == is_new
+            if is_new:
+                self.content[block_id] = name
+
+    @rule(target=tables, chain=st.integers(0, 2), length=st.integers(0, 6))
+    def match_and_pin(self, chain: int, length: int) -> int:
+        names = [name_of(100 * chain + index) for index in range(length)]
+        block_ids = self.pool.match(names)
+        assert [self.content[block_id] for block_id in block_ids] == names[: len(block_ids)]
+        if len(block_ids) < length:
+            assert names[len(block_ids)] not in self.content.values()
+        self.pool.pin(block_ids)
+        return self._hold(block_ids)
+
+    @rule(table=tables)
+    def unpin(self, table: int) -> None:
+        self.pool.unpin(self.tables_held.pop(table, []))
+
+    @rule(table=tables, seconds=st.integers(1, 3))
+    def quarantine(self, table: int, seconds: int) -> None:
+        block_ids = self.tables_held.get(table, [])
+        if any(self.pool.state(block_id) is not BlockState.WRITING for block_id in block_ids):
+            return
+        self.tables_held.pop(table, None)
+        self.pool.quarantine(block_ids, self.now_s + seconds)
+        self.quarantined |= dict.fromkeys(block_ids, self.now_s + seconds)
+
+    @precondition(lambda self: self.quarantined)
+    @rule()
+    def time_passes(self) -> None:
+        self.now_s += 1
+        ended = [block_id for block_id, until_s in self.quarantined.items() if until_s <= self.now_s]
+        assert self.pool.release_quarantined(self.now_s) == len(ended)
+        for block_id in ended:
+            del self.quarantined[block_id]
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        held = {block_id for table in self.tables_held.values() for block_id in table}
+        self.content = {block_id: name for block_id, name in self.content.items() if block_id in held}
+        assert set(self.pool.snapshot()) == set(self.content.values())
+
+    @rule()
+    def tell(self) -> None:
+        stored, removed = self.pool.take_events()
+        assert self.told.isdisjoint(stored)
+        assert self.told.issuperset(removed)
+        assert set(stored).isdisjoint(removed)
+        self.told = (self.told | set(stored)) - set(removed)
+        assert self.told == set(self.pool.snapshot())
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        pool = self.pool
+        pool.check_invariants()
+        for block_id in range(pool.num_blocks):
+            assert pool.num_pins(block_id) == sum(table.count(block_id) for table in self.tables_held.values())
+            if pool.name(block_id) is not None:
+                assert pool.name(block_id) == self.content[block_id]
+        assert pool.num_free + pool.num_used + pool.num_quarantined == pool.num_blocks
+        assert pool.num_quarantined == len(self.quarantined)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for table in self.tables_held.values():
+            self.pool.unpin(table)
+        self.pool.release_quarantined(self.now_s + 10)
+        assert self.pool.num_free == self.pool.num_blocks
+
+
+class TestPoolMachine(PoolMachine.TestCase):
+    settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+@pytest.mark.slow
+class TestPoolMachineAtLength(PoolMachine.TestCase):
+    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
