@@ -112,9 +112,9 @@ def test_prompt_logprobs_are_per_choice(server):
 
 
 def test_stop_strings_and_prompt_sources(server):
-    reply = complete(server, "abc", stop="lo", return_prompt_sources=True)
-    assert reply["choices"][0]["text"] == "Hel"
-    assert reply["choices"][0]["stop_reason"] == "lo"
+    reply = complete(server, "abc", stop=" wor", return_prompt_sources=True)
+    assert reply["choices"][0]["text"] == "Hello,"
+    assert reply["choices"][0]["stop_reason"] == " wor"
     assert sum(reply["kvray"]["prompt_sources"].values()) == reply["usage"]["prompt_tokens"]
 
 

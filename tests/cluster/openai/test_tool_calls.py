@@ -35,7 +35,7 @@ CASES = [
     ("hermes", '<tool_call>{"id": 7, "ok": true, "name": "add", "arguments": null}</tool_call>', "", [("add", {})]),
     ("hermes", "a < b and <tool_cal", "a < b and <tool_cal", []),
     ("hermes", "<tool_call>none</tool_call>", "<tool_call>none</tool_call>", []),
-    ("hermes", '<tool_call>{"nome": "add"}</tool_call>', '<tool_call>{"nome": "add"}</tool_call>', []),
+    ("hermes", '<tool_call>{"title": "add"}</tool_call>', '<tool_call>{"title": "add"}</tool_call>', []),
     ("hermes", '<tool_call>{"name": "ad', '<tool_call>{"name": "ad', []),
     ("hermes", '<tool_call>{"name": "naïve\\u0301", "arguments": {"猫": "🙂"}}', "", [("naïve\u0301", {"猫": "🙂"})]),
     ("llama3", '{"name": "get_weather", "parameters": {"city": "Oslo"}}', "", [("get_weather", {"city": "Oslo"})]),
