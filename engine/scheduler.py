@@ -172,6 +172,8 @@ class Scheduler:
             RequestError: an added sequence's id is in use; nothing changed.
             InvariantError: a step or a pull is reported or wanted out of turn, or a step's result lacks a token.
         """
+        if isinstance(event, SequenceAdded) and event.spec.seq_id in self._ledger.sequences:
+            raise RequestError(f"sequence id {event.spec.seq_id!r} is in use", param="request_id")
         out: list[Instruction] = []
         self._pool.release_quarantined(now_s)
         self._check_deadlines(now_s, out)
@@ -207,8 +209,6 @@ class Scheduler:
         self._ledger.check_invariants()
 
     def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> None:
-        if spec.seq_id in self._ledger.sequences or spec.seq_id in self._ledger.orphans:
-            raise RequestError(f"sequence id {spec.seq_id!r} is in use", param="request_id")
         error = self._refusal(spec, now_s)
         if error is not None:
             out.append(EmitTokens(spec.seq_id, finish_reason="error", error=error))
@@ -226,7 +226,7 @@ class Scheduler:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> ServeError | None:
-        """Why the sequence can never run."""
+        """Why the sequence cannot run here."""
         num_prompt, num_tokens, model_len = spec.num_prompt_tokens, len(spec.token_ids), self._config.max_model_len
         if not 1 <= num_prompt <= num_tokens:
             return RequestError(
@@ -246,6 +246,8 @@ class Scheduler:
                 code="context_length_exceeded",
                 status=400,
             )
+        if spec.seq_id in self._ledger.orphans:
+            return WorkerError(f"a pull for an earlier sequence {spec.seq_id!r} still runs")
         if spec.deadline_s is not None and spec.deadline_s <= now_s:
             return _deadline_error(spec.seq_id, Phase.WAITING)
         return None
@@ -292,7 +294,10 @@ class Scheduler:
         """
         in_flight = self._ledger.in_flight
         seq.held_for, seq.expected_match_tokens = None, 0
-        if num_matched >= seq.max_match_blocks or seq.names[num_matched] not in in_flight:
+        if num_matched >= seq.max_match_blocks:
+            return False
+        writer = in_flight.get(seq.names[num_matched])
+        if writer is None or writer.spec.priority > seq.spec.priority:  # the urgent do not wait for the patient
             return False
         end = num_matched
         while end < seq.max_match_blocks and (seq.names[end] in in_flight or self._pool.holds(seq.names[end])):

@@ -414,6 +414,22 @@ def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(bench: Bench
     assert bench.step() == [("b", "prefill", 0, 19)]
 
 
+def test_the_urgent_do_not_wait_for_the_patient(bench: Bench) -> None:
+    bench.add("a", PROMPT, priority=1)
+    bench.add("b", PROMPT, priority=0)
+    bench.add("c", PROMPT, priority=1)
+    assert [span[0] for span in bench.step()] == ["b", "a"]
+
+
+def test_an_id_in_use_costs_no_one_else_its_deadline(bench: Bench) -> None:
+    bench.add("a", 5)
+    bench.add("b", 5, deadline_s=1.0)
+    bench.now_s = 1.0
+    with pytest.raises(RequestError):
+        bench.add("a", 5)
+    assert [emit.seq_id for emit in emitted(bench.post(TimePassed()))] == ["b"]
+
+
 def test_who_is_held_back_does_not_hold_back_others(bench: Bench) -> None:
     bench.add("a", PROMPT)
     bench.add("b", PROMPT)
@@ -767,8 +783,8 @@ def test_a_cancel_during_a_pull_frees_blocks_when_it_ends(bench: Bench) -> None:
     bench.post(KvOffered("r", bench.locations(PROMPT, end=2), False, None, None, 0))
     bench.post(SequenceCancelled("r"))
     assert bench.pool.num_used == 2
-    with pytest.raises(RequestError, match="in use"):
-        bench.add("r", 5)
+    [refusal] = emitted(bench.add("r", 5))
+    assert isinstance(refusal.error, WorkerError)
     bench.post(PullEnded("r", frozenset()))
     assert bench.pool.num_used == 0
 

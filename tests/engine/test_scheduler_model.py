@@ -557,7 +557,7 @@ _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 class TestSchedulerMachine(SchedulerMachine.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=50, derandomize=True, **_SETTINGS)
+    settings = settings(max_examples=50, stateful_step_count=40, derandomize=True, **_SETTINGS)
 
 
 @pytest.mark.slow
