@@ -189,22 +189,26 @@ class ChannelServer:
             self._on_message(peer, message)
 
     def _send(self, peer: PeerId, data: bytes) -> bool:
+        outcome = self._push(peer, data)
+        if outcome == "queued":
+            self._inbox.poke()
+            return True
+        if outcome == "full":
+            log.warning("channel: a peer does not read, %d messages wait: dropped", self._config.max_queued_messages)
+        self._lose(peer)
+        return False
+
+    def _push(self, peer: PeerId, data: bytes) -> Literal["queued", "full", "gone"]:
         try:
             self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
             self._socket.send(data, zmq.DONTWAIT)
         except zmq.Again:
-            log.warning(
-                "channel: a peer does not read, %d messages are waiting: dropped", self._config.max_queued_messages
-            )
-            self._lose(peer)
-            return False
+            return "full"
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            self._lose(peer)
-            return False
-        self._inbox.poke()
-        return True
+            return "gone"
+        return "queued"
 
     def _lose(self, peer: PeerId) -> None:
         if self._silent_beats.pop(peer, None) is None:
@@ -228,21 +232,8 @@ class ChannelServer:
         self._inbox.drain(math.inf)  # what it sent before it went comes first
         for peer in tuple(self._silent_beats):
             self._send(peer, _PONG)
-        for peer in tuple(self._dropped):
-            if not self._is_connected(peer):
-                self._dropped.discard(peer)
-
-    def _is_connected(self, peer: PeerId) -> bool:
-        try:
-            self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
-            self._socket.send(_PONG, zmq.DONTWAIT)
-        except zmq.Again:
-            return True
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
-            return False
-        return True
+        self._dropped = {peer for peer in self._dropped if self._push(peer, _PONG) != "gone"}
+        self._inbox.poke()
 
     def _beat(self) -> None:
         for peer, silent in tuple(self._silent_beats.items()):

@@ -116,9 +116,10 @@ class LoopbackTransport:
                 _carry_out(memory, copies, target)
                 _flip_byte(copies, target, offset)
             case WriteLate(delay_s):
-                loop = asyncio.get_running_loop()
-                loop.call_later(timeout_s + delay_s, _carry_out, memory, list(copies), target)
-                await asyncio.sleep(timeout_s)
+                try:
+                    await asyncio.sleep(timeout_s)
+                finally:  # also when cancelled: then above all
+                    asyncio.get_running_loop().call_later(delay_s, _carry_out, memory, list(copies), target)
                 raise TransferError(f"loopback: no end within {timeout_s:g} s")
             case _:
                 assert_never(fault)

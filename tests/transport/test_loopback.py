@@ -72,5 +72,15 @@ async def test_late_write_lands_after_the_pull_was_given_up(setting):
     assert target.view == source.view
 
 
+async def test_late_write_lands_after_a_cancelled_pull_too(setting):
+    puller, region, source, target = setting
+    puller.faults.append(WriteLate(delay_s=0.02))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(puller.pull(region, COPIES, target, timeout_s=10), 0.01)
+    assert target.view == bytes(100)
+    await asyncio.sleep(0.05)
+    assert target.view == source.view
+
+
 def test_abort_safety_is_as_told():
     assert not LoopbackTransport(LoopbackNetwork(), can_abort_safely=False).can_abort_safely
