@@ -166,15 +166,20 @@ def _generate(directory, prompts):
     ]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow, id=name) for name in FAMILIES]
-)
-def test_packed_reused_and_imported_kv_give_the_tokens_of_generate(case, tmp_path, one_thread):
+#: Every family with what load_model chooses; the fast ones, which ask the most of attention, in plain torch too.
+CASES = [
+    *(pytest.param(name, True, marks=() if name in FAST else pytest.mark.slow, id=name) for name in FAMILIES),
+    *(pytest.param(name, False, id=f"{name}, plain torch") for name in sorted(FAST)),
+]
+
+
+@pytest.mark.parametrize(("case", "use_kernels"), CASES)
+def test_packed_reused_and_imported_kv_give_the_tokens_of_generate(case, use_kernels, tmp_path, one_thread):
     family, entries = FAMILIES[case]
     directory = make_tiny_model(tmp_path, family, eos_token_id=None, **entries)
     prompts = _prompts()
     wanted = _generate(directory, prompts)
-    loaded = load_model(directory, dtype="float32")
+    loaded = load_model(directory, dtype="float32", use_kernels=use_kernels)
 
     bench = Bench(loaded)
     first = [bench.add(f"first-{i}", prompt) for i, prompt in enumerate(prompts)]
