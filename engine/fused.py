@@ -77,7 +77,7 @@ class _FusedNorm:
 
     def __init__(self, norm: nn.Module, kernels: NativeKernels, eps: float, adds_one: bool, rounds_first: bool) -> None:
         self._forward = norm.forward
-        self._weight: torch.Tensor = norm.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        self._weight: torch.Tensor = norm.weight.detach()
         self._kernels = kernels
         self._eps = eps
         self._adds_one = adds_one
@@ -114,7 +114,7 @@ def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
     for adds_one, rounds_first in ((False, True), (False, False), (True, False)):
         fused = _FusedNorm(norm, kernels, eps, adds_one, rounds_first)
         if _agree(fused(rows), want):
-            norm.forward = fused  # type: ignore[method-assign]
+            norm.forward = fused
             return True
     return False
 
@@ -161,7 +161,7 @@ def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
     for is_gelu in (False, True):
         # In float32 too: bfloat16 alone does not tell gelu's two forms apart.
         if all(_agree(kernels.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
-            mlp.forward = _FusedGate(mlp, kernels, is_gelu)  # type: ignore[method-assign]
+            mlp.forward = _FusedGate(mlp, kernels, is_gelu)
             return True
     return False
 
@@ -247,7 +247,11 @@ class _FusedAttention:
         past_key_values: Any = None,
         **keywords: Any,
     ) -> Any:
-        if past_key_values is not None or position_embeddings is None or hidden_states.shape[0] != 1:
+        module = self._module
+        name: str = module.config._attn_implementation  # noqa: SLF001  # as the layer itself asks
+        is_ours = past_key_values is None and hidden_states.shape[0] == 1
+        # "eager" is no name of the registry: it is each module's own
+        if position_embeddings is None or not is_ours or name not in ALL_ATTENTION_FUNCTIONS:
             return self._forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -255,7 +259,6 @@ class _FusedAttention:
                 past_key_values=past_key_values,
                 **keywords,
             )
-        module = self._module
         heads = (*hidden_states.shape[:-1], -1, module.head_dim)  # [1, T, num_heads, head_dim]
         query, key = module.q_proj(hidden_states).view(heads), module.k_proj(hidden_states).view(heads)
         value = module.v_proj(hidden_states).view(heads)
@@ -266,8 +269,7 @@ class _FusedAttention:
         cosine, sine = position_embeddings
         self._kernels.rotate(query[0], cosine, sine)
         self._kernels.rotate(key[0], cosine, sine)
-        attention = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # noqa: SLF001  # as the layer does
-        out, _ = attention(
+        out, _ = ALL_ATTENTION_FUNCTIONS[name](
             module,
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -283,19 +285,15 @@ def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
     module: Any = call.module
     if not all(hasattr(module, name) for name in ("k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "config")):
         return False
-    given = {*call.keywords, "attention_mask"}
+    given = {*call.keywords, "attention_mask"}  # what the layer passed on; the rest it knows itself
     options = {name: value for name, value in call.options.items() if name not in given}
     fused = _FusedAttention(module, kernels, options)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    mismatches: list[str] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]] = []
 
     def probe(
         _: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **got: Any
     ) -> tuple[torch.Tensor, None]:
-        seen.append((query, key, value))
-        wanted = {**call.options}
-        if mask is not wanted.pop("attention_mask") or got.keys() != wanted.keys():
-            mismatches.append("options")
+        seen.append((query, key, value, {"attention_mask": mask, **got}))
         return _probe_result(query, value), None
 
     AttentionInterface.register(_PROBE_NAME, probe)
@@ -307,14 +305,24 @@ def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
         return False
     finally:
         module.config._attn_implementation = before  # noqa: SLF001
+    if len(seen) != 1:
+        return False
+    query, key, value, got_options = seen[0]
     is_same = (
-        len(seen) == 1
-        and not mismatches
-        and torch.equal(seen[0][2], call.value)
-        and _agree(seen[0][0], call.query)
-        and _agree(seen[0][1], call.key)
+        _same_options(got_options, call.options)
+        and torch.equal(value, call.value)
+        and _agree(query, call.query)
+        and _agree(key, call.key)
         and torch.equal(result, call.result)
     )
     if is_same:
         module.forward = fused
     return is_same
+
+
+def _same_options(got: dict[str, Any], want: dict[str, Any]) -> bool:
+    """The same names with the same objects, or with equal values where they are not tensors."""
+    return got.keys() == want.keys() and all(
+        got[name] is value or (not isinstance(value, torch.Tensor) and bool(got[name] == value))
+        for name, value in want.items()
+    )

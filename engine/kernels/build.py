@@ -40,9 +40,13 @@ class BuildError(Exception):
     """The kernels could not be compiled; says what to install or shows the compiler's words."""
 
 
-def compile_flags() -> list[str]:
-    """For the machine this runs on. Products are fused into sums only where the sources say so (see vec.h)."""
-    target = "-march=native" if platform.machine().lower() in {"x86_64", "amd64"} else "-mcpu=native"
+def native_target() -> str:
+    """The compiler's flag for all that this machine's CPU can do."""
+    return "-march=native" if platform.machine().lower() in {"x86_64", "amd64"} else "-mcpu=native"
+
+
+def compile_flags(target: str) -> list[str]:
+    """Flags for CPUs like `target`. Products are fused into sums only where the sources say so (see vec.h)."""
     warnings = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own intrinsics headers
     return ["-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", *warnings]
 
@@ -62,7 +66,7 @@ def _key() -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name in _SOURCES:
         digest.update((_SOURCE_DIRECTORY / name).read_bytes())
-    facts = [torch.__version__, sysconfig.get_config_var("SOABI"), " ".join(compile_flags()), *_cpu()]
+    facts = [torch.__version__, sysconfig.get_config_var("SOABI"), " ".join(compile_flags(native_target())), *_cpu()]
     digest.update("\0".join(map(str, facts)).encode())
     return digest.hexdigest()
 
@@ -92,37 +96,47 @@ def import_library(path: Path) -> ModuleType:
     return module
 
 
-def build() -> Path:
-    """Compile, unless the cache holds it.
-
-    Returns:
-        The shared library.
+def compile_library(directory: Path, target: str) -> Path:
+    """Compile into an existing directory, whatever the cache holds.
 
     Raises:
         BuildError: a tool is missing, or the compiler refused.
     """
-    target = library_path()
-    if target.exists():
-        return target
     for tool, package in (("c++", "g++"), ("ninja", "ninja")):
         if shutil.which(tool) is None:
             raise BuildError(f"{tool} is not on the PATH: install {package}")
     from torch.utils import cpp_extension  # imports setuptools: only whoever builds pays for it
 
+    try:
+        cpp_extension.load(
+            MODULE_NAME,
+            [str(_SOURCE_DIRECTORY / name) for name in _SOURCES if name.endswith(".cpp")],
+            extra_cflags=compile_flags(target),
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(directory),
+        )
+    except (RuntimeError, subprocess.CalledProcessError, ImportError) as error:
+        raise BuildError(f"the compiler refused: {error}") from error
+    return directory / f"{MODULE_NAME}.so"
+
+
+def build() -> Path:
+    """Compile for this machine, unless the cache holds it.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        BuildError: as `compile_library`.
+    """
+    target = library_path()
+    if target.exists():
+        return target
     target.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent.parent) as work:
-        try:
-            cpp_extension.load(
-                MODULE_NAME,
-                [str(_SOURCE_DIRECTORY / name) for name in _SOURCES if name.endswith(".cpp")],
-                extra_cflags=compile_flags(),
-                extra_ldflags=["-fopenmp"],
-                build_directory=work,
-            )
-        except (RuntimeError, subprocess.CalledProcessError, ImportError) as error:
-            raise BuildError(f"the compiler refused: {error}") from error
+        library = compile_library(Path(work), native_target())
         target.parent.mkdir(exist_ok=True)
-        Path(work, target.name).replace(target)  # whole or not at all, whoever else builds
+        library.replace(target)  # whole or not at all, whoever else builds
     return target
 
 

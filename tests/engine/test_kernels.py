@@ -1,11 +1,17 @@
 """The C++ kernels against torch's operators, and the bits they promise."""
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.attention import TORCH_KERNELS, LayerUse
+from engine.kernels.build import library_path
 from engine.kernels.native import MAX_HEAD_SIZE, NativeKernels, load_kernels
 from engine.kv_pool import LayerSpec
 
@@ -330,9 +336,28 @@ def test_without_a_build_there_are_no_kernels_and_one_log_line(tmp_path, monkeyp
     assert "engine.kernels.build" in caplog.text
 
 
-def test_a_broken_library_is_a_log_line_and_not_an_error(tmp_path, monkeypatch, caplog):
-    from engine.kernels.build import library_path
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86-64")
+@pytest.mark.parametrize(("target", "vector_floats"), [("x86-64-v3", 8), ("x86-64", 4)])
+def test_the_twins_for_lesser_machines_pass_all_of_the_above(kernels, tmp_path, target, vector_floats):
+    script = f"""
+import pathlib, sys
+from engine.kernels.build import compile_library, import_library, library_path
+work = pathlib.Path({str(tmp_path)!r})
+library_path().parent.mkdir(parents=True)
+compile_library(work, "-march={target}").rename(library_path())
+assert import_library(library_path()).vector_floats == {vector_floats}
+"""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=root)
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "not without_a_build", __file__]
+    done = subprocess.run(tests, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
 
+
+def test_a_broken_library_is_a_log_line_and_not_an_error(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library_path().parent.mkdir(parents=True)
     library_path().write_bytes(b"\x7fELF, but no more")
