@@ -186,6 +186,8 @@ def serve_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         # Cluster-local by default; an operator's own choice (token) is kept.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
+        # Ray runs its workers at niceness 15; ours are what the machine is for.
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
         # Every line of a replica on the driver's terminal would drown ours.
         "RAY_DEDUP_LOGS": os.environ.get("RAY_DEDUP_LOGS", "1"),
     }

@@ -139,6 +139,11 @@ class DecodeWorker:
             "kvray_prefill_refused_total": float(self._num_refused),
         }
 
+    def pull_bytes_per_s(self) -> float:
+        """Mean of all pulls so far."""
+        stats = self._puller.stats
+        return stats.num_bytes / stats.busy_s if stats.busy_s else 0.0
+
     # ------------------------------------------------------------------------------------------------------- requests
 
     def _accept(self, peer: bytes, request: GenerateRequest) -> None:

@@ -13,12 +13,23 @@ A worker drives the same object from its event loop (engine.driver).
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model import LoadedModel
-from engine.plan import EmitTokens, Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted
+from engine.plan import (
+    EmitTokens,
+    Event,
+    Instruction,
+    RunStep,
+    SequenceCancelled,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+)
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -54,6 +65,7 @@ class Engine:
     runner: Runner
     scheduler: Scheduler
     _pending: list[Instruction] = field(default_factory=list)
+    _ended: deque[str] = field(default_factory=deque)  #: sequences that the runner has yet to forget
 
     @classmethod
     def build(cls, loaded: LoadedModel, options: EngineOptions, *, model_dir: Path | None = None) -> Engine:
@@ -105,10 +117,21 @@ class Engine:
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """What follows from `event`."""
-        return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+        instructions = self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+        if isinstance(event, SequenceCancelled):
+            self._ended.append(event.seq_id)
+        self._ended += [
+            item.seq_id for item in instructions if isinstance(item, EmitTokens) and item.finish_reason is not None
+        ]
+        return instructions
 
     def compute(self, plan: StepPlan) -> StepResult:
-        """Carry out a planned step; blocks for as long as the forward pass takes."""
+        """Carry out a planned step; blocks for as long as the forward pass takes.
+
+        May run on a thread of its own beside `decide`: what ended is handed over through a deque.
+        """
+        while self._ended:
+            self.runner.forget(self._ended.popleft())
         return self.runner.execute(plan)
 
     # -- for callers that have no loop of their own

@@ -84,6 +84,10 @@ class Runner:
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
 
+    def forget(self, seq_id: str) -> None:
+        """The sequence has ended: drop what was kept for sampling it."""
+        self._sampler.forget(seq_id)
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every part of `plan`, store its KV in the pool, sample where wanted.
 

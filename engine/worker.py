@@ -84,6 +84,10 @@ class WorkerRole(Protocol):
         """Counters and gauges of the role, by metric name."""
         ...
 
+    def pull_bytes_per_s(self) -> float:
+        """Measured; 0 before the first pull."""
+        ...
+
 
 class EngineWorker:
     """An engine on its thread, behind a channel, with its KV registered for peers."""
@@ -248,6 +252,7 @@ class EngineWorker:
             free_blocks=pool.num_free,
             prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
             decode_step_s=scheduler.decode_step_s,
+            pull_bytes_per_s=0.0 if self._role is None else self._role.pull_bytes_per_s(),
             request_ids=tuple(scheduler.seq_ids()),
         )
 

@@ -112,6 +112,10 @@ class PrefillWorker:
             "kvray_blocks_published_total": float(self._num_published_blocks),
         }
 
+    def pull_bytes_per_s(self) -> float:
+        """It pulls nothing."""
+        return 0.0
+
     # ------------------------------------------------------------------------------------------------------- the jobs
 
     def _accept(self, peer: bytes, message: PrefillRequest) -> None:

@@ -43,4 +43,5 @@ class Reference:
             inputs = torch.tensor([[chosen.token_id]])
             if chosen.token_id in params.stop_token_ids and len(tokens) - len(prompt) > params.min_tokens:
                 break
+        self._sampler.forget("r")
         return tokens[len(prompt) :]

@@ -29,7 +29,7 @@ def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
         messages.append({"role": "user", "content": text})
         answer, ttft_s, usage = _ask(url, messages)
         messages.append({"role": "assistant", "content": answer})
-        sources = usage["kvray"]["prompt_sources"]
+        sources = usage["prompt_sources"]
         where = ", ".join(f"{count} {source}" for source, count in sources.items() if count)
         mark = "right" if answer.strip() == expected.strip() else f"wrong, wanted {expected.strip()!r}"
         out.print(f"you    {question}", markup=False)
@@ -70,7 +70,8 @@ def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str
             if not payload or payload == "[DONE]":
                 continue
             event = json.loads(payload)
-            usage = event.get("usage") or usage
+            usage |= event.get("usage") or {}
+            usage |= event.get("kvray") or {}
             for choice in event.get("choices", ()):
                 text = choice["delta"].get("content") or ""
                 if text and not answer:
