@@ -483,6 +483,46 @@ def test_lower_priority_gives_way_before_the_youngest() -> None:
     assert list(bench.scheduler._ledger.running) == ["b"]
 
 
+def test_nobody_takes_blocks_from_a_senior() -> None:
+    bench = Bench(num_blocks=4, max_num_batched_tokens=8)
+    bench.add("a", 6, max_tokens=20)
+    bench.step()
+    bench.add("b", 4, max_tokens=20)
+    while bench.scheduler.num_running == 2:
+        assert bench.step()
+    assert list(bench.scheduler._ledger.running) == ["a"]
+    assert bench.scheduler.stats()["num_preemptions"] == 1
+    ledger, senior = bench.scheduler._ledger, bench.scheduler._ledger.sequences["a"]
+    junior = ledger.sequences["b"]
+    ledger.admit(junior, [])
+    assert not ledger.reserve(junior, 16)
+    assert senior.block_table
+    assert bench.scheduler.stats()["num_preemptions"] == 1
+
+
+def test_a_prefill_that_takes_a_juniors_blocks_leaves_it_out_of_the_step() -> None:
+    bench = Bench(num_blocks=8, max_num_batched_tokens=28)
+    bench.add("old", 20, max_tokens=1)
+    ledger = bench.scheduler._ledger
+    ledger.sequences["old"].num_passed_over = 3  # so its chunk is planned first
+    bench.add("young", 16, max_tokens=1)
+    ledger.admit(ledger.sequences["young"], [])
+    ledger.reserve(ledger.sequences["young"], 16)
+    assert bench.step() == [("old", "prefill", 0, 20)]
+    assert bench.scheduler.stats()["num_preemptions"] == 1
+    assert bench.step() == [("young", "prefill", 0, 16)]
+
+
+def test_prompt_logprobs_begin_anew_after_a_preemption() -> None:
+    bench = Bench(max_num_batched_tokens=8)
+    bench.add("a", PROMPT, prompt_logprobs=0, max_tokens=1)
+    bench.step()
+    bench.scheduler._ledger.preempt(bench.scheduler._ledger.sequences["a"])
+    while bench.step():
+        told = emitted(bench.out)
+    assert [entry and entry.token_id for entry in told[0].prompt_logprobs or []] == [None, *PROMPT[1:]]
+
+
 def test_a_prompt_is_admitted_without_room_for_its_answer() -> None:
     bench = Bench(num_blocks=6)
     bench.add("a", 11, max_tokens=100)
@@ -564,6 +604,14 @@ def test_a_deadline_ends_a_sequence_with_504(bench: Bench) -> None:
     assert emit.error is not None
     assert (emit.error.status, emit.error.code) == (504, "deadline_exceeded")
     assert bench.pool.num_used == 0
+
+
+def test_what_is_kept_is_held_by_its_lease_not_by_its_deadline(bench: Bench) -> None:
+    bench.add("a", PROMPT, is_kept=True, deadline_s=10.0)
+    bench.step()
+    bench.now_s = 11.0
+    assert bench.post(TimePassed()) == []
+    assert bench.scheduler.num_kept == 1
 
 
 def test_a_deadline_in_the_past_is_refused(bench: Bench) -> None:
@@ -743,6 +791,15 @@ def test_a_refusal_leads_to_computing_here(bench: Bench) -> None:
     assert emitted(bench.out)[0].sources == PromptSources(computed=19)
 
 
+def test_what_came_before_a_refusal_is_kept(bench: Bench) -> None:
+    remote(bench, max_tokens=1)
+    bench.post(KvOffered("r", bench.locations(PROMPT, end=3), False, None, None, 8))
+    bench.post(PullEnded("r", frozenset()))
+    bench.post(KvRefused("r"))
+    assert bench.step() == [("r", "prefill", 12, 19)]
+    assert emitted(bench.out)[0].sources == PromptSources(peer=8, computed=11)
+
+
 def test_a_peer_that_stays_silent_is_given_up(bench: Bench) -> None:
     remote(bench)
     bench.now_s = 29.9
@@ -849,6 +906,11 @@ def test_load_is_what_is_still_to_be_computed(bench: Bench) -> None:
     bench.step(elapsed_s=0.02)
     assert bench.scheduler.decode_step_s == 0.02
     assert set(bench.scheduler.seq_ids()) == {"a", "b", "r"}
+
+
+def test_the_last_token_of_a_prompt_counts_as_queued(bench: Bench) -> None:
+    bench.add("a", 1)
+    assert bench.scheduler.queued_tokens == 1
 
 
 def test_prompt_tokens_are_counted_by_where_they_came_from(bench: Bench) -> None:
