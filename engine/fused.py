@@ -75,9 +75,18 @@ def _trial(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 class _FusedNorm:
     """Stands for an RMS norm's forward."""
 
-    def __init__(self, norm: nn.Module, kernels: NativeKernels, eps: float, adds_one: bool, rounds_first: bool) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        weight: torch.Tensor,
+        kernels: NativeKernels,
+        *,
+        eps: float,
+        adds_one: bool,
+        rounds_first: bool,
+    ) -> None:
         self._forward = norm.forward
-        self._weight: torch.Tensor = norm.weight.detach()
+        self._weight = weight.detach()
         self._kernels = kernels
         self._eps = eps
         self._adds_one = adds_one
@@ -112,7 +121,7 @@ def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
     except _MODULE_ERRORS:
         return False
     for adds_one, rounds_first in ((False, True), (False, False), (True, False)):
-        fused = _FusedNorm(norm, kernels, eps, adds_one, rounds_first)
+        fused = _FusedNorm(norm, weight, kernels, eps=eps, adds_one=adds_one, rounds_first=rounds_first)
         if _agree(fused(rows), want):
             norm.forward = fused
             return True

@@ -16,11 +16,21 @@ struct PagedKv {
   int64_t v_block, v_row, v_head;
   int block_size, num_kv_heads, k_dim, v_dim;
 
-  const T* key(const int32_t* table, int j, int head) const {
-    return k + table[j / block_size] * k_block + (j % block_size) * k_row + head * k_head;
+  // Pointers to the rows of keys [begin, begin + n) of a head; a block is looked up once for all its rows.
+  void key_rows(const int32_t* table, int begin, int n, int head, const T** rows) const {
+    walk(k + head * k_head, k_block, k_row, table, begin, n, rows);
   }
-  const T* value(const int32_t* table, int j, int head) const {
-    return v + table[j / block_size] * v_block + (j % block_size) * v_row + head * v_head;
+  void value_rows(const int32_t* table, int begin, int n, int head, const T** rows) const {
+    walk(v + head * v_head, v_block, v_row, table, begin, n, rows);
+  }
+
+ private:
+  void walk(const T* base, int64_t block, int64_t row, const int32_t* table, int begin, int n, const T** rows) const {
+    int index = begin / block_size, offset = begin % block_size;
+    for (int j = 0; j < n; index++, offset = 0) {
+      const T* at = base + table[index] * block + offset * row;
+      for (; offset < block_size && j < n; offset++, j++, at += row) rows[j] = at;
+    }
   }
 };
 

@@ -42,8 +42,7 @@ void score_keys(const T* q, int q_stride, const T* const* keys, const T* const* 
         for (int i = 0; i < 4; i++) x[h][i] = Wd::dot(k[i], w, x[h][i]);
       }
     }
-    for (int h = 0; h < H; h++)
-      for (int i = 0; i < 4; i++) s[h][j + i] = sum(x[h][i]) * scaling;
+    for (int h = 0; h < H; h++) sum_four(x[h], scaling, &s[h][j]);
   }
 }
 
@@ -106,10 +105,8 @@ void attend(const DecodeAttention<T>& a, int row, int kv_head, int head, int beg
   const int32_t* table = a.tables + row * a.table_row;
   for (int at = begin; at < end; at += kKeys) {
     const int n = std::min(kKeys, end - at);
-    for (int j = 0; j < n; j++) {
-      keys[j] = a.kv.key(table, at + j, kv_head);
-      values[j] = a.kv.value(table, at + j, kv_head);
-    }
+    a.kv.key_rows(table, at, n, kv_head, keys);
+    a.kv.value_rows(table, at, n, kv_head, values);
     for (int j = n; j % 4; j++) keys[j] = keys[n - 1];
     score_keys<T, H>(q, padded_dim, keys, values, n, k_dim, v_dim, a.scores.scaling, s);
     float factor[H];

@@ -24,6 +24,8 @@ constexpr int kPanel = 2;
 #endif
 constexpr int kTileRows = 192;  // query rows (tokens x heads of the group) that share one packing of keys and values
 
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
 // c[kRows][N * W] = c * factor + a . b, where a is [kRows, depth] words (a_row words apart), b is [depth, N * W] words.
 template <typename T, int N>
 inline void outer_product(const float* a, int a_row, const float* b, int b_row, int depth, float* c, int c_row,
@@ -83,15 +85,15 @@ struct Scratch {
   }
 };
 
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
 // Keys [begin, begin + n) of a head as words [depth][kKeys]; columns up to the next multiple of W are zero.
 template <typename T>
 void pack_keys(const PagedKv<T>& kv, const int32_t* table, int begin, int n, int head, int depth, float* words) {
   constexpr int kStep = W * Word<T>::kElements;
+  const T* all_rows[kKeys];
+  kv.key_rows(table, begin, n, head, all_rows);
+  for (int j = n; j < round_up(n, W); j++) all_rows[j] = nullptr;
   for (int j = 0; j < n; j += W) {
-    const T* rows[W];
-    for (int i = 0; i < W; i++) rows[i] = j + i < n ? kv.key(table, begin + j + i, head) : nullptr;
+    const T** rows = all_rows + j;
     for (int d = 0, at = 0; d < kv.k_dim; d += kStep, at += W) {
       vf block[W];
       for (int i = 0; i < W; i++)
@@ -106,15 +108,17 @@ void pack_keys(const PagedKv<T>& kv, const int32_t* table, int begin, int n, int
 // Values [begin, begin + n) of a head as words [keys][width]; a last odd key is paired with zeros.
 template <typename T>
 void pack_values(const PagedKv<T>& kv, const int32_t* table, int begin, int n, int head, int width, float* words) {
+  const T* rows[kKeys];
+  kv.value_rows(table, begin, n, head, rows);
   if constexpr (Word<T>::kElements == 1) {
     for (int j = 0; j < n; j++) {
-      const T* row = kv.value(table, begin + j, head);
+      const T* row = rows[j];
       for (int d = 0; d < kv.v_dim; d += W) store(words + j * width + d, load_upto(row + d, kv.v_dim - d));
     }
   } else {
     for (int j = 0; j < n; j += 2) {
-      const T* even = kv.value(table, begin + j, head);
-      const T* odd = j + 1 < n ? kv.value(table, begin + j + 1, head) : nullptr;
+      const T* even = rows[j];
+      const T* odd = j + 1 < n ? rows[j + 1] : nullptr;
       for (int d = 0; d < kv.v_dim; d += W) {
         // A bfloat16 widened to float has its bits on top: the even key goes below, the odd one stays above.
         vu low = (vu)load_upto(even + d, kv.v_dim - d) >> 16;

@@ -208,6 +208,29 @@ inline void swap_lanes(vf& a, vf& b, std::index_sequence<I...>) {
   b = high;
 }
 
+// Half as many vectors with the same sums: lanes of a and b, added in pairs S apart, take turns of S lanes.
+template <int S>
+inline vf merge(vf a, vf b) {
+  swap_lanes<S>(a, b, std::make_index_sequence<W>{});
+  return a + b;
+}
+
+// out[i] = factor * the sum of x[i]'s lanes.
+inline void sum_four(const vf (&x)[4], float factor, float* out) {
+  vf four = merge<2>(merge<1>(x[0], x[1]), merge<1>(x[2], x[3]));  // lane i belongs to x[i % 4]
+#if defined(KVRAY_AVX512)
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)four), _mm512_extractf32x8_ps((__m512)four, 1));
+#elif defined(KVRAY_AVX2)
+  __m256 eight = (__m256)four;
+#endif
+#if defined(KVRAY_AVX512) || defined(KVRAY_AVX2)
+  __m128 sums = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  _mm_storeu_ps(out, _mm_mul_ps(sums, _mm_set1_ps(factor)));
+#else
+  store(out, four * factor);
+#endif
+}
+
 // The W x W words in r, rows for columns.
 template <int S = 1>
 inline void transpose(vf (&r)[W]) {
