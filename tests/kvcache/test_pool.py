@@ -392,4 +392,4 @@ class TestPoolMachine(PoolMachine.TestCase):
 
 @pytest.mark.slow
 class TestPoolMachineAtLength(PoolMachine.TestCase):
-    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=700, stateful_step_count=60, deadline=None)
