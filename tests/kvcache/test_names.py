@@ -80,7 +80,7 @@ def test_names_stay_what_they_were() -> None:
 def test_a_long_prompt_is_named_in_milliseconds() -> None:
     tokens = pack_tokens(range(131_072))
     best_s = min(_timed_s(tokens) for _ in range(5))
-    assert best_s < 0.1  # 7 ms on a quiet core; the bound only tells linear from quadratic
+    assert best_s < 0.2  # 7 to 17 ms on a busy core; the bound only tells linear from quadratic
 
 
 def _timed_s(tokens: bytes) -> float:
