@@ -33,7 +33,6 @@ APP_NAME = "kvray"
 
 #: A replica that does not answer for this long is replaced.
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
-_DRAIN = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.2}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -49,7 +48,12 @@ def build_application(config: KvrayConfig) -> serve.Application:
     """An application from a whole configuration (its secret set)."""
     options = _worker_options(config)
     prepare = functools.partial(configure_logging, config.log.level, config.log.format)
-    common: dict[str, Any] = {"request_router_config": fleet_router_config(), **_HEALTH, **_DRAIN}
+    life = {
+        **_HEALTH,
+        "graceful_shutdown_timeout_s": config.pools.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
+    common: dict[str, Any] = {"request_router_config": fleet_router_config(), **life}
     resources = {"num_cpus": config.pools.cpus_per_worker, "num_gpus": config.pools.gpus_per_worker}
     decode = serve.deployment(
         name="Decode",
@@ -82,8 +86,7 @@ def build_application(config: KvrayConfig) -> serve.Application:
         num_replicas=config.pools.ingress,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
-        **_HEALTH,
-        **_DRAIN,
+        **life,
     )(Ingress).bind(config, APP_NAME, roles, [router, *inner])
 
 

@@ -63,6 +63,7 @@ class PoolsConfig(_Section, frozen=True):
     ingress: int = 1
     cpus_per_worker: float = 0.0
     gpus_per_worker: float = 0.0
+    drain_timeout_s: float = 120.0  #: a worker that is stopped may finish what it has for so long
     prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
     decode_labels: dict[str, str] = {}
 
@@ -187,7 +188,7 @@ def serve_environment() -> dict[str, str]:
         # Cluster-local by default; an operator's own choice (token) is kept.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         # Ray runs its workers at niceness 15; ours are what the machine is for.
-        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 - Ray's spelling
         # Every line of a replica on the driver's terminal would drown ours.
         "RAY_DEDUP_LOGS": os.environ.get("RAY_DEDUP_LOGS", "1"),
     }
@@ -210,6 +211,7 @@ def _check(config: KvrayConfig) -> None:
         ("pools.prefill", config.pools.prefill, 0, 4096),
         ("pools.decode", config.pools.decode, 1, 4096),
         ("pools.ingress", config.pools.ingress, 1, 4096),
+        ("pools.drain_timeout_s", config.pools.drain_timeout_s, 0, 86400),
         ("pools.cpus_per_worker", config.pools.cpus_per_worker, 0, 4096),
         ("pools.gpus_per_worker", config.pools.gpus_per_worker, 0, 64),
         ("http.port", config.http.port, 1, 65535),

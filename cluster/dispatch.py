@@ -17,10 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from kvrouter.fallback import choose
 
 from cluster.openai.backend import Readiness
 from kvcache.names import block_names
+from kvrouter.fallback import choose
 from messages.errors import CapacityError, WorkerError, error_from_info
 from messages.fleet import GetStats, Stats, WorkerInfo
 from messages.request import CancelRequest, GenerateRequest
@@ -85,11 +85,12 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------------ the fleet
 
     def set_workers(self, role: str, infos: Sequence[WorkerInfo]) -> None:
-        """The replica set of one role, as Serve has it now."""
+        """The replica set of one role, as Serve has it now.
+
+        A worker that is not in it any more gets nothing new; what it still streams goes on until its channel ends.
+        """
         kept = {worker_id: info for worker_id, info in self._fleet.items() if info.role != role}
         self._fleet = kept | {info.worker_id: info for info in infos}
-        for worker_id in [key for key in self._workers if key not in self._fleet]:
-            self._drop_worker(worker_id, "it left the fleet")
         self._fleet_changed.set()
 
     def set_routers(self, addresses: Sequence[str]) -> None:

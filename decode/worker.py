@@ -5,6 +5,7 @@ Steps 3, 4, 6 and 7 of the read path (docs/ARCHITECTURE.md). No Ray here; decode
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ from transport.channel import ChannelClient
 from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.05
 
 _AVOID_S = 1.0  #: how long an address is left alone after it was lost
 
@@ -86,6 +89,11 @@ class DecodeWorker:
     async def start(self) -> WorkerInfo:
         """Listen; the answer goes to the fleet."""
         return await self._worker.start(self)
+
+    async def drain(self) -> None:
+        """Return when nothing is under way any more; whoever places has stopped sending by then."""
+        while self._streams:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Stop and let go of everything."""

@@ -45,7 +45,8 @@ class PrefillActor:
         os._exit(70)
 
     async def __del__(self) -> None:
-        """Serve's only shutdown hook, after the drain."""
+        """Serve's only shutdown hook: what is under way ends first, as long as Serve waits for it."""
         worker = getattr(self, "_worker", None)
         if worker is not None:
+            await worker.drain()
             await worker.close()

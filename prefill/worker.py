@@ -32,6 +32,8 @@ from messages.wire import Message
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_POLL_S = 0.05
+
 
 @dataclass(slots=True)
 class _Job:
@@ -66,6 +68,11 @@ class PrefillWorker:
         info = await self._worker.start(self)
         self._worker.spawn(self._expire_forever())
         return info
+
+    async def drain(self) -> None:
+        """Return when nothing is under way any more; whoever places has stopped sending by then."""
+        while self._jobs:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Stop and let go of everything."""

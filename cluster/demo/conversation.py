@@ -55,7 +55,7 @@ def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str
         "stream_options": {"include_usage": True},
         "return_prompt_sources": True,
     }
-    request = urllib.request.Request(  # noqa: S310 - our own server
+    request = urllib.request.Request(
         f"{url}/v1/chat/completions",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
@@ -64,7 +64,7 @@ def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str
     ttft_s = 0.0
     answer = ""
     usage: dict[str, Any] = {}
-    with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=120) as response:
         for line in response:
             payload = line.decode().removeprefix("data: ").strip()
             if not payload or payload == "[DONE]":

@@ -131,9 +131,7 @@ async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_di
     options = worker_options(model_dir)
     async with running_pair(options, options) as pair:
         for delay_s in (0.0, 0.005, 0.03, 0.1):
-            answers = [
-                pair.ingress.send(f"{delay_s}-{i}", prompt, max_tokens=200) for i, prompt in enumerate(asked)
-            ]
+            answers = [pair.ingress.send(f"{delay_s}-{i}", prompt, max_tokens=200) for i, prompt in enumerate(asked)]
             await asyncio.sleep(delay_s)
             for i in range(len(answers)):
                 pair.ingress.cancel(f"{delay_s}-{i}")
@@ -172,3 +170,16 @@ async def test_a_request_longer_than_the_model_is_refused_with_a_reason(model_di
         assert answer.last.error is not None
         assert answer.last.error.kind == "RequestError"
         assert "128" in answer.last.error.message
+
+
+async def test_draining_waits_for_what_is_under_way(model_dir, reference):
+    (prompt,) = prompts(13, 100)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        answer = pair.ingress.send("r", prompt, max_tokens=100)
+        while not answer.token_ids:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(pair.decode.drain(), 20)
+        await asyncio.wait_for(pair.prefill.drain(), 20)
+        (got,) = await pair.ingress.finish(answer, timeout_s=1)
+    assert got == reference.greedy(prompt, 100)
