@@ -17,8 +17,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
-
 from engine.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model import LoadedModel
 from engine.plan import (
@@ -66,7 +64,6 @@ class Engine:
     pool: BlockPool
     runner: Runner
     scheduler: Scheduler
-    fingerprint: bytes  #: root of all block names: the model's, and the block size
     _pending: list[Instruction] = field(default_factory=list)
     _ended: deque[str] = field(default_factory=deque)  #: sequences that the runner has yet to forget
 
@@ -100,7 +97,6 @@ class Engine:
                 model_dir / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids
             )
         sampler = Sampler(loaded.vocab_size, grammar_tokenizer)
-        fingerprint = blake3(loaded.fingerprint + options.block_size.to_bytes(4, "little")).digest()
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -116,8 +112,7 @@ class Engine:
             memory=memory,
             pool=pool,
             runner=Runner(loaded, kv_pool, sampler),
-            scheduler=Scheduler(config, pool, fingerprint),
-            fingerprint=fingerprint,
+            scheduler=Scheduler(config, pool, loaded.fingerprint),
         )
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:

@@ -150,7 +150,7 @@ class EngineWorker:
             role=self.role,
             address=address,
             node_id=os.uname().nodename,
-            fingerprint=engine.fingerprint,
+            fingerprint=engine.loaded.fingerprint,
             block_size=engine.options.block_size,
             num_blocks=engine.layout.num_blocks,
             block_bytes=engine.layout.block_bytes,
