@@ -2,8 +2,8 @@
 
 A name is 16 bytes of keyed BLAKE2b (RFC 7693) over *all* tokens from the first to the block's last, as uint32 little
 endian. The key is derived from the model's fingerprint, the tenant's salt, the adapter and the block size: KV of
-another model or tenant has other names, and nobody without the salt can compute them. The digest is streamed, so position i
-can be named without keeping the names before it.
+another model or tenant has other names, and nobody without the salt can compute them. The digest is
+streamed: position i can be named without keeping the names before it.
 """
 
 from __future__ import annotations
