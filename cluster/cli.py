@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import urllib.error
@@ -10,16 +11,19 @@ import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
-from cluster.config import DEMO_MODEL, KvrayConfig, load_config, with_secret
+from cluster.config import KvrayConfig, load_config, with_secret
 from cluster.logs import configure_logging
-from messages.errors import ConfigError
+from messages.errors import ConfigError, ServeError
+
+logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ under python -m
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
@@ -37,9 +41,8 @@ def main() -> None:
     """Run the command line; a ConfigError is one line on stderr and exit code 2."""
     try:
         app()
-    except ConfigError as error:
-        _err.print(f"kvray: {error.message}", markup=False)
-        sys.exit(2)
+    except ServeError as error:
+        sys.exit(_complain(error))
 
 
 @app.command()
@@ -165,23 +168,35 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> None:
-    """Check, start, do `body` while it serves, end everything."""
+def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> NoReturn:
+    """Check, start, do `body` while it serves, end everything, and leave with the exit code."""
     configure_logging(config.log.level, config.log.format)
-    _check_model_directory(Path(config.model.path))
     from cluster.launch import Stopped, running, stop_signals
 
+    code = 0
     with stop_signals() as stop:
         try:
+            check_model_files(Path(config.model.path))
             with _Progress() as progress, running(config, stop, progress.show) as launched:
                 progress.clear()
                 body(config, launched, stop)
         except Stopped:
             _err.print("kvray: stopped while starting")
+        except ServeError as error:
+            code = _complain(error)
+        except Exception:
+            logger.exception("unexpected")
+            code = 1
     # Ray's threads may linger in the interpreter; everything of ours has ended by now.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def _complain(error: ServeError) -> int:
+    """One line about `error` on stderr; the exit code."""
+    _err.print(f"kvray: {' '.join(error.message.split())}", markup=False)
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
@@ -207,21 +222,31 @@ def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any) -> None:
     hold_conversation(launched.url, _out, stop)
 
 
-def _check_model_directory(path: Path) -> None:
-    """What can be told without loading anything, so that most mistakes show at once."""
-    if not path.is_dir():
-        raise ConfigError(f"model: no directory {path}" + ("" if path != DEMO_MODEL else " (the demo model)"))
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"model: {path} has no config.json: wanted a transformers model directory")
-    if not (path / "tokenizer.json").is_file():
-        raise ConfigError(f"model: {path} has no tokenizer: wanted tokenizer.json")
-    from engine.checkpoint import weight_files
+def check_model_files(path: Path) -> None:
+    """What can be told without torch, so that most mistakes show at once.
 
-    weight_files(path)
+    Raises:
+        ConfigError: no directory, or files in it that are missing or broken; one line that says which.
+    """
+    from engine.checkpoint import read_json, weight_files
+    from engine.tokenizer import Tokenizer
+
+    try:
+        if not path.exists():
+            raise ConfigError(f"no model directory at {path}")
+        if not path.is_dir():
+            raise ConfigError(f"{path} is a file, wanted a transformers model directory")
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is no transformers model directory: it has no config.json")
+        read_json(path / "config.json")
+        Tokenizer.load(path)
+        weight_files(path)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or path} cannot be read: {error.strerror}") from None
 
 
 class _Progress:
-    """One line on a terminal that changes; one line per change elsewhere."""
+    """On a terminal one line that changes; elsewhere a log line per change."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -236,15 +261,17 @@ class _Progress:
         self.clear()
 
     def show(self, text: str) -> None:
+        """`text` is what happens now."""
         if text == self._last:
             return
         self._last = text
         if self._status is not None:
-            self._status.update(text)
+            self._status.update(escape(text))
         else:
-            _err.print(f"kvray: {text}", markup=False)
+            logger.info("%s", text)
 
     def clear(self) -> None:
+        """Nothing more happens, or something else is to be printed."""
         if self._status is not None:
             self._status.stop()
 

@@ -12,10 +12,12 @@ An unknown key is an error that names it. Flags of the command line override the
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import secrets
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import yaml
@@ -24,6 +26,9 @@ from messages.errors import ConfigError
 
 #: Shipped with the package; the default of `kvray serve`.
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+
+#: Values that are never printed.
+_PRIVATE = ("network.secret", "http.api_keys")
 
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
@@ -115,10 +120,12 @@ def parse_config(document: dict[str, Any]) -> KvrayConfig:
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value; says where, what was seen, what is wanted.
     """
+    # A section with everything in it commented out is null in YAML.
+    document = {section: values for section, values in document.items() if values is not None}
     try:
         config = msgspec.convert(document, KvrayConfig, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration: {error}") from None
+        raise ConfigError(_refusal(document, str(error))) from None
     _check(config)
     return config
 
@@ -138,13 +145,12 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"configuration file {path}: wanted a mapping, saw {type(loaded).__name__}")
+            raise ConfigError(f"configuration file {path}: wanted a mapping of sections, saw {_shown(loaded)}")
         document = loaded or {}
     for section, values in overrides.items():
         present = document.get(section)
-        if present is not None and not isinstance(present, dict):
-            raise ConfigError(f"configuration: `{section}` wants a mapping, saw {present!r}")
-        document[section] = {**(present or {}), **values}
+        if present is None or isinstance(present, dict):  # anything else parse_config refuses
+            document[section] = {**(present or {}), **values}
     return parse_config(document)
 
 
@@ -155,12 +161,10 @@ def with_secret(config: KvrayConfig) -> KvrayConfig:
         ConfigError: the secret is not 64 hex digits.
     """
     secret = config.network.secret or os.environ.get("KVRAY_SECRET") or secrets.token_hex(32)
-    try:
-        is_good = len(bytes.fromhex(secret)) == 32
-    except ValueError:
-        is_good = False
-    if not is_good:
-        raise ConfigError(f"network.secret: wanted 64 hex digits, saw {len(secret)} characters that are not")
+    if not re.fullmatch("[0-9a-fA-F]{64}", secret):
+        source = "network.secret" if config.network.secret else "KVRAY_SECRET"
+        # Never the text itself: it is likely a secret with a slip in it.
+        raise ConfigError(f"{source}: wanted 64 hexadecimal digits, saw {len(secret)} characters that are not")
     return msgspec.structs.replace(config, network=msgspec.structs.replace(config.network, secret=secret))
 
 
@@ -191,12 +195,36 @@ def serve_environment() -> dict[str, str]:
         "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 - Ray's spelling
         # Every line of a replica on the driver's terminal would drown ours.
         "RAY_DEDUP_LOGS": os.environ.get("RAY_DEDUP_LOGS", "1"),
+        # A call that comes after the end must fail, not start another Ray.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
     }
 
 
-def ray_address() -> str | None:
-    """The Ray cluster that the operator names, if any."""
-    return os.environ.get("RAY_ADDRESS")
+def named_ray_address() -> str | None:
+    """The Ray cluster that the operator names, as host:port; "local" wants one of our own; None: nothing is named.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is not host:port.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto"):
+        return None
+    if address != "local" and not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise ConfigError(f"RAY_ADDRESS: wanted host:port of a Ray head, or local, saw {address!r}")
+    return address
+
+
+def recorded_ray_address() -> str | None:
+    """The cluster that `ray start` wrote down on this machine. It may have crashed since.
+
+    Ray's own address="auto" is not used: it also finds clusters by looking through the process list, and so would
+    join, and take over, the private Ray of another `kvray serve`.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        return (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def _check(config: KvrayConfig) -> None:
@@ -206,7 +234,7 @@ def _check(config: KvrayConfig) -> None:
         ("engine.max_num_seqs", config.engine.max_num_seqs, 1, 65536),
         ("engine.max_num_batched_tokens", config.engine.max_num_batched_tokens, 1, 2**20),
         ("engine.itl_target_ms", config.engine.itl_target_ms, 0.1, 1e6),
-        ("engine.num_threads", config.engine.num_threads or 1, 1, 4096),
+        ("engine.num_threads", 1 if config.engine.num_threads is None else config.engine.num_threads, 1, 4096),
         ("model.max_model_len", 1 if config.model.max_model_len is None else config.model.max_model_len, 1, 2**30),
         ("pools.prefill", config.pools.prefill, 0, 4096),
         ("pools.decode", config.pools.decode, 1, 4096),
@@ -226,11 +254,51 @@ def _check(config: KvrayConfig) -> None:
     ]
     for name, value, low, high in wants:
         if not low <= value <= high:
-            raise ConfigError(f"{name}: wanted {low:g} to {high:g}, saw {value:g}")
+            raise ConfigError(f"{name}: wanted {low:.10g} to {high:.10g}, saw {value:.10g}")
     if config.network.lost_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "
             f"saw {config.network.lost_after_s:g}"
         )
     if config.engine.kv_cache_memory is not None:
-        parse_size(config.engine.kv_cache_memory)
+        try:
+            parse_size(config.engine.kv_cache_memory)
+        except ConfigError as error:
+            raise ConfigError(f"engine.kv_cache_memory: {error.message}") from None
+
+
+def _refusal(document: dict[str, Any], complaint: str) -> str:
+    """What msgspec finds wrong with `document`, told with our names: where, what was seen, what is wanted."""
+    what, _, where = complaint.partition(" - at `$")
+    keys = re.findall(r"\.(\w+)", where)
+    place = ".".join(keys)
+    seen: Any = document
+    for key in keys:
+        seen = seen[key]
+    unknown = re.match("Object contains unknown field `(.*)`", what)
+    if unknown:
+        known = [field.name for field in msgspec.structs.fields(_section_at(place))]
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"{place + '.' if place else ''}{unknown[1]}: no such key; {hint}"
+    shown = "something else" if place in _PRIVATE else _shown(seen)
+    if what.startswith("Invalid enum value"):
+        section, _, name = place.rpartition(".")
+        choices = re.findall(r"'([^']*)'", str(get_type_hints(_section_at(section))[name]))
+        return f"{place}: wanted one of {', '.join(choices)}, saw {shown}"
+    wanted = re.match("Expected `(.*?)`", what)
+    if not wanted:
+        return f"{place or 'the document'}: {what}"
+    kind = wanted[1].removesuffix(" | null")
+    kind = {"object": "a mapping", "array": "a list"}.get(kind, kind)
+    return f"{place or 'names of sections'}: wanted {kind}{' in every entry' if '[' in where else ''}, saw {shown}"
+
+
+def _section_at(place: str) -> type[msgspec.Struct]:
+    found: type[msgspec.Struct] = get_type_hints(KvrayConfig)[place] if place else KvrayConfig
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -6,6 +6,8 @@ Everything that was started is ended again, whatever happens: on Ctrl-C, on SIGT
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import http.client
 import logging
 import os
 import re
@@ -13,21 +15,29 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import msgspec
+import psutil
 
-from cluster.config import KvrayConfig, ray_address, serve_environment
-from messages.errors import ConfigError
+from cluster.config import KvrayConfig, named_ray_address, recorded_ray_address, serve_environment
+from messages.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: nothing of ours goes through it yet
 _POLL_S = 0.1
-_SHUTDOWN_S = 4.0  #: for the application to end politely, before Ray is ended under it
+_STATUS_POLL_S = 0.25
+_CONNECT_TIMEOUT_S = 3.0  #: for a Ray head to take a connection
+_ROUTE_TIMEOUT_S = 20.0  #: for Serve's proxy to know an application that runs
+_SHUTDOWN_S = 7.0  #: for all to end politely; then it is killed
+_KILL_S = 2.0
+_PR_SET_CHILD_SUBREAPER = 36  #: linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,136 +72,279 @@ def stop_signals() -> Iterator[threading.Event]:
 def running(
     config: KvrayConfig, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[Launched]:
-    """The application, serving, for as long as the block lasts.
+    """The application, serving, for as long as the block lasts. `on_progress` is called on another thread.
 
     Raises:
         ConfigError: it cannot start as configured; one line says why.
+        WorkerError: Ray or Serve failed.
         Stopped: `stop` was set while it started.
     """
-    os.environ.update(serve_environment())
-    _check_port_is_free(config.http.host, config.http.port)
-    # Imported here: Ray reads its environment when it is imported, and `kvray --help` should not wait for it.
-    import ray
-    from ray import serve
-
-    is_own_cluster = _connect(ray, on_progress)
-    signal_handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    keeper = _Keeper(config, on_progress)
     try:
-        if is_own_cluster and config.network.host is None:
-            # One node, this one: the channels need not be seen by anybody else.
-            network = msgspec.structs.replace(config.network, host="127.0.0.1")
-            config = msgspec.structs.replace(config, network=network)
-        _start(config, serve, stop, on_progress)
-        yield Launched(url=f"http://{config.http.host}:{config.http.port}", is_own_cluster=is_own_cluster)
+        yield keeper.wait_until_up(stop)
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), signal_handlers, strict=True):
-            signal.signal(number, handler)
-        _end(ray, serve, is_own_cluster=is_own_cluster)
+        keeper.end()
 
 
-def _connect(ray: Any, on_progress: Callable[[str], None]) -> bool:
-    """True: a cluster of our own was started."""
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.suppress(ConnectionError):
-            ray.init(address=ray_address() or "auto", **quiet)
-            on_progress("joined the Ray cluster that is there")
-            return False
-        if ray_address() is not None:
-            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={ray_address()}")
-        on_progress("starting Ray")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        return True
-    finally:
-        for number, handler in handlers.items():  # Ray puts its own SIGTERM handler in place
-            signal.signal(number, handler)
+class _Keeper(threading.Thread):
+    """The thread that brings the application up, keeps it, and takes it down.
 
+    Not the main thread, so that a signal is noticed at once whatever Ray waits for, and so that Ray leaves the signal
+    handlers alone. One thread all the way: Linux ends Ray's processes when the thread that started them ends
+    (PR_SET_PDEATHSIG), which is also why nothing survives a SIGKILL of this process.
+    """
 
-def _start(config: KvrayConfig, serve: Any, stop: threading.Event, on_progress: Callable[[str], None]) -> None:
-    from cluster.app import APP_NAME, build_application
+    def __init__(self, config: KvrayConfig, on_progress: Callable[[str], None]) -> None:
+        super().__init__(name="keeper", daemon=True)
+        self._config = config
+        self._on_progress = on_progress
+        self._others = set(psutil.Process().children(recursive=True))  #: not ours to end
+        self._launched: Launched | None = None
+        self._error: BaseException | None = None
+        self._has_touched_ray = False
+        self._is_up = threading.Event()
+        self._ending = threading.Event()
+        self._is_own_cluster = False
+        self._has_deployed = False
 
-    failure: list[BaseException] = []
+    def wait_until_up(self, stop: threading.Event) -> Launched:
+        """Start, and wait until requests are answered; errors as in `running`."""
+        self.start()
+        while not self._is_up.is_set():
+            if stop.wait(_POLL_S):
+                raise Stopped
+            if not self.is_alive() and not self._is_up.is_set():
+                assert self._error is not None, "it ends early with an error only"
+                raise self._error
+        assert self._launched is not None
+        return self._launched
 
-    def deploy() -> None:
+    def end(self) -> None:
+        """End all that was started; what does not end politely is killed."""
+        self._ending.set()
+        if not self._has_touched_ray:
+            return
+        # Orphans come to us from now on: a worker process that the raylet was just starting is found too.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self.join(_SHUTDOWN_S)
+        ends_s = time.monotonic() + _KILL_S
+        while (family := self._family()) and time.monotonic() < ends_s:
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=_POLL_S)
+
+    def run(self) -> None:
+        """The thread."""
         try:
-            serve.start(
-                http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": None},
-                proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
-                logging_config={"log_level": "ERROR", "enable_access_log": False},
-            )
-            serve.run(build_application(config), name=APP_NAME, route_prefix="/", logging_config=None)
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread
-            failure.append(error)
+            self._bring_up()
+            self._ending.wait()
+        except Exception as error:  # noqa: BLE001 - carried to whoever waits
+            self._error = error
+        finally:
+            if self._has_touched_ray:
+                # Nothing is worth telling about the end of what is being ended.
+                with contextlib.suppress(Exception):
+                    self._take_down()
 
-    on_progress("placing workers")
-    thread = threading.Thread(target=deploy, daemon=True, name="deploy")
-    thread.start()
-    while thread.is_alive():
-        if stop.wait(_POLL_S):
+    def _family(self) -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True)) - self._others
+
+    def _say(self, text: str) -> None:
+        """Progress; also the place where a start that is no longer wanted ends."""
+        if self._ending.is_set():
             raise Stopped
-        _report_progress(serve, APP_NAME, on_progress)
-    if failure:
-        reason = _config_error_in(str(failure[0]))
-        raise ConfigError(reason) if reason else failure[0]
+        self._on_progress(text)
 
+    def _bring_up(self) -> None:
+        config = self._config
+        address = cluster_to_join()
+        if address is None:
+            check_port_is_free(config.http.host, config.http.port)
+        self._say("reading the model's configuration")
+        # Imports torch, as the application does anyway: most mistakes show before Ray is started.
+        from engine.model import check_model
 
-def _report_progress(serve: Any, app_name: str, on_progress: Callable[[str], None]) -> None:
-    """What the replicas do; raises as soon as one of them says that the configuration will not do."""
-    try:
-        application = serve.status().applications.get(app_name)
-    except Exception:  # noqa: BLE001 - Serve itself is still starting; the deploy thread reports real failures
-        return
-    if application is None:
-        return
-    parts = []
-    for name, deployment in sorted(application.deployments.items()):
-        reason = _config_error_in(deployment.message or "")
-        if reason is not None:
-            raise ConfigError(reason)
-        running = sum(count for state, count in deployment.replica_states.items() if str(state) == "RUNNING")
-        total = sum(deployment.replica_states.values())
-        parts.append(f"{name} {running}/{total}")
-    on_progress("starting " + ", ".join(parts))
+        check_model(Path(config.model.path), max_model_len=config.model.max_model_len)
+        os.environ.update(serve_environment())
+        # Imported late: Ray reads its environment when it is imported.
+        import ray
+        from ray import serve
 
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        self._connect(ray, address)
+        if self._is_own_cluster:
+            _check_resources(config, ray.cluster_resources())
+            if config.network.host is None:
+                # One node, this one: the channels need not be seen by anybody else.
+                network = msgspec.structs.replace(config.network, host="127.0.0.1")
+                config = msgspec.structs.replace(config, network=network)
+        self._deploy(config, serve)
+        self._launched = Launched(url=_url(config), is_own_cluster=self._is_own_cluster)
+        self._is_up.set()
 
-def _config_error_in(text: str) -> str | None:
-    """The one line of a ConfigError in what Serve says of a replica that failed."""
-    found = re.search(r"ConfigError: (.+)", text)
-    return None if found is None else found.group(1).strip()
+    def _connect(self, ray: Any, address: str | None) -> None:
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        self._say("starting Ray" if address is None else f"joining the Ray cluster at {address}")
+        self._has_touched_ray = True
+        self._is_own_cluster = address is None
+        try:
+            if address is not None:
+                ray.init(address=address, **quiet)
+            else:
+                store_bytes = _LOCAL_OBJECT_STORE_BYTES
+                ray.init(address="local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            verb = "start" if address is None else f"join the cluster at {address}"
+            raise ConfigError(f"Ray cannot {verb}: {error}") from error
 
+    def _deploy(self, config: KvrayConfig, serve: Any) -> None:
+        from cluster.app import APP_NAME, build_application
 
-def _end(ray: Any, serve: Any, *, is_own_cluster: bool) -> None:
-    from cluster.app import APP_NAME
+        self._say("placing workers")
+        if not self._is_own_cluster:
+            self._check_room(config, serve, APP_NAME)
+        serve.start(
+            http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": None},
+            proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
+        )
+        target = serve.RunTarget(target=build_application(config), name=APP_NAME, route_prefix="/")
+        self._say("placing workers")
+        self._has_deployed = True
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        while not self._is_running(serve.status().applications.get(APP_NAME)):
+            time.sleep(_STATUS_POLL_S)
+        self._wait_for_proxy(_url(config))
 
-    if is_own_cluster:
-        # Nothing outlives the cluster, and Ray ends its processes faster than Serve drains them.
+    def _check_room(self, config: KvrayConfig, serve: Any, app_name: str) -> None:
+        """On a cluster that was there: Serve may run already, with applications and a port of its own."""
+        while (present := serve.status().applications.get(app_name)) is not None:
+            if str(present.status.value) != "DELETING":
+                raise ConfigError(f"the Ray cluster has an application {app_name} already: end that one first")
+            self._say(f"waiting for the former {app_name} to end")
+            time.sleep(_STATUS_POLL_S)
+        # The public status does not tell the port.
+        client = serve.context._get_global_client(raise_if_no_controller_running=False)  # noqa: SLF001
+        if client is None:
+            check_port_is_free(config.http.host, config.http.port)
+        elif (client.http_config.host, client.http_config.port) != (config.http.host, config.http.port):
+            seen = f"{client.http_config.host} port {client.http_config.port}"
+            raise ConfigError(
+                f"http: Ray Serve on this cluster listens on {seen} already, wanted {config.http.host} port "
+                f"{config.http.port}: give --host and --port as they are there"
+            )
+
+    def _is_running(self, application: Any) -> bool:
+        """Reports progress; raises as soon as a replica says that it cannot be."""
+        if application is None:
+            return False
+        parts = []
+        for name, deployment in sorted(application.deployments.items()):
+            reason = config_error_in(deployment.message or "")
+            if reason is not None:
+                raise ConfigError(reason)
+            counts = {str(state): count for state, count in deployment.replica_states.items()}
+            parts.append(f"{name} {counts.get('RUNNING', 0)}/{sum(counts.values())}")
+        if parts:
+            self._say("starting " + ", ".join(parts))
+        status = application.status.value
+        if status == "DEPLOY_FAILED":
+            texts = [application.message, *(item.message for item in application.deployments.values())]
+            logger.error("what Ray Serve says: %s", "\n".join(text for text in texts if text))
+            raise WorkerError("Ray Serve could not start the application")
+        return bool(status == "RUNNING")
+
+    def _wait_for_proxy(self, url: str) -> None:
+        """Serve's proxy hears of an application a moment after it runs."""
+        ends_s = time.monotonic() + _ROUTE_TIMEOUT_S
+        while not _is_ready(url):
+            self._say("waiting for the HTTP proxy")
+            if time.monotonic() > ends_s:
+                if self._is_own_cluster:
+                    raise WorkerError(f"the application runs, and {url}/ready does not answer")
+                logger.warning("%s does not answer on this node; the cluster's head has the proxy", url)
+                return
+            time.sleep(_POLL_S)
+
+    def _take_down(self) -> None:
+        import ray
+        from ray import serve
+
+        if not self._is_own_cluster and self._has_deployed:
+            from cluster.app import APP_NAME
+
+            serve.delete(APP_NAME, _blocking=False)
+        # With a cluster of our own nothing outlives it, and Ray ends its processes faster than Serve drains them.
         ray.shutdown()
-        return
-    ender = threading.Thread(target=lambda: serve.delete(APP_NAME, _blocking=False), daemon=True)
-    ender.start()
-    ender.join(_SHUTDOWN_S)
-    ray.shutdown()
 
 
-def _check_port_is_free(host: str, port: int) -> None:
+def cluster_to_join() -> str | None:
+    """Address of the Ray cluster that is there, host:port; None: start one.
+
+    Raises:
+        ConfigError: the operator names a cluster that does not answer.
+    """
+    named = named_ray_address()
+    if named == "local":
+        return None
+    address = named or recorded_ray_address()
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S):
+            return address
+    except (OSError, ValueError, OverflowError) as error:
+        if named is not None:
+            raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address}: {_reason(error)}") from None
+        logger.debug("the cluster that `ray start` recorded at %s is gone: %s", address, error)
+        return None
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises ConfigError unless a server could listen there now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"http: cannot listen on {host} port {port}: {error.strerror}") from None
+            raise ConfigError(f"http: cannot listen on {host} port {port}: {_reason(error)}") from None
 
 
-def wait_until(stop: threading.Event, seconds: float | None = None) -> None:
-    """Return when `stop` is set, or after `seconds`."""
-    ends_s = None if seconds is None else time.monotonic() + seconds
-    while not stop.wait(0.5):
-        if ends_s is not None and time.monotonic() >= ends_s:
-            return
+def config_error_in(text: str) -> str | None:
+    """The one line of a ConfigError in what Serve says of a replica that failed."""
+    found = re.search(r"ConfigError: (.+)", text)
+    return None if found is None else found.group(1).strip()
+
+
+def _check_resources(config: KvrayConfig, available: dict[str, float]) -> None:
+    """On a cluster of our own, which never grows: raises ConfigError where Serve would wait for ever."""
+    num_workers = config.pools.prefill + config.pools.decode
+    wants = {"CPU": config.pools.cpus_per_worker, "GPU": config.pools.gpus_per_worker}
+    for name, each in wants.items():
+        if num_workers * each > available.get(name, 0.0):
+            raise ConfigError(
+                f"pools.{name.lower()}s_per_worker: {num_workers} workers with {each:g} each were asked for, "
+                f"this node has {available.get(name, 0.0):g}"
+            )
+
+
+def _url(config: KvrayConfig) -> str:
+    """Where this machine reaches it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.http.port}"
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=2.0) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

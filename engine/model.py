@@ -91,10 +91,8 @@ def load_model(
         raise ConfigError(f"device {device} was asked for and torch sees no CUDA device")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    config = read_model_config(path)
+    config, files, length = check_model(path, max_model_len=max_model_len)
     family = str(config.model_type)
-    files = weight_files(path)
-    length = _context_length(config, max_model_len, path)
     chosen = _choose_dtype(dtype, config, files, target)
     num_bytes = sum(file.stat().st_size for file in files)
     say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
@@ -131,6 +129,20 @@ def load_model(
         num_parameters=num_parameters,
         kernel_path=kernel_path,
     )
+
+
+def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[PretrainedConfig, list[Path], int]:
+    """What can be told of the decoder in `path` before anything is loaded; `max_model_len` as in `load_model`.
+
+    Returns:
+        Its configuration, its weight files, and the tokens that a sequence may have.
+
+    Raises:
+        ConfigError: the model cannot be served; one line that says why.
+    """
+    config = read_model_config(path)
+    files = weight_files(path)
+    return config, files, _context_length(config, max_model_len, path)
 
 
 def _load(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

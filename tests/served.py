@@ -160,14 +160,16 @@ def serving(*arguments: str, log_dir: Path, extra_environment: dict[str, str] | 
             served.kill()
 
 
-def run_kvray(*arguments: str, timeout_s: float = 120.0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run_kvray(
+    *arguments: str, timeout_s: float = 120.0, extra_environment: dict[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run a command to its end; also the command lines of what it left running."""
     with own_environment() as variables:
         marker = f"KVRAY_TEST_MARK_{os.getpid()}_{time.monotonic_ns()}"
         finished = subprocess.run(
             kvray_command(*arguments),
             capture_output=True,
-            env=variables | {marker: "1"},
+            env=variables | (extra_environment or {}) | {marker: "1"},
             text=True,
             timeout=timeout_s,
             cwd=Path(__file__).parent.parent,
