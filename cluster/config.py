@@ -53,6 +53,7 @@ class EngineSection(_Section, frozen=True):
 
     block_size: int = 16  #: tokens
     kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: a share of what is free at start
+    kv_cache_share: float = 0.25  #: of the memory that is free when a worker starts, where no size is given
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048  #: budget of a step
     itl_target_ms: float = 50.0  #: prefill chunks are cut so that running sequences wait no longer, where possible
@@ -231,6 +232,7 @@ def _check(config: KvrayConfig) -> None:
     """Raises ConfigError for values that have the right type and make no sense."""
     wants: list[tuple[str, float, float, float]] = [
         ("engine.block_size", config.engine.block_size, 1, 1024),
+        ("engine.kv_cache_share", config.engine.kv_cache_share, 0.001, 0.95),
         ("engine.max_num_seqs", config.engine.max_num_seqs, 1, 65536),
         ("engine.max_num_batched_tokens", config.engine.max_num_batched_tokens, 1, 2**20),
         ("engine.itl_target_ms", config.engine.itl_target_ms, 0.1, 1e6),
