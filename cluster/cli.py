@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -32,7 +33,8 @@ app.add_typer(config_app, name="config")
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-#: command-line flag -> where its value goes in the document
+_STATUS_TIMEOUT_S = 10.0
+
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
 _Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
 
@@ -113,21 +115,13 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
     """What is running where."""
-    from cluster.status import status_table
-
-    request = urllib.request.Request(url.rstrip("/") + "/status")
-    if api_key is not None:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            document: dict[str, Any] = json.load(response)
-    except (OSError, ValueError) as error:
-        reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)
-        raise ConfigError(f"no status from {url}: {reason}") from None
+    document = _fetch_status(url.rstrip("/"), api_key)
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
     else:
-        _out.print(status_table(document))
+        from cluster.status import status_table
+
+        _out.print(status_table(document), markup=False)
 
 
 @app.command()
@@ -151,6 +145,30 @@ def config_check(config: Annotated[Path, typer.Argument(help="YAML file.")]) -> 
     """Say whether a configuration file is good; exit code 2 if not."""
     load_config(config, {})
     _out.print(f"{config}: good")
+
+
+def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
+    """The document that the kvray at `url` gives.
+
+    Raises:
+        ConfigError: nobody answers there, or somebody else.
+    """
+    try:
+        request = urllib.request.Request(f"{url}/status")
+        if api_key is not None:
+            request.add_header("Authorization", f"Bearer {api_key}")
+        with urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as response:
+            document = json.load(response)
+    except urllib.error.HTTPError as error:
+        hint = ": wanted the right --api-key" if error.code in (401, 403) else ""
+        raise ConfigError(f"no status from {url}: it answers HTTP {error.code}{hint}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        text = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+        raise ConfigError(f"no status from {url}: {text}; where does kvray serve? (--url)") from None
+    if not isinstance(document, dict) or not {"workers", "routers", "is_routing_by_cache"} <= document.keys():
+        raise ConfigError(f"no status from {url}: what answers there is not kvray; where does it serve? (--url)")
+    return document
 
 
 def _overrides(flags: dict[tuple[str, str], Any]) -> dict[str, Any]:

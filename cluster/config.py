@@ -256,7 +256,7 @@ def _check(config: KvrayConfig) -> None:
     ]
     for name, value, low, high in wants:
         if not low <= value <= high:
-            raise ConfigError(f"{name}: wanted {low:.10g} to {high:.10g}, saw {value:.10g}")
+            raise ConfigError(f"{name}: wanted {low:.15g} to {high:.15g}, saw {value:.15g}")
     if config.network.lost_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "

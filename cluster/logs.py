@@ -1,4 +1,4 @@
-"""Logging: one line per record, text or JSON, to stderr."""
+"""Logging: one line per record (a traceback adds its own), text or JSON, to stderr."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import time
 #: our rooms; everything else keeps its own level and handlers
 ROOMS = ("messages", "kvcache", "transport", "engine", "prefill", "decode", "kvrouter", "cluster")
 
+#: Control characters as Python writes them: a message cannot forge a line or move the cursor.
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}
+
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {record.levelname.lower():7} {record.name}: {record.getMessage()}"
+        line = f"{clock} {record.levelname.lower():7} {record.name}: {record.getMessage().translate(_ESCAPES)}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
 from cluster.dispatch import Dispatcher
+
+_HEADERS = ("WORKER", "ADDRESS", "FREE/BLOCKS", "RUN", "WAIT", "TOK/S", "STEP MS")
+_NUM_TEXT_COLUMNS = 2  #: then come numbers, aligned to the right
 
 
 async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -34,28 +36,47 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
     return {"workers": workers, "routers": routers, "is_routing_by_cache": bool(routers)}
 
 
-def status_table(status: dict[str, Any]) -> Table:
-    """`fleet_status` for people."""
-    table = Table(title=None, box=None, pad_edge=False)
-    for column in ("WORKER", "ROLE", "ADDRESS", "BLOCKS FREE", "RUNNING", "WAITING", "PREFILL TOK/S", "STEP MS"):
-        table.add_column(column, justify="left" if column in ("WORKER", "ROLE", "ADDRESS") else "right")
-    for worker in status["workers"]:
-        values = worker["values"]
-        if not worker["is_answering"]:
-            table.add_row(worker["worker_id"], worker["role"], worker["address"], "no answer", "", "", "", "")
-            continue
-        table.add_row(
-            worker["worker_id"],
-            worker["role"],
-            worker["address"].removeprefix("tcp://"),
-            f"{values.get('kvray_blocks_free', 0):.0f} of {worker['num_blocks']}",
-            f"{values.get('kvray_sequences_running', 0):.0f}",
-            f"{values.get('kvray_sequences_waiting', 0):.0f}",
-            f"{values.get('kvray_prefill_tokens_per_s', 0):.0f}",
-            f"{1000 * values.get('kvray_decode_step_seconds', 0):.1f}",
-        )
+def status_table(status: dict[str, Any]) -> str:
+    """`fleet_status` for people: one line per worker, a line about routing; nothing is cut off.
+
+    TOK/S is the measured speed of prefill, STEP MS the time of a decode step.
+    """
+    rows = [_HEADERS, *(_row(worker) for worker in status["workers"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
+    lines = [_line(row, widths) for row in rows]
+    if not status["workers"]:
+        lines = ["no workers"]
     for router in status["routers"]:
-        table.add_row(router["worker_id"], "router", "", "", "", "", "", "")
+        values = router["values"]
+        lines.append(
+            f"{router['worker_id']}: {values.get('kvray_router_workers', 0):.0f} workers, "
+            f"{values.get('kvray_router_index_names', 0):.0f} block names known, "
+            f"{values.get('kvray_router_requests', 0):.0f} requests placed"
+        )
     if not status["is_routing_by_cache"]:
-        table.add_row("(no router answers: placing by rendezvous hashing)", "", "", "", "", "", "", "")
-    return table
+        lines.append("no router answers: requests are placed by rendezvous hashing")
+    return "\n".join(lines)
+
+
+def _row(worker: dict[str, Any]) -> tuple[str, ...]:
+    name, address = worker["worker_id"], worker["address"].removeprefix("tcp://")
+    if not worker["is_answering"]:
+        return (name, address, "no answer", "", "", "", "")
+    values = worker["values"]
+    return (
+        name,
+        address,
+        f"{values.get('kvray_blocks_free', 0):.0f}/{worker['num_blocks']}",
+        f"{values.get('kvray_sequences_running', 0):.0f}",
+        f"{values.get('kvray_sequences_waiting', 0):.0f}",
+        f"{values.get('kvray_prefill_tokens_per_s', 0):.0f}",
+        f"{1000 * values.get('kvray_decode_step_seconds', 0):.1f}",
+    )
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        text.ljust(width) if column < _NUM_TEXT_COLUMNS else text.rjust(width)
+        for column, (text, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()

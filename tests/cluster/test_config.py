@@ -1,0 +1,240 @@
+"""The configuration: what it takes, what it refuses and in which words, where it comes from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import yaml
+
+from cluster.config import (
+    KvrayConfig,
+    load_config,
+    named_ray_address,
+    parse_config,
+    parse_size,
+    serve_environment,
+    with_secret,
+)
+from messages.errors import ConfigError
+
+SECRET = "0123456789abcdef" * 4
+
+
+def refusal(document: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(document)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_nothing_given_is_all_defaults():
+    assert parse_config({}) == KvrayConfig() == load_config(None, {})
+
+
+def test_a_section_that_is_empty_in_yaml_is_all_defaults():
+    assert parse_config(yaml.safe_load("http:\nengine: {block_size: 32}")).engine.block_size == 32
+
+
+def test_values_are_frozen():
+    with pytest.raises(AttributeError):
+        parse_config({}).http.port = 1
+
+
+def test_what_is_shown_can_be_read_again():
+    config = parse_config({"http": {"api_keys": ["k"]}, "pools": {"decode_labels": {"zone": "a"}}, "log": {}})
+    document = yaml.safe_load(yaml.safe_dump(msgspec.to_builtins(config, builtin_types=(), str_keys=True, order=None)))
+    assert parse_config(document) == config
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"engin": {}}, "engin: no such key; did you mean engine?"),
+        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, network, log"),
+        ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
+        ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
+        ({"http": 3}, "http: wanted a mapping, saw int 3"),
+        ({"http": {"port": "8000"}}, "http.port: wanted int, saw str '8000'"),
+        ({"http": {"port": True}}, "http.port: wanted int, saw bool True"),
+        ({"http": {"port": 80.5}}, "http.port: wanted int, saw float 80.5"),
+        ({"model": {"path": None}}, "model.path: wanted str, saw NoneType None"),
+        ({"model": {"served_names": "a"}}, "model.served_names: wanted a list, saw str 'a'"),
+        ({"pools": {"prefill_labels": {"a": 3}}}, "pools.prefill_labels: wanted str in every entry, saw dict {'a': 3}"),
+        (
+            {"model": {"dtype": "float8"}},
+            "model.dtype: wanted one of auto, float32, bfloat16, float16, saw str 'float8'",
+        ),
+        ({"log": {"format": "xml"}}, "log.format: wanted one of text, json, saw str 'xml'"),
+        (
+            {"model": {"tool_parser": "x"}},
+            "model.tool_parser: wanted one of hermes, llama3, mistral, list, saw str 'x'",
+        ),
+        ({1: {}}, "names of sections: wanted str, saw dict {1: {}}"),
+    ],
+)
+def test_a_wrong_shape_is_refused_by_place_and_value(document, words):
+    assert refusal(document) == words
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "wanted"),
+    [
+        ("engine.block_size", 0, "1 to 1024"),
+        ("engine.block_size", 2048, "1 to 1024"),
+        ("engine.max_num_seqs", 0, "1 to 65536"),
+        ("engine.max_num_batched_tokens", -1, "1 to 1048576"),
+        ("engine.num_threads", 0, "1 to 4096"),
+        ("model.max_model_len", 0, "1 to 1073741824"),
+        ("pools.prefill", -1, "0 to 4096"),
+        ("pools.decode", 0, "1 to 4096"),
+        ("pools.ingress", 0, "1 to 4096"),
+        ("pools.cpus_per_worker", -0.5, "0 to 4096"),
+        ("pools.gpus_per_worker", 1000, "0 to 64"),
+        ("pools.drain_timeout_s", -1, "0 to 86400"),
+        ("http.port", 70000, "1 to 65535"),
+        ("http.port", 0, "1 to 65535"),
+        ("http.max_body_bytes", 10, "1024 to 1099511627776"),
+        ("http.max_choices", 0, "1 to 4096"),
+        ("http.request_timeout_s", 0, "0.1 to 10000000"),
+        ("network.heartbeat_s", 0, "0.05 to 60"),
+        ("network.lost_after_s", 0, "0.2 to 600"),
+        ("network.lease_s", float("nan"), "0.5 to 3600"),
+        ("network.pull_timeout_s", float("inf"), "0.05 to 3600"),
+        ("network.prefill_timeout_s", -1, "0.1 to 1000000"),
+    ],
+)
+def test_an_absurd_number_is_refused_with_its_range(place, value, wanted):
+    section, name = place.split(".")
+    assert refusal({section: {name: value}}) == f"{place}: wanted {wanted}, saw {value}"
+
+
+def test_the_bounds_themselves_are_taken():
+    config = parse_config({"pools": {"prefill": 0, "decode": 4096}, "http": {"port": 65535}})
+    assert (config.pools.prefill, config.pools.decode, config.http.port) == (0, 4096, 65535)
+
+
+def test_silence_must_outlast_two_heartbeats():
+    assert refusal({"network": {"heartbeat_s": 2, "lost_after_s": 3}}) == (
+        "network.lost_after_s: wanted at least twice heartbeat_s (2), saw 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "document", [{"network": {"secret": 5417041}}, {"http": {"api_keys": "5417041"}}, {"http": {"api_keys": [5417041]}}]
+)
+def test_secrets_are_never_repeated_in_a_refusal(document):
+    assert "5417041" not in refusal(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("512MiB", 2**29), ("2GiB", 2**31), ("1.5GB", 1_500_000_000), ("1048576", 2**20), ("64 KiB", 2**16), ("7B", 7)],
+)
+def test_sizes(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["banana", "", "GiB", "-1GiB", "0", "nan", "inf", "1e30", "2gib", "2 GiB of memory"])
+def test_what_is_no_size_is_refused_where_it_stands(text):
+    assert refusal({"engine": {"kv_cache_memory": text}}) == (
+        f"engine.kv_cache_memory: wanted a size such as 512MiB or 2GiB, saw {text!r}"
+    )
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("http: {port: 9000, host: 0.0.0.0}\nlog:\n")
+    config = load_config(path, {"http": {"port": 9001}, "log": {"level": "debug"}, "pools": {"decode": 2}})
+    assert (config.http.port, config.http.host, config.log.level, config.pools.decode) == (9001, "0.0.0.0", "debug", 2)
+    assert config.http.max_choices == KvrayConfig().http.max_choices
+
+
+def test_flags_do_not_hide_a_section_of_the_wrong_shape(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("http: 3")
+    with pytest.raises(ConfigError, match="http: wanted a mapping, saw int 3"):
+        load_config(path, {"http": {"port": 9001}})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [", "is not YAML: while parsing"),
+        (b"\xff\xfe", "is not YAML"),
+        (b"- a\n- b", "wanted a mapping of sections, saw list ['a', 'b']"),
+        (b"model", "wanted a mapping of sections, saw str 'model'"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, content, words):
+    path = tmp_path / "kvray.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    assert f"configuration file {path}" in caught.value.message
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file or directory"):
+        load_config(tmp_path / "none.yaml", {})
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path, {})
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("# nothing\n")
+    assert load_config(path, {}) == KvrayConfig()
+
+
+def test_the_secret_is_the_files_then_the_environments_then_a_fresh_one(monkeypatch):
+    monkeypatch.setenv("KVRAY_SECRET", SECRET)
+    own = parse_config({"network": {"secret": "f" * 64}})
+    assert with_secret(own).network.secret == "f" * 64
+    assert with_secret(KvrayConfig()).network.secret == SECRET
+    monkeypatch.delenv("KVRAY_SECRET")
+    first, second = (with_secret(KvrayConfig()).network.secret for _ in range(2))
+    assert first != second
+    assert len(bytes.fromhex(first)) == 32
+
+
+@pytest.mark.parametrize("secret", ["xyz", "f" * 63, "g" * 64, " ".join("ff" for _ in range(32)), "f" * 64 + "\n"])
+def test_a_bad_secret_is_refused_by_its_source_and_not_repeated(monkeypatch, secret):
+    monkeypatch.setenv("KVRAY_SECRET", secret)
+    with pytest.raises(ConfigError) as caught:
+        with_secret(KvrayConfig())
+    assert caught.value.message.startswith("KVRAY_SECRET: wanted 64 hexadecimal digits")
+    assert secret not in caught.value.message
+    with pytest.raises(ConfigError, match=r"network\.secret: wanted 64"):
+        with_secret(parse_config({"network": {"secret": secret}}))
+
+
+def test_an_operators_choices_for_ray_are_kept(monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert serve_environment()["RAY_AUTH_MODE"] == "disabled"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert serve_environment()["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("value", "address"), [("", None), ("auto", None), ("local", "local"), ("10.0.0.1:6379", "10.0.0.1:6379")]
+)
+def test_ray_address_names_a_cluster(monkeypatch, value, address):
+    monkeypatch.setenv("RAY_ADDRESS", value)
+    assert named_ray_address() == address
+
+
+@pytest.mark.parametrize("value", ["ray://head:10001", "head", "head:", ":", "head:port"])
+def test_a_ray_address_that_is_none_is_refused(monkeypatch, value):
+    monkeypatch.setenv("RAY_ADDRESS", value)
+    with pytest.raises(ConfigError, match="RAY_ADDRESS: wanted host:port"):
+        named_ray_address()
+
+
+def test_reading_a_configuration_imports_neither_ray_nor_torch():
+    code = "import cluster.config, sys; print([name for name in ('ray', 'torch', 'fastapi') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
