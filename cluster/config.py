@@ -185,20 +185,16 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def serve_environment() -> dict[str, str]:
-    """What Ray's processes need from the environment, beyond what is set already."""
-    return {
-        # Ray asks on the terminal otherwise; whoever wants to send usage reports sets it to 1.
-        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
-        # Cluster-local by default; an operator's own choice (token) is kept.
-        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
-        # Ray runs its workers at niceness 15; ours are what the machine is for.
-        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 - Ray's spelling
-        # Every line of a replica on the driver's terminal would drown ours.
-        "RAY_DEDUP_LOGS": os.environ.get("RAY_DEDUP_LOGS", "1"),
-        # A call that comes after the end must fail, not start another Ray.
-        "RAY_ENABLE_AUTO_CONNECT": "0",
+def prepare_environment() -> None:
+    """Set what Ray's processes need, before Ray is imported; what the operator has set stays."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # Ray asks on the terminal otherwise
+        "RAY_AUTH_MODE": "disabled",  # cluster-local
+        "RAY_worker_niceness": "0",  # Ray runs its workers at niceness 15; ours are what the machine is for
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end must fail, not start another Ray
     }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def named_ray_address() -> str | None:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import http.client
 import logging
-import os
 import re
 import signal
 import socket
@@ -25,7 +24,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from cluster.config import KvrayConfig, named_ray_address, recorded_ray_address, serve_environment
+from cluster.config import KvrayConfig, named_ray_address, prepare_environment, recorded_ray_address
 from messages.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +57,8 @@ def stop_signals() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
+        # Where Ray's own SIGTERM handler (absl's, in C++) came first, it has set an alarm that aborts this process.
+        signal.alarm(0)
         stop.set()
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -103,6 +104,7 @@ class _Keeper(threading.Thread):
         self._error: BaseException | None = None
         self._has_touched_ray = False
         self._is_up = threading.Event()
+        self._is_connected = threading.Event()
         self._ending = threading.Event()
         self._is_own_cluster = False
         self._has_deployed = False
@@ -110,9 +112,15 @@ class _Keeper(threading.Thread):
     def wait_until_up(self, stop: threading.Event) -> Launched:
         """Start, and wait until requests are answered; errors as in `running`."""
         self.start()
+        has_handlers = False
         while not self._is_up.is_set():
             if stop.wait(_POLL_S):
                 raise Stopped
+            if self._is_connected.is_set() and not has_handlers:
+                # Ray has put a SIGTERM handler of its own under Python's, which prints a stack and aborts.
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.getsignal(number))
+                has_handlers = True
             if not self.is_alive() and not self._is_up.is_set():
                 assert self._error is not None, "it ends early with an error only"
                 raise self._error
@@ -166,7 +174,7 @@ class _Keeper(threading.Thread):
         from engine.model import check_model
 
         check_model(Path(config.model.path), max_model_len=config.model.max_model_len)
-        os.environ.update(serve_environment())
+        prepare_environment()
         # Imported late: Ray reads its environment when it is imported.
         import ray
         from ray import serve
@@ -174,6 +182,7 @@ class _Keeper(threading.Thread):
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._connect(ray, address)
+        self._is_connected.set()
         if self._is_own_cluster:
             _check_resources(config, ray.cluster_resources())
             if config.network.host is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from cluster.config import (
     named_ray_address,
     parse_config,
     parse_size,
-    serve_environment,
+    prepare_environment,
     with_secret,
 )
 from messages.errors import ConfigError
@@ -214,10 +215,11 @@ def test_a_bad_secret_is_refused_by_its_source_and_not_repeated(monkeypatch, sec
 
 
 def test_an_operators_choices_for_ray_are_kept(monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    assert serve_environment()["RAY_AUTH_MODE"] == "disabled"
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert serve_environment()["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setattr(os, "environ", {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "1"})
+    prepare_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert os.environ["RAY_ENABLE_AUTO_CONNECT"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from cluster.launch import check_port_is_free, cluster_to_join, config_error_in, stop_signals
 from messages.errors import ConfigError
@@ -24,6 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 
 ERROR_WITHIN_S = 60.0  #: an error that a replica finds; most of it is Ray's own start, on a machine that others use too
 STOPPED_WITHIN_S = 10.0
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +243,29 @@ def test_accelerators_that_the_node_lacks_are_not_waited_for(tiny_model, tmp_pat
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 
+def carrying(marker: str) -> list[psutil.Process]:
+    """Processes that have `marker` in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if marker in process.environ():
+                found.append(process)
+    return found
+
+
 class Starting:
     """`kvray serve` while it starts."""
 
-    def __init__(self, model: Path, directory: Path, environment: dict[str, str]) -> None:
+    def __init__(self, model: Path, directory: Path, environment: dict[str, str], port: int | None = None) -> None:
         self.log = directory / "log"
         self.marker = f"KVRAY_TEST_MARK_{time.monotonic_ns()}"
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                kvray_command("serve", str(model), "--port", str(free_port())),
+                kvray_command("serve", str(model), "--port", str(port or free_port())),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment | {self.marker: "1"},
-                cwd=Path(__file__).parent.parent.parent,
+                cwd=ROOT,
                 start_new_session=True,  # a process group of its own, as a shell gives it
             )
 
@@ -260,14 +277,7 @@ class Starting:
             time.sleep(0.02)
 
     def survivors(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if self.marker in process.environ():
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return carrying(self.marker)
 
     def clean(self) -> None:
         for process in self.survivors():
@@ -304,20 +314,130 @@ def test_a_signal_ends_a_start_at_any_moment(starting, moment, number):
     assert time.monotonic() - began_s < STOPPED_WITHIN_S
     assert starting.survivors() == []
     lines = starting.log.read_text().splitlines()
-    assert "Traceback" not in starting.log.read_text()
+    for word in ("Traceback", "SIGTERM received"):
+        assert word not in starting.log.read_text()
     if moment != "Ctrl-C ends everything":
         assert lines[-1] == "kvray: stopped while starting"
 
 
 @pytest.mark.slow
 def test_nothing_survives_a_sigkill_of_the_command_line(starting):
-    starting.wait_for("starting Decode")
+    starting.wait_for("Ctrl-C ends everything")
     starting.process.kill()
     starting.process.wait(5)
-    ends_s = time.monotonic() + 10
-    while starting.survivors():
-        assert time.monotonic() < ends_s, starting.survivors()
+    wait_until(lambda: not starting.survivors(), 20)
+
+
+# -------------------------------------------------------------------------------------------- a cluster that is there
+
+
+def http_status(url: str) -> int | None:
+    """None: nobody listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    ends_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends_s, f"not so after {timeout_s} s"
         time.sleep(0.2)
+
+
+@pytest.fixture
+def ray_head():
+    """The environment of a shell on a machine where `ray start --head` ran."""
+    with own_environment() as environment:
+        marker = f"KVRAY_TEST_MARK_{time.monotonic_ns()}"
+        # The cluster's processes find our rooms here; on a real one the package is installed.
+        environment |= {marker: "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
+        command += [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={128 * 2**20}"]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        try:
+            yield environment
+        finally:
+            for process in carrying(marker):
+                process.kill()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_model, tmp_path, ray_head):
+    members = {process.pid for process in carrying(next(name for name in ray_head if "TEST_MARK" in name))}
+    port = free_port()
+    starting = Starting(tiny_model, tmp_path, ray_head, port)
+    try:
+        starting.wait_for("Ctrl-C ends everything")
+        assert "on the Ray cluster that was there" in starting.log.read_text()
+        assert http_status(f"http://127.0.0.1:{port}/ready") == 200
+
+        finished, _ = run_kvray("serve", str(tiny_model), "--port", str(port), extra_environment=ray_head)
+        assert finished.returncode == 2
+        assert finished.stderr.splitlines()[-1] == (
+            "kvray: the Ray cluster has an application kvray already: end that one first"
+        )
+        assert http_status(f"http://127.0.0.1:{port}/ready") == 200
+
+        began_s = time.monotonic()
+        starting.process.send_signal(signal.SIGINT)
+        assert starting.process.wait(STOPPED_WITHIN_S + 5) == 0
+        assert time.monotonic() - began_s < STOPPED_WITHIN_S
+        wait_until(lambda: http_status(f"http://127.0.0.1:{port}/ready") in (404, None), 15)
+        alive = {process.pid for process in carrying(next(name for name in ray_head if "TEST_MARK" in name))}
+        assert members <= alive
+    finally:
+        if starting.process.poll() is None:
+            starting.process.kill()
+
+
+@pytest.mark.slow
+def test_serves_own_config_file_runs_the_same_application(tiny_model, tmp_path, ray_head):
+    port = free_port()
+    document = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "kvray",
+                "route_prefix": "/",
+                "import_path": "cluster.app:build",
+                "args": {
+                    "model": {"path": str(tiny_model), "served_names": ["tiny"]},
+                    "pools": {"prefill": 0, "decode": 1},
+                    "network": {"host": "127.0.0.1"},
+                },
+            }
+        ],
+    }
+    ServeDeploySchema.model_validate(document)
+    address = (Path(ray_head["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").read_text()
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.serve.scripts", "run", "--blocking", str(path)],
+        env=ray_head | {"RAY_ADDRESS": address},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: http_status(f"http://127.0.0.1:{port}/ready") == 200, 120)
+        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 3, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 3
+    finally:
+        process.kill()
+        process.wait(10)
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
