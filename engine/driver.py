@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.core import Engine
-from engine.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepWanted, TimePassed
+from engine.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ _TICK_S = 0.1  #: how late a deadline may be noticed
 class EngineDriver:
     """Feeds events in, hands instructions out, keeps steps running while there is work.
 
-    `on_instructions` is called on the loop with what one event led to, RunStep left out. `on_crash` is called once
-    if a step raises: the engine's state is then unknown and the worker must end.
+    `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called
+    once if a step raises: the engine's state is then unknown and the worker must end.
     """
 
     def __init__(
@@ -62,15 +62,17 @@ class EngineDriver:
     async def _run(self) -> None:
         try:
             next_tick_s = 0.0
+            events: list[Event] = []
             while True:
                 now_s = time.monotonic()
                 if now_s >= next_tick_s:
                     next_tick_s = now_s + _TICK_S
-                    self._carry_out(TimePassed())
+                    events.append(TimePassed())
                 self._wake.clear()
-                plan = self._carry_out(StepWanted())
-                if plan is not None:
-                    await self._step(plan)
+                step = self._carry_out(*events, StepWanted())
+                events = []
+                if step is not None:
+                    events.append(StepEnded(await step))
                     continue
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), timeout=_TICK_S)
@@ -80,23 +82,24 @@ class EngineDriver:
             logger.exception("engine step failed")
             self._on_crash(error)
 
-    async def _step(self, plan: StepPlan) -> None:
-        loop = asyncio.get_running_loop()
-        started_s = time.perf_counter()
-        result = await loop.run_in_executor(self._thread, self.engine.compute, plan)
-        self.num_steps += 1
-        self.busy_s += time.perf_counter() - started_s
-        self._carry_out(StepEnded(result))
-
-    def _carry_out(self, event: Event) -> StepPlan | None:
-        instructions = self.engine.decide(event)
-        plan = None
+    def _carry_out(self, *events: Event) -> asyncio.Future[StepResult] | None:
+        """Decide, begin the step that follows, and only then hand out the rest: it runs while peers are told."""
+        step = None
         others: list[Instruction] = []
-        for instruction in instructions:
-            if isinstance(instruction, RunStep):
-                plan = instruction.plan
-            else:
-                others.append(instruction)
+        for event in events:
+            for instruction in self.engine.decide(event):
+                if isinstance(instruction, RunStep):
+                    step = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, instruction.plan)
+                else:
+                    others.append(instruction)
         if others:
             self._on_instructions(others)
-        return plan
+        return step
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        """On the engine's thread."""
+        started_s = time.perf_counter()
+        result = self.engine.compute(plan)
+        self.num_steps += 1
+        self.busy_s += time.perf_counter() - started_s
+        return result

@@ -1,0 +1,78 @@
+"""Speaks to a decode worker as an ingress does, without HTTP, routing or Serve: what these cost is the difference."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+
+from kvcache.names import pack_tokens
+from messages.fleet import GetStats, Stats
+from messages.request import GenerateRequest, SamplingParams
+from messages.stream import TokenBatch, TokenChunk
+from messages.wire import Message
+from transport.channel import ChannelClient
+from transport.secret import ClusterSecret
+
+_TIMEOUT_S = 60.0
+
+
+class DirectClient:
+    """One request at a time. Belongs to the loop it was made on."""
+
+    def __init__(self, secret: ClusterSecret, address: str) -> None:
+        self._inbox: asyncio.Queue[Message | str] = asyncio.Queue()  #: a string: why the worker was lost
+        self._client = ChannelClient(secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait)
+        self._ids = itertools.count()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    async def round_trip_s(self) -> float:
+        """Of a question about the worker's numbers."""
+        begin_s = time.perf_counter()
+        self._client.send(GetStats(query_id=str(next(self._ids))))
+        while not isinstance(await self._next(), Stats):
+            pass
+        return time.perf_counter() - begin_s
+
+    async def first_token_s(self, prompt: Sequence[int], prefill_address: str | None) -> float:
+        """From sending a prompt to its first token; returns after the second and last one.
+
+        Raises:
+            RuntimeError: the worker refused it.
+            ConnectionError: the worker is gone.
+        """
+        request = GenerateRequest(
+            request_id=f"direct-{next(self._ids)}",
+            token_ids=pack_tokens(prompt),
+            num_prompt_tokens=len(prompt),
+            params=SamplingParams(max_tokens=2, temperature=0.0),
+            prefill_worker=None if prefill_address is None else "prefill",
+            prefill_address=prefill_address,
+        )
+        begin_s = time.perf_counter()
+        self._client.send(request)
+        first_s = 0.0
+        while True:
+            chunk = await self._chunk()
+            first_s = first_s or time.perf_counter() - begin_s
+            if chunk.error is not None:
+                raise RuntimeError(chunk.error.message)
+            if chunk.finish_reason is not None:
+                return first_s
+
+    async def _chunk(self) -> TokenChunk:
+        while True:
+            message = await self._next()
+            if isinstance(message, TokenBatch):
+                (chunk,) = message.chunks
+                return chunk
+
+    async def _next(self) -> Message:
+        message = await asyncio.wait_for(self._inbox.get(), _TIMEOUT_S)
+        if isinstance(message, str):
+            raise ConnectionError(f"the decode worker was lost: {message}")
+        return message
