@@ -922,3 +922,10 @@ def test_prompt_tokens_are_counted_by_where_they_came_from(bench: Bench) -> None
     assert stats["num_prompt_tokens_device"] == 16
     assert stats["num_prompt_tokens_computed"] == 19 + 3
     assert stats["num_generated_tokens"] == 3
+
+
+def test_prompt_logprobs_take_one_quantum_a_step():
+    """A chunk of them keeps logits of [chunk, vocabulary]: 2,048 tokens of a large vocabulary would be gigabytes."""
+    bench = Bench(num_blocks=64)
+    bench.add("p", 28, prompt_logprobs=0, max_tokens=1)
+    assert [bench.step()[0][2:] for _ in range(4)] == [(0, 8), (8, 16), (16, 24), (24, 28)]
