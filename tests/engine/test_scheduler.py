@@ -378,7 +378,11 @@ def test_prompt_logprobs_compute_everything_and_are_told_once(bench: Bench) -> N
     bench.add("a", PROMPT, max_tokens=2)
     bench.run()
     bench.add("b", PROMPT, max_tokens=2, prompt_logprobs=0)
-    assert bench.step() == [("b", "prefill", 0, 19)]
+    assert [bench.step() for _ in range(3)] == [
+        [("b", "prefill", 0, 8)],
+        [("b", "prefill", 8, 16)],
+        [("b", "prefill", 16, 19)],
+    ]
     [first] = emitted(bench.out)
     assert first.prompt_logprobs is not None
     assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, *PROMPT[1:]]
@@ -878,7 +882,7 @@ def test_a_last_offer_without_a_token_counts_as_a_refusal(bench: Bench) -> None:
 
 def test_prompt_logprobs_are_never_left_to_a_peer(bench: Bench) -> None:
     assert bench.add("r", PROMPT, is_remote=True, prompt_logprobs=1) == []
-    assert bench.step() == [("r", "prefill", 0, 19)]
+    assert bench.step() == [("r", "prefill", 0, 8)]
 
 
 def test_a_stream_that_moved_pulls_its_prompt_and_replays_its_tokens(bench: Bench) -> None:
