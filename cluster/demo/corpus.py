@@ -14,9 +14,15 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")
-SPECIAL_TOKENS = ("<|pad|>", *(f"<|{role}|>" for role in ROLES), END)
+PAD = "<|pad|>"
+SPECIAL_TOKENS = (PAD, *(f"<|{role}|>" for role in ROLES), END)
 
 #: Mean over notes and conversations with this tokenizer; lengths asked for in tokens are met within a few percent.
 CHARS_PER_TOKEN = 4.2
@@ -26,30 +32,32 @@ VALUE_WEIGHT = 4.0
 ANSWER_WEIGHT = 1.0
 TEXT_WEIGHT = 0.1
 
-THINGS = tuple(
-    "anchor apple archive balcony barn barrel basket bell bench boat bottle bridge bucket button cabin camera candle "
-    "carpet castle cellar chapel chest clock coat compass cottage cradle cup curtain desk door drum engine farm fence "
-    "ferry field flag flute forest fountain garden gate guitar hammer harbor hat hill house island jar kettle key "
-    "kitchen kite ladder lake lamp lantern ledger library lighthouse locker map market mill mirror mountain needle "
-    "orchard oven parcel path pencil piano pillow pond radio ring river road robot rocket rope saddle safe school shed "
-    "ship shop spoon square stable statue stove suitcase table telescope temple tent ticket torch tower train tree "
-    "trumpet tunnel umbrella valley vault village violin wagon wall wheel whistle window workshop".split()
+THINGS = _words(
+    "anchor apple archive balcony barn barrel basket bell bench boat bottle bridge bucket button cabin camera "
+    "candle carpet castle cellar chapel chest clock coat compass cottage cradle cup curtain desk door drum "
+    "engine farm fence ferry field flag flute forest fountain garden gate guitar hammer harbor hat hill house "
+    "island jar kettle key kitchen kite ladder lake lamp lantern ledger library lighthouse locker map market "
+    "mill mirror mountain needle orchard oven parcel path pencil piano pillow pond radio ring river road robot "
+    "rocket rope saddle safe school shed ship shop spoon square stable statue stove suitcase table telescope "
+    "temple tent ticket torch tower train tree trumpet tunnel umbrella valley vault village violin wagon wall "
+    "wheel whistle window workshop"
 )
-ADJECTIVES = tuple(
-    "red blue green old small tall broken silver golden wooden quiet round dark bright heavy narrow empty warm cold "
-    "white black yellow brown rusty painted crooked hidden".split()
+ADJECTIVES = _words(
+    "red blue green old small tall broken silver golden wooden quiet round dark bright heavy narrow empty warm "
+    "cold white black yellow brown rusty painted crooked hidden"
 )
-NAMES = tuple(
-    "Marta Jonas Anna Peter Lucia Omar Clara Victor Nina Hugo Elena Felix Irene Oscar Sofia Bruno Greta Leon Alma Simon "
-    "Vera Paul Ruth Tomas Edith Karl Ivy Samuel Lena Max Olga Henry Ada Frank Rosa Walter Maria George Julia Martin".split()
+NAMES = _words(
+    "Marta Jonas Anna Peter Lucia Omar Clara Victor Nina Hugo Elena Felix Irene Oscar Sofia Bruno Greta Leon "
+    "Alma Simon Vera Paul Ruth Tomas Edith Karl Ivy Samuel Lena Max Olga Henry Ada Frank Rosa Walter Maria "
+    "George Julia Martin"
 )
-TOWNS = tuple(
-    "Arden Bellmore Corvale Dunmoor Eastham Fenwick Glenford Harwick Ironhill Kestrel Larkfield Midvale Oakridge "
-    "Pinehurst Queensbay Redcliff Stonebury Thornton".split()
+TOWNS = _words(
+    "Arden Bellmore Corvale Dunmoor Eastham Fenwick Glenford Harwick Ironhill Kestrel Larkfield Midvale "
+    "Oakridge Pinehurst Queensbay Redcliff Stonebury Thornton"
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-ANIMALS = tuple(
-    "fox rabbit owl bear mouse cat dog horse goose hedgehog turtle squirrel wolf deer sparrow badger frog donkey".split()
+ANIMALS = _words(
+    "fox rabbit owl bear mouse cat dog horse goose hedgehog turtle squirrel wolf deer sparrow badger frog donkey"
 )
 FOODS = ("bread", "soup", "apples", "honey", "cheese", "berries", "nuts", "cake", "porridge", "carrots")
 DEEDS = ("found", "carried", "painted", "repaired", "watched", "cleaned", "opened", "closed", "followed", "visited")
@@ -136,6 +144,9 @@ OTHER_QUESTIONS = (
     "I need the code for the {thing}.",
     "Which code does the {thing} have?",
 )
+
+#: Share of the questions that ask for a thing in focus, in the conversations that have one.
+FOCUS_SHARE = 0.3
 
 
 class Segment(NamedTuple):
@@ -252,7 +263,13 @@ def chat_text(rng: random.Random, num_tokens: int, variety: Variety = PLAIN) -> 
 
 
 def make_lookup(
-    rng: random.Random, num_tokens: int, num_facts: int, *, variety: Variety = PLAIN, position: float | None = None
+    rng: random.Random,
+    num_tokens: int,
+    num_facts: int,
+    *,
+    variety: Variety = PLAIN,
+    position: float | None = None,
+    thing: str | None = None,
 ) -> Lookup:
     """Notes of about `num_tokens` tokens holding `num_facts` codes, one question, and its answer.
 
@@ -262,18 +279,30 @@ def make_lookup(
         num_facts: At most `len(THINGS)`.
         variety: `wording` and `sentence` are shares here of single questions and of whole notes.
         position: Where in the notes the asked fact stands, 0 (first) to 1 (last); None asks any of them.
+        thing: Asks for this one of `THINGS`, wherever it stands.
     """
-    notes, codes = _make_notes(rng, num_tokens - 12, num_facts, variety)
+    notes, codes = _make_notes(rng, num_tokens - 12, num_facts, variety, thing)
     things = list(codes)
-    thing = rng.choice(things) if position is None else things[round(position * (len(things) - 1))]
+    if thing is None:
+        thing = rng.choice(things) if position is None else things[round(position * (len(things) - 1))]
     return Lookup(notes, _ask(rng, thing, variety), f" {thing} {codes[thing]}.")
 
 
 def lookup_text(
-    rng: random.Random, num_tokens: int, num_facts: int, *, notes_share: float, variety: Variety = PLAIN
+    rng: random.Random,
+    num_tokens: int,
+    num_facts: int,
+    *,
+    notes_share: float,
+    variety: Variety = PLAIN,
+    focus: Sequence[str] = (),
 ) -> list[Segment]:
-    """A conversation about one set of notes: `notes_share` of `num_tokens` are notes, questions fill the rest."""
-    notes, codes = _make_notes(rng, round(num_tokens * notes_share), num_facts, variety)
+    """A conversation about one set of notes: `notes_share` of `num_tokens` are notes, questions fill the rest.
+
+    One of the things in `focus`, where given, is in the notes and asked for by `FOCUS_SHARE` of the questions.
+    """
+    focused = rng.choice(focus) if focus else None
+    notes, codes = _make_notes(rng, round(num_tokens * notes_share), num_facts, variety, focused)
     things = list(codes)
     opening = f"{notes}\n"
     segments: list[Segment] = []
@@ -291,7 +320,7 @@ def lookup_text(
             if len(reply) < 120:
                 segments += _exchange(question, reply)
                 continue
-        thing = rng.choice(things)
+        thing = focused if focused and rng.random() < FOCUS_SHARE else rng.choice(things)
         segments += [
             Segment(f"<|user|>{opening}{_ask(rng, thing, variety)}{END}<|assistant|>", TEXT_WEIGHT),
             Segment(f" {thing}", ANSWER_WEIGHT),
@@ -320,10 +349,13 @@ def restated_text(rng: random.Random, num_tokens: int, num_facts: int) -> list[S
 
 
 def _make_notes(
-    rng: random.Random, num_tokens: int, num_facts: int, variety: Variety
+    rng: random.Random, num_tokens: int, num_facts: int, variety: Variety, thing: str | None = None
 ) -> tuple[str, dict[str, str]]:
-    """Notes of about `num_tokens` tokens, and the codes by thing in the order in which the notes give them."""
-    codes = {thing: draw_code(rng) for thing in rng.sample(THINGS, num_facts)}
+    """Notes of about `num_tokens` tokens, on `thing` among others, and the codes in the order of the notes."""
+    things = rng.sample(THINGS, num_facts)
+    if thing and thing not in things:
+        things[rng.randrange(num_facts)] = thing
+    codes = {name: draw_code(rng) for name in things}
     if rng.random() < variety.sentence:
         facts = [f"- the {rng.choice(ADJECTIVES)} {thing}: {code}." for thing, code in codes.items()]
     else:
@@ -364,3 +396,8 @@ def _exchange(question: str, reply: str) -> list[Segment]:
 
 def _num_tokens(segments: Sequence[Segment]) -> float:
     return sum(len(segment.text) for segment in segments) / CHARS_PER_TOKEN
+
+
+def joined(segments: Sequence[Segment]) -> str:
+    """The whole text."""
+    return "".join(segment.text for segment in segments)

@@ -1,7 +1,8 @@
 """An informed initialisation: a standard Llama whose first two layers begin as an induction circuit.
 
-With an ordinary start, copying a code from the notes is not learned within minutes (0.02 of the codes after 0.2 M
-tokens; 0.84 with this start). Only the initial weights differ; nothing in the architecture does.
+With an ordinary start, copying a code from the notes was not learned within 0.8 M tokens; with only the first layer
+prepared, 0.02 of the codes' tokens were right after 0.2 M tokens; with both, 0.70 after 0.2 M and 0.96 after 0.3 M
+(half a minute on two cores). Only the initial weights differ; nothing in the architecture does.
 
 Layer 0, heads 0 to 2, look 1, 2 and 3 tokens back and write what they see into three subspaces of the residual
 stream. Layer 1, head 0, compares (this token, 1 back, 2 back) of the query with (1, 2, 3 back) of the key: it finds
