@@ -15,20 +15,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
-import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
 import uvloop
+from harness.report import ROOT, goal, hardware, parser, record
 
 from messages.fleet import GetStats, Stats
 from messages.stream import TokenBatch, TokenChunk
@@ -36,8 +32,6 @@ from messages.wire import Message, decode, encode
 from transport.channel import ChannelClient, ChannelServer
 from transport.secret import ClusterSecret
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "channel.jsonl"
 SECRET = ClusterSecret(b"\x01" * 32)
 NUM_SEQUENCES = 32
 MAX_ROUND_TRIP_MS = 0.3
@@ -191,37 +185,11 @@ def server_process(road: str, loop: str) -> Any:
         process.communicate()
 
 
-def hardware() -> str:
-    """CPU, cores, memory, in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
-
-
-def record(results: dict[str, dict[str, float]]) -> None:
-    """Append this run to the results."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    row = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "load": os.getloadavg()[0],
-        "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
-        "results": results,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, within 60 s")
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--serve", choices=list(ROADS), help=argparse.SUPPRESS)
-    parser.add_argument("--loop", choices=list(LOOPS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "channel", quick="fewer rounds")
+    options.add_argument("--serve", choices=list(ROADS), help=argparse.SUPPRESS)
+    options.add_argument("--loop", choices=list(LOOPS), help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.serve:
         on_loop(args.loop, ROADS[args.serve][0]())
         return
@@ -236,14 +204,12 @@ def main() -> None:
             p50, p99, messages, tokens = figures.values()
             print(f"{road + ' on ' + loop:20}{p50:9.3f}{p99:9.3f}{messages:13,.0f}{tokens:13,.0f}", flush=True)
     if args.record:
-        record(results)
+        record("channel", results)
     for loop in LOOPS:
         figures = results[f"channel on {loop}"]
         p50, tokens = figures["round_trip_p50_ms"], figures["tokens_per_s"]
-        is_met = "met" if p50 < MAX_ROUND_TRIP_MS else "missed"
-        print(f"goal round trip on {loop}: {p50:.3f} ms (goal under {MAX_ROUND_TRIP_MS} ms) {is_met}")
-        is_met = "met" if tokens >= MIN_TOKENS_PER_S else "missed"
-        print(f"goal tokens/s on {loop}: {tokens:,.0f} (goal at least {MIN_TOKENS_PER_S:,}) {is_met}")
+        print(goal(f"round trip on {loop}", p50, under=MAX_ROUND_TRIP_MS, unit=" ms"))
+        print(goal(f"tokens/s on {loop}", tokens, at_least=MIN_TOKENS_PER_S))
 
 
 if __name__ == "__main__":

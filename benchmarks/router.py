@@ -14,14 +14,10 @@ Goals: matching and folding at least as fast as Dynamo's; a decision over 64 + 6
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import random
-import shlex
 import subprocess
 import sys
 import time
@@ -29,18 +25,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
+from harness.report import CACHE, ROOT, goal, hardware, parser, record
 
 from kvrouter.index import BlockIndex
 from kvrouter.router import Reply, Router, WorkerJoined
 from messages.fleet import KvEvents, LoadReport, Role, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteRequest
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "router.jsonl"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvray"
 DYNAMO = "1.6.1"
 SEED = 1
 NUM_WORKERS = 64
@@ -250,57 +243,25 @@ def import_s() -> float:
     return min(float(subprocess.check_output([sys.executable, "-c", program], env=environment)) for _ in range(5))
 
 
-def hardware() -> str:
-    """CPU, cores, memory, in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
-
-
-def record(results: dict[str, Any]) -> None:
-    """Append this run to the results."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    row = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "load": os.getloadavg()[0],
-        "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
-        "results": results,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def goals(ours: dict[str, float], theirs: dict[str, float] | None) -> list[str]:
     """One line per goal."""
     lines = []
     comparisons = [(f"match at {num * BLOCK_SIZE // 1024} k tokens", f"match_{num}_us") for num in PROMPT_BLOCKS]
     for name, key in [*comparisons, ("folding events", "fold_blocks_per_s")]:
-        label = f"goal {name} over Dynamo's RadixTree"
-        if theirs is None:
-            lines.append(f"{label}: not measured (goal at least 1x) not measured")
-            continue
-        ratio = ours[key] / theirs[key] if key.endswith("per_s") else theirs[key] / ours[key]
-        lines.append(f"{label}: {ratio:.2f}x (goal at least 1x) {'met' if ratio >= 1 else 'missed'}")
+        ratio = None
+        if theirs is not None:
+            ratio = ours[key] / theirs[key] if key.endswith("per_s") else theirs[key] / ours[key]
+        lines.append(goal(f"{name} over Dynamo's RadixTree", ratio, at_least=1.0, unit="x"))
     decision_ms = ours[f"route_{NUM_WORKERS}+{NUM_WORKERS}_{PROMPT_BLOCKS[-1]}_us"] / 1e3
-    is_met = "met" if decision_ms < MAX_DECISION_MS else "missed"
-    lines.append(
-        f"goal decision over 64 + 64 workers: {decision_ms:.3f} ms (goal under {MAX_DECISION_MS:g} ms) {is_met}"
-    )
-    is_met = "met" if ours["import_s"] < MAX_IMPORT_S else "missed"
-    lines.append(f"goal import of kvrouter.router: {ours['import_s']:.3f} s (goal under {MAX_IMPORT_S} s) {is_met}")
+    lines.append(goal("decision over 64 + 64 workers", decision_ms, under=MAX_DECISION_MS, unit=" ms"))
+    lines.append(goal("import of kvrouter.router", ours["import_s"], under=MAX_IMPORT_S, unit=" s"))
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the blocks, within 60 s")
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--with-dynamo", action="store_true", help="install the peer on first use")
-    args = parser.parse_args()
+    options = parser(__doc__, "router", quick="a tenth of the blocks")
+    options.add_argument("--with-dynamo", action="store_true", help="install the peer on first use")
+    args = options.parse_args()
     num_blocks, repeats = (100_000, 100) if args.quick else (1_000_000, 1000)
     python = dynamo_python(is_wanted=args.with_dynamo)
     theirs = measure_dynamo(python, num_blocks, repeats) if python else None
@@ -310,7 +271,7 @@ def main() -> None:
         peer = f"{theirs[name]:14,.2f}" if theirs and name in theirs else f"{'-':>14}"
         print(f"{name:28}{figure:14,.2f}{peer}")
     if args.record:
-        record({"kvray": ours, "dynamo": theirs})
+        record("router", {"kvray": ours, "dynamo": theirs})
     print("\n".join(goals(ours, theirs)))
 
 

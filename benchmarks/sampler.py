@@ -13,22 +13,15 @@ Goals: ten times as fast as the warpers with top_p, and no slower than the plain
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
+from harness.report import goal, parser, record
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -36,8 +29,6 @@ from engine.sampler import Sampler, SamplingRow
 from engine.structured import GrammarMatcher, GrammarTokenizer
 from messages.request import Grammar, SamplingParams
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "sampler.jsonl"
 NUM_ROWS = 16
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -151,10 +142,7 @@ def grammar_us(vocab_size: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--record", action="store_true")
-    options = parser.parse_args()
+    options = parser(__doc__, "sampler", quick="the smaller vocabulary only").parse_args()
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
     for vocab_size in (32_000,) if options.quick else (32_000, 152_064):
@@ -174,34 +162,14 @@ def main() -> None:
         print("  grammar: " + ", ".join(f"{name} {value:.1f}" for name, value in grammar.items()))
         results[f"{vocab_size} grammar"] = grammar
     if options.record:
-        record(results)
+        record("sampler", results, cpu=torch.backends.cpu.get_cpu_capability(), threads=1, torch=torch.__version__)
     for size in sorted({name.split()[0] for name in results}, key=int):
         cut = results[f"{size} top_p 0.95"]
-        goal(f"top_p, {size} tokens: times as fast as transformers' warpers", cut["warpers"] / cut["kvray"], 10.0)
+        over_warpers = cut["warpers"] / cut["kvray"]
+        print(goal(f"top_p, {size} tokens: over transformers' warpers", over_warpers, at_least=10, unit="x"))
         free = results[f"{size} temperature 1"]
-        goal(f"no cut, {size} tokens: times as fast as softmax + multinomial", free["multinomial"] / free["kvray"], 1.0)
-
-
-def goal(name: str, figure: float, wanted: float) -> None:
-    print(f"goal {name}: {figure:.1f} (goal {wanted:.1f}) {'met' if figure >= wanted else 'missed'}")
-
-
-def record(results: dict[str, dict[str, float]]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    line = {
-        "date": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "load_before": os.getloadavg()[0],
-        "hardware": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "torch": torch.__version__,
-        "results": results,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        over_multinomial = free["multinomial"] / free["kvray"]
+        print(goal(f"no cut, {size} tokens: over softmax + multinomial", over_multinomial, at_least=1, unit="x"))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,11 @@ prompt of 128 k tokens under 20 ms.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
-import subprocess
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from harness.report import goal, parser, record
 
 from engine.plan import RunStep, Sampled, SequenceAdded, SequenceSpec, StepEnded, StepPlan, StepResult, StepWanted
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -73,29 +68,14 @@ def _result(plan: StepPlan) -> StepResult:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/scheduler.jsonl")
-    arguments = parser.parse_args()
-    num_steps = 50 if arguments.quick else 300
+    options = parser(__doc__, "scheduler", quick="fewer repeats").parse_args()
+    num_steps = 50 if options.quick else 300
     plan_s, take_in_s = step_seconds(256, num_steps)
     figures = {"plan_256": plan_s, "take_in_256": take_in_s, "name_128k": name_seconds(131_072, num_steps // 10)}
-    if arguments.record:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        row = {
-            "command": " ".join(sys.argv),
-            "commit": commit.stdout.strip(),
-            "hardware": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "seconds": figures,
-        }
-        path = Path(__file__).parent / "results" / "scheduler.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    if options.record:
+        record("scheduler", {"seconds": figures}, python=platform.python_version())
     for name, figure_s in figures.items():
-        verdict = "met" if figure_s < _GOALS_S[name] else "missed"
-        print(f"goal {name}: {figure_s * 1e3:.2f} ms (goal {_GOALS_S[name] * 1e3:g} ms) {verdict}")
+        print(goal(name, 1e3 * figure_s, under=1e3 * _GOALS_S[name], unit=" ms"))
 
 
 if __name__ == "__main__":

@@ -15,31 +15,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
-import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median, quantiles
 
 import msgspec
 import numpy as np
+from harness.report import ROOT, goal, hardware, parser, record
 
 from messages.handoff import RegionInfo
 from transport.memory import Memory
 from transport.protocol import Copy
 from transport.shm import ShmTransport
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "shm.jsonl"
 KIB, MIB = 1 << 10, 1 << 20
 SEED = 1
 MIN_OF_MEMCPY = 0.8
@@ -156,40 +151,10 @@ def other_process(pool_bytes: int) -> Iterator[tuple[RegionInfo, int]]:
         process.communicate()
 
 
-def hardware() -> str:
-    """CPU, cores, memory, in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
-
-
-def record(results: dict[str, object]) -> None:
-    """Append this run to the results."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    row = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "load": os.getloadavg()[0],
-        "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
-        "results": results,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def goal(name: str, figure: float, wanted: str, *, is_met: bool, unit: str) -> str:
-    return f"goal {name}: {figure:.2f}{unit} (goal {wanted}{unit}) {'met' if is_met else 'missed'}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two cells, within 60 s")
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--own-pool", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "shm", quick="two cells")
+    options.add_argument("--own-pool", type=int, help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.own_pool:
         own_pool(args.own_pool)
         return
@@ -213,13 +178,11 @@ def main() -> None:
         puller.connection.close()
         puller.transport.close()
     if args.record:
-        record({"cells": results, "loop_lag_p99_ms": lag_ms})
+        record("shm", {"cells": results, "loop_lag_p99_ms": lag_ms})
     for cell, rates in results.items():
         share = rates["shm"] / rates["memcpy"]
-        print(
-            goal(f"shm of memcpy, {cell}", share, f"at least {MIN_OF_MEMCPY}", is_met=share >= MIN_OF_MEMCPY, unit="")
-        )
-    print(goal("event loop lag while pulling", lag_ms, f"under {MAX_LAG_MS:g}", is_met=lag_ms < MAX_LAG_MS, unit=" ms"))
+        print(goal(f"shm of memcpy, {cell}", share, at_least=MIN_OF_MEMCPY))
+    print(goal("event loop lag while pulling", lag_ms, under=MAX_LAG_MS, unit=" ms"))
 
 
 if __name__ == "__main__":
