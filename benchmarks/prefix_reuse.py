@@ -5,21 +5,23 @@
     python benchmarks/prefix_reuse.py --models 120M
     python benchmarks/prefix_reuse.py --record      also append to benchmarks/results/prefix_reuse.jsonl
 
-`kvray serve` with one prefill and one decode worker, asked by HTTP, one request at a time, medians. Each repeat takes a
-prompt of random token ids through three states:
+`kvray serve` with one prefill and one decode worker, asked by HTTP, one request at a time, medians. Prompts are random
+token ids, in one of three states:
     cold     nobody has seen it
-    decode   once more: its blocks are in the decode worker's pool
-    prefill  once more, after short prompts (below the length that is worth a handoff, so that the decode worker
-             computes them itself) have filled its pool and pushed the prompt out; the prefill worker has seen none
-`kvray.prompt_sources` of each answer says where the tokens came from, and has to agree: all but the last block from
-the state's place, else the request does not count. The router may have the decode worker compute a cold prompt, where a
-handoff does not pay; the prefill worker holds nothing then, and the last state cannot be: such repeats are counted.
+    decode   asked once more: its blocks are in the decode worker's pool
+    prefill  only the prefill worker holds it
+For the last state the benchmark first asks the decode worker on its own channel to have the prompt prefilled, whatever
+the router would think of it; then short prompts (below the length that is worth a handoff, so that the decode worker
+computes them itself) fill its pool and push the prompt out. The request that is measured is routed like any other.
+`kvray.prompt_sources` of each answer says where the tokens came from, and has to agree: all but the last block or two
+from the state's place, else the request does not count, and is shown as one of the others.
 Goals: a prompt held by decode, and one held by prefill, is faster than a cold one at every length.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from harness.direct import DirectClient
 from harness.http_client import HttpConnection
 from harness.models import model_directory, vocab_size
 from harness.prompts import draw_prompts
@@ -117,13 +120,15 @@ async def measure(served: Served, size: int, lengths: tuple[int, ...], repeats: 
     results = {length: {state: Taken() for state in STATES} for length in lengths}
     async with connected(served, size) as client:
         await client.fill(pool_tokens // 4)  # rates are measured, the router knows them
+        await hold_in_prefill(served, draw_prompts(0, 1, lengths[0], size)[0])
         for number in range(-1, repeats):
             for length in lengths:
-                (prompt,) = draw_prompts(1000 * length + number, 1, length, size)
+                prompt, other = draw_prompts(1000 * length + number, 2, length, size)
                 for state in STATES:
                     if state == "prefill":
+                        await hold_in_prefill(served, other)
                         await client.fill(int(FILL * pool_tokens))
-                    first_s, sources = await client.ask(prompt)
+                    first_s, sources = await client.ask(other if state == "prefill" else prompt)
                     taken = results[length][state]
                     if number < 0:
                         continue
@@ -134,10 +139,16 @@ async def measure(served: Served, size: int, lengths: tuple[int, ...], repeats: 
     return results
 
 
+async def hold_in_prefill(served: Served, prompt: list[int]) -> None:
+    """Have both workers hold `prompt`."""
+    direct = DirectClient(served.secret, served.addresses("decode")[0])
+    await direct.first_token_s(prompt, served.addresses("prefill")[0])
+    direct.close()
+    await asyncio.sleep(AFTERMATH_S)
+
+
 def kv_memory(name: str) -> str:
     """For a pool of POOL_TOKENS."""
-    import json
-
     config: dict[str, Any] = json.loads((model_directory(name) / "config.json").read_text())
     per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]  # bfloat16
     return f"{POOL_TOKENS * per_token // 1024}KiB"

@@ -1,0 +1,105 @@
+"""Steps follow each other, peers are told meanwhile, and a step that raises ends it all."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from engine.driver import EngineDriver
+from engine.plan import (
+    EmitTokens,
+    Event,
+    Instruction,
+    RunStep,
+    SequenceCancelled,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+)
+
+WAIT_S = 2.0
+
+
+class ScriptedEngine:
+    """Runs `num_steps` steps, each of which emits its number; records which have begun."""
+
+    def __init__(self, num_steps: int, failing_step: int | None = None) -> None:
+        self.left = num_steps
+        self.failing_step = failing_step
+        self.num_ended = 0
+        self.begun = [threading.Event() for _ in range(num_steps)]
+        self.num_begun = 0
+
+    def decide(self, event: Event) -> list[Instruction]:
+        match event:
+            case StepWanted() if self.left:
+                self.left -= 1
+                return [RunStep(StepPlan([]))]
+            case StepEnded():
+                self.num_ended += 1
+                return [EmitTokens("s", [self.num_ended])]
+            case SequenceCancelled(seq_id):
+                return [EmitTokens(seq_id, finish_reason="cancelled")]
+        return []
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        number, self.num_begun = self.num_begun, self.num_begun + 1
+        self.begun[number].set()
+        if number == self.failing_step:
+            raise RuntimeError("no such kernel")
+        return StepResult(sampled={}, elapsed_s=0.001)
+
+
+async def drive(engine: ScriptedEngine, on_instructions, is_over) -> list[BaseException]:
+    crashes: list[BaseException] = []
+    driver = EngineDriver(engine, on_instructions, crashes.append)
+    driver.start()
+    async with asyncio.timeout(WAIT_S):
+        while not is_over() and not crashes:  # noqa: ASYNC110 - the engine under test counts, it sets no event
+            await asyncio.sleep(0.001)
+    await driver.close()
+    return crashes
+
+
+async def test_what_a_step_gave_is_handed_out_while_the_next_one_runs():
+    engine = ScriptedEngine(num_steps=3)
+    is_next_running: list[bool] = []
+
+    def on_instructions(instructions: Sequence[Instruction]) -> None:
+        [emitted] = instructions
+        if emitted.token_ids[0] < 3:
+            is_next_running.append(engine.begun[emitted.token_ids[0]].wait(WAIT_S / 4))
+
+    assert await drive(engine, on_instructions, lambda: engine.num_ended == 3) == []
+    assert is_next_running == [True, True]
+
+
+async def test_what_steps_gave_is_handed_out_in_order():
+    engine = ScriptedEngine(num_steps=20)
+    seen: list[int] = []
+
+    def on_instructions(instructions: Sequence[Instruction]) -> None:
+        seen.extend(token for emitted in instructions for token in emitted.token_ids)
+
+    assert await drive(engine, on_instructions, lambda: len(seen) == 20) == []
+    assert seen == list(range(1, 21))
+
+
+async def test_instructions_of_a_posted_event_are_handed_out_before_post_returns():
+    seen: list[Instruction] = []
+    driver = EngineDriver(ScriptedEngine(num_steps=0), seen.extend, lambda _: None)
+    driver.start()
+    driver.post(SequenceCancelled("a"))
+    assert [emitted.seq_id for emitted in seen] == ["a"]
+    await driver.close()
+
+
+async def test_a_step_that_raises_is_reported_once_and_nothing_runs_after_it(caplog: pytest.LogCaptureFixture):
+    engine = ScriptedEngine(num_steps=5, failing_step=1)
+    crashes = await drive(engine, lambda _: None, lambda: False)
+    assert [str(error) for error in crashes] == ["no such kernel"]
+    assert engine.num_begun == 2
