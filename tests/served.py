@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -165,25 +165,31 @@ def run_kvray(
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run a command to its end; also the command lines of what it left running."""
     with own_environment() as variables:
-        marker = f"KVRAY_TEST_MARK_{os.getpid()}_{time.monotonic_ns()}"
         finished = subprocess.run(
             kvray_command(*arguments),
             capture_output=True,
-            env=variables | (extra_environment or {}) | {marker: "1"},
+            env=variables | (extra_environment or {}),
             text=True,
             timeout=timeout_s,
             cwd=Path(__file__).parent.parent,
             check=False,
         )
         time.sleep(0.5)
-        return finished, _carrying(marker)
+        return finished, [" ".join(process.cmdline()) for process in using(variables["RAY_TMPDIR"])]
 
 
-def _carrying(marker: str) -> Sequence[str]:
-    """Command lines of processes that have `marker` in their environment."""
+def using(directory: str) -> list[psutil.Process]:
+    """Processes other than this one that belong to the Ray whose RAY_TMPDIR is `directory`.
+
+    By what they were started with and by their open files: Ray's workers overwrite their environment with a title.
+    """
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if marker in process.environ():
-                found.append(" ".join(process.cmdline()))
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and (
+                process.environ().get("RAY_TMPDIR") == directory
+                or any(f"{directory}/" in word for word in process.cmdline())
+                or any(file.path.startswith(f"{directory}/") for file in process.open_files())
+            ):
+                found.append(process)
     return found
