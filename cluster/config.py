@@ -121,8 +121,7 @@ def parse_config(document: dict[str, Any]) -> KvrayConfig:
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value; says where, what was seen, what is wanted.
     """
-    # A section with everything in it commented out is null in YAML.
-    document = {section: values for section, values in document.items() if values is not None}
+    document = _spelled_out(document)
     try:
         config = msgspec.convert(document, KvrayConfig, strict=True)
     except msgspec.ValidationError as error:
@@ -147,12 +146,20 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
             raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"configuration file {path}: wanted a mapping of sections, saw {_shown(loaded)}")
-        document = loaded or {}
+        document = _spelled_out(loaded or {})
     for section, values in overrides.items():
         present = document.get(section)
         if present is None or isinstance(present, dict):  # anything else parse_config refuses
             document[section] = {**(present or {}), **values}
     return parse_config(document)
+
+
+def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
+    """`document` with `model: DIR`, as `serve run` passes it, written as a section; sections left empty left out."""
+    document = {section: values for section, values in document.items() if values is not None}
+    if isinstance(document.get("model"), str):
+        document["model"] = {"path": document["model"]}
+    return document
 
 
 def with_secret(config: KvrayConfig) -> KvrayConfig:

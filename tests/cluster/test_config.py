@@ -39,6 +39,14 @@ def test_a_section_that_is_empty_in_yaml_is_all_defaults():
     assert parse_config(yaml.safe_load("http:\nengine: {block_size: 32}")).engine.block_size == 32
 
 
+def test_a_model_may_be_named_by_its_directory_alone(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("model: /models/x")
+    assert parse_config({"model": "/models/x"}).model.path == "/models/x"
+    config = load_config(path, {"model": {"dtype": "float32"}})
+    assert (config.model.path, config.model.dtype) == ("/models/x", "float32")
+
+
 def test_values_are_frozen():
     with pytest.raises(AttributeError):
         parse_config({}).http.port = 1
