@@ -415,6 +415,7 @@ class StepAttention:
     kv_lens: torch.Tensor  #: [num_decode_rows] int32
     max_kv_len: int
     spans: Sequence[PrefillSpan]
+    kept_rows: torch.Tensor | None = None  #: [rows] int64 whose logits are wanted; None: all. Nobody reads the others'
 
 
 _current_step: ContextVar[StepAttention] = ContextVar("current_step")

@@ -18,11 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from engine.kernels.native import NativeKernels
 
-_PROBE_NAME = "kvray_fuse_probe"
-_TRIAL_ROWS = 5
+PROBE_NAME = "kvray_fuse_probe"
+TRIAL_ROWS = 5
 
 #: What the forward of a module that is not what it looks like can raise.
-_MODULE_ERRORS = (TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError)
+MODULE_ERRORS = (TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError)
 
 #: Share of bfloat16 results that may differ by a rounding. The wrong order of roundings differs in 15 % and more.
 _MAX_ROUNDED = 0.02
@@ -55,7 +55,7 @@ def fuse_modules(model: nn.Module, kernels: NativeKernels) -> FusedModules:
     return FusedModules(norms, gates, attentions)
 
 
-def _agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Equal but for the last bits of float32, or for the rounding of a few results of bfloat16."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
@@ -72,7 +72,7 @@ def _trial(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- norms
 
 
-class _FusedNorm:
+class FusedNorm:
     """Stands for an RMS norm's forward."""
 
     def __init__(
@@ -93,6 +93,7 @@ class _FusedNorm:
         self._rounds_first = rounds_first
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As the norm's own forward."""
         if hidden_states.dtype != self._weight.dtype:
             result: torch.Tensor = self._forward(hidden_states)
             return result
@@ -104,6 +105,22 @@ class _FusedNorm:
             rounds_first=self._rounds_first,
         )
 
+    def of_sum(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The norm of `residual + delta`, which is left in `delta`; both `[..., n]` of the weight's dtype."""
+        return self._kernels.add_rms_norm(
+            residual.contiguous(),
+            delta,
+            self._weight,
+            self._eps,
+            adds_one=self._adds_one,
+            rounds_first=self._rounds_first,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it norms itself; other dtypes go to the module's own forward."""
+        return self._weight.dtype
+
 
 def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
     weight = getattr(norm, "weight", None)
@@ -114,15 +131,15 @@ def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
         return False
     size = weight.shape[0]
     # Rows of ordinary and of tiny size: eps must be where it belongs.
-    rows = _trial(_TRIAL_ROWS, 64, size, dtype=weight.dtype)
+    rows = _trial(TRIAL_ROWS, 64, size, dtype=weight.dtype)
     rows = rows * torch.tensor([30.0, 1.0, 0.1, 1e-2, 1e-3], dtype=weight.dtype)[:, None, None]
     try:
         want = norm(rows)
-    except _MODULE_ERRORS:
+    except MODULE_ERRORS:
         return False
     for adds_one, rounds_first in ((False, True), (False, False), (True, False)):
-        fused = _FusedNorm(norm, weight, kernels, eps=eps, adds_one=adds_one, rounds_first=rounds_first)
-        if _agree(fused(rows), want):
+        fused = FusedNorm(norm, weight, kernels, eps=eps, adds_one=adds_one, rounds_first=rounds_first)
+        if agree(fused(rows), want):
             norm.forward = fused
             return True
     return False
@@ -135,18 +152,21 @@ def _is_served(tensor: torch.Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------------------- gates
 
 
-class _FusedGate:
+class FusedGate:
     """Stands for a gated MLP's forward: `down(activation(gate(x)) * up(x))`."""
 
     def __init__(self, mlp: nn.Module, kernels: NativeKernels, is_gelu: bool) -> None:
-        self._gate: Callable[[torch.Tensor], torch.Tensor] = mlp.gate_proj  # type: ignore[assignment]
-        self._up: Callable[[torch.Tensor], torch.Tensor] = mlp.up_proj  # type: ignore[assignment]
-        self._down: Callable[[torch.Tensor], torch.Tensor] = mlp.down_proj  # type: ignore[assignment]
+        self._gate, self._up, self._down = _forwards(mlp)
         self._kernels = kernels
         self._is_gelu = is_gelu
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """As the MLP's own forward."""
         return self._down(self._kernels.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
+
+
+def _forwards(mlp: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    return [mlp.gate_proj.forward, mlp.up_proj.forward, mlp.down_proj.forward]
 
 
 def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
@@ -158,19 +178,19 @@ def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
     dtype = _dtype_of(gate)
     if not callable(activation) or dtype is None:
         return False
-    rows = _trial(_TRIAL_ROWS, gate.in_features, dtype=dtype)  # type: ignore[union-attr]
+    rows = _trial(TRIAL_ROWS, gate.in_features, dtype=dtype)  # type: ignore[union-attr]
     try:
         opened, raised = gate(rows), up(rows)  # type: ignore[misc]
         if not torch.equal(mlp(rows), down(activation(opened) * raised)):  # type: ignore[misc]
             return False
         opened, raised = _trial(64, 256, dtype=dtype), _trial(64, 256, dtype=dtype, seed=1)
         trials = [(x, y, activation(x) * y) for x, y in ((opened, raised), (opened.float(), raised.float()))]
-    except _MODULE_ERRORS:
+    except MODULE_ERRORS:
         return False
     for is_gelu in (False, True):
         # In float32 too: bfloat16 alone does not tell gelu's two forms apart.
-        if all(_agree(kernels.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
-            mlp.forward = _FusedGate(mlp, kernels, is_gelu)
+        if all(agree(kernels.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
+            mlp.forward = FusedGate(mlp, kernels, is_gelu)
             return True
     return False
 
@@ -197,7 +217,7 @@ class _AttentionCall:
     result: torch.Tensor
 
 
-def _probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """What the probe answers in place of attention: `[1, T, num_heads, v_dim]`."""
     return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype, seed=2)
 
@@ -213,22 +233,22 @@ def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **options: Any
     ) -> tuple[torch.Tensor, None]:
         asked[module] = (query.clone(), key.clone(), value.clone(), {"attention_mask": mask, **options})
-        return _probe_result(query, value), None
+        return probe_result(query, value), None
 
     def after(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         if not args and module in asked:
             query, key, value, options = asked.pop(module)
             calls.append(_AttentionCall(module, keywords, query, key, value, options, output[0]))
 
-    AttentionInterface.register(_PROBE_NAME, probe)
+    AttentionInterface.register(PROBE_NAME, probe)
     hooks = [
         module.register_forward_hook(after, with_kwargs=True) for module in model.modules() if hasattr(module, "q_proj")
     ]
-    tokens = torch.arange(_TRIAL_ROWS)[None]
+    tokens = torch.arange(TRIAL_ROWS)[None]
     try:
-        model.set_attn_implementation(_PROBE_NAME)  # type: ignore[operator]
+        model.set_attn_implementation(PROBE_NAME)  # type: ignore[operator]
         model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
-    except _MODULE_ERRORS:
+    except MODULE_ERRORS:
         calls.clear()
     finally:
         for hook in hooks:
@@ -237,7 +257,7 @@ def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
     return iter(calls)
 
 
-class _FusedAttention:
+class FusedAttention:
     """Stands for an attention layer's forward: projections, norms of q and k where it has them, rotary embedding."""
 
     def __init__(self, module: Any, kernels: NativeKernels, options: dict[str, Any]) -> None:
@@ -245,6 +265,9 @@ class _FusedAttention:
         self._forward = module.forward
         self._kernels = kernels
         self._options = options
+        # forward, not the module: no hooks are on them, and the way through a module's call takes longer than a norm
+        self._projections = [module.q_proj.forward, module.k_proj.forward, module.v_proj.forward]
+        self._output = module.o_proj.forward
         self._query_norm = getattr(module, "q_norm", None)
         self._key_norm = getattr(module, "k_norm", None)
 
@@ -254,23 +277,26 @@ class _FusedAttention:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        *,
+        kept_rows: torch.Tensor | None = None,
         **keywords: Any,
     ) -> Any:
+        """As the layer's own forward. With `kept_rows [r]` only these rows leave the output projection: `[1, r, n]`."""
         module = self._module
         name: str = module.config._attn_implementation  # noqa: SLF001  # as the layer itself asks
         is_ours = past_key_values is None and hidden_states.shape[0] == 1
         # "eager" is no name of the registry: it is each module's own
         if position_embeddings is None or not is_ours or name not in ALL_ATTENTION_FUNCTIONS:
-            return self._forward(
+            out, weights = self._forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 **keywords,
             )
+            return (out if kept_rows is None else out[:, kept_rows]), weights
         heads = (*hidden_states.shape[:-1], -1, module.head_dim)  # [1, T, num_heads, head_dim]
-        query, key = module.q_proj(hidden_states).view(heads), module.k_proj(hidden_states).view(heads)
-        value = module.v_proj(hidden_states).view(heads)
+        query, key, value = (projection(hidden_states).view(heads) for projection in self._projections)
         if self._query_norm is not None:
             query = self._query_norm(query)
         if self._key_norm is not None:
@@ -287,7 +313,8 @@ class _FusedAttention:
             **keywords,
             **self._options,
         )
-        return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+        rows = out.reshape(*hidden_states.shape[:-1], -1)
+        return self._output(rows if kept_rows is None else rows[:, kept_rows]), None
 
 
 def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
@@ -296,21 +323,21 @@ def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
         return False
     given = {*call.keywords, "attention_mask"}  # what the layer passed on; the rest it knows itself
     options = {name: value for name, value in call.options.items() if name not in given}
-    fused = _FusedAttention(module, kernels, options)
+    fused = FusedAttention(module, kernels, options)
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]] = []
 
     def probe(
         _: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **got: Any
     ) -> tuple[torch.Tensor, None]:
         seen.append((query, key, value, {"attention_mask": mask, **got}))
-        return _probe_result(query, value), None
+        return probe_result(query, value), None
 
-    AttentionInterface.register(_PROBE_NAME, probe)
+    AttentionInterface.register(PROBE_NAME, probe)
     before = module.config._attn_implementation  # noqa: SLF001
-    module.config._attn_implementation = _PROBE_NAME  # noqa: SLF001
+    module.config._attn_implementation = PROBE_NAME  # noqa: SLF001
     try:
         result = fused(**call.keywords)[0]
-    except _MODULE_ERRORS:
+    except MODULE_ERRORS:
         return False
     finally:
         module.config._attn_implementation = before  # noqa: SLF001
@@ -320,8 +347,8 @@ def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
     is_same = (
         _same_options(got_options, call.options)
         and torch.equal(value, call.value)
-        and _agree(query, call.query)
-        and _agree(key, call.key)
+        and agree(query, call.query)
+        and agree(key, call.key)
         and torch.equal(result, call.result)
     )
     if is_same:

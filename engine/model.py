@@ -19,6 +19,8 @@ from engine.attention import AttentionKernels, LayerUse, choose_kernels
 from engine.checkpoint import read_json, stored_dtype, weight_files, weights_digest
 from engine.families import check_against_eager, eager_trial, probe_layers, read_model_config
 from engine.fused import fuse_modules
+from engine.fused_layer import fuse_layers
+from engine.kernels.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.linear import PACKED_NAME, can_pack, pack_linears
@@ -110,7 +112,10 @@ def load_model(
         linear_name = PACKED_NAME
     native = load_kernels() if use_kernels and target.type == "cpu" else None
     if native:
-        linear_name += "+" + fuse_modules(model, native).name
+        linear_name += f"+{fuse_modules(model, native).name}-{fuse_layers(model, native)}"
+    if target.type == "cpu":
+        use_huge_pages()
+        keep_freed_buffers()
     kernels = choose_kernels(layers, chosen, target, [native] if native else [])
     check_against_eager(model, family, layers, kernels, chosen, trial)
     kernel_path = "/".join([target.type, linear_name, *sorted({kernel.name for kernel in kernels})])

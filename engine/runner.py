@@ -183,6 +183,7 @@ class Runner:
         for rows in kept_for_logprobs:
             kept.extend(rows)
         tokens = self._to_device(buffers.tokens[:, :num_tokens])
+        kept_rows = torch.tensor(kept or [0], dtype=torch.int64, device=self._device)
         return _PackedStep(
             input_ids=tokens[0:1],
             position_ids=tokens[1:2],
@@ -195,10 +196,11 @@ class Runner:
                 kv_lens=self._to_device(buffers.kv_lens[:num_rows]),
                 max_kv_len=max_kv_len,
                 spans=spans,
+                kept_rows=kept_rows,
             ),
             sampled=sampled,
             logprob_parts=logprob_parts,
-            kept_rows=torch.tensor(kept or [0], dtype=torch.int64, device=self._device),
+            kept_rows=kept_rows,
         )
 
     def _pack_tokens(self, part: SequenceStep, begin: int, end: int) -> npt.NDArray[np.int32]:

@@ -205,23 +205,38 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor
 // Rows that are worth a thread's while.
 int64_t grain(int64_t row_size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(row_size, 1)); }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool adds_one, bool rounds_first) {
+// With a residual, x becomes x + residual first.
+Tensor norm_rows(const Tensor* residual, const Tensor& x, const Tensor& weight, const kvray::NormStyle& style) {
   const int64_t n = x.size(-1), num_rows = x.numel() / std::max<int64_t>(n, 1);
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.numel() == n &&
                   weight.scalar_type() == x.scalar_type(),
               "rms_norm: want contiguous rows and a weight [", n, "] of the same type");
+  if (residual)
+    TORCH_CHECK(residual->is_contiguous() && residual->sizes() == x.sizes() &&
+                    residual->scalar_type() == x.scalar_type(),
+                "add_rms_norm: want two contiguous tensors of one shape and type");
   Tensor out = at::empty(x.sizes(), x.options());
-  const kvray::NormStyle style{static_cast<float>(eps), adds_one, rounds_first};
   by_dtype(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T *from = pointer<const T>(x), *factor = pointer<const T>(weight);
-    T* to = pointer<T>(out);
+    T *rows = pointer<T>(x), *to = pointer<T>(out);
+    const T *factor = pointer<const T>(weight), *from = residual ? pointer<const T>(*residual) : nullptr;
     at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        kvray::rms_norm_row<T>(from + i * n, factor, static_cast<int>(n), style, to + i * n);
+      for (int64_t i = begin; i < end; i++) {
+        if (from) kvray::add_row<T>(from + i * n, static_cast<int>(n), rows + i * n);
+        kvray::rms_norm_row<T>(rows + i * n, factor, static_cast<int>(n), style, to + i * n);
+      }
     });
   });
   return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool adds_one, bool rounds_first) {
+  return norm_rows(nullptr, x, weight, {static_cast<float>(eps), adds_one, rounds_first});
+}
+
+Tensor add_rms_norm(const Tensor& residual, const Tensor& delta, const Tensor& weight, double eps, bool adds_one,
+                    bool rounds_first) {
+  return norm_rows(&residual, delta, weight, {static_cast<float>(eps), adds_one, rounds_first});
 }
 
 void gate(const Tensor& gate, const Tensor& up, bool is_gelu) {
@@ -269,6 +284,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("decode_attention", &decode_attention, call_guard<gil_scoped_release>());
   m.def("prefill_attention", &prefill_attention, call_guard<gil_scoped_release>());
   m.def("rms_norm", &rms_norm, call_guard<gil_scoped_release>());
+  m.def("add_rms_norm", &add_rms_norm, call_guard<gil_scoped_release>());
   m.def("gate", &gate, call_guard<gil_scoped_release>());
   m.def("rotate", &rotate, call_guard<gil_scoped_release>());
   m.attr("vector_floats") = kvray::W;

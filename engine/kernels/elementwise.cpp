@@ -43,6 +43,11 @@ void rms_norm_row(const T* x, const T* weight, int n, const NormStyle& style, T*
 }
 
 template <typename T>
+void add_row(const T* from, int n, T* to) {
+  for (int i = 0; i < n; i += W) store_upto(to + i, load_upto(from + i, n - i) + load_upto(to + i, n - i), n - i);
+}
+
+template <typename T>
 void gate_row(T* gate, const T* up, int n, Activation activation) {
   for (int i = 0; i < n; i += W) {
     vf x = load_upto(gate + i, n - i);
@@ -70,6 +75,8 @@ void rotate_row(T* row, int64_t head_stride, int num_heads, const T* cosine, con
 
 template void rms_norm_row<float>(const float*, const float*, int, const NormStyle&, float*);
 template void rms_norm_row<bf16>(const bf16*, const bf16*, int, const NormStyle&, bf16*);
+template void add_row<float>(const float*, int, float*);
+template void add_row<bf16>(const bf16*, int, bf16*);
 template void gate_row<float>(float*, const float*, int, Activation);
 template void gate_row<bf16>(bf16*, const bf16*, int, Activation);
 template void rotate_row<float>(float*, int64_t, int, const float*, const float*, int);

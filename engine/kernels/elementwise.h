@@ -18,6 +18,10 @@ struct NormStyle {
 template <typename T>
 void rms_norm_row(const T* x, const T* weight, int n, const NormStyle& style, T* out);
 
+// to += from, one row of n.
+template <typename T>
+void add_row(const T* from, int n, T* to);
+
 enum class Activation { kSilu, kGeluTanh };
 
 // gate = round(activation(gate)) * up, one row of n.

@@ -112,6 +112,20 @@ class NativeKernels:
         out: torch.Tensor = self._module.rms_norm(x, weight, eps, adds_one, rounds_first)
         return out
 
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        delta: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        adds_one: bool,
+        rounds_first: bool,
+    ) -> torch.Tensor:
+        """`rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
+        out: torch.Tensor = self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first)
+        return out
+
     def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
         """`silu(gate) * up`, or with gelu's tanh form; overwrites and returns `gate`. Both `[..., n]`, contiguous."""
         self._module.gate(gate, up, is_gelu)

@@ -17,8 +17,11 @@ from transformers import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from engine.attention import StepAttention
 from engine.fused import FusedModules, fuse_modules
+from engine.fused_layer import fuse_layers
 from engine.kernels.native import NativeKernels, load_kernels
+from engine.linear import can_pack, pack_linears
 
 SMALL = {
     "vocab_size": 128,
@@ -208,6 +211,63 @@ def test_an_attention_layer_that_does_more_keeps_its_forward(kernels):
 def test_another_activation_is_left_alone(kernels):
     assert fuse_modules(small_model(LlamaConfig, hidden_act="relu"), kernels).gates == 0
     assert fuse_modules(small_model(LlamaConfig, dtype=torch.bfloat16, hidden_act="gelu"), kernels).gates == 0
+
+
+def packed(model):
+    """With linears whose rows do not depend on their batch, as `load_model` makes them; torch's own fail the trial."""
+    if not can_pack(model.dtype):
+        pytest.skip("this torch packs no linears")
+    pack_linears(model)
+    return model
+
+
+LAYERED = {
+    "llama": 2,
+    "mistral, window": 2,
+    "qwen3, norms of q and k": 2,
+    "gemma2, softcap": 0,
+    "phi3, projections in one": 0,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", LAYERED)
+def test_a_fused_layer_has_the_bits_of_its_fused_modules(kernels, family, dtype):
+    config_class, changes, _ = FAMILIES[family]
+    model = packed(small_model(config_class, dtype, **changes))
+    fuse_modules(model, kernels)
+    want = logits(model)
+    assert fuse_layers(model, kernels) == LAYERED[family]
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_last_layer_computes_the_wanted_rows_alone_and_to_the_same_bits(kernels, dtype):
+    model = packed(small_model(LlamaConfig, dtype))
+    fuse_modules(model, kernels)
+    fuse_layers(model, kernels)
+    whole = logits(model)
+    rows = torch.tensor([39, 3, 17])
+    step = StepAttention([], rows, rows, 0, rows, rows, 0, [], kept_rows=rows)
+    seen = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append("module"))
+    ids = torch.randint(0, SMALL["vocab_size"], (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        hidden = model.model(input_ids=ids, use_cache=False, kv_step=step).last_hidden_state
+        got = model(input_ids=ids, use_cache=False, kv_step=step, logits_to_keep=rows).logits
+    hook.remove()
+    assert not seen  # the way through the module's call is what a fused layer saves
+    assert torch.equal(got, whole[:, rows])
+    assert not hidden[:, :3].any()
+
+
+def test_a_layer_that_does_more_keeps_its_forward(kernels):
+    model = packed(small_model(LlamaConfig))
+    layer = model.model.layers[1]
+    original = type(layer).forward
+    layer.forward = lambda hidden_states, **keywords: 2 * original(layer, hidden_states, **keywords)
+    fuse_modules(model, kernels)
+    assert fuse_layers(model, kernels) == 1
 
 
 def test_other_models_of_the_class_are_not_touched(kernels):
