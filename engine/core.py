@@ -24,7 +24,9 @@ from engine.plan import (
     Event,
     Instruction,
     RunStep,
+    SequenceAdded,
     SequenceCancelled,
+    SequenceSpec,
     StepEnded,
     StepPlan,
     StepResult,
@@ -33,10 +35,15 @@ from engine.plan import (
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerConfig
+from engine.step_cost import StepCost
 from engine.structured import GrammarTokenizer
 from kvcache.pool import BlockPool
 from kvcache.region import RegionLayout
+from messages.request import SamplingParams
 from transport.memory import Memory
+
+_WARM_UP_PROMPT_TOKENS = 512
+_WARM_UP_OUTPUT_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,7 @@ class Engine:
     pool: BlockPool
     runner: Runner
     scheduler: Scheduler
+    _config: SchedulerConfig
     _pending: list[Instruction] = field(default_factory=list)
     _ended: deque[str] = field(default_factory=deque)  #: sequences that the runner has yet to forget
 
@@ -113,7 +121,31 @@ class Engine:
             pool=pool,
             runner=Runner(loaded, kv_pool, sampler),
             scheduler=Scheduler(config, pool, loaded.fingerprint),
+            _config=config,
         )
+
+    def warm_up(self) -> None:
+        """Run a made-up prompt and a few tokens, twice: what happens once happens now, then rates are measured.
+
+        Leaves nothing behind but the measurements: a worker that has none would be guessed at by the router.
+        """
+        num_tokens = min(_WARM_UP_PROMPT_TOKENS, self.loaded.max_model_len - _WARM_UP_OUTPUT_TOKENS)
+        if num_tokens < 1:
+            return
+        spec = SequenceSpec(
+            seq_id="warm-up",
+            token_ids=[(7919 * i) % self.loaded.vocab_size for i in range(num_tokens)],
+            num_prompt_tokens=num_tokens,
+            params=SamplingParams(max_tokens=_WARM_UP_OUTPUT_TOKENS, temperature=0.0),
+        )
+        for cost in (StepCost(), StepCost()):
+            self.scheduler = Scheduler(self._config, self.pool, self.loaded.fingerprint, cost)
+            self.post(SequenceAdded(spec))
+            while self.has_work():
+                self.step()
+            self.pool.clear()
+            self.pool.take_events()
+        self.scheduler = Scheduler(self._config, self.pool, self.loaded.fingerprint, self.scheduler.cost)
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """What follows from `event`."""

@@ -82,17 +82,19 @@ class Scheduler:
     `fingerprint` is the model's: root of all block names.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, fingerprint: bytes) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, fingerprint: bytes, cost: StepCost | None = None
+    ) -> None:
         self._config = config
         self._pool = pool
         self._fingerprint = fingerprint
         self._max_model_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
-        self._cost = StepCost()
+        self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
         self._ledger = SequenceLedger(pool)
         self._remote = RemotePulls(self._ledger)
         self._planner = StepPlanner(
             self._ledger,
-            self._cost,
+            self.cost,
             max_tokens=config.max_num_batched_tokens,
             quantum_tokens=config.chunk_quantum_tokens,
             itl_target_s=config.itl_target_s,
@@ -154,12 +156,12 @@ class Scheduler:
     @property
     def prefill_tokens_per_s(self) -> float:
         """Measured over recent steps; 0 before the first."""
-        return self._cost.prefill_tokens_per_s
+        return self.cost.prefill_tokens_per_s
 
     @property
     def decode_step_s(self) -> float:
         """Measured median; 0 before the first."""
-        return self._cost.decode_step_s
+        return self.cost.decode_step_s
 
     # --------------------------------------------------------------------------------------------------------- events
 
@@ -367,7 +369,7 @@ class Scheduler:
         if self._step is None:
             raise InvariantError("a step ended that was not running")
         step, self._step = self._step, None
-        self._cost.observe([part for part, _ in step], result.elapsed_s)
+        self.cost.observe([part for part, _ in step], result.elapsed_s)
         self._ledger.bury()
         for part, seq in step:
             seq.is_in_step = False

@@ -115,6 +115,7 @@ class EngineWorker:
             on_progress=lambda text: logger.info("%s %s: %s", role, worker_id, text),
         )
         self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
+        self.engine.warm_up()
         self.transport: Transport = ShmTransport()
         self.region: RegionInfo = self.transport.register(self.engine.memory)
         self._on_crash = on_crash

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 from messages.fleet import LoadReport, WorkerInfo
@@ -45,6 +46,7 @@ class Rates:
     pull_bytes_per_s: float = 1e9
     handoff_s: float = 0.005  #: fixed part: ask, publish, release
     sequence_s: float = 10.0  #: how long a sequence holds its slot and blocks
+    doubt: float = 0.5  #: a worker is taken to prefill at least at this share of the fastest one's rate
     harm_weight: float = 0.2  #: what a second that another sequence stalls is worth, in seconds of time to first token
 
 
@@ -162,10 +164,20 @@ class _PrefillPart(NamedTuple):
 
 
 class Pricing:
-    """Costs of one request at each worker. `matches`: leading blocks held, by worker id."""
+    """Costs of one request at each worker. `matches`: leading blocks held, by worker id.
 
-    def __init__(self, request: RouteRequest, matches: Mapping[str, int], rates: Rates) -> None:
+    `best_rates`: the fastest prefill measured among workers of one fingerprint, tokens a second.
+    """
+
+    def __init__(
+        self,
+        request: RouteRequest,
+        matches: Mapping[str, int],
+        rates: Rates,
+        best_rates: Mapping[bytes, float] = MappingProxyType({}),
+    ) -> None:
         self._request = request
+        self._best_rates = best_rates
         self._matches = matches
         self._rates = rates
         self._key = affinity_key(request)
@@ -258,8 +270,16 @@ class Pricing:
         return max(self._request.num_prompt_tokens - match_tokens, 1)
 
     def _prefill_rate(self, worker: WorkerState) -> float:
+        """Its own, where it was measured; else the fleet's best.
+
+        Never less than a share of the fleet's best: who once measured badly, under another load or with a few tokens,
+        would else get no prompt any more and so never measure better.
+        """
         measured = worker.load.prefill_tokens_per_s if worker.load else 0.0
-        return measured or self._rates.prefill_tokens_per_s
+        best = self._best_rates.get(worker.info.fingerprint, 0.0)
+        if measured:
+            return max(measured, self._rates.doubt * best)
+        return best or self._rates.prefill_tokens_per_s
 
     def _crowding_s(self, decode: WorkerState) -> float:
         """Each sequence there makes each step of this one longer, and the other way round."""

@@ -219,7 +219,11 @@ class Router:
         ]
 
     def _pricing(self, request: RouteRequest) -> Pricing:
-        return Pricing(request, self._index.match(request.names), self._rates)
+        best_rates: dict[bytes, float] = {}
+        for worker in self._workers.values():
+            rate = worker.load.prefill_tokens_per_s if worker.load else 0.0
+            best_rates[worker.info.fingerprint] = max(rate, best_rates.get(worker.info.fingerprint, 0.0))
+        return Pricing(request, self._index.match(request.names), self._rates, best_rates)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id

@@ -135,6 +135,15 @@ def test_lost_worker_is_never_placed_on_and_its_blocks_are_forgotten():
     assert fleet.router.explain(request())[0].decode_match_tokens == 0
 
 
+@pytest.mark.parametrize("rate", [0.0, 100.0], ids=["unmeasured", "once measured badly"])
+def test_prefill_worker_is_not_left_out_for_a_rate_that_nobody_gave_it_a_chance_to_show(rate):
+    fleet = Fleet(info("d"), info("p", role="prefill"))
+    fleet.tell(load("d", prefill_tokens_per_s=20_000.0))
+    fleet.tell(load("p", prefill_tokens_per_s=rate))
+    fleet.tell(load("d", prefill_tokens_per_s=20_000.0, num_running=8))
+    assert fleet.route(num_blocks=400).prefill_worker == "p"
+
+
 def test_prefill_that_was_lost_is_not_used():
     fleet = Fleet(info("d"), info("p", "prefill"))
     assert fleet.route(num_blocks=100).prefill_worker == "p"
