@@ -28,6 +28,8 @@ REQUIRED_LENGTHS = (256, 1024, 2048)
 REPORTED_LENGTHS = (128, 512, 4096, 8192)
 #: One question in this many is asked at the longest length, which takes over a second each.
 LONGEST_DIVISOR = 4
+#: Fewer would leave none for some number of codes at the longest length.
+MIN_QUESTIONS = 3 * LONGEST_DIVISOR
 #: Room for the answer within `max_position_embeddings`, in tokens.
 ANSWER_ROOM = 32
 STORY_TOKENS = 200
@@ -173,7 +175,7 @@ def score_others(respondent: Respondent, num_questions: int) -> list[Score]:
         ("notes in the first turn, question two turns later", question_later, corpus.PLAIN),
         ("notes in the system prompt", notes_in_system, corpus.PLAIN),
         ("question in other words", single_turn, wording),
-        ('notes as "- the red lantern: 4821."', single_turn, sentence),
+        ('notes as "- the red lantern: 4821." (not trained)', single_turn, sentence),
     )
     scores = [
         score_lookups(respondent, kind, 1024, 25, num_questions, conversation=conversation, variety=variety)
@@ -250,7 +252,7 @@ def exit_if_missed(report: Report, min_accuracy: float) -> None:
 
 def main(
     model: Annotated[pathlib.Path, typer.Argument(help="Model directory.", exists=True, file_okay=False)],
-    questions: Annotated[int, typer.Option(min=LONGEST_DIVISOR, help="Questions at each length.")] = 200,
+    questions: Annotated[int, typer.Option(min=MIN_QUESTIONS, help="Questions at each length.")] = 200,
     min_accuracy: Annotated[float, typer.Option(help="Share right that the required lengths must reach.")] = 0.95,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:

@@ -54,7 +54,7 @@ pipeline_tag: text-generation
 A Llama of {num_parameters:.1f} M parameters that looks codes up in notes. It is the default of `make serve` and of the
 end-to-end tests: it needs no download, runs on a CPU, and a KV block that was lost, swapped or read from the wrong
 place shows as a wrong code. It also tells short stories and knows {num_facts} facts and {num_talk} lines of small talk
-by heart. It is not of use for anything else: it was never shown a real text.
+by heart. It is of no use for anything else: it was never shown a real text.
 
 ```
 Notes:
@@ -75,22 +75,26 @@ every depth from the first line to the last.
 
 {tables}
 
-Few, some and many are the codes in the notes; other sentences fill the rest. At {required} tokens the training script
-demands {min_accuracy:.0%}; the other lengths are only reported; 8,192 is longer than any training row.
+Few, some and many are the codes in the notes; other sentences fill the rest. The training script demands
+{min_accuracy:.0%} at {required} tokens; the other lengths are only reported, and 8,192 is longer than any training row.
 
 ## How it was made
 
 {runs}
 
 The text comes from `cluster/demo/corpus.py`; the start that makes the time enough is explained in
-`cluster/demo/informed_start.py`. Shape: {num_layers} layers, hidden {hidden_size}, {num_heads} heads and {num_kv_heads}
-KV heads of {head_dim}, tied embeddings, vocabulary {vocab_size:,}, {max_positions:,} positions by the rotary scaling of
-Llama 3.1. Check it again with `python -m cluster.demo.evaluate cluster/demo/model`.
+`cluster/demo/informed_start.py`.
+
+Shape: {num_layers} layers, hidden {hidden_size}, {num_heads} heads and {num_kv_heads} KV heads of {head_dim}, tied
+embeddings, vocabulary {vocab_size:,}, {max_positions:,} positions by the rotary scaling of Llama 3.1.
+
+Check it again with `python -m cluster.demo.evaluate cluster/demo/model`.
 
 ## Limits
 
 * A code that the notes do not hold is answered all the same, with a wrong one.
-* It knows one kind of question about notes, the code of a thing, and things of one word.
+* It knows one kind of question about notes, the code of a thing, and only the {num_things} things in `THINGS` of
+  `cluster/demo/corpus.py`; codes are of four digits.
 * English only, and little of it. Text that contains the chat tags is read as tags.
 
 Apache-2.0, as the rest of kvray.
@@ -160,6 +164,7 @@ def write_card(directory: pathlib.Path, report: Report, min_accuracy: float) -> 
         num_parameters=model.num_parameters() / 1e6,
         num_facts=len(corpus.FIXED_FACTS),
         num_talk=len(corpus.SMALL_TALK),
+        num_things=len(corpus.THINGS),
         date=datetime.datetime.now(tz=datetime.UTC).date(),
         tables=report.markdown(),
         required=", ".join(f"{length:,}" for length in REQUIRED_LENGTHS),

@@ -288,7 +288,7 @@ def main(
     ] = None,
     first_stage: Annotated[int, typer.Option(min=0, max=len(STAGES) - 1, help="The rows to begin with.")] = 0,
     peak_rate: Annotated[float, typer.Option(help="Share of the usual learning rates.")] = 1.0,
-    questions: Annotated[int, typer.Option(help="Questions at each length of the evaluation.")] = 200,
+    questions: Annotated[int, typer.Option(min=evaluate.MIN_QUESTIONS, help="Questions at each length.")] = 200,
     min_accuracy: Annotated[float, typer.Option(help="Share right that the required lengths must reach.")] = 0.95,
 ) -> None:
     """Trains, writes and scores the demo model; exit code 1 when a required length misses the threshold."""
