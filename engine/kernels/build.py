@@ -105,8 +105,10 @@ def compile_library(directory: Path, target: str) -> Path:
     for tool, package in (("c++", "g++"), ("ninja", "ninja")):
         if shutil.which(tool) is None:
             raise BuildError(f"{tool} is not on the PATH: install {package}")
-    from torch.utils import cpp_extension  # imports setuptools: only whoever builds pays for it
-
+    try:
+        from torch.utils import cpp_extension  # imports setuptools: only whoever builds pays for it
+    except ImportError as error:
+        raise BuildError(f"torch cannot build extensions here: {error}") from error
     try:
         cpp_extension.load(
             MODULE_NAME,
