@@ -15,6 +15,7 @@ from pathlib import Path
 # <malloc.h> and <linux/mman.h>
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 
@@ -23,11 +24,15 @@ _LARGE_BYTES = 4 << 20
 
 
 def keep_freed_buffers() -> bool:
-    """Tell the allocator to keep what is freed for the next operator; this process only. False: not with this libc."""
+    """Tell the allocator to keep what is freed for the next operator; this process only. False: not with this libc.
+
+    Threads that begin later share one arena: an arena of their own would give every large buffer back.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, _KEPT_BYTES), (_M_ARENA_MAX, 1))
+    return all([mallopt(name, value) == 1 for name, value in settings])
 
 
 def use_huge_pages() -> int:
