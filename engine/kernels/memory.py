@@ -32,7 +32,7 @@ def keep_freed_buffers() -> bool:
     if mallopt is None:
         return False
     settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, _KEPT_BYTES), (_M_ARENA_MAX, 1))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def use_huge_pages() -> int:
