@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="at most, per contender and cell")
     parser.add_argument("--budget-s", type=float, default=30, help="no further repeat once so much was measured")
     parser.add_argument("--cells", default="", help="only cells whose name contains this")
-    parser.add_argument("--only", choices=list(CONTENDERS), help="one contender")
+    parser.add_argument("--only", choices=list(CONTENDERS), nargs="+", help="these contenders")
     args = parser.parse_args()
     pythons: dict[str, Path | None] = dict.fromkeys(CONTENDERS, Path(sys.executable))
     pythons["vllm"] = vllm_python(is_wanted=args.with_vllm)
@@ -222,7 +222,7 @@ def main() -> None:
         results: dict[str, dict[str, Any] | None] = {}
         for name, python in pythons.items():
             is_slow_start = args.quick and name == "vllm" and not args.with_vllm  # it compiles for a minute
-            skipped = python is None or is_slow_start or (args.only and name != args.only)
+            skipped = python is None or is_slow_start or (args.only and name not in args.only)
             results[name] = None if skipped or python is None else run(name, cell, python, args)
         cells = [f"{result['tokens_per_s']:.1f}" if result else "-" for result in results.values()]
         print(f"{cell.name:26}" + "".join(f"{text:>18}" for text in cells), flush=True)
