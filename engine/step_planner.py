@@ -54,7 +54,7 @@ class StepPlanner:
             self._ledger.extend_match(seq)
             start = seq.num_computed
             end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
-            if seq.wants_prompt_logprobs:  # the logits of all its rows, each a vocabulary wide, live until the step ends
+            if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
                 end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
             if end > start and self._ledger.reserve(seq, end):
                 planned.append((_part(seq, end), seq))
