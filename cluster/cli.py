@@ -202,7 +202,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
             _err.print("kvray: stopped while starting")
         except ServeError as error:
             code = _complain(error)
-        except Exception:
+        except Exception:  # the edge: a bug ends with its traceback in the log and exit code 1
             logger.exception("unexpected")
             code = 1
     # Ray's threads may linger in the interpreter; everything of ours has ended by now.
