@@ -8,6 +8,7 @@ decode.faults.append(Stall())        # the next pull of `decode` makes no end
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from typing import TypeAlias, assert_never
 
 from messages.handoff import RegionInfo
 from transport.memory import Memory
-from transport.protocol import Copy, RegionError, TransferError
-from transport.shm import check_ranges
+from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
+from transport.shm import as_host_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Corrupt:
 
 @dataclass(frozen=True, slots=True)
 class WriteLate:
-    """The pull times out, and its bytes land `delay_s` after it returned: what a road does that cannot abort."""
+    """The pull stalls, and its bytes land `delay_s` after it returned: what a road does that cannot abort."""
 
     delay_s: float = 0.05
 
@@ -68,88 +71,138 @@ class LoopbackNetwork:
 class LoopbackTransport:
     """See `transport.protocol.Transport`. `faults`: one is taken from its left by each pull that passes the checks."""
 
-    road = "loopback"
     is_one_sided = True
+    is_direct = True
 
-    def __init__(self, network: LoopbackNetwork, *, can_abort_safely: bool = True) -> None:
+    def __init__(self, network: LoopbackNetwork, *, can_abort_safely: bool = True, road: str = "loopback") -> None:
+        self.road = road
         self.can_abort_safely = can_abort_safely
         self.faults: deque[Fault] = deque()
         self.num_pulls = 0  #: those that passed the checks
         self._network = network
         self._registered: set[bytes] = set()
+        self._open_pulls: dict[asyncio.Event, Link] = {}  # event: to be given up
         self._is_closed = False
 
-    def register(self, memory: Memory) -> RegionInfo:
+    def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable on the network. Idempotent."""
         if self._is_closed:
             raise RegionError("the transport is closed")
-        self._network.regions[memory.nonce] = memory
+        self._network.regions[memory.nonce] = as_host_memory(memory, self.road)
         self._registered.add(memory.nonce)
         return RegionInfo(road=self.road, handle=memory.nonce, num_bytes=memory.num_bytes, nonce=memory.nonce)
 
-    async def pull(self, source: RegionInfo, copies: Sequence[Copy], target: Memory, timeout_s: float) -> None:
+    async def pull(
+        self,
+        link: Link,
+        source: RegionInfo,
+        copies: Sequence[Copy],
+        target: RegionMemory,
+        stall_s: float,
+        on_arrived: Arrived | None = None,
+    ) -> None:
         """Carry out all copies, in order, but for the fault that is due.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds; nothing was written.
-            TransferError: a fault said so, or no end within `timeout_s` seconds.
+            TransferError: a fault said so, nothing arrived for `stall_s` seconds, or the link was lost.
         """
         memory = self._find(source)
+        host_target = as_host_memory(target, self.road)
         check_ranges(copies, memory.num_bytes, target.num_bytes)
         self.num_pulls += 1
         fault = self.faults.popleft() if self.faults else None
         await asyncio.sleep(0)  # a real road lets others run, too
+        order = list(range(len(copies)))
         match fault:
             case None:
-                _carry_out(memory, copies, target)
+                pass
             case Fail(num_copies):
-                _carry_out(memory, copies[:num_copies], target)
-                raise TransferError("loopback: failed on command")
+                _carry_out(memory, copies, order[:num_copies], host_target, on_arrived)
+                raise TransferError(f"{self.road}: failed on command")
             case Stall(delay_s):
-                await asyncio.sleep(min(delay_s, timeout_s))
-                if delay_s >= timeout_s:
-                    raise TransferError(f"loopback: no end within {timeout_s:g} s")
-                _carry_out(memory, copies, target)
+                await self._wait(link, min(delay_s, stall_s))
+                if delay_s >= stall_s:
+                    raise TransferError(f"{self.road}: nothing arrived for {stall_s:g} s")
             case Reorder(seed):
-                _carry_out(memory, random.Random(seed).sample(copies, len(copies)), target)
+                random.Random(seed).shuffle(order)
             case Corrupt(offset):
-                _carry_out(memory, copies, target)
-                _flip_byte(copies, target, offset)
+                _carry_out(memory, copies, order, host_target, None)
+                _flip_byte(copies, host_target, offset)
+                for position in order if on_arrived is not None else ():
+                    on_arrived(position)
+                return
             case WriteLate(delay_s):
                 try:
-                    await asyncio.sleep(timeout_s)
+                    await self._wait(link, stall_s)
+                    raise TransferError(f"{self.road}: nothing arrived for {stall_s:g} s")
+                except TransferError as error:
+                    error.quarantine_s = 2 * delay_s
+                    raise
                 finally:  # also when cancelled: then above all
-                    asyncio.get_running_loop().call_later(delay_s, _carry_out, memory, list(copies), target)
-                raise TransferError(f"loopback: no end within {timeout_s:g} s")
+                    later = asyncio.get_running_loop().call_later
+                    later(delay_s, _carry_out, memory, list(copies), order, host_target, None)
             case _:
                 assert_never(fault)
+        _carry_out(memory, copies, order, host_target, on_arrived)
 
-    def forget(self, source: RegionInfo) -> None:
-        """Nothing is kept open."""
+    def on_message(self, link: Link, body: bytes) -> None:
+        """One-sided: nobody has anything to say here."""
+        logger.warning("%s: a message of %d bytes that nobody wanted", self.road, len(body))
+
+    def on_link_lost(self, link: Link) -> None:
+        """Pulls from that peer fail."""
+        for given_up, owner in self._open_pulls.items():
+            if owner is link:
+                given_up.set()
+
+    def carriers(self, link: Link) -> str:
+        """It is one process."""
+        return "memcpy"
 
     def close(self) -> None:
         """Take what was registered off the network."""
         self._is_closed = True
+        for given_up in self._open_pulls:
+            given_up.set()
         for nonce in self._registered:
             self._network.regions.pop(nonce, None)
         self._registered.clear()
+
+    async def _wait(self, link: Link, seconds: float) -> None:
+        """Sleep, unless the link is lost or this transport closed meanwhile: TransferError."""
+        given_up = asyncio.Event()
+        self._open_pulls[given_up] = link
+        try:
+            async with asyncio.timeout(seconds):
+                await given_up.wait()
+        except TimeoutError:
+            return
+        finally:
+            del self._open_pulls[given_up]
+        raise TransferError(f"{self.road}: the peer is lost, or closed")
 
     def _find(self, source: RegionInfo) -> Memory:
         if self._is_closed:
             raise RegionError("the transport is closed")
         memory = self._network.regions.get(source.handle)
         if source.road != self.road or memory is None:
-            raise RegionError(f"loopback: no such region on this network (road {source.road!r})")
+            raise RegionError(f"{self.road}: no such region on this network (road {source.road!r})")
         if memory.nonce != source.nonce or memory.num_bytes != source.num_bytes:
-            raise RegionError("loopback: another region than the one described")
+            raise RegionError(f"{self.road}: another region than the one described")
         return memory
 
 
-def _carry_out(source: Memory, copies: Sequence[Copy], target: Memory) -> None:
-    for copy in copies:
+def _carry_out(
+    source: Memory, copies: Sequence[Copy], positions: Sequence[int], target: Memory, on_arrived: Arrived | None
+) -> None:
+    for position in positions:
+        copy = copies[position]
         target.view[copy.target_offset : copy.target_offset + copy.num_bytes] = source.view[
             copy.source_offset : copy.source_offset + copy.num_bytes
         ]
+        if on_arrived is not None:
+            on_arrived(position)
 
 
 def _flip_byte(copies: Sequence[Copy], target: Memory, offset: int) -> None:

@@ -33,7 +33,9 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Memory:
-    """Writable memory of this process, mapped shared. Make it with `Memory.allocate`."""
+    """Writable memory of this process, mapped shared (`transport.protocol.RegionMemory`). See `Memory.allocate`."""
+
+    is_host = True
 
     def __init__(self, fd: int, mapping: mmap.mmap, num_bytes: int) -> None:
         self._fd = fd
@@ -78,6 +80,10 @@ class Memory:
         if self._fd < 0:
             raise ValueError("the memory is closed")
         return self._fd
+
+    def slice(self, offset: int, num_bytes: int) -> memoryview:
+        """`num_bytes` writable bytes from `offset` on."""
+        return self.view[offset : offset + num_bytes]
 
     def publish(self) -> None:
         """Write the header: from now on `SharedView.open` with this nonce succeeds."""

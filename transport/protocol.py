@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from messages.errors import ServeError
 from messages.handoff import RegionInfo
-from transport.memory import Memory
+
+#: Told the position of each copy that has landed whole.
+Arrived = Callable[[int], None]
 
 
 class TransferError(ServeError):
-    """A pull did not happen or did not end in time. What the target ranges hold is undefined."""
+    """A pull did not happen or stopped. What the target ranges hold is undefined.
+
+    `quarantine_s`: for so long after it was raised late bytes may still land in the target ranges, `inf` for ever.
+    """
 
     default_status = 503
+    quarantine_s = 0.0
 
 
 class RegionError(TransferError):
@@ -28,12 +34,51 @@ class Copy(NamedTuple):
     num_bytes: int
 
 
-class Transport(Protocol):
-    """A road. One object per process and road; safe to use from one event loop.
+class RegionMemory(Protocol):
+    """Memory that can be registered and pulled into: `transport.memory.Memory`, or an accelerator's."""
 
-    `is_one_sided`: the owner's process takes no part in a pull. `can_abort_safely`: after a pull that timed out or
-    was cancelled has returned, no late byte can land in the target ranges; where False the caller keeps the target
-    blocks quarantined.
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        ...
+
+    @property
+    def nonce(self) -> bytes:
+        """Random, 16 bytes: its identity."""
+        ...
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the CPU can touch it; then it is a `transport.memory.Memory`."""
+        ...
+
+    def slice(self, offset: int, num_bytes: int) -> object:
+        """A view of a part: the buffer protocol on the host, `__cuda_array_interface__` on a device."""
+        ...
+
+
+class Link:
+    """One peer as roads see it: the authenticated channel to it, and whether it is still there.
+
+    Both sides of a channel have one. Compared by identity; belongs to one event loop.
+    """
+
+    def __init__(self, send: Callable[[str, bytes], bool]) -> None:
+        """`send(road, body)` queues a message to that road's object at the peer; False: the peer is lost."""
+        self._send = send
+        self.is_lost = False
+
+    def send(self, road: str, body: bytes) -> bool:
+        """Queue a message, never blocks; the channel encrypts it. False: the peer is lost."""
+        return not self.is_lost and self._send(road, body)
+
+
+class Transport(Protocol):
+    """A road. One object per process and road, used from one event loop.
+
+    `is_one_sided`: the owner's process takes no part in a pull. `can_abort_safely`: a pull that was given up has
+    stopped writing when it returns; where False, a TransferError may carry a `quarantine_s`. `is_direct`: nobody's
+    memory but the two peers' is involved; the others are tried last.
     """
 
     @property
@@ -51,23 +96,62 @@ class Transport(Protocol):
         """See above."""
         ...
 
-    def register(self, memory: Memory) -> RegionInfo:
-        """Make `memory` readable by peers; the answer describes it to them. Idempotent."""
+    @property
+    def is_direct(self) -> bool:
+        """See above."""
         ...
 
-    async def pull(self, source: RegionInfo, copies: Sequence[Copy], target: Memory, timeout_s: float) -> None:
-        """Carry out all copies, in order; return when the last byte has landed.
+    def register(self, memory: RegionMemory) -> RegionInfo:
+        """Make `memory` readable by peers; the answer describes it to them. Idempotent.
 
         Raises:
-            RegionError: the region cannot be read as described, or a range is out of bounds; nothing was written.
-            TransferError: it failed or made no end within `timeout_s` seconds.
+            RegionError: not memory that this road can read, or the transport is closed.
         """
         ...
 
-    def forget(self, source: RegionInfo) -> None:
-        """Drop what is kept open for `source` (its owner is gone)."""
+    async def pull(
+        self,
+        link: Link,
+        source: RegionInfo,
+        copies: Sequence[Copy],
+        target: RegionMemory,
+        stall_s: float,
+        on_arrived: Arrived | None = None,
+    ) -> None:
+        """Carry out all copies, in any order (targets must not overlap); return when the last byte has landed.
+
+        `on_arrived(i)` is called once for each copy, when it has landed, from any thread, and never after the return.
+        A cancelled pull ends as a failed one does, and is then cancelled: nothing lands after the return.
+
+        Raises:
+            RegionError: the region cannot be read as described, or a range is out of bounds; nothing was written.
+            TransferError: it failed, the peer was lost, or nothing arrived for `stall_s` seconds.
+        """
+        ...
+
+    def on_message(self, link: Link, body: bytes) -> None:
+        """What the same road at the peer sent over the link; junk is logged and dropped."""
+        ...
+
+    def on_link_lost(self, link: Link) -> None:
+        """The peer is gone: its pulls fail at once, nothing is sent to it, what was kept open for it is closed."""
+        ...
+
+    def carriers(self, link: Link) -> str:
+        """What really carries the bytes to and from this peer, for people: "memcpy", "tcp", "cuda_ipc"; "" unknown."""
         ...
 
     def close(self) -> None:
-        """Unregister everything; later pulls from this process's regions fail."""
+        """Unregister everything; later pulls from this process's regions fail, own pulls end with TransferError."""
         ...
+
+
+def check_ranges(copies: Sequence[Copy], source_bytes: int, target_bytes: int) -> None:
+    """Raise RegionError unless every copy lies within both regions."""
+    for copy in copies:
+        if (
+            copy.num_bytes < 0
+            or not 0 <= copy.source_offset <= source_bytes - copy.num_bytes
+            or not 0 <= copy.target_offset <= target_bytes - copy.num_bytes
+        ):
+            raise RegionError(f"{copy} is out of bounds: source {source_bytes} bytes, target {target_bytes} bytes")

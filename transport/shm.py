@@ -6,9 +6,9 @@ Reaches processes of the same user in the same pid namespace; pods do not see ea
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from messages.handoff import RegionInfo
 from transport.memory import Memory, SharedView
-from transport.protocol import Copy, RegionError, TransferError
+from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 
-#: Between two looks at the deadline: about 1 ms of copying.
+logger = logging.getLogger(__name__)
+
+#: Between two looks at whether to stop: about 1 ms of copying.
 _STRIDE_BYTES = 4 << 20
 #: Up to here a copy takes about 0.1 ms; so does the way to a thread and back, and much longer on a busy machine.
 _INLINE_BYTES = 1 << 20
@@ -47,45 +49,70 @@ class ShmTransport:
     road = "shm"
     is_one_sided = True
     can_abort_safely = True
+    is_direct = True
 
     def __init__(self) -> None:
         self._registered: dict[bytes, Memory] = {}  # nonce -> own memory
         self._opened: dict[bytes, SharedView] = {}  # nonce -> a peer's
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="shm-pull")
         self._jobs: set[_CopyJob] = set()
+        self._links: dict[Link, set[bytes]] = {}  # nonces opened for a peer
         self._is_closed = False
 
-    def register(self, memory: Memory) -> RegionInfo:
-        """Make `memory` readable by peers of this node; the answer describes it to them. Idempotent."""
+    def register(self, memory: RegionMemory) -> RegionInfo:
+        """Make `memory` readable by peers of this node; the answer describes it to them. Idempotent.
+
+        Raises:
+            RegionError: it is not host memory, or the transport is closed.
+        """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        memory.publish()
-        self._registered[memory.nonce] = memory
-        handle = _Handle(_node_identity(), os.getpid(), memory.fd)
+        host_memory = as_host_memory(memory, self.road)
+        host_memory.publish()
+        self._registered[memory.nonce] = host_memory
+        handle = _Handle(_node_identity(), os.getpid(), host_memory.fd)
         return RegionInfo(
             road=self.road, handle=msgspec.msgpack.encode(handle), num_bytes=memory.num_bytes, nonce=memory.nonce
         )
 
-    async def pull(self, source: RegionInfo, copies: Sequence[Copy], target: Memory, timeout_s: float) -> None:
-        """Carry out all copies, in order; return when the last byte has landed.
+    async def pull(
+        self,
+        link: Link,
+        source: RegionInfo,
+        copies: Sequence[Copy],
+        target: RegionMemory,
+        stall_s: float,
+        on_arrived: Arrived | None = None,
+    ) -> None:
+        """Carry out all copies, in order; return when the last byte has landed. A dead owner's memory can be read, too.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds; nothing was written.
-            TransferError: it made no end within `timeout_s` seconds, or this transport was closed.
+            TransferError: no byte was copied for `stall_s` seconds, or this transport was closed.
         """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        opened = self._open(source)
+        host_target = as_host_memory(target, self.road)
+        opened = self._open(link, source)
         check_ranges(copies, source.num_bytes, target.num_bytes)
-        job = _CopyJob(opened, copies, target, deadline_s=time.monotonic() + timeout_s)
+        job = _CopyJob(opened, copies, host_target, on_arrived)
         if len(copies) <= _INLINE_COPIES and sum(copy.num_bytes for copy in copies) <= _INLINE_BYTES:
             job.run()
         else:
-            await self._run_in_thread(job, timeout_s)
+            await self._run_in_thread(job, stall_s)
 
-    def forget(self, source: RegionInfo) -> None:
-        """Unmap `source`; a dead owner's memory is freed only when all its readers have."""
-        self._opened.pop(source.nonce, None)
+    def on_message(self, link: Link, body: bytes) -> None:
+        """One-sided: nobody has anything to say here."""
+        logger.warning("shm: a message of %d bytes that nobody wanted", len(body))
+
+    def on_link_lost(self, link: Link) -> None:
+        """Unmap the peer's regions; a dead owner's memory is freed only when all its readers have."""
+        for nonce in self._links.pop(link, ()):
+            self._opened.pop(nonce, None)
+
+    def carriers(self, link: Link) -> str:
+        """The CPU."""
+        return "memcpy"
 
     def close(self) -> None:
         """Withdraw what was registered and unmap what was opened. Pulls under way end with TransferError."""
@@ -98,28 +125,33 @@ class ShmTransport:
             job.stop.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, source: RegionInfo) -> SharedView:
+    def _open(self, link: Link, source: RegionInfo) -> SharedView:
         opened = self._opened.get(source.nonce)
         if opened is None:
-            opened = _open_region(source)
+            opened = open_region(source)
             self._opened[source.nonce] = opened
+            if not link.is_lost:
+                self._links.setdefault(link, set()).add(source.nonce)
         elif not opened.is_current():
-            self.forget(source)
+            del self._opened[source.nonce]
             raise RegionError("the region was withdrawn by its owner")
         elif opened.num_bytes != source.num_bytes:
             raise RegionError(f"the region has {opened.num_bytes} bytes, {source.num_bytes} were described")
         return opened
 
-    async def _run_in_thread(self, job: _CopyJob, timeout_s: float) -> None:
+    async def _run_in_thread(self, job: _CopyJob, stall_s: float) -> None:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         self._jobs.add(job)
         future = self._threads.submit(job.run)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await ended.wait()
+            num_copied = -1
+            while not ended.is_set() and num_copied != job.num_copied:  # one look per `stall_s`
+                num_copied = job.num_copied
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(stall_s):
+                        await ended.wait()
         finally:
             if not ended.is_set():
                 job.stop.set()  # seen within one stride
@@ -129,25 +161,30 @@ class ShmTransport:
         try:
             future.result()
         except CancelledError:
-            raise TransferError("shm: not begun within the deadline, or closed") from None
+            raise TransferError(f"shm: not begun within {stall_s:g} s, or closed") from None
 
 
 class _CopyJob:
     """One pull's copies, in strides; can be told to stop from another thread."""
 
-    def __init__(self, source: SharedView, copies: Sequence[Copy], target: Memory, deadline_s: float) -> None:
+    def __init__(self, source: SharedView, copies: Sequence[Copy], target: Memory, on_arrived: Arrived | None) -> None:
         self._source: Bytes = np.frombuffer(source.view, dtype=np.uint8)
         self._target: Bytes = np.frombuffer(target.view, dtype=np.uint8)
         self._copies = copies
-        self._deadline_s = deadline_s
+        self._on_arrived = on_arrived
+        self.num_copied = 0  #: strides, for who watches
         self.stop = threading.Event()
 
     def run(self) -> None:
-        for source, target, length in strides(self._copies, _STRIDE_BYTES):
-            if self.stop.is_set() or time.monotonic() > self._deadline_s:
-                raise TransferError("shm: no end within the deadline, or closed")
-            # One plain slice assignment per run of bytes is memcpy without the GIL (the fastest form measured).
-            self._target[target : target + length] = self._source[source : source + length]
+        for position, copy in enumerate(self._copies):
+            for source, target, length in strides([copy], _STRIDE_BYTES):
+                if self.stop.is_set():
+                    raise TransferError("shm: given up, nothing was copied for too long, or closed")
+                # One plain slice assignment per run of bytes is memcpy without the GIL (the fastest form measured).
+                self._target[target : target + length] = self._source[source : source + length]
+                self.num_copied += 1
+            if self._on_arrived is not None:
+                self._on_arrived(position)
 
 
 async def _settled(ended: asyncio.Event) -> None:
@@ -169,18 +206,23 @@ def strides(copies: Sequence[Copy], max_bytes: int) -> Iterator[Copy]:
             yield Copy(source + done, target + done, min(max_bytes, length - done))
 
 
-def check_ranges(copies: Sequence[Copy], source_bytes: int, target_bytes: int) -> None:
-    """Raise RegionError unless every copy lies within both regions."""
-    for copy in copies:
-        if (
-            copy.num_bytes < 0
-            or not 0 <= copy.source_offset <= source_bytes - copy.num_bytes
-            or not 0 <= copy.target_offset <= target_bytes - copy.num_bytes
-        ):
-            raise RegionError(f"{copy} is out of bounds: source {source_bytes} bytes, target {target_bytes} bytes")
+def as_host_memory(memory: RegionMemory, road: str) -> Memory:
+    """`memory` itself.
+
+    Raises:
+        RegionError: it lies on an accelerator, which `road` does not reach.
+    """
+    if not isinstance(memory, Memory):
+        raise RegionError(f"{road}: host memory is wanted, saw {type(memory).__name__}")
+    return memory
 
 
-def _open_region(source: RegionInfo) -> SharedView:
+def open_region(source: RegionInfo) -> SharedView:
+    """Map another process's region.
+
+    Raises:
+        RegionError: it is not there, not on this node, or not the one described.
+    """
     if source.road != ShmTransport.road:
         raise RegionError(f"a region of road {source.road!r} cannot be read by shm")
     try:
