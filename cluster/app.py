@@ -121,7 +121,9 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         host=config.network.host,
         channel=_channel(config),
         lease_s=config.network.lease_s,
-        pull_timeout_s=config.network.pull_timeout_s,
+        stall_s=config.network.stall_s,
+        roads=config.network.roads,
+        port_range=config.network.port_range,
     )
 
 

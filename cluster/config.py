@@ -93,7 +93,14 @@ class NetworkConfig(_Section, frozen=True):
     heartbeat_s: float = 0.5
     lost_after_s: float = 3.0  #: of silence
     lease_s: float = 15.0  #: how long prefill holds blocks for a decode worker that says nothing
-    pull_timeout_s: float = 5.0
+    stall_s: float = 5.0  #: a pull is given up when nothing arrived for so long
+    roads: tuple[Literal["shm", "ucx", "socket", "plasma"], ...] = (
+        "shm",
+        "ucx",
+        "socket",
+        "plasma",
+    )  #: what may be used
+    port_range: tuple[int, int] = (20000, 20999)  #: roads listen within it, both ends included
     prefill_timeout_s: float = 120.0  #: from asking a prefill worker to its last handoff
 
 
@@ -254,7 +261,9 @@ def _check(config: KvrayConfig) -> None:
         ("network.heartbeat_s", config.network.heartbeat_s, 0.05, 60),
         ("network.lost_after_s", config.network.lost_after_s, 0.2, 600),
         ("network.lease_s", config.network.lease_s, 0.5, 3600),
-        ("network.pull_timeout_s", config.network.pull_timeout_s, 0.05, 3600),
+        ("network.stall_s", config.network.stall_s, 0.05, 3600),
+        ("network.port_range", config.network.port_range[0], 1, config.network.port_range[1] - 1),
+        ("network.port_range", config.network.port_range[1], 2, 65535),
         ("network.prefill_timeout_s", config.network.prefill_timeout_s, 0.1, 1e6),
     ]
     for name, value, low, high in wants:

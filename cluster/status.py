@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from cluster.dispatch import Dispatcher
 
 _HEADERS = ("WORKER", "ADDRESS", "FREE/BLOCKS", "RUN", "WAIT", "TOK/S", "STEP MS")
@@ -14,6 +16,7 @@ _NUM_TEXT_COLUMNS = 2  #: then come numbers, aligned to the right
 async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
     """All workers and their numbers as one JSON document; one that does not answer is shown without numbers."""
     values = {stats.worker_id: stats for stats in await dispatcher.fleet_stats()}
+    names = {info.address: info.worker_id for info in dispatcher.fleet.values()}
     workers = [
         {
             "worker_id": info.worker_id,
@@ -27,6 +30,10 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
             "max_model_len_tokens": info.max_model_len,
             "is_answering": info.worker_id in values,
             "values": values[info.worker_id].values if info.worker_id in values else {},
+            "pulls_from": [
+                {**msgspec.to_builtins(road), "peer": names.get(road.peer, road.peer)}
+                for road in (values[info.worker_id].roads if info.worker_id in values else ())
+            ],
         }
         for info in sorted(dispatcher.fleet.values(), key=lambda info: (info.role, info.worker_id))
     ]
@@ -46,6 +53,7 @@ def status_table(status: dict[str, Any]) -> str:
     lines = [_line(row, widths) for row in rows]
     if not status["workers"]:
         lines = ["no workers"]
+    lines += [_road_line(worker["worker_id"], road) for worker in status["workers"] for road in worker["pulls_from"]]
     for router in status["routers"]:
         values = router["values"]
         lines.append(
@@ -72,6 +80,14 @@ def _row(worker: dict[str, Any]) -> tuple[str, ...]:
         f"{values.get('kvray_prefill_tokens_per_s', 0):.0f}",
         f"{1000 * values.get('kvray_decode_step_seconds', 0):.1f}",
     )
+
+
+def _road_line(worker_id: str, road: dict[str, Any]) -> str:
+    if not road["road"]:
+        return f"{worker_id} <- {road['peer']}: no road works"
+    rate = f"{road['bytes_per_s'] / 1e9:.2f} GB/s"
+    failed = f", {road['num_failed']} transfers failed" if road["num_failed"] else ""
+    return f"{worker_id} <- {road['peer']}: {road['road']} ({road['carriers']}), {rate}{failed}"
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from ray import serve
 
 from decode.worker import DecodeWorker
 from engine.worker import WorkerOptions
+from transport.actor import RayVaults
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class DecodeActor:
         prepare()
         worker_id = f"decode-{serve.get_replica_context().replica_id.unique_id}"
         host = options.host or ray.util.get_node_ip_address()
-        self._worker = DecodeWorker(worker_id, host, options, self._on_crash)
+        self._worker = DecodeWorker(worker_id, host, options, self._on_crash, RayVaults())
         self._info = await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, Any]:

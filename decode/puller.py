@@ -1,91 +1,165 @@
 """Pulls published blocks into the own pool and verifies them: read path step 6.
 
-A block counts only if, after the last of its bytes was copied, its owner's region still says the generation that was
-published (kvcache.region). Everything else is bad: it is computed instead, and counted.
+A block counts only if its bytes, as they lie here, have the checksum that was published. Everything else is bad: it is
+computed instead, and counted.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
+from engine.checksums import ALGORITHMS, Algorithm
 from engine.core import Engine
 from kvcache.region import GENERATION_BYTES, RegionLayout
-from messages.handoff import BlockLocation, RegionInfo
+from messages.handoff import BlockLocation, RegionsDescribed
 from transport.memory import Memory
-from transport.protocol import Copy, TransferError, Transport
+from transport.protocol import Copy, Link, RegionError, TransferError
+from transport.roads import Roads
 
 logger = logging.getLogger(__name__)
 
+#: Why a block was not used: its owner reused it; it came damaged; it did not come; what was described is not there.
+Rejection: TypeAlias = Literal["generation", "checksum", "transfer", "refused"]
+REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 
-@dataclass(slots=True)
-class PullStats:
-    """What was pulled so far."""
+#: A location with the block of the own pool that it goes to.
+Pair: TypeAlias = tuple[BlockLocation, int]
 
-    num_bytes: int = 0
-    busy_s: float = 0.0
-    num_failed: int = 0  #: pulls that did not end well
-    num_rejected_generation: int = 0  #: blocks that had been reused by their owner
-    num_rejected_transfer: int = 0  #: blocks that did not arrive
+
+@dataclass(frozen=True, slots=True)
+class PeerPool:
+    """A peer's pool, as it described it."""
+
+    layout: RegionLayout
+    algorithm: Algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class PullOutcome:
+    """`bad`: indexes of blocks that must not be used. For `quarantine_s` late bytes may land in their targets."""
+
+    bad: frozenset[int] = frozenset()
+    quarantine_s: float = 0.0
 
 
 class BlockPuller:
-    """Moves blocks from peers' regions into an engine's pool."""
+    """Moves blocks from peers' pools into an engine's."""
 
-    def __init__(self, engine: Engine, transport: Transport, timeout_s: float) -> None:
+    def __init__(self, engine: Engine, roads: Roads) -> None:
         self._layout = engine.layout
         self._memory = engine.memory
-        self._transport = transport
-        self._timeout_s = timeout_s
-        self.stats = PullStats()
+        self._checksums = engine.checksums
+        self._roads = roads
+        self.num_failed = 0  #: pulls that did not end well
+        self.num_rejected: Counter[Rejection] = Counter()
+
+    def understand(self, described: RegionsDescribed) -> PeerPool:
+        """The peer's pool, if its blocks can be pulled into ours.
+
+        Raises:
+            RegionError: it describes blocks of another size, or checksums we cannot compute.
+        """
+        layout = RegionLayout(described.num_blocks, self._layout.block_bytes, described.has_generations)
+        algorithm = next((name for name in ALGORITHMS if name == described.checksum), None)
+        if algorithm is None:
+            raise RegionError(f"checksum {described.checksum!r}; wanted one of {', '.join(ALGORITHMS)}")
+        for region in described.regions:
+            if described.num_blocks < 1 or region.num_bytes != layout.num_bytes:
+                raise RegionError(
+                    f"road {region.road}: a region of {region.num_bytes} bytes for {described.num_blocks} blocks, wanted "
+                    f"{layout.num_bytes} bytes: blocks of {layout.block_bytes}"
+                )
+        return PeerPool(layout, algorithm)
 
     async def pull(
-        self, source: RegionInfo, num_source_blocks: int, pairs: Sequence[tuple[BlockLocation, int]]
-    ) -> frozenset[int]:
-        """Copy each (location, own block id); the answer is the indexes of the blocks that must not be used."""
-        remote = RegionLayout(num_blocks=num_source_blocks, block_bytes=self._layout.block_bytes)
-        everything = frozenset(location.index for location, _ in pairs)
-        if remote.num_bytes != source.num_bytes or any(
-            not 0 <= location.block_id < num_source_blocks for location, _ in pairs
-        ):
-            logger.warning("a handoff describes a region of %d bytes, wanted %d", source.num_bytes, remote.num_bytes)
-            self.stats.num_failed += 1
-            self.stats.num_rejected_transfer += len(pairs)
-            return everything
-        started_s = time.perf_counter()
-        copies = [
-            Copy(remote.block_offset(location.block_id), self._layout.block_offset(block_id), remote.block_bytes)
-            for location, block_id in pairs
-        ]
-        generations = Memory.allocate(GENERATION_BYTES * len(pairs))
-        try:
-            await self._transport.pull(source, copies, self._memory, self._timeout_s)
-            # Only after the data: a generation that has not moved on by now vouches for every byte before it.
-            await self._transport.pull(
-                source,
-                [
-                    Copy(remote.generation_offset(location.block_id), position * GENERATION_BYTES, GENERATION_BYTES)
-                    for position, (location, _) in enumerate(pairs)
-                ],
-                generations,
-                self._timeout_s,
+        self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
+    ) -> PullOutcome:
+        """Bring each pair's block here, and verify it. What came damaged is asked for once more.
+
+        `on_progress` is called for each block that came, from any thread.
+        """
+        bad_ids = [location.block_id for location, _ in pairs if not 0 <= location.block_id < peer.layout.num_blocks]
+        if bad_ids:
+            logger.warning("a handoff names block %d of a pool of %d", bad_ids[0], peer.layout.num_blocks)
+            return self._reject(pairs, "refused")
+        outcome, damaged, road = await self._pull_once(link, peer, pairs, on_progress)
+        if damaged:
+            reused = await self._reused(link, peer, damaged)
+            self.num_rejected["generation"] += len(reused)
+            self.num_rejected["checksum"] += len(damaged) - len(reused)
+            if len(reused) < len(damaged):
+                self._roads.distrust(link, road)
+            again, still_damaged, _ = await self._pull_once(
+                link, peer, [pair for pair in damaged if pair[0].index not in reused], on_progress
             )
-            with generations.view.cast("Q") as found:
-                bad = frozenset(
-                    location.index
-                    for position, (location, _) in enumerate(pairs)
-                    if found[position] != location.generation
-                )
-        except TransferError as error:
+            self.num_rejected["checksum"] += len(still_damaged)
+            bad = outcome.bad | reused | again.bad | {location.index for location, _ in still_damaged}
+            outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s))
+        return outcome
+
+    async def _pull_once(
+        self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
+    ) -> tuple[PullOutcome, list[Pair], str]:
+        """What did not come, what came with another checksum, and over which road ("" where that failed)."""
+        if not pairs:
+            return PullOutcome(), [], ""
+        num_bytes = peer.layout.block_bytes
+        copies = [
+            Copy(peer.layout.block_offset(location.block_id), self._layout.block_offset(target), num_bytes)
+            for location, target in pairs
+        ]
+        found: dict[int, int] = {}  # position -> checksum
+
+        def take(position: int) -> None:  # on the road's thread, while the bytes are in the cache
+            on_progress()
+            if self._memory.is_host:
+                (found[position],) = self._checksums.compute([pairs[position][1]], peer.algorithm)
+
+        error: TransferError | None = None
+        road = ""
+        try:
+            road = await self._roads.pull(link, copies, self._memory, take)
+        except TransferError as failure:
+            error = failure
+        if error is None and not self._memory.is_host:
+            targets = [target for _, target in pairs]
+            found = dict(enumerate(self._checksums.compute(targets, peer.algorithm)))
+        if error is not None:
             logger.warning("pull of %d blocks failed: %s", len(pairs), error.message)
-            self.stats.num_failed += 1
-            self.stats.num_rejected_transfer += len(pairs)
-            return everything
+            self.num_failed += 1
+            if error.quarantine_s > 0:  # what is late may land in blocks that came before, too
+                found = {}
+        damaged = [pair for i, pair in enumerate(pairs) if i in found and found[i] != pair[0].checksum]
+        missing = [pair for i, pair in enumerate(pairs) if i not in found]
+        if not missing:
+            return PullOutcome(), damaged, road
+        outcome = self._reject(missing, "refused" if isinstance(error, RegionError) else "transfer")
+        return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged, road
+
+    async def _reused(self, link: Link, peer: PeerPool, damaged: Sequence[Pair]) -> frozenset[int]:
+        """The indexes of those blocks that their owner uses for something else by now, as far as it can be told."""
+        if not peer.layout.has_generations or not self._memory.is_host:
+            return frozenset()
+        generations = Memory.allocate(GENERATION_BYTES * len(damaged))
+        copies = [
+            Copy(peer.layout.generation_offset(location.block_id), position * GENERATION_BYTES, GENERATION_BYTES)
+            for position, (location, _) in enumerate(damaged)
+        ]
+        try:
+            await self._roads.pull(link, copies, generations)
+            with generations.view.cast("Q") as seen:
+                return frozenset(
+                    location.index for i, (location, _) in enumerate(damaged) if seen[i] != location.generation
+                )
+        except TransferError:
+            return frozenset()
         finally:
             generations.close()
-        self.stats.busy_s += time.perf_counter() - started_s
-        self.stats.num_bytes += remote.block_bytes * len(pairs)
-        self.stats.num_rejected_generation += len(bad)
-        return bad
+
+    def _reject(self, pairs: Sequence[Pair], reason: Rejection) -> PullOutcome:
+        self.num_rejected[reason] += len(pairs)
+        return PullOutcome(frozenset(location.index for location, _ in pairs))

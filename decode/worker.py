@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from decode.puller import BlockPuller
+from decode.puller import REJECTIONS, BlockPuller, PeerPool, PullOutcome
 from engine.plan import (
     AskRemote,
     EmitTokens,
@@ -29,12 +29,23 @@ from engine.plan import (
 from engine.worker import EngineWorker, WorkerOptions
 from kvcache.names import unpack_tokens
 from messages.errors import InvariantError, RequestError, ServeError
-from messages.fleet import WorkerInfo
-from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, RegionInfo, ReleaseLease, RenewLease
+from messages.fleet import RoadStatus, WorkerInfo
+from messages.handoff import (
+    DescribeRegions,
+    KvHandoff,
+    PrefillFailed,
+    PrefillRequest,
+    RegionsDescribed,
+    ReleaseLease,
+    RenewLease,
+    RoadMessage,
+)
 from messages.request import CancelRequest, GenerateRequest
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.channel import ChannelClient
+from transport.plasma import Vaults
+from transport.protocol import Link, RegionError
 from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
@@ -50,10 +61,9 @@ class _Stream:
 
     peer: bytes  #: the ingress
     request: GenerateRequest
-    region: RegionInfo | None = None  #: where its KV comes from, once offered
-    num_region_blocks: int = 0
     is_offered_whole: bool = False  #: the last handoff came
     num_pulls: int = 0  #: in progress
+    num_arrived: int = 0  #: blocks; grows while pulls make progress
     is_leased: bool = False  #: a prefill worker works on it or holds blocks for it
     is_done: bool = False
 
@@ -63,6 +73,8 @@ class _Prefiller:
     """A prefill worker seen from here."""
 
     client: ChannelClient
+    link: Link  #: what roads say to it
+    pool: PeerPool | None = None  #: once it described it
     asked: set[str] = field(default_factory=set)  #: requests that still may get something from it
 
 
@@ -70,17 +82,22 @@ class DecodeWorker:
     """Answers requests. All methods belong to one event loop."""
 
     def __init__(
-        self, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+        self,
+        worker_id: str,
+        host: str,
+        options: WorkerOptions,
+        on_crash: Callable[[BaseException], None],
+        vaults: Vaults | None = None,
     ) -> None:
-        """Loads the model; blocks.
+        """Loads the model; blocks. Arguments as EngineWorker's.
 
         Raises:
             ConfigError: as EngineWorker.
         """
-        self._worker = EngineWorker("decode", worker_id, host, options, on_crash)
+        self._worker = EngineWorker("decode", worker_id, host, options, on_crash, vaults)
         self._options = options
         self._secret = ClusterSecret.from_hex(options.secret)
-        self._puller = BlockPuller(self._worker.engine, self._worker.transport, options.pull_timeout_s)
+        self._puller = BlockPuller(self._worker.engine, self._worker.roads)
         self._streams: dict[str, _Stream] = {}
         self._prefillers: dict[str, _Prefiller] = {}
         self._avoided_until_s: dict[str, float] = {}
@@ -136,21 +153,23 @@ class DecodeWorker:
 
     def stats(self) -> dict[str, float]:
         """Decode's own numbers."""
-        stats = self._puller.stats
+        puller = self._puller
+        rejected = {
+            f'kvray_blocks_rejected_total{{reason="{reason}"}}': float(puller.num_rejected[reason])
+            for reason in REJECTIONS
+        }
         return {
             "kvray_streams": float(len(self._streams)),
-            "kvray_pulled_bytes_total": float(stats.num_bytes),
-            "kvray_pull_seconds_total": stats.busy_s,
-            "kvray_pulls_failed_total": float(stats.num_failed),
-            'kvray_blocks_rejected_total{reason="generation"}': float(stats.num_rejected_generation),
-            'kvray_blocks_rejected_total{reason="transfer"}': float(stats.num_rejected_transfer),
+            "kvray_pulls_running": float(sum(stream.num_pulls for stream in self._streams.values())),
+            "kvray_pulls_failed_total": float(puller.num_failed),
             "kvray_prefill_refused_total": float(self._num_refused),
+            **rejected,
         }
 
-    def pull_bytes_per_s(self) -> float:
-        """Mean of all pulls so far."""
-        stats = self._puller.stats
-        return stats.num_bytes / stats.busy_s if stats.busy_s else 0.0
+    def roads(self) -> tuple[RoadStatus, ...]:
+        """The road from each prefill worker that it knows."""
+        roads = self._worker.roads
+        return tuple(roads.status(known.link, address) for address, known in self._prefillers.items())
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -180,6 +199,7 @@ class DecodeWorker:
         address = request.prefill_address
         return (
             address is not None
+            and self._worker.roads.names != ()
             and request.params.prompt_logprobs is None
             and len(request.token_ids) // 4 == request.num_prompt_tokens
             and self._avoided_until_s.get(address, 0.0) <= now_s
@@ -242,7 +262,9 @@ class DecodeWorker:
             on_lost=lambda reason: self._on_prefill_lost(address, reason),
             config=self._options.channel,
         )
-        prefiller = self._prefillers[address] = _Prefiller(client)
+        link = self._worker.roads.connect(lambda road, body: client.send(RoadMessage(road=road, body=body)))
+        prefiller = self._prefillers[address] = _Prefiller(client, link)
+        client.send(DescribeRegions())  # roads are tried while the first prompt is computed
         return prefiller
 
     def _on_prefill_lost(self, address: str, reason: str) -> None:
@@ -252,6 +274,7 @@ class DecodeWorker:
             return
         logger.warning("prefill worker at %s lost: %s", address, reason)
         self._avoided_until_s[address] = time.monotonic() + _AVOID_S
+        self._worker.roads.disconnect(prefiller.link)
         for request_id in prefiller.asked:
             stream = self._streams.get(request_id)
             if stream is None:
@@ -266,6 +289,11 @@ class DecodeWorker:
         match message:
             case KvHandoff():
                 self._on_handoff(address, message)
+            case RegionsDescribed():
+                self._on_regions(address, message)
+            case RoadMessage(road=road, body=body):
+                if address in self._prefillers:
+                    self._worker.roads.on_message(self._prefillers[address].link, road, body)
             case PrefillFailed(request_id=request_id, error=error):
                 stream = self._streams.get(request_id)
                 self._forget_asked(address, request_id)
@@ -282,8 +310,6 @@ class DecodeWorker:
         if stream is None:  # ended meanwhile; the prefill worker must not wait for its lease
             self._send_release(address, handoff.request_id)
             return
-        stream.region = handoff.region
-        stream.num_region_blocks = handoff.num_region_blocks
         stream.is_offered_whole |= handoff.is_last
         self._worker.post(
             KvOffered(
@@ -297,25 +323,49 @@ class DecodeWorker:
         )
         self._release_if_idle(stream)
 
+    def _on_regions(self, address: str, described: RegionsDescribed) -> None:
+        prefiller = self._prefillers.get(address)
+        if prefiller is None:
+            return
+        try:
+            prefiller.pool = self._puller.understand(described)
+        except RegionError as error:  # its handoffs will be computed here
+            logger.warning("prefill at %s: %s", address, error.message)
+        else:
+            self._worker.roads.learn(prefiller.link, described.regions)
+
     async def _pull(self, instruction: PullBlocks) -> None:
         """Read path step 6."""
         stream = self._streams.get(instruction.seq_id)
-        bad = frozenset(location.index for location, _ in instruction.pairs)
+        outcome = PullOutcome(frozenset(location.index for location, _ in instruction.pairs))
+        prefiller = None if stream is None else self._prefillers.get(stream.request.prefill_address or "")
         try:
-            if stream is not None and stream.region is not None:
+            if stream is not None and prefiller is not None and prefiller.pool is not None:
                 stream.num_pulls += 1
-                self._renew(stream)
+                renewing = asyncio.create_task(self._renew_while_pulling(stream))
+
+                def progress() -> None:
+                    stream.num_arrived += 1
+
                 try:
-                    bad = await self._puller.pull(stream.region, stream.num_region_blocks, instruction.pairs)
+                    outcome = await self._puller.pull(prefiller.link, prefiller.pool, instruction.pairs, progress)
                 finally:
                     stream.num_pulls -= 1
+                    renewing.cancel()
         finally:
-            # Where a transfer cannot be aborted, late bytes may land in the targets for as long again.
-            can_abort = self._worker.transport.can_abort_safely
-            until_s = None if can_abort or not bad else time.monotonic() + self._options.pull_timeout_s
-            self._worker.post(PullEnded(instruction.seq_id, bad, until_s))
+            # Late bytes may land in the targets for as long: nobody gets those blocks before.
+            until_s = time.monotonic() + outcome.quarantine_s if outcome.quarantine_s > 0 and outcome.bad else None
+            self._worker.post(PullEnded(instruction.seq_id, outcome.bad, until_s))
             if stream is not None:
                 self._release_if_idle(stream)
+
+    async def _renew_while_pulling(self, stream: _Stream) -> None:
+        """Keep the lease alive as long as blocks arrive, and not longer."""
+        num_arrived = -1
+        while num_arrived != stream.num_arrived:
+            num_arrived = stream.num_arrived
+            self._renew(stream)
+            await asyncio.sleep(self._options.lease_s / 3)
 
     def _renew(self, stream: _Stream) -> None:
         prefiller = self._prefillers.get(stream.request.prefill_address or "")

@@ -17,6 +17,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from engine.checksums import BlockChecksums
+from engine.device_memory import DeviceMemory
 from engine.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model import LoadedModel
 from engine.plan import (
@@ -38,7 +42,7 @@ from engine.scheduler import Scheduler, SchedulerConfig
 from engine.step_cost import StepCost
 from engine.structured import GrammarTokenizer
 from kvcache.pool import BlockPool
-from kvcache.region import RegionLayout
+from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.request import SamplingParams
 from transport.memory import Memory
 
@@ -67,7 +71,8 @@ class Engine:
     loaded: LoadedModel
     options: EngineOptions
     layout: RegionLayout
-    memory: Memory  #: the region: generations, then blocks
+    memory: Memory | DeviceMemory  #: the region that `layout` describes
+    checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
     scheduler: Scheduler
@@ -92,13 +97,18 @@ class Engine:
             device=loaded.device,
             max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
         )
-        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block)
-        memory = Memory.allocate(layout.num_bytes)
-        generations = memory.view[: num_blocks * 8].cast("Q")
-        pool = BlockPool(num_blocks, options.block_size, generations)
-        kv_pool = KvPool(
-            loaded.layer_specs, options.block_size, loaded.dtype, loaded.device, memory.view[layout.data_offset :]
-        )
+        is_host = loaded.device.type == "cpu"
+        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=is_host)
+        shape = (loaded.layer_specs, options.block_size, loaded.dtype, loaded.device)
+        memory: Memory | DeviceMemory
+        if is_host:
+            memory = Memory.allocate(layout.num_bytes)
+            pool = BlockPool(num_blocks, options.block_size, memory.view[: num_blocks * GENERATION_BYTES].cast("Q"))
+            kv_pool = KvPool(*shape, memory.view[layout.data_offset :])
+        else:
+            pool = BlockPool(num_blocks, options.block_size)
+            kv_pool = KvPool(*shape, num_blocks=num_blocks)
+            memory = DeviceMemory(kv_pool.data)
         grammar_tokenizer = None
         if model_dir is not None and loaded.eos_token_ids:
             grammar_tokenizer = GrammarTokenizer.from_tokenizer_json(
@@ -118,6 +128,7 @@ class Engine:
             options=options,
             layout=layout,
             memory=memory,
+            checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
             runner=Runner(loaded, kv_pool, sampler),
             scheduler=Scheduler(config, pool, loaded.fingerprint),
@@ -164,7 +175,19 @@ class Engine:
         """
         while self._ended:
             self.runner.forget(self._ended.popleft())
-        return self.runner.execute(plan)
+        result = self.runner.execute(plan)
+        for part in plan.parts:
+            if part.is_kept:  # peers will read its blocks: here the bytes are still in the cache, and nobody waits
+                size = self.options.block_size
+                end = -(-part.end // size) if part.is_sampled else part.end // size
+                self.checksums.published(part.block_table[part.start // size : end])
+        return result
+
+    def scratch(self, num_bytes: int) -> Memory | DeviceMemory:
+        """Memory of the kind that the pool lies in, for transfers that nobody needs."""
+        if isinstance(self.memory, Memory):
+            return Memory.allocate(num_bytes)
+        return DeviceMemory(torch.empty(num_bytes, dtype=torch.uint8, device=self.loaded.device))
 
     # -- for callers that have no loop of their own
 

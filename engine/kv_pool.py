@@ -62,39 +62,35 @@ class KvPool:
         memory: memoryview | None = None,
         num_blocks: int | None = None,
     ) -> None:
-        """Lay the pool out in `memory` on a CPU, else allocate zeroed blocks on `device`.
+        """Lay the pool out in `memory`, or allocate `num_blocks` zeroed blocks on `device`.
 
         Args:
             layer_specs: one per layer.
             block_size: tokens per block.
             dtype: of K and V.
             device: where the blocks lie.
-            memory: writable bytes, a whole number of blocks. On a CPU the blocks lie there: kept alive, never
-                copied. On another device it says only how many there are (it is where they are staged for peers).
-            num_blocks: how many; must agree with `memory` when both are given.
+            memory: writable bytes on a CPU, a whole number of blocks; kept alive, never copied.
+            num_blocks: how many, where there is no `memory`.
 
         Raises:
-            ValueError: `memory` is not a whole number of blocks, or neither `memory` nor `num_blocks` is given.
+            ValueError: `memory` is not a whole number of blocks, or not exactly one of the two is given.
         """
         self.layer_specs = tuple(layer_specs)
         self.block_size = block_size
         self.dtype = dtype
         self.block_bytes = block_bytes(layer_specs, block_size, dtype)
         elements = block_elements(layer_specs, block_size)
+        if (memory is None) == (num_blocks is None):
+            raise ValueError("a pool needs either memory or a number of blocks")
         if memory is not None:
             count, rest = divmod(memory.nbytes, self.block_bytes)
-            if rest or count == 0 or num_blocks not in (None, count):
+            if rest or count == 0:
                 raise ValueError(
-                    f"pool memory of {memory.nbytes} bytes is not {num_blocks or 'a whole number of'} "
-                    f"blocks of {self.block_bytes} bytes"
+                    f"pool memory of {memory.nbytes} bytes is not a whole number of blocks of {self.block_bytes} bytes"
                 )
-            num_blocks = count
-        if num_blocks is None:
-            raise ValueError("a pool needs memory or a number of blocks")
-        if memory is not None and torch.device(device).type == "cpu":
-            self.data = torch.frombuffer(memory, dtype=dtype).view(num_blocks, elements)
+            self.data = torch.frombuffer(memory, dtype=dtype).view(count, elements)
         else:
-            self.data = torch.zeros(num_blocks, elements, dtype=dtype, device=device)
+            self.data = torch.zeros(num_blocks or 0, elements, dtype=dtype, device=device)
         self.num_blocks = self.data.shape[0]
         self.device = self.data.device
         self.k: list[torch.Tensor] = []

@@ -197,6 +197,7 @@ class SequenceStep:
     params: SamplingParams
     is_sampled: bool  #: the last token's logits give the next token
     wants_prompt_logprobs: bool = False
+    is_kept: bool = False  #: its blocks will be published
 
     @property
     def end(self) -> int:

@@ -87,4 +87,5 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
         params=seq.params,
         is_sampled=end == seq.num_tokens,
         wants_prompt_logprobs=seq.wants_prompt_logprobs,
+        is_kept=seq.spec.is_kept,
     )

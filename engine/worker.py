@@ -22,13 +22,15 @@ from engine.core import Engine, EngineOptions
 from engine.driver import EngineDriver
 from engine.model import load_model
 from engine.plan import Event, Instruction
-from messages.fleet import GetStats, KvEvents, LoadReport, Role, Stats, Subscribe, WorkerInfo
-from messages.handoff import RegionInfo
+from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
+from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
-from transport.protocol import Transport
+from transport.opening import open_roads
+from transport.plasma import Vaults
+from transport.protocol import Link
+from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
-from transport.shm import ShmTransport
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,9 @@ class WorkerOptions:
     host: str | None = None  #: where the channel listens; None: the node's address
     channel: ChannelConfig
     lease_s: float
-    pull_timeout_s: float
+    stall_s: float  #: a pull is given up when nothing arrived for so long
+    roads: tuple[str, ...] = ("shm", "socket")  #: of transport.opening.ROADS, the preferred ones first
+    port_range: tuple[int, int] = (20000, 20999)  #: where roads listen
 
 
 class WorkerRole(Protocol):
@@ -84,8 +88,8 @@ class WorkerRole(Protocol):
         """Counters and gauges of the role, by metric name."""
         ...
 
-    def pull_bytes_per_s(self) -> float:
-        """Measured; 0 before the first pull."""
+    def roads(self) -> tuple[RoadStatus, ...]:
+        """The road from each peer that it pulls from."""
         ...
 
 
@@ -93,9 +97,17 @@ class EngineWorker:
     """An engine on its thread, behind a channel, with its KV registered for peers."""
 
     def __init__(
-        self, role: Role, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+        self,
+        role: Role,
+        worker_id: str,
+        host: str,
+        options: WorkerOptions,
+        on_crash: Callable[[BaseException], None],
+        vaults: Vaults | None = None,
     ) -> None:
         """Loads the model; blocks for as long as that takes. `host`: the node's address, where the channel listens.
+
+        `vaults`: Ray's object store, where there is a Ray.
 
         Raises:
             ConfigError: the model or the memory will not do.
@@ -116,8 +128,14 @@ class EngineWorker:
         )
         self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
         self.engine.warm_up()
-        self.transport: Transport = ShmTransport()
-        self.region: RegionInfo = self.transport.register(self.engine.memory)
+        secret = ClusterSecret.from_hex(options.secret)
+        self.roads = Roads(
+            open_roads(options.roads, secret, host, options.port_range, vaults),
+            self.engine.memory,
+            self.engine.scratch(PROBE_BYTES),
+            options.stall_s,
+        )
+        self._links: dict[bytes, Link] = {}  #: to clients of this worker's channel
         self._on_crash = on_crash
         self._role: WorkerRole | None = None
         self._subscribers: dict[bytes, int] = {}  #: peer -> next event number
@@ -130,9 +148,8 @@ class EngineWorker:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         self._role = role
         options = self.options
-        secret = ClusterSecret.from_hex(options.secret)
         self.server = ChannelServer(
-            secret,
+            ClusterSecret.from_hex(options.secret),
             self._host,
             on_message=self._on_message,
             on_peer_lost=self._on_peer_lost,
@@ -157,7 +174,7 @@ class EngineWorker:
             block_bytes=engine.layout.block_bytes,
             max_model_len=engine.loaded.max_model_len,
             max_num_seqs=engine.options.max_num_seqs,
-            roads=(self.transport.road,),
+            roads=self.roads.names,
         )
 
     def post(self, event: Event) -> None:
@@ -186,7 +203,7 @@ class EngineWorker:
             await self.driver.close()
         if self.server is not None:
             self.server.close()
-        self.transport.close()
+        self.roads.close()
         self.engine.close()
 
     # ------------------------------------------------------------------------------------------------- the channel
@@ -200,15 +217,39 @@ class EngineWorker:
                 self.send(peer, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
                 self.send(peer, self._report())
             case GetStats(query_id=query_id):
+                self.send(peer, self._stats(query_id))
+            case DescribeRegions():
+                self._link(peer)
                 self.send(
-                    peer, Stats(query_id=query_id, worker_id=self.worker_id, role=self.role, values=self._stats())
+                    peer,
+                    RegionsDescribed(
+                        regions=list(self.roads.regions),
+                        num_blocks=self.engine.layout.num_blocks,
+                        has_generations=self.engine.layout.has_generations,
+                        checksum=self.engine.checksums.algorithm,
+                    ),
                 )
+            case RoadMessage(road=road, body=body):
+                self.roads.on_message(self._link(peer), road, body)
             case _:
                 assert self._role is not None
                 self._role.on_message(peer, message)
 
+    def _link(self, peer: bytes) -> Link:
+        link = self._links.get(peer)
+        if link is None:
+
+            def send(road: str, body: bytes) -> bool:
+                return self.server is not None and self.server.send(peer, RoadMessage(road=road, body=body))
+
+            link = self._links[peer] = self.roads.connect(send)
+        return link
+
     def _on_peer_lost(self, peer: bytes) -> None:
         self._subscribers.pop(peer, None)
+        link = self._links.pop(peer, None)
+        if link is not None:
+            self.roads.disconnect(link)
         assert self._role is not None
         self._role.on_peer_lost(peer)
 
@@ -253,20 +294,29 @@ class EngineWorker:
             free_blocks=pool.num_free,
             prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
             decode_step_s=scheduler.decode_step_s,
-            pull_bytes_per_s=0.0 if self._role is None else self._role.pull_bytes_per_s(),
+            pull_bytes_per_s=self._pull_bytes_per_s(),
             request_ids=tuple(scheduler.seq_ids()),
         )
 
-    def _stats(self) -> dict[str, float]:
+    def _pull_bytes_per_s(self) -> float:
+        """Of the fastest road in use; 0 before the first."""
+        return max((road.bytes_per_s for road in self._role.roads()), default=0.0) if self._role else 0.0
+
+    def _stats(self, query_id: str) -> Stats:
         assert self._role is not None
         assert self.driver is not None
         engine = self.engine
         values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
-        values |= self._role.stats()
+        values |= self._role.stats() | self.roads.stats()
+        roads = self._role.roads()
+        for road in roads:
+            labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
+            values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
             "kvray_blocks": float(engine.layout.num_blocks),
             "kvray_blocks_free": float(engine.pool.num_free),
             "kvray_blocks_pinned": float(engine.pool.num_used),
+            "kvray_blocks_quarantined": float(engine.pool.num_quarantined),
             "kvray_block_bytes": float(engine.layout.block_bytes),
             "kvray_block_size_tokens": float(engine.options.block_size),
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
@@ -278,7 +328,7 @@ class EngineWorker:
             "kvray_step_seconds_total": self.driver.busy_s,
             "kvray_process_cpu_seconds_total": time.process_time(),
         }
-        return values
+        return Stats(query_id=query_id, worker_id=self.worker_id, role=self.role, values=values, roads=roads)
 
 
 def _resolved_device(device: str) -> str:

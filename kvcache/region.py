@@ -1,9 +1,9 @@
-"""How a pool lies in one registered region: a generation per block, then the blocks.
+"""How a pool lies in one registered region: on a host a generation per block, then the blocks.
 
     [generations: num_blocks * uint64, padded to 4096][block 0][block 1] ...
 
-A block's generation changes *before* its bytes do, and only then: whoever copied a block and reads the expected
-generation afterwards has the bytes that were published (reads are not reordered on x86 and by every road we use).
+A block's generation changes *before* its bytes do, and only then: it tells a reader whose bytes are not those that
+were published whether the block was reused or the bytes were damaged. On an accelerator there are only the blocks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ class RegionLayout:
 
     num_blocks: int
     block_bytes: int
+    has_generations: bool = True
 
     @property
     def data_offset(self) -> int:
         """Where block 0 begins."""
+        if not self.has_generations:
+            return 0
         return (self.num_blocks * GENERATION_BYTES + _PAGE - 1) // _PAGE * _PAGE
 
     @property

@@ -63,6 +63,16 @@ class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     query_id: str
 
 
+class RoadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The road that a worker pulls over from one peer."""
+
+    peer: str  #: the peer's channel endpoint
+    road: str  #: "" while none works
+    carriers: str  #: what really carries the bytes: "memcpy", "tcp", "cuda_ipc", ...
+    bytes_per_s: float  #: measured; 0 before the first pull
+    num_failed: int  #: transfers that failed, over any road
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Counters and gauges by metric name; labels as `name{a="b"}`."""
 
@@ -70,3 +80,4 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     worker_id: str
     role: str
     values: dict[str, float]
+    roads: tuple[RoadStatus, ...] = ()

@@ -18,6 +18,26 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True):
     nonce: bytes  #: random; proves that what was opened is what was described
 
 
+class DescribeRegions(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Whoever may pull from a worker asks once, when it connects: where do your blocks lie?"""
+
+
+class RegionsDescribed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer: the same pool, once for each road that reaches it. All block locations of this peer refer to it."""
+
+    regions: list[RegionInfo]
+    num_blocks: int  #: of the pool: with the block size in bytes, gives every block's offset (kvcache.region)
+    has_generations: bool
+    checksum: str  #: algorithm of its blocks' checksums (engine.checksums)
+
+
+class RoadMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a road's two ends have to tell each other (transport.protocol.Link)."""
+
+    road: str
+    body: bytes
+
+
 class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Compute the KV of `request`'s prompt, sample its first token, publish.
 
@@ -30,13 +50,17 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
-    """One block in its owner's pool. A reader trusts it only while the region says the same generation."""
+    """One block in its owner's pool. A reader trusts only bytes that have the checksum.
+
+    A block that was reused since it was published has another generation, and other bytes.
+    """
 
     index: int  #: position in the sequence: tokens [index * block_size, ...)
     block_id: int  #: in the owner's pool
     generation: int
     name: bytes  #: digest of the prefix up to its end; b"" for a partial last block
     num_tokens: int  #: valid tokens, block_size unless partial
+    checksum: int = 0  #: of all its bytes, 64 bits
 
 
 class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -48,8 +72,6 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     lease_s: float  #: from receipt; RenewLease starts it anew, ReleaseLease ends it
-    region: RegionInfo
-    num_region_blocks: int  #: of the owner's pool: with the block size in bytes, gives every block's offset
     blocks: list[BlockLocation]
     is_last: bool = True
     first_token: int | None = None

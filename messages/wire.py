@@ -7,7 +7,16 @@ from typing import TypeAlias
 import msgspec
 
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
-from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.handoff import (
+    DescribeRegions,
+    KvHandoff,
+    PrefillFailed,
+    PrefillRequest,
+    RegionsDescribed,
+    ReleaseLease,
+    RenewLease,
+    RoadMessage,
+)
 from messages.request import CancelRequest, GenerateRequest
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import TokenBatch
@@ -32,6 +41,9 @@ Message: TypeAlias = (
     | PrefillFailed
     | RenewLease
     | ReleaseLease
+    | DescribeRegions
+    | RegionsDescribed
+    | RoadMessage
     | RouteRequest
     | Placement
     | RouteFailed

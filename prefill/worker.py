@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.plan import (
     AskRemote,
     BlocksReleased,
@@ -26,9 +28,11 @@ from engine.plan import (
 from engine.worker import EngineWorker, WorkerOptions
 from kvcache.names import unpack_tokens
 from messages.errors import InvariantError, ServeError
-from messages.fleet import WorkerInfo
+from messages.fleet import RoadStatus, WorkerInfo
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.wire import Message
+from prefill.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed, TimePassed
+from transport.plasma import Vaults
 
 logger = logging.getLogger(__name__)
 
@@ -37,30 +41,32 @@ _DRAIN_POLL_S = 0.05
 
 @dataclass(slots=True)
 class _Job:
-    """A prompt that a decode worker asked for. Ends by release, by the asker's death or by its lease."""
+    """A prompt that a decode worker asked for; how long it is held `prefill.leases` decides."""
 
-    peer: bytes
     num_held_tokens: int
     offer: OfferBlocks | None = None  #: the last one, until its first token comes
-    lease_ends_s: float | None = None  #: None while prefill still runs
 
 
 class PrefillWorker:
     """Runs prompts for decode workers. All methods belong to one event loop."""
 
     def __init__(
-        self, worker_id: str, host: str, options: WorkerOptions, on_crash: Callable[[BaseException], None]
+        self,
+        worker_id: str,
+        host: str,
+        options: WorkerOptions,
+        on_crash: Callable[[BaseException], None],
+        vaults: Vaults | None = None,
     ) -> None:
-        """Loads the model; blocks.
+        """Loads the model; blocks. Arguments as EngineWorker's.
 
         Raises:
             ConfigError: as EngineWorker.
         """
-        self._worker = EngineWorker("prefill", worker_id, host, options, on_crash)
-        self._lease_s = options.lease_s
+        self._worker = EngineWorker("prefill", worker_id, host, options, on_crash, vaults)
+        self._leases = LeaseBook(options.lease_s)
         self._jobs: dict[str, _Job] = {}
         self._num_prompts = 0
-        self._num_expired = 0
         self._num_published_blocks = 0
 
     async def start(self) -> WorkerInfo:
@@ -86,18 +92,15 @@ class PrefillWorker:
             case PrefillRequest():
                 self._accept(peer, message)
             case RenewLease(request_id=request_id):
-                job = self._jobs.get(request_id)
-                if job is not None and job.lease_ends_s is not None:
-                    job.lease_ends_s = time.monotonic() + self._lease_s
+                self._decide(Renewed(request_id, peer))
             case ReleaseLease(request_id=request_id):
-                self._release(request_id)
+                self._decide(Released(request_id, peer))
             case _:
                 logger.warning("prefill %s: unexpected %s", self._worker.worker_id, type(message).__name__)
 
     def on_peer_lost(self, peer: bytes) -> None:
         """The asker is gone: nobody will pull."""
-        for request_id in [key for key, job in self._jobs.items() if job.peer == peer]:
-            self._release(request_id)
+        self._decide(PeerLost(peer))
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
         """Publish what became readable."""
@@ -114,23 +117,22 @@ class PrefillWorker:
         """Prefill's own numbers."""
         return {
             "kvray_prefill_prompts_total": float(self._num_prompts),
-            "kvray_leases": float(sum(job.lease_ends_s is not None for job in self._jobs.values())),
-            "kvray_leases_expired_total": float(self._num_expired),
+            "kvray_leases": float(self._leases.num_leased),
+            "kvray_leases_expired_total": float(self._leases.num_expired),
             "kvray_blocks_published_total": float(self._num_published_blocks),
         }
 
-    def pull_bytes_per_s(self) -> float:
+    def roads(self) -> tuple[RoadStatus, ...]:
         """It pulls nothing."""
-        return 0.0
+        return ()
 
     # ------------------------------------------------------------------------------------------------------- the jobs
 
     def _accept(self, peer: bytes, message: PrefillRequest) -> None:
         request = message.request
-        if request.request_id in self._jobs:
-            self._release(request.request_id)
+        self._decide(Asked(request.request_id, peer))
         self._num_prompts += 1
-        self._jobs[request.request_id] = _Job(peer=peer, num_held_tokens=message.num_held_tokens)
+        self._jobs[request.request_id] = _Job(num_held_tokens=message.num_held_tokens)
         now_s = time.monotonic()
         spec = SequenceSpec(
             seq_id=request.request_id,
@@ -161,25 +163,33 @@ class PrefillWorker:
         if emitted.error is not None or not emitted.token_ids or job.offer is None:
             error = emitted.error or ServeError(f"prefill ended with {emitted.finish_reason} and no token")
             del self._jobs[emitted.seq_id]
-            self._worker.send(job.peer, PrefillFailed(request_id=emitted.seq_id, error=error.info()))
+            peer = self._leases.peer_of(emitted.seq_id)
+            self._decide(Failed(emitted.seq_id))
+            if peer is not None:
+                self._worker.send(peer, PrefillFailed(request_id=emitted.seq_id, error=error.info()))
             return
         self._publish(job, job.offer, emitted)
         job.offer = None
 
     def _publish(self, job: _Job, offer: OfferBlocks, emitted: EmitTokens | None) -> None:
+        peer = self._leases.peer_of(offer.seq_id)
+        if peer is None:
+            return
         engine = self._worker.engine
         first_block = job.num_held_tokens // engine.options.block_size
         blocks = [block for block in offer.blocks if block.index >= first_block]
+        checksums = engine.checksums.published([block.block_id for block in blocks])
         self._num_published_blocks += len(blocks)
-        job.lease_ends_s = time.monotonic() + self._lease_s
+        self._decide(Published(offer.seq_id))
         self._worker.send(
-            job.peer,
+            peer,
             KvHandoff(
                 request_id=offer.seq_id,
-                lease_s=self._lease_s,
-                region=self._worker.region,
-                num_region_blocks=engine.layout.num_blocks,
-                blocks=blocks,
+                lease_s=self._leases.lease_s,
+                blocks=[
+                    msgspec.structs.replace(block, checksum=checksum)
+                    for block, checksum in zip(blocks, checksums, strict=True)
+                ],
                 is_last=emitted is not None,
                 first_token=None if emitted is None else emitted.token_ids[0],
                 first_logprob=emitted.logprobs[0] if emitted is not None and emitted.logprobs else None,
@@ -187,19 +197,17 @@ class PrefillWorker:
             ),
         )
 
-    def _release(self, request_id: str) -> None:
-        """The blocks are not needed any more, computed or not."""
-        if self._jobs.pop(request_id, None) is not None:
-            self._worker.post(SequenceCancelled(request_id))
-            self._worker.post(BlocksReleased(request_id))
+    def _decide(self, event: LeaseEvent) -> None:
+        """Tell the book, and free what it says."""
+        for freed in self._leases.on_event(event, time.monotonic()):
+            if freed.is_expired:
+                logger.warning("lease of %s ended after %.1f s without a word", freed.request_id, self._leases.lease_s)
+            self._jobs.pop(freed.request_id, None)
+            self._worker.post(SequenceCancelled(freed.request_id))
+            self._worker.post(BlocksReleased(freed.request_id))
 
     async def _expire_forever(self) -> None:
         """A lease that ends frees the blocks even when nobody says anything."""
         while True:
-            await asyncio.sleep(min(0.2, self._lease_s / 4))
-            now_s = time.monotonic()
-            for request_id, job in list(self._jobs.items()):
-                if job.lease_ends_s is not None and job.lease_ends_s < now_s:
-                    logger.warning("lease of %s ended after %.1f s without a word", request_id, self._lease_s)
-                    self._num_expired += 1
-                    self._release(request_id)
+            await asyncio.sleep(min(0.2, self._leases.lease_s / 4))
+            self._decide(TimePassed())

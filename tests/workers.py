@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+import unittest.mock
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,14 @@ from decode.worker import DecodeWorker
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from kvcache.names import pack_tokens
-from messages.fleet import WorkerInfo
+from messages.fleet import GetStats, Stats, WorkerInfo
 from messages.request import CancelRequest, GenerateRequest, SamplingParams
 from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelClient, ChannelConfig
+from transport.opening import open_roads
+from transport.protocol import Transport
 from transport.secret import ClusterSecret
 
 SECRET = "5a" * 32
@@ -44,7 +48,8 @@ def worker_options(model_dir: Path, **overrides: object) -> WorkerOptions:
         "secret": SECRET,
         "channel": CHANNEL,
         "lease_s": 5.0,
-        "pull_timeout_s": 2.0,
+        "stall_s": 2.0,
+        "roads": ("shm",),
         **overrides,
     }
     return WorkerOptions(**values)
@@ -66,6 +71,7 @@ class Ingress:
     def __init__(self, decode: WorkerInfo, prefill: WorkerInfo | None) -> None:
         self.prefill = prefill
         self.answers: dict[str, Answer] = {}
+        self._stats: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
         self.client = ChannelClient(
             ClusterSecret.from_hex(SECRET), decode.address, self._take, lambda _reason: None, config=CHANNEL
         )
@@ -98,7 +104,16 @@ class Ingress:
             assert answer.last.error is None, answer.last.error
         return [answer.token_ids for answer in answers]
 
+    async def stats(self) -> dict[str, float]:
+        """The decode worker's numbers."""
+        self._stats = asyncio.get_running_loop().create_future()
+        self.client.send(GetStats(query_id="test"))
+        return (await asyncio.wait_for(self._stats, 5)).values
+
     def _take(self, message: Message) -> None:
+        if isinstance(message, Stats):
+            self._stats.set_result(message)
+            return
         assert isinstance(message, TokenBatch), message
         for chunk in message.chunks:
             answer = self.answers[chunk.request_id]
@@ -122,8 +137,10 @@ class Pair:
         """Wait until no block is pinned anywhere, then check the invariants of both."""
         ends_s = asyncio.get_running_loop().time() + timeout_s
         engines = [engine_of(self.prefill), engine_of(self.decode)]
-        while any(engine.pool.num_used for engine in engines):
+        while any(engine.pool.num_used or engine.pool.num_quarantined for engine in engines):
             assert asyncio.get_running_loop().time() < ends_s, [engine.pool.num_used for engine in engines]
+            for engine in engines:
+                engine.pool.release_quarantined(time.monotonic())
             await asyncio.sleep(0.02)
         for engine in engines:
             engine.scheduler.check_invariants()
@@ -135,11 +152,20 @@ def engine_of(worker: PrefillWorker | DecodeWorker):
 
 
 @asynccontextmanager
-async def running_pair(prefill_options: WorkerOptions, decode_options: WorkerOptions) -> AsyncIterator[Pair]:
-    """Both workers started on the running loop; at the end nothing may be pinned."""
+async def running_pair(
+    prefill_options: WorkerOptions,
+    decode_options: WorkerOptions,
+    fake_roads: Callable[[], list[Transport]] | None = None,
+) -> AsyncIterator[Pair]:
+    """Both workers started on the running loop; at the end nothing may be pinned.
+
+    `fake_roads` makes the roads of each worker, prefill's first, in the stead of real ones.
+    """
     crashes: list[BaseException] = []
-    prefill = PrefillWorker("prefill-1", "127.0.0.1", prefill_options, crashes.append)
-    decode = DecodeWorker("decode-1", "127.0.0.1", decode_options, crashes.append)
+    opened = open_roads if fake_roads is None else lambda *_: fake_roads()
+    with unittest.mock.patch("engine.worker.open_roads", opened):
+        prefill = PrefillWorker("prefill-1", "127.0.0.1", prefill_options, crashes.append)
+        decode = DecodeWorker("decode-1", "127.0.0.1", decode_options, crashes.append)
     prefill_info, decode_info = await prefill.start(), await decode.start()
     pair = Pair(prefill, decode, Ingress(decode_info, prefill_info))
     try:

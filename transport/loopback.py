@@ -129,8 +129,9 @@ class LoopbackTransport:
             case Corrupt(offset):
                 _carry_out(memory, copies, order, host_target, None)
                 _flip_byte(copies, host_target, offset)
-                for position in order if on_arrived is not None else ():
-                    on_arrived(position)
+                if on_arrived is not None:
+                    for position in order:
+                        on_arrived(position)
                 return
             case WriteLate(delay_s):
                 try:

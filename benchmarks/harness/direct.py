@@ -39,30 +39,36 @@ class DirectClient:
         return time.perf_counter() - begin_s
 
     async def first_token_s(self, prompt: Sequence[int], prefill_address: str | None) -> float:
-        """From sending a prompt to its first token; returns after the second and last one.
+        """From sending a prompt to its first token; returns after the second and last one. Raises as `token_times`."""
+        begin_s = time.monotonic()
+        return (await self.token_times_s(prompt, prefill_address, max_tokens=2))[0] - begin_s
+
+    async def token_times_s(
+        self, prompt: Sequence[int], prefill_address: str | None, *, max_tokens: int
+    ) -> list[float]:
+        """When each token came, on the machine's monotonic clock.
 
         Raises:
-            RuntimeError: the worker refused it.
+            RuntimeError: the worker refused the prompt.
             ConnectionError: the worker is gone.
         """
         request = GenerateRequest(
             request_id=f"direct-{next(self._ids)}",
             token_ids=pack_tokens(prompt),
             num_prompt_tokens=len(prompt),
-            params=SamplingParams(max_tokens=2, temperature=0.0),
+            params=SamplingParams(max_tokens=max_tokens, temperature=0.0),
             prefill_worker=None if prefill_address is None else "prefill",
             prefill_address=prefill_address,
         )
-        begin_s = time.perf_counter()
         self._client.send(request)
-        first_s = 0.0
+        times_s: list[float] = []
         while True:
             chunk = await self._chunk()
-            first_s = first_s or time.perf_counter() - begin_s
+            times_s += [time.monotonic()] * len(chunk.token_ids)
             if chunk.error is not None:
                 raise RuntimeError(chunk.error.message)
             if chunk.finish_reason is not None:
-                return first_s
+                return times_s
 
     async def _chunk(self) -> TokenChunk:
         while True:

@@ -111,7 +111,7 @@ def test_a_wrong_shape_is_refused_by_place_and_value(document, words):
         ("network.heartbeat_s", 0, "0.05 to 60"),
         ("network.lost_after_s", 0, "0.2 to 600"),
         ("network.lease_s", float("nan"), "0.5 to 3600"),
-        ("network.pull_timeout_s", float("inf"), "0.05 to 3600"),
+        ("network.stall_s", float("inf"), "0.05 to 3600"),
         ("network.prefill_timeout_s", -1, "0.1 to 1000000"),
     ],
 )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from cluster.status import fleet_status, status_table
-from messages.fleet import Stats, WorkerInfo
+from messages.fleet import RoadStatus, Stats, WorkerInfo
 from tests.served import free_port, run_kvray
 
 
@@ -29,7 +29,13 @@ class FakeDispatcher:
             "kvray_prefill_tokens_per_s": 15321.4,
             "kvray_decode_step_seconds": 0.0123,
         }
-        stats = [Stats(query_id="1", worker_id="decode-e5f6g7h8", role="decode", values=values)]
+        roads = (
+            RoadStatus(
+                peer="tcp://192.168.100.201:65535", road="ucx", carriers="tcp", bytes_per_s=1.234e9, num_failed=2
+            ),
+            RoadStatus(peer="tcp://10.0.0.9:1", road="", carriers="", bytes_per_s=0.0, num_failed=7),
+        )
+        stats = [Stats(query_id="1", worker_id="decode-e5f6g7h8", role="decode", values=values, roads=roads)]
         if self._has_router:
             values = {"kvray_router_workers": 2.0, "kvray_router_index_names": 4321.0, "kvray_router_requests": 3.0}
             stats.append(Stats(query_id="2", worker_id="router-i9j0k1l2", role="router", values=values))
@@ -40,7 +46,7 @@ def _info(worker_id: str) -> WorkerInfo:
     return WorkerInfo(
         worker_id=worker_id,
         role="prefill" if worker_id.startswith("prefill") else "decode",
-        address="tcp://192.168.100.200:65535",
+        address=f"tcp://192.168.100.20{int(worker_id.startswith('prefill'))}:65535",
         node_id="node",
         fingerprint=b"\x00" * 32,
         block_size=16,
@@ -93,7 +99,9 @@ async def test_the_table_is_one_line_per_worker_within_eighty_columns():
     assert lines == [
         "WORKER            ADDRESS                FREE/BLOCKS  RUN  WAIT  TOK/S  STEP MS",
         "decode-e5f6g7h8   192.168.100.200:65535  1200/131072    3     1  15321     12.3",
-        "prefill-a1b2c3d4  192.168.100.200:65535    no answer",
+        "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
+        "decode-e5f6g7h8 <- prefill-a1b2c3d4: ucx (tcp), 1.23 GB/s, 2 transfers failed",
+        "decode-e5f6g7h8 <- tcp://10.0.0.9:1: no road works",
         "router-i9j0k1l2: 2 workers, 4321 block names known, 3 requests placed",
     ]
     assert max(len(line) for line in lines) <= 80

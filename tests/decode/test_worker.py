@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 
+import msgspec
 import pytest
 
+from messages.handoff import KvHandoff
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import engine_of, running_pair, worker_options
+from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
+from transport.protocol import Transport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +43,7 @@ async def test_pulled_prompts_give_the_tokens_of_plain_transformers(model_dir, r
         for answer, length in zip(answers, lengths, strict=True):
             assert answer.sources is not None
             assert answer.sources.computed == length
-        assert pair.decode.stats()["kvray_pulled_bytes_total"] > 0
+        assert pair.decode._worker.roads.stats()['kvray_transfer_bytes_total{road="shm"}'] > 0
     assert got == [reference.greedy(prompt, 16) for prompt in asked]
 
 
@@ -103,27 +107,183 @@ async def test_an_unreachable_prefill_worker_is_done_without(model_dir, referenc
         assert got == reference.greedy(prompt, 16)
 
 
+def rejected(pair, reason: str) -> float:
+    return pair.decode.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
+
+
 async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir, reference, monkeypatch):
     (prompt,) = prompts(8, 200)
     options = worker_options(model_dir)
     async with running_pair(options, options) as pair:
         source = engine_of(pair.prefill)
-        transport = pair.decode._worker.transport
-        pull = transport.pull
+        roads = pair.decode._worker.roads
+        pull = roads.pull
         generations = source.memory.view[: source.layout.num_blocks * 8].cast("Q")
+        copied = []
 
-        async def reuse_then_pull(region, copies, target, timeout_s):
-            await pull(region, copies, target, timeout_s)
-            if target is engine_of(pair.decode).memory:  # the owner moves on while the bytes travel
-                for index in range(0, len(generations), 2):
-                    generations[index] += 1
+        async def reuse_then_pull(link, copies, target, on_arrived=None):
+            if target is engine_of(pair.decode).memory and not copied:  # the owner moves on before the bytes travel
+                copied.extend(copies[::2])
+                for copy in copied:
+                    source.memory.view[copy.source_offset] ^= 0xFF
+                    block_id = (copy.source_offset - source.layout.data_offset) // source.layout.block_bytes
+                    generations[block_id] += 1
+            return await pull(link, copies, target, on_arrived)
 
-        monkeypatch.setattr(transport, "pull", reuse_then_pull)
+        monkeypatch.setattr(roads, "pull", reuse_then_pull)
         (got,) = await pair.ingress.finish(pair.ingress.send("r", prompt))
-        assert pair.decode.stats()['kvray_blocks_rejected_total{reason="generation"}'] > 0
-        for index in range(0, len(generations), 2):
-            generations[index] -= 1
+        assert rejected(pair, "generation") == len(copied) > 0
+        assert rejected(pair, "checksum") == 0
+        generations.release()
     assert got == reference.greedy(prompt, 16)
+
+
+class FakeRoads:
+    """Loopback roads for a pair of workers; `decode` are those whose faults hit the decode worker's pulls."""
+
+    def __init__(self, *names: str) -> None:
+        self.network = {name: LoopbackNetwork() for name in names}
+        self.made: list[list[LoopbackTransport]] = []
+
+    def __call__(self) -> list[Transport]:
+        self.made.append([LoopbackTransport(network, road=name) for name, network in self.network.items()])
+        return list(self.made[-1])
+
+    @property
+    def decode(self) -> dict[str, LoopbackTransport]:
+        return {transport.road: transport for transport in self.made[1]}
+
+
+async def warmed_up(pair, reference) -> None:
+    """One request, so that roads are probed and the next pull is a request's."""
+    (prompt,) = prompts(99, 64)
+    assert await pair.ingress.finish(pair.ingress.send("warm", prompt)) == [reference.greedy(prompt, 16)]
+    await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fail(num_copies=2), "transfer"),
+        (Stall(), "transfer"),
+        (Corrupt(offset=100), "checksum"),
+        (Reorder(seed=1), None),
+        (Stall(0.1), None),
+        (WriteLate(delay_s=0.3), "transfer"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("roads", [("a",), ("a", "b")], ids=["one road", "two roads"])
+async def test_whatever_a_road_does_the_tokens_are_right_and_nothing_stays(model_dir, reference, fault, reason, roads):
+    asked = prompts(20, 300, 150)
+    fake = FakeRoads(*roads)
+    options = worker_options(model_dir, stall_s=0.4)
+    async with running_pair(options, options, fake) as pair:
+        await warmed_up(pair, reference)
+        for transport in fake.decode.values():
+            transport.faults.append(fault)
+        answers = [pair.ingress.send(f"r{i}", prompt) for i, prompt in enumerate(asked)]
+        got = await pair.ingress.finish(*answers)
+        if reason is not None and (len(roads) == 1 or reason == "checksum"):
+            assert rejected(pair, reason) > 0
+        await pair.idle()
+    assert got == [reference.greedy(prompt, 16) for prompt in asked]
+
+
+async def test_late_bytes_land_in_nobodys_block(model_dir, reference):
+    """A road that cannot abort writes after the pull was given up; the pool is so small that all blocks are in use."""
+    asked = prompts(21, *([180] * 16))
+    fake = FakeRoads("a")
+    options = worker_options(model_dir, stall_s=0.1, kv_cache_bytes=60 * 16384, max_model_len=512)
+    async with running_pair(worker_options(model_dir), options, fake) as pair:
+        await warmed_up(pair, reference)
+        fake.decode["a"].faults.extend([WriteLate(delay_s=0.25)] * 3)
+        answers = [pair.ingress.send(f"r{i}", prompt, max_tokens=40) for i, prompt in enumerate(asked)]
+        got = await pair.ingress.finish(*answers, timeout_s=60)
+        assert engine_of(pair.decode).pool.stats.num_quarantined_blocks > 0
+    assert got == [reference.greedy(prompt, 40) for prompt in asked]
+
+
+async def test_a_block_damaged_on_one_road_comes_whole_over_the_other(model_dir, reference):
+    (prompt,) = prompts(22, 300)
+    fake = FakeRoads("a", "b")
+    options = worker_options(model_dir)
+    async with running_pair(options, options, fake) as pair:
+        await warmed_up(pair, reference)
+        for transport in fake.decode.values():
+            transport.faults.append(Corrupt(offset=50_000))
+        transport = max(fake.decode.values(), key=lambda transport: transport.num_pulls)
+        answer = pair.ingress.send("r", prompt)
+        # the second road's fault is taken away as soon as the first one struck
+        while all(transport.faults for transport in fake.decode.values()):  # noqa: ASYNC110 - the fake has no event
+            await asyncio.sleep(0)
+        for transport in fake.decode.values():
+            transport.faults.clear()
+        (got,) = await pair.ingress.finish(answer)
+        assert rejected(pair, "checksum") == 1
+        assert engine_of(pair.decode).scheduler.stats()["num_remote_fallbacks"] == 0
+    assert got == reference.greedy(prompt, 16)
+
+
+async def test_without_any_road_prompts_are_computed_where_they_are_decoded(model_dir, reference):
+    (prompt,) = prompts(23, 100)
+    options = worker_options(model_dir)
+    async with running_pair(options, options, lambda: []) as pair:
+        assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]
+        assert pair.prefill.stats()["kvray_prefill_prompts_total"] == 0
+
+
+async def test_a_peer_whose_blocks_have_another_size_is_not_pulled_from(model_dir, reference):
+    (prompt,) = prompts(24, 100)
+    small = worker_options(model_dir, block_size=8)
+    async with running_pair(small, worker_options(model_dir)) as pair:
+        assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]
+        assert pair.decode.roads()[0].road == ""
+
+
+async def test_a_location_outside_the_peers_pool_is_refused_and_the_next_request_is_pulled(
+    model_dir, reference, monkeypatch
+):
+    asked = prompts(25, 100, 100)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        is_lying = True
+        send = pair.prefill._worker.send
+
+        def lying_send(peer, message):
+            if is_lying and isinstance(message, KvHandoff) and message.blocks:
+                wrong = msgspec.structs.replace(message.blocks[0], block_id=1 << 30)
+                message = msgspec.structs.replace(message, blocks=[wrong, *message.blocks[1:]])
+            send(peer, message)
+
+        monkeypatch.setattr(pair.prefill._worker, "send", lying_send)
+        first = await pair.ingress.finish(pair.ingress.send("r1", asked[0]))
+        assert rejected(pair, "refused") > 0
+        is_lying = False
+        second = await pair.ingress.finish(pair.ingress.send("r2", asked[1]))
+        assert pair.decode._worker.roads.stats()['kvray_transfer_bytes_total{road="shm"}'] > 0
+    assert [*first, *second] == [reference.greedy(prompt, 16) for prompt in asked]
+
+
+async def test_a_lease_outlives_a_slow_pull_that_makes_progress(model_dir, reference):
+    """Blocks come one by one over a road, for longer than the lease."""
+    (prompt,) = prompts(26, 400)
+    fake = FakeRoads("a")
+    options = worker_options(model_dir, lease_s=0.6)
+    async with running_pair(options, options, fake) as pair:
+        await warmed_up(pair, reference)
+        road = fake.decode["a"]
+        pull = road.pull
+
+        async def slowly(link, source, copies, target, stall_s, on_arrived=None):
+            for position, copy in enumerate(copies):
+                await asyncio.sleep(0.08)
+                await pull(link, source, [copy], target, stall_s, lambda _, at=position: on_arrived(at))
+
+        road.pull = slowly
+        assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]
+        assert pair.prefill.stats()["kvray_leases_expired_total"] == 0
+        assert rejected(pair, "generation") == rejected(pair, "checksum") == 0
 
 
 async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_dir):

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from transport.loopback import LoopbackNetwork, LoopbackTransport
+from transport.plasma import PlasmaTransport
 from transport.protocol import Link, Transport
+from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
+from transport.tcp import SocketTransport
+from transport.ucx import UcxTransport
+from transport.vault import LocalVaults
 
 
 def linked(puller: Transport, owner: Transport) -> Link:
@@ -35,8 +42,26 @@ def _loopback() -> tuple[Transport, Transport]:
     return LoopbackTransport(network), LoopbackTransport(network)
 
 
+def _socket() -> tuple[Transport, Transport]:
+    secret = ClusterSecret.generate()
+    return SocketTransport(secret, "127.0.0.1"), SocketTransport(secret, "127.0.0.1")
+
+
+def _ucx() -> tuple[Transport, Transport]:
+    pytest.importorskip("ucxx", reason="ucxx is not installed: no UCX road")
+    return UcxTransport("127.0.0.1"), UcxTransport("127.0.0.1")
+
+
+def _plasma() -> tuple[Transport, Transport]:
+    vaults = LocalVaults()
+    return PlasmaTransport(vaults), PlasmaTransport(vaults)
+
+
 #: road -> an owner and a puller
 ROADS: dict[str, Callable[[], tuple[Transport, Transport]]] = {
     "shm": lambda: (ShmTransport(), ShmTransport()),
+    "ucx": _ucx,
+    "socket": _socket,
+    "plasma": _plasma,
     "loopback": _loopback,
 }

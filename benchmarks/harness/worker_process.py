@@ -1,0 +1,66 @@
+"""A prefill or decode worker as a process of its own, without Ray: for benchmarks and tests that need real processes.
+
+    python benchmarks/harness/worker_process.py < job.json
+
+One JSON line comes in: {"role": "prefill", "worker_id": ..., "host": ..., "options": engine.worker.WorkerOptions}. Out
+comes one line with its WorkerInfo, then, with "is_traced", one for each step that ends a prompt: when it ended (seconds
+of the machine's monotonic clock). It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from decode.worker import DecodeWorker
+from engine.plan import StepPlan, StepResult
+from engine.worker import WorkerOptions
+from prefill.worker import PrefillWorker
+
+WORKERS: dict[str, type[PrefillWorker | DecodeWorker]] = {"prefill": PrefillWorker, "decode": DecodeWorker}
+
+
+def say(document: Any) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def trace_prompts(worker: PrefillWorker | DecodeWorker) -> None:
+    """Say when each step ended that computed the last of a prompt."""
+    engine = worker._worker.engine
+    compute = engine.compute
+
+    class Traced(type(engine)):  # type: ignore[misc]  # the engine is slotted: its class is where a method can go
+        __slots__ = ()
+
+        def compute(self, plan: StepPlan) -> StepResult:
+            result = compute(plan)
+            if any(part.kind == "prefill" and part.is_sampled for part in plan.parts):
+                say({"prompt_ended_s": time.monotonic()})
+            return result
+
+    engine.__class__ = Traced
+
+
+async def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    options = msgspec.convert(job["options"], WorkerOptions)
+    worker = WORKERS[job["role"]](job["worker_id"], job["host"], options, lambda _error: os._exit(70))
+    if job.get("is_traced"):
+        trace_prompts(worker)
+    say(msgspec.to_builtins(await worker.start()))
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await worker.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

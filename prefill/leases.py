@@ -1,0 +1,148 @@
+"""For how long prefill keeps a prompt's blocks for the decode worker that asked. Pure: events in, instructions out.
+
+    asked ---published---> leased ---released, peer lost, expired---> gone
+      '-----------released, peer lost, failed------------------------'
+
+A lease runs from the last publication or renewal. While the prompt is still computed nothing is leased: the request's
+own deadline ends it, or the loss of who asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+from messages.errors import InvariantError
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A decode worker wants this prompt; asking again begins anew."""
+
+    request_id: str
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Blocks of it were offered: the lease begins, or begins anew."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The pull makes progress."""
+
+    request_id: str
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The asker wants nothing more of it."""
+
+    request_id: str
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It could not be computed; its blocks are free already."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The asker is gone, with all it asked for."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Look for leases that ended."""
+
+
+LeaseEvent: TypeAlias = Asked | Published | Renewed | Released | Failed | PeerLost | TimePassed
+
+
+@dataclass(frozen=True, slots=True)
+class FreeBlocks:
+    """Stop computing it and unpin its blocks."""
+
+    request_id: str
+    is_expired: bool = False
+
+
+@dataclass(slots=True)
+class _Lease:
+    peer: bytes
+    ends_s: float | None = None  #: None while nothing was published
+
+
+class LeaseBook:
+    """All prompts that are computed or held for somebody. Ids come from peers: nobody ends what another asked for."""
+
+    def __init__(self, lease_s: float) -> None:
+        self.lease_s = lease_s
+        self._leases: dict[str, _Lease] = {}
+        self.num_expired = 0
+
+    @property
+    def num_open(self) -> int:
+        """Prompts computed or held."""
+        return len(self._leases)
+
+    @property
+    def num_leased(self) -> int:
+        """Prompts whose blocks were published."""
+        return sum(lease.ends_s is not None for lease in self._leases.values())
+
+    def peer_of(self, request_id: str) -> bytes | None:
+        """Who asked; None: nobody, or it ended."""
+        lease = self._leases.get(request_id)
+        return None if lease is None else lease.peer
+
+    def on_event(self, event: LeaseEvent, now_s: float) -> list[FreeBlocks]:
+        """Whose blocks are to be freed, each once. Unknown ids are ignored. `now_s` never goes back."""
+        match event:
+            case Asked(request_id, peer):
+                freed = self._free([request_id] if request_id in self._leases else [])
+                self._leases[request_id] = _Lease(peer)
+                return freed
+            case Published(request_id):
+                if request_id in self._leases:
+                    self._leases[request_id].ends_s = now_s + self.lease_s
+            case Renewed(request_id, peer):
+                lease = self._leases.get(request_id)
+                if lease is not None and lease.peer == peer and lease.ends_s is not None:
+                    lease.ends_s = now_s + self.lease_s
+            case Released(request_id, peer):
+                return self._free([request_id] if self.peer_of(request_id) == peer else [])
+            case Failed(request_id):
+                self._leases.pop(request_id, None)
+            case PeerLost(peer):
+                return self._free([key for key, lease in self._leases.items() if lease.peer == peer])
+            case TimePassed():
+                ended = [
+                    key for key, lease in self._leases.items() if lease.ends_s is not None and lease.ends_s < now_s
+                ]
+                self.num_expired += len(ended)
+                return self._free(ended, is_expired=True)
+            case _ as unreachable:
+                assert_never(unreachable)
+        return []
+
+    def check_invariants(self, held_ids: Iterable[str]) -> None:
+        """`held_ids`: the sequences that the scheduler computes or keeps. Raises InvariantError where books differ."""
+        held = set(held_ids)
+        if held != self._leases.keys():
+            raise InvariantError(f"leases {sorted(self._leases)} and sequences {sorted(held)} are not the same")
+
+    def _free(self, request_ids: list[str], *, is_expired: bool = False) -> list[FreeBlocks]:
+        for request_id in request_ids:
+            del self._leases[request_id]
+        return [FreeBlocks(request_id, is_expired) for request_id in request_ids]

@@ -1,0 +1,41 @@
+"""benchmarks/harness/worker_process.py with a fault: `faulty_worker.py damage|truncate`.
+
+damage: one byte of every handoff's first block is another by the time it is pulled. truncate: UCX messages arrive half.
+"""
+
+import asyncio
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prefill.worker import PrefillWorker
+
+fault = sys.argv[1]
+if fault == "damage":
+    publish = PrefillWorker._publish
+
+    def publish_then_damage(self, job, offer, emitted):
+        publish(self, job, offer, emitted)
+        engine = self._worker.engine
+        for block in offer.blocks[:1]:
+            engine.memory.view[engine.layout.block_offset(block.block_id) + 77] ^= 0x10
+
+    PrefillWorker._publish = publish_then_damage
+elif fault == "truncate":
+    from transport.ucx_worker import Endpoint
+
+    send = Endpoint.send
+
+    def send_half(self, buffer, tag):
+        data = memoryview(buffer).cast("B")
+        return send(self, data[: len(data) // 2] if len(data) > 4096 else buffer, tag)
+
+    Endpoint.send = send_half
+else:
+    sys.exit(f"fault {fault!r}: wanted damage or truncate")
+
+script = runpy.run_path(str(ROOT / "benchmarks" / "harness" / "worker_process.py"))
+asyncio.run(script["main"]())

@@ -1,0 +1,76 @@
+"""Two hosts on one machine: network namespaces joined by a virtual cable. Needs root and Debian's iproute2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A namespace, its end of the cable, and its address."""
+
+    name: str
+    address: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What goes before a command that runs there."""
+        return ("ip", "netns", "exec", self.name)
+
+    def run(self, *command: str) -> str:
+        """A short command's output."""
+        return subprocess.run([*self.prefix, *command], check=True, capture_output=True, text=True).stdout
+
+    def set_link(self, state: str) -> None:
+        """`up` or `down`: pull the cable out, put it in again."""
+        self.run("ip", "link", "set", "eth0", state)
+
+    def set_rate(self, rate: str | None) -> None:
+        """What leaves through the cable, e.g. "20mbit"; None: as fast as it goes."""
+        if rate is None:
+            self.run("tc", "qdisc", "del", "dev", "eth0", "root")
+        else:
+            command = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 64kb latency 200ms"
+            self.run(*command.split())
+
+
+def _ip(command: str) -> None:
+    done = subprocess.run(["ip", *command.split()], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {command}: {done.stderr}"
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Hosts a and b; b can be reached from the test's own namespace, too. Skips where they cannot be made."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("two hosts need root and iproute2 (ip, tc)")
+    number = os.getpid() % 1000
+    net = f"10.{100 + number // 250}.{number % 250}"  # tests may run beside each other
+    a, b = Host(f"kva{number}", f"{net}.1"), Host(f"kvb{number}", f"{net}.2")
+    outside = f"kvx{number}"
+    try:
+        for host in (a, b):
+            _ip(f"netns add {host.name}")
+            _ip(f"-n {host.name} link set lo up")
+        _ip(f"link add eth0 netns {a.name} type veth peer name eth0 netns {b.name}")
+        _ip(f"link add {outside} type veth peer name eth1 netns {b.name}")
+        for host in (a, b):
+            _ip(f"-n {host.name} addr add {host.address}/30 dev eth0")
+            _ip(f"-n {host.name} link set eth0 up")
+        _ip(f"addr add {net}.129/30 dev {outside}")
+        _ip(f"-n {b.name} addr add {net}.130/30 dev eth1")
+        _ip(f"link set {outside} up")
+        _ip(f"-n {b.name} link set eth1 up")
+        _ip(f"route add {b.address}/32 via {net}.130 dev {outside}")
+        yield a, b
+    finally:
+        for name in (a.name, b.name):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", outside], check=False, capture_output=True)

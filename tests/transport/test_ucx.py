@@ -1,0 +1,598 @@
+"""The ucx road between real processes: bytes, refusals, deaths, and that nothing lands late."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+pytest.importorskip("ucxx", reason="ucxx is not installed: the extra kvray[ucx-cu12]")
+
+from messages.errors import ConfigError
+from messages.handoff import RegionInfo
+from tests.transport.links import linked
+from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_frame
+from transport import ucx_wire
+from transport.memory import Memory
+from transport.protocol import Copy, Link, RegionError, TransferError
+from transport.ucx import UcxTransport
+from transport.ucx_worker import UcxWorker
+
+MIB = 1 << 20
+SMALL = 16 * MIB
+LARGE = 256 * MIB  #: takes 0.2 s or more: something can happen meanwhile
+STALL_S = 0.5
+FILLING = 0xEE
+
+
+def wait_until(condition, timeout_s):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+class PeerProcess:
+    """A process with a region of `pattern` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ucx")
+        self._path = Path(self._folder.name) / "links"
+        script = Path(__file__).parent / "ucx_peer.py"
+        self._process = subprocess.Popen([sys.executable, str(script), str(self._path), str(size)])
+        self.pid = self._process.pid
+
+    async def link(self, transport: UcxTransport) -> tuple[Link, RegionInfo]:
+        """A new link, whose end is not reported, and the region at its other side."""
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    reader, writer = await asyncio.open_unix_connection(self._path)
+                    break
+                await asyncio.sleep(0.02)
+        link = Link(lambda _, body: write_frame(writer, body))
+        region = msgspec.msgpack.decode(await read_frame(reader), type=RegionInfo)
+
+        async def listen() -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    transport.on_message(link, await read_frame(reader))
+
+        link.listening = asyncio.create_task(listen())
+        return link, region
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+@pytest.fixture(scope="module")
+def shared_peer():
+    """For tests that do it no harm."""
+    peer = PeerProcess(SMALL)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def peer():
+    process = PeerProcess(LARGE)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+async def puller():
+    transport = UcxTransport(HOST, port_range=PORTS)
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+async def owner():
+    transport = UcxTransport(HOST, port_range=PORTS)
+    yield transport
+    transport.close()
+
+
+@pytest.fixture(scope="module")
+def large_target():
+    return Memory.allocate(LARGE)
+
+
+@pytest.fixture
+def target(large_target):
+    large_target.view[:] = bytes([FILLING]) * LARGE
+    return large_target
+
+
+def is_untouched(memory):
+    return bool((np.frombuffer(memory.view, dtype=np.uint8) == FILLING).all())
+
+
+def blocks(num, size):
+    """All of the large region, reversed."""
+    return [Copy(i * size, (num - 1 - i) * size, size) for i in range(num)]
+
+
+IN_EIGHTS = blocks(LARGE // (8 * MIB), 8 * MIB)
+
+
+def at_first_arrival(action):
+    """An on_arrived that acts once."""
+    arrived = []
+
+    def note(position):
+        arrived.append(position)
+        if len(arrived) == 1:
+            action()
+
+    return note, arrived
+
+
+async def assert_untouched_later(target, peer):
+    """Nothing lands any more in what was handed back, though a stopped peer goes on."""
+    target.view[:] = bytes([FILLING]) * LARGE
+    peer.send_signal(signal.SIGCONT)
+    await asyncio.sleep(1)
+    assert is_untouched(target)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("num_blocks", [1, 16, 256])
+@pytest.mark.parametrize("sizes", [[1], [7, 4097, 1], [49151, 49152, 70001], [2 * MIB], [3, 1, 524291, 99, 2 * MIB]])
+async def test_bytes_arrive_where_asked_and_nowhere_else(shared_peer, puller, target, num_blocks, sizes):
+    link, region = await shared_peer.link(puller)
+    chance = random.Random(num_blocks)
+    copies, end = [], 3
+    for i in range(num_blocks):
+        size = sizes[i % len(sizes)]
+        if end + size > LARGE:
+            break
+        copies.append(Copy(chance.randrange(SMALL - size), end, size))
+        end += size + chance.choice([0, 0, 1, 5])
+    told = []
+    await puller.pull(link, region, copies, target, 5, told.append)
+    assert sorted(told) == list(range(len(copies)))
+    assert puller.carriers(link) == "tcp"
+    expected = np.full(LARGE, FILLING, dtype=np.uint8)
+    for source_offset, target_offset, size in copies:
+        expected[target_offset : target_offset + size] = np.frombuffer(pattern(source_offset, size), dtype=np.uint8)
+    assert np.array_equal(np.frombuffer(target.view, dtype=np.uint8), expected)
+
+
+@pytest.mark.parametrize("size", [1, 4096, 300_001])
+async def test_neighbours_arrive(shared_peer, puller, target, size):
+    link, region = await shared_peer.link(puller)
+    copies = [Copy(17 + i * size, 5 + i * size, size) for i in range(50)]
+    await puller.pull(link, region, copies, target, 5)
+    assert target.view[5 : 5 + 50 * size] == pattern(17, 50 * size)
+    assert target.view[5 + 50 * size] == FILLING
+
+
+async def test_each_copy_is_there_when_it_is_told(shared_peer, puller, target):
+    link, region = await shared_peer.link(puller)
+    copies = [Copy(i * 1000, i * 9 * MIB, size) for i, size in enumerate([5, 9 * MIB, 0, 100_000, 1, 8 * MIB + 1])]
+
+    def take(position):
+        source_offset, target_offset, size = copies[position]
+        assert target.view[target_offset : target_offset + size] == pattern(source_offset, size)
+        told.append(position)
+
+    told = []
+    await puller.pull(link, region, copies, target, 5, take)
+    assert sorted(told) == list(range(len(copies)))
+
+
+async def test_pulls_at_once_do_not_mix(shared_peer, puller, target):
+    link, region = await shared_peer.link(puller)
+    parts = [[Copy(j * 100_003 + i, (i * 16 + j) * 131_072, 100_000 + i) for j in range(16)] for i in range(8)]
+    await asyncio.gather(*(puller.pull(link, region, part, target, 5) for part in parts))
+    for copy in itertools.chain(*parts):
+        assert target.view[copy.target_offset :][: copy.num_bytes] == pattern(copy.source_offset, copy.num_bytes)
+
+
+async def test_both_ends_of_many_links_pull_at_once():
+    """Endpoint numbers are common to all links between two workers: they must not get out of step."""
+    ends = [UcxTransport(HOST, port_range=PORTS) for _ in range(2)]
+    memories = [Memory.allocate(MIB) for _ in range(2)]
+    regions = [end.register(memory) for end, memory in zip(ends, memories, strict=True)]
+    targets = []
+    for i, memory in enumerate(memories):
+        memory.view[:] = bytes([i + 1]) * MIB
+
+    async def pull(i, link):
+        targets.append((i, Memory.allocate(MIB)))
+        await ends[i].pull(link, regions[1 - i], [Copy(0, 0, MIB)], targets[-1][1], 5)
+
+    try:
+        for _ in range(3):
+            links = [(i, linked(ends[i], ends[1 - i])) for i in (0, 1) for _ in range(3)]
+            await asyncio.gather(*(pull(i, link) for i, link in links))
+            for i, link in links:
+                ends[i].on_link_lost(link)
+        assert all(bytes(target.view) == bytes([2 - i]) * MIB for i, target in targets)
+    finally:
+        for end in ends:
+            end.close()
+
+
+async def test_own_region_can_be_pulled_from(owner):
+    source, target = Memory.allocate(MIB), Memory.allocate(MIB)
+    source.view[:] = random.Random(2).randbytes(MIB)
+    await owner.pull(linked(owner, owner), owner.register(source), [Copy(0, 0, MIB)], target, 5)
+    assert target.view == source.view
+
+
+# ---------------------------------------------------------------------------------------------------------- the refused
+
+
+@pytest.mark.parametrize("change", [{"nonce": b"\1" * 16}, {"num_bytes": SMALL - 1}, {"num_bytes": SMALL + 1}], ids=str)
+async def test_refusal_writes_nothing_and_keeps_the_connection(shared_peer, puller, target, change):
+    link, region = await shared_peer.link(puller)
+    large = asyncio.create_task(
+        puller.pull(link, region, [Copy(0, 64 * MIB + i * 8 * MIB, 8 * MIB) for i in range(16)], target, 5)
+    )
+    copies = [Copy(i * 100, i * 1000, 100) for i in range(50)] + [Copy(0, 4 * MIB, 3 * MIB)]
+    with pytest.raises(RegionError, match="refused"):
+        await puller.pull(link, msgspec.structs.replace(region, **change), copies, target, 5)
+    assert (np.frombuffer(target.view[: 64 * MIB], dtype=np.uint8) == FILLING).all()
+    await large
+    await puller.pull(link, region, copies, target, 5)
+    assert target.view[4 * MIB : 7 * MIB] == pattern(0, 3 * MIB)
+
+
+async def test_source_checks_the_ranges_of_a_request(owner, puller):
+    """Also those that no puller of ours would send."""
+    memory = Memory.allocate(MIB)
+    region = owner.register(memory)
+    link = linked(puller, owner)
+    await puller.pull(link, region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+    answers = []
+    far = Link(lambda _, body: answers.append(ucx_wire.decode(body)) or True)
+    far_owner = next(each for each in owner._mover._peers if each is not link)
+    owner._mover._peers[far] = owner._mover._peers[far_owner]  # its number, another way back
+    far_owner._send = far._send
+    bad = [(MIB, 1), (0, MIB + 1), (MIB - 1, 2), (2**63, 2**63), (0, 0)]
+    requests = [(np.array([each], dtype="<u8").tobytes(), (1).to_bytes(4, "little")) for each in bad]
+    requests += [(b"\0" * 15, b"\1\0\0\0"), (b"\0" * 16, b"\1\0\0"), (b"\0" * 16, b""), (b"", b"\0\0\0\0")]
+    requests += [(np.array([(0, MIB)] * 9, dtype="<u8").tobytes(), (9).to_bytes(4, "little"))]
+    for tag, (ranges, counts) in enumerate(requests):
+        body = ucx_wire.PullRequest(tag, 0, region.nonce, region.num_bytes, ranges, counts)
+        owner.on_message(far, ucx_wire.encode(body))
+    await asyncio.sleep(0.2)
+    assert [type(answer) for answer in answers] == [ucx_wire.PullRefused] * len(requests)
+    assert all(answer.is_region for answer in answers)
+
+
+@pytest.mark.parametrize("change", [{"road": "shm"}, {"handle": b"junk"}], ids=str)
+async def test_region_that_is_none_of_this_road_is_refused(shared_peer, puller, target, change):
+    link, region = await shared_peer.link(puller)
+    with pytest.raises(RegionError):
+        await puller.pull(link, msgspec.structs.replace(region, **change), [Copy(0, 0, 10)], target, 5)
+
+
+async def test_region_of_another_version_of_ucx_is_refused(shared_peer, puller, target):
+    link, region = await shared_peer.link(puller)
+    handle = msgspec.msgpack.encode(ucx_wire.Handle("1.20.1", is_host=True))
+    with pytest.raises(RegionError, match=r"the peer has UCX 1\.20\.1"):
+        await puller.pull(link, msgspec.structs.replace(region, handle=handle), [Copy(0, 0, 10)], target, 5)
+
+
+async def test_junk_is_dropped(shared_peer, puller, target):
+    link, region = await shared_peer.link(puller)
+    bodies = [b"", b"\xff" * 100, b"\x93\x01\x02\x03", ucx_wire.encode(ucx_wire.Hello(b"no address", 0, 0))]
+    bodies += [ucx_wire.encode(ucx_wire.PullRefused(5, "who?", is_region=True))]
+    for junk in bodies:
+        puller.on_message(link, junk)
+        link.send("ucx", junk)
+    with contextlib.suppress(TransferError):  # the false address may cost one pull
+        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    assert target.view[:10] == pattern(0, 10)
+
+
+async def test_stranger_who_knows_the_address_gets_nothing(owner, puller):
+    memory, target = Memory.allocate(MIB), Memory.allocate(MIB)
+    memory.view[:] = b"secret!!" * (MIB // 8)
+    region = owner.register(memory)
+    stranger = UcxWorker(HOST, PORTS)
+    endpoint = stranger.connect(owner._mover._worker.address, 0)
+    seen = bytearray(MIB)
+    waits = [endpoint.receive(seen, tag) for tag in range(16)]
+    asks = [
+        endpoint.send(ucx_wire.encode(ucx_wire.PullRequest(0, 0, region.nonce, MIB, b"", b"")), i) for i in range(9)
+    ]
+    await puller.pull(linked(puller, owner), region, [Copy(0, 0, MIB)], target, 5)
+    await asyncio.sleep(0.3)
+    assert target.view == memory.view
+    assert bytes(seen) == bytes(MIB)
+    assert not any(wait.is_over for wait in waits)
+    endpoint.close()
+    assert asks
+    del waits, asks
+    stranger.close()
+
+
+# ----------------------------------------------------------------------------------------------------- ends, early ones
+
+
+@pytest.mark.slow
+async def test_killed_peer_fails_the_pull_at_once_and_its_successor_works(peer, puller, target):
+    link, region = await peer.link(puller)
+    on_arrived, arrived = at_first_arrival(lambda: peer.send_signal(signal.SIGKILL))
+    started_s = time.monotonic()
+    with pytest.raises(TransferError) as failure:
+        await puller.pull(link, region, IN_EIGHTS, target, 5, on_arrived)
+    assert time.monotonic() - started_s < 2
+    assert failure.value.quarantine_s == 0
+    assert 0 < len(arrived) < len(IN_EIGHTS)
+    puller.on_link_lost(link)
+    successor = PeerProcess(SMALL)
+    try:
+        link, region = await successor.link(puller)
+        await puller.pull(link, region, [Copy(1, 2, MIB)], target, 5)
+        assert target.view[2 : 2 + MIB] == pattern(1, MIB)
+    finally:
+        successor.close()
+
+
+@pytest.mark.slow
+async def test_stopped_peer_stalls_the_pull_and_nothing_lands_late(peer, puller, target):
+    link, region = await peer.link(puller)
+    for _ in range(2):  # the second time with the second pair of endpoints
+        on_arrived, _ = at_first_arrival(lambda: peer.send_signal(signal.SIGSTOP))
+        started_s = time.monotonic()
+        with pytest.raises(TransferError, match=r"nothing arrived for 0\.5 s") as failure:
+            await puller.pull(link, region, IN_EIGHTS, target, STALL_S, on_arrived)
+        assert STALL_S < time.monotonic() - started_s < STALL_S + 2
+        assert failure.value.quarantine_s == 0
+        await assert_untouched_later(target, peer)
+        await puller.pull(link, region, IN_EIGHTS, target, 5)
+        assert target.view[-8 * MIB :] == pattern(0, 8 * MIB)
+    assert puller.num_unsettled == 0
+
+
+@pytest.mark.slow
+async def test_nothing_lands_late_though_one_end_made_more_endpoints(peer, puller, target):
+    link, region = await peer.link(puller)
+    await puller.pull(link, region, [Copy(0, 0, 1)], target, 5)
+    use_up(puller, 3)
+    puller.on_link_lost(link)
+    link, region = await peer.link(puller)
+    on_arrived, _ = at_first_arrival(lambda: peer.send_signal(signal.SIGSTOP))
+    with pytest.raises(TransferError) as failure:
+        await puller.pull(link, region, IN_EIGHTS, target, STALL_S, on_arrived)
+    assert failure.value.quarantine_s == 0
+    await assert_untouched_later(target, peer)
+
+
+@pytest.mark.parametrize("is_owner_ahead", [False, True])
+async def test_ends_get_in_step_again(owner, puller, is_owner_ahead):
+    memory = Memory.allocate(MIB)
+    region = owner.register(memory)
+    await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], memory, 5)
+    use_up(owner if is_owner_ahead else puller, 3)
+    for transport in (owner, puller):
+        transport.on_link_lost(next(iter(transport._mover._peers)))
+    await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], memory, 5)
+    assert [next(iter(transport._mover._peers.values())).number for transport in (owner, puller)] == [4, 4]
+
+
+def use_up(transport, num_endpoints):
+    """Numbers of endpoints to the only peer."""
+    (peer,) = transport._mover._peers.values()
+    for _ in range(num_endpoints):
+        transport._mover._worker._connect(peer.address).close()
+
+
+@pytest.mark.slow
+async def test_stopped_peer_that_never_answered_stalls_the_pull(peer, puller, target):
+    link, region = await peer.link(puller)
+    peer.send_signal(signal.SIGSTOP)
+    with pytest.raises(TransferError, match="did not answer"):
+        await puller.pull(link, region, IN_EIGHTS, target, STALL_S)
+    peer.send_signal(signal.SIGCONT)
+    await asyncio.sleep(0.2)
+    await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["link lost", "cancelled", "closed"])
+async def test_pull_is_ended_at_once_and_nothing_lands_late(peer, puller, target, how):
+    link, region = await peer.link(puller)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+
+    def stop():
+        peer.send_signal(signal.SIGSTOP)
+        loop.call_soon_threadsafe(stopped.set)
+
+    on_arrived, _ = at_first_arrival(stop)
+    pulls = [asyncio.create_task(puller.pull(link, region, IN_EIGHTS, target, 60, on_arrived))]
+    await stopped.wait()
+    started_s = time.monotonic()
+    if how == "link lost":
+        link.is_lost = True
+        puller.on_link_lost(link)
+    elif how == "cancelled":
+        pulls[0].cancel()
+    else:
+        puller.close()
+    (outcome,) = await asyncio.gather(*pulls, return_exceptions=True)
+    assert time.monotonic() - started_s < 1
+    assert isinstance(outcome, asyncio.CancelledError if how == "cancelled" else TransferError)
+    await assert_untouched_later(target, peer)
+    if how == "cancelled":
+        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+
+
+async def test_cancelled_pull_does_not_hit_another(shared_peer, puller, target):
+    link, region = await shared_peer.link(puller)
+    copies = [Copy(0, i * 8 * MIB, 8 * MIB) for i in range(16)]
+    others = [Copy(1, (16 + i) * 8 * MIB, 8 * MIB) for i in range(16)]
+    await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    pulls = [asyncio.create_task(puller.pull(link, region, each, target, 5)) for each in (copies, others)]
+    await asyncio.sleep(0.01)
+    pulls[0].cancel()
+    cancelled, other = await asyncio.gather(*pulls, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert other is None
+    assert target.view[-8 * MIB :] == pattern(1, 8 * MIB)
+
+
+async def test_closed_owner_refuses_and_closed_puller_too(owner, puller):
+    memory, target = Memory.allocate(MIB), Memory.allocate(MIB)
+    region, link = owner.register(memory), linked(puller, owner)
+    await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    owner.close()
+    for _ in range(2):
+        with pytest.raises(RegionError):
+            await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    puller.close()
+    with pytest.raises(RegionError):
+        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+    with pytest.raises(RegionError):
+        owner.register(memory)
+
+
+async def test_lost_link_is_not_even_tried(puller, owner):
+    memory = Memory.allocate(MIB)
+    region, link = owner.register(memory), linked(puller, owner)
+    link.is_lost = True
+    with pytest.raises(TransferError, match="lost"):
+        await puller.pull(link, region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the process
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_it_listens_on_the_given_address_only_and_within_the_range(host):
+    before = set(psutil.Process().net_connections())
+    transport = UcxTransport(host, port_range=(21300, 21400))
+    sockets = [each for each in set(psutil.Process().net_connections()) - before if each.status == psutil.CONN_LISTEN]
+    assert [each.laddr.ip for each in sockets] == [host]
+    assert 21300 <= sockets[0].laddr.port <= 21400
+    transport.close()
+    await asyncio.to_thread(wait_until, lambda: sockets[0] not in psutil.Process().net_connections(), 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"host": "192.0.2.77"}, "no interface of this node has that address"),
+        ({"host": HOST, "port_range": (21001, 21000)}, "two ports in order wanted"),
+        ({"host": HOST, "devices": ["mlx5_99:1"]}, r"no transport of 'tcp,self' on \['mlx5_99:1'\], only .*tcp/lo"),
+        ({"host": HOST, "transports": "self"}, r"no transport of 'self' on \['lo'\]"),
+        ({"host": HOST, "transports": "nonsense"}, "cannot be set up"),
+    ],
+)
+def test_what_cannot_be_set_up_is_a_config_error(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        UcxTransport(**arguments)
+
+
+def test_full_port_range_is_a_config_error():
+    """UCX itself would try for ever."""
+    transport = UcxTransport(HOST, port_range=(21500, 21500))
+    with pytest.raises(ConfigError, match=r"no port of .* is free"):
+        UcxTransport(HOST, port_range=(21500, 21500))
+    transport.close()
+
+
+_USER = """
+import asyncio, os, signal, sys
+from tests.transport.links import linked
+from transport.memory import Memory
+from transport.protocol import Copy
+from transport.ucx import UcxTransport
+
+async def main():
+    owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))
+    memory = Memory.allocate(32 << 20)
+    region, link = owner.register(memory), linked(puller, owner)
+    await puller.pull(link, region, [Copy(0, 0, 10)], memory, 5)
+    task = asyncio.create_task(puller.pull(link, region, [Copy(0, 16 << 20, 16 << 20)], memory, 5))
+    await asyncio.sleep(0.001)
+    for each in (owner, puller) if "close" in sys.argv else ():
+        each.close()
+    await asyncio.gather(task, return_exceptions=True)
+
+asyncio.run(main())
+if "hang up" in sys.argv:
+    os.kill(os.getpid(), signal.SIGHUP)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["close", "forget", "hang up"])
+def test_process_ends_cleanly(how):
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", _USER, how], cwd=root, capture_output=True, timeout=20, text=True)
+    assert done.returncode == (-signal.SIGHUP if how == "hang up" else 0)
+    assert done.stdout + done.stderr == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.mark.parametrize("can_gather", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_messages_carry_all_bytes_once(seed, can_gather):
+    chance = random.Random(seed)
+    copies, source, target = [], 0, 0
+    for _ in range(chance.choice([0, 1, 5, 300])):
+        source += chance.choice([0, 0, 1, -1000 if source > 1000 else 0])
+        target += chance.choice([0, 0, 7])
+        size = chance.choice([0, 1, 100, 49152, 49151, 3 * MIB, 8 * MIB, 20 * MIB + 1])
+        copies.append(Copy(source, target, size))
+        source, target = source + size, target + size
+    messages = ucx_wire.plan(copies, can_gather=can_gather)
+    carried = sorted((c.target_offset, c.num_bytes, c.source_offset) for m in messages for c in m.copies)
+    assert sum(size for _, size, _ in carried) == sum(copy.num_bytes for copy in copies)
+    ends = [(offset + size, source + size) for offset, size, source in carried]
+    assert all(end <= after[0] for (end, _), after in zip(ends, carried[1:], strict=False))
+    for position, copy in enumerate(copies):
+        touching = [
+            message
+            for message in messages
+            for each in message.copies
+            if copy.num_bytes
+            and each.target_offset < copy.target_offset + copy.num_bytes
+            and copy.target_offset < each.target_offset + each.num_bytes
+            and each.source_offset - each.target_offset == copy.source_offset - copy.target_offset
+        ]
+        assert len(touching) == sum(message.positions.count(position) for message in messages)
+    for message in messages:
+        assert message.num_bytes == sum(copy.num_bytes for copy in message.copies) <= ucx_wire.MAX_MESSAGE_BYTES
+        assert can_gather or len(message.copies) == 1
+    ranges, counts = ucx_wire.pack_ranges(messages)
+    request = ucx_wire.PullRequest(0, 0, b"", 0, ranges, counts)
+    unpacked = ucx_wire.unpack_ranges(request, 1 << 40)
+    assert unpacked == [[(c.source_offset, c.num_bytes) for c in m.copies] for m in messages]
+
+
+def test_many_small_blocks_are_few_messages():
+    scattered = [Copy(i * 8192, i * 5000, 4096) for i in range(256)]
+    adjacent = [Copy(i * MIB, i * MIB, MIB) for i in range(256)]
+    assert len(ucx_wire.plan(scattered, can_gather=True)) == 1
+    assert len(ucx_wire.plan(scattered, can_gather=False)) == 256
+    assert len(ucx_wire.plan(adjacent, can_gather=False)) == 32

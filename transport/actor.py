@@ -1,0 +1,146 @@
+"""The vaults of `transport.plasma` as Ray actors, one per node."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import ray
+import ray.actor
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from messages.errors import ErrorInfo
+from messages.handoff import RegionInfo
+from transport.plasma import Range
+from transport.protocol import RegionError, TransferError
+from transport.shm import Bytes
+from transport.vault import DEFAULT_LIMITS, Vault, VaultLimits
+
+logger = logging.getLogger(__name__)
+
+_NAMESPACE = "kvray"
+_NUM_THREADS = 4  #: exports that one vault makes at a time; more wait
+_MAX_CALLS = 1000  # at a time; most of them wait
+#: Between tries to reach a vault: one that ends keeps its name for a moment.
+_RETRY_DELAYS_S = (0.0, 0.1, 0.4)
+
+
+class VaultActor:
+    """A node's vault: what it puts it owns, so that it outlives whom it was read from. Ends itself when idle."""
+
+    def __init__(self, limits: VaultLimits) -> None:
+        self._vault = Vault(ray.put, limits)
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vault")
+        self._called_s = time.monotonic()
+        self._self = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._watch, name="vault-watch", daemon=True).start()
+
+    async def export(
+        self, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
+    ) -> list[object] | ErrorInfo:
+        """See `Vault.export`; a refusal is returned."""
+        self._called_s = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, self._vault.export, export_id, region, segments)
+        except TransferError as error:
+            return error.info()
+
+    async def release(self, export_id: bytes) -> None:
+        """See `Vault.release`."""
+        self._called_s = time.monotonic()
+        self._vault.release(export_id)
+
+    async def retire(self) -> None:
+        """End, unless a call came meanwhile."""
+        if self._is_idle():
+            ray.actor.exit_actor()
+
+    def _is_idle(self) -> bool:
+        return self._vault.num_held_bytes == 0 and time.monotonic() - self._called_s > self._limits.idle_s
+
+    def _watch(self) -> None:
+        """In a thread, as a vault that was made and never called has no other life."""
+        while True:
+            time.sleep(min(1.0, self._limits.idle_s / 4))
+            self._vault.expire(time.monotonic())
+            if self._is_idle():
+                self._self.retire.remote()
+
+
+RemoteVault = ray.remote(VaultActor)
+
+
+class RayVaults:
+    """See `transport.plasma.Vaults`. Belongs to one event loop, of a process that is connected to Ray."""
+
+    def __init__(self, limits: VaultLimits = DEFAULT_LIMITS) -> None:
+        """`limits`: of the vaults that this process makes."""
+        self.node_id: str = ray.get_runtime_context().get_node_id()
+        self._limits = limits
+        self._actors: dict[str, Any] = {}  # by node
+
+    async def export(
+        self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
+    ) -> list[object]:
+        """Ask the node's vault, which is made if there is none.
+
+        Raises:
+            RegionError: the region cannot be read as described, or a range is out of bounds.
+            TransferError: no vault can be had, it died, or it holds too much.
+        """
+        failure: ray.exceptions.RayError | None = None
+        for delay_s in _RETRY_DELAYS_S:
+            await asyncio.sleep(delay_s)
+            vault = self._actors.get(node_id)
+            try:
+                if vault is None:
+                    vault = self._actors[node_id] = await asyncio.to_thread(self._find, node_id)
+                answer = await vault.export.remote(export_id, region, segments)
+            except ray.exceptions.RayError as error:
+                # Often one that ended because it was idle. Nothing was handed out yet: another one can do it.
+                failure = error
+                if self._actors.get(node_id) is vault:
+                    self._actors.pop(node_id, None)
+                continue
+            if isinstance(answer, ErrorInfo):
+                kind = RegionError if answer.kind == RegionError.__name__ else TransferError
+                raise kind(answer.message, code=answer.code)
+            return cast("list[object]", answer)
+        raise TransferError(f"plasma: no vault on node {node_id}: {_first_line(failure)}")
+
+    async def segment(self, reference: object) -> Bytes:
+        """Wait until Ray has brought it to this node; TransferError when its vault has died."""
+        try:
+            return cast("Bytes", await cast("Any", reference))
+        except ray.exceptions.RayError as error:
+            raise TransferError(f"plasma: a segment was lost: {_first_line(error)}") from None
+
+    def release(self, node_id: str, export_id: bytes) -> None:
+        """One way: a vault that does not hear it lets go of it later."""
+        vault = self._actors.get(node_id)
+        if vault is not None:
+            vault.release.remote(export_id)
+
+    def _find(self, node_id: str) -> Any:
+        return RemoteVault.options(
+            name=f"kvray-vault-{node_id}",
+            namespace=_NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_concurrency=_MAX_CALLS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+        ).remote(self._limits)
+
+
+def _first_line(error: BaseException | None) -> str:
+    """Ray's messages are pages."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

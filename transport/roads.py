@@ -1,0 +1,258 @@
+"""All roads of one process: describes its region, probes the roads to each peer, pulls over the best that works.
+
+roads = Roads([ShmTransport(), ...], memory, scratch, stall_s=5.0)
+link = roads.connect(send)                    # a channel to a peer is there, from either end
+roads.learn(link, regions)                    # the peer said where its blocks lie: probing begins
+await roads.pull(link, copies, memory)
+roads.on_message(link, road, body); roads.disconnect(link)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from messages.fleet import RoadStatus
+from messages.handoff import RegionInfo
+from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, Transport
+from transport.road_choice import RoadChoice
+
+logger = logging.getLogger(__name__)
+
+#: A probe is one small pull, which connects, and one of so many bytes, which is timed.
+PROBE_BYTES = 4 << 20
+_HELLO_BYTES = 4096
+_MAX_TRIES = 2  #: roads per pull
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of one peer's region."""
+
+    regions: dict[str, RegionInfo]  #: by road
+    choice: RoadChoice
+    has_road: asyncio.Event = field(default_factory=asyncio.Event)  #: a road was proven, or all were tried
+    has_failed: asyncio.Event = field(default_factory=asyncio.Event)  #: a road must be probed anew
+    prober: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class RoadCounters:
+    """Since the start, by road."""
+
+    num_bytes: Counter[str] = field(default_factory=Counter)
+    busy_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_failed: Counter[str] = field(default_factory=Counter)
+
+
+class Roads:
+    """See above. All methods belong to one event loop."""
+
+    def __init__(
+        self, transports: Sequence[Transport], memory: RegionMemory, scratch: RegionMemory, stall_s: float
+    ) -> None:
+        """Register `memory` with every road that can read it; `transports`: the preferred ones first.
+
+        `scratch`, PROBE_BYTES of the same kind of memory, is where probes land.
+        """
+        self._transports: dict[str, Transport] = {}
+        self._scratch = scratch
+        self._stall_s = stall_s
+        self._peers: dict[Link, _Peer] = {}
+        self.counters = RoadCounters()
+        regions = []
+        for transport in transports:
+            try:
+                regions.append(transport.register(memory))
+            except RegionError as error:
+                logger.info("road %s is not offered: %s", transport.road, error.message)
+                transport.close()
+            else:
+                self._transports[transport.road] = transport
+        #: what peers are told
+        self.regions = tuple(regions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The roads this process offers."""
+        return tuple(self._transports)
+
+    # ------------------------------------------------------------------------------------------------------ the peers
+
+    def connect(self, send: Callable[[str, bytes], bool]) -> Link:
+        """A link to a peer whose channel carries `send(road, body)`."""
+        return Link(send)
+
+    def learn(self, link: Link, regions: Sequence[RegionInfo]) -> None:
+        """The peer described its region: begin to probe the roads that both have."""
+        if link.is_lost or link in self._peers:
+            return
+        common = {region.road: region for region in regions if region.road in self._transports}
+        choice = RoadChoice([(road, self._transports[road].is_direct) for road in self._transports if road in common])
+        peer = self._peers[link] = _Peer(common, choice)
+        peer.prober = asyncio.get_running_loop().create_task(self._probe_forever(link, peer))
+
+    def on_message(self, link: Link, road: str, body: bytes) -> None:
+        """A peer's road has something to tell."""
+        transport = self._transports.get(road)
+        if transport is None:
+            logger.warning("a message for road %r, which is not one of %s", road, ", ".join(self._transports))
+        elif not link.is_lost:
+            transport.on_message(link, body)
+
+    def disconnect(self, link: Link) -> None:
+        """The peer is gone: pulls from it fail at once."""
+        link.is_lost = True
+        for transport in self._transports.values():
+            transport.on_link_lost(link)
+        peer = self._peers.pop(link, None)
+        if peer is not None and peer.prober is not None:
+            peer.prober.cancel()
+            peer.has_road.set()
+
+    def close(self) -> None:
+        """Take the own region off all roads; pulls under way end with TransferError."""
+        for link in list(self._peers):
+            self.disconnect(link)
+        for transport in self._transports.values():
+            transport.close()
+
+    # --------------------------------------------------------------------------------------------------------- pulling
+
+    async def pull(
+        self, link: Link, copies: Sequence[Copy], target: RegionMemory, on_arrived: Arrived | None = None
+    ) -> str:
+        """Carry out all copies from the peer's region over the best road, or the next best; the answer is its name.
+
+        Each road is given up when nothing arrives for `stall_s`. `on_arrived` may tell a copy again where a second
+        road had to do it over.
+
+        Raises:
+            RegionError: the peer refuses: what was asked for is not there. Nothing was written.
+            TransferError: no road works. With a `quarantine_s` late bytes may land for that long.
+        """
+        peer = self._peers.get(link)
+        if peer is None:
+            raise TransferError("the peer is lost, or never said where its blocks lie")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._stall_s):
+                await peer.has_road.wait()
+        error = TransferError(f"no road works: tried {', '.join(peer.choice.states) or 'none, no road is common'}")
+        for road in peer.choice.proven()[:_MAX_TRIES]:
+            try:
+                await self._pull_over(road, link, peer, copies, target, on_arrived)
+            except RegionError:
+                raise
+            except TransferError as failure:
+                error = failure
+                if failure.quarantine_s > 0:
+                    break
+            else:
+                return road
+        raise error
+
+    def distrust(self, link: Link, road: str) -> None:
+        """What came over `road` was damaged: another one is taken until a probe of it went well."""
+        peer = self._peers.get(link)
+        if peer is not None and road in peer.choice.states:
+            logger.warning("road %s brought damaged bytes", road)
+            self.counters.num_failed[road] += 1
+            self._rest(peer, road)
+
+    def _rest(self, peer: _Peer, road: str) -> None:
+        peer.choice.on_failed(road, time.monotonic())
+        peer.has_failed.set()
+
+    async def _pull_over(
+        self,
+        road: str,
+        link: Link,
+        peer: _Peer,
+        copies: Sequence[Copy],
+        target: RegionMemory,
+        on_arrived: Arrived | None,
+    ) -> None:
+        started_s = time.perf_counter()
+        try:
+            await self._transports[road].pull(link, peer.regions[road], copies, target, self._stall_s, on_arrived)
+        except RegionError:
+            self.counters.num_failed[road] += 1
+            raise
+        except TransferError as error:
+            self.counters.num_failed[road] += 1
+            self._rest(peer, road)
+            logger.warning("road %s failed: %s", road, error.message)
+            raise
+        seconds = time.perf_counter() - started_s
+        num_bytes = sum(copy.num_bytes for copy in copies)
+        peer.choice.on_pulled(road, num_bytes, seconds)
+        self.counters.num_bytes[road] += num_bytes
+        self.counters.busy_s[road] += seconds
+
+    # --------------------------------------------------------------------------------------------------------- probing
+
+    async def _probe_forever(self, link: Link, peer: _Peer) -> None:
+        """Probe what is due, then wait until another road is."""
+        is_timing = asyncio.Lock()
+        while True:
+            due = peer.choice.due_probes(time.monotonic())
+            await asyncio.gather(*(self._probe(road, link, peer, is_timing) for road in due))
+            if peer.choice.due_probes(time.monotonic()):
+                continue  # no direct road works: the others' turn
+            peer.has_road.set()
+            at_s = peer.choice.next_probe_s()
+            peer.has_failed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if at_s is None else max(0.01, at_s - time.monotonic())):
+                    await peer.has_failed.wait()
+
+    async def _probe(self, road: str, link: Link, peer: _Peer, is_timing: asyncio.Lock) -> None:
+        """What lands in the scratch memory is of no interest; that it does, and how fast, is.
+
+        All roads connect at once, for one that is closed may take `stall_s` to show it; they are timed one by one.
+        """
+        transport, region = self._transports[road], peer.regions[road]
+        num_bytes = min(PROBE_BYTES, region.num_bytes)
+        try:
+            hello = [Copy(0, 0, min(_HELLO_BYTES, num_bytes))]
+            await transport.pull(link, region, hello, self._scratch, self._stall_s)
+            async with is_timing:
+                started_s = time.perf_counter()
+                await transport.pull(link, region, [Copy(0, 0, num_bytes)], self._scratch, self._stall_s)
+                seconds = time.perf_counter() - started_s
+        except TransferError as error:
+            peer.choice.on_failed(road, time.monotonic())
+            if not link.is_lost:
+                logger.info("road %s does not work: %s", road, error.message)
+            return
+        peer.choice.on_pulled(road, num_bytes, seconds)
+        peer.has_road.set()
+
+    # ---------------------------------------------------------------------------------------------------------- numbers
+
+    def status(self, link: Link, name: str) -> RoadStatus:
+        """The road to a peer, for people."""
+        peer = self._peers.get(link)
+        road = next(iter(peer.choice.proven()), "") if peer is not None else ""
+        states = {} if peer is None else peer.choice.states
+        return RoadStatus(
+            peer=name,
+            road=road,
+            carriers=self._transports[road].carriers(link) if road else "",
+            bytes_per_s=states[road].bytes_per_s if road else 0.0,
+            num_failed=sum(state.num_failed for state in states.values()),
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name."""
+        values: dict[str, float] = {}
+        for road in self._transports:
+            values[f'kvray_transfer_bytes_total{{road="{road}"}}'] = float(self.counters.num_bytes[road])
+            values[f'kvray_transfer_seconds_total{{road="{road}"}}'] = self.counters.busy_s[road]
+            values[f'kvray_transfers_failed_total{{road="{road}"}}'] = float(self.counters.num_failed[road])
+        return values

@@ -1,0 +1,163 @@
+"""What reads a node's regions for pullers elsewhere (`transport.plasma`), without Ray; and a stand-in for Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+
+from messages.handoff import RegionInfo
+from transport.plasma import SEGMENT_BYTES, Range
+from transport.protocol import Copy, RegionError, TransferError, check_ranges
+from transport.shm import Bytes, open_region
+
+_MAX_RANGES = 65536  #: of one export
+
+
+@dataclass(frozen=True, slots=True)
+class VaultLimits:
+    """How much a vault holds, and for how long."""
+
+    max_bytes: int = 256 << 20  #: in segments, of all pullers
+    max_wait_s: float = 2.0  #: for others to release theirs
+    hold_s: float = 60.0  #: segments that nobody released
+    idle_s: float = 60.0  #: then it ends
+
+
+DEFAULT_LIMITS = VaultLimits()
+
+
+@dataclass(slots=True)
+class _Hold:
+    """An export that was not released."""
+
+    num_bytes: int
+    ends_s: float
+    references: list[object] = field(default_factory=list)
+
+
+class Vault:
+    """Reads regions of its node on demand, and holds what it read until it is released. Blocks; any thread may call."""
+
+    def __init__(self, put: Callable[[Bytes], object], limits: VaultLimits) -> None:
+        """`put` stores a segment for as long as what it returns lives."""
+        self._put = put
+        self._limits = limits
+        self._holds: dict[bytes, _Hold] = {}
+        self._changed = threading.Condition()
+
+    @property
+    def num_held_bytes(self) -> int:
+        """In all segments that were not released."""
+        with self._changed:
+            return self._num_held_bytes()
+
+    def export(self, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]) -> list[object]:
+        """Read the ranges of each segment from a region of this node; what refers to the segments.
+
+        Raises:
+            RegionError: the region cannot be read as described, or a range is out of bounds.
+            TransferError: too much is held, and was not released within `max_wait_s`.
+        """
+        num_bytes = _checked_size(region, segments)
+        opened = open_region(region)
+        self._reserve(export_id, num_bytes)
+        whole = np.frombuffer(opened.view, dtype=np.uint8)
+        references = []
+        try:
+            for ranges in segments:
+                parts = [whole[offset : offset + length] for offset, length in ranges]
+                references.append(self._put(parts[0] if len(parts) == 1 else np.concatenate(parts)))
+        finally:
+            with self._changed:
+                hold = self._holds.get(export_id)
+                if hold is not None:  # it may have been released meanwhile
+                    hold.references = references
+        return references
+
+    def release(self, export_id: bytes) -> None:
+        """Forget an export; one that is not known is none to hold."""
+        with self._changed:
+            self._holds.pop(export_id, None)
+            self._changed.notify_all()
+
+    def expire(self, now_s: float) -> None:
+        """Forget what should have been released by now."""
+        with self._changed:
+            for export_id in [export_id for export_id, hold in self._holds.items() if hold.ends_s <= now_s]:
+                del self._holds[export_id]
+            self._changed.notify_all()
+
+    def _reserve(self, export_id: bytes, num_bytes: int) -> None:
+        limit = self._limits.max_bytes
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._num_held_bytes() + num_bytes <= limit, timeout=self._limits.max_wait_s
+            ):
+                held = self._num_held_bytes()
+                raise TransferError(
+                    f"plasma: the vault holds {held:,} of {limit:,} bytes: no room for {num_bytes:,}", code="vault_full"
+                )
+            self._holds[export_id] = _Hold(num_bytes, time.monotonic() + self._limits.hold_s)
+
+    def _num_held_bytes(self) -> int:
+        return sum(hold.num_bytes for hold in self._holds.values())
+
+
+def _checked_size(region: RegionInfo, segments: Sequence[Sequence[Range]]) -> int:
+    """Of all segments; RegionError unless they can be read."""
+    ranges = [range_ for segment in segments for range_ in segment]
+    if len(ranges) > _MAX_RANGES:
+        raise RegionError(f"plasma: {len(ranges)} ranges in one export, at most {_MAX_RANGES} wanted")
+    check_ranges([Copy(offset, 0, length) for offset, length in ranges], region.num_bytes, region.num_bytes)
+    sizes = [sum(length for _, length in segment) for segment in segments]
+    if not all(0 < size <= SEGMENT_BYTES for size in sizes):
+        raise RegionError(f"plasma: segments of {sizes} bytes, 1 to {SEGMENT_BYTES} wanted")
+    return sum(sizes)
+
+
+class LocalVaults:
+    """The fake: vaults in this process. See `transport.plasma.Vaults`.
+
+    `fail_after`, `stall_after`: the vault dies, or delivers nothing more, after so many segments; None: never.
+    """
+
+    def __init__(self, node_id: str = "local", limits: VaultLimits = DEFAULT_LIMITS) -> None:
+        self.node_id = node_id
+        self.fail_after: int | None = None
+        self.stall_after: int | None = None
+        self._limits = limits
+        self.vaults: dict[str, Vault] = {}  #: by node
+
+    async def export(
+        self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
+    ) -> list[object]:
+        """As a vault does it."""
+        vault = self.vaults.setdefault(node_id, Vault(lambda segment: segment.copy(), self._limits))
+        return await asyncio.to_thread(vault.export, export_id, region, segments)
+
+    async def segment(self, reference: object) -> Bytes:
+        """The bytes, but for the fault that is due."""
+        await asyncio.sleep(0)
+        if self.stall_after is not None:
+            self.stall_after -= 1
+            if self.stall_after < 0:
+                await asyncio.get_running_loop().create_future()
+        if self.fail_after is not None:
+            self.fail_after -= 1
+            if self.fail_after < 0:
+                self.fail_after = None
+                self.vaults.clear()  # the next export finds a new one
+                raise TransferError("plasma: the vault died")
+        return cast("Bytes", reference)
+
+    def release(self, node_id: str, export_id: bytes) -> None:
+        """At once."""
+        vault = self.vaults.get(node_id)
+        if vault is not None:
+            vault.release(export_id)
