@@ -6,6 +6,7 @@ computed instead, and counted.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -70,8 +71,8 @@ class BlockPuller:
         for region in described.regions:
             if described.num_blocks < 1 or region.num_bytes != layout.num_bytes:
                 raise RegionError(
-                    f"road {region.road}: a region of {region.num_bytes} bytes for {described.num_blocks} blocks, wanted "
-                    f"{layout.num_bytes} bytes: blocks of {layout.block_bytes}"
+                    f"road {region.road}: a region of {region.num_bytes} bytes for {described.num_blocks} blocks, "
+                    f"wanted {layout.num_bytes} bytes: blocks of {layout.block_bytes}"
                 )
         return PeerPool(layout, algorithm)
 
@@ -127,7 +128,7 @@ class BlockPuller:
             error = failure
         if error is None and not self._memory.is_host:
             targets = [target for _, target in pairs]
-            found = dict(enumerate(self._checksums.compute(targets, peer.algorithm)))
+            found = dict(enumerate(await asyncio.to_thread(self._checksums.compute, targets, peer.algorithm)))
         if error is not None:
             logger.warning("pull of %d blocks failed: %s", len(pairs), error.message)
             self.num_failed += 1

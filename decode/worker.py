@@ -145,7 +145,10 @@ class DecodeWorker:
                 case AskRemote():
                     self._ask(instruction)
                 case PullBlocks():
-                    self._worker.spawn(self._pull(instruction))
+                    stream = self._streams.get(instruction.seq_id)
+                    if stream is not None:
+                        stream.num_pulls += 1  # now: the lease must not end before the pull begins
+                    self._worker.spawn(self._pull(instruction, stream))
                 case OfferBlocks() | RunStep():
                     raise InvariantError(f"not a decode worker's instruction: {instruction}")
         for peer, chunks in batches.items():
@@ -334,30 +337,33 @@ class DecodeWorker:
         else:
             self._worker.roads.learn(prefiller.link, described.regions)
 
-    async def _pull(self, instruction: PullBlocks) -> None:
-        """Read path step 6."""
-        stream = self._streams.get(instruction.seq_id)
+    async def _pull(self, instruction: PullBlocks, stream: _Stream | None) -> None:
+        """Read path step 6. `stream` counts the pull already; None: cancelled in the same breath."""
         outcome = PullOutcome(frozenset(location.index for location, _ in instruction.pairs))
-        prefiller = None if stream is None else self._prefillers.get(stream.request.prefill_address or "")
         try:
-            if stream is not None and prefiller is not None and prefiller.pool is not None:
-                stream.num_pulls += 1
-                renewing = asyncio.create_task(self._renew_while_pulling(stream))
-
-                def progress() -> None:
-                    stream.num_arrived += 1
-
-                try:
-                    outcome = await self._puller.pull(prefiller.link, prefiller.pool, instruction.pairs, progress)
-                finally:
-                    stream.num_pulls -= 1
-                    renewing.cancel()
+            if stream is not None:
+                outcome = await self._pull_for(stream, instruction, outcome)
         finally:
             # Late bytes may land in the targets for as long: nobody gets those blocks before.
             until_s = time.monotonic() + outcome.quarantine_s if outcome.quarantine_s > 0 and outcome.bad else None
             self._worker.post(PullEnded(instruction.seq_id, outcome.bad, until_s))
             if stream is not None:
+                stream.num_pulls -= 1
                 self._release_if_idle(stream)
+
+    async def _pull_for(self, stream: _Stream, instruction: PullBlocks, failed: PullOutcome) -> PullOutcome:
+        prefiller = self._prefillers.get(stream.request.prefill_address or "")
+        if prefiller is None or prefiller.pool is None:
+            return failed
+
+        def progress() -> None:
+            stream.num_arrived += 1
+
+        renewing = asyncio.create_task(self._renew_while_pulling(stream))
+        try:
+            return await self._puller.pull(prefiller.link, prefiller.pool, instruction.pairs, progress)
+        finally:
+            renewing.cancel()
 
     async def _renew_while_pulling(self, stream: _Stream) -> None:
         """Keep the lease alive as long as blocks arrive, and not longer."""

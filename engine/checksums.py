@@ -21,6 +21,7 @@ ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _WORD_BYTES = 8
 _MASK = (1 << 64) - 1
 _ODD = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: spreads bits (Knuth, TAOCP 6.4)
+_ODD_PLACE = -4942790177534074879  # likewise from sqrt(3) - 1
 
 
 class BlockChecksums:
@@ -55,7 +56,7 @@ class BlockChecksums:
 
 
 def sum64(rows: torch.Tensor) -> list[int]:
-    """A 64-bit checksum of each row: words, mixed, times odd weights, summed, all modulo 2^64.
+    """A 64-bit checksum of each row: words, mixed, times odd weights, and the length, summed, all modulo 2^64.
 
     Args:
         rows: `[num_rows, num_bytes]` uint8, contiguous, on any device; padded with zeros to whole words of 8 bytes.
@@ -64,13 +65,14 @@ def sum64(rows: torch.Tensor) -> list[int]:
     if lacking:
         rows = torch.nn.functional.pad(rows, (0, lacking))
     words = rows.view(torch.int64)  # arithmetic wraps
-    weights = _mixed(torch.arange(1, words.shape[1] + 1, dtype=torch.int64, device=words.device)) | 1
-    sums = _mixed((_mixed(words) * weights).sum(dim=1))
+    # Positions are mixed with another constant than words, or a value at a place would count as a place at a value.
+    weights = _mixed(torch.arange(1, words.shape[1] + 1, dtype=torch.int64, device=words.device), _ODD_PLACE) | 1
+    sums = _mixed((_mixed(words) * weights).sum(dim=1) + (words.shape[1] + 1))
     return [int(value) & _MASK for value in sums.tolist()]
 
 
-def _mixed(words: torch.Tensor) -> torch.Tensor:
+def _mixed(words: torch.Tensor, factor: int = _ODD) -> torch.Tensor:
     """A bijection in which every bit of a word reaches many: xor with the upper bits, multiply, xor again."""
     words = words ^ ((words >> 32) & 0xFFFFFFFF)
-    words = words * _ODD
+    words = words * factor
     return words ^ ((words >> 29) & ((1 << 35) - 1))

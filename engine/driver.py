@@ -86,8 +86,9 @@ class EngineDriver:
         """Decide, begin the step that follows, and only then hand out the rest: it runs while peers are told."""
         step = None
         others: list[Instruction] = []
+        now_s = time.monotonic()  # one for all: what one event offers, the next does not take back before it is told
         for event in events:
-            for instruction in self.engine.decide(event):
+            for instruction in self.engine.decide(event, now_s):
                 if isinstance(instruction, RunStep):
                     step = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, instruction.plan)
                 else:

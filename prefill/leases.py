@@ -1,10 +1,10 @@
 """For how long prefill keeps a prompt's blocks for the decode worker that asked. Pure: events in, instructions out.
 
-    asked ---published---> leased ---released, peer lost, expired---> gone
-      '-----------released, peer lost, failed------------------------'
+    asked ---published whole---> leased ---released, peer lost, expired---> gone
+      '----------------released, peer lost, failed-------------------------'
 
-A lease runs from the last publication or renewal. While the prompt is still computed nothing is leased: the request's
-own deadline ends it, or the loss of who asked.
+A lease runs from the publication of the prompt's last block, or from the last renewal. Before that the prompt is still
+computed, for as long as the request's own deadline allows and its asker is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from messages.errors import InvariantError
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A decode worker wants this prompt; asking again begins anew."""
+    """A decode worker wants this prompt; a request that moved belongs to who asked last, and begins anew."""
 
     request_id: str
     peer: bytes
@@ -26,7 +26,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Blocks of it were offered: the lease begins, or begins anew."""
+    """All its blocks were offered, and its first token: the lease begins."""
 
     request_id: str
 
@@ -80,11 +80,11 @@ class FreeBlocks:
 @dataclass(slots=True)
 class _Lease:
     peer: bytes
-    ends_s: float | None = None  #: None while nothing was published
+    ends_s: float | None = None  #: None while it is computed
 
 
 class LeaseBook:
-    """All prompts that are computed or held for somebody. Ids come from peers: nobody ends what another asked for."""
+    """All prompts that are computed or held for somebody. Nobody renews or releases what another asked for last."""
 
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
@@ -98,7 +98,7 @@ class LeaseBook:
 
     @property
     def num_leased(self) -> int:
-        """Prompts whose blocks were published."""
+        """Prompts whose blocks wait to be pulled."""
         return sum(lease.ends_s is not None for lease in self._leases.values())
 
     def peer_of(self, request_id: str) -> bytes | None:

@@ -180,7 +180,8 @@ class PrefillWorker:
         blocks = [block for block in offer.blocks if block.index >= first_block]
         checksums = engine.checksums.published([block.block_id for block in blocks])
         self._num_published_blocks += len(blocks)
-        self._decide(Published(offer.seq_id))
+        if emitted is not None:
+            self._decide(Published(offer.seq_id))
         self._worker.send(
             peer,
             KvHandoff(

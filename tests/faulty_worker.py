@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prefill.worker import PrefillWorker
+from prefill.worker import PrefillWorker  # noqa: E402 - as any script beside the packages
 
 fault = sys.argv[1]
 if fault == "damage":

@@ -48,7 +48,7 @@ def _ip(command: str) -> None:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Hosts a and b; b can be reached from the test's own namespace, too. Skips where they cannot be made."""
+    """Hosts a and b; the test's own namespace reaches b, and a through it. Skips where they cannot be made."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         pytest.skip("two hosts need root and iproute2 (ip, tc)")
     number = os.getpid() % 1000
@@ -68,7 +68,10 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         _ip(f"-n {b.name} addr add {net}.130/30 dev eth1")
         _ip(f"link set {outside} up")
         _ip(f"-n {b.name} link set eth1 up")
-        _ip(f"route add {b.address}/32 via {net}.130 dev {outside}")
+        b.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        _ip(f"-n {a.name} route add {net}.128/30 via {b.address}")
+        for host in (a, b):
+            _ip(f"route add {host.address}/32 via {net}.130 dev {outside}")
         yield a, b
     finally:
         for name in (a.name, b.name):

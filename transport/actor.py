@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import ray
-import ray.actor
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -47,6 +46,7 @@ class VaultActor:
     ) -> list[object] | ErrorInfo:
         """See `Vault.export`; a refusal is returned."""
         self._called_s = time.monotonic()
+        self._vault.expect(export_id)  # here, as a release may overtake what waits for a thread
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, self._vault.export, export_id, region, segments)
@@ -58,13 +58,8 @@ class VaultActor:
         self._called_s = time.monotonic()
         self._vault.release(export_id)
 
-    async def retire(self) -> None:
-        """End, unless a call came meanwhile."""
-        if self._is_idle():
-            ray.actor.exit_actor()
-
     def _is_idle(self) -> bool:
-        return self._vault.num_held_bytes == 0 and time.monotonic() - self._called_s > self._limits.idle_s
+        return self._vault.num_holds == 0 and time.monotonic() - self._called_s > self._limits.idle_s
 
     def _watch(self) -> None:
         """In a thread, as a vault that was made and never called has no other life."""
@@ -72,7 +67,8 @@ class VaultActor:
             time.sleep(min(1.0, self._limits.idle_s / 4))
             self._vault.expire(time.monotonic())
             if self._is_idle():
-                self._self.retire.remote()
+                # Not exit_actor: that waits for what this process asked of others, and meanwhile calls are lost here.
+                ray.kill(self._self)
 
 
 RemoteVault = ray.remote(VaultActor)
@@ -96,7 +92,7 @@ class RayVaults:
             RegionError: the region cannot be read as described, or a range is out of bounds.
             TransferError: no vault can be had, it died, or it holds too much.
         """
-        failure: ray.exceptions.RayError | None = None
+        failure: Exception | None = None
         for delay_s in _RETRY_DELAYS_S:
             await asyncio.sleep(delay_s)
             vault = self._actors.get(node_id)
@@ -104,7 +100,7 @@ class RayVaults:
                 if vault is None:
                     vault = self._actors[node_id] = await asyncio.to_thread(self._find, node_id)
                 answer = await vault.export.remote(export_id, region, segments)
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no node has this id
                 # Often one that ended because it was idle. Nothing was handed out yet: another one can do it.
                 failure = error
                 if self._actors.get(node_id) is vault:

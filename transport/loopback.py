@@ -8,10 +8,11 @@ decode.faults.append(Stall())        # the next pull of `decode` makes no end
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
@@ -127,22 +128,15 @@ class LoopbackTransport:
             case Reorder(seed):
                 random.Random(seed).shuffle(order)
             case Corrupt(offset):
-                _carry_out(memory, copies, order, host_target, None)
+                _carry_out(memory, copies, order, host_target)
                 _flip_byte(copies, host_target, offset)
                 if on_arrived is not None:
                     for position in order:
                         on_arrived(position)
                 return
             case WriteLate(delay_s):
-                try:
-                    await self._wait(link, stall_s)
-                    raise TransferError(f"{self.road}: nothing arrived for {stall_s:g} s")
-                except TransferError as error:
-                    error.quarantine_s = 2 * delay_s
-                    raise
-                finally:  # also when cancelled: then above all
-                    later = asyncio.get_running_loop().call_later
-                    later(delay_s, _carry_out, memory, list(copies), order, host_target, None)
+                write = functools.partial(_carry_out, memory, copies, order, host_target)
+                await self._stall_and_write_late(link, stall_s, delay_s, write)
             case _:
                 assert_never(fault)
         _carry_out(memory, copies, order, host_target, on_arrived)
@@ -170,6 +164,19 @@ class LoopbackTransport:
             self._network.regions.pop(nonce, None)
         self._registered.clear()
 
+    async def _stall_and_write_late(
+        self, link: Link, stall_s: float, delay_s: float, write: Callable[[], None]
+    ) -> None:
+        error = TransferError(f"{self.road}: nothing arrived for {stall_s:g} s")
+        try:
+            await self._wait(link, stall_s)
+        except TransferError as lost:
+            error = lost
+        finally:  # also when it was cancelled: then above all
+            asyncio.get_running_loop().call_later(delay_s, write)
+        error.quarantine_s = 2 * delay_s
+        raise error
+
     async def _wait(self, link: Link, seconds: float) -> None:
         """Sleep, unless the link is lost or this transport closed meanwhile: TransferError."""
         given_up = asyncio.Event()
@@ -195,7 +202,11 @@ class LoopbackTransport:
 
 
 def _carry_out(
-    source: Memory, copies: Sequence[Copy], positions: Sequence[int], target: Memory, on_arrived: Arrived | None
+    source: Memory,
+    copies: Sequence[Copy],
+    positions: Sequence[int],
+    target: Memory,
+    on_arrived: Arrived | None = None,
 ) -> None:
     for position in positions:
         copy = copies[position]

@@ -57,27 +57,42 @@ class Vault:
         with self._changed:
             return self._num_held_bytes()
 
+    @property
+    def num_holds(self) -> int:
+        """Exports that were not released, expected ones too."""
+        return len(self._holds)
+
+    def expect(self, export_id: bytes) -> None:
+        """An export will be made: from now on it can be released. Never blocks."""
+        with self._changed:
+            self._holds[export_id] = _Hold(0, time.monotonic() + self._limits.hold_s)
+
     def export(self, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]) -> list[object]:
         """Read the ranges of each segment from a region of this node; what refers to the segments.
+
+        An expected one, that is; what was released meanwhile is not read.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds.
             TransferError: too much is held, and was not released within `max_wait_s`.
         """
-        num_bytes = _checked_size(region, segments)
-        opened = open_region(region)
-        self._reserve(export_id, num_bytes)
-        whole = np.frombuffer(opened.view, dtype=np.uint8)
-        references = []
+        references: list[object] = []
         try:
+            num_bytes = _checked_size(region, segments)
+            opened = open_region(region)
+            self._reserve(export_id, num_bytes)
+            whole = np.frombuffer(opened.view, dtype=np.uint8)
             for ranges in segments:
+                if export_id not in self._holds:
+                    break
                 parts = [whole[offset : offset + length] for offset, length in ranges]
                 references.append(self._put(parts[0] if len(parts) == 1 else np.concatenate(parts)))
-        finally:
             with self._changed:
-                hold = self._holds.get(export_id)
-                if hold is not None:  # it may have been released meanwhile
-                    hold.references = references
+                if export_id in self._holds:
+                    self._holds[export_id].references = references
+        except BaseException:
+            self.release(export_id)
+            raise
         return references
 
     def release(self, export_id: bytes) -> None:
@@ -103,7 +118,8 @@ class Vault:
                 raise TransferError(
                     f"plasma: the vault holds {held:,} of {limit:,} bytes: no room for {num_bytes:,}", code="vault_full"
                 )
-            self._holds[export_id] = _Hold(num_bytes, time.monotonic() + self._limits.hold_s)
+            if export_id in self._holds:
+                self._holds[export_id].num_bytes = num_bytes
 
     def _num_held_bytes(self) -> int:
         return sum(hold.num_bytes for hold in self._holds.values())
@@ -139,6 +155,7 @@ class LocalVaults:
     ) -> list[object]:
         """As a vault does it."""
         vault = self.vaults.setdefault(node_id, Vault(lambda segment: segment.copy(), self._limits))
+        vault.expect(export_id)
         return await asyncio.to_thread(vault.export, export_id, region, segments)
 
     async def segment(self, reference: object) -> Bytes:

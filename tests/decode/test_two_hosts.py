@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import subprocess
 import sys
 import time
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,6 +21,7 @@ from tests.hosts import two_hosts
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import Ingress, worker_options
+from transport.channel import ChannelConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
@@ -27,9 +29,11 @@ ROOT = Path(__file__).parent.parent.parent
 FAULTY = ROOT / "tests" / "faulty_worker.py"
 STALL_S = 1.0
 LEASE_S = 2.0
+CHANNEL = ChannelConfig(heartbeat_s=0.2, lost_after_s=2.0)
 #: No progress, the heartbeat's silence, computing instead, and a busy machine.
 BOUND_S = 15.0
-PROMPT_TOKENS = 700
+PROMPT_TOKENS = 700  #: 44 blocks
+BLOCK_BYTES = 16384
 RATE = "4mbit"  #: of the cable: the pull of a prompt takes more than a second
 
 
@@ -64,20 +68,22 @@ class Cluster:
         self.restart_prefill = restart
         self.ingress = Ingress(decode.info, prefill.info)
         self._rng = random.Random(7)
-        self._num_asked = 0
+        self.num_asked = 0
 
     def prompt(self, num_tokens: int = PROMPT_TOKENS) -> list[int]:
         return [self._rng.randrange(5, 250) for _ in range(num_tokens)]
 
     def ask(self, prompt: list[int], max_tokens: int = 12):
-        self._num_asked += 1
-        return self.ingress.send(f"r{self._num_asked}", prompt, max_tokens=max_tokens)
+        self.num_asked += 1
+        return self.ingress.send(f"r{self.num_asked}", prompt, max_tokens=max_tokens)
 
     async def check(self, *prompts: list[int], max_tokens: int = 12) -> None:
         """Ask all at once; every answer is right and comes in time."""
         answers = [self.ask(prompt, max_tokens) for prompt in prompts]
         got = await self.ingress.finish(*answers, timeout_s=BOUND_S)
-        assert got == [self.reference.greedy(prompt, max_tokens) for prompt in prompts]
+        # in a thread: the channel's heartbeat goes on
+        expected = await asyncio.to_thread(lambda: [self.reference.greedy(prompt, max_tokens) for prompt in prompts])
+        assert got == expected
 
     async def pulling(self) -> None:
         """Until bytes are on their way: the cable is slow, so this is the middle of a pull."""
@@ -88,6 +94,22 @@ class Cluster:
                 return
             await asyncio.sleep(0.01)
         pytest.fail("no pull began")
+
+    def slow_down(self) -> None:
+        """The cable, so that a pull has a middle."""
+        self.hosts[0].set_rate(RATE)
+
+    def speed_up(self) -> None:
+        self.hosts[0].set_rate(None)
+
+    async def comes_back(self) -> None:
+        """The road is taken again, after its back-off and a probe."""
+        before = await self.pulled_bytes()
+        ends_s = time.monotonic() + BOUND_S
+        while await self.pulled_bytes() == before:
+            assert time.monotonic() < ends_s, "the road did not come back"
+            await self.check(self.prompt())
+            await asyncio.sleep(0.3)
 
     async def idle(self) -> None:
         """Both workers hold nothing any more."""
@@ -111,10 +133,10 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = "", **decode_overrides):
+async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = ""):
     running_worker = harness_workers().running_worker
     a, b = hosts
-    options = {"stall_s": STALL_S, "lease_s": LEASE_S, "roads": (road,), "max_model_len": 1024}
+    options = {"stall_s": STALL_S, "lease_s": LEASE_S, "roads": (road,), "max_model_len": 1024, "channel": CHANNEL}
     prefill_options = worker_options(model_dir, **options)
     script = {"script": (str(FAULTY), prefill_fault)} if prefill_fault else {}
     with contextlib.ExitStack() as stack:
@@ -124,12 +146,12 @@ async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = "",
                 running_worker("prefill", prefill_options, host=a.address, prefix=a.prefix, **script)
             )
 
-        decode = stack.enter_context(
-            running_worker(
-                "decode", worker_options(model_dir, **options, **decode_overrides), host=b.address, prefix=b.prefix
-            )
-        )
-        made = Cluster(start_prefill(), decode, hosts, reference, start_prefill)
+        def start_decode():
+            decode_options = worker_options(model_dir, **options, kv_cache_bytes=70 * BLOCK_BYTES)
+            return stack.enter_context(running_worker("decode", decode_options, host=b.address, prefix=b.prefix))
+
+        prefill, decode = await asyncio.gather(asyncio.to_thread(start_prefill), asyncio.to_thread(start_decode))
+        made = Cluster(prefill, decode, hosts, reference, start_prefill)
         try:
             if not prefill_fault:
                 await made.check(made.prompt(64))  # roads are probed
@@ -138,7 +160,7 @@ async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = "",
             await made.idle()
         finally:
             made.ingress.client.close()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(subprocess.CalledProcessError):
                 a.set_rate(None)
 
 
@@ -153,81 +175,82 @@ def harness_workers():
     return module
 
 
-async def test_prompts_are_pulled_from_the_other_host(model_dir, hosts, road, reference):
+async def test_whatever_is_lost_in_the_middle_of_a_pull_every_answer_is_right(model_dir, hosts, road, reference):
+    """One cluster, and one thing after the other: starting it takes longer than all of them."""
     async with cluster(model_dir, hosts, road, reference) as made:
-        before = await made.pulled_bytes()
-        await made.check(*(made.prompt() for _ in range(4)))
-        assert await made.pulled_bytes() > before
-        assert await made.rejected() == 0
+        await many_at_once_into_few_blocks(made)
+        await a_client_leaves(made)
+        await the_prefill_worker_stops_and_goes_on(made)
+        await the_cable_is_out_and_in_again(made)
+        await the_prefill_worker_is_killed_and_restarted(made)
 
 
-@pytest.mark.parametrize("is_stopped_first", [False, True], ids=["killed", "stopped"])
-async def test_a_prefill_worker_lost_in_the_middle_of_a_pull(model_dir, hosts, road, reference, is_stopped_first):
-    async with cluster(model_dir, hosts, road, reference) as made:
-        made.hosts[0].set_rate(RATE)
-        prompts = [made.prompt() for _ in range(3)]
-        checking = asyncio.create_task(made.check(*prompts))
-        await made.pulling()
-        made.prefill.process.send_signal(signal.SIGSTOP if is_stopped_first else signal.SIGKILL)
+async def many_at_once_into_few_blocks(made: Cluster) -> None:
+    before = await made.pulled_bytes()
+    await made.check(*(made.prompt() for _ in range(6)))
+    assert await made.pulled_bytes() > before
+    assert await made.rejected() == 0
+
+
+async def a_client_leaves(made: Cluster) -> None:
+    made.slow_down()
+    made.ask(made.prompt())
+    await made.pulling()
+    made.ingress.cancel(f"r{made.num_asked}")
+    made.speed_up()
+    await made.idle()
+    await made.check(made.prompt())
+
+
+async def the_prefill_worker_stops_and_goes_on(made: Cluster) -> None:
+    made.slow_down()
+    checking = asyncio.create_task(made.check(made.prompt(), made.prompt()))
+    await made.pulling()
+    made.prefill.process.send_signal(signal.SIGSTOP)
+    await checking
+    made.speed_up()
+    # It goes on, and sends what it had begun: into blocks that are others' by now.
+    prompts = [made.prompt() for _ in range(4)]
+    checking = asyncio.create_task(made.check(*prompts, max_tokens=60))
+    await asyncio.sleep(0.1)
+    made.prefill.process.send_signal(signal.SIGCONT)
+    await checking
+    await made.comes_back()
+
+
+async def the_cable_is_out_and_in_again(made: Cluster) -> None:
+    made.slow_down()
+    checking = asyncio.create_task(made.check(made.prompt(), made.prompt()))
+    await made.pulling()
+    made.hosts[1].set_link("down")
+    try:
         await checking
-        made.hosts[0].set_rate(None)
-        if is_stopped_first:
-            # it goes on and sends what it had begun: into blocks that are others' by now
-            after = asyncio.create_task(made.check(*(made.prompt() for _ in range(4)), max_tokens=60))
-            await asyncio.sleep(0.1)
-            made.prefill.process.send_signal(signal.SIGCONT)
-            await after
-        else:
-            made.prefill = made.restart_prefill()
-            made.ingress.prefill = made.prefill.info
-        before = await made.pulled_bytes()
-        for _ in range(3):
-            await made.check(made.prompt())
-            await asyncio.sleep(0.7)
-        assert await made.pulled_bytes() > before, "the road came back"
+        await made.check(made.prompt())
+    finally:
+        made.hosts[1].set_link("up")
+    made.speed_up()
+    await made.comes_back()
 
 
-async def test_the_cable_is_out_in_the_middle_of_a_pull_and_comes_back(model_dir, hosts, road, reference):
-    async with cluster(model_dir, hosts, road, reference) as made:
-        made.hosts[0].set_rate(RATE)
-        checking = asyncio.create_task(made.check(made.prompt(), made.prompt()))
-        await made.pulling()
-        made.hosts[0].set_link("down")
-        try:
-            await checking
-            await made.check(made.prompt())
-        finally:
-            made.hosts[0].set_link("up")
-            made.hosts[0].set_rate(None)
-        before = await made.pulled_bytes()
-        for _ in range(6):
-            await made.check(made.prompt())
-            await asyncio.sleep(0.7)
-        assert await made.pulled_bytes() > before, "the road came back"
+async def the_prefill_worker_is_killed_and_restarted(made: Cluster) -> None:
+    made.slow_down()
+    checking = asyncio.create_task(made.check(made.prompt(), made.prompt()))
+    await made.pulling()
+    made.prefill.process.send_signal(signal.SIGKILL)
+    await checking
+    made.speed_up()
+    made.prefill = await asyncio.to_thread(made.restart_prefill)
+    made.ingress.prefill = made.prefill.info
+    await made.comes_back()
 
 
-@pytest.mark.parametrize("fault", ["damage", "truncate"])
-async def test_a_payload_that_is_not_what_was_published(model_dir, hosts, road, reference, fault):
-    if fault == "truncate" and road == "socket":
-        pytest.skip("a truncated stream is a closed one: tests/transport/test_tcp.py")
+@pytest.mark.parametrize(("road", "fault"), [("ucx", "damage"), ("ucx", "truncate"), ("socket", "damage")])
+async def test_a_payload_that_is_not_what_was_published_is_not_used(model_dir, hosts, road, fault, reference):
+    """A truncated stream of the socket road is a closed one: tests/transport/test_tcp.py."""
+    if road == "ucx":
+        pytest.importorskip("ucxx", reason="ucxx is not installed: no UCX road")
     async with cluster(model_dir, hosts, road, reference, prefill_fault=fault) as made:
         for _ in range(3):
             await made.check(made.prompt(), made.prompt())
             await asyncio.sleep(0.5)
         assert await made.rejected() > 0
-
-
-async def test_a_receiver_with_too_few_blocks_waits_and_holds_nothing_twice(model_dir, hosts, road, reference):
-    async with cluster(model_dir, hosts, road, reference, kv_cache_bytes=70 * 16384) as made:
-        await made.check(*(made.prompt() for _ in range(6)))
-
-
-async def test_a_client_that_leaves_in_the_middle_of_a_pull(model_dir, hosts, road, reference):
-    async with cluster(model_dir, hosts, road, reference) as made:
-        made.hosts[0].set_rate(RATE)
-        made.ask(made.prompt())
-        await made.pulling()
-        made.ingress.cancel(f"r{made._num_asked}")
-        made.hosts[0].set_rate(None)
-        await made.idle()
-        await made.check(made.prompt())

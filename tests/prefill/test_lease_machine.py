@@ -1168,7 +1168,7 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
-        (LeaseMachine, "verifies", False),
+        pytest.param(LeaseMachine, "verifies", False, marks=pytest.mark.slow),  # takes it longest
         (BlockPool, "quarantine", free_without_quarantine),
         (BlockPool, "allocate", reuse_without_a_new_generation),
         (SequenceLedger, "free_orphans", commit_bad_orphans),
@@ -1176,7 +1176,7 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
         (LeaseBook, "_free", forget_without_freeing),
         (LeaseBook, "on_event", never_expire),
         (LeaseBook, "on_event", lose_nobody),
-        (LeaseBook, "on_event", lose_everybody),
+        pytest.param(LeaseBook, "on_event", lose_everybody, marks=pytest.mark.slow),
     ],
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:

@@ -146,9 +146,9 @@ async def nothing_more_lands(target, after_s=0.2):
 
 @pytest.mark.parametrize("num_blocks", [1, 16, 256])
 async def test_scattered_blocks_arrive_exactly(owner, puller, link, source, target, num_blocks):
-    froms = random.Random(2).sample(range(NUM_BLOCKS), num_blocks)
-    tos = random.Random(3).sample(range(NUM_BLOCKS), num_blocks)
-    copies = [Copy(i * BLOCK, j * BLOCK, BLOCK) for i, j in zip(froms, tos, strict=True)]
+    picked = random.Random(2).sample(range(NUM_BLOCKS), num_blocks)
+    places = random.Random(3).sample(range(NUM_BLOCKS), num_blocks)
+    copies = [Copy(i * BLOCK, j * BLOCK, BLOCK) for i, j in zip(picked, places, strict=True)]
     told = []
     await puller.pull(link, owner.register(source), copies, target, 5, told.append)
     assert bytes(target.view) == expected(source, copies)
@@ -468,13 +468,15 @@ async def test_a_cancelled_pull_has_stopped_when_it_is_over(fake, puller, link, 
 
 async def test_a_pull_cancelled_in_full_flight_has_stopped_when_it_is_over(owner, puller, link, source, target):
     region = owner.register(source)
+    num_cancelled = 0
     for delay_s in (0, 0.0005, 0.002, 0.005):
         pull = asyncio.ensure_future(puller.pull(link, region, [Copy(0, 0, SIZE)], target, 5))
         await asyncio.sleep(delay_s)
-        pull.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await pull
+        num_cancelled += pull.cancel()  # not one that was quick enough
+        await asyncio.wait([pull])
+        assert pull.cancelled() or pull.exception() is None
         await nothing_more_lands(target, 0.05)
+    assert num_cancelled >= 2
     await puller.pull(link, region, [Copy(0, 0, SIZE)], target, 5)
     assert bytes(target.view) == bytes(source.view)
 

@@ -1,9 +1,9 @@
 """Every road between two processes of one host, beside memcpy, a raw socket, Arrow Flight and Ray, in the same run.
 
-    python benchmarks/transfer.py                        every cell, every road, about four minutes
-    python benchmarks/transfer.py --quick                four cells, without plasma and ray, within 60 s
-    python benchmarks/transfer.py --record               also append to benchmarks/results/transfer.jsonl
-    python benchmarks/transfer.py --only shm socket      these and what they are measured against
+    python benchmarks/transport.py                        every cell, every road, about four minutes
+    python benchmarks/transport.py --quick                four cells, without plasma and ray, within 60 s
+    python benchmarks/transport.py --record               also append to benchmarks/results/transport.jsonl
+    python benchmarks/transport.py --only shm socket      these and what they are measured against
 
 A cell is a block size and a number of blocks, pulled from random places of another process's pool into random places
 of the own one. Each contender draws its own places and takes its turn in each round, in random order; medians count,
@@ -216,7 +216,7 @@ def goals(run: Run) -> Iterator[str]:
 
 
 def main() -> None:
-    options = parser(__doc__, "transfer", quick="four cells, without plasma and ray")
+    options = parser(__doc__, "transport", quick="four cells, without plasma and ray")
     options.add_argument("--only", nargs="+", choices=(*ROADS, *RIVALS), help="contenders, beside memcpy and tcp")
     args = options.parse_args()
     wanted = set(args.only or (*ROADS, *RIVALS)) | {"memcpy", "tcp"}
@@ -234,7 +234,7 @@ def main() -> None:
         run = uvloop.run(run_all(wanted, quick=args.quick, ray_address=ray_address))
     report(run)
     if args.record:
-        record("transfer", results(run))
+        record("transport", results(run))
     for line in goals(run):
         print(line)
 
