@@ -114,11 +114,13 @@ class BlockPuller:
             for location, target in pairs
         ]
         found: dict[int, int] = {}  # position -> checksum
+        targets = [target for _, target in pairs]
+        is_hashed_at_once = peer.algorithm == "xxh3_64" and self._memory.is_host
 
         def take(position: int) -> None:  # on the road's thread, while the bytes are in the cache
             on_progress()
-            if self._memory.is_host:
-                (found[position],) = self._checksums.compute([pairs[position][1]], peer.algorithm)
+            if is_hashed_at_once:
+                found[position] = self._checksums.hash_block(targets[position])
 
         error: TransferError | None = None
         road = ""
@@ -126,8 +128,7 @@ class BlockPuller:
             road = await self._roads.pull(link, copies, self._memory, take)
         except TransferError as failure:
             error = failure
-        if error is None and not self._memory.is_host:
-            targets = [target for _, target in pairs]
+        if error is None and not is_hashed_at_once:
             found = dict(enumerate(await asyncio.to_thread(self._checksums.compute, targets, peer.algorithm)))
         if error is not None:
             logger.warning("pull of %d blocks failed: %s", len(pairs), error.message)

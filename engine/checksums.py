@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 import xxhash
 
@@ -30,6 +31,7 @@ class BlockChecksums:
     def __init__(self, pool: BlockPool, kv_pool: KvPool) -> None:
         self._pool = pool
         self._rows = kv_pool.data.view(torch.uint8)  # [num_blocks, block_bytes]
+        self._host_rows = self._rows.numpy() if kv_pool.device.type == "cpu" else np.empty((0, 0), np.uint8)
         self._known: dict[int, tuple[int, int]] = {}  # block id -> (generation, checksum)
         #: of the checksums that are published
         self.algorithm: Algorithm = "xxh3_64" if kv_pool.device.type == "cpu" else "sum64"
@@ -49,10 +51,13 @@ class BlockChecksums:
         if algorithm == "sum64":
             return sum64(self._rows[torch.tensor(block_ids, device=self._rows.device)])
         if self._rows.device.type == "cpu":
-            rows = self._rows.numpy()
-            return [xxhash.xxh3_64_intdigest(rows[block_id]) for block_id in block_ids]
+            return [self.hash_block(block_id) for block_id in block_ids]
         copied = self._rows[torch.tensor(block_ids, device=self._rows.device)].cpu().numpy()
         return [xxhash.xxh3_64_intdigest(row) for row in copied]
+
+    def hash_block(self, block_id: int) -> int:
+        """xxh3_64 of one block in host memory, without detours: about a microsecond besides the hashing itself."""
+        return xxhash.xxh3_64_intdigest(self._host_rows[block_id])
 
 
 def sum64(rows: torch.Tensor) -> list[int]:

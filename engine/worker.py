@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Sta
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
+from transport.memory import Memory
 from transport.opening import open_roads
 from transport.plasma import Vaults
 from transport.protocol import Link
@@ -158,6 +160,8 @@ class EngineWorker:
         self.driver = EngineDriver(self.engine, self._on_instructions, self._on_crash)
         self.driver.start()
         self.spawn(self._report_forever())
+        if isinstance(self.engine.memory, Memory):
+            threading.Thread(target=self.engine.memory.populate, name="populate", daemon=True).start()
         return self.info(self.server.address)
 
     def info(self, address: str) -> WorkerInfo:

@@ -2,12 +2,12 @@
 
     UcxTransport   on the event loop                    this file
     Mover, Pull    the road's thread, and its work      ucx_mover.py, ucx_pull.py
-    UcxWorker      UCX, by way of ucxx                  ucx_worker.py
-    Hello, ...     what the two sides say to each other ucx_wire.py
+    Worker         UCX, by way of ucxx and ctypes       ucx_worker.py, ucx_library.py
+    Connect, ...   what the two sides say to each other ucx_wire.py
 
 UCX authenticates nobody: who can open a connection to its port may write into this process. A network policy must
-admit kvray's own pods only. Worker addresses go out over links only, bytes are sent only in answer to a request that
-came over one; they travel in the clear.
+admit kvray's own pods only. Bytes are sent only in answer to a request that came over a link, and only to the client
+whose address came over the same link: no address translation may lie between the two. They travel in the clear.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from messages.handoff import RegionInfo
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 from transport.ucx_mover import Mover, call_soon
 from transport.ucx_pull import Arrivals, Pull
-from transport.ucx_wire import Closed, Handle, Hello, PullRefused, PullRequest, decode, encode, plan
-from transport.ucx_worker import UcxWorker
+from transport.ucx_wire import Connect, Handle, PullRefused, PullRequest, Refused, decode, encode, plan
+from transport.ucx_worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +46,21 @@ class UcxTransport:
         devices: Sequence[str] = (),
         prepare_thread: Callable[[], None] | None = None,
     ) -> None:
-        """Listen on `host`, an IP address of this node, and on nothing else; see `UcxWorker` for the rest.
+        """Listen on `host`, an IP address of this node, and on nothing else; see `Worker` for the rest.
 
         Raises:
             ConfigError: ucxx is missing, or UCX cannot do what is asked for.
         """
-        worker = UcxWorker(host, port_range, transports, devices, prepare_thread)
+        self._registered: dict[bytes, RegionMemory] = {}
+        self._mover = Mover(
+            lambda on_arrival: Worker(host, port_range, transports, devices, on_arrival, prepare_thread),
+            self._registered,
+            prepare_thread,
+        )
+        worker = self._mover.worker
         self._version = worker.version
         self._has_devices = worker.has_devices
-        self._registered: dict[bytes, RegionMemory] = {}
-        self._mover = Mover(worker, self._registered, prepare_thread)
+        self._address = (host, worker.port)
         self._is_closed = False
 
     @property
@@ -72,7 +77,7 @@ class UcxTransport:
         self._check_open()
         self._check_movable(memory)
         self._registered[memory.nonce] = memory
-        handle = msgspec.msgpack.encode(Handle(self._version, memory.is_host))
+        handle = msgspec.msgpack.encode(Handle(self._version, memory.is_host, *self._address))
         return RegionInfo(road=self.road, handle=handle, num_bytes=memory.num_bytes, nonce=memory.nonce)
 
     async def pull(
@@ -87,7 +92,7 @@ class UcxTransport:
         """Carry out all copies; return when the last byte has landed. The first pull over a link connects, too.
 
         It counts as stalled when nothing arrives from that peer at all: as long as something does, it may be another
-        pull's turn. Whatever ends a pull early, but a refusal, ends all others between the two processes.
+        pull's turn. Whatever ends a pull early, but for a refusal, ends the others from that peer.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds; nothing was written.
@@ -109,7 +114,7 @@ class UcxTransport:
         def tell(error: TransferError | None) -> None:
             call_soon(loop, _set, ended, error)
 
-        pull = Pull(link, source, messages, target, stall_s, arrivals, tell)
+        pull = Pull(link, source, (handle.host, handle.port), messages, target, stall_s, arrivals, tell)
         self._mover.post(self._mover.begin, pull)
         try:
             await asyncio.shield(ended)
@@ -132,11 +137,11 @@ class UcxTransport:
             self._mover.post(self._mover.hear, asyncio.get_running_loop(), link, message)
         elif isinstance(message, PullRequest):
             link.send(self.road, encode(PullRefused(message.first_tag, "the transport is closed", is_region=True)))
-        elif isinstance(message, Hello):
-            link.send(self.road, encode(Closed(None)))
+        elif isinstance(message, Connect):
+            link.send(self.road, encode(Refused(message.number, "the transport is closed", is_gone=True)))
 
     def on_link_lost(self, link: Link) -> None:
-        """The peer is gone: its pulls fail at once, the endpoint is closed."""
+        """The peer is gone: its pulls fail at once, the connections are closed."""
         self._mover.post(self._mover.lose, link)
 
     def carriers(self, link: Link) -> str:

@@ -1,11 +1,11 @@
 """The thread of the ucx road: it alone tells UCX anything, and it looks after all pulls.
 
-    waiting  --- both endpoints made --->  asked  --- last message landed --->  done
-       |                                     |  stalled, cancelled, refused, lost
-       `------------> failed                 `--> settling  --- every receive is over --->  failed
+    waiting  --- connected --->  asked  --- last message landed --->  done
+       |                           |  stalled, cancelled, refused, lost
+       `------> failed             `--> settling  --- every receive is over --->  failed
 
-A pull has not ended before UCX is done with its target. To end receives early the endpoint is closed, which also ends
-all other pulls between the two processes. Receives that do not end even then never will: `quarantine_s` is infinite.
+A pull has not ended before UCX is done with its target. To end receives early the connection is closed, which also
+ends the other pulls over it. Receives that do not end even then never will: `quarantine_s` is infinite.
 """
 
 from __future__ import annotations
@@ -18,37 +18,62 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import assert_never
 
 from transport.protocol import Link, RegionError, RegionMemory, TransferError
+from transport.ucx_library import SocketAddress
 from transport.ucx_pull import Pull, gather
 from transport.ucx_wire import (
     NUM_TAGS,
+    Accepted,
     Body,
-    Closed,
-    Hello,
+    Connect,
+    Disconnect,
     PullRefused,
     PullRequest,
     Range,
-    Reset,
+    Refused,
     encode,
     pack_ranges,
     unpack_ranges,
 )
-from transport.ucx_worker import Endpoint, Transfer, UcxError, UcxWorker
+from transport.ucx_worker import Connection, Transfer, UcxError, Worker
 
 log = logging.getLogger(__name__)
 
 _PULL_STEP_S = 0.0002  #: between two looks at receives; UCX's own thread moves the bytes
-_SEND_STEP_S = 0.005  #: between two looks at what nobody waits for
-_SETTLE_S = 2.0  #: receives are over 1-60 ms after the endpoint was closed
+_SLOW_STEP_S = 0.005  #: between two looks at what is less urgent
+_SETTLE_S = 2.0  #: receives are over 1-60 ms after the connection was closed
 _GRACE_S = 0.5  #: for a cancelled pull to run to its end, where closing would hit others
+_KNOCK_S = 10.0  #: between a client's arrival and the word, over the link, that it would come
 _WINDOW = 16  #: receives looked at in one step: messages arrive in the order in which they were sent
 _EXIT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Way:
+    """From a peer's region to here."""
+
+    number: int
+    address: SocketAddress  #: of its listener
+    connection: Connection
+    is_announced: bool = False
+    is_ready: bool = False
+
+
+@dataclass(slots=True)
+class _Guest:
+    """A peer that pulls from here, or will."""
+
+    number: int
+    address: SocketAddress
+    announced_s: float
+    connection: Connection | None = None  #: None: the client has not arrived
 
 
 @dataclass(slots=True, eq=False)
@@ -57,36 +82,34 @@ class _Peer:
 
     link: Link
     loop: asyncio.AbstractEventLoop
-    address: bytes = b""  #: of its worker, once it said so
-    number: int = -1  #: of the last endpoint made for it
-    endpoint: Endpoint | None = None  #: the open one
-    is_ready: bool = False  #: its partner is made, too
-    has_asked: bool = False  #: we have, for its address
-    heard_s: float = -math.inf  #: when a message from it landed last
+    way: _Way | None = None
+    guest: _Guest | None = None
+    heard_s: float = -math.inf  #: when a message of it landed last
     carriers: str = ""
-    last_tag: int | None = None  #: of its requests
 
 
 class Mover:
-    """See the module. Commands are its public methods, handed over by `post`; the other methods are the thread's."""
+    """See the module. Its public methods but for the first three are commands, for `post`; the rest is the thread's."""
 
     def __init__(
         self,
-        worker: UcxWorker,
+        make_worker: Callable[[Callable[[], None]], Worker],
         registered: Mapping[bytes, RegionMemory],
         prepare_thread: Callable[[], None] | None,
     ) -> None:
+        """`make_worker(on_arrival)`; a ConfigError of it is passed on."""
         self.num_unsettled = 0
         self.has_ended = False
-        self._worker = worker
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.worker = make_worker(partial(self.post, lambda: None))  # the step after it looks who has arrived
         self._registered = registered
         self._prepare_thread = prepare_thread
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._peers: dict[Link, _Peer] = {}
         self._pulls: list[tuple[_Peer, Pull]] = []
-        self._sends: list[tuple[_Peer, Transfer]] = []
+        self._sends: list[Transfer] = []
         self._leftovers: list[Transfer] = []  # nobody waits for them, but UCX may still use their buffers
         self._next_tag = secrets.randbelow(NUM_TAGS)
+        self._numbers = count()
         self._close_by_s = math.inf
         # A daemon, so that a process can exit without `close`; `end` sees to it that UCX's thread is stopped before.
         self._thread = threading.Thread(target=self._run, name="ucx", daemon=True)
@@ -107,18 +130,21 @@ class Mover:
         peer = self._peers.get(link)
         return "" if peer is None else peer.carriers
 
-    # Commands
+    # ------------------------------------------------------------------------------------------------------- commands
 
     def begin(self, pull: Pull) -> None:
         """Take it on."""
-        if self._close_by_s < math.inf:
+        if self._is_closing:
             pull.tell(TransferError("ucx: the transport was closed"))
             return
         peer = self._peer_of(pull.link, pull.loop)
+        if peer.way is not None and (peer.way.connection.error is not None or peer.way.address != pull.address):
+            self._disconnect(peer, peer.way.connection.error or "the peer listens elsewhere now")
         self._pulls.append((peer, pull))
-        if peer.endpoint is not None and not peer.endpoint.is_alive:
-            self._disconnect(peer, peer.endpoint.error(), spare=pull)
-        self._go_on(peer)
+        if peer.way is None:
+            self._connect(peer, pull.address)
+        elif peer.way.is_ready:
+            self._ask(peer, peer.way, pull)
 
     def cancel(self, pull: Pull) -> None:
         """End it soon, as failed."""
@@ -126,33 +152,36 @@ class Mover:
         if peer is None or pull.failure is not None:
             return
         pull.failure = TransferError("ucx: cancelled")
-        if pull.endpoint is None:
+        if pull.connection is None:
             self._finish(peer, pull)
-            return
-        others = [each for each, other in self._pulls if other is not pull] + [each for each, _ in self._sends]
-        pull.settle_by_s = time.monotonic() + (_GRACE_S if peer in others else 0)
+        else:
+            has_others = any(other.connection is pull.connection for _, other in self._pulls if other is not pull)
+            pull.settle_by_s = time.monotonic() + (_GRACE_S if has_others else 0)
 
     def hear(self, loop: asyncio.AbstractEventLoop, link: Link, message: Body) -> None:
         """The peer said something."""
-        if self._close_by_s < math.inf:
+        if self._is_closing:
             return
         peer = self._peer_of(link, loop)
         match message:
-            case Hello():
-                self._meet(peer, message)
-            case Reset(number, reason):
-                # Of our last number and closed here, too: crossed our own. Of a higher one: it could not be made there.
-                if number > peer.number or (number == peer.number and peer.endpoint is not None):
-                    self._disconnect(peer, f"by the peer: {reason}", is_told=True)
+            case Connect(number, host, port):
+                self._drop_guest(peer)
+                peer.guest = _Guest(number, (host, port), time.monotonic())
+                self._receive_guest(peer, peer.guest)
+            case Disconnect(number):
+                if peer.guest is not None and peer.guest.number == number:
+                    self._drop_guest(peer)
+            case Accepted(number):
+                if peer.way is not None and peer.way.number == number:
+                    self._go_on(peer, peer.way)
+            case Refused(number, reason, is_gone):
+                if peer.way is not None and peer.way.number == number:
+                    kind = RegionError if is_gone else TransferError
+                    self._disconnect(peer, f"refused: {reason}", kind)
             case PullRequest():
                 self._serve(peer, message)
             case PullRefused():
                 self._take_refusal(peer, message)
-            case Closed(last_tag):
-                for pull in self._pulls_of(peer):
-                    if not _was_heard(pull, last_tag):
-                        pull.failure = pull.failure or RegionError("ucx: the peer closed its transport")
-                self._disconnect(peer, "the peer closed its transport", is_told=True)
             case _:
                 assert_never(message)
 
@@ -160,18 +189,23 @@ class Mover:
         """The peer is gone."""
         peer = self._peers.pop(link, None)
         if peer is not None:
-            self._disconnect(peer, "the peer was lost", is_told=True)
+            self._disconnect(peer, "the peer was lost")
+            self._drop_guest(peer)
 
     def close(self) -> None:
         """End everything."""
-        if self._close_by_s == math.inf:
+        if not self._is_closing:
             self._close_by_s = time.monotonic() + _SETTLE_S
             for link in list(self._peers):
                 peer = self._peers.pop(link)
-                self._say(peer, Closed(peer.last_tag))
-                self._disconnect(peer, "the transport was closed", is_told=True)
+                self._disconnect(peer, "the transport was closed")
+                self._drop_guest(peer)
 
-    # The thread
+    # ----------------------------------------------------------------------------------------------------- the thread
+
+    @property
+    def _is_closing(self) -> bool:
+        return self._close_by_s < math.inf
 
     def _run(self) -> None:
         try:
@@ -185,67 +219,73 @@ class Mover:
             self.close()
             for peer, pull in list(self._pulls):
                 self._give_up(peer, pull)
-            _for_ever.extend(self._leftovers)
-            self._sends.clear()
-            self._worker.close()
+            _for_ever.extend(self._sends + self._leftovers)
+            self.worker.close()
             atexit.unregister(self.end)
 
     def _can_end(self) -> bool:
         is_idle = not self._pulls and not self._sends and not self._leftovers
-        return self._close_by_s < math.inf and (is_idle or time.monotonic() > self._close_by_s)
+        return self._is_closing and (is_idle or time.monotonic() > self._close_by_s)
 
     def _take_commands(self) -> None:
         wait_s: float | None = None
-        if any(pull.endpoint is not None for _, pull in self._pulls):
+        if any(pull.connection is not None for _, pull in self._pulls):
             wait_s = _PULL_STEP_S
-        elif self._pulls or self._sends or self._leftovers:
-            wait_s = _SEND_STEP_S
+        elif self._pulls or self._sends or self._leftovers or self.worker.arrived:
+            wait_s = _SLOW_STEP_S
         with suppress(queue.Empty):
             self._commands.get(timeout=wait_s)()
             while True:
                 self._commands.get_nowait()()
 
     def _step(self, now_s: float) -> None:
+        for peer in list(self._peers.values()):
+            if peer.way is not None and not peer.way.is_announced:
+                self._announce(peer, peer.way)
+            if peer.guest is not None and peer.guest.connection is None:
+                self._receive_guest(peer, peer.guest)
+        self.worker.refuse_strangers(_KNOCK_S)
         for peer, pull in list(self._pulls):
+            if pull.has_ended:  # another's failure took it along
+                continue
             if pull.failure is not None:
                 self._settle(peer, pull, now_s)
             else:
                 self._advance(peer, pull, now_s)
-        self._sends = [(peer, send) for peer, send in self._sends if not send.is_over]
+        self._sends = [send for send in self._sends if not send.is_over]
         self._leftovers = [transfer for transfer in self._leftovers if not transfer.is_over]
 
     def _advance(self, peer: _Peer, pull: Pull, now_s: float) -> None:
         for receive in pull.take_over(_WINDOW):
-            error = receive.transfer.error()
+            error = receive.transfer.error
             if error is not None:
                 self._disconnect(peer, error)
                 return
             peer.heard_s = now_s
             pull.land(receive)
-        if pull.endpoint is not None and not pull.pending:
-            peer.carriers = pull.endpoint.carriers() or peer.carriers
+        way = peer.way
+        if pull.connection is not None and not pull.pending:
+            peer.carriers = pull.connection.carriers() or peer.carriers
             self._finish(peer, pull)
-        elif pull.endpoint is not None and not pull.endpoint.is_alive:
-            self._disconnect(peer, pull.endpoint.error())
+        elif way is not None and way.connection.error is not None:
+            self._disconnect(peer, way.connection.error)
         elif now_s > max(pull.begun_s, peer.heard_s) + pull.stall_s:
-            if pull.endpoint is None:
-                pull.failure = TransferError(f"ucx: the peer did not answer for {pull.stall_s:g} s")
-                self._finish(peer, pull)
-            else:
-                self._disconnect(peer, f"nothing arrived for {pull.stall_s:g} s")
+            what = "the peer did not answer" if pull.connection is None else "nothing arrived"
+            self._disconnect(peer, f"{what} for {pull.stall_s:g} s")
 
     def _settle(self, peer: _Peer, pull: Pull, now_s: float) -> None:
         pull.take_over(len(pull.pending))
         if not pull.pending:
             self._finish(peer, pull)
         elif now_s > pull.settle_by_s:
-            if pull.endpoint is peer.endpoint:
+            if peer.way is not None and pull.connection is peer.way.connection:
                 self._disconnect(peer, "a pull was given up")
             else:
                 self._give_up(peer, pull)
 
     def _finish(self, peer: _Peer, pull: Pull) -> None:
         self._pulls.remove((peer, pull))
+        pull.has_ended = True
         pull.tell(pull.failure)
 
     def _give_up(self, peer: _Peer, pull: Pull) -> None:
@@ -258,13 +298,8 @@ class Mover:
         pull.failure = failure
         self._finish(peer, pull)
 
-    # Connections
-
     def _peer_of(self, link: Link, loop: asyncio.AbstractEventLoop) -> _Peer:
         return self._peers.setdefault(link, _Peer(link, loop))
-
-    def _pulls_of(self, peer: _Peer) -> list[Pull]:
-        return [pull for each, pull in self._pulls if each is peer]
 
     def _say(self, peer: _Peer, message: Body) -> None:
         call_soon(peer.loop, self._send_now, peer.link, encode(message))
@@ -273,112 +308,91 @@ class Mover:
         if not link.send("ucx", body):
             self.post(self.lose, link)
 
-    def _meet(self, peer: _Peer, hello: Hello) -> None:
-        if peer.endpoint is not None and hello.address != peer.address:
-            self._disconnect(peer, "the peer has another worker now", is_told=True)
-        peer.address = hello.address
-        own = self._worker.address
-        next_number = self._worker.next_number(peer.address)
-        if peer.endpoint is not None and hello.number == peer.number:
-            peer.is_ready = True
-        elif own == peer.address:  # an endpoint to oneself is its own partner, the number means nothing
-            peer.is_ready = peer.endpoint is not None or self._connect(peer, 0)
-        elif own < peer.address:
-            # A question that we have answered, or word of an endpoint that we have closed since, needs nothing.
-            is_used_up = peer.endpoint is None or hello.next_number > peer.number
-            if hello.number is None and is_used_up:
-                self._connect(peer, max(next_number, hello.next_number))
-        elif hello.number is not None and hello.number >= next_number:
-            peer.is_ready = self._connect(peer, hello.number)
-        elif peer.endpoint is None:
-            self._say_hello(peer)
-        if peer.is_ready:
-            self._go_on(peer)
+    # ----------------------------------------------------------------------------------------------------- as a puller
 
-    def _connect(self, peer: _Peer, number: int) -> bool:
-        """Make endpoint `number`, and say so."""
-        if peer.endpoint is not None:
-            self._disconnect(peer, "the peer began anew", is_told=True)
-        peer.number = number
+    def _connect(self, peer: _Peer, address: SocketAddress) -> None:
+        self._leftovers += self.worker.take_strays()
         try:
-            self._leftovers += self._worker.take_strays()
-            peer.endpoint = self._worker.connect(peer.address, number)
+            peer.way = _Way(next(self._numbers), address, self.worker.connect(address))
         except UcxError as error:
-            log.warning("ucx: no connection to a peer: %s", error)
-            self._say(peer, Reset(number, f"no connection: {error}"))
-            self._disconnect(peer, f"no connection: {error}")
-            return False
-        peer.carriers = peer.endpoint.carriers()
-        self._say_hello(peer)
-        return True
+            self._disconnect(peer, f"no connection to {address}: {error}")
+        else:
+            self._announce(peer, peer.way)
 
-    def _say_hello(self, peer: _Peer) -> None:
-        number = None if peer.endpoint is None else peer.number
-        self._say(peer, Hello(self._worker.address, self._worker.next_number(peer.address), number))
+    def _announce(self, peer: _Peer, way: _Way) -> None:
+        with suppress(UcxError):  # that does not know its own address yet
+            host, port = way.connection.local_address()
+            way.is_announced = True
+            self._say(peer, Connect(way.number, host, port))
 
-    def _go_on(self, peer: _Peer) -> None:
-        """Ask for what waits, or for the peer's endpoint."""
-        waiting = [pull for pull in self._pulls_of(peer) if pull.endpoint is None]
-        if peer.endpoint is None and waiting and not peer.has_asked:
-            peer.has_asked = True
-            self._say_hello(peer)
-        for pull in waiting if peer.is_ready else ():
-            self._ask(peer, pull)
+    def _go_on(self, peer: _Peer, way: _Way) -> None:
+        way.is_ready = True
+        peer.carriers = way.connection.carriers()
+        for each, pull in list(self._pulls):
+            if each is peer and pull.connection is None and pull.failure is None:
+                self._ask(peer, way, pull)
 
-    def _disconnect(self, peer: _Peer, reason: str, *, is_told: bool = False, spare: Pull | None = None) -> None:
-        """Close the endpoint, if any: the peer's pulls fail, or settle until then."""
-        endpoint, peer.endpoint = peer.endpoint, None
-        peer.is_ready = peer.has_asked = False
-        if endpoint is not None:
-            log.info("ucx: a connection is closed: %s", reason)
-            endpoint.close()
-            if not is_told:
-                self._say(peer, Reset(peer.number, reason))
-        for pull in self._pulls_of(peer):
-            if pull is spare:
-                continue
-            pull.failure = pull.failure or TransferError(f"ucx: {reason}")
-            if pull.endpoint is None:
-                self._finish(peer, pull)
-            elif pull.endpoint is endpoint:
-                pull.settle_by_s = time.monotonic() + _SETTLE_S
-
-    # Pulls of ours
-
-    def _ask(self, peer: _Peer, pull: Pull) -> None:
-        assert peer.endpoint is not None
+    def _ask(self, peer: _Peer, way: _Way, pull: Pull) -> None:
         first_tag = self._next_tag
         self._next_tag = (first_tag + len(pull.messages)) % NUM_TAGS
-        try:
-            pull.post(peer.endpoint, first_tag)
-        except UcxError as error:
-            self._disconnect(peer, str(error))
-            return
+        pull.post(self.worker, way.connection, first_tag)
         ranges, counts = pack_ranges(pull.messages)
         source = pull.source
-        self._say(peer, PullRequest(first_tag, peer.number, source.nonce, source.num_bytes, ranges, counts))
+        self._say(peer, PullRequest(first_tag, way.number, source.nonce, source.num_bytes, ranges, counts))
 
     def _take_refusal(self, peer: _Peer, refusal: PullRefused) -> None:
-        for pull in self._pulls_of(peer):
-            if pull.endpoint is None or pull.first_tag != refusal.first_tag or pull.endpoint is not peer.endpoint:
-                continue
-            kind = RegionError if refusal.is_region else TransferError
-            pull.failure = pull.failure or kind(f"ucx: refused: {refusal.reason}")
-            pull.settle_by_s = time.monotonic() + _SETTLE_S
-            try:
-                self._leftovers += self._worker.complete_with_nothing([receive.tag for receive in pull.pending])
-            except UcxError as error:
-                self._disconnect(peer, str(error))
+        for each, pull in self._pulls:
+            if each is peer and pull.connection is not None and pull.first_tag == refusal.first_tag:
+                kind = RegionError if refusal.is_region else TransferError
+                pull.failure = pull.failure or kind(f"ucx: refused: {refusal.reason}")
+                pull.settle_by_s = time.monotonic() + _SETTLE_S
+                self.worker.cancel([receive.transfer for receive in pull.pending])  # nothing was sent for them
 
-    # Pulls of peers
+    def _disconnect(self, peer: _Peer, reason: str, kind: type[TransferError] = TransferError) -> None:
+        """Close the way to the peer, if any: its pulls settle; those that wait fail at once, with `kind`."""
+        way, peer.way = peer.way, None
+        pulls = [pull for each, pull in self._pulls if each is peer]
+        if way is not None:
+            log.info("ucx: a connection is closed: %s", reason)
+            for pull in pulls:
+                self.worker.cancel([receive.transfer for receive in pull.pending])
+            self._leftovers.append(way.connection.close())
+            self._say(peer, Disconnect(way.number))
+        for pull in pulls:
+            if pull.connection is None:
+                pull.failure = pull.failure or kind(f"ucx: {reason}")
+                self._finish(peer, pull)
+            elif way is not None and pull.connection is way.connection:
+                pull.failure = pull.failure or TransferError(f"ucx: {reason}")
+                pull.settle_by_s = time.monotonic() + _SETTLE_S
+
+    # ----------------------------------------------------------------------------------------------------- as a source
+
+    def _receive_guest(self, peer: _Peer, guest: _Guest) -> None:
+        if guest.address in self.worker.arrived:
+            try:
+                guest.connection = self.worker.accept(guest.address)
+            except UcxError as error:
+                self._refuse_guest(peer, guest, str(error))
+            else:
+                peer.carriers = peer.carriers or guest.connection.carriers()
+                self._say(peer, Accepted(guest.number))
+        elif time.monotonic() > guest.announced_s + _KNOCK_S:
+            self._refuse_guest(peer, guest, f"no client came from {guest.address}")
+
+    def _refuse_guest(self, peer: _Peer, guest: _Guest, reason: str) -> None:
+        self._say(peer, Refused(guest.number, reason, is_gone=False))
+        peer.guest = None
+
+    def _drop_guest(self, peer: _Peer) -> None:
+        guest, peer.guest = peer.guest, None
+        if guest is not None and guest.connection is not None:
+            self._leftovers.append(guest.connection.close())
 
     def _serve(self, peer: _Peer, request: PullRequest) -> None:
-        peer.last_tag = request.first_tag
-        if peer.endpoint is not None and not peer.endpoint.is_alive:
-            self._disconnect(peer, peer.endpoint.error())
-        endpoint = peer.endpoint
-        if endpoint is None or request.number != peer.number:
-            reason = f"endpoint {request.number} is closed, {peer.number} was the last"
+        guest = peer.guest
+        if guest is None or guest.connection is None or guest.number != request.number or guest.connection.error:
+            reason = f"connection {request.number} is closed"
             self._say(peer, PullRefused(request.first_tag, reason, is_region=False))
             return
         try:
@@ -386,14 +400,12 @@ class Mover:
         except (RegionError, ValueError) as error:
             self._say(peer, PullRefused(request.first_tag, str(error), is_region=True))
             return
-        try:
-            for index, ranges in enumerate(messages):
-                buffer = memory.slice(*ranges[0]) if len(ranges) == 1 else gather(memory, ranges)
-                self._sends.append((peer, endpoint.send(buffer, (request.first_tag + index) % NUM_TAGS)))
-        except UcxError as error:
-            self._disconnect(peer, str(error))
+        for index, ranges in enumerate(messages):
+            buffer = memory.slice(*ranges[0]) if len(ranges) == 1 else gather(memory, ranges)
+            num_bytes = sum(each.num_bytes for each in ranges)
+            self._sends.append(guest.connection.send(buffer, num_bytes, (request.first_tag + index) % NUM_TAGS))
 
-    def _check(self, request: PullRequest) -> tuple[RegionMemory, list[list[Range]]]:
+    def _check(self, request: PullRequest) -> tuple[RegionMemory, Sequence[Sequence[Range]]]:
         memory = self._registered.get(request.nonce)
         if memory is None:
             raise RegionError("no region of that nonce is registered")
@@ -407,11 +419,6 @@ class Mover:
 
 #: What UCX may use until the process ends.
 _for_ever: list[Transfer] = []
-
-
-def _was_heard(pull: Pull, last_tag: int | None) -> bool:
-    """Whether a peer that heard requests up to `last_tag` has begun to answer this one. They are sent in order."""
-    return pull.endpoint is not None and last_tag is not None and (last_tag - pull.first_tag) % NUM_TAGS < NUM_TAGS // 2
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:

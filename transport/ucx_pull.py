@@ -11,8 +11,9 @@ from typing import cast
 
 from messages.handoff import RegionInfo
 from transport.protocol import Arrived, Copy, Link, RegionMemory, TransferError
+from transport.ucx_library import SocketAddress
 from transport.ucx_wire import NUM_TAGS, Message, Range
-from transport.ucx_worker import Endpoint, Transfer
+from transport.ucx_worker import Connection, Transfer, Worker
 
 
 class Pull:
@@ -22,6 +23,7 @@ class Pull:
         self,
         link: Link,
         source: RegionInfo,
+        address: SocketAddress,
         messages: Sequence[Message],
         target: RegionMemory,
         stall_s: float,
@@ -31,6 +33,7 @@ class Pull:
         """`tell` is called once, with the outcome, from the thread."""
         self.link = link
         self.source = source
+        self.address = address  #: of its owner's listener
         self.messages = messages
         self.target = target
         self.stall_s = stall_s
@@ -38,23 +41,24 @@ class Pull:
         self.tell = tell
         self.loop = asyncio.get_running_loop()
         self.begun_s = time.monotonic()
-        self.endpoint: Endpoint | None = None  #: that its receives are posted on; None: waiting
+        self.connection: Connection | None = None  #: that its messages come over; None: waiting
         self.first_tag = 0
         self.pending: list[Receive] = []
         self.failure: TransferError | None = None  #: then it is settling
         self.settle_by_s = math.inf
+        self.has_ended = False
 
-    def post(self, endpoint: Endpoint, first_tag: int) -> None:
+    def post(self, worker: Worker, connection: Connection, first_tag: int) -> None:
         """Post the receives."""
-        self.endpoint = endpoint
+        self.connection = connection
         self.first_tag = first_tag
         self.begun_s = time.monotonic()
         for index, message in enumerate(self.messages):
             _, offset, num_bytes = message.copies[0]
             is_gathered = len(message.copies) > 1
             buffer = bytearray(message.num_bytes) if is_gathered else self.target.slice(offset, num_bytes)
-            tag = (first_tag + index) % NUM_TAGS
-            self.pending.append(Receive(message, buffer, tag, endpoint.receive(buffer, tag)))
+            transfer = worker.receive(buffer, message.num_bytes, (first_tag + index) % NUM_TAGS)
+            self.pending.append(Receive(message, buffer, transfer))
 
     def take_over(self, num_looked_at: int) -> list[Receive]:
         """Those of the first `num_looked_at` receives that are over; they are pending no more."""
@@ -80,7 +84,6 @@ class Receive:
 
     message: Message
     buffer: object
-    tag: int
     transfer: Transfer
 
 

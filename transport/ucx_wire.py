@@ -1,19 +1,15 @@
 """What the two sides of the ucx road say to each other over the link, and how copies become tag messages.
 
-    leader                                           follower
-    Hello(number=None)                        --->                    here is my worker, I have no endpoint to yours
-                                              <---   Hello(None)      nor have I to yours
-    makes its endpoint n; Hello(n)            --->   makes its endpoint n
-                                              <---   Hello(n)         from now on both may ask:
+    puller                                                source
+    connects to the source's listener              ===>   lets it wait
+    Connect(number, own address)                   --->   accepts the client of that address, and no other
+                                                   <---   Accepted(number), or Refused
 
-    puller                                           source
-    posts receives; PullRequest               --->   checks, then sends
-                                              <===   tag messages; or <--- PullRefused, and none
-    Reset(n): "my endpoint n is closed", from whoever gave up, and it begins anew with a higher n
+    posts receives; PullRequest                    --->   checks, then sends
+                                                   <===   tag messages; or <--- PullRefused, and none
+    Disconnect(number), when it gave up
 
-Both sides make each number once, so that endpoint n here is the partner of endpoint n there (see ucx_worker), whatever
-links there are between the two. The leader, whose address is the smaller, alone chooses numbers; a follower that has
-used one up already says Hello(None) again, with the `next_number` that it can make.
+Each direction has a connection of its own. The link is authenticated: an address that came over it proves the client.
 """
 
 from __future__ import annotations
@@ -42,25 +38,40 @@ class Handle(msgspec.Struct, frozen=True, array_like=True):
 
     version: str  #: of UCX
     is_host: bool  #: whether its owner can gather small runs
+    host: str  #: where it listens
+    port: int
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """Here is my worker, and the number of my endpoint to yours; None if there is none."""
+class Connect(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    """The client with this address is me. It takes the place of an earlier one."""
 
-    address: bytes
-    next_number: int  #: that I can make; 0 if I do not know your worker yet
-    number: int | None
+    number: int  #: chosen by the puller
+    host: str
+    port: int
 
 
-class Reset(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Endpoint `number` is closed on my side."""
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Connection `number` is made on my side, too."""
+
+    number: int
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """It will not be."""
 
     number: int
     reason: str
+    is_gone: bool  #: no region of mine can be read any more
 
 
-class PullRequest(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Send these ranges of the region, to endpoint `number`: message i under tag `first_tag` + i (modulo NUM_TAGS)."""
+class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Connection `number` is closed on my side."""
+
+    number: int
+
+
+class PullRequest(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Send these ranges of the region over connection `number`. Message i has tag `first_tag` + i, modulo NUM_TAGS."""
 
     first_tag: int
     number: int
@@ -70,7 +81,7 @@ class PullRequest(msgspec.Struct, frozen=True, array_like=True, tag=2):
     counts: bytes  #: uint32, ranges of each message; their bytes follow each other in it
 
 
-class PullRefused(msgspec.Struct, frozen=True, array_like=True, tag=3):
+class PullRefused(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """Nothing was or will be sent for that request."""
 
     first_tag: int
@@ -78,15 +89,9 @@ class PullRefused(msgspec.Struct, frozen=True, array_like=True, tag=3):
     is_region: bool  #: the region or a range is at fault, asking again is in vain
 
 
-class Closed(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """No region of mine can be read any more; `last_tag` is the last request that I heard."""
-
-    last_tag: int | None
-
-
 NUM_TAGS = 2**64
 
-Body: TypeAlias = Hello | Reset | PullRequest | PullRefused | Closed
+Body: TypeAlias = Connect | Accepted | Refused | Disconnect | PullRequest | PullRefused
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Body).decode

@@ -18,25 +18,55 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import ipaddress
 import logging
 import random
 import re
 import signal
 import socket
-import struct
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import psutil
 
 from messages.errors import ConfigError
+from transport.ucx_library import (
+    BY_FORCE,
+    CLIENT_CALLBACK,
+    CONN_REQUEST_CLIENT,
+    EP_CLIENT_SERVER,
+    EP_CONN_REQUEST,
+    EP_ERR_HANDLER,
+    EP_ERR_MODE,
+    EP_FLAGS,
+    EP_LOCAL_SOCKADDR,
+    EP_NO_LOOPBACK,
+    EP_SOCKADDR,
+    EP_TRANSPORTS,
+    ERROR_CALLBACK,
+    IN_PROGRESS,
+    LISTENER_CONN_HANDLER,
+    LISTENER_SOCKADDR,
+    NO_PARAMETERS,
+    PEER_ERRORS,
+    ConnRequestAttributes,
+    EndpointAttributes,
+    EndpointParameters,
+    ListenerParameters,
+    SocketAddress,
+    TagInfo,
+    TransportEntry,
+    from_sockaddr,
+    quick,
+    status_text,
+    to_sockaddr,
+    ucp,
+    ucs,
+)
 
 log = logging.getLogger(__name__)
-
-SocketAddress: TypeAlias = tuple[str, int]
 
 #: What nobody asked for, and more than any message of ours carries, stays where it is.
 _MAX_STRAY_BYTES = 16 << 20
@@ -64,10 +94,10 @@ class Transfer:
     def is_over(self) -> bool:
         """Whether UCX is done with the buffer, well or badly."""
         if self._request:
-            status: int = _quick().ucp_request_check_status(self._request)
-            if status == _IN_PROGRESS:
+            status: int = quick().ucp_request_check_status(self._request)
+            if status == IN_PROGRESS:
                 return False
-            _ucp().ucp_request_free(self._request)
+            ucp().ucp_request_free(self._request)
             self._request, self._buffer, self._status = 0, None, status
         return True
 
@@ -79,26 +109,26 @@ class Transfer:
     def cancel(self, worker: int) -> None:
         """End it, if it is a receive that nothing has matched yet."""
         if self._request:
-            _ucp().ucp_request_cancel(worker, self._request)
+            ucp().ucp_request_cancel(worker, self._request)
 
 
 class Connection:
     """One end of a connection. `Worker.connect` and `Worker.accept` make them."""
 
-    def __init__(self, worker: int, endpoint: int, errors: dict[int, str]) -> None:
-        self._worker = worker
+    def __init__(self, endpoint: int, number: int, errors: dict[int, str]) -> None:
         self._endpoint = endpoint
-        self._errors = errors  # of all endpoints, filled by UCX's thread
+        self._number = number
+        self._errors = errors  # of all connections, by number; filled by UCX's thread
 
     @property
     def error(self) -> str | None:
         """Why it broke, once UCX found out; a peer that is stopped does not break it."""
-        return "closed" if not self._endpoint else self._errors.get(self._endpoint)
+        return "closed" if not self._endpoint else self._errors.get(self._number)
 
     def send(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Send `buffer` as message `tag`."""
         owner, address = _address_of(buffer)
-        return Transfer(_ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, _NO_PARAMETERS), owner)
+        return Transfer(ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, NO_PARAMETERS), owner)
 
     def local_address(self) -> SocketAddress:
         """This end's, as the other end sees it.
@@ -106,20 +136,20 @@ class Connection:
         Raises:
             UcxError: it is not known yet, or broken.
         """
-        attributes = _EndpointAttributes(field_mask=_EP_LOCAL_SOCKADDR)
-        _check(_ucp().ucp_ep_query(self._endpoint, ctypes.byref(attributes)))
-        return _from_sockaddr(attributes.local_sockaddr)
+        attributes = EndpointAttributes(field_mask=EP_LOCAL_SOCKADDR)
+        _check(ucp().ucp_ep_query(self._endpoint, ctypes.byref(attributes)))
+        return from_sockaddr(attributes.local_sockaddr)
 
     def carriers(self) -> str:
         """The transports it uses, e.g. "tcp" or "cuda_ipc,tcp"; "" where UCX does not tell."""
-        entries = (_TransportEntry * _MAX_TRANSPORTS)()
-        attributes = _EndpointAttributes(
-            field_mask=_EP_TRANSPORTS,
+        entries = (TransportEntry * _MAX_TRANSPORTS)()
+        attributes = EndpointAttributes(
+            field_mask=EP_TRANSPORTS,
             entries=entries,
             num_entries=_MAX_TRANSPORTS,
-            entry_size=ctypes.sizeof(_TransportEntry),
+            entry_size=ctypes.sizeof(TransportEntry),
         )
-        if self.error is not None or _ucp().ucp_ep_query(self._endpoint, ctypes.byref(attributes)):
+        if self.error is not None or ucp().ucp_ep_query(self._endpoint, ctypes.byref(attributes)):
             return ""
         names = [entries[i].transport_name.decode() for i in range(attributes.num_entries)]
         return ",".join(dict.fromkeys(names))
@@ -127,8 +157,8 @@ class Connection:
     def close(self) -> Transfer:
         """Close by force: what is under way ends a moment later. The other end finds out by itself."""
         endpoint, self._endpoint = self._endpoint, 0
-        transfer = Transfer(_ucp().ucp_ep_close_nbx(endpoint, _BY_FORCE) if endpoint else None)
-        self._errors.pop(endpoint, None)
+        transfer = Transfer(ucp().ucp_ep_close_nbx(endpoint, BY_FORCE) if endpoint else None)
+        self._errors.pop(self._number, None)
         return transfer
 
 
@@ -139,14 +169,16 @@ class Worker:
         self,
         host: str,
         port_range: tuple[int, int],
-        transports: str | None = None,
-        devices: Sequence[str] = (),
+        transports: str | None,
+        devices: Sequence[str],
+        on_arrival: Callable[[], None],
         prepare_thread: Callable[[], None] | None = None,
     ) -> None:
         """Listen on `host`, an IP address of this node, on free ports of `port_range` (both ends included).
 
         `transports`: as in UCX_TLS; None: tcp, and what moves GPU memory where there is a GPU. `devices`: network
-        devices beside that of `host`, e.g. mlx5_0:1. `prepare_thread` runs first in UCX's thread (the CUDA context).
+        devices beside that of `host`, e.g. mlx5_0:1. `on_arrival`, called by UCX's thread: a client has knocked.
+        `prepare_thread` runs first in UCX's thread (the CUDA context).
 
         Raises:
             ConfigError: ucxx is missing, or UCX cannot do what is asked for.
@@ -178,11 +210,13 @@ class Worker:
         #: whether it can move GPU memory
         self.has_devices = "cuda_copy" in found
         self._handle: int = self._worker.handle
-        self._errors: dict[int, str] = {}  # endpoint -> what broke it
-        self._arrived: dict[SocketAddress, int] = {}  # client's address -> its request to be connected
+        self._num_connections = 0
+        self._errors: dict[int, str] = {}  # number of a connection -> what broke it
+        self._arrived: dict[SocketAddress, tuple[int, float]] = {}  # client's address -> its request, and when it came
+        self._on_arrival = on_arrival
         # UCX calls both from its thread, which waits for the interpreter meanwhile.
-        self._on_error = _ERROR_CALLBACK(self._note_error)
-        self._on_client = _CLIENT_CALLBACK(self._note_client)
+        self._on_error = ERROR_CALLBACK(self._note_error)
+        self._on_client = CLIENT_CALLBACK(self._note_client)
         self._listener, self.port = self._listen(host, ports)
         # UCX takes an interface's first address, which may be another than the one asked for.
         listening = {ip for ip, _ in _listening(port_range) - before}
@@ -198,17 +232,18 @@ class Worker:
         Raises:
             UcxError: there is no way to it.
         """
-        sockaddr = _to_sockaddr(address)
+        sockaddr = to_sockaddr(address)
         return self._connection(
-            field_mask=_EP_ERR_MODE | _EP_ERR_HANDLER | _EP_SOCKADDR | _EP_FLAGS,
-            flags=_EP_CLIENT_SERVER,
+            field_mask=EP_ERR_MODE | EP_ERR_HANDLER | EP_SOCKADDR | EP_FLAGS,
+            flags=EP_CLIENT_SERVER,
             sockaddr=ctypes.addressof(sockaddr),
             sockaddr_bytes=ctypes.sizeof(sockaddr),
         )
 
-    def has_arrived(self, address: SocketAddress) -> bool:
-        """Whether a client with that address has knocked."""
-        return address in self._arrived
+    @property
+    def arrived(self) -> set[SocketAddress]:
+        """Clients that have knocked and wait."""
+        return set(self._arrived)
 
     def accept(self, address: SocketAddress) -> Connection:
         """Connect to the client with that address, which has arrived.
@@ -216,24 +251,26 @@ class Worker:
         Raises:
             UcxError: it is gone.
         """
-        request = self._arrived.pop(address)
+        request, _ = self._arrived.pop(address)
         return self._connection(
-            field_mask=_EP_ERR_MODE | _EP_ERR_HANDLER | _EP_CONN_REQUEST | _EP_FLAGS,
-            flags=_EP_NO_LOOPBACK,
+            field_mask=EP_ERR_MODE | EP_ERR_HANDLER | EP_CONN_REQUEST | EP_FLAGS,
+            flags=EP_NO_LOOPBACK,
             conn_request=request,
         )
 
-    def refuse_all_but(self, addresses: set[SocketAddress]) -> None:
-        """Send all other clients away."""
-        for address in set(self._arrived) - addresses:
-            _ucp().ucp_listener_reject(self._listener, self._arrived.pop(address))
+    def refuse_strangers(self, max_wait_s: float) -> None:
+        """Send away the clients that nobody accepted for so long."""
+        now_s = time.monotonic()
+        for address, (request, since_s) in list(self._arrived.items()):
+            if now_s >= since_s + max_wait_s:
+                log.info("ucx: a client from %s:%d is sent away: no peer said that it would come", *address)
+                del self._arrived[address]
+                ucp().ucp_listener_reject(self._listener, request)
 
     def receive(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Post `buffer` for the message `tag`, which must be as long, from whomever."""
         owner, address = _address_of(buffer)
-        return Transfer(
-            _ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, _NO_PARAMETERS), owner
-        )
+        return Transfer(ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, NO_PARAMETERS), owner)
 
     def cancel(self, transfers: Sequence[Transfer]) -> None:
         """End those that nothing has matched yet."""
@@ -243,162 +280,57 @@ class Worker:
     def take_strays(self) -> list[Transfer]:
         """Receive, to be forgotten, what arrived and nobody waits for: the remains of pulls that were given up."""
         strays = []
-        info = _TagInfo()
-        while _ucp().ucp_tag_probe_nb(self._handle, 0, 0, 0, ctypes.byref(info)) and info.num_bytes <= _MAX_STRAY_BYTES:
-            message = _ucp().ucp_tag_probe_nb(self._handle, 0, 0, 1, ctypes.byref(info))
+        info = TagInfo()
+        while ucp().ucp_tag_probe_nb(self._handle, 0, 0, 0, ctypes.byref(info)) and info.num_bytes <= _MAX_STRAY_BYTES:
+            message = ucp().ucp_tag_probe_nb(self._handle, 0, 0, 1, ctypes.byref(info))
             owner, address = _address_of(bytearray(max(info.num_bytes, 1)))
-            request = _ucp().ucp_tag_msg_recv_nbx(self._handle, address, info.num_bytes, message, _NO_PARAMETERS)
+            request = ucp().ucp_tag_msg_recv_nbx(self._handle, address, info.num_bytes, message, NO_PARAMETERS)
             strays.append(Transfer(request, owner))
         return strays
 
     def close(self) -> None:
         """Stop listening, and UCX's thread. All connections must have been closed before."""
-        self.refuse_all_but(set())
-        _ucp().ucp_listener_destroy(self._listener)
+        self.refuse_strangers(0)
+        ucp().ucp_listener_destroy(self._listener)
         self._worker.stop_progress_thread()
         self._worker = None
 
     def _listen(self, host: str, ports: Sequence[int]) -> tuple[int, int]:
         for port in ports:
-            sockaddr = _to_sockaddr((host, port))
-            parameters = _ListenerParameters(
-                field_mask=_LISTENER_SOCKADDR | _LISTENER_CONN_HANDLER,
+            sockaddr = to_sockaddr((host, port))
+            parameters = ListenerParameters(
+                field_mask=LISTENER_SOCKADDR | LISTENER_CONN_HANDLER,
                 sockaddr=ctypes.addressof(sockaddr),
                 sockaddr_bytes=ctypes.sizeof(sockaddr),
                 conn_callback=self._on_client,
             )
             listener = ctypes.c_void_p()
-            status = _ucp().ucp_listener_create(self._handle, ctypes.byref(parameters), ctypes.byref(listener))
+            status = ucp().ucp_listener_create(self._handle, ctypes.byref(parameters), ctypes.byref(listener))
             if status == 0:
                 return listener.value or 0, port
         raise ConfigError(f"UCX cannot listen on {host}: {status_text(status)}")
 
     def _connection(self, **parameters: object) -> Connection:
+        self._num_connections += 1
+        number = self._num_connections  # UCX uses the addresses of endpoints again
         endpoint = ctypes.c_void_p()
-        made = _EndpointParameters(err_mode=_PEER_ERRORS, err_callback=self._on_error, **parameters)
-        _check(_ucp().ucp_ep_create(self._handle, ctypes.byref(made), ctypes.byref(endpoint)))
-        return Connection(self._handle, endpoint.value or 0, self._errors)
+        made = EndpointParameters(err_mode=PEER_ERRORS, err_callback=self._on_error, err_argument=number, **parameters)
+        _check(ucp().ucp_ep_create(self._handle, ctypes.byref(made), ctypes.byref(endpoint)))
+        return Connection(endpoint.value or 0, number, self._errors)
 
-    def _note_error(self, _: int | None, endpoint: int | None, status: int) -> None:
-        self._errors[endpoint or 0] = status_text(status)
+    def _note_error(self, number: int | None, _: int | None, status: int) -> None:
+        self._errors[number or 0] = status_text(status)
 
     def _note_client(self, request: int | None, _: int | None) -> None:
-        attributes = _ConnRequestAttributes(field_mask=_CONN_REQUEST_CLIENT)
-        if request and not _ucp().ucp_conn_request_query(request, ctypes.byref(attributes)):
-            self._arrived[_from_sockaddr(attributes.client_address)] = request
-
-
-def status_text(status: int) -> str:
-    """UCX's words for it."""
-    text: bytes = _ucs().ucs_status_string(status)
-    return text.decode()
+        attributes = ConnRequestAttributes(field_mask=CONN_REQUEST_CLIENT)
+        if request and not ucp().ucp_conn_request_query(request, ctypes.byref(attributes)):
+            self._arrived[from_sockaddr(attributes.client_address)] = request, time.monotonic()
+            self._on_arrival()
 
 
 def _check(status: int) -> None:
     if status:
         raise UcxError(status_text(status))
-
-
-# What follows is of ucp.h, ucp_def.h and status.h. UCX looks only at the fields that a mask names.
-
-_IN_PROGRESS = 1
-_PEER_ERRORS = 1
-_EP_ERR_MODE, _EP_ERR_HANDLER, _EP_SOCKADDR, _EP_FLAGS, _EP_CONN_REQUEST = 1 << 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6
-_EP_CLIENT_SERVER, _EP_NO_LOOPBACK = 1 << 0, 1 << 1
-_EP_LOCAL_SOCKADDR, _EP_TRANSPORTS = 1 << 1, 1 << 3
-_LISTENER_SOCKADDR, _LISTENER_CONN_HANDLER = 1 << 0, 1 << 2
-_CONN_REQUEST_CLIENT = 1 << 0
-
-#: ucp_request_param_t begins with a mask of the fields that are set, and flags.
-_NO_PARAMETERS = bytes(128)
-_BY_FORCE = struct.pack("=II", 1 << 4, 1 << 0) + bytes(120)
-
-_Status = ctypes.c_int8  # the enumeration is packed
-_Storage = ctypes.c_uint8 * 128  # struct sockaddr_storage
-_ERROR_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, _Status)
-_CLIENT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
-
-
-class _TagInfo(ctypes.Structure):
-    """ucp_tag_recv_info_t."""
-
-    _fields_ = (("tag", ctypes.c_uint64), ("num_bytes", ctypes.c_size_t))
-
-
-class _TransportEntry(ctypes.Structure):
-    """ucp_transport_entry_t."""
-
-    _fields_ = (("transport_name", ctypes.c_char_p), ("device_name", ctypes.c_char_p))
-
-
-class _EndpointAttributes(ctypes.Structure):
-    """ucp_ep_attr_t."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("name", ctypes.c_char * 32),
-        ("local_sockaddr", _Storage),
-        ("remote_sockaddr", _Storage),
-        ("entries", ctypes.POINTER(_TransportEntry)),
-        ("num_entries", ctypes.c_uint),
-        ("entry_size", ctypes.c_size_t),
-        ("user_data", ctypes.c_void_p),
-    )
-
-
-class _EndpointParameters(ctypes.Structure):
-    """ucp_ep_params_t."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("address", ctypes.c_void_p),
-        ("err_mode", ctypes.c_int),
-        ("err_callback", _ERROR_CALLBACK),
-        ("err_argument", ctypes.c_void_p),
-        ("user_data", ctypes.c_void_p),
-        ("flags", ctypes.c_uint),
-        ("sockaddr", ctypes.c_void_p),
-        ("sockaddr_bytes", ctypes.c_uint32),
-        ("conn_request", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("local_sockaddr", ctypes.c_void_p),
-        ("local_sockaddr_bytes", ctypes.c_uint32),
-    )
-
-
-class _ListenerParameters(ctypes.Structure):
-    """ucp_listener_params_t."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("sockaddr", ctypes.c_void_p),
-        ("sockaddr_bytes", ctypes.c_uint32),
-        ("accept_callback", ctypes.c_void_p),
-        ("accept_argument", ctypes.c_void_p),
-        ("conn_callback", _CLIENT_CALLBACK),
-        ("conn_argument", ctypes.c_void_p),
-    )
-
-
-class _ConnRequestAttributes(ctypes.Structure):
-    """ucp_conn_request_attr_t."""
-
-    _fields_ = (("field_mask", ctypes.c_uint64), ("client_address", _Storage), ("client_id", ctypes.c_uint64))
-
-
-def _to_sockaddr(address: SocketAddress) -> ctypes.Array[ctypes.c_uint8]:
-    packed = ipaddress.ip_address(address[0]).packed
-    family, padding = (socket.AF_INET, 8) if len(packed) == 4 else (socket.AF_INET6, 4)
-    flow = b"" if len(packed) == 4 else bytes(4)
-    raw = struct.pack("=H", family) + struct.pack("!H", address[1]) + flow + packed + bytes(padding)
-    return (ctypes.c_uint8 * len(raw)).from_buffer_copy(raw)
-
-
-def _from_sockaddr(storage: ctypes.Array[ctypes.c_uint8]) -> SocketAddress:
-    raw = bytes(storage)
-    (port,) = struct.unpack_from("!H", raw, 2)
-    is_ipv4 = struct.unpack_from("=H", raw)[0] == socket.AF_INET
-    return str(ipaddress.ip_address(raw[4:8] if is_ipv4 else raw[8:24])), port
 
 
 def _address_of(buffer: Any) -> tuple[object, int]:
@@ -420,52 +352,9 @@ def _libucxx() -> Any:
     return libucxx
 
 
-@cache
-def _ucp() -> ctypes.CDLL:
-    """By this name the library that ucxx has loaded is found."""
-    library = ctypes.CDLL("libucp.so.0")
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    tag = ctypes.c_uint64
-    for name, result, arguments in (
-        ("ucp_tag_send_nbx", pointer, (pointer, pointer, size, tag, ctypes.c_char_p)),
-        ("ucp_tag_recv_nbx", pointer, (pointer, pointer, size, tag, tag, ctypes.c_char_p)),
-        ("ucp_tag_probe_nb", pointer, (pointer, tag, tag, ctypes.c_int, pointer)),
-        ("ucp_tag_msg_recv_nbx", pointer, (pointer, pointer, size, pointer, ctypes.c_char_p)),
-        ("ucp_request_free", None, (pointer,)),
-        ("ucp_request_cancel", None, (pointer, pointer)),
-        ("ucp_ep_create", _Status, (pointer, pointer, pointer)),
-        ("ucp_ep_query", _Status, (pointer, pointer)),
-        ("ucp_ep_close_nbx", pointer, (pointer, ctypes.c_char_p)),
-        ("ucp_listener_create", _Status, (pointer, pointer, pointer)),
-        ("ucp_listener_reject", _Status, (pointer, pointer)),
-        ("ucp_listener_destroy", None, (pointer,)),
-        ("ucp_conn_request_query", _Status, (pointer, pointer)),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-@cache
-def _quick() -> ctypes.PyDLL:
-    """For what neither blocks nor takes UCX's lock: giving up the interpreter for it would cost more than it does."""
-    library = ctypes.PyDLL("libucp.so.0")
-    library.ucp_request_check_status.restype = _Status
-    library.ucp_request_check_status.argtypes = [ctypes.c_void_p]
-    return library
-
-
-@cache
-def _ucs() -> ctypes.CDLL:
-    library = ctypes.CDLL("libucs.so.0")
-    library.ucs_status_string.restype = ctypes.c_char_p
-    library.ucs_status_string.argtypes = [_Status]
-    return library
-
-
 def _tame() -> None:
     """Undo what loading UCX does to a process. Its variables could, too, if they are set before it is loaded."""
-    library = _ucs()
+    library = ucs()
     level = ctypes.create_string_buffer(32)
     with contextlib.suppress(AttributeError):  # another version of UCX may lack the functions: then its ways stay
         library.ucs_global_opts_get_value(b"LOG_LEVEL", level, len(level))

@@ -25,9 +25,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Models, peers' environments: whatever a benchmark makes once and keeps.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvray"
 
-# A script's own folder comes first on the path, and there lies transport.py: the package of that name goes before it.
-sys.path.insert(0, str(ROOT))
-
 _LOAD_AT_START = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 

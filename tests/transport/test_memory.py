@@ -115,3 +115,13 @@ def test_nothing_remains_after_a_process_was_killed():
     process.communicate()
     assert held - before > num_bytes / 2
     assert held - shared_bytes() > num_bytes / 2
+
+
+def test_populating_changes_no_byte():
+    memory = Memory.allocate((5 << 20) + 123)
+    memory.view[:4] = b"here"
+    memory.view[-4:] = b"last"
+    memory.populate()
+    assert bytes(memory.view[:4]) + bytes(memory.view[-4:]) == b"herelast"
+    assert not any(memory.view[4:-4])
+    memory.close()

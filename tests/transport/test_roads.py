@@ -190,7 +190,7 @@ async def test_memory_that_a_road_cannot_read_is_not_offered_on_it(setting):
 
 
 async def test_messages_for_unknown_roads_are_dropped(setting, caplog):
-    setting.puller.on_message(setting.link, "pigeon", b"coo")
+    setting.puller.on_message(setting.link, "pigeon", b"hello")
     assert "pigeon" in caplog.text
 
 

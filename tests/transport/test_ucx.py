@@ -23,15 +23,15 @@ from messages.errors import ConfigError
 from messages.handoff import RegionInfo
 from tests.transport.links import linked
 from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_frame
-from transport import ucx_wire
+from transport import ucx_mover, ucx_wire
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
 from transport.ucx import UcxTransport
-from transport.ucx_worker import UcxWorker
+from transport.ucx_worker import Worker
 
 MIB = 1 << 20
 SMALL = 16 * MIB
-LARGE = 256 * MIB  #: takes 0.2 s or more: something can happen meanwhile
+LARGE = 192 * MIB  #: takes 0.15 s or more: something can happen meanwhile
 STALL_S = 0.5
 FILLING = 0xEE
 
@@ -210,7 +210,6 @@ async def test_pulls_at_once_do_not_mix(shared_peer, puller, target):
 
 
 async def test_both_ends_of_many_links_pull_at_once():
-    """Endpoint numbers are common to all links between two workers: they must not get out of step."""
     ends = [UcxTransport(HOST, port_range=PORTS) for _ in range(2)]
     memories = [Memory.allocate(MIB) for _ in range(2)]
     regions = [end.register(memory) for end, memory in zip(ends, memories, strict=True)]
@@ -263,23 +262,24 @@ async def test_source_checks_the_ranges_of_a_request(owner, puller):
     """Also those that no puller of ours would send."""
     memory = Memory.allocate(MIB)
     region = owner.register(memory)
-    link = linked(puller, owner)
-    await puller.pull(link, region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+    await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+    ((link, guest),) = owner._mover._peers.items()
+    number = guest.guest.number
     answers = []
-    far = Link(lambda _, body: answers.append(ucx_wire.decode(body)) or True)
-    far_owner = next(each for each in owner._mover._peers if each is not link)
-    owner._mover._peers[far] = owner._mover._peers[far_owner]  # its number, another way back
-    far_owner._send = far._send
+    link._send = lambda _, body: answers.append(ucx_wire.decode(body)) or True
     bad = [(MIB, 1), (0, MIB + 1), (MIB - 1, 2), (2**63, 2**63), (0, 0)]
     requests = [(np.array([each], dtype="<u8").tobytes(), (1).to_bytes(4, "little")) for each in bad]
     requests += [(b"\0" * 15, b"\1\0\0\0"), (b"\0" * 16, b"\1\0\0"), (b"\0" * 16, b""), (b"", b"\0\0\0\0")]
     requests += [(np.array([(0, MIB)] * 9, dtype="<u8").tobytes(), (9).to_bytes(4, "little"))]
     for tag, (ranges, counts) in enumerate(requests):
-        body = ucx_wire.PullRequest(tag, 0, region.nonce, region.num_bytes, ranges, counts)
-        owner.on_message(far, ucx_wire.encode(body))
+        body = ucx_wire.PullRequest(tag, number, region.nonce, region.num_bytes, ranges, counts)
+        owner.on_message(link, ucx_wire.encode(body))
+    owner.on_message(link, ucx_wire.encode(ucx_wire.PullRequest(99, number + 1, region.nonce, MIB, b"", b"")))
     await asyncio.sleep(0.2)
-    assert [type(answer) for answer in answers] == [ucx_wire.PullRefused] * len(requests)
-    assert all(answer.is_region for answer in answers)
+    assert [(type(answer), answer.first_tag) for answer in answers] == [
+        (ucx_wire.PullRefused, tag) for tag in [*range(len(requests)), 99]
+    ]
+    assert [answer.is_region for answer in answers] == [True] * len(requests) + [False]
 
 
 @pytest.mark.parametrize("change", [{"road": "shm"}, {"handle": b"junk"}], ids=str)
@@ -291,44 +291,62 @@ async def test_region_that_is_none_of_this_road_is_refused(shared_peer, puller, 
 
 async def test_region_of_another_version_of_ucx_is_refused(shared_peer, puller, target):
     link, region = await shared_peer.link(puller)
-    handle = msgspec.msgpack.encode(ucx_wire.Handle("1.20.1", is_host=True))
+    handle = msgspec.msgpack.encode(ucx_wire.Handle("1.20.1", True, HOST, 1))
     with pytest.raises(RegionError, match=r"the peer has UCX 1\.20\.1"):
         await puller.pull(link, msgspec.structs.replace(region, handle=handle), [Copy(0, 0, 10)], target, 5)
 
 
 async def test_junk_is_dropped(shared_peer, puller, target):
     link, region = await shared_peer.link(puller)
-    bodies = [b"", b"\xff" * 100, b"\x93\x01\x02\x03", ucx_wire.encode(ucx_wire.Hello(b"no address", 0, 0))]
-    bodies += [ucx_wire.encode(ucx_wire.PullRefused(5, "who?", is_region=True))]
-    for junk in bodies:
+    messages = [ucx_wire.Accepted(5), ucx_wire.Refused(5, "", True), ucx_wire.Disconnect(5)]
+    messages += [ucx_wire.Connect(5, "no address", 5), ucx_wire.PullRefused(5, "who?", True)]
+    for junk in (b"", b"\xff" * 100, b"\x93\x01\x02\x03", *map(ucx_wire.encode, messages)):
         puller.on_message(link, junk)
         link.send("ucx", junk)
-    with contextlib.suppress(TransferError):  # the false address may cost one pull
-        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
     await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
     assert target.view[:10] == pattern(0, 10)
 
 
-async def test_stranger_who_knows_the_address_gets_nothing(owner, puller):
+async def test_stranger_is_sent_away_and_gets_nothing(owner, puller, monkeypatch):
+    """Who connects, and guesses tags, but has no link."""
+    monkeypatch.setattr(ucx_mover, "_KNOCK_S", 0.3)
     memory, target = Memory.allocate(MIB), Memory.allocate(MIB)
     memory.view[:] = b"secret!!" * (MIB // 8)
-    region = owner.register(memory)
-    stranger = UcxWorker(HOST, PORTS)
-    endpoint = stranger.connect(owner._mover._worker.address, 0)
+    region, link = owner.register(memory), linked(puller, owner)
+    stranger = Worker(HOST, PORTS, None, [], lambda: None)
+    connection = stranger.connect((HOST, owner._mover.worker.port))
     seen = bytearray(MIB)
-    waits = [endpoint.receive(seen, tag) for tag in range(16)]
-    asks = [
-        endpoint.send(ucx_wire.encode(ucx_wire.PullRequest(0, 0, region.nonce, MIB, b"", b"")), i) for i in range(9)
-    ]
-    await puller.pull(linked(puller, owner), region, [Copy(0, 0, MIB)], target, 5)
-    await asyncio.sleep(0.3)
+    waits = [stranger.receive(seen, MIB, tag) for tag in range(16)]
+    asks = [connection.send(bytearray(b"give me all!"), 12, tag) for tag in range(16)]
+    await puller.pull(link, region, [Copy(0, 0, MIB)], target, 5)
+    await asyncio.to_thread(wait_until, lambda: connection.error is not None, 5)
     assert target.view == memory.view
     assert bytes(seen) == bytes(MIB)
     assert not any(wait.is_over for wait in waits)
-    endpoint.close()
-    assert asks
-    del waits, asks
+    assert all(ask.is_over and ask.error for ask in asks)
+    stranger.cancel(waits)
+    connection.close()
     stranger.close()
+
+
+async def test_client_that_does_not_come_is_refused(owner, puller, monkeypatch):
+    """As where addresses are translated on the way: the source sees another one than the puller."""
+    monkeypatch.setattr(ucx_mover, "_KNOCK_S", 0.3)
+    region = owner.register(Memory.allocate(MIB))
+    monkeypatch.setattr("transport.ucx_worker.Connection.local_address", lambda self: ("192.0.2.1", 5))
+    with pytest.raises(TransferError, match="no client came"):
+        await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+
+
+async def test_unreachable_listener_fails_at_once(puller, owner):
+    region = owner.register(Memory.allocate(MIB))
+    handle = msgspec.msgpack.decode(region.handle, type=ucx_wire.Handle)
+    nobody = msgspec.structs.replace(handle, port=1)
+    region = msgspec.structs.replace(region, handle=msgspec.msgpack.encode(nobody))
+    started_s = time.monotonic()
+    with pytest.raises(TransferError):
+        await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
+    assert time.monotonic() - started_s < 2
 
 
 # ----------------------------------------------------------------------------------------------------- ends, early ones
@@ -357,7 +375,7 @@ async def test_killed_peer_fails_the_pull_at_once_and_its_successor_works(peer, 
 @pytest.mark.slow
 async def test_stopped_peer_stalls_the_pull_and_nothing_lands_late(peer, puller, target):
     link, region = await peer.link(puller)
-    for _ in range(2):  # the second time with the second pair of endpoints
+    for _ in range(2):
         on_arrived, _ = at_first_arrival(lambda: peer.send_signal(signal.SIGSTOP))
         started_s = time.monotonic()
         with pytest.raises(TransferError, match=r"nothing arrived for 0\.5 s") as failure:
@@ -368,39 +386,6 @@ async def test_stopped_peer_stalls_the_pull_and_nothing_lands_late(peer, puller,
         await puller.pull(link, region, IN_EIGHTS, target, 5)
         assert target.view[-8 * MIB :] == pattern(0, 8 * MIB)
     assert puller.num_unsettled == 0
-
-
-@pytest.mark.slow
-async def test_nothing_lands_late_though_one_end_made_more_endpoints(peer, puller, target):
-    link, region = await peer.link(puller)
-    await puller.pull(link, region, [Copy(0, 0, 1)], target, 5)
-    use_up(puller, 3)
-    puller.on_link_lost(link)
-    link, region = await peer.link(puller)
-    on_arrived, _ = at_first_arrival(lambda: peer.send_signal(signal.SIGSTOP))
-    with pytest.raises(TransferError) as failure:
-        await puller.pull(link, region, IN_EIGHTS, target, STALL_S, on_arrived)
-    assert failure.value.quarantine_s == 0
-    await assert_untouched_later(target, peer)
-
-
-@pytest.mark.parametrize("is_owner_ahead", [False, True])
-async def test_ends_get_in_step_again(owner, puller, is_owner_ahead):
-    memory = Memory.allocate(MIB)
-    region = owner.register(memory)
-    await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], memory, 5)
-    use_up(owner if is_owner_ahead else puller, 3)
-    for transport in (owner, puller):
-        transport.on_link_lost(next(iter(transport._mover._peers)))
-    await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], memory, 5)
-    assert [next(iter(transport._mover._peers.values())).number for transport in (owner, puller)] == [4, 4]
-
-
-def use_up(transport, num_endpoints):
-    """Numbers of endpoints to the only peer."""
-    (peer,) = transport._mover._peers.values()
-    for _ in range(num_endpoints):
-        transport._mover._worker._connect(peer.address).close()
 
 
 @pytest.mark.slow
@@ -446,8 +431,8 @@ async def test_pull_is_ended_at_once_and_nothing_lands_late(peer, puller, target
 
 async def test_cancelled_pull_does_not_hit_another(shared_peer, puller, target):
     link, region = await shared_peer.link(puller)
-    copies = [Copy(0, i * 8 * MIB, 8 * MIB) for i in range(16)]
-    others = [Copy(1, (16 + i) * 8 * MIB, 8 * MIB) for i in range(16)]
+    copies = [Copy(0, i * 8 * MIB, 8 * MIB) for i in range(12)]
+    others = [Copy(1, (12 + i) * 8 * MIB, 8 * MIB) for i in range(12)]
     await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
     pulls = [asyncio.create_task(puller.pull(link, region, each, target, 5)) for each in (copies, others)]
     await asyncio.sleep(0.01)
@@ -463,14 +448,14 @@ async def test_closed_owner_refuses_and_closed_puller_too(owner, puller):
     region, link = owner.register(memory), linked(puller, owner)
     await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
     owner.close()
-    for _ in range(2):
-        with pytest.raises(RegionError):
+    for _ in range(3):  # refused over the link, or found closed by UCX
+        with pytest.raises(TransferError):
             await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
-    puller.close()
-    with pytest.raises(RegionError):
-        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
-    with pytest.raises(RegionError):
+    with pytest.raises(RegionError, match="closed"):
         owner.register(memory)
+    puller.close()
+    with pytest.raises(RegionError, match="closed"):
+        await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
 
 
 async def test_lost_link_is_not_even_tried(puller, owner):
@@ -489,10 +474,10 @@ async def test_it_listens_on_the_given_address_only_and_within_the_range(host):
     before = set(psutil.Process().net_connections())
     transport = UcxTransport(host, port_range=(21300, 21400))
     sockets = [each for each in set(psutil.Process().net_connections()) - before if each.status == psutil.CONN_LISTEN]
-    assert [each.laddr.ip for each in sockets] == [host]
-    assert 21300 <= sockets[0].laddr.port <= 21400
+    assert {each.laddr.ip for each in sockets} == {host}
+    assert all(21300 <= each.laddr.port <= 21400 for each in sockets)
     transport.close()
-    await asyncio.to_thread(wait_until, lambda: sockets[0] not in psutil.Process().net_connections(), 5)
+    await asyncio.to_thread(wait_until, lambda: not set(sockets) & set(psutil.Process().net_connections()), 5)
 
 
 @pytest.mark.parametrize(
@@ -512,9 +497,9 @@ def test_what_cannot_be_set_up_is_a_config_error(arguments, message):
 
 def test_full_port_range_is_a_config_error():
     """UCX itself would try for ever."""
-    transport = UcxTransport(HOST, port_range=(21500, 21500))
-    with pytest.raises(ConfigError, match=r"no port of .* is free"):
-        UcxTransport(HOST, port_range=(21500, 21500))
+    transport = UcxTransport(HOST, port_range=(21500, 21501))
+    with pytest.raises(ConfigError, match=r"0 ports of .* are free"):
+        UcxTransport(HOST, port_range=(21500, 21501))
     transport.close()
 
 
@@ -540,6 +525,40 @@ asyncio.run(main())
 if "hang up" in sys.argv:
     os.kill(os.getpid(), signal.SIGHUP)
 """
+
+
+_CLOSING = """
+import asyncio, random
+from tests.transport.links import linked
+from transport.memory import Memory
+from transport.protocol import Copy, TransferError
+from transport.ucx import UcxTransport
+
+async def main():
+    owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))
+    memory, target = Memory.allocate(64 << 20), Memory.allocate(64 << 20)
+    region = owner.register(memory)
+    copies = [Copy(i << 20, i << 20, 1 << 20) for i in random.sample(range(64), 64)]
+    for _ in range(60):
+        link = linked(puller, owner)
+        task = asyncio.create_task(puller.pull(link, region, copies, target, 5))
+        await asyncio.sleep(random.choice([0.01, 0.02, 0.04]))
+        ends = [(puller, link), (owner, next(iter(owner._mover._peers)))]
+        for transport, end in random.sample(ends, 2):
+            transport.on_link_lost(end)
+        await asyncio.gather(task, return_exceptions=True)
+    await puller.pull(linked(puller, owner), region, copies, target, 5)
+    assert puller.num_unsettled == 0
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_connections_that_both_ends_close_in_mid_transfer_do_no_harm():
+    """UCX's other kind of connection, made from worker addresses, crashed the process here."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", _CLOSING], cwd=root, check=True, timeout=60)
 
 
 @pytest.mark.slow
