@@ -25,15 +25,14 @@ if fault == "damage":
 
     PrefillWorker._publish = publish_then_damage
 elif fault == "truncate":
-    from transport.ucx_worker import Endpoint
+    from transport.ucx_worker import Connection
 
-    send = Endpoint.send
+    send = Connection.send
 
-    def send_half(self, buffer, tag):
-        data = memoryview(buffer).cast("B")
-        return send(self, data[: len(data) // 2] if len(data) > 4096 else buffer, tag)
+    def send_half(self, buffer, num_bytes, tag):
+        return send(self, buffer, num_bytes // 2 if num_bytes > 4096 else num_bytes, tag)
 
-    Endpoint.send = send_half
+    Connection.send = send_half
 else:
     sys.exit(f"fault {fault!r}: wanted damage or truncate")
 

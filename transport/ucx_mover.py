@@ -46,8 +46,8 @@ from transport.ucx_worker import Connection, Transfer, UcxError, Worker
 
 log = logging.getLogger(__name__)
 
-_PULL_STEP_S = 0.0002  #: between two looks at receives; UCX's own thread moves the bytes
-_SLOW_STEP_S = 0.005  #: between two looks at what is less urgent
+_QUICK_STEP_S = 0.0002  #: between two looks at receives while messages land; UCX's own thread moves the bytes
+_SLOW_STEP_S = 0.005  #: and at what is less urgent
 _SETTLE_S = 2.0  #: receives are over 1-60 ms after the connection was closed
 _GRACE_S = 0.5  #: for a cancelled pull to run to its end, where closing would hit others
 _KNOCK_S = 10.0  #: between a client's arrival and the word, over the link, that it would come
@@ -108,6 +108,7 @@ class Mover:
         self._pulls: list[tuple[_Peer, Pull]] = []
         self._sends: list[Transfer] = []
         self._leftovers: list[Transfer] = []  # nobody waits for them, but UCX may still use their buffers
+        self._landed_s = 0.0  # when a message did, or was asked for
         self._next_tag = secrets.randbelow(NUM_TAGS)
         self._numbers = count()
         self._close_by_s = math.inf
@@ -230,7 +231,8 @@ class Mover:
     def _take_commands(self) -> None:
         wait_s: float | None = None
         if any(pull.connection is not None for _, pull in self._pulls):
-            wait_s = _PULL_STEP_S
+            # An eighth of the time since something landed: late by so much at most, and seldom awake for large ones.
+            wait_s = min(max(_QUICK_STEP_S, (time.monotonic() - self._landed_s) / 8), _SLOW_STEP_S)
         elif self._pulls or self._sends or self._leftovers or self.worker.arrived:
             wait_s = _SLOW_STEP_S
         with suppress(queue.Empty):
@@ -261,7 +263,7 @@ class Mover:
             if error is not None:
                 self._disconnect(peer, error)
                 return
-            peer.heard_s = now_s
+            peer.heard_s = self._landed_s = now_s
             pull.land(receive)
         way = peer.way
         if pull.connection is not None and not pull.pending:
@@ -336,6 +338,7 @@ class Mover:
         first_tag = self._next_tag
         self._next_tag = (first_tag + len(pull.messages)) % NUM_TAGS
         pull.post(self.worker, way.connection, first_tag)
+        self._landed_s = time.monotonic()
         ranges, counts = pack_ranges(pull.messages)
         source = pull.source
         self._say(peer, PullRequest(first_tag, way.number, source.nonce, source.num_bytes, ranges, counts))

@@ -224,7 +224,7 @@ class Worker:
             raise ConfigError(f"UCX listens on {sorted(listening)} within {port_range}, wanted {host} alone")
         if prepare_thread is not None:
             self._worker.set_progress_thread_start_callback(prepare_thread)
-        self._worker.start_progress_thread(polling_mode=False, epoll_timeout=1)
+        self._worker.start_progress_thread(polling_mode=False, epoll_timeout=20)
 
     def connect(self, address: SocketAddress) -> Connection:
         """Begin to connect to the listener at `address`, which must `accept` it.

@@ -70,7 +70,10 @@ def running_worker(
         def listen() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                worker.said.append(json.loads(line))
+                if line.startswith("{"):
+                    worker.said.append(json.loads(line))
+                else:
+                    sys.stderr.write(line)  # UCX writes its log there
 
         threading.Thread(target=listen, daemon=True).start()
         yield worker
