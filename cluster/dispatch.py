@@ -261,7 +261,9 @@ class Dispatcher:
                 chunk = queue.get_nowait()
             except asyncio.QueueEmpty:
                 try:
-                    chunk = await asyncio.wait_for(queue.get(), timeout=max(0.0, ends_s - time.monotonic()))
+                    # Not wait_for: before Python 3.12 it loses a cancellation that comes together with a chunk.
+                    async with asyncio.timeout(max(0.0, ends_s - time.monotonic())):
+                        chunk = await queue.get()
                 except TimeoutError:
                     error = WorkerError("the request did not end in time", code="timeout", status=504).info()
                     for request_id in open_ids:
@@ -323,7 +325,8 @@ class Dispatcher:
         self._routes[route.request_id] = future
         self._tell_router(route)
         try:
-            placement = await asyncio.wait_for(future, _ROUTE_TIMEOUT_S)
+            async with asyncio.timeout(_ROUTE_TIMEOUT_S):
+                placement = await future
         except TimeoutError:
             logger.warning("the router did not answer within %g s: placing by rendezvous hashing", _ROUTE_TIMEOUT_S)
             return None
@@ -348,7 +351,8 @@ class Dispatcher:
         while not any(info.role == "decode" and key not in excluded for key, info in self._fleet.items()):
             self._fleet_changed.clear()
             try:
-                await asyncio.wait_for(self._fleet_changed.wait(), max(0.0, ends_s - time.monotonic()))
+                async with asyncio.timeout(max(0.0, ends_s - time.monotonic())):
+                    await self._fleet_changed.wait()
             except TimeoutError:
                 raise CapacityError(
                     "no decode worker is there; one is being started", code="no_worker", status=503, retry_after_s=5.0
@@ -404,7 +408,8 @@ class Dispatcher:
         peer.stats[query_id] = future
         peer.client.send(GetStats(query_id=query_id))
         try:
-            return await asyncio.wait_for(future, _STATS_TIMEOUT_S)
+            async with asyncio.timeout(_STATS_TIMEOUT_S):
+                return await future
         except TimeoutError:
             raise WorkerError(f"no answer within {_STATS_TIMEOUT_S:g} s") from None
         finally:

@@ -67,7 +67,8 @@ class Ingress:
         self._watch = watch
         model_dir = Path(config.model.path)
         self._tokenizer = Tokenizer.load(model_dir)
-        await asyncio.wait_for(self._has_worker.wait(), _FLEET_TIMEOUT_S)
+        async with asyncio.timeout(_FLEET_TIMEOUT_S):
+            await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
         self._model = _served_model(config, model_dir, info, self._tokenizer)
 

@@ -75,7 +75,8 @@ class EngineDriver:
                     events.append(StepEnded(await step))
                     continue
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), timeout=_TICK_S)
+                    async with asyncio.timeout(_TICK_S):
+                        await self._wake.wait()
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the edge: a worker that cannot step must not look alive

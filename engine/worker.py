@@ -280,7 +280,8 @@ class EngineWorker:
     async def _report_forever(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._report_wanted.wait(), _REPORT_S)
+                async with asyncio.timeout(_REPORT_S):
+                    await self._report_wanted.wait()
             self._report_wanted.clear()
             self._flush_events()
             report = self._report()

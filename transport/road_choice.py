@@ -10,6 +10,8 @@ _MAX_BACK_OFF_S = 60.0
 #: Pulls smaller than this say more about latency than about rate.
 _MIN_RATED_BYTES = 1 << 18
 _NEWEST_WEIGHT = 0.2  #: of the newest rate in the mean
+#: A one-sided road leaves the owner's cores to its own work: another must be so many times as fast to go before it.
+_ONE_SIDED_WORTH = 2.0
 
 
 @dataclass(slots=True)
@@ -18,6 +20,7 @@ class RoadState:
 
     road: str
     is_direct: bool
+    is_one_sided: bool
     is_proven: bool = False  #: the last transfer over it went well
     bytes_per_s: float = 0.0  #: 0: never measured
     num_failed: int = 0
@@ -28,17 +31,18 @@ class RoadState:
 class RoadChoice:
     """Ranks the roads that both ends have: proven ones are taken, the others are probed, with back-off.
 
-    Direct roads go before others, faster before slower, and what is left is decided by the order given.
+    Direct roads go before others, faster before slower, one-sided ones taken for twice as fast as they are; what is
+    left is decided by the order given.
     """
 
-    def __init__(self, roads: Sequence[tuple[str, bool]]) -> None:
-        """`roads`: (name, is_direct), the preferred ones first."""
-        self.states = {road: RoadState(road, is_direct) for road, is_direct in roads}
+    def __init__(self, roads: Sequence[tuple[str, bool, bool]]) -> None:
+        """`roads`: (name, is_direct, is_one_sided), the preferred ones first."""
+        self.states = {name: RoadState(name, is_direct, is_one_sided) for name, is_direct, is_one_sided in roads}
 
     def proven(self) -> list[str]:
         """The roads that can be taken now, the best first."""
         usable = [state for state in self.states.values() if state.is_proven]
-        return [s.road for s in sorted(usable, key=lambda s: (not s.is_direct, -s.bytes_per_s))]
+        return [s.road for s in sorted(usable, key=lambda s: (not s.is_direct, -_worth(s)))]
 
     def due_probes(self, now_s: float) -> list[str]:
         """The roads to probe now; those that are not direct only while no direct one works."""
@@ -70,3 +74,7 @@ class RoadChoice:
         state.num_failed += 1
         state.probe_at_s = now_s + min(_BACK_OFF_S * 2**state.num_failed_in_a_row, _MAX_BACK_OFF_S)
         state.num_failed_in_a_row += 1
+
+
+def _worth(state: RoadState) -> float:
+    return state.bytes_per_s * (_ONE_SIDED_WORTH if state.is_one_sided else 1.0)

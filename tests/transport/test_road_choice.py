@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from transport.road_choice import RoadChoice
 
-ALL = [("shm", True), ("ucx", True), ("socket", True), ("plasma", False)]
+ALL = [("shm", True, True), ("ucx", True, False), ("socket", True, False), ("plasma", False, True)]
 
 
 def proven(choice: RoadChoice, **rates: float) -> None:
@@ -20,8 +20,14 @@ def test_at_first_the_direct_roads_are_probed_and_none_is_taken():
 
 def test_the_faster_road_is_taken_whatever_the_order_given():
     choice = RoadChoice(ALL)
-    proven(choice, shm=1e9, ucx=5e8, socket=2e9)
+    proven(choice, shm=1e9, ucx=5e8, socket=2.1e9)
     assert choice.proven() == ["socket", "shm", "ucx"]
+
+
+def test_a_one_sided_road_is_taken_unless_another_is_twice_as_fast():
+    choice = RoadChoice(ALL)
+    proven(choice, shm=1e9, socket=1.9e9)
+    assert choice.proven() == ["shm", "socket"]
 
 
 def test_a_road_through_others_is_probed_only_when_no_direct_one_works():
@@ -52,7 +58,7 @@ def test_a_failed_road_is_not_taken_until_a_probe_went_well():
 
 
 def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success():
-    choice = RoadChoice([("ucx", True)])
+    choice = RoadChoice([("ucx", True, False)])
     pauses = []
     now_s = 0.0
     for _ in range(9):
@@ -69,7 +75,7 @@ def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success():
 
 
 def test_small_pulls_do_not_spoil_the_rate():
-    choice = RoadChoice([("shm", True)])
+    choice = RoadChoice([("shm", True, True)])
     proven(choice, shm=1e9)
     choice.on_pulled("shm", 8, 1.0)
     assert choice.states["shm"].bytes_per_s == pytest.approx(1e9)
@@ -78,7 +84,9 @@ def test_small_pulls_do_not_spoil_the_rate():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([road for road, _ in ALL]), st.booleans(), st.floats(0, 100)), max_size=40))
+@given(
+    st.lists(st.tuples(st.sampled_from([road for road, _, _ in ALL]), st.booleans(), st.floats(0, 100)), max_size=40)
+)
 def test_whatever_happens_a_road_is_proven_or_will_be_probed(events):
     choice = RoadChoice(ALL)
     now_s = 0.0

@@ -338,10 +338,11 @@ async def test_client_that_does_not_come_is_refused(owner, puller, monkeypatch):
         await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
 
 
-async def test_unreachable_listener_fails_at_once(puller, owner):
+@pytest.mark.parametrize("change", [{"port": 1}, {"port": 70000}, {"host": "anyone"}], ids=str)
+async def test_unreachable_listener_fails_at_once(puller, owner, change):
     region = owner.register(Memory.allocate(MIB))
     handle = msgspec.msgpack.decode(region.handle, type=ucx_wire.Handle)
-    nobody = msgspec.structs.replace(handle, port=1)
+    nobody = msgspec.structs.replace(handle, **change)
     region = msgspec.structs.replace(region, handle=msgspec.msgpack.encode(nobody))
     started_s = time.monotonic()
     with pytest.raises(TransferError):
