@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Between two looks at whether to stop: about 1 ms of copying.
 _STRIDE_BYTES = 4 << 20
-#: Up to here a copy takes about 0.1 ms; so does the way to a thread and back, and much longer on a busy machine.
-_INLINE_BYTES = 1 << 20
+#: Up to here a copy takes 1 to 2 ms; the way to a thread and back takes 0.4, and much longer on a busy machine.
+_INLINE_BYTES = 8 << 20
 _INLINE_COPIES = 256
 _NUM_THREADS = 2
 
