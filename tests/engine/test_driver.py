@@ -34,7 +34,7 @@ class ScriptedEngine:
         self.begun = [threading.Event() for _ in range(num_steps)]
         self.num_begun = 0
 
-    def decide(self, event: Event) -> list[Instruction]:
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         match event:
             case StepWanted() if self.left:
                 self.left -= 1

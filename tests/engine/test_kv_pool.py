@@ -46,13 +46,17 @@ def test_the_pool_lies_in_the_memory_it_is_given():
     assert not any(memory[4 * size :])
 
 
-@pytest.mark.parametrize(("num_bytes", "num_blocks"), [(0, None), (-1, None), (1, None), (0, 4)])
-def test_memory_that_is_not_the_blocks_asked_for_is_refused(num_bytes, num_blocks):
-    size = 5 * block_bytes(SPECS, 16, torch.float32) + num_bytes
-    if num_bytes == 0 and num_blocks is None:
-        size = 0
+@pytest.mark.parametrize("num_bytes", [-1, 1, None])
+def test_memory_that_is_no_whole_number_of_blocks_is_refused(num_bytes):
+    size = 0 if num_bytes is None else 5 * block_bytes(SPECS, 16, torch.float32) + num_bytes
     with pytest.raises(ValueError, match="blocks of"):
-        KvPool(SPECS, 16, torch.float32, "cpu", memoryview(bytearray(size)), num_blocks)
+        KvPool(SPECS, 16, torch.float32, "cpu", memoryview(bytearray(size)))
+
+
+def test_memory_and_a_count_at_once_are_refused():
+    memory = memoryview(bytearray(5 * block_bytes(SPECS, 16, torch.float32)))
+    with pytest.raises(ValueError, match="either memory or a number"):
+        KvPool(SPECS, 16, torch.float32, "cpu", memory, 4)
 
 
 def test_a_pool_needs_memory_or_a_count():

@@ -11,10 +11,17 @@ SHAPES = [(64, 320), (256, 704), (704, 256), (768, 96), (1536, 64), (2048, 512),
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def needs_packing(dtype: torch.dtype) -> None:
+    """Float32 is packed everywhere; bfloat16 where the CPU has the instructions, elsewhere it is left to torch."""
+    if dtype is not torch.float32 and not can_pack(dtype):
+        pytest.skip(f"this CPU packs no {dtype} linears")
+    assert can_pack(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(num_in, num_out, dtype):
-    assert can_pack(dtype)
+    needs_packing(dtype)
     torch.manual_seed(1)
     layer = PackedLinear(torch.randn(num_out, num_in, dtype=dtype) * num_in**-0.5, None)
     rows = torch.randn(1, 260, num_in, dtype=dtype)
@@ -27,6 +34,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(num_in, num_out, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_layer_computes_what_the_original_does(dtype):
+    needs_packing(dtype)
     torch.manual_seed(0)
     linear = nn.Linear(48, 101).to(dtype)
     packed = PackedLinear(linear.weight, linear.bias)

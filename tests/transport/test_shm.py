@@ -154,7 +154,7 @@ async def test_pull_waiting_behind_others_keeps_its_own_deadline(shm, source, ta
     await asyncio.sleep(0.05)
     started = time.monotonic()
     with pytest.raises(TransferError):
-        await shm.pull(link, region, [Copy(0, 0, 2 << 20)], target, stall_s=0.1)
+        await shm.pull(link, region, [Copy(0, 0, 16 << 20)], target, stall_s=0.1)
     assert time.monotonic() - started < 0.5
     shm.close()
     for outcome in await asyncio.gather(*others, return_exceptions=True):
