@@ -14,6 +14,8 @@ import yaml
 from cluster.config import KvrayConfig, parse_config
 from tests.served import kvray_command, run_kvray
 
+pytestmark = pytest.mark.slow
+
 CPU_S = 0.6  #: of a small command, all of it; a person waits as long on an idle machine
 
 

@@ -25,7 +25,7 @@ from messages.errors import ConfigError
 from tests.models import make_tiny_model
 from tests.served import free_port, kvray_command, own_environment, run_kvray, using
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 ERROR_WITHIN_S = 60.0  #: an error that a replica finds; most of it is Ray's own start, on a machine that others use too
 STOPPED_WITHIN_S = 10.0
@@ -202,7 +202,6 @@ REFUSED_MODELS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED_MODELS)
 def test_a_model_that_cannot_be_served_is_refused_before_ray_starts(case, model_dir):
     change, words = REFUSED_MODELS[case]
@@ -210,13 +209,11 @@ def test_a_model_that_cannot_be_served_is_refused_before_ray_starts(case, model_
     assert words in complaint_of(str(model_dir))
 
 
-@pytest.mark.slow
 def test_more_tokens_than_the_model_has_positions_are_refused(tiny_model):
     complaint = complaint_of(str(tiny_model), "--max-model-len", "1025")
     assert complaint == "max_model_len is 1025, wanted 1 to 1024 (the model's positions)"
 
 
-@pytest.mark.slow
 def test_too_little_memory_for_one_sequence_reaches_the_terminal_from_the_worker(tiny_model):
     began_s = time.monotonic()
     complaint = complaint_of(str(tiny_model), "--kv-cache-memory", "64KiB")
@@ -224,7 +221,6 @@ def test_too_little_memory_for_one_sequence_reaches_the_terminal_from_the_worker
     assert time.monotonic() - began_s < ERROR_WITHIN_S
 
 
-@pytest.mark.slow
 def test_a_family_that_cannot_work_is_refused_by_name_and_reason(tmp_path):
     sizes = {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "num_attention_heads": None}
     model_dir = make_tiny_model(tmp_path / "mamba2", family="mamba2", **sizes)
@@ -232,7 +228,6 @@ def test_a_family_that_cannot_work_is_refused_by_name_and_reason(tmp_path):
     assert complaint.startswith("mamba2 cannot be served: it keeps recurrent state")
 
 
-@pytest.mark.slow
 def test_accelerators_that_the_node_lacks_are_not_waited_for(tiny_model, tmp_path):
     path = tmp_path / "kvray.yaml"
     path.write_text("pools: {gpus_per_worker: 64}")
@@ -282,7 +277,6 @@ def starting(tiny_model, tmp_path):
         process.clean()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
@@ -310,7 +304,6 @@ def test_a_signal_ends_a_start_at_any_moment(starting, moment, number):
         assert lines[-1] == "kvray: stopped while starting"
 
 
-@pytest.mark.slow
 def test_a_sigkill_of_the_command_line_ends_everything_but_rays_own_agents(starting):
     """The raylet's two agents (2.60) notice its death only after minutes; they hold no port of ours and no model."""
     starting.wait_for("Ctrl-C ends everything")
@@ -357,7 +350,6 @@ def ray_head():
                 process.kill()
 
 
-@pytest.mark.slow
 def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_model, tmp_path, ray_head):
     members = {process.pid for process in using(ray_head["RAY_TMPDIR"])}
     port = free_port()
@@ -386,7 +378,6 @@ def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_mod
             starting.process.kill()
 
 
-@pytest.mark.slow
 def test_serves_own_config_file_runs_the_same_application(tiny_model, tmp_path, ray_head):
     port = free_port()
     document = {

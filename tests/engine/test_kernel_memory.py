@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels.memory import use_huge_pages
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's memory")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Linux's memory")]
 
 # A step's pattern of buffers, in a thread of its own as the engine's steps are, after a round to warm up.
 SCRIPT = """

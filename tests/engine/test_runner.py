@@ -15,7 +15,7 @@ from messages.request import Grammar, SamplingParams
 from tests.models import VOCAB_SIZE, make_tiny_model
 from tests.steps import Bench
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DTYPES = ["float32", "bfloat16"]
 #: rows of 1,536 and more are where a lone row differs without care (engine/linear.py)
