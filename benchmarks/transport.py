@@ -31,7 +31,8 @@ import uvloop
 import xxhash
 from harness.report import goal, hardware, parser, record
 from harness.transport_cells import KIB, LARGE_BYTES, MIB, SEED, SUM, Cell, Pull, Run, first_pulls, measure, measure_lag
-from harness.transport_peer import STALL_S, Peer, PeerHello, PeerSpec, connected, filled, open_all, peer_process
+from harness.transport_peer import STALL_S, Peer, PeerHello, PeerSpec, connected, open_all, peer_process
+from harness.transport_pool import filled
 from harness.transport_rivals import FlightRival, MemcpyRival, Rival, TcpRival
 
 from transport.memory import Memory

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import TextIO
 
 import msgspec
-import numpy as np
 import uvloop
-from harness.report import ROOT
 
+from harness.transport_pool import filled, python_path
 from messages.errors import ServeError
 from messages.handoff import DescribeRegions, RegionInfo, RegionsDescribed, RoadMessage
 from messages.wire import Message
@@ -61,17 +60,6 @@ class PeerHello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # ------------------------------------------------------------------------------------------------- what both ends need
-
-
-def filled(num_bytes: int, seed: int) -> Memory:
-    """Host memory with bytes that depend on nothing but the seed; every page touched."""
-    memory = Memory.allocate(num_bytes)
-    words = np.frombuffer(memory.view, np.uint64)  # [num_bytes / 8]
-    rng = np.random.default_rng(seed)
-    for first in range(0, len(words), 1 << 20):
-        part = words[first : first + (1 << 20)]
-        part[:] = rng.integers(0, 1 << 64, len(part), dtype=np.uint64)
-    return memory
 
 
 def open_road(name: str, secret: ClusterSecret) -> Transport:
@@ -238,11 +226,6 @@ async def peer_process(spec: PeerSpec, *command: str) -> AsyncIterator[PeerHello
         except TimeoutError:
             process.kill()
             await process.wait()
-
-
-def python_path() -> str:
-    """The rooms first: benchmarks has modules of its own."""
-    return os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
 
 
 async def connected(

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from harness.transport_peer import filled, python_path
 
+from harness.transport_pool import filled, python_path
 from transport.memory import Memory
 from transport.protocol import Copy
 
