@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness.report import ROOT
 
+from harness.report import ROOT
 from transport.secret import ClusterSecret
 
 _START_TIMEOUT_S = 180.0
