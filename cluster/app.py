@@ -31,8 +31,8 @@ from transport.channel import ChannelConfig
 
 APP_NAME = "kvray"
 
-#: A replica that does not answer for this long is replaced.
-_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
+#: A replica that does not answer three times in a row, for this long each, is replaced.
+_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 3.0}
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -562,7 +562,7 @@ class TestSchedulerMachine(SchedulerMachine.TestCase):
 
 @pytest.mark.slow
 class TestSchedulerMachineAtLength(SchedulerMachine.TestCase):
-    settings = settings(max_examples=250, stateful_step_count=80, **_SETTINGS)
+    settings = settings(max_examples=500, stateful_step_count=80, **_SETTINGS)
 
 
 def drive_at_random(seed: int, num_events: int) -> FakeWorker:
@@ -646,5 +646,5 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
 
 @pytest.mark.slow
 def test_many_long_random_runs_lose_nothing() -> None:
-    for seed in range(100, 150):
+    for seed in range(100, 200):
         drive_at_random(seed, 600).drain()
