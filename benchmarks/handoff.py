@@ -30,6 +30,7 @@ from harness.workers import WorkerProcess, running_worker
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from transport.channel import ChannelConfig
+from transport.opening import RoadOptions
 from transport.secret import ClusterSecret
 
 NUM_TOKENS_OUT = 10
@@ -49,7 +50,7 @@ def options_of(model: str, secret: ClusterSecret, roads: tuple[str, ...]) -> Wor
         channel=ChannelConfig(),
         lease_s=60.0,
         stall_s=10.0,
-        roads=roads,
+        roads=RoadOptions(names=roads),
     )
 
 

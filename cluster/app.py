@@ -28,6 +28,7 @@ from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor, RouterOptions
 from prefill.actor import PrefillActor
 from transport.channel import ChannelConfig
+from transport.opening import RoadOptions
 
 APP_NAME = "kvray"
 
@@ -122,8 +123,12 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         channel=_channel(config),
         lease_s=config.network.lease_s,
         stall_s=config.network.stall_s,
-        roads=config.network.roads,
-        port_range=config.network.port_range,
+        roads=RoadOptions(
+            names=config.network.roads,
+            port_range=config.network.port_range,
+            ucx_transports=config.network.ucx_transports,
+            ucx_devices=config.network.ucx_devices,
+        ),
     )
 
 

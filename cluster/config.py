@@ -101,6 +101,8 @@ class NetworkConfig(_Section, frozen=True):
         "plasma",
     )  #: what may be used
     port_range: tuple[int, int] = (20000, 20999)  #: roads listen within it, both ends included
+    ucx_transports: str | None = None  #: as UCX_TLS; None: tcp, and what moves GPU memory where there is a GPU
+    ucx_devices: tuple[str, ...] = ()  #: network devices of UCX beside the host's interface, e.g. mlx5_0:1
     prefill_timeout_s: float = 120.0  #: from asking a prefill worker to its last handoff
 
 

@@ -75,6 +75,7 @@ class _Prefiller:
     client: ChannelClient
     link: Link  #: what roads say to it
     pool: PeerPool | None = None  #: once it described it
+    is_misfit: bool = False  #: its blocks cannot be pulled into ours
     asked: set[str] = field(default_factory=set)  #: requests that still may get something from it
 
 
@@ -202,11 +203,18 @@ class DecodeWorker:
         address = request.prefill_address
         return (
             address is not None
-            and self._worker.roads.names != ()
+            and self._is_worth_asking(address)
             and request.params.prompt_logprobs is None
             and len(request.token_ids) // 4 == request.num_prompt_tokens
             and self._avoided_until_s.get(address, 0.0) <= now_s
         )
+
+    def _is_worth_asking(self, address: str) -> bool:
+        """Whether what that prefill worker computes can come here, as far as is known."""
+        roads, known = self._worker.roads, self._prefillers.get(address)
+        if known is None:
+            return roads.names != ()
+        return not known.is_misfit and roads.can_pull(known.link)
 
     def _cancel(self, request_id: str) -> None:
         stream = self._streams.pop(request_id, None)
@@ -332,8 +340,9 @@ class DecodeWorker:
             return
         try:
             prefiller.pool = self._puller.understand(described)
-        except RegionError as error:  # its handoffs will be computed here
-            logger.warning("prefill at %s: %s", address, error.message)
+        except RegionError as error:
+            prefiller.is_misfit = True
+            logger.warning("prefill at %s cannot be pulled from: %s", address, error.message)
         else:
             self._worker.roads.learn(prefiller.link, described.regions)
 
@@ -366,12 +375,13 @@ class DecodeWorker:
             renewing.cancel()
 
     async def _renew_while_pulling(self, stream: _Stream) -> None:
-        """Keep the lease alive as long as blocks arrive, and not longer."""
+        """Keep the lease alive while blocks arrive: a while without any is for the lease to judge."""
         num_arrived = -1
-        while num_arrived != stream.num_arrived:
-            num_arrived = stream.num_arrived
-            self._renew(stream)
-            await asyncio.sleep(self._options.lease_s / 3)
+        while True:
+            if num_arrived != stream.num_arrived:
+                num_arrived = stream.num_arrived
+                self._renew(stream)
+            await asyncio.sleep(self._options.lease_s / 4)
 
     def _renew(self, stream: _Stream) -> None:
         prefiller = self._prefillers.get(stream.request.prefill_address or "")

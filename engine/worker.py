@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -28,7 +29,7 @@ from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
 from transport.memory import Memory
-from transport.opening import open_roads
+from transport.opening import RoadOptions, open_roads
 from transport.plasma import Vaults
 from transport.protocol import Link
 from transport.roads import PROBE_BYTES, Roads
@@ -67,8 +68,7 @@ class WorkerOptions:
     channel: ChannelConfig
     lease_s: float
     stall_s: float  #: a pull is given up when nothing arrived for so long
-    roads: tuple[str, ...] = ("shm", "socket")  #: of transport.opening.ROADS, the preferred ones first
-    port_range: tuple[int, int] = (20000, 20999)  #: where roads listen
+    roads: RoadOptions
 
 
 class WorkerRole(Protocol):
@@ -132,7 +132,7 @@ class EngineWorker:
         self.engine.warm_up()
         secret = ClusterSecret.from_hex(options.secret)
         self.roads = Roads(
-            open_roads(options.roads, secret, host, options.port_range, vaults),
+            open_roads(options.roads, secret, host, vaults, functools.partial(_prepare_thread, self.engine)),
             self.engine.memory,
             self.engine.scratch(PROBE_BYTES),
             options.stall_s,
@@ -299,13 +299,9 @@ class EngineWorker:
             free_blocks=pool.num_free,
             prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
             decode_step_s=scheduler.decode_step_s,
-            pull_bytes_per_s=self._pull_bytes_per_s(),
+            pull_bytes_per_s=self.roads.bytes_per_s,
             request_ids=tuple(scheduler.seq_ids()),
         )
-
-    def _pull_bytes_per_s(self) -> float:
-        """Of the fastest road in use; 0 before the first."""
-        return max((road.bytes_per_s for road in self._role.roads()), default=0.0) if self._role else 0.0
 
     def _stats(self, query_id: str) -> Stats:
         assert self._role is not None
@@ -334,6 +330,13 @@ class EngineWorker:
             "kvray_process_cpu_seconds_total": time.process_time(),
         }
         return Stats(query_id=query_id, worker_id=self.worker_id, role=self.role, values=values, roads=roads)
+
+
+def _prepare_thread(engine: Engine) -> None:
+    """For threads that move the pool's bytes: an accelerator wants its context there, a CPU nothing."""
+    if engine.loaded.device.type == "cuda":
+        torch.cuda.set_device(engine.loaded.device)
+        torch.cuda.synchronize()
 
 
 def _resolved_device(device: str) -> str:

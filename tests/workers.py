@@ -20,7 +20,7 @@ from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelClient, ChannelConfig
-from transport.opening import open_roads
+from transport.opening import RoadOptions, open_roads
 from transport.protocol import Transport
 from transport.secret import ClusterSecret
 
@@ -49,7 +49,7 @@ def worker_options(model_dir: Path, **overrides: object) -> WorkerOptions:
         "channel": CHANNEL,
         "lease_s": 5.0,
         "stall_s": 2.0,
-        "roads": ("shm",),
+        "roads": RoadOptions(names=("shm",)),
         **overrides,
     }
     return WorkerOptions(**values)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 from messages.handoff import RegionInfo
-from transport.memory import Memory
+from transport.memory import Memory, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
-from transport.shm import as_host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +72,11 @@ class LoopbackTransport:
     """See `transport.protocol.Transport`. `faults`: one is taken from its left by each pull that passes the checks."""
 
     is_one_sided = True
+    can_abort_safely = False  # WriteLate
     is_direct = True
 
-    def __init__(self, network: LoopbackNetwork, *, can_abort_safely: bool = True, road: str = "loopback") -> None:
+    def __init__(self, network: LoopbackNetwork, *, road: str = "loopback") -> None:
         self.road = road
-        self.can_abort_safely = can_abort_safely
         self.faults: deque[Fault] = deque()
         self.num_pulls = 0  #: those that passed the checks
         self._network = network

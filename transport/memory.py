@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from messages.errors import ConfigError
+from transport.protocol import RegionError, RegionMemory
 
 PAGE_BYTES = mmap.PAGESIZE
 NONCE_BYTES = 16
@@ -162,6 +163,17 @@ class SharedView:
         offset = _header_offset(self.num_bytes)
         expected = _HEADER.pack(_MAGIC, _VERSION, self.num_bytes, self._nonce)
         return self._mapping[offset : offset + _HEADER.size] == expected
+
+
+def as_host_memory(memory: RegionMemory, road: str) -> Memory:
+    """`memory` itself.
+
+    Raises:
+        RegionError: it lies on an accelerator, which `road` does not reach.
+    """
+    if not isinstance(memory, Memory):
+        raise RegionError(f"{road}: host memory is wanted, saw {type(memory).__name__}")
+    return memory
 
 
 def available_bytes() -> int:

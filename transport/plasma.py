@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 
 from messages.handoff import RegionInfo
-from transport.memory import Memory
+from transport.memory import Memory, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
-from transport.shm import Bytes, ShmTransport, as_host_memory
+from transport.shm import Bytes, ShmTransport
 
 logger = logging.getLogger(__name__)
 

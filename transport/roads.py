@@ -128,6 +128,11 @@ class Roads:
 
     # --------------------------------------------------------------------------------------------------------- pulling
 
+    def can_pull(self, link: Link) -> bool:
+        """Whether a road works, or may: before the peer described its region, and until the roads were probed."""
+        peer = self._peers.get(link)
+        return not link.is_lost and (peer is None or not peer.has_road.is_set() or bool(peer.choice.proven()))
+
     async def pull(
         self, link: Link, copies: Sequence[Copy], target: RegionMemory, on_arrived: Arrived | None = None
     ) -> str:
@@ -253,6 +258,12 @@ class Roads:
             bytes_per_s=states[road].bytes_per_s if road else 0.0,
             num_failed=sum(state.num_failed for state in states.values()),
         )
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Mean over all pulls and roads; 0 before the first."""
+        busy_s = sum(self.counters.busy_s.values())
+        return self.counters.num_bytes.total() / busy_s if busy_s else 0.0
 
     def stats(self) -> dict[str, float]:
         """Counters by metric name."""

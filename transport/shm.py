@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from messages.handoff import RegionInfo
-from transport.memory import Memory, SharedView
+from transport.memory import Memory, SharedView, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -204,17 +204,6 @@ def strides(copies: Sequence[Copy], max_bytes: int) -> Iterator[Copy]:
     for source, target, length in copies:
         for done in range(0, length, max_bytes):
             yield Copy(source + done, target + done, min(max_bytes, length - done))
-
-
-def as_host_memory(memory: RegionMemory, road: str) -> Memory:
-    """`memory` itself.
-
-    Raises:
-        RegionError: it lies on an accelerator, which `road` does not reach.
-    """
-    if not isinstance(memory, Memory):
-        raise RegionError(f"{road}: host memory is wanted, saw {type(memory).__name__}")
-    return memory
 
 
 def open_region(source: RegionInfo) -> SharedView:

@@ -19,10 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 
 from messages.handoff import RegionInfo
-from transport.memory import NONCE_BYTES, Memory
+from transport.memory import NONCE_BYTES, Memory, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 from transport.secret import ClusterSecret
-from transport.shm import as_host_memory
 from transport.tcp_frames import (
     ANSWER,
     CHALLENGE_BYTES,

@@ -77,6 +77,7 @@ class Vault:
             TransferError: too much is held, and was not released within `max_wait_s`.
         """
         references: list[object] = []
+        is_whole = False
         try:
             num_bytes = _checked_size(region, segments)
             opened = open_region(region)
@@ -90,9 +91,10 @@ class Vault:
             with self._changed:
                 if export_id in self._holds:
                     self._holds[export_id].references = references
-        except BaseException:
-            self.release(export_id)
-            raise
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.release(export_id)
         return references
 
     def release(self, export_id: bytes) -> None:

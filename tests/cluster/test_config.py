@@ -113,11 +113,14 @@ def test_a_wrong_shape_is_refused_by_place_and_value(document, words):
         ("network.lease_s", float("nan"), "0.5 to 3600"),
         ("network.stall_s", float("inf"), "0.05 to 3600"),
         ("network.prefill_timeout_s", -1, "0.1 to 1000000"),
+        ("network.port_range", [30000, 20000], "1 to 19999"),
+        ("network.port_range", [20000, 70000], "2 to 65535"),
     ],
 )
 def test_an_absurd_number_is_refused_with_its_range(place, value, wanted):
     section, name = place.split(".")
-    assert refusal({section: {name: value}}) == f"{place}: wanted {wanted}, saw {value}"
+    seen = value if not isinstance(value, list) else value[0] if value[0] > value[1] else value[1]
+    assert refusal({section: {name: value}}) == f"{place}: wanted {wanted}, saw {seen}"
 
 
 def test_the_bounds_themselves_are_taken():

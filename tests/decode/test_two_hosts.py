@@ -22,6 +22,7 @@ from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import Ingress, worker_options
 from transport.channel import ChannelConfig
+from transport.opening import RoadOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
@@ -136,7 +137,13 @@ class Cluster:
 async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = ""):
     running_worker = harness_workers().running_worker
     a, b = hosts
-    options = {"stall_s": STALL_S, "lease_s": LEASE_S, "roads": (road,), "max_model_len": 1024, "channel": CHANNEL}
+    options = {
+        "stall_s": STALL_S,
+        "lease_s": LEASE_S,
+        "roads": RoadOptions(names=(road,)),
+        "max_model_len": 1024,
+        "channel": CHANNEL,
+    }
     prefill_options = worker_options(model_dir, **options)
     script = {"script": (str(FAULTY), prefill_fault)} if prefill_fault else {}
     with contextlib.ExitStack() as stack:

@@ -98,7 +98,3 @@ async def test_late_write_lands_after_a_cancelled_pull_too(setting, link):
     assert target.view == bytes(100)
     await asyncio.sleep(0.05)
     assert target.view == source.view
-
-
-def test_abort_safety_is_as_told():
-    assert not LoopbackTransport(LoopbackNetwork(), can_abort_safely=False).can_abort_safely
