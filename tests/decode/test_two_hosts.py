@@ -251,7 +251,7 @@ async def the_prefill_worker_is_killed_and_restarted(made: Cluster) -> None:
     await made.comes_back()
 
 
-@pytest.mark.parametrize(("road", "fault"), [("socket", "damage"), ("ucx", "truncate")])
+@pytest.mark.parametrize(("road", "fault"), [("ucx", "damage"), ("ucx", "truncate"), ("socket", "damage")])
 async def test_a_payload_that_is_not_what_was_published_is_not_used(model_dir, hosts, road, fault, reference):
     """A truncated stream of the socket road is a closed one: tests/transport/test_tcp.py."""
     if road == "ucx":

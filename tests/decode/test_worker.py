@@ -240,8 +240,12 @@ async def test_a_peer_whose_blocks_have_another_size_is_not_pulled_from(model_di
     (prompt,) = prompts(24, 100)
     small = worker_options(model_dir, block_size=8)
     async with running_pair(small, worker_options(model_dir)) as pair:
-        assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]
+        for request_id in ("asked", "not asked any more"):
+            got = await pair.ingress.finish(pair.ingress.send(request_id, prompt))
+            assert got == [reference.greedy(prompt, 16)]
+            engine_of(pair.decode).pool.clear()
         assert pair.decode.roads()[0].road == ""
+        assert pair.prefill.stats()["kvray_prefill_prompts_total"] == 1
 
 
 async def test_a_location_outside_the_peers_pool_is_refused_and_the_next_request_is_pulled(

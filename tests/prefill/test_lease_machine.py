@@ -309,9 +309,8 @@ class PrefillSide:
         for freed in self.book.on_event(event, self.world.now_s):
             job = self.jobs.pop(freed.request_id, None)  # None: its deadline passed, as the one before it was freed
             self.world.seen["expired"] += freed.is_expired
-            self.world.seen["expired while computing"] += (
-                freed.is_expired and job is not None and not job.is_published_whole
-            )
+            if freed.is_expired and job is not None:
+                assert job.is_published_whole, "what is still computed has no lease to expire"
             self.post(SequenceCancelled(freed.request_id))
             self.post(BlocksReleased(freed.request_id))
 
@@ -369,7 +368,8 @@ class PrefillSide:
             assert pool.num_pins(block.block_id) > 0
             assert value == checksum(content), "what is remembered is what lies there"
             assert content[: block.num_tokens] == numbers[block.index * SIZE :][: block.num_tokens], "it is written"
-        self.decide(Published(offer.seq_id))
+        if emitted is not None:
+            self.decide(Published(offer.seq_id))
         job.published += blocks
         job.is_published_whole = emitted is not None
         self.world.seen["published early"] += emitted is None and bool(blocks)
@@ -878,7 +878,7 @@ class LeaseMachine(RuleBasedStateMachine):
         data=st.data(),
         max_tokens=st.integers(1, 10),
         is_remote=st.sampled_from([True, True, True, True, False]),
-        manners=st.sampled_from(["polite", "hasty", "hasty", "mute"]),
+        manners=st.sampled_from(["polite", "polite", "hasty", "mute"]),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         salt=st.sampled_from([b"", b"", b"", b"s"]),
         has_stop=st.booleans(),
@@ -993,7 +993,7 @@ class TestLeaseMachine(LeaseMachine.TestCase):
 
 @pytest.mark.slow
 class TestLeaseMachineAtLength(LeaseMachine.TestCase):
-    settings = settings(max_examples=70, stateful_step_count=80, **_SETTINGS)
+    settings = settings(max_examples=200, stateful_step_count=80, **_SETTINGS)
 
 
 # ----------------------------------------------------------------------------------------------------- long random runs
@@ -1067,7 +1067,6 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
         "damaged",
         "published early",
         "expired",
-        "expired while computing",
         "late writes",
     )
     accidents += ("peer lost", "refused", "prefill failed", "retried", "asked again", "too late")
@@ -1077,7 +1076,7 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
 
 @pytest.mark.slow
 def test_many_long_random_runs_end_clean() -> None:
-    for seed in range(100, 140):
+    for seed in range(100, 200):
         drive_at_random(seed, 600).drain()
 
 

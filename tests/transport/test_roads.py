@@ -198,3 +198,22 @@ async def test_a_region_of_a_road_nobody_knows_is_ignored(setting):
     stranger = RegionInfo(road="pigeon", handle=b"", num_bytes=SIZE, nonce=bytes(16))
     setting.puller.learn(setting.link, [*setting.owner.regions, stranger])
     assert await setting.pull() in ("a", "b")
+
+
+async def test_it_is_known_whether_a_pull_has_a_road(setting):
+    assert setting.puller.can_pull(setting.link), "nothing speaks against it yet"
+    setting.pullers["a"].faults.append(Fail())
+    setting.learn("a")
+    await asyncio.sleep(0.05)
+    assert not setting.puller.can_pull(setting.link)
+    await asyncio.sleep(1.2)
+    assert setting.puller.can_pull(setting.link), "it was probed anew"
+    setting.puller.disconnect(setting.link)
+    assert not setting.puller.can_pull(setting.link)
+
+
+async def test_the_mean_rate_is_that_of_all_pulls(setting):
+    assert setting.puller.bytes_per_s == 0
+    setting.learn("a")
+    await setting.pull()
+    assert setting.puller.bytes_per_s > 0
