@@ -13,7 +13,7 @@ from ray import serve
 
 from decode.worker import DecodeWorker
 from engine.worker import WorkerOptions
-from transport.actor import RayVaults
+from transport.plasma.actor import RayVaults
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from messages.request import CancelRequest, GenerateRequest
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.channel import ChannelClient
-from transport.plasma import Vaults
+from transport.plasma.road import Vaults
 from transport.protocol import Link, RegionError
 from transport.secret import ClusterSecret
 

@@ -30,7 +30,7 @@ from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
 from transport.memory import Memory
 from transport.opening import RoadOptions, open_roads
-from transport.plasma import Vaults
+from transport.plasma.road import Vaults
 from transport.protocol import Link
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret

@@ -32,7 +32,7 @@ from messages.fleet import RoadStatus, WorkerInfo
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.wire import Message
 from prefill.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed, TimePassed
-from transport.plasma import Vaults
+from transport.plasma.road import Vaults
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ if fault == "damage":
 
     PrefillWorker._publish = publish_then_damage
 elif fault == "truncate":
-    from transport.ucx_worker import Connection
+    from transport.ucx.worker import Connection
 
     send = Connection.send
 

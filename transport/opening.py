@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from messages.errors import ConfigError
-from transport.plasma import PlasmaTransport, Vaults
+from transport.plasma.road import PlasmaTransport, Vaults
 from transport.protocol import Transport
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
-from transport.tcp import SocketTransport
-from transport.ucx import UcxTransport
+from transport.tcp.road import SocketTransport
+from transport.ucx.road import UcxTransport
 
 logger = logging.getLogger(__name__)
 

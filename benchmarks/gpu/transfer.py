@@ -51,7 +51,7 @@ from messages.errors import ConfigError
 from transport.protocol import Copy
 from transport.roads import PROBE_BYTES
 from transport.secret import ClusterSecret
-from transport.ucx import UcxTransport
+from transport.ucx.road import UcxTransport
 
 DEVICE = "cuda:0"
 POOL_BYTES = 512 * MIB

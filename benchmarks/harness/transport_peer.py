@@ -74,15 +74,15 @@ def open_road(name: str, secret: ClusterSecret) -> Transport:
 
         return ShmTransport()
     if name == "socket":
-        from transport.tcp import SocketTransport
+        from transport.tcp.road import SocketTransport
 
         return SocketTransport(secret, HOST, port_range=PORT_RANGE)
     if name == "ucx":
-        from transport.ucx import UcxTransport
+        from transport.ucx.road import UcxTransport
 
         return UcxTransport(HOST, port_range=PORT_RANGE)
-    from transport.actor import RayVaults
-    from transport.plasma import PlasmaTransport
+    from transport.plasma.actor import RayVaults
+    from transport.plasma.road import PlasmaTransport
 
     return PlasmaTransport(RayVaults())
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from transport.loopback import LoopbackNetwork, LoopbackTransport
-from transport.plasma import PlasmaTransport
+from transport.plasma.road import PlasmaTransport
+from transport.plasma.vault import LocalVaults
 from transport.protocol import Link, Transport
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
-from transport.tcp import SocketTransport
-from transport.ucx import UcxTransport
-from transport.vault import LocalVaults
+from transport.tcp.road import SocketTransport
+from transport.ucx.road import UcxTransport
 
 
 def linked(puller: Transport, owner: Transport) -> Link:

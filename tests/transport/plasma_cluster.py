@@ -21,11 +21,11 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from messages.handoff import RegionInfo
-from transport.actor import RayVaults
 from transport.memory import Memory
-from transport.plasma import PlasmaTransport, _Handle, _handle_of
+from transport.plasma.actor import RayVaults
+from transport.plasma.road import PlasmaTransport, _Handle, _handle_of
+from transport.plasma.vault import VaultLimits
 from transport.protocol import Copy, Link, TransferError
-from transport.vault import VaultLimits
 
 BLOCK = 256 << 10
 NUM_BLOCKS = 256

@@ -15,7 +15,7 @@ import msgspec
 from messages.handoff import RegionInfo
 from transport.memory import Memory
 from transport.secret import ClusterSecret
-from transport.tcp_frames import ANSWER, CLAIM, RANGE, REPLY, REQUEST, SourceHandle, proof_of, read_exactly, socket_key
+from transport.tcp.frames import ANSWER, CLAIM, RANGE, REPLY, REQUEST, SourceHandle, proof_of, read_exactly, socket_key
 
 #: What the bytes of an `owner_process` are, over and over.
 PATTERN = bytes(range(251))
@@ -24,7 +24,7 @@ _OWNER = """
 import asyncio, sys, msgspec
 from transport.memory import Memory
 from transport.secret import ClusterSecret
-from transport.tcp import SocketTransport
+from transport.tcp.road import SocketTransport
 secret, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 memory = Memory.allocate(size)
 memory.view[:] = (bytes(range(251)) * (size // 251 + 1))[:size]

@@ -4,8 +4,8 @@ import pytest
 
 from messages.errors import ConfigError
 from transport.opening import RoadOptions, open_roads
+from transport.plasma.vault import LocalVaults
 from transport.secret import ClusterSecret
-from transport.vault import LocalVaults
 
 
 def opened(*names, vaults=None, **options):

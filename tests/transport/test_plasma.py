@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-import transport.plasma
-import transport.vault
+import transport.plasma.road
+import transport.plasma.vault
 from tests.served import own_environment, using
 from transport.memory import Memory
-from transport.plasma import PlasmaTransport, _handle_of, _planned
+from transport.plasma.road import PlasmaTransport, _handle_of, _planned
+from transport.plasma.vault import LocalVaults, Vault, VaultLimits
 from transport.protocol import Copy, Link, RegionError, TransferError
 from transport.shm import ShmTransport
-from transport.vault import LocalVaults, Vault, VaultLimits
 
 SIZE = 1 << 20
 SEGMENT = 64 << 10
@@ -29,8 +29,8 @@ ALL = [Copy(0, 0, SIZE)]
 @pytest.fixture(autouse=True)
 def _small_segments(monkeypatch):
     """A pull of SIZE is several exports of several segments."""
-    monkeypatch.setattr(transport.plasma, "SEGMENT_BYTES", SEGMENT)
-    monkeypatch.setattr(transport.vault, "SEGMENT_BYTES", SEGMENT)
+    monkeypatch.setattr(transport.plasma.road, "SEGMENT_BYTES", SEGMENT)
+    monkeypatch.setattr(transport.plasma.vault, "SEGMENT_BYTES", SEGMENT)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_plan_of_nothing_is_one_export_of_nothing():
 
 
 def test_a_plan_of_very_many_pieces_bounds_them_too(monkeypatch):
-    monkeypatch.setattr(transport.plasma, "_SEGMENT_PIECES", 10)
+    monkeypatch.setattr(transport.plasma.road, "_SEGMENT_PIECES", 10)
     exports = _planned([Copy(i, i, 1) for i in range(95)])
     assert [[len(segment) for segment in segments] for segments in exports] == [[10] * 4, [10] * 4, [10, 5]]
 
@@ -517,5 +517,5 @@ def test_a_node_that_is_gone_has_no_vault(seen):
 
 @pytest.mark.slow
 def test_a_vault_needs_no_torch():
-    code = "import sys, transport.actor; print(*{'torch', 'transformers'} & sys.modules.keys())"
+    code = "import sys, transport.plasma.actor; print(*{'torch', 'transformers'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-import transport.tcp
-import transport.tcp_source
+import transport.tcp.road
+import transport.tcp.source
 from messages.errors import ConfigError
 from tests.served import free_port
 from tests.transport.socket_peers import (
@@ -29,8 +29,8 @@ from tests.transport.socket_peers import (
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
 from transport.secret import ClusterSecret
-from transport.tcp import SocketTransport
-from transport.tcp_frames import ALIGNMENT, ANSWER, CHALLENGE_BYTES, REPLY, REQUEST, Vectors, merged, read_exactly
+from transport.tcp.frames import ALIGNMENT, ANSWER, CHALLENGE_BYTES, REPLY, REQUEST, Vectors, merged, read_exactly
+from transport.tcp.road import SocketTransport
 
 BLOCK = 64 << 10
 NUM_BLOCKS = 512
@@ -172,7 +172,7 @@ async def test_odd_sizes_and_offsets_arrive_exactly(owner, puller, link, source,
 async def test_more_ranges_than_one_call_or_one_request_takes(
     owner, puller, link, source, target, monkeypatch, max_ranges
 ):
-    monkeypatch.setattr(transport.tcp, "MAX_RANGES", max_ranges)
+    monkeypatch.setattr(transport.tcp.road, "MAX_RANGES", max_ranges)
     places = random.Random(5).sample(range(SIZE // 128), 5000)
     copies = [Copy(i * 128 + 1, (SIZE // 128 - 1 - i) * 128, 99) for i in places]
     told = []
@@ -299,7 +299,7 @@ async def test_a_source_without_the_secret_is_not_believed(fake, puller, link, s
 
 @pytest.mark.parametrize("drip", [False, True], ids=["silent", "dripping"])
 def test_a_stranger_who_proves_nothing_is_closed_in_time(owner, source, monkeypatch, drip):
-    monkeypatch.setattr(transport.tcp_source, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(transport.tcp.source, "HANDSHAKE_S", 0.3)
     with connect_to(owner.register(source)) as stranger:
         began_s = time.monotonic()
         stranger.settimeout(0.03)
@@ -346,7 +346,7 @@ def test_a_proof_is_good_for_one_connection_only(owner, source, secret):
 
 
 async def test_a_crowd_of_strangers_does_not_keep_peers_out(owner, puller, link, source, target, monkeypatch):
-    monkeypatch.setattr(transport.tcp_source, "MAX_UNPROVEN", 4)
+    monkeypatch.setattr(transport.tcp.source, "MAX_UNPROVEN", 4)
     region = owner.register(source)
     crowd = [connect_to(region) for _ in range(12)]
     wait_until(lambda: len(owner._source._connections) == 4)

@@ -26,8 +26,8 @@ from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_fra
 from transport import ucx_mover, ucx_wire
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
-from transport.ucx import UcxTransport
-from transport.ucx_worker import Worker
+from transport.ucx.road import UcxTransport
+from transport.ucx.worker import Worker
 
 MIB = 1 << 20
 SMALL = 16 * MIB
@@ -333,7 +333,7 @@ async def test_client_that_does_not_come_is_refused(owner, puller, monkeypatch):
     """As where addresses are translated on the way: the source sees another one than the puller."""
     monkeypatch.setattr(ucx_mover, "_KNOCK_S", 0.3)
     region = owner.register(Memory.allocate(MIB))
-    monkeypatch.setattr("transport.ucx_worker.Connection.local_address", lambda self: ("192.0.2.1", 5))
+    monkeypatch.setattr("transport.ucx.worker.Connection.local_address", lambda self: ("192.0.2.1", 5))
     with pytest.raises(TransferError, match="no client came"):
         await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
 
@@ -509,7 +509,7 @@ import asyncio, os, signal, sys
 from tests.transport.links import linked
 from transport.memory import Memory
 from transport.protocol import Copy
-from transport.ucx import UcxTransport
+from transport.ucx.road import UcxTransport
 
 async def main():
     owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))
@@ -533,7 +533,7 @@ import asyncio, random
 from tests.transport.links import linked
 from transport.memory import Memory
 from transport.protocol import Copy, TransferError
-from transport.ucx import UcxTransport
+from transport.ucx.road import UcxTransport
 
 async def main():
     owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))

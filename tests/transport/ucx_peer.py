@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from messages.handoff import RegionInfo
 from transport.memory import Memory
 from transport.protocol import Link
-from transport.ucx import UcxTransport
+from transport.ucx.road import UcxTransport
 
 HOST = "127.0.0.1"
 PORTS = (21000, 21999)

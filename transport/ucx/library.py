@@ -1,4 +1,4 @@
-"""UCX's own C interface, as far as transport.ucx_worker uses it: of ucp.h, ucp_def.h and status.h of UCX 1.21.
+"""UCX's own C interface, as far as transport.ucx.worker uses it: of ucp.h, ucp_def.h and status.h of UCX 1.21.
 
 The interface is public and kept compatible: UCX looks only at the fields of a structure that its mask names. The
 libraries are those that ucxx has loaded, which must have happened before.

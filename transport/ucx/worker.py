@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 
 from messages.errors import ConfigError
-from transport.ucx_library import (
+from transport.ucx.library import (
     BY_FORCE,
     CLIENT_CALLBACK,
     CONN_REQUEST_CLIENT,

@@ -26,9 +26,9 @@ from itertools import count
 from typing import assert_never
 
 from transport.protocol import Link, RegionError, RegionMemory, TransferError
-from transport.ucx_library import SocketAddress
-from transport.ucx_pull import Pull, gather
-from transport.ucx_wire import (
+from transport.ucx.library import SocketAddress
+from transport.ucx.pull import Pull, gather
+from transport.ucx.wire import (
     NUM_TAGS,
     Accepted,
     Body,
@@ -42,7 +42,7 @@ from transport.ucx_wire import (
     pack_ranges,
     unpack_ranges,
 )
-from transport.ucx_worker import Connection, Transfer, UcxError, Worker
+from transport.ucx.worker import Connection, Transfer, UcxError, Worker
 
 log = logging.getLogger(__name__)
 

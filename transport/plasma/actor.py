@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from messages.errors import ErrorInfo
 from messages.handoff import RegionInfo
-from transport.plasma import Range
+from transport.plasma.road import Range
+from transport.plasma.vault import DEFAULT_LIMITS, Vault, VaultLimits
 from transport.protocol import RegionError, TransferError
 from transport.shm import Bytes
-from transport.vault import DEFAULT_LIMITS, Vault, VaultLimits
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ RemoteVault = ray.remote(VaultActor)
 
 
 class RayVaults:
-    """See `transport.plasma.Vaults`. Belongs to one event loop, of a process that is connected to Ray."""
+    """See `transport.plasma.road.Vaults`. Belongs to one event loop, of a process that is connected to Ray."""
 
     def __init__(self, limits: VaultLimits = DEFAULT_LIMITS) -> None:
         """`limits`: of the vaults that this process makes."""

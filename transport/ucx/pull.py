@@ -11,9 +11,9 @@ from typing import cast
 
 from messages.handoff import RegionInfo
 from transport.protocol import Arrived, Copy, Link, RegionMemory, TransferError
-from transport.ucx_library import SocketAddress
-from transport.ucx_wire import NUM_TAGS, Message, Range
-from transport.ucx_worker import Connection, Transfer, Worker
+from transport.ucx.library import SocketAddress
+from transport.ucx.wire import NUM_TAGS, Message, Range
+from transport.ucx.worker import Connection, Transfer, Worker
 
 
 class Pull:

@@ -14,7 +14,7 @@ import time
 
 from messages.errors import ConfigError
 from transport.memory import Memory
-from transport.tcp_frames import (
+from transport.tcp.frames import (
     ALIGNMENT,
     ANSWER,
     CHALLENGE_BYTES,

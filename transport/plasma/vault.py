@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from messages.handoff import RegionInfo
-from transport.plasma import SEGMENT_BYTES, Range
+from transport.plasma.road import SEGMENT_BYTES, Range
 from transport.protocol import Copy, RegionError, TransferError, check_ranges
 from transport.shm import Bytes, open_region
 
@@ -140,7 +140,7 @@ def _checked_size(region: RegionInfo, segments: Sequence[Sequence[Range]]) -> in
 
 
 class LocalVaults:
-    """The fake: vaults in this process. See `transport.plasma.Vaults`.
+    """The fake: vaults in this process. See `transport.plasma.road.Vaults`.
 
     `fail_after`, `stall_after`: the vault dies, or delivers nothing more, after so many segments; None: never.
     """

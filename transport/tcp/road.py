@@ -1,6 +1,6 @@
 """Authenticated TCP: the puller asks on a kept connection, the source answers with the bytes.
 
-The protocol is drawn in `transport.tcp_frames`, the source's side is `transport.tcp_source`.
+The protocol is drawn in `transport.tcp.frames`, the source's side is `transport.tcp.source`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from messages.handoff import RegionInfo
 from transport.memory import NONCE_BYTES, Memory, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 from transport.secret import ClusterSecret
-from transport.tcp_frames import (
+from transport.tcp.frames import (
     ANSWER,
     CHALLENGE_BYTES,
     CLAIM,
@@ -43,7 +43,7 @@ from transport.tcp_frames import (
     socket_key,
     timeval,
 )
-from transport.tcp_source import TcpSource, listen
+from transport.tcp.source import TcpSource, listen
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ import msgspec
 
 from messages.handoff import RegionInfo
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
-from transport.ucx_mover import Mover, call_soon
-from transport.ucx_pull import Arrivals, Pull
-from transport.ucx_wire import Connect, Handle, PullRefused, PullRequest, Refused, decode, encode, plan
-from transport.ucx_worker import Worker
+from transport.ucx.mover import Mover, call_soon
+from transport.ucx.pull import Arrivals, Pull
+from transport.ucx.wire import Connect, Handle, PullRefused, PullRequest, Refused, decode, encode, plan
+from transport.ucx.worker import Worker
 
 log = logging.getLogger(__name__)
 

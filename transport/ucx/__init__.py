@@ -1,0 +1,1 @@
+"""UCX between two workers: tag messages, over whatever it finds between them."""
