@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from blake3 import blake3
 from torch import nn
@@ -23,7 +24,7 @@ from engine.fused_layer import fuse_layers
 from engine.kernels.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
-from engine.linear import PACKED_NAME, can_pack, pack_linears
+from engine.linear import PACKED_NAME, can_pack, computes_bfloat16, pack_linears
 from engine.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
 
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+#: Of the machine's memory, what weights may take as float32 that are stored as bfloat16.
+_WIDENED_SHARE = 0.25
 
 #: Entries of config.json that do not change what the weights compute.
 _IDLE_CONFIG_KEYS = frozenset(
@@ -75,7 +79,8 @@ def load_model(
 
     Args:
         path: a transformers model directory.
-        dtype: "auto" (as stored, float16 as float32 on a CPU), "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored, but on a CPU float16 as float32, and bfloat16 too
+            where the CPU would emulate it and the weights as float32 take at most a quarter of its memory.
         device: "cpu" or a CUDA device.
         num_threads: torch's threads from now on; None leaves them.
         max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
@@ -180,11 +185,18 @@ def _choose_dtype(dtype: str, config: Any, files: list[Path], device: torch.devi
         return _DTYPES[dtype]
     named = getattr(config, "dtype", None)
     name = str(named).removeprefix("torch.") if named is not None else _STORED_DTYPES.get(stored_dtype(files), "")
-    if name not in _DTYPES:
-        name = "float32"
-    if name == "float16" and device.type == "cpu":
+    if device.type == "cpu" and (name == "float16" or (name == "bfloat16" and _widens_bfloat16(files))):
         name = "float32"  # CPUs compute float16 slower than float32, and bfloat16 would round the weights
-    return _DTYPES[name]
+    return _DTYPES.get(name, torch.float32)
+
+
+def _widens_bfloat16(files: list[Path]) -> bool:
+    """Where bfloat16 is emulated, float32 is many times faster, if there is room for it.
+
+    Judged by the machine's memory, not by what is free of it: the workers of a node have to agree.
+    """
+    num_bytes = 2 * sum(file.stat().st_size for file in files)
+    return not computes_bfloat16() and num_bytes <= _WIDENED_SHARE * psutil.virtual_memory().total
 
 
 def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import engine.model
 from engine.checkpoint import stored_dtype, weight_files, weights_digest
 from engine.kv_pool import LayerSpec
 from engine.model import load_model
@@ -50,12 +51,30 @@ def test_every_dtype_can_be_asked_for(tiny, dtype):
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {loaded.dtype}
 
 
-@pytest.mark.parametrize(("stored", "auto"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
-def test_auto_takes_the_stored_dtype_but_float16_on_a_cpu(tmp_path, stored, auto):
+@pytest.mark.parametrize(
+    ("stored", "computes_bfloat16", "share", "auto"),
+    [
+        ("float32", True, 0.25, torch.float32),
+        ("bfloat16", True, 0.25, torch.bfloat16),
+        ("bfloat16", False, 0.25, torch.float32),
+        ("bfloat16", False, 0.0, torch.bfloat16),  # no room to widen it
+        ("float16", True, 0.0, torch.float32),
+    ],
+)
+def test_auto_takes_the_stored_dtype_where_the_cpu_computes_in_it(
+    tmp_path, monkeypatch, stored, computes_bfloat16, share, auto
+):
+    monkeypatch.setattr(engine.model, "computes_bfloat16", lambda: computes_bfloat16)
+    monkeypatch.setattr(engine.model, "_WIDENED_SHARE", share)
     directory = make_tiny_model(tmp_path, dtype=getattr(torch, stored))
     assert load_model(directory).dtype is auto
     edit(directory / "config.json", dtype=...)
     assert load_model(directory).dtype is auto
+
+
+def test_bfloat16_that_is_asked_for_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.model, "computes_bfloat16", lambda: False)
+    assert load_model(make_tiny_model(tmp_path), dtype="bfloat16").dtype is torch.bfloat16
 
 
 def test_a_shorter_context_can_be_asked_for_and_a_longer_one_not(tiny):
