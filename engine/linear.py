@@ -77,8 +77,9 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def computes_bfloat16() -> bool:
     """Whether oneDNN has bfloat16 products on this CPU; without, torch emulates them an order of magnitude slower."""
+    is_there: Any = torch.backends.mkldnn.is_available
     is_supported: Any = torch.ops.mkldnn._is_mkldnn_bf16_supported  # noqa: SLF001  # no public one tells
-    return bool(torch.backends.mkldnn.is_available() and is_supported())
+    return bool(is_there() and is_supported())
 
 
 def pack_linears(model: nn.Module) -> int:
