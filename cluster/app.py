@@ -45,8 +45,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_application(with_secret(parse_config(args)))
 
 
-def build_application(config: KvrayConfig) -> serve.Application:
-    """An application from a whole configuration (its secret set)."""
+def build_application(config: KvrayConfig, listener: str | None = None) -> serve.Application:
+    """An application from a whole configuration (its secret set).
+
+    `listener` names a socket on this machine that the ingresses accept from themselves (cluster/listener.py); without,
+    requests come through Serve's proxies.
+    """
     options = _worker_options(config)
     prepare = functools.partial(configure_logging, config.log.level, config.log.format)
     life = {
@@ -88,7 +92,7 @@ def build_application(config: KvrayConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
         **life,
-    )(Ingress).bind(config, APP_NAME, roles, [router, *inner])
+    )(Ingress).bind(config, APP_NAME, roles, [router, *inner], listener)
 
 
 def _placed(resources: dict[str, float], labels: dict[str, str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _CORES_SHARE = 1 / 8  #: of the machine's cores, what one ingress may take, but 
 _MAX_CORES = 0.5  #: of one, for Python does not use a second, and Serve's proxy needs as much
 _MAX_SPACING_S = 0.05  #: nobody sees tokens come that are closer
 _COUNTED = 256  #: hand-overs that the cost of one is taken from
-_MIN_COST_S, _MAX_COST_S = 5e-5, 2e-3  #: of one; what an ingress does for new requests is in it too
+_MIN_COST_S, _MAX_COST_S = 5e-5, 1e-3  #: of one; what an ingress does for new requests is in it too
 
 
 class Pace:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import uvicorn
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -19,18 +20,29 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import KvrayConfig
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
+from cluster.listener import take_listener
 from cluster.logs import configure_logging
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.status import fleet_status
 from engine.tokenizer import Tokenizer
-from messages.errors import ConfigError
+from messages.errors import ConfigError, WorkerError
 from messages.fleet import Role, WorkerInfo
 from transport.channel import ChannelConfig
 
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
+#: As Serve's proxy has them where it matters: an idle connection is kept for longer than clients keep theirs.
+_UVICORN: dict[str, Any] = {
+    "http": "httptools",
+    "ws": "none",
+    "lifespan": "off",
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "timeout_keep_alive": 90,
+}
 _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
 
 
@@ -44,10 +56,12 @@ class Ingress:
         app_name: str,
         roles: list[str],
         inner: list[DeploymentHandle],
+        listener: str | None,
     ) -> None:
         """Waits until a decode worker is there: what the model is, only a worker knows.
 
-        `inner` ties the other deployments to this application; nothing is called on them.
+        `inner` ties the other deployments to this application; nothing is called on them. `listener` names a socket to
+        accept requests from besides those that come through Serve.
         """
         configure_logging(config.log.level, config.log.format)
         self._config = config
@@ -70,12 +84,23 @@ class Ingress:
         async with asyncio.timeout(_FLEET_TIMEOUT_S):
             await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
-        self._model = _served_model(config, model_dir, info, self._tokenizer)
+        self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
+        self._serving: asyncio.Task[None] | None = None
+        if listener is not None:
+            server = uvicorn.Server(uvicorn.Config(self._app, **_UVICORN))
+            self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
+
+    async def check_health(self) -> None:
+        """Called by Serve, every second: an ingress that hears nothing any more is replaced."""
+        if self._serving is not None and self._serving.done():
+            raise WorkerError("the HTTP server ended")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
+        return self._app
+
+    def _create_app(self, model: ServedModel) -> FastAPI:
         http = self._config.http
-        model = self._model
         app = create_app(
             backend=self._dispatcher,
             model=model,

@@ -25,6 +25,7 @@ import msgspec
 import psutil
 
 from cluster.config import KvrayConfig, named_ray_address, prepare_environment, recorded_ray_address
+from cluster.listener import SharedListener, bound_socket
 from messages.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class _Keeper(threading.Thread):
         self._ending = threading.Event()
         self._is_own_cluster = False
         self._has_deployed = False
+        self._listener: SharedListener | None = None
 
     def wait_until_up(self, stop: threading.Event) -> Launched:
         """Start, and wait until requests are answered; errors as in `running`."""
@@ -150,6 +152,8 @@ class _Keeper(threading.Thread):
         except Exception as error:  # noqa: BLE001 - carried to whoever waits
             self._error = error
         finally:
+            if self._listener is not None:
+                self._listener.close()
             if self._has_touched_ray:
                 # Nothing is worth telling about the end of what is being ended.
                 with contextlib.suppress(Exception):
@@ -168,7 +172,7 @@ class _Keeper(threading.Thread):
         config = self._config
         address = cluster_to_join()
         if address is None:
-            check_port_is_free(config.http.host, config.http.port)
+            self._listener = SharedListener(config.http.host, config.http.port)
         self._say("reading the model's configuration")
         # Imports torch, as the application does anyway: most mistakes show before Ray is started.
         from engine.model import check_model
@@ -214,18 +218,23 @@ class _Keeper(threading.Thread):
         self._say("placing workers")
         if not self._is_own_cluster:
             self._check_room(config, serve, APP_NAME)
-        serve.start(
-            http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": None},
-            proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
-        )
-        target = serve.RunTarget(target=build_application(config), name=APP_NAME, route_prefix="/")
+        logging_config = {"log_level": "ERROR", "enable_access_log": False}
+        if self._listener is not None:
+            serve.start(proxy_location="Disabled", logging_config=logging_config)
+        else:
+            serve.start(
+                http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": None},
+                proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
+                logging_config=logging_config,
+            )
+        application = build_application(config, None if self._listener is None else self._listener.name)
+        target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
         self._say("placing workers")
         self._has_deployed = True
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         while not self._is_running(serve.status().applications.get(APP_NAME)):
             time.sleep(_STATUS_POLL_S)
-        self._wait_for_proxy(_url(config))
+        self._wait_until_ready(_url(config))
 
     def _check_room(self, config: KvrayConfig, serve: Any, app_name: str) -> None:
         """On a cluster that was there: Serve may run already, with applications and a port of its own."""
@@ -237,7 +246,7 @@ class _Keeper(threading.Thread):
         # The public status does not tell the port.
         client = serve.context._get_global_client(raise_if_no_controller_running=False)  # noqa: SLF001
         if client is None:
-            check_port_is_free(config.http.host, config.http.port)
+            bound_socket(config.http.host, config.http.port).close()
         elif (client.http_config.host, client.http_config.port) != (config.http.host, config.http.port):
             seen = f"{client.http_config.host} port {client.http_config.port}"
             raise ConfigError(
@@ -265,11 +274,11 @@ class _Keeper(threading.Thread):
             raise WorkerError("Ray Serve could not start the application")
         return bool(status == "RUNNING")
 
-    def _wait_for_proxy(self, url: str) -> None:
-        """Serve's proxy hears of an application a moment after it runs."""
+    def _wait_until_ready(self, url: str) -> None:
+        """Serve's proxy, where there is one, hears of an application a moment after it runs."""
         ends_s = time.monotonic() + _ROUTE_TIMEOUT_S
         while not _is_ready(url):
-            self._say("waiting for the HTTP proxy")
+            self._say("waiting for HTTP")
             if time.monotonic() > ends_s:
                 if self._is_own_cluster:
                     raise WorkerError(f"the application runs, and {url}/ready does not answer")
@@ -310,17 +319,6 @@ def cluster_to_join() -> str | None:
             raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address}: {_reason(error)}") from None
         logger.debug("the cluster that `ray start` recorded at %s is gone: %s", address, error)
         return None
-
-
-def check_port_is_free(host: str, port: int) -> None:
-    """Raises ConfigError unless a server could listen there now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"http: cannot listen on {host} port {port}: {_reason(error)}") from None
 
 
 def config_error_in(text: str) -> str | None:

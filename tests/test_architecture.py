@@ -114,7 +114,7 @@ def test_only_actors_and_the_cluster_know_ray(graph):
 
 
 def test_only_the_cluster_knows_http(graph):
-    for package in ("fastapi", "starlette", "typer", "rich"):
+    for package in ("fastapi", "starlette", "uvicorn", "typer", "rich"):
         assert {name for name in importers_of(graph, package) if room_of(name) != "cluster"} == set()
 
 

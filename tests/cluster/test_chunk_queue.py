@@ -38,7 +38,7 @@ def pace(num_streams: int, *, cost_s: float = 2e-4, num_cores: int = 8) -> Pace:
         (32, 4e-4, 8, 25.6e-3),
         (1000, 2e-4, 8, 50e-3),
         (10, 0.0, 8, 1e-3),  # a cost that cannot be
-        (10, 1.0, 8, 40e-3),
+        (10, 1.0, 8, 20e-3),
     ],
 )
 def test_all_streams_together_take_a_share_of_a_core(num_streams, cost_s, num_cores, spacing_s):

@@ -1,0 +1,105 @@
+"""A listening socket that outlives the processes that accept from it.
+
+The command line binds the port and keeps it; each ingress of its own Ray gets a descriptor of the same socket. No proxy
+stands between a client and an ingress, and while a lost one is replaced, new connections wait instead of being refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+
+from messages.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_S = 10.0
+_BACKLOG = 2048  #: connections that may wait for an ingress
+_CREDENTIALS = struct.Struct("3i")  #: of the peer of a unix socket: pid, uid, gid
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that has the port and does not listen yet: connections are refused.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    # Not with SO_REUSEADDR if it can be helped: with it, two processes may have one port until one of them listens.
+    # What needs it is a port whose last connections the kernel still remembers.
+    for reuses in (False, True):
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuses)
+        try:
+            bound.bind((host, port))
+        except OSError as error:
+            bound.close()
+            failure = error
+        else:
+            return bound
+    raise ConfigError(f"http: cannot listen on {host} port {port}: {failure.strerror or failure}")
+
+
+class SharedListener:
+    """Keeps a bound socket, and gives it to processes of the same user that know its name."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises ConfigError where the port cannot be had."""
+        self._bound = bound_socket(host, port)
+        #: What `take_listener` needs, on this machine. In Linux's abstract namespace: no file to clean up.
+        self.name = f"kvray-{secrets.token_hex(16)}"
+        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._door.bind(f"\0{self.name}")
+        self._door.listen()
+        threading.Thread(target=self._give, name="listener", daemon=True).start()
+
+    def close(self) -> None:
+        """Give the port back; who has the socket keeps it."""
+        with contextlib.suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
+        self._door.close()
+        self._bound.close()
+
+    def _give(self) -> None:
+        while True:
+            try:
+                peer, _ = self._door.accept()
+            except OSError:
+                return
+            with peer, contextlib.suppress(OSError):
+                credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                pid, uid, _gid = _CREDENTIALS.unpack(credentials)
+                if uid != os.getuid():
+                    logger.warning("process %d of user %d asked for the HTTP socket: refused", pid, uid)
+                    continue
+                socket.send_fds(peer, [b"1"], [self._bound.fileno()])
+
+
+def take_listener(name: str) -> socket.socket:
+    """The socket that a `SharedListener` of this machine keeps; it listens from now on.
+
+    Raises:
+        ConfigError: nobody gives it, or somebody else listens there by now.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.settimeout(_ASK_TIMEOUT_S)
+            asking.connect(f"\0{name}")
+            _, descriptors, _, _ = socket.recv_fds(asking, 1, 1)
+    except OSError as error:
+        raise ConfigError(f"http: the command line does not give its socket: {error.strerror or error}") from None
+    if not descriptors:
+        raise ConfigError("http: the command line refused to give its socket")
+    taken = socket.socket(fileno=descriptors[0])
+    try:
+        taken.listen(_BACKLOG)
+    except OSError as error:
+        with taken:
+            host, port, *_ = taken.getsockname()
+        raise ConfigError(f"http: cannot listen on {host} port {port}: {error.strerror or error}") from None
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections inherit it; see bound_socket
+    return taken
