@@ -35,6 +35,9 @@ APP_NAME = "kvray"
 #: A replica that does not answer three times in a row, for this long each, is replaced.
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 3.0}
 
+#: So long its clients wait once it is known not to answer; then its connections end with it.
+_DEAF_S = 1.0
+
 
 def build(args: dict[str, Any]) -> serve.Application:
     """An application from a configuration document, for `serve run` and serveConfigV2.
@@ -86,6 +89,9 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         roles,
         prepare,
     )
+    if listener is not None:
+        # Serve does not see what such an ingress streams, and replaces only one that does not answer.
+        life["graceful_shutdown_timeout_s"] = _DEAF_S
     return serve.deployment(
         name="Ingress",
         num_replicas=config.pools.ingress,
