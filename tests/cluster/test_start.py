@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.launch import check_port_is_free, cluster_to_join, config_error_in, stop_signals
+from cluster.launch import cluster_to_join, config_error_in, stop_signals
 from messages.errors import ConfigError
 from tests.models import make_tiny_model
 from tests.served import free_port, kvray_command, own_environment, run_kvray, using
@@ -470,13 +470,3 @@ def test_a_recorded_cluster_that_answers_is_joined_unless_a_local_one_is_wanted(
         monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
         with pytest.raises(ConfigError, match="wanted host:port of a Ray head"):
             cluster_to_join()
-
-
-def test_a_port_is_free_again_after_its_server_ended():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port = server.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port}: Address already in use"):
-            check_port_is_free("127.0.0.1", port)
-    check_port_is_free("127.0.0.1", port)

@@ -23,9 +23,9 @@ from messages.errors import ConfigError
 from messages.handoff import RegionInfo
 from tests.transport.links import linked
 from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_frame
-from transport import ucx_mover, ucx_wire
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
+from transport.ucx import mover, wire
 from transport.ucx.road import UcxTransport
 from transport.ucx.worker import Worker
 
@@ -266,18 +266,18 @@ async def test_source_checks_the_ranges_of_a_request(owner, puller):
     ((link, guest),) = owner._mover._peers.items()
     number = guest.guest.number
     answers = []
-    link._send = lambda _, body: answers.append(ucx_wire.decode(body)) or True
+    link._send = lambda _, body: answers.append(wire.decode(body)) or True
     bad = [(MIB, 1), (0, MIB + 1), (MIB - 1, 2), (2**63, 2**63), (0, 0)]
     requests = [(np.array([each], dtype="<u8").tobytes(), (1).to_bytes(4, "little")) for each in bad]
     requests += [(b"\0" * 15, b"\1\0\0\0"), (b"\0" * 16, b"\1\0\0"), (b"\0" * 16, b""), (b"", b"\0\0\0\0")]
     requests += [(np.array([(0, MIB)] * 9, dtype="<u8").tobytes(), (9).to_bytes(4, "little"))]
     for tag, (ranges, counts) in enumerate(requests):
-        body = ucx_wire.PullRequest(tag, number, region.nonce, region.num_bytes, ranges, counts)
-        owner.on_message(link, ucx_wire.encode(body))
-    owner.on_message(link, ucx_wire.encode(ucx_wire.PullRequest(99, number + 1, region.nonce, MIB, b"", b"")))
+        body = wire.PullRequest(tag, number, region.nonce, region.num_bytes, ranges, counts)
+        owner.on_message(link, wire.encode(body))
+    owner.on_message(link, wire.encode(wire.PullRequest(99, number + 1, region.nonce, MIB, b"", b"")))
     await asyncio.sleep(0.2)
     assert [(type(answer), answer.first_tag) for answer in answers] == [
-        (ucx_wire.PullRefused, tag) for tag in [*range(len(requests)), 99]
+        (wire.PullRefused, tag) for tag in [*range(len(requests)), 99]
     ]
     assert [answer.is_region for answer in answers] == [True] * len(requests) + [False]
 
@@ -291,16 +291,16 @@ async def test_region_that_is_none_of_this_road_is_refused(shared_peer, puller, 
 
 async def test_region_of_another_version_of_ucx_is_refused(shared_peer, puller, target):
     link, region = await shared_peer.link(puller)
-    handle = msgspec.msgpack.encode(ucx_wire.Handle("1.20.1", True, HOST, 1))
+    handle = msgspec.msgpack.encode(wire.Handle("1.20.1", True, HOST, 1))
     with pytest.raises(RegionError, match=r"the peer has UCX 1\.20\.1"):
         await puller.pull(link, msgspec.structs.replace(region, handle=handle), [Copy(0, 0, 10)], target, 5)
 
 
 async def test_junk_is_dropped(shared_peer, puller, target):
     link, region = await shared_peer.link(puller)
-    messages = [ucx_wire.Accepted(5), ucx_wire.Refused(5, "", True), ucx_wire.Disconnect(5)]
-    messages += [ucx_wire.Connect(5, "no address", 5), ucx_wire.PullRefused(5, "who?", True)]
-    for junk in (b"", b"\xff" * 100, b"\x93\x01\x02\x03", *map(ucx_wire.encode, messages)):
+    messages = [wire.Accepted(5), wire.Refused(5, "", True), wire.Disconnect(5)]
+    messages += [wire.Connect(5, "no address", 5), wire.PullRefused(5, "who?", True)]
+    for junk in (b"", b"\xff" * 100, b"\x93\x01\x02\x03", *map(wire.encode, messages)):
         puller.on_message(link, junk)
         link.send("ucx", junk)
     await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
@@ -309,7 +309,7 @@ async def test_junk_is_dropped(shared_peer, puller, target):
 
 async def test_stranger_is_sent_away_and_gets_nothing(owner, puller, monkeypatch):
     """Who connects, and guesses tags, but has no link."""
-    monkeypatch.setattr(ucx_mover, "_KNOCK_S", 0.3)
+    monkeypatch.setattr(mover, "_KNOCK_S", 0.3)
     memory, target = Memory.allocate(MIB), Memory.allocate(MIB)
     memory.view[:] = b"secret!!" * (MIB // 8)
     region, link = owner.register(memory), linked(puller, owner)
@@ -331,7 +331,7 @@ async def test_stranger_is_sent_away_and_gets_nothing(owner, puller, monkeypatch
 
 async def test_client_that_does_not_come_is_refused(owner, puller, monkeypatch):
     """As where addresses are translated on the way: the source sees another one than the puller."""
-    monkeypatch.setattr(ucx_mover, "_KNOCK_S", 0.3)
+    monkeypatch.setattr(mover, "_KNOCK_S", 0.3)
     region = owner.register(Memory.allocate(MIB))
     monkeypatch.setattr("transport.ucx.worker.Connection.local_address", lambda self: ("192.0.2.1", 5))
     with pytest.raises(TransferError, match="no client came"):
@@ -341,7 +341,7 @@ async def test_client_that_does_not_come_is_refused(owner, puller, monkeypatch):
 @pytest.mark.parametrize("change", [{"port": 1}, {"port": 70000}, {"host": "anyone"}], ids=str)
 async def test_unreachable_listener_fails_at_once(puller, owner, change):
     region = owner.register(Memory.allocate(MIB))
-    handle = msgspec.msgpack.decode(region.handle, type=ucx_wire.Handle)
+    handle = msgspec.msgpack.decode(region.handle, type=wire.Handle)
     nobody = msgspec.structs.replace(handle, **change)
     region = msgspec.structs.replace(region, handle=msgspec.msgpack.encode(nobody))
     started_s = time.monotonic()
@@ -585,7 +585,7 @@ def test_messages_carry_all_bytes_once(seed, can_gather):
         size = chance.choice([0, 1, 100, 49152, 49151, 3 * MIB, 8 * MIB, 20 * MIB + 1])
         copies.append(Copy(source, target, size))
         source, target = source + size, target + size
-    messages = ucx_wire.plan(copies, can_gather=can_gather)
+    messages = wire.plan(copies, can_gather=can_gather)
     carried = sorted((c.target_offset, c.num_bytes, c.source_offset) for m in messages for c in m.copies)
     assert sum(size for _, size, _ in carried) == sum(copy.num_bytes for copy in copies)
     ends = [(offset + size, source + size) for offset, size, source in carried]
@@ -602,17 +602,17 @@ def test_messages_carry_all_bytes_once(seed, can_gather):
         ]
         assert len(touching) == sum(message.positions.count(position) for message in messages)
     for message in messages:
-        assert message.num_bytes == sum(copy.num_bytes for copy in message.copies) <= ucx_wire.MAX_MESSAGE_BYTES
+        assert message.num_bytes == sum(copy.num_bytes for copy in message.copies) <= wire.MAX_MESSAGE_BYTES
         assert can_gather or len(message.copies) == 1
-    ranges, counts = ucx_wire.pack_ranges(messages)
-    request = ucx_wire.PullRequest(0, 0, b"", 0, ranges, counts)
-    unpacked = ucx_wire.unpack_ranges(request, 1 << 40)
+    ranges, counts = wire.pack_ranges(messages)
+    request = wire.PullRequest(0, 0, b"", 0, ranges, counts)
+    unpacked = wire.unpack_ranges(request, 1 << 40)
     assert unpacked == [[(c.source_offset, c.num_bytes) for c in m.copies] for m in messages]
 
 
 def test_many_small_blocks_are_few_messages():
     scattered = [Copy(i * 8192, i * 5000, 4096) for i in range(256)]
     adjacent = [Copy(i * MIB, i * MIB, MIB) for i in range(256)]
-    assert len(ucx_wire.plan(scattered, can_gather=True)) == 1
-    assert len(ucx_wire.plan(scattered, can_gather=False)) == 256
-    assert len(ucx_wire.plan(adjacent, can_gather=False)) == 32
+    assert len(wire.plan(scattered, can_gather=True)) == 1
+    assert len(wire.plan(scattered, can_gather=False)) == 256
+    assert len(wire.plan(adjacent, can_gather=False)) == 32

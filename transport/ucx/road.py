@@ -1,9 +1,9 @@
 """Between nodes, and between devices: UCX carries the bytes as tag messages, asked for over the link.
 
     UcxTransport   on the event loop                    this file
-    Mover, Pull    the road's thread, and its work      ucx_mover.py, ucx_pull.py
-    Worker         UCX, by way of ucxx and ctypes       ucx_worker.py, ucx_library.py
-    Connect, ...   what the two sides say to each other ucx_wire.py
+    Mover, Pull    the road's thread, and its work      mover.py, pull.py
+    Worker         UCX, by way of ucxx and ctypes       worker.py, library.py
+    Connect, ...   what the two sides say to each other wire.py
 
 UCX authenticates nobody: who can open a connection to its port may write into this process. A network policy must
 admit kvray's own pods only. Bytes are sent only in answer to a request that came over a link, and only to the client
