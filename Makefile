@@ -20,8 +20,10 @@ demo: $(VENV)/.ready kernels ## start, hold a conversation of three turns, show 
 
 # The fast ones side by side, those with clusters of processes one after the other. 5: none was selected.
 test: $(VENV)/.ready kernels ## everything that a machine without a GPU can run
-	$(BIN)/python -m pytest $(FAST) $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+	@status=0; \
+	$(BIN)/python -m pytest $(FAST) $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	exit $$status
 
 test-fast: $(VENV)/.ready ## the tests that take seconds
 	$(BIN)/python -m pytest $(FAST) $(ARGS)
