@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-FAST   := -m "not slow" --numprocesses auto --dist loadfile
+BESIDE := --numprocesses auto --dist loadfile
 # torch's CPU build, libgomp and friends spin while they wait; with several workers on a laptop that only costs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -18,15 +18,15 @@ serve: $(VENV)/.ready kernels ## serve the demo model over the OpenAI API (ARGS=
 demo: $(VENV)/.ready kernels ## start, hold a conversation of three turns, show where each prompt's tokens came from, exit
 	@$(BIN)/kvray demo $(ARGS)
 
-# The fast ones side by side, those with clusters of processes one after the other. 5: none was selected.
+# What only computes runs side by side, clusters and hosts one after the other. 5: none was selected.
 test: $(VENV)/.ready kernels ## everything that a machine without a GPU can run
 	@status=0; \
-	$(BIN)/python -m pytest $(FAST) $(ARGS) || [ $$? -eq 5 ] || status=1; \
-	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(BIN)/python -m pytest -m "not alone" $(BESIDE) $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ] || status=1; \
 	exit $$status
 
 test-fast: $(VENV)/.ready ## the tests that take seconds
-	$(BIN)/python -m pytest $(FAST) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not alone" $(BESIDE) $(ARGS)
 
 check: $(VENV)/.ready ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -172,6 +172,7 @@ def record(cell: Cell, results: dict[str, dict[str, Any] | None], load: float) -
         "commit": commit.stdout.strip(),
         "command": shlex.join(["python", *sys.argv]),
         "cell": cell.name,
+        "num_requests": cell.num_requests,
         "results": results,
     }
     RESULTS.parent.mkdir(exist_ok=True)
@@ -210,22 +211,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="at most, per contender and cell")
     parser.add_argument("--budget-s", type=float, default=30, help="no further repeat once so much was measured")
     parser.add_argument("--cells", default="", help="only cells whose name contains this")
+    parser.add_argument("--requests", type=int, help="at once, instead of 16, where a cell would take hours")
     parser.add_argument("--only", choices=list(CONTENDERS), nargs="+", help="these contenders")
     args = parser.parse_args()
     pythons: dict[str, Path | None] = dict.fromkeys(CONTENDERS, Path(sys.executable))
     pythons["vllm"] = vllm_python(is_wanted=args.with_vllm)
-    print(f"{hardware()}; {args.threads} threads; 16 requests at once; tokens/s")
+    cells = [cell for cell in (QUICK_CELLS if args.quick else CELLS) if args.cells in cell.name]
+    if args.requests:
+        cells = [replace(cell, num_requests=args.requests) for cell in cells]
+    print(f"{hardware()}; {args.threads} threads; {args.requests or 16} requests at once; tokens/s")
     print(f"{'':26}" + "".join(f"{name:>18}" for name in CONTENDERS))
     lines = []
-    for cell in [cell for cell in (QUICK_CELLS if args.quick else CELLS) if args.cells in cell.name]:
+    for cell in cells:
         load = os.getloadavg()[0]
         results: dict[str, dict[str, Any] | None] = {}
         for name, python in pythons.items():
             is_slow_start = args.quick and name == "vllm" and not args.with_vllm  # it compiles for a minute
             skipped = python is None or is_slow_start or (args.only and name not in args.only)
             results[name] = None if skipped or python is None else run(name, cell, python, args)
-        cells = [f"{result['tokens_per_s']:.1f}" if result else "-" for result in results.values()]
-        print(f"{cell.name:26}" + "".join(f"{text:>18}" for text in cells), flush=True)
+        texts = [f"{result['tokens_per_s']:.1f}" if result else "-" for result in results.values()]
+        print(f"{cell.name:26}" + "".join(f"{text:>18}" for text in texts), flush=True)
         lines += goals(cell, results)
         if args.record:
             record(cell, results, load)

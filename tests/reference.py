@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,8 @@ class Reference:
             model_dir, attn_implementation="eager", dtype=torch.float32
         ).eval()
         self._sampler = Sampler(self._model.config.vocab_size, None)
+        self._prompt: list[int] = []  #: the last one, with its logits and cache: choices of a request share it
+        self._prefilled: tuple[torch.Tensor, Any] | None = None
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
@@ -33,15 +37,26 @@ class Reference:
     def generate(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """One sequence alone with transformers' own cache; ends at a stop token or max_tokens."""
         tokens = list(prompt)
-        inputs, past = torch.tensor([tokens]), None
-        while len(tokens) - len(prompt) < params.max_tokens:
-            out = self._model(input_ids=inputs, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+        logits, past = self._prefill(prompt)
+        while True:
             row = SamplingRow(seq_id="r", params=params, token_ids=tokens, num_prompt_tokens=len(prompt))
-            (chosen,) = self._sampler.sample(out.logits[:, -1].float(), [row])
+            (chosen,) = self._sampler.sample(logits, [row])
             tokens.append(chosen.token_id)
-            inputs = torch.tensor([[chosen.token_id]])
+            if len(tokens) - len(prompt) >= params.max_tokens:
+                break
             if chosen.token_id in params.stop_token_ids and len(tokens) - len(prompt) > params.min_tokens:
                 break
+            logits, past = self._step([chosen.token_id], past)
         self._sampler.forget("r")
         return tokens[len(prompt) :]
+
+    def _prefill(self, prompt: list[int]) -> tuple[torch.Tensor, Any]:
+        if self._prefilled is None or self._prompt != prompt:
+            self._prompt, self._prefilled = list(prompt), self._step(prompt, None)
+        logits, past = self._prefilled
+        return logits.clone(), copy.deepcopy(past)
+
+    def _step(self, token_ids: list[int], past: Any) -> tuple[torch.Tensor, Any]:
+        """The last token's logits `[1, vocab_size]`, and the cache."""
+        out = self._model(input_ids=torch.tensor([token_ids]), past_key_values=past, use_cache=True)
+        return out.logits[:, -1].float(), out.past_key_values

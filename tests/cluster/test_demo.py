@@ -67,7 +67,7 @@ def test_the_shipped_directory_is_small_and_whole():
     assert json.loads((DEMO_MODEL / "generation_config.json").read_text())["eos_token_id"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_command_converses_and_ends():
     with own_environment() as variables:
         finished = subprocess.run(

@@ -12,7 +12,7 @@ from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.served import run_kvray, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize(("road", "carriers"), [("ucx", "tcp"), ("plasma", "ray object store")])

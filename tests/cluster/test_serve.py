@@ -18,7 +18,7 @@ from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.served import serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 NUM_PREFILL = NUM_DECODE = 2
 MAX_MODEL_LEN = 4352

@@ -214,6 +214,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tiny_model):
     assert complaint == "max_model_len is 1025, wanted 1 to 1024 (the model's positions)"
 
 
+@pytest.mark.alone
 def test_too_little_memory_for_one_sequence_reaches_the_terminal_from_the_worker(tiny_model):
     began_s = time.monotonic()
     complaint = complaint_of(str(tiny_model), "--kv-cache-memory", "64KiB")
@@ -221,6 +222,7 @@ def test_too_little_memory_for_one_sequence_reaches_the_terminal_from_the_worker
     assert time.monotonic() - began_s < ERROR_WITHIN_S
 
 
+@pytest.mark.alone
 def test_a_family_that_cannot_work_is_refused_by_name_and_reason(tmp_path):
     sizes = {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "num_attention_heads": None}
     model_dir = make_tiny_model(tmp_path / "mamba2", family="mamba2", **sizes)
@@ -228,6 +230,7 @@ def test_a_family_that_cannot_work_is_refused_by_name_and_reason(tmp_path):
     assert complaint.startswith("mamba2 cannot be served: it keeps recurrent state")
 
 
+@pytest.mark.alone
 def test_accelerators_that_the_node_lacks_are_not_waited_for(tiny_model, tmp_path):
     path = tmp_path / "kvray.yaml"
     path.write_text("pools: {gpus_per_worker: 64}")
@@ -277,6 +280,7 @@ def starting(tiny_model, tmp_path):
         process.clean()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
@@ -304,6 +308,7 @@ def test_a_signal_ends_a_start_at_any_moment(starting, moment, number):
         assert lines[-1] == "kvray: stopped while starting"
 
 
+@pytest.mark.alone
 def test_a_sigkill_of_the_command_line_ends_everything_but_rays_own_agents(starting):
     """The raylet's two agents (2.60) notice its death only after minutes; they hold no port of ours and no model."""
     starting.wait_for("Ctrl-C ends everything")
@@ -350,6 +355,7 @@ def ray_head():
                 process.kill()
 
 
+@pytest.mark.alone
 def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_model, tmp_path, ray_head):
     members = {process.pid for process in using(ray_head["RAY_TMPDIR"])}
     port = free_port()
@@ -378,6 +384,7 @@ def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_mod
             starting.process.kill()
 
 
+@pytest.mark.alone
 def test_serves_own_config_file_runs_the_same_application(tiny_model, tmp_path, ray_head):
     port = free_port()
     document = {

@@ -24,7 +24,7 @@ from tests.workers import Ingress, worker_options
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 ROOT = Path(__file__).parent.parent.parent
 FAULTY = ROOT / "tests" / "faulty_worker.py"

@@ -87,7 +87,7 @@ async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
     assert len({tuple(tokens) for tokens in got}) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference):
     asked = prompts(6, *([90] * 12))
     tiny = worker_options(model_dir, kv_cache_bytes=40 * 16384, max_model_len=256)
@@ -162,7 +162,7 @@ async def warmed_up(pair, reference) -> None:
     await asyncio.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -192,7 +192,7 @@ async def test_whatever_a_road_does_the_tokens_are_right_and_nothing_stays(model
     assert got == [reference.greedy(prompt, 16) for prompt in asked]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_late_bytes_land_in_nobodys_block(model_dir, reference):
     """A road that cannot abort writes after the pull was given up; the pool is so small that all blocks are in use."""
     asked = prompts(21, *([180] * 16))
@@ -272,7 +272,7 @@ async def test_a_location_outside_the_peers_pool_is_refused_and_the_next_request
     assert [*first, *second] == [reference.greedy(prompt, 16) for prompt in asked]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_a_lease_outlives_a_slow_pull_that_makes_progress(model_dir, reference):
     """Blocks come one by one over a road, for longer than the lease."""
     (prompt,) = prompts(26, 400)

@@ -464,7 +464,7 @@ def seen():
         return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_blocks_come_exactly_from_another_node_and_the_vault_is_made_for_it(seen):
     assert seen["vaults_before"] == []
     assert seen["first_pull"]["error"] == ""
@@ -473,7 +473,7 @@ def test_blocks_come_exactly_from_another_node_and_the_vault_is_made_for_it(seen
     assert seen["is_exact"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_more_than_a_vault_may_hold_comes_exactly(seen):
     for pull in seen["small_pulls"] + seen["large_pulls"]:
         assert pull["error"] == ""
@@ -483,20 +483,20 @@ def test_more_than_a_vault_may_hold_comes_exactly(seen):
     assert seen["is_at_once_exact"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_cancelled_pulls_over_ray_have_stopped_when_they_are_over(seen):
     assert seen["is_cancelled_quiet"]
     assert seen["after_cancel"]["error"] == ""
     assert seen["logs"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_segments_outlive_whom_they_were_read_from(seen):
     assert seen["outlives_producer"]
     assert "RegionError" in seen["dead_producer"]["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_vault_fails_the_pull_and_the_next_makes_another(seen):
     assert "TransferError: plasma: a segment was lost: OwnerDiedError" in seen["killed_vault"]["error"]
     assert seen["after_kill"]["error"] == ""
@@ -504,18 +504,18 @@ def test_a_killed_vault_fails_the_pull_and_the_next_makes_another(seen):
     assert seen["is_exact_after_kill"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_an_idle_vault_ends_itself_and_is_made_again_when_needed(seen):
     assert 0 <= seen["gone_after_s"] < 20
     assert seen["after_idle"]["error"] == ""
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_node_that_is_gone_has_no_vault(seen):
     assert "TransferError: plasma: no vault on node eee" in seen["unknown_node"]["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_vault_needs_no_torch():
     code = "import sys, transport.plasma.actor; print(*{'torch', 'transformers'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []

@@ -657,7 +657,7 @@ def test_vectors_go_on_where_a_call_stopped():
 # ---------------------------------------------------------------------------------------------------- another process
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_a_source_stopped_under_way_fails_the_pull_and_writes_nothing_when_it_goes_on(
     secret, puller, link, target
 ):
@@ -681,7 +681,7 @@ async def test_a_source_stopped_under_way_fails_the_pull_and_writes_nothing_when
         assert bytes(target.view[:251]) == PATTERN
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_a_source_killed_under_way_fails_the_pull_at_once_and_its_successor_serves(secret, puller, link, target):
     port = free_port()
     with owner_process(secret, SIZE, port) as (process, old):

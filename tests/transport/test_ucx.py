@@ -353,7 +353,7 @@ async def test_unreachable_listener_fails_at_once(puller, owner, change):
 # ----------------------------------------------------------------------------------------------------- ends, early ones
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_killed_peer_fails_the_pull_at_once_and_its_successor_works(peer, puller, target):
     link, region = await peer.link(puller)
     on_arrived, arrived = at_first_arrival(lambda: peer.send_signal(signal.SIGKILL))
@@ -373,7 +373,7 @@ async def test_killed_peer_fails_the_pull_at_once_and_its_successor_works(peer, 
         successor.close()
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_stopped_peer_stalls_the_pull_and_nothing_lands_late(peer, puller, target):
     link, region = await peer.link(puller)
     for _ in range(2):
@@ -389,7 +389,7 @@ async def test_stopped_peer_stalls_the_pull_and_nothing_lands_late(peer, puller,
     assert puller.num_unsettled == 0
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 async def test_stopped_peer_that_never_answered_stalls_the_pull(peer, puller, target):
     link, region = await peer.link(puller)
     peer.send_signal(signal.SIGSTOP)
@@ -400,7 +400,7 @@ async def test_stopped_peer_that_never_answered_stalls_the_pull(peer, puller, ta
     await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["link lost", "cancelled", "closed"])
 async def test_pull_is_ended_at_once_and_nothing_lands_late(peer, puller, target, how):
     link, region = await peer.link(puller)
@@ -498,9 +498,9 @@ def test_what_cannot_be_set_up_is_a_config_error(arguments, message):
 
 def test_full_port_range_is_a_config_error():
     """UCX itself would try for ever."""
-    transport = UcxTransport(HOST, port_range=(21500, 21501))
+    transport = UcxTransport(HOST, port_range=(22500, 22501))
     with pytest.raises(ConfigError, match=r"0 ports of .* are free"):
-        UcxTransport(HOST, port_range=(21500, 21501))
+        UcxTransport(HOST, port_range=(22500, 22501))
     transport.close()
 
 
@@ -555,14 +555,14 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_connections_that_both_ends_close_in_mid_transfer_do_no_harm():
     """UCX's other kind of connection, made from worker addresses, crashed the process here."""
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", _CLOSING], cwd=root, check=True, timeout=60)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["close", "forget", "hang up"])
 def test_process_ends_cleanly(how):
     root = Path(__file__).parents[2]
