@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from messages.errors import ConfigError
+from transport.memory import available_bytes
 
 #: Part of every block name: changes whenever the bytes of a block mean something else.
 LAYOUT_VERSION = 1
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +133,10 @@ def plan_num_blocks(
     Raises:
         ConfigError: the explicit size exceeds what is free, or one sequence of `max_model_len` tokens does not fit.
     """
-    free_bytes = available_bytes(device)
-    if kv_cache_bytes is not None and kv_cache_bytes > free_bytes:
-        raise ConfigError(f"a KV pool of {kv_cache_bytes} bytes was asked for and {free_bytes} bytes are free")
-    budget = kv_cache_bytes if kv_cache_bytes is not None else int(free_bytes * kv_cache_share)
+    free = free_bytes(device)
+    if kv_cache_bytes is not None and kv_cache_bytes > free:
+        raise ConfigError(f"a KV pool of {kv_cache_bytes} bytes was asked for and {free} bytes are free")
+    budget = kv_cache_bytes if kv_cache_bytes is not None else int(free * kv_cache_share)
     num_blocks = budget // block_bytes
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
@@ -153,17 +150,6 @@ def plan_num_blocks(
     return num_blocks
 
 
-def available_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on `device`; on a CPU no more than the container's limit leaves."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return free
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        return min(free, int(limit) - used + int(stat["inactive_file"]))  # cached files give way
-    except (OSError, KeyError, ValueError):
-        return free  # no cgroup v2 here
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from blake3 import blake3
 from torch import nn
@@ -27,6 +26,7 @@ from engine.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.linear import PACKED_NAME, can_pack, computes_bfloat16, pack_linears
 from engine.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
+from transport.memory import total_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -193,10 +193,10 @@ def _choose_dtype(dtype: str, config: Any, files: list[Path], device: torch.devi
 def _widens_bfloat16(files: list[Path]) -> bool:
     """Where bfloat16 is emulated, float32 is many times faster, if there is room for it.
 
-    Judged by the machine's memory, not by what is free of it: the workers of a node have to agree.
+    Judged by all memory, not by what is free of it: the workers of a node have to agree.
     """
     num_bytes = 2 * sum(file.stat().st_size for file in files)
-    return not computes_bfloat16() and num_bytes <= _WIDENED_SHARE * psutil.virtual_memory().total
+    return not computes_bfloat16() and num_bytes <= _WIDENED_SHARE * total_bytes()
 
 
 def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) -> int:

@@ -21,9 +21,34 @@ import stat
 import struct
 import time
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from messages.errors import ConfigError
 from transport.protocol import RegionError, RegionMemory
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class _ControlGroup(NamedTuple):
+    """Where a version of the kernel's control groups keeps its numbers, below _CGROUP."""
+
+    limit: str
+    used: str
+    stat: str
+    idle: str  #: in `stat`: of cached files
+
+
+_CONTROL_GROUPS = (
+    _ControlGroup("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    _ControlGroup(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 PAGE_BYTES = mmap.PAGESIZE
 NONCE_BYTES = 16
@@ -178,21 +203,22 @@ def as_host_memory(memory: RegionMemory, road: str) -> Memory:
 
 def available_bytes() -> int:
     """Memory that can be reserved without pushing anyone out: the machine's and this process's control group's."""
-    available = _meminfo_available()
-    for current, limit in (
-        ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
-        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            available = min(available, int(Path(limit).read_text()) - int(Path(current).read_text()))
+    available = psutil.virtual_memory().available
+    for group in _CONTROL_GROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or "max"
+            counts = dict(line.split() for line in (_CGROUP / group.stat).read_text().splitlines())
+            used = int((_CGROUP / group.used).read_text()) - int(counts[group.idle])  # cached files give way
+            available = min(available, int((_CGROUP / group.limit).read_text()) - used)
     return max(available, 0)
 
 
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def total_bytes() -> int:
+    """Memory of this machine, or the limit of this process's control group where that is less."""
+    total = psutil.virtual_memory().total
+    for group in _CONTROL_GROUPS:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            total = min(total, int((_CGROUP / group.limit).read_text()))
+    return total
 
 
 def _header_offset(num_bytes: int) -> int:

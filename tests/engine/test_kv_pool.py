@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine import kv_pool
-from engine.kv_pool import KvPool, LayerSpec, available_bytes, block_bytes, plan_num_blocks
+from engine.kv_pool import KvPool, LayerSpec, block_bytes, plan_num_blocks
 from messages.errors import ConfigError
 
 SPECS = [LayerSpec(2, 16, 16), LayerSpec(1, 24, 12), LayerSpec(4, 8, 32)]
@@ -77,31 +77,20 @@ def test_blocks_read_from_one_pool_can_be_written_into_another():
 
 
 def test_a_share_of_what_is_free_decides_where_no_size_is_given(monkeypatch):
-    monkeypatch.setattr(kv_pool, "available_bytes", lambda device: 100_999)
+    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_999)
     assert plan_num_blocks(kv_cache_bytes=None, **PLAN) == 50
     assert plan_num_blocks(kv_cache_bytes=None, max_blocks=12, **PLAN) == 12
     assert plan_num_blocks(kv_cache_bytes=30_999, **PLAN) == 30
 
 
 def test_a_pool_too_small_for_one_sequence_says_what_it_takes(monkeypatch):
-    monkeypatch.setattr(kv_pool, "available_bytes", lambda device: 100_000)
+    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_000)
     with pytest.raises(ConfigError, match=r"160 tokens need 10000 bytes \(10 blocks of 1000\), the KV pool gets 9000"):
         plan_num_blocks(kv_cache_bytes=9_999, **PLAN)
     assert plan_num_blocks(kv_cache_bytes=10_000, **PLAN) == 10
 
 
 def test_a_pool_larger_than_what_is_free_is_refused(monkeypatch):
-    monkeypatch.setattr(kv_pool, "available_bytes", lambda device: 20_000)
+    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 20_000)
     with pytest.raises(ConfigError, match="of 20001 bytes was asked for and 20000 bytes are free"):
         plan_num_blocks(kv_cache_bytes=20_001, **PLAN)
-
-
-def test_the_containers_limit_bounds_what_is_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(kv_pool, "_CGROUP", tmp_path)
-    unlimited = available_bytes(CPU)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 50000\n")
-    assert available_bytes(CPU) == 350_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(CPU) == pytest.approx(unlimited, rel=0.5)

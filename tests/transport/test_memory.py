@@ -10,7 +10,7 @@ import pytest
 
 import transport.memory
 from messages.errors import ConfigError
-from transport.memory import Memory, SharedView
+from transport.memory import Memory, SharedView, available_bytes, total_bytes
 
 
 @pytest.fixture
@@ -43,6 +43,31 @@ def test_memory_beyond_what_is_available_is_refused_before_it_is_touched(monkeyp
     monkeypatch.setattr(transport.memory, "available_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="1,000 bytes are available"):
         Memory.allocate(1001)
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "idle"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["cgroup 2", "cgroup 1"],
+)
+def test_the_containers_limit_bounds_what_there_is_and_what_is_available(
+    monkeypatch, tmp_path, folder, limit, used, idle
+):
+    monkeypatch.setattr(transport.memory, "_CGROUP", tmp_path)
+    without = available_bytes(), total_bytes()
+    files = tmp_path / folder
+    files.mkdir(exist_ok=True)
+    (files / limit).write_text("1000000\n")
+    (files / used).write_text("700000\n")
+    (files / "memory.stat").write_text(f"anon 300000\n{idle} 50000\n")
+    assert (available_bytes(), total_bytes()) == (350_000, 1_000_000)
+    (files / used).write_text("2000000\n")
+    assert available_bytes() == 0
+    (files / limit).write_text("max\n")
+    assert (available_bytes(), total_bytes()) == (pytest.approx(without[0], rel=0.5), without[1])
 
 
 def open_memory_files() -> set[str]:
