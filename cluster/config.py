@@ -207,7 +207,6 @@ def prepare_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",  # Ray asks on the terminal otherwise
         "RAY_AUTH_MODE": "disabled",  # cluster-local
         "RAY_worker_niceness": "0",  # Ray runs its workers at niceness 15; ours are what the machine is for
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # a thread less that each chunk of an answer goes through
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end must fail, not start another Ray
     }
     for name, value in defaults.items():

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from cluster.chunk_queue import ChunkQueue, Pace
 from cluster.openai.backend import Readiness
 from kvcache.names import block_names
 from kvrouter.fallback import choose
@@ -54,7 +53,7 @@ class _Stream:
     """One sequence on a decode worker, seen from here."""
 
     worker_id: str
-    queue: ChunkQueue
+    queue: asyncio.Queue[TokenChunk]
 
 
 @dataclass(slots=True)
@@ -74,7 +73,6 @@ class Dispatcher:
         self._fleet: dict[str, WorkerInfo] = {}
         self._workers: dict[str, _Peer] = {}  #: by worker id; decode workers that are being talked to
         self._streams: dict[str, _Stream] = {}
-        self._pace = Pace(lambda: len(self._streams))
         self._router: _Peer | None = None
         self._router_addresses: list[str] = []
         self._router_retry_s = _RECONNECT_S
@@ -182,7 +180,7 @@ class Dispatcher:
         error = WorkerError(f"the worker {worker_id} was lost: {reason}", code="worker_lost").info()
         for request_id, stream in list(self._streams.items()):
             if stream.worker_id == worker_id:
-                stream.queue.put(TokenChunk(request_id=request_id, finish_reason="error", error=error))
+                stream.queue.put_nowait(TokenChunk(request_id=request_id, finish_reason="error", error=error))
         self._hang_up(peer)
 
     def _on_worker_message(self, worker_id: str, message: Message) -> None:
@@ -191,7 +189,7 @@ class Dispatcher:
                 for chunk in chunks:
                     stream = self._streams.get(chunk.request_id)
                     if stream is not None:
-                        stream.queue.put(chunk)
+                        stream.queue.put_nowait(chunk)
             case Stats():
                 self._on_stats(self._workers.get(worker_id), message)
             case _:
@@ -210,7 +208,7 @@ class Dispatcher:
         excluded: list[str] = []
         while True:
             placement = await self._place(requests, tuple(excluded))
-            queue = ChunkQueue(self._pace)
+            queue: asyncio.Queue[TokenChunk] = asyncio.Queue()
             has_begun = False
             try:
                 self._send(requests, placement, queue)
@@ -235,9 +233,11 @@ class Dispatcher:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             self._send_cancel(stream.worker_id, request_id)
-            stream.queue.put(TokenChunk(request_id=request_id, finish_reason="cancelled"))
+            stream.queue.put_nowait(TokenChunk(request_id=request_id, finish_reason="cancelled"))
 
-    def _send(self, requests: Sequence[GenerateRequest], placement: Placement, queue: ChunkQueue) -> None:
+    def _send(
+        self, requests: Sequence[GenerateRequest], placement: Placement, queue: asyncio.Queue[TokenChunk]
+    ) -> None:
         peer = self._worker(placement.decode_worker, placement.decode_address)
         for request in requests:
             self._streams[request.request_id] = _Stream(placement.decode_worker, queue)
@@ -250,25 +250,31 @@ class Dispatcher:
                 )
             )
 
-    async def _stream(self, requests: Sequence[GenerateRequest], queue: ChunkQueue) -> AsyncGenerator[TokenChunk, None]:
+    async def _stream(
+        self, requests: Sequence[GenerateRequest], queue: asyncio.Queue[TokenChunk]
+    ) -> AsyncGenerator[TokenChunk, None]:
         open_ids = {request.request_id for request in requests}
         # The worker ends a request at its deadline; this one is for a worker that does not even do that.
         ends_s = time.monotonic() + self._options.request_timeout_s + 2 * self._options.channel.lost_after_s
         while open_ids:
             try:
-                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with a chunk.
-                async with asyncio.timeout(max(0.0, ends_s - time.monotonic())):
-                    chunks = await queue.get()
-            except TimeoutError:
-                error = WorkerError("the request did not end in time", code="timeout", status=504).info()
-                chunks = [TokenChunk(request_id=key, finish_reason="error", error=error) for key in open_ids]
-            for chunk in chunks:
-                if chunk.request_id not in open_ids:
-                    continue
-                if chunk.finish_reason is not None:
-                    open_ids.discard(chunk.request_id)
-                    self._streams.pop(chunk.request_id, None)
-                yield chunk
+                chunk = queue.get_nowait()
+            except asyncio.QueueEmpty:
+                try:
+                    # Not wait_for: before Python 3.12 it loses a cancellation that comes together with a chunk.
+                    async with asyncio.timeout(max(0.0, ends_s - time.monotonic())):
+                        chunk = await queue.get()
+                except TimeoutError:
+                    error = WorkerError("the request did not end in time", code="timeout", status=504).info()
+                    for request_id in open_ids:
+                        yield TokenChunk(request_id=request_id, finish_reason="error", error=error)
+                    return
+            if chunk.request_id not in open_ids:
+                continue
+            if chunk.finish_reason is not None:
+                open_ids.discard(chunk.request_id)
+                self._streams.pop(chunk.request_id, None)
+            yield chunk
 
     def _end(self, requests: Sequence[GenerateRequest], placement: Placement) -> None:
         """Whatever still runs is stopped; the reservation ends."""
