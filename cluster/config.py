@@ -42,7 +42,7 @@ class ModelConfig(_Section, frozen=True):
 
     path: str = str(DEMO_MODEL)
     served_names: tuple[str, ...] = ()  #: names clients may use; empty: the directory's name
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: auto: as stored, where the CPU computes in it
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = None  #: tokens of prompt and output together; None: what the model was made for
     tool_parser: Literal["hermes", "llama3", "mistral", "list"] | None = None  #: None: told from the chat template

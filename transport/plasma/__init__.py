@@ -1,1 +1,1 @@
-"""Ray's object store between two nodes: an actor on the owner's node reads its regions and puts them."""
+"""The road "plasma": Ray's object store, into which an actor on the owner's node puts what it reads there."""

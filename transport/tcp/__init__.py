@@ -1,1 +1,1 @@
-"""A plain authenticated socket between two workers: what is there when nothing better is."""
+"""The road "socket": plain authenticated TCP between two workers, there when nothing better is."""

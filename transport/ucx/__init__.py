@@ -1,1 +1,1 @@
-"""UCX between two workers: tag messages, over whatever it finds between them."""
+"""The road "ucx": tag messages, over whatever UCX finds between two workers."""
