@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
+from engine import candidates
 from engine import sampler as sampler_module
 from engine.plan import Sampled
 from engine.sampler import Sampler, SamplingRow, prompt_logprobs, uniform
@@ -144,8 +145,8 @@ def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params
     logits = torch.from_numpy(some_logits(*shape))[None]
     rows = [row_of(msgspec.structs.replace(params, temperature=params.temperature or 1.0))]
     config = sampler_module._Settings.of(rows)
-    whole = sampler_module._all_in_order(logits)
-    select = data.draw(st.sampled_from([sampler_module._leading, sampler_module._leading_by_topk]))
+    whole = candidates.all_in_order(logits)
+    select = data.draw(st.sampled_from([candidates.leading, candidates.leading_by_topk]))
     few = select(logits, min(num_candidates, logits.shape[1]))
     mass = sampler_module._mass(logits, whole.values[:, 0].copy(), config.temperature)
     with np.errstate(invalid="raise"):
@@ -153,7 +154,7 @@ def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params
     expected = sampler_module._draw(whole, mass, config)[0]
     assert expected >= 0
     assert position in (-1, expected)
-    above = sampler_module._at_least(logits, float(whole.values[0, min(num_candidates, whole.num_sure[0]) - 1]))
+    above = candidates.at_least(logits, float(whole.values[0, min(num_candidates, whole.num_sure[0]) - 1]))
     assert sampler_module._draw(above, mass, config)[0] in (-1, expected)
     slowly = sampler_module._draw_slowly(logits, float(whole.values[0, 0]), mass, config)
     assert slowly == whole.ids[0, expected]
@@ -162,7 +163,7 @@ def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params
 
 
 def test_the_usual_row_is_decided_without_sorting(monkeypatch):
-    monkeypatch.setattr(sampler_module, "_all_in_order", lambda logits: pytest.fail("sorted"))
+    monkeypatch.setattr(sampler_module, "all_in_order", lambda logits: pytest.fail("sorted"))
     logits = torch.from_numpy(some_logits(32_000, 1, 4.0, 0.0))[None]
     for params in (
         params_of(top_p=0.5),
@@ -213,7 +214,7 @@ def test_rows_handled_in_one_call_as_on_a_gpu_give_the_same_tokens(monkeypatch):
     rows = mixed_rows(18)
     logits = torch.from_numpy(np.stack([some_logits(5_000, i, 3.0, 0.0) for i in range(len(rows))]))
     singly = Sampler(5_000, None).sample(logits, rows)
-    monkeypatch.setattr(sampler_module, "_leading", sampler_module._leading_by_topk)
+    monkeypatch.setattr(sampler_module, "leading", candidates.leading_by_topk)
     monkeypatch.setattr(
         sampler_module, "_batches", lambda rows: [(torch.stack(rows), slice(0, len(rows)))] if rows else []
     )
@@ -429,9 +430,9 @@ def test_min_tokens_still_holds_where_the_grammar_can_go_on():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
-@pytest.mark.parametrize("select", ["_leading", "_leading_by_topk"])
+@pytest.mark.parametrize("select", ["leading", "leading_by_topk"])
 def test_a_row_without_finite_logits_fails_alone(monkeypatch, temperature, bad, select):
-    monkeypatch.setattr(sampler_module, "_leading", getattr(sampler_module, select))
+    monkeypatch.setattr(sampler_module, "leading", getattr(candidates, select))
     logits = torch.from_numpy(np.stack([some_logits(1_000, i, 3.0, 0.0) for i in range(3)]))
     rows = [row_of(params_of(temperature=temperature, logprobs=1, seed=i)) for i in range(3)]
     good = Sampler(1_000, None).sample(logits, rows)
