@@ -75,13 +75,6 @@ def can_pack(dtype: torch.dtype) -> bool:
         return torch.allclose(got.float(), linear(rows).float(), rtol=2e-2, atol=2e-2)
 
 
-def computes_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products on this CPU; without, torch emulates them an order of magnitude slower."""
-    is_there: Any = torch.backends.mkldnn.is_available
-    is_supported: Any = torch.ops.mkldnn._is_mkldnn_bf16_supported  # noqa: SLF001  # no public one tells
-    return bool(is_there() and is_supported())
-
-
 def pack_linears(model: nn.Module) -> int:
     """Replace every plain linear layer of `model` by a PackedLinear; the originals are freed one by one.
 

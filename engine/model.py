@@ -23,7 +23,7 @@ from engine.fused_layer import fuse_layers
 from engine.kernels.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.native import load_kernels
 from engine.kv_pool import LAYOUT_VERSION, LayerSpec
-from engine.linear import PACKED_NAME, can_pack, computes_bfloat16, pack_linears
+from engine.linear import PACKED_NAME, can_pack, pack_linears
 from engine.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
 from transport.memory import total_bytes
@@ -191,12 +191,12 @@ def _choose_dtype(dtype: str, config: Any, files: list[Path], device: torch.devi
 
 
 def _widens_bfloat16(files: list[Path]) -> bool:
-    """Where bfloat16 is emulated, float32 is many times faster, if there is room for it.
+    """Where oneDNN has no bfloat16 products torch emulates them, and float32 is many times faster, if there is room.
 
     Judged by all memory, not by what is free of it: the workers of a node have to agree.
     """
     num_bytes = 2 * sum(file.stat().st_size for file in files)
-    return not computes_bfloat16() and num_bytes <= _WIDENED_SHARE * total_bytes()
+    return not can_pack(torch.bfloat16) and num_bytes <= _WIDENED_SHARE * total_bytes()
 
 
 def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) -> int:

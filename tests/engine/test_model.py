@@ -52,7 +52,7 @@ def test_every_dtype_can_be_asked_for(tiny, dtype):
 
 
 @pytest.mark.parametrize(
-    ("stored", "computes_bfloat16", "share", "auto"),
+    ("stored", "has_bfloat16", "share", "auto"),
     [
         ("float32", True, 0.25, torch.float32),
         ("bfloat16", True, 0.25, torch.bfloat16),
@@ -62,9 +62,10 @@ def test_every_dtype_can_be_asked_for(tiny, dtype):
     ],
 )
 def test_auto_takes_the_stored_dtype_where_the_cpu_computes_in_it(
-    tmp_path, monkeypatch, stored, computes_bfloat16, share, auto
+    tmp_path, monkeypatch, stored, has_bfloat16, share, auto
 ):
-    monkeypatch.setattr(engine.model, "computes_bfloat16", lambda: computes_bfloat16)
+    monkeypatch.setattr(engine.model, "can_pack", lambda dtype: dtype is torch.float32 or has_bfloat16)
+    monkeypatch.setattr(engine.model, "pack_linears", lambda model: 0)  # where this CPU has none
     monkeypatch.setattr(engine.model, "_WIDENED_SHARE", share)
     directory = make_tiny_model(tmp_path, dtype=getattr(torch, stored))
     assert load_model(directory).dtype is auto
@@ -73,7 +74,7 @@ def test_auto_takes_the_stored_dtype_where_the_cpu_computes_in_it(
 
 
 def test_bfloat16_that_is_asked_for_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.model, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(engine.model, "can_pack", lambda dtype: dtype is torch.float32)
     assert load_model(make_tiny_model(tmp_path), dtype="bfloat16").dtype is torch.bfloat16
 
 
