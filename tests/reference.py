@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from engine.sampler import Sampler, SamplingRow
 from messages.request import SamplingParams
+
+
+#: Logits this near to each other are in either order, as the order of float32 sums has it: theirs are about 1.
+ROUNDING = 2e-6
 
 
 class Reference:
@@ -34,21 +39,37 @@ class Reference:
         return self.generate(prompt, SamplingParams(max_tokens=max_tokens, **params))
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], params: SamplingParams) -> list[int]:
-        """One sequence alone with transformers' own cache; ends at a stop token or max_tokens."""
+    def generate(self, prompt: list[int], params: SamplingParams, like: Sequence[int] = ()) -> list[int]:
+        """One sequence alone with transformers' own cache; ends at a stop token or max_tokens.
+
+        A draw at temperature takes the candidates by logit, and two of some hundred are so near to each other once in
+        some ten thousand draws that summation in another order swaps them. There the choice is that of `like`.
+        """
         tokens = list(prompt)
         logits, past = self._prefill(prompt)
         while True:
             row = SamplingRow(seq_id="r", params=params, token_ids=tokens, num_prompt_tokens=len(prompt))
-            (chosen,) = self._sampler.sample(logits, [row])
-            tokens.append(chosen.token_id)
+            token_id = self._choose(logits, row, like)
+            tokens.append(token_id)
             if len(tokens) - len(prompt) >= params.max_tokens:
                 break
-            if chosen.token_id in params.stop_token_ids and len(tokens) - len(prompt) > params.min_tokens:
+            if token_id in params.stop_token_ids and len(tokens) - len(prompt) > params.min_tokens:
                 break
-            logits, past = self._step([chosen.token_id], past)
+            logits, past = self._step([token_id], past)
         self._sampler.forget("r")
         return tokens[len(prompt) :]
+
+    def _choose(self, logits: torch.Tensor, row: SamplingRow, like: Sequence[int]) -> int:
+        """The next token; that of `like` where rounding alone keeps it from being drawn."""
+        (chosen,) = self._sampler.sample(logits, [row])
+        wanted = like[row.num_output_tokens] if row.num_output_tokens < len(like) else chosen.token_id
+        if wanted != chosen.token_id:
+            for nudge in (-ROUNDING, ROUNDING):
+                nudged = logits.clone()
+                nudged[0, wanted] += nudge
+                if self._sampler.sample(nudged, [row])[0].token_id == wanted:
+                    return wanted
+        return chosen.token_id
 
     def _prefill(self, prompt: list[int]) -> tuple[torch.Tensor, Any]:
         if self._prefilled is None or self._prompt != prompt:
