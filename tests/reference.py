@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from engine.sampler import Sampler, SamplingRow
 from messages.request import SamplingParams
 
-
 #: Logits this near to each other are in either order, as the order of float32 sums has it: theirs are about 1.
 ROUNDING = 2e-6
 
