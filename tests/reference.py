@@ -1,4 +1,4 @@
-"""What plain transformers gives: eager attention, float32, one prompt at a time."""
+"""What plain transformers gives: float32, its own attention, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reference:
 
     def __init__(self, model_dir: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(
-            model_dir, attn_implementation="eager", dtype=torch.float32
+            model_dir, attn_implementation="sdpa", dtype=torch.float32
         ).eval()
         self._sampler = Sampler(self._model.config.vocab_size, None)
         self._prompt: list[int] = []  #: the last one, with its logits and cache: choices of a request share it
