@@ -29,12 +29,15 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from harness.direct import DirectClient
 from harness.http_client import HttpConnection
 from harness.models import model_directory, vocab_size
 from harness.prompts import draw_prompts
 from harness.report import goal, hardware, parser, record
 from harness.serving import Served, serving
+
+from engine.linear import can_pack
 
 PATH = "/v1/completions"
 LENGTHS = (512, 2048, 7936)  # the last one, with its output, is what 8 k positions hold
@@ -147,10 +150,15 @@ async def hold_in_prefill(served: Served, prompt: list[int]) -> None:
     await asyncio.sleep(AFTERMATH_S)
 
 
-def kv_memory(name: str) -> str:
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it; else what `--dtype auto` takes there."""
+    return torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
+
+
+def kv_memory(name: str, dtype: torch.dtype) -> str:
     """For a pool of POOL_TOKENS."""
     config: dict[str, Any] = json.loads((model_directory(name) / "config.json").read_text())
-    per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]  # bfloat16
+    per_token = 2 * dtype.itemsize * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     return f"{POOL_TOKENS * per_token // 1024}KiB"
 
 
@@ -181,18 +189,20 @@ def main() -> None:
     options.add_argument("--models", default="demo", help="comma-separated: demo, 120M, 500M, a directory")
     args = options.parse_args()
     lengths, repeats = (LENGTHS[:2], 3) if args.quick else (LENGTHS, 9)
-    print(hardware())
+    dtype = fast_dtype()
+    print(f"{hardware()}, {dtype}")
     lines = []
     rows = {}
     for name in args.models.split(","):
         directory = model_directory(name)
-        flags = ["--served-model-name", "bench", "--kv-cache-memory", kv_memory(name), "--dtype", "bfloat16"]
+        flags = ["--served-model-name", "bench", "--kv-cache-memory", kv_memory(name, dtype)]
+        flags += ["--dtype", str(dtype).removeprefix("torch.")]
         with serving(str(directory), *flags) as served:
             results = asyncio.run(measure(served, vocab_size(directory), lengths, repeats))
         show(name, results)
         lines += goals(name, results)
-        rows[name] = {
-            length: {
+        rows[name] = {"dtype": str(dtype)} | {
+            str(length): {
                 state: {
                     "ms": 1e3 * median(taken.seconds) if taken.seconds else None,
                     "num": len(taken.seconds),
