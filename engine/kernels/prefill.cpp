@@ -19,7 +19,7 @@ constexpr int kKeys = 128;  // keys per tile
 constexpr int kRows = 6;    // rows x vectors of the outer product: 24 sums of 32 registers
 constexpr int kPanel = 4;
 #else
-constexpr int kRows = 4;  // 8 sums of 16 registers
+constexpr int kRows = 6;  // 12 sums of 16 registers
 constexpr int kPanel = 2;
 #endif
 constexpr int kTileRows = 192;  // query rows (tokens x heads of the group) that share one packing of keys and values
