@@ -1164,10 +1164,11 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
     return book._free(list(book._leases)) if isinstance(event, PeerLost) else on_event(book, event, now_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
-        pytest.param(LeaseMachine, "verifies", False, marks=pytest.mark.slow),  # takes it longest
+        (LeaseMachine, "verifies", False),
         (BlockPool, "quarantine", free_without_quarantine),
         (BlockPool, "allocate", reuse_without_a_new_generation),
         (SequenceLedger, "free_orphans", commit_bad_orphans),
@@ -1175,7 +1176,7 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
         (LeaseBook, "_free", forget_without_freeing),
         (LeaseBook, "on_event", never_expire),
         (LeaseBook, "on_event", lose_nobody),
-        pytest.param(LeaseBook, "on_event", lose_everybody, marks=pytest.mark.slow),
+        (LeaseBook, "on_event", lose_everybody),
     ],
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:
