@@ -218,7 +218,7 @@ def _complain(error: ServeError) -> int:
 
 
 def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
-    name = (config.model.served_names or (Path(config.model.path).resolve().name,))[0]
+    name = config.model.names[0]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)
     key = " -H 'Authorization: Bearer ...'" if config.http.api_keys else ""
@@ -232,6 +232,7 @@ def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
         markup=False,
     )
     stop.wait()
+    logger.info("ending what was started")
 
 
 def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any) -> None:

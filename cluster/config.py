@@ -25,7 +25,7 @@ import yaml
 from messages.errors import ConfigError
 
 #: Shipped with the package; the default of `kvray serve`.
-DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"
 
 #: Values that are never printed.
 _PRIVATE = ("network.secret", "http.api_keys")
@@ -46,6 +46,11 @@ class ModelConfig(_Section, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = None  #: tokens of prompt and output together; None: what the model was made for
     tool_parser: Literal["hermes", "llama3", "mistral", "list"] | None = None  #: None: told from the chat template
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may call it; never empty."""
+        return self.served_names or (Path(self.path).resolve().name,)
 
 
 class EngineSection(_Section, frozen=True):

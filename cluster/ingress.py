@@ -137,7 +137,7 @@ def _served_model(config: KvrayConfig, model_dir: Path, info: WorkerInfo, tokeni
         eos_ids.append(tokenizer.eos_token_id)
     is_sampling = bool(generation.get("do_sample", True))
     return ServedModel(
-        names=config.model.served_names or (model_dir.resolve().name,),
+        names=config.model.names,
         max_model_len=info.max_model_len,
         max_prompt_tokens=min(info.max_model_len - 1, info.num_blocks * info.block_size - 1),
         vocab_size=int(text_config["vocab_size"]),

@@ -59,7 +59,7 @@ def status_table(status: dict[str, Any]) -> str:
         lines.append(
             f"{router['worker_id']}: {values.get('kvray_router_workers', 0):.0f} workers, "
             f"{values.get('kvray_router_index_names', 0):.0f} block names known, "
-            f"{values.get('kvray_router_requests', 0):.0f} requests placed"
+            f"{values.get('kvray_router_requests', 0):.0f} requests under way"
         )
     if not status["is_routing_by_cache"]:
         lines.append("no router answers: requests are placed by rendezvous hashing")

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.report import CACHE, ROOT
 
-DEMO = ROOT / "cluster" / "demo" / "model"
+DEMO = ROOT / "cluster" / "demo" / "kvray-demo"
 _VOCAB_SIZE = 32_000
 #: Of the parameter counts that their names say, so that a step takes long enough to matter.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Asks a demo model directory unseen questions, greedily and through its chat template.
 
-    python -m cluster.demo.evaluate cluster/demo/model --questions 200 --min-accuracy 0.95
+    python -m cluster.demo.evaluate cluster/demo/kvray-demo --questions 200 --min-accuracy 0.95
 
 The whole answer must be right, to the last character and the end of the turn.
 """

@@ -88,7 +88,7 @@ The text comes from `cluster/demo/corpus.py`; the start that makes the time enou
 Shape: {num_layers} layers, hidden {hidden_size}, {num_heads} heads and {num_kv_heads} KV heads of {head_dim}, tied
 embeddings, vocabulary {vocab_size:,}, {max_positions:,} positions by the rotary scaling of Llama 3.1.
 
-Check it again with `python -m cluster.demo.evaluate cluster/demo/model`.
+Check it again with `python -m cluster.demo.evaluate cluster/demo/kvray-demo`.
 
 ## Limits
 

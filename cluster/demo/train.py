@@ -1,6 +1,6 @@
 """Trains the demo model on a CPU in under half an hour, scores it and writes its directory.
 
-    python -m cluster.demo.train --out cluster/demo/model --minutes 25 --threads 2
+    python -m cluster.demo.train --out cluster/demo/kvray-demo --minutes 25 --threads 2
 
 Exit code 1 when the written model answers too few questions. `--from` goes on from an earlier directory's weights,
 with the rows of the last stages.

@@ -102,7 +102,7 @@ async def test_the_table_is_one_line_per_worker_within_eighty_columns():
         "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
         "decode-e5f6g7h8 <- prefill-a1b2c3d4: ucx (tcp), 1.23 GB/s, 2 transfers failed",
         "decode-e5f6g7h8 <- tcp://10.0.0.9:1: no road works",
-        "router-i9j0k1l2: 2 workers, 4321 block names known, 3 requests placed",
+        "router-i9j0k1l2: 2 workers, 4321 block names known, 3 requests under way",
     ]
     assert max(len(line) for line in lines) <= 80
 
