@@ -21,9 +21,7 @@ class Reference:
     """The oracle of all token-exactness tests."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            model_dir, attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self._sampler = Sampler(self._model.config.vocab_size, None)
         self._prompt: list[int] = []  #: the last one, with its logits and cache: choices of a request share it
         self._prefilled: tuple[torch.Tensor, Any] | None = None
