@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from engine.sampler import Sampler, SamplingRow
 from messages.request import SamplingParams
 
-#: Logits this near to each other are in either order, as the order of float32 sums has it: theirs are about 1.
+#: By how much another order of float32 sums moves a logit, at most: logits here are about 1.
 ROUNDING = 2e-6
 
 
@@ -57,10 +57,10 @@ class Reference:
         return tokens[len(prompt) :]
 
     def _choose(self, logits: torch.Tensor, row: SamplingRow, like: Sequence[int]) -> int:
-        """The next token; that of `like` where rounding alone keeps it from being drawn."""
+        """The next token; that of `like` where it is drawn and rounding alone keeps it from being so here."""
         (chosen,) = self._sampler.sample(logits, [row])
         wanted = like[row.num_output_tokens] if row.num_output_tokens < len(like) else chosen.token_id
-        if wanted != chosen.token_id:
+        if wanted != chosen.token_id and not row.is_greedy:
             for nudge in (-ROUNDING, ROUNDING):
                 nudged = logits.clone()
                 nudged[0, wanted] += nudge
