@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -65,3 +66,11 @@ ROADS: dict[str, Callable[[], tuple[Transport, Transport]]] = {
     "plasma": _plasma,
     "loopback": _loopback,
 }
+
+
+def wait_until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Until it does; blocks the thread."""
+    ends_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < ends_s
+        time.sleep(0.005)

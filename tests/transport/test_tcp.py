@@ -15,6 +15,7 @@ import transport.tcp.road
 import transport.tcp.source
 from messages.errors import ConfigError
 from tests.served import free_port
+from tests.transport.links import wait_until
 from tests.transport.socket_peers import (
     PATTERN,
     FakeSource,
@@ -106,13 +107,6 @@ def fake(secret):
     yield make_one
     for source_ in made:
         source_.close()
-
-
-def wait_until(holds, timeout_s=5.0):
-    ends_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < ends_s
-        time.sleep(0.005)
 
 
 def expected(source, copies):

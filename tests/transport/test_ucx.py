@@ -14,14 +14,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 
 pytest.importorskip("ucxx", reason="ucxx is not installed: the extra kvray[ucx-cu12]")
 
-from messages.errors import ConfigError
 from messages.handoff import RegionInfo
-from tests.transport.links import linked
+from tests.transport.links import linked, wait_until
 from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_frame
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
@@ -34,13 +32,6 @@ SMALL = 16 * MIB
 LARGE = 192 * MIB  #: takes 0.15 s or more: something can happen meanwhile
 STALL_S = 0.5
 FILLING = 0xEE
-
-
-def wait_until(condition, timeout_s):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 class PeerProcess:
@@ -465,154 +456,3 @@ async def test_lost_link_is_not_even_tried(puller, owner):
     link.is_lost = True
     with pytest.raises(TransferError, match="lost"):
         await puller.pull(link, region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
-
-
-# ---------------------------------------------------------------------------------------------------------- the process
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-async def test_it_listens_on_the_given_address_only_and_within_the_range(host):
-    before = set(psutil.Process().net_connections())
-    transport = UcxTransport(host, port_range=(21300, 21400))
-    sockets = [each for each in set(psutil.Process().net_connections()) - before if each.status == psutil.CONN_LISTEN]
-    assert {each.laddr.ip for each in sockets} == {host}
-    assert all(21300 <= each.laddr.port <= 21400 for each in sockets)
-    transport.close()
-    await asyncio.to_thread(wait_until, lambda: not set(sockets) & set(psutil.Process().net_connections()), 5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"host": "192.0.2.77"}, "no interface of this node has that address"),
-        ({"host": HOST, "port_range": (21001, 21000)}, "two ports in order wanted"),
-        ({"host": HOST, "devices": ["mlx5_99:1"]}, r"no transport of 'tcp,self' on \['mlx5_99:1'\], only .*tcp/lo"),
-        ({"host": HOST, "transports": "self"}, r"no transport of 'self' on \['lo'\]"),
-        ({"host": HOST, "transports": "nonsense"}, "cannot be set up"),
-    ],
-)
-def test_what_cannot_be_set_up_is_a_config_error(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        UcxTransport(**arguments)
-
-
-def test_full_port_range_is_a_config_error():
-    """UCX itself would try for ever."""
-    transport = UcxTransport(HOST, port_range=(22500, 22501))
-    with pytest.raises(ConfigError, match=r"0 ports of .* are free"):
-        UcxTransport(HOST, port_range=(22500, 22501))
-    transport.close()
-
-
-_USER = """
-import asyncio, os, signal, sys
-from tests.transport.links import linked
-from transport.memory import Memory
-from transport.protocol import Copy
-from transport.ucx.road import UcxTransport
-
-async def main():
-    owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))
-    memory = Memory.allocate(32 << 20)
-    region, link = owner.register(memory), linked(puller, owner)
-    await puller.pull(link, region, [Copy(0, 0, 10)], memory, 5)
-    task = asyncio.create_task(puller.pull(link, region, [Copy(0, 16 << 20, 16 << 20)], memory, 5))
-    await asyncio.sleep(0.001)
-    for each in (owner, puller) if "close" in sys.argv else ():
-        each.close()
-    await asyncio.gather(task, return_exceptions=True)
-
-asyncio.run(main())
-if "hang up" in sys.argv:
-    os.kill(os.getpid(), signal.SIGHUP)
-"""
-
-
-_CLOSING = """
-import asyncio, random
-from tests.transport.links import linked
-from transport.memory import Memory
-from transport.protocol import Copy, TransferError
-from transport.ucx.road import UcxTransport
-
-async def main():
-    owner, puller = (UcxTransport("127.0.0.1", port_range=(21000, 21999)) for _ in range(2))
-    memory, target = Memory.allocate(64 << 20), Memory.allocate(64 << 20)
-    region = owner.register(memory)
-    copies = [Copy(i << 20, i << 20, 1 << 20) for i in random.sample(range(64), 64)]
-    for _ in range(60):
-        link = linked(puller, owner)
-        task = asyncio.create_task(puller.pull(link, region, copies, target, 5))
-        await asyncio.sleep(random.choice([0.01, 0.02, 0.04]))
-        ends = [(puller, link), (owner, next(iter(owner._mover._peers)))]
-        for transport, end in random.sample(ends, 2):
-            transport.on_link_lost(end)
-        await asyncio.gather(task, return_exceptions=True)
-    await puller.pull(linked(puller, owner), region, copies, target, 5)
-    assert puller.num_unsettled == 0
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.alone
-def test_connections_that_both_ends_close_in_mid_transfer_do_no_harm():
-    """UCX's other kind of connection, made from worker addresses, crashed the process here."""
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", _CLOSING], cwd=root, check=True, timeout=60)
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("how", ["close", "forget", "hang up"])
-def test_process_ends_cleanly(how):
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", _USER, how], cwd=root, capture_output=True, timeout=20, text=True)
-    assert done.returncode == (-signal.SIGHUP if how == "hang up" else 0)
-    assert done.stdout + done.stderr == ""
-
-
-# ----------------------------------------------------------------------------------------------------------------- plan
-
-
-@pytest.mark.parametrize("can_gather", [True, False])
-@pytest.mark.parametrize("seed", range(20))
-def test_messages_carry_all_bytes_once(seed, can_gather):
-    chance = random.Random(seed)
-    copies, source, target = [], 0, 0
-    for _ in range(chance.choice([0, 1, 5, 300])):
-        source += chance.choice([0, 0, 1, -1000 if source > 1000 else 0])
-        target += chance.choice([0, 0, 7])
-        size = chance.choice([0, 1, 100, 49152, 49151, 3 * MIB, 8 * MIB, 20 * MIB + 1])
-        copies.append(Copy(source, target, size))
-        source, target = source + size, target + size
-    messages = wire.plan(copies, can_gather=can_gather)
-    carried = sorted((c.target_offset, c.num_bytes, c.source_offset) for m in messages for c in m.copies)
-    assert sum(size for _, size, _ in carried) == sum(copy.num_bytes for copy in copies)
-    ends = [(offset + size, source + size) for offset, size, source in carried]
-    assert all(end <= after[0] for (end, _), after in zip(ends, carried[1:], strict=False))
-    for position, copy in enumerate(copies):
-        touching = [
-            message
-            for message in messages
-            for each in message.copies
-            if copy.num_bytes
-            and each.target_offset < copy.target_offset + copy.num_bytes
-            and copy.target_offset < each.target_offset + each.num_bytes
-            and each.source_offset - each.target_offset == copy.source_offset - copy.target_offset
-        ]
-        assert len(touching) == sum(message.positions.count(position) for message in messages)
-    for message in messages:
-        assert message.num_bytes == sum(copy.num_bytes for copy in message.copies) <= wire.MAX_MESSAGE_BYTES
-        assert can_gather or len(message.copies) == 1
-    ranges, counts = wire.pack_ranges(messages)
-    request = wire.PullRequest(0, 0, b"", 0, ranges, counts)
-    unpacked = wire.unpack_ranges(request, 1 << 40)
-    assert unpacked == [[(c.source_offset, c.num_bytes) for c in m.copies] for m in messages]
-
-
-def test_many_small_blocks_are_few_messages():
-    scattered = [Copy(i * 8192, i * 5000, 4096) for i in range(256)]
-    adjacent = [Copy(i * MIB, i * MIB, MIB) for i in range(256)]
-    assert len(wire.plan(scattered, can_gather=True)) == 1
-    assert len(wire.plan(scattered, can_gather=False)) == 256
-    assert len(wire.plan(adjacent, can_gather=False)) == 32

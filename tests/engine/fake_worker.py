@@ -1,0 +1,363 @@
+"""A worker around the real scheduler and pool: its KV is numbers, its client knows what must come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.plan import (
+    AskRemote,
+    BlocksReleased,
+    EmitTokens,
+    KvOffered,
+    KvRefused,
+    OfferBlocks,
+    PullBlocks,
+    PullEnded,
+    RunStep,
+    Sampled,
+    SequenceAdded,
+    SequenceCancelled,
+    SequenceSpec,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+    TimePassed,
+)
+from engine.scheduler import Scheduler, SchedulerConfig
+from kvcache.names import block_names, pack_tokens, split_names
+from kvcache.pool import BlockPool, BlockState
+from messages.errors import WorkerError
+from messages.handoff import BlockLocation
+from messages.stream import TokenLogprob
+from tests.fake_kv import FINGERPRINT, kv_numbers, next_token
+
+
+@dataclass
+class Expected:
+    """What a sequence must give, known when it is added."""
+
+    spec: SequenceSpec
+    token_ids: list[int]  #: prompt and all that will be generated
+    numbers: list[int]
+    reason: str
+    num_given: int  #: tokens of `token_ids` known to whoever asked
+    is_over: bool = False
+    is_cancelled: bool = False
+    has_sources: bool = False
+    held: set[int] = field(default_factory=set)  #: indexes the peer need not offer
+
+
+def expect(spec: SequenceSpec, max_len: int) -> Expected:
+    token_ids = list(spec.token_ids)
+    params, num_prompt = spec.params, spec.num_prompt_tokens
+    max_tokens = 1 if spec.is_kept else params.max_tokens
+    while True:
+        num_output = len(token_ids) - num_prompt
+        if num_output > params.min_tokens and token_ids[-1] in params.stop_token_ids:
+            reason = "stop"
+            break
+        if num_output and (num_output >= max_tokens or len(token_ids) >= max_len):
+            reason = "length"
+            break
+        token_ids.append(next_token(kv_numbers(spec.salt, token_ids)[-1]))
+    return Expected(spec, token_ids, kv_numbers(spec.salt, token_ids), reason, len(spec.token_ids))
+
+
+@dataclass
+class RunningStep:
+    plan: StepPlan
+    token_ids: list[list[int]]
+    tables: list[list[int]]
+    generations: dict[int, int]
+
+
+class FakeWorker:
+    """Carries instructions out on lists, and checks each of them."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.scheduler = Scheduler(config, pool, FINGERPRINT)
+        self.max_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
+        self.kv: list[list[int | None]] = [[None] * pool.block_size for _ in range(pool.num_blocks)]
+        self.now_s = 100.0
+        self.sequences: dict[str, Expected] = {}
+        self.step: RunningStep | None = None
+        self.asked: dict[str, int] = {}  # remote sequences whose peer has not ended: first index to offer
+        self.offered: dict[str, set[int]] = {}
+        self.pulls: dict[str, tuple[list[tuple[BlockLocation, int]], dict[int, int]]] = {}
+        self.kept: dict[str, list[BlockLocation]] = {}  # offered, not released
+        self.published: list[tuple[BlockLocation, list[int]]] = []
+        self.content_of: dict[bytes, list[int]] = {}  # by block name
+        self.index: set[bytes] = set()  # what a router would believe
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def post(self, event) -> None:
+        for instruction in self.scheduler.on_event(event, self.now_s):
+            match instruction:
+                case RunStep(plan):
+                    assert isinstance(event, StepWanted)
+                    self._start(plan)
+                case AskRemote(seq_id, num_held):
+                    assert num_held % self.pool.block_size == 0
+                    assert num_held < self.sequences[seq_id].spec.num_prompt_tokens
+                    self.asked[seq_id] = num_held // self.pool.block_size
+                    self.offered[seq_id] = set()
+                case PullBlocks(seq_id, pairs):
+                    self._start_pull(seq_id, pairs)
+                case EmitTokens():
+                    self._take_tokens(instruction)
+                case OfferBlocks():
+                    self._take_offer(instruction)
+        self.check()
+
+    def add(self, spec: SequenceSpec) -> None:
+        expected = expect(spec, self.max_len)
+        self.sequences[spec.seq_id] = expected
+        names = split_names(block_names(FINGERPRINT, spec.salt, pack_tokens(expected.token_ids), self.pool.block_size))
+        size = self.pool.block_size
+        for index, name in enumerate(names):
+            numbers = expected.numbers[index * size : (index + 1) * size]
+            assert self.content_of.setdefault(name, numbers) == numbers
+        self.post(SequenceAdded(spec))
+
+    def cancel(self, seq_id: str) -> None:
+        self.sequences[seq_id].is_cancelled = self.sequences[seq_id].is_over = True
+        self.asked.pop(seq_id, None)
+        self.kept.pop(seq_id, None)
+        self.post(SequenceCancelled(seq_id))
+
+    def end_step(self, failed: set[str] = frozenset(), elapsed_s: float = 0.01) -> None:
+        step = self.step
+        assert step is not None
+        self.step = None
+        parts = step.plan.parts
+        assert [part.token_ids for part in parts] == step.token_ids, "token lists stand still during a step"
+        assert [part.block_table for part in parts] == step.tables, "tables stand still during a step"
+        for block_id, generation in step.generations.items():
+            assert self.pool.generation(block_id) == generation, "nothing is reused under a running step"
+        for part in parts:
+            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, part.token_ids)
+            for position in range(part.start, part.end):
+                self.kv[part.block_table[position // self.pool.block_size]][position % self.pool.block_size] = numbers[
+                    position
+                ]
+        sampled, logprobs = {}, {}
+        for part in parts:
+            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, part.token_ids[: part.end])
+            assert self._read(part.block_table, part.end) == numbers, "a token attends to its own past"
+            if part.is_sampled:
+                sampled[part.seq_id] = Sampled(next_token(numbers[-1]))
+            if part.wants_prompt_logprobs:
+                end = min(part.end + 1, part.num_prompt_tokens)
+                logprobs[part.seq_id] = [TokenLogprob(t, -1.0, 1) for t in part.token_ids[part.start + 1 : end]]
+        errors = {seq_id: WorkerError("no") for seq_id in failed}
+        for seq_id in failed:
+            sampled.pop(seq_id, None)
+            if not self.sequences[seq_id].is_cancelled:
+                self.sequences[seq_id].reason = "error"
+        self.post(StepEnded(StepResult(sampled=sampled, prompt_logprobs=logprobs, errors=errors, elapsed_s=elapsed_s)))
+
+    def offer(
+        self, seq_id: str, indexes: list[int], *, is_last: bool, wrong: set[int] = frozenset(), cached: int = 0
+    ) -> None:
+        """The peer offers blocks; those in `wrong` are named as something else."""
+        expected = self.sequences[seq_id]
+        num_prompt, size = expected.spec.num_prompt_tokens, self.pool.block_size
+        names = split_names(block_names(FINGERPRINT, expected.spec.salt, pack_tokens(expected.token_ids), size))
+        blocks = []
+        for index in indexes:
+            num_tokens = min(size, num_prompt - index * size)
+            name = names[index] if num_tokens == size else b""
+            blocks.append(BlockLocation(index, 7, 7, b"another's name.." if index in wrong else name, num_tokens))
+        first = expected.token_ids[num_prompt] if is_last else None
+        self.offered[seq_id] |= set(indexes)
+        if is_last:
+            del self.asked[seq_id]
+        self.post(KvOffered(seq_id, blocks, is_last, first, None, cached))
+
+    def end_pull(self, seq_id: str, bad: set[int] = frozenset(), quarantine_until_s: float | None = None) -> None:
+        pairs, generations = self.pulls.pop(seq_id)
+        expected, size = self.sequences[seq_id], self.pool.block_size
+        for location, target in pairs:
+            assert self.pool.generation(target) == generations[target], "no target of a pull is reused under it"
+            if location.index in bad:
+                self.kv[target] = [-1] * size
+            else:
+                numbers = expected.numbers[location.index * size :][: location.num_tokens]
+                self.kv[target] = [*numbers, *[None] * (size - len(numbers))]
+        self.post(PullEnded(seq_id, frozenset(bad), quarantine_until_s))
+
+    def release(self, seq_id: str) -> None:
+        self.kept.pop(seq_id, None)
+        if not self.sequences[seq_id].is_over:
+            self.sequences[seq_id].is_cancelled = self.sequences[seq_id].is_over = True
+        self.post(BlocksReleased(seq_id))
+
+    def want_step(self) -> bool:
+        self.post(StepWanted())
+        return self.step is not None
+
+    # -------------------------------------------------------------------------------------------------- instructions
+
+    def _read(self, table: list[int], num_tokens: int) -> list[int | None]:
+        size = self.pool.block_size
+        return [self.kv[table[position // size]][position % size] for position in range(num_tokens)]
+
+    def _start(self, plan: StepPlan) -> None:
+        assert self.step is None
+        parts, size = plan.parts, self.pool.block_size
+        assert parts
+        assert len({part.seq_id for part in parts}) == len(parts)
+        kinds = [part.kind for part in parts]
+        assert kinds == sorted(kinds), "decode parts come first"
+        num_rows = sum(part.kind == "decode" and part.is_sampled and part.num_tokens == 1 for part in parts)
+        room = max(self.config.max_num_batched_tokens, num_rows + self.config.chunk_quantum_tokens)
+        assert sum(part.num_tokens for part in parts) <= room
+        assert len(parts) <= self.config.max_num_seqs
+        written: list[int] = []
+        for part in parts:
+            expected = self.sequences[part.seq_id]
+            assert not expected.is_over
+            assert part.token_ids == expected.token_ids[: len(part.token_ids)]
+            assert part.num_tokens >= 1
+            assert part.is_sampled == (part.end == len(part.token_ids))
+            assert len(part.block_table) >= -(-part.end // size)
+            if part.kind == "prefill":
+                assert part.end <= part.num_prompt_tokens
+                assert part.end % self.config.chunk_quantum_tokens == 0 or part.end == part.num_prompt_tokens
+            else:
+                assert part.start >= part.num_prompt_tokens, "a prompt is never computed as decode rows"
+            touched = part.block_table[part.start // size : -(-part.end // size)]
+            for block_id in touched:
+                assert self.pool.state(block_id) is BlockState.WRITING
+                assert self.pool.num_pins(block_id) == 1
+            written += touched
+        written += [target for pairs, _ in self.pulls.values() for _, target in pairs]
+        assert len(set(written)) == len(written), "nobody writes where another writes"
+        tables = [list(part.block_table) for part in parts]
+        self.step = RunningStep(
+            plan,
+            [list(part.token_ids) for part in parts],
+            tables,
+            {block_id: self.pool.generation(block_id) for table in tables for block_id in table},
+        )
+
+    def _start_pull(self, seq_id: str, pairs: list[tuple[BlockLocation, int]]) -> None:
+        assert seq_id not in self.pulls, "one pull at a time"
+        assert pairs
+        for location, target in pairs:
+            assert location.index in self.offered[seq_id]
+            assert self.pool.state(target) is BlockState.WRITING
+            assert self.pool.num_pins(target) == 1
+        self.pulls[seq_id] = (pairs, {target: self.pool.generation(target) for _, target in pairs})
+
+    def _take_tokens(self, emitted: EmitTokens) -> None:
+        expected = self.sequences[emitted.seq_id]
+        spec = expected.spec
+        assert not expected.is_over, "nothing follows the end or a cancel"
+        begin = expected.num_given
+        expected.num_given += len(emitted.token_ids)
+        assert emitted.token_ids == expected.token_ids[begin : expected.num_given]
+        if emitted.token_ids and not expected.has_sources:
+            expected.has_sources = True
+            sources = emitted.sources
+            assert sources is not None
+            assert sources.cached + sources.computed == spec.num_prompt_tokens
+            assert min(sources.device, sources.peer, sources.computed) >= 0
+            if spec.params.prompt_logprobs is not None and len(spec.token_ids) == spec.num_prompt_tokens:
+                told = [None if entry is None else entry.token_id for entry in emitted.prompt_logprobs]
+                assert told == [None, *spec.token_ids[1:]]
+        elif emitted.token_ids:
+            assert emitted.sources is None
+            assert emitted.prompt_logprobs is None
+        if emitted.finish_reason is None:
+            assert emitted.token_ids
+            return
+        if emitted.finish_reason == "error":
+            assert emitted.error is not None
+            assert expected.reason == "error" or self.now_s >= spec.deadline_s
+        else:
+            assert emitted.finish_reason == expected.reason
+            assert expected.num_given == len(expected.token_ids)
+            assert emitted.stop_token_id == (expected.token_ids[-1] if expected.reason == "stop" else None)
+        expected.is_over = True
+        self.asked.pop(emitted.seq_id, None)
+        if emitted.finish_reason == "error":
+            self.kept.pop(emitted.seq_id, None)
+
+    def _take_offer(self, offer: OfferBlocks) -> None:
+        expected, size = self.sequences[offer.seq_id], self.pool.block_size
+        assert expected.spec.is_kept
+        assert not expected.is_over
+        num_prompt = expected.spec.num_prompt_tokens
+        known = {location.index: location for location in self.kept.get(offer.seq_id, [])}
+        for location in offer.blocks:
+            numbers = expected.numbers[location.index * size :][: location.num_tokens]
+            assert location.num_tokens == min(size, num_prompt - location.index * size)
+            assert location.generation == self.pool.generation(location.block_id)
+            assert self.kv[location.block_id][: location.num_tokens] == numbers, "what is offered is written"
+            assert self.pool.num_pins(location.block_id) > 0
+            self.published.append((location, numbers))
+            known[location.index] = location
+        self.kept[offer.seq_id] = list(known.values())
+        if offer.is_last:
+            assert sorted(known) == list(range(-(-num_prompt // size)))
+
+    # -------------------------------------------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        self.scheduler.check_invariants()
+        pool = self.pool
+        for block_id in range(pool.num_blocks):
+            name = pool.name(block_id)
+            if name is not None:
+                assert self.kv[block_id] == self.content_of[name], "a name never lies"
+        for location, numbers in self.published:
+            if pool.generation(location.block_id) == location.generation:
+                assert self.kv[location.block_id][: location.num_tokens] == numbers, "a generation never lies"
+        for seq_id, locations in self.kept.items():
+            if self.sequences[seq_id].is_over:  # finished, so no preemption can have moved them
+                for location in locations:
+                    assert pool.generation(location.block_id) == location.generation
+                    assert pool.num_pins(location.block_id) > 0
+        stored, removed = pool.take_events()
+        assert self.index.isdisjoint(stored)
+        assert self.index.issuperset(removed)
+        self.index = (self.index | set(stored)) - set(removed)
+        assert self.index == set(pool.snapshot())
+        self.published = [p for p in self.published if pool.generation(p[0].block_id) == p[0].generation]
+        alive = {seq_id for seq_id, expected in self.sequences.items() if not expected.is_over}
+        assert set(self.scheduler.seq_ids()) - set(self.kept) == alive - set(self.kept)
+        assert self.scheduler.queued_tokens >= 0
+
+    def drain(self) -> None:
+        """Peers fall silent or answer, steps run, leases end: then everything has ended and nothing is held."""
+        for _ in range(2000):
+            if self.step is not None or self.want_step():
+                self.end_step()
+            elif self.pulls:
+                self.end_pull(next(iter(self.pulls)))
+            elif self.asked:
+                seq_id = next(iter(self.asked))
+                self.post(KvRefused(seq_id))
+                self.asked.pop(seq_id, None)
+            elif any(not expected.is_over for expected in self.sequences.values()):
+                assert self.kept or self.pool.num_quarantined, "somebody waits for nothing"
+                if self.kept:
+                    self.release(next(iter(self.kept)))
+                else:
+                    self.now_s += 5
+                    self.post(TimePassed())
+            else:
+                break
+        assert all(expected.is_over for expected in self.sequences.values())
+        for seq_id in list(self.kept):
+            self.release(seq_id)
+        self.now_s += 100
+        self.post(TimePassed())
+        assert self.scheduler.seq_ids() == ()
+        assert self.pool.num_used == 0
+        assert self.pool.num_free == self.pool.num_blocks

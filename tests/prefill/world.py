@@ -1,0 +1,272 @@
+"""Both sides, the connections between them, a clock, and every accident that may befall them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import msgspec
+
+from engine.plan import (
+    EmitTokens,
+    TimePassed,
+)
+from engine.scheduler import SchedulerConfig
+from kvcache.names import block_names, pack_tokens, split_names
+from messages.request import GenerateRequest, SamplingParams
+from messages.wire import Message
+from prefill import leases
+from tests.fake_kv import FINGERPRINT
+from tests.prefill.fake_engine import (
+    LATE,
+    LONGER_THAN_ALL_S,
+    REMOTE_TIMEOUT_S,
+    SIZE,
+    Connection,
+    LateWrite,
+    Manners,
+    Request,
+    expect,
+)
+from tests.prefill.sides import DecodeSide, PrefillSide
+
+
+class World:
+    """Both sides, what travels between them, the clients, and the clock."""
+
+    def __init__(
+        self,
+        prefill_config: SchedulerConfig,
+        decode_config: SchedulerConfig,
+        num_prefill_blocks: int,
+        num_decode_blocks: int,
+        *,
+        verifies: bool = True,
+    ) -> None:
+        self.now_s = 100.0
+        self.verifies = verifies
+        self.requests: dict[str, Request] = {}
+        self.content_of: dict[bytes, list[int]] = {}  # by block name
+        self.connections: list[Connection] = []
+        self.late: list[LateWrite] = []
+        self.seen: Counter[str] = Counter()
+        self._peers = count()
+        self._new_prefill = lambda: PrefillSide(self, prefill_config, num_prefill_blocks)
+        self._new_decode = lambda: DecodeSide(self, decode_config, num_decode_blocks)
+        self.prefill = self._new_prefill()
+        self.decode = self._new_decode()
+        self.max_len = min(decode_config.max_model_len, num_decode_blocks * SIZE)
+
+    # -------------------------------------------------------------------------------------------------------- clients
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+        is_remote: bool = True,
+        manners: Manners = "polite",
+        patience_s: float | None = None,
+    ) -> str:
+        request_id = f"r{len(self.requests)}"
+        message = GenerateRequest(
+            request_id=request_id,
+            token_ids=pack_tokens(prompt),
+            num_prompt_tokens=len(prompt),
+            params=params,
+            salt=salt,
+            priority=priority,
+            deadline_s=patience_s,
+        )
+        deadline_s = None if patience_s is None else self.now_s + patience_s
+        request = self.requests[request_id] = expect(message, manners, deadline_s, self.max_len)
+        names = split_names(block_names(FINGERPRINT, salt, pack_tokens(request.token_ids), SIZE))
+        for index, name in enumerate(names):
+            numbers = request.numbers[index * SIZE : (index + 1) * SIZE]
+            assert self.content_of.setdefault(name, numbers) == numbers
+        self.decode.accept(request, is_remote=is_remote)
+        return request_id
+
+    def alive(self) -> list[str]:
+        return [request_id for request_id, request in self.requests.items() if not request.is_over]
+
+    def cancel(self, request_id: str) -> None:
+        self.requests[request_id].is_over = self.requests[request_id].is_cancelled = True
+        self.decode.cancel(request_id)
+
+    def take_tokens(self, emitted: EmitTokens) -> None:
+        request = self.requests[emitted.seq_id]
+        assert not request.is_over, "nothing follows the end or a cancel"
+        begin = request.num_given
+        request.num_given += len(emitted.token_ids)
+        assert emitted.token_ids == request.token_ids[begin : request.num_given]
+        if emitted.finish_reason is None:
+            assert emitted.token_ids
+            return
+        request.is_over = True
+        if emitted.finish_reason == "error":
+            assert request.deadline_s is not None, emitted.error
+            assert self.now_s >= request.deadline_s
+            self.seen["too late"] += 1
+        else:
+            assert emitted.finish_reason == request.reason
+            assert request.num_given == len(request.token_ids)
+            self.seen["finished"] += 1
+
+    # ------------------------------------------------------------------------------------------------------- messages
+
+    def connect(self) -> Connection:
+        connection = Connection(b"decode %d" % next(self._peers), self.prefill.engine.kv)
+        self.connections.append(connection)
+        return connection
+
+    def send_to_decode(self, peer: bytes, message: Message) -> None:
+        for connection in self.connections:
+            if connection.peer == peer and not connection.is_decode_dead and not connection.is_prefill_dead:
+                connection.to_decode.append(message)
+
+    def deliverable(self) -> list[tuple[Connection, bool]]:
+        """Where something is to be delivered, and whether to prefill; last of all that the other end is dead."""
+        found = []
+        for connection in self.connections:
+            if not connection.is_prefill_dead and (connection.to_prefill or connection.is_decode_dead):
+                found.append((connection, True))
+            if not connection.is_decode_dead and (connection.to_decode or connection.is_prefill_dead):
+                found.append((connection, False))
+        return found
+
+    def deliver(self, connection: Connection, to_prefill: bool) -> None:
+        if to_prefill and connection.to_prefill:
+            self.prefill.on_message(connection.peer, connection.to_prefill.popleft())
+        elif to_prefill:
+            self.connections.remove(connection)
+            self.seen["peer lost"] += 1
+            self.prefill.on_peer_lost(connection.peer)
+        elif connection.to_decode:
+            self.decode.on_message(connection.to_decode.popleft())
+        else:
+            assert connection is self.decode.connection
+            self.connections.remove(connection)
+            self.decode.on_prefill_lost()
+
+    # --------------------------------------------------------------------------------------------------- time and death
+
+    def pass_time(self, seconds: float) -> None:
+        """What is late lands in the last instant before its quarantine ends, if it did not before."""
+        now_s = self.now_s + seconds
+        for write in [write for write in self.late if write.until_s <= now_s]:
+            self.land(write)
+        self.now_s = now_s
+        self.prefill.decide(leases.TimePassed())
+        self.prefill.post(TimePassed())
+        self.decode.post(TimePassed())
+
+    def land(self, write: LateWrite) -> None:
+        """Into the block, whoever has it now."""
+        self.late.remove(write)
+        write.kv[write.target] = [LATE] * SIZE
+        self.seen["late writes"] += write.kv is self.decode.engine.kv
+
+    def kill_decode(self, *, loses_messages: bool, is_retried: Callable[[], bool]) -> None:
+        """Its requests are lost or begin again at its successor, under their ids, with the tokens they have."""
+        old, self.decode = self.decode, self._new_decode()
+        if old.connection is not None:
+            old.connection.is_decode_dead = True
+            old.connection.to_decode.clear()
+            if loses_messages:
+                old.connection.to_prefill.clear()
+            if old.connection.is_prefill_dead:
+                self.connections.remove(old.connection)
+        for request_id in old.streams:
+            request = self.requests[request_id]
+            if not is_retried():
+                request.is_over = request.is_cancelled = True
+                continue
+            num_prompt = request.message.num_prompt_tokens
+            request.message = msgspec.structs.replace(
+                request.message, token_ids=pack_tokens(request.token_ids[: request.num_given])
+            )
+            self.seen["retried"] += 1
+            self.decode.accept(request, is_remote=request.num_given == num_prompt)
+
+    def kill_prefill(self, *, loses_messages: bool) -> None:
+        for connection in list(self.connections):
+            connection.is_prefill_dead = True
+            connection.to_prefill.clear()
+            if loses_messages:
+                connection.to_decode.clear()
+            if connection.is_decode_dead:
+                self.connections.remove(connection)
+        self.prefill = self._new_prefill()
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def step_prefill(self, failed: set[str] = frozenset()) -> None:
+        self.prefill.on_instructions(self.prefill.engine.next_step(failed))
+
+    def step_decode(self) -> None:
+        self.decode.on_instructions(self.decode.engine.next_step())
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        self.prefill.check()
+        self.decode.check()
+        assert set(self.alive()) == self.decode.streams.keys()
+
+    def settle(self) -> None:
+        """Everything goes on and well until nothing more can without time."""
+        for _ in range(5000):
+            deliverable = self.deliverable()
+            self.step_prefill()
+            self.step_decode()
+            if deliverable:
+                self.deliver(*deliverable[0])
+            elif self.decode.pulls:
+                pull = self.decode.pulls[0]
+                if pull.source is None:
+                    self.decode.begin_pull(pull)
+                else:
+                    self.decode.end_pull(pull, "well")
+            elif self.prefill.engine.step is None and self.decode.engine.step is None:
+                return
+            self.check()
+        raise AssertionError("it never comes to rest")
+
+    def is_clean(self) -> bool:
+        pools = (self.prefill.engine.pool, self.decode.engine.pool)
+        return not any(pool.num_used or pool.num_quarantined for pool in pools) and not self.alive()
+
+    def drain(self) -> None:
+        """Nobody dies or fails any more: all requests end, and then time alone frees what is still held."""
+        self.settle()
+        for _ in range(2 * len(self.requests) + 2):
+            if self.is_clean():
+                break
+            self.pass_time(LONGER_THAN_ALL_S)
+            self.settle()
+        for side in (self.prefill, self.decode):
+            side.engine.check()
+            assert side.engine.scheduler.seq_ids() == ()
+            assert (side.engine.pool.num_used, side.engine.pool.num_quarantined) == (0, 0)
+            assert side.engine.pool.num_free == side.engine.pool.num_blocks
+        assert (self.prefill.book.num_open, self.prefill.jobs, self.decode.streams) == (0, {}, {})
+        for request in self.requests.values():
+            assert request.is_over
+            if not request.is_cancelled and request.deadline_s is None:
+                assert request.num_given == len(request.token_ids)
+
+
+def config_of(quantum: int, budget: int, max_num_seqs: int, threshold: int = 1) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_model_len=44,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        chunk_quantum_tokens=quantum,
+        remote_threshold_tokens=threshold,
+        remote_timeout_s=REMOTE_TIMEOUT_S,
+        watermark=0.0,
+    )
