@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -19,6 +20,11 @@ from transport.tcp.frames import ANSWER, CLAIM, RANGE, REPLY, REQUEST, SourceHan
 
 #: What the bytes of an `owner_process` are, over and over.
 PATTERN = bytes(range(251))
+
+BLOCK = 64 << 10
+NUM_BLOCKS = 512
+SIZE = BLOCK * NUM_BLOCKS
+HOST = "127.0.0.1"
 
 _OWNER = """
 import asyncio, sys, msgspec
@@ -137,3 +143,29 @@ class FakeSource:
 
 def grant(connection: socket.socket, pull_id: int, num_bytes: int) -> None:
     connection.sendall(REPLY.pack(pull_id, 0, num_bytes))
+
+
+def expected(source, copies):
+    whole = bytearray(SIZE)
+    for source_offset, target_offset, length in copies:
+        whole[target_offset : target_offset + length] = source.view[source_offset : source_offset + length]
+    return bytes(whole)
+
+
+def stall_after(num_sent):
+    """An answer that grants, sends so many bytes 0xEE, and then nothing more."""
+
+    def answer(connection, pull_id, num_bytes):
+        grant(connection, pull_id, num_bytes)
+        connection.sendall(b"\xee" * num_sent)
+        while connection.recv(1):  # until the puller closes
+            pass
+        raise ConnectionError
+
+    return answer
+
+
+async def nothing_more_lands(target, after_s=0.2):
+    target.view[:] = bytes([5]) * SIZE
+    await asyncio.sleep(after_s)
+    assert bytes(target.view) == bytes([5]) * SIZE
