@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import openai
@@ -27,15 +28,16 @@ async def test_a_cluster_that_may_use_one_road_only(road, carriers, tmp_path):
     with serving(str(model_dir), "--config", str(config), "--dtype", "float32", log_dir=tmp_path) as served:
         client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
         name = (await client.models.list()).data[0].id
-        for _ in range(4):
-            prompt = [rng.randrange(5, 250) for _ in range(1000)]
-            reply = await client.completions.create(
-                model=name,
-                prompt=prompt,
-                max_tokens=8,
-                temperature=0,
-                extra_body={"return_token_ids": True, "ignore_eos": True},
+        # At once: a lone prompt goes where it is a hair faster by measurement, of many some go to the prefill worker.
+        prompts = [[rng.randrange(5, 250) for _ in range(1000)] for _ in range(12)]
+        extra = {"return_token_ids": True, "ignore_eos": True}
+        replies = await asyncio.gather(
+            *(
+                client.completions.create(model=name, prompt=prompt, max_tokens=8, temperature=0, extra_body=extra)
+                for prompt in prompts
             )
+        )
+        for prompt, reply in zip(prompts, replies, strict=True):
             assert reply.choices[0].model_extra["token_ids"] == reference.greedy(prompt, 8)
         (decode,) = [worker for worker in served.status()["workers"] if worker["role"] == "decode"]
         assert decode["roads"] == [road]
