@@ -42,7 +42,7 @@ bench: $(VENV)/.ready kernels ## every benchmark's quick form, one after the oth
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 kernels: $(VENV)/.ready ## build the C++ kernels for this machine (cached; plain torch serves where there is no compiler)
-	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m engine.kernels.build; \
+	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m engine.kernels.cpu.build; \
 	else echo "no C++ compiler: plain torch kernels will be used"; fi
 
 clean: ## forget the environment and all caches in this folder

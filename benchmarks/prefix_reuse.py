@@ -37,7 +37,7 @@ from harness.prompts import draw_prompts
 from harness.report import goal, hardware, parser, record
 from harness.serving import Served, serving
 
-from engine.linear import can_pack
+from engine.model.linear import can_pack
 
 PATH = "/v1/completions"
 LENGTHS = (512, 2048, 7936)  # the last one, with its output, is what 8 k positions hold

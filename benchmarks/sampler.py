@@ -25,9 +25,9 @@ from harness.report import goal, parser, record
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.sampler import Sampler, SamplingRow
-from engine.structured import GrammarMatcher, GrammarTokenizer
+from engine.sampling.sampler import Sampler, SamplingRow
 from messages.request import Grammar, SamplingParams
+from text.grammar import GrammarMatcher, GrammarTokenizer
 
 NUM_ROWS = 16
 KINDS: dict[str, dict[str, Any]] = {

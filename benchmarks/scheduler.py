@@ -14,8 +14,17 @@ from statistics import median
 
 from harness.report import goal, parser, record
 
-from engine.plan import RunStep, Sampled, SequenceAdded, SequenceSpec, StepEnded, StepPlan, StepResult, StepWanted
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.plan import (
+    RunStep,
+    Sampled,
+    SequenceAdded,
+    SequenceSpec,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+)
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from kvcache.names import block_names, pack_tokens
 from kvcache.pool import BlockPool
 from messages.request import SamplingParams

@@ -22,11 +22,12 @@ from cluster.config import KvrayConfig, parse_config, parse_size, with_secret
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
 from cluster.logs import configure_logging
-from decode.actor import DecodeActor
+from decode.worker import DecodeWorker
+from engine.actor import WorkerActor
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor, RouterOptions
-from prefill.actor import PrefillActor
+from prefill.worker import PrefillWorker
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
 
@@ -68,7 +69,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         num_replicas=config.pools.decode,
         ray_actor_options=_placed(resources, config.pools.decode_labels),
         **common,
-    )(DecodeActor).bind(options, prepare)
+    )(WorkerActor).bind(DecodeWorker, options, prepare)
     inner = [decode]
     if config.pools.prefill > 0:
         inner.append(
@@ -77,7 +78,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
                 num_replicas=config.pools.prefill,
                 ray_actor_options=_placed(resources, config.pools.prefill_labels),
                 **common,
-            )(PrefillActor).bind(options, prepare)
+            )(WorkerActor).bind(PrefillWorker, options, prepare)
         )
     roles = ["Decode", "Prefill"] if config.pools.prefill > 0 else ["Decode"]
     assert config.network.secret is not None, "with_secret comes first"

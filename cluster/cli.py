@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from cluster.config import KvrayConfig, load_config, with_secret
 from cluster.logs import configure_logging
-from messages.errors import ConfigError, ServeError
+from messages.errors import ConfigError, KvrayError
 
 logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ under python -m
 
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the command line; a ConfigError is one line on stderr and exit code 2."""
     try:
         app()
-    except ServeError as error:
+    except KvrayError as error:
         sys.exit(_complain(error))
 
 
@@ -200,7 +200,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
                 body(config, launched, stop)
         except Stopped:
             _err.print("kvray: stopped while starting")
-        except ServeError as error:
+        except KvrayError as error:
             code = _complain(error)
         except Exception:  # the edge: a bug ends with its traceback in the log and exit code 1
             logger.exception("unexpected")
@@ -211,7 +211,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     os._exit(code)
 
 
-def _complain(error: ServeError) -> int:
+def _complain(error: KvrayError) -> int:
     """One line about `error` on stderr; the exit code."""
     _err.print(f"kvray: {' '.join(error.message.split())}", markup=False)
     return 2 if isinstance(error, ConfigError) else 1
@@ -247,8 +247,8 @@ def check_model_files(path: Path) -> None:
     Raises:
         ConfigError: no directory, or files in it that are missing or broken; one line that says which.
     """
-    from engine.checkpoint import read_json, weight_files
-    from engine.tokenizer import Tokenizer
+    from engine.model.checkpoint import read_json, weight_files
+    from text.tokenizer import Tokenizer
 
     try:
         if not path.exists():

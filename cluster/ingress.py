@@ -25,9 +25,9 @@ from cluster.logs import configure_logging
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.status import fleet_status
-from engine.tokenizer import Tokenizer
 from messages.errors import ConfigError, WorkerError
 from messages.fleet import Role, WorkerInfo
+from text.tokenizer import Tokenizer
 from transport.channel import ChannelConfig
 
 logger = logging.getLogger(__name__)

@@ -175,7 +175,7 @@ class _Keeper(threading.Thread):
             self._listener = SharedListener(config.http.host, config.http.port)
         self._say("reading the model's configuration")
         # Imports torch, as the application does anyway: most mistakes show before Ray is started.
-        from engine.model import check_model
+        from engine.model.load import check_model
 
         check_model(Path(config.model.path), max_model_len=config.model.max_model_len)
         prepare_environment()

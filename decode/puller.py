@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from engine.checksums import ALGORITHMS, Algorithm
 from engine.core import Engine
+from engine.memory.checksums import ALGORITHMS, Algorithm
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.handoff import BlockLocation, RegionsDescribed
 from transport.memory import Memory

@@ -1,6 +1,6 @@
 """The decode worker: takes requests, gets the prompt's KV from a prefill worker or computes it, streams tokens.
 
-Steps 3, 4, 6 and 7 of the read path (docs/ARCHITECTURE.md). No Ray here; decode.actor is the shell.
+Steps 3, 4, 6 and 7 of the read path (docs/ARCHITECTURE.md). No Ray here; engine.actor is the shell.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from decode.puller import REJECTIONS, BlockPuller, PeerPool, PullOutcome
-from engine.plan import (
+from engine.scheduling.plan import (
     AskRemote,
     EmitTokens,
     Instruction,
@@ -28,8 +29,8 @@ from engine.plan import (
 )
 from engine.worker import EngineWorker, WorkerOptions
 from kvcache.names import unpack_tokens
-from messages.errors import InvariantError, RequestError, ServeError
-from messages.fleet import RoadStatus, WorkerInfo
+from messages.errors import InvariantError, KvrayError, RequestError
+from messages.fleet import RoadStatus, Role, WorkerInfo
 from messages.handoff import (
     DescribeRegions,
     KvHandoff,
@@ -82,6 +83,8 @@ class _Prefiller:
 class DecodeWorker:
     """Answers requests. All methods belong to one event loop."""
 
+    role: ClassVar[Role] = "decode"
+
     def __init__(
         self,
         worker_id: str,
@@ -95,7 +98,7 @@ class DecodeWorker:
         Raises:
             ConfigError: as EngineWorker.
         """
-        self._worker = EngineWorker("decode", worker_id, host, options, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
         self._options = options
         self._secret = ClusterSecret.from_hex(options.secret)
         self._puller = BlockPuller(self._worker.engine, self._worker.roads)
@@ -245,7 +248,7 @@ class DecodeWorker:
             stream.is_done = True
             self._release_if_idle(stream)
 
-    def _emit_error(self, request_id: str, error: ServeError) -> None:
+    def _emit_error(self, request_id: str, error: KvrayError) -> None:
         self.on_instructions([EmitTokens(request_id, finish_reason="error", error=error)])
 
     # ------------------------------------------------------------------------------------------------ remote prefill

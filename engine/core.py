@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from engine.checksums import BlockChecksums
-from engine.device_memory import DeviceMemory
-from engine.kv_pool import KvPool, block_bytes, plan_num_blocks
-from engine.model import LoadedModel
-from engine.plan import (
+from engine.memory.checksums import BlockChecksums
+from engine.memory.device_memory import DeviceMemory
+from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
+from engine.model.load import LoadedModel
+from engine.runner import Runner
+from engine.sampling.sampler import Sampler
+from engine.scheduling.plan import (
     EmitTokens,
     Event,
     Instruction,
@@ -36,14 +38,12 @@ from engine.plan import (
     StepResult,
     StepWanted,
 )
-from engine.runner import Runner
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerConfig
-from engine.step_cost import StepCost
-from engine.structured import GrammarTokenizer
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.step_cost import StepCost
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.request import SamplingParams
+from text.grammar import GrammarTokenizer
 from transport.memory import Memory
 
 _WARM_UP_PROMPT_TOKENS = 512

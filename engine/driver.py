@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.core import Engine
-from engine.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
+from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
-from engine.kv_pool import KvPool
-from engine.model import LoadedModel
-from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
-from engine.sampler import Sampler, SamplingRow, prompt_logprobs
-from messages.errors import InvariantError, ServeError
+from engine.memory.kv_pool import KvPool
+from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
+from engine.model.load import LoadedModel
+from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs
+from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
+from messages.errors import InvariantError, KvrayError
 from messages.stream import TokenLogprob
 
 #: Rows of logits made float32 at a time for prompt log-probabilities: a long chunk needs no second copy of all.
@@ -126,7 +126,7 @@ class Runner:
 
     def _sample(
         self, parts: Sequence[SequenceStep], logits: torch.Tensor
-    ) -> tuple[dict[str, Sampled], dict[str, ServeError]]:
+    ) -> tuple[dict[str, Sampled], dict[str, KvrayError]]:
         if not parts:
             return {}, {}
         rows = [
@@ -139,9 +139,9 @@ class Runner:
             for part in parts
         ]
         sampled: dict[str, Sampled] = {}
-        errors: dict[str, ServeError] = {}
+        errors: dict[str, KvrayError] = {}
         for part, outcome in zip(parts, self._sampler.sample(logits, rows), strict=True):
-            if isinstance(outcome, ServeError):
+            if isinstance(outcome, KvrayError):
                 errors[part.seq_id] = outcome
             else:
                 sampled[part.seq_id] = outcome

@@ -22,8 +22,8 @@ import torch
 
 from engine.core import Engine, EngineOptions
 from engine.driver import EngineDriver
-from engine.model import load_model
-from engine.plan import Event, Instruction
+from engine.model.load import load_model
+from engine.scheduling.plan import Event, Instruction
 from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.wire import Message

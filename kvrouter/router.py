@@ -13,7 +13,7 @@ from typing import TypeAlias, assert_never
 
 from kvrouter.index import BlockIndex
 from kvrouter.policy import Candidate, Pricing, Rates, Reserved, WorkerState, blocks_wanted, can_ever_hold
-from messages.errors import CapacityError, InvariantError, RequestError, ServeError, WorkerError
+from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
@@ -166,7 +166,7 @@ class Router:
     def _route(self, request: RouteRequest, now_s: float) -> Placement | RouteFailed:
         try:
             best = self._choose(request)
-        except ServeError as error:
+        except KvrayError as error:
             self._counts[f'kvray_router_refused_total{{kind="{type(error).__name__}"}}'] += 1
             return RouteFailed(request_id=request.request_id, error=error.info())
         self._reserve(request, best, now_s)

@@ -1,6 +1,6 @@
 """The error tree, and its form on the wire.
 
-ServeError                 everything this project raises on purpose
+KvrayError                 everything this project raises on purpose
 |-- RequestError           the caller's fault: 4xx; names the field, the value seen, the value wanted
 |-- CapacityError          no room now: 429 (try later) or 503 (nobody there)
 |-- WorkerError            a worker failed or vanished: the request may be tried elsewhere
@@ -18,7 +18,7 @@ import msgspec
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
     """An error as it crosses a process."""
 
-    kind: str  #: class name of the ServeError
+    kind: str  #: class name of the KvrayError
     message: str
     param: str | None = None  #: request field at fault, as the client spells it
     code: str | None = None  #: stable machine-readable reason, e.g. "context_length_exceeded"
@@ -26,7 +26,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: float | None = None
 
 
-class ServeError(Exception):
+class KvrayError(Exception):
     """Base of all errors that are part of the contract.
 
     Attributes are those of `ErrorInfo`; `status` falls back to the class's own.
@@ -62,42 +62,42 @@ class ServeError(Exception):
         )
 
 
-class RequestError(ServeError):
+class RequestError(KvrayError):
     """The request can never succeed as it is."""
 
     default_status = 400
 
 
-class CapacityError(ServeError):
+class CapacityError(KvrayError):
     """There is no room for the request now."""
 
     default_status = 429
 
 
-class WorkerError(ServeError):
+class WorkerError(KvrayError):
     """A worker failed, vanished or did not answer in time."""
 
     default_status = 503
 
 
-class InvariantError(ServeError):
+class InvariantError(KvrayError):
     """Something that must hold does not."""
 
     default_status = 500
 
 
-class ConfigError(ServeError):
+class ConfigError(KvrayError):
     """The product cannot start as configured."""
 
     default_status = 500
 
 
-_KINDS: dict[str, type[ServeError]] = {
-    cls.__name__: cls for cls in (ServeError, RequestError, CapacityError, WorkerError, InvariantError, ConfigError)
+_KINDS: dict[str, type[KvrayError]] = {
+    cls.__name__: cls for cls in (KvrayError, RequestError, CapacityError, WorkerError, InvariantError, ConfigError)
 }
 
 
-def error_from_info(info: ErrorInfo) -> ServeError:
-    """The exception that `info` was made from; an unknown kind becomes a plain ServeError."""
-    cls = _KINDS.get(info.kind, ServeError)
+def error_from_info(info: ErrorInfo) -> KvrayError:
+    """The exception that `info` was made from; an unknown kind becomes a plain KvrayError."""
+    cls = _KINDS.get(info.kind, KvrayError)
     return cls(info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s)

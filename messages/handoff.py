@@ -28,7 +28,7 @@ class RegionsDescribed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     regions: list[RegionInfo]
     num_blocks: int  #: of the pool: with the block size in bytes, gives every block's offset (kvcache.region)
     has_generations: bool
-    checksum: str  #: algorithm of its blocks' checksums (engine.checksums)
+    checksum: str  #: algorithm of its blocks' checksums (engine.memory.checksums)
 
 
 class RoadMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -1,6 +1,6 @@
 """The prefill worker: computes a prompt's KV, samples the first token, publishes the blocks under a lease.
 
-Steps 4 and 5 of the read path (docs/ARCHITECTURE.md). No Ray here; prefill.actor is the shell.
+Steps 4 and 5 of the read path (docs/ARCHITECTURE.md). No Ray here; engine.actor is the shell.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import msgspec
 
-from engine.plan import (
+from engine.scheduling.plan import (
     AskRemote,
     BlocksReleased,
     EmitTokens,
@@ -26,12 +27,12 @@ from engine.plan import (
     SequenceSpec,
 )
 from engine.worker import EngineWorker, WorkerOptions
+from kvcache.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed, TimePassed
 from kvcache.names import unpack_tokens
-from messages.errors import InvariantError, ServeError
-from messages.fleet import RoadStatus, WorkerInfo
+from messages.errors import InvariantError, KvrayError
+from messages.fleet import RoadStatus, Role, WorkerInfo
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.wire import Message
-from prefill.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed, TimePassed
 from transport.plasma.road import Vaults
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _DRAIN_POLL_S = 0.05
 
 @dataclass(slots=True)
 class _Job:
-    """A prompt that a decode worker asked for; how long it is held `prefill.leases` decides."""
+    """A prompt that a decode worker asked for; how long it is held `kvcache.leases` decides."""
 
     num_held_tokens: int
     offer: OfferBlocks | None = None  #: the last one, until its first token comes
@@ -49,6 +50,8 @@ class _Job:
 
 class PrefillWorker:
     """Runs prompts for decode workers. All methods belong to one event loop."""
+
+    role: ClassVar[Role] = "prefill"
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class PrefillWorker:
         Raises:
             ConfigError: as EngineWorker.
         """
-        self._worker = EngineWorker("prefill", worker_id, host, options, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
         self._leases = LeaseBook(options.lease_s)
         self._jobs: dict[str, _Job] = {}
         self._num_prompts = 0
@@ -161,7 +164,7 @@ class PrefillWorker:
         if job is None:
             return
         if emitted.error is not None or not emitted.token_ids or job.offer is None:
-            error = emitted.error or ServeError(f"prefill ended with {emitted.finish_reason} and no token")
+            error = emitted.error or KvrayError(f"prefill ended with {emitted.finish_reason} and no token")
             del self._jobs[emitted.seq_id]
             peer = self._leases.peer_of(emitted.seq_id)
             self._decide(Failed(emitted.seq_id))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.sampler import Sampler, SamplingRow
+from engine.sampling.sampler import Sampler, SamplingRow
 from messages.request import SamplingParams
 
 #: By how much another order of float32 sums moves a logit, at most: logits here are about 1.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.kv_pool import KvPool
-from engine.model import LoadedModel
-from engine.plan import SequenceStep, StepPlan
+from engine.memory.kv_pool import KvPool
+from engine.model.load import LoadedModel
 from engine.runner import Runner
-from engine.sampler import Sampler
+from engine.sampling.sampler import Sampler
+from engine.scheduling.plan import SequenceStep, StepPlan
 from messages.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1_000_000, temperature=0.0)

@@ -11,7 +11,7 @@ from transport.plasma.road import PlasmaTransport, Vaults
 from transport.protocol import Transport
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
-from transport.tcp.road import SocketTransport
+from transport.socket.road import SocketTransport
 from transport.ucx.road import UcxTransport
 
 logger = logging.getLogger(__name__)

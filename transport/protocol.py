@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from messages.errors import ServeError
+from messages.errors import KvrayError
 from messages.handoff import RegionInfo
 
 #: Told the position of each copy that has landed whole.
 Arrived = Callable[[int], None]
 
 
-class TransferError(ServeError):
+class TransferError(KvrayError):
     """A pull did not happen or stopped. What the target ranges hold is undefined.
 
     `quarantine_s`: for so long after it was raised late bytes may still land in the target ranges, `inf` for ever.

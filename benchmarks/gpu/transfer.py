@@ -45,8 +45,8 @@ from harness.transport_peer import (
     told,
 )
 
-from engine.checksums import sum64
-from engine.device_memory import DeviceMemory
+from engine.memory.checksums import sum64
+from engine.memory.device_memory import DeviceMemory
 from messages.errors import ConfigError
 from transport.protocol import Copy
 from transport.roads import PROBE_BYTES
@@ -131,7 +131,7 @@ class Contenders:
         torch.cuda.synchronize()
 
     def checksums(self, cell: Cell, copies: Sequence[Copy]) -> list[int]:
-        """As engine.checksums.BlockChecksums computes them."""
+        """As engine.memory.checksums.BlockChecksums computes them."""
         rows = self.target.view(-1, cell.block_bytes)  # [num_places, block_bytes]
         places = [copy.target_offset // cell.block_bytes for copy in copies]
         return sum64(rows[torch.tensor(places, device=rows.device)])

@@ -66,7 +66,7 @@ class BareEngine:
 def _serve() -> None:
     from cluster.config import EngineSection
     from engine.core import Engine, EngineOptions
-    from engine.model import load_model
+    from engine.model.load import load_model
 
     job = json.loads(sys.argv[1])
     defaults = EngineSection()
@@ -84,7 +84,7 @@ def _serve() -> None:
 
 
 def _run(engine: Any, prompts: list[list[int]], max_tokens: int) -> BareRun:
-    from engine.plan import SequenceAdded, SequenceSpec
+    from engine.scheduling.plan import SequenceAdded, SequenceSpec
     from messages.request import SamplingParams
 
     outputs: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}

@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 
 from harness.transport_pool import filled, python_path
-from messages.errors import ServeError
+from messages.errors import KvrayError
 from messages.handoff import DescribeRegions, RegionInfo, RegionsDescribed, RoadMessage
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer
@@ -67,14 +67,14 @@ def open_road(name: str, secret: ClusterSecret) -> Transport:
 
     Raises:
         ImportError: it, or what it needs, is not installed.
-        ServeError: it cannot be taken here.
+        KvrayError: it cannot be taken here.
     """
     if name == "shm":
         from transport.shm import ShmTransport
 
         return ShmTransport()
     if name == "socket":
-        from transport.tcp.road import SocketTransport
+        from transport.socket.road import SocketTransport
 
         return SocketTransport(secret, HOST, port_range=PORT_RANGE)
     if name == "ucx":
@@ -93,7 +93,7 @@ def open_all(names: Sequence[str], secret: ClusterSecret) -> tuple[list[Transpor
     for name in names:
         try:
             opened.append(open_road(name, secret))
-        except (ImportError, ServeError) as error:
+        except (ImportError, KvrayError) as error:
             refused[name] = str(error)
     return opened, refused
 

@@ -22,7 +22,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from decode.worker import DecodeWorker
-from engine.plan import StepPlan, StepResult
+from engine.scheduling.plan import StepPlan, StepResult
 from engine.worker import WorkerOptions
 from prefill.worker import PrefillWorker
 

@@ -9,8 +9,17 @@ from statistics import fmean
 from job import Tokens, answer, read_job
 
 from engine.core import Engine, EngineOptions
-from engine.model import load_model
-from engine.plan import EmitTokens, Instruction, RunStep, SequenceAdded, SequenceSpec, StepEnded, StepPlan, StepWanted
+from engine.model.load import load_model
+from engine.scheduling.plan import (
+    EmitTokens,
+    Instruction,
+    RunStep,
+    SequenceAdded,
+    SequenceSpec,
+    StepEnded,
+    StepPlan,
+    StepWanted,
+)
 from messages.request import SamplingParams
 
 job = read_job()

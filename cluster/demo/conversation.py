@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.demo.corpus import make_lookup
-
-_NOTES_TOKENS = 1500
-_NUM_FACTS = 12
+#: Notes of about 1,500 tokens that the model was not trained on, and questions about them with their answers.
+_CONVERSATION = Path(__file__).parent / "conversation.json"
 
 
 def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
     """Notes in the first turn, three questions about them; prints answers, TTFTs and the prompt tokens' sources."""
-    notes, questions = _notes_and_questions()
+    conversation = json.loads(_CONVERSATION.read_text())
+    notes, questions = conversation["notes"], conversation["questions"]
     messages: list[dict[str, str]] = []
-    out.print(f"notes of about {_NOTES_TOKENS} tokens, then three questions about them\n")
+    out.print("notes of about 1,500 tokens, then three questions about them\n")
     for turn, (question, expected) in enumerate(questions):
         if stop.is_set():
             return
@@ -35,15 +34,6 @@ def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
         out.print(f"you    {question}", markup=False)
         out.print(f"model  {answer.strip()}   ({mark})", markup=False)
         out.print(f"       first token after {1000 * ttft_s:.0f} ms; {usage['prompt_tokens']} prompt tokens: {where}\n")
-
-
-def _notes_and_questions() -> tuple[str, list[tuple[str, str]]]:
-    """One text of notes and three (question, answer) pairs about it."""
-    lookups = [
-        make_lookup(random.Random(20), num_tokens=_NOTES_TOKENS, num_facts=_NUM_FACTS, position=position)
-        for position in (0.9, 0.1, 0.5)
-    ]  # one seed, one text of notes
-    return lookups[0].notes, [(lookup.question, lookup.answer) for lookup in lookups]
 
 
 def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str, Any]]:

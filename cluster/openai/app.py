@@ -28,9 +28,9 @@ from cluster.openai.stream import EventStream, reply_while_connected
 from cluster.openai.surface import Surface
 from cluster.openai.tokens import detokenize, tokenize
 from cluster.openai.tool_calls import MARKS, ToolFormat
-from engine.structured import GrammarTokenizer
-from engine.tokenizer import Tokenizer
-from messages.errors import ConfigError, RequestError, ServeError
+from messages.errors import ConfigError, KvrayError, RequestError
+from text.grammar import GrammarTokenizer
+from text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +205,11 @@ def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def reply(error: ServeError) -> Response:
+    def reply(error: KvrayError) -> Response:
         return Response(error_json(error), error.status, headers=error_headers(error), media_type="application/json")
 
-    @app.exception_handler(ServeError)
-    async def on_serve_error(_: Request, error: ServeError) -> Response:
+    @app.exception_handler(KvrayError)
+    async def on_serve_error(_: Request, error: KvrayError) -> Response:
         if error.status >= 500:
             logger.warning("%s: %s", type(error).__name__, error.message)
         return reply(error)

@@ -150,7 +150,7 @@ class Chat:
         """The whole answer as JSON.
 
         Raises:
-            ServeError: a sequence was refused or failed.
+            KvrayError: a sequence was refused or failed.
         """
         messages = [_Message() for _ in self._generation.requests]
         choices: dict[int, ChatChoice] = {}
@@ -179,7 +179,7 @@ class Chat:
         """The answer as server-sent events.
 
         Raises:
-            ServeError: a sequence was refused or failed, perhaps after events were given.
+            KvrayError: a sequence was refused or failed, perhaps after events were given.
         """
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)

@@ -118,7 +118,7 @@ class Completion:
         """The whole answer as JSON.
 
         Raises:
-            ServeError: a sequence was refused or failed.
+            KvrayError: a sequence was refused or failed.
         """
         pieces: list[list[CompletionChoice]] = [[] for _ in self._generation.requests]
         async with aclosing(self._generation.deltas()) as deltas:
@@ -130,7 +130,7 @@ class Completion:
         """The answer as server-sent events.
 
         Raises:
-            ServeError: a sequence was refused or failed, perhaps after events were given.
+            KvrayError: a sequence was refused or failed, perhaps after events were given.
         """
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)

@@ -8,9 +8,9 @@ import msgspec
 
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ResponseFormat, SharedFields, StructuredOutputs
-from engine.structured import GrammarTokenizer, check_grammar
 from messages.errors import RequestError
 from messages.request import Grammar
+from text.grammar import GrammarTokenizer, check_grammar
 
 _MAX_CHOICES = 4096
 _MAX_GRAMMAR_CHARS = 256 * 1024

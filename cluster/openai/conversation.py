@@ -10,8 +10,8 @@ import msgspec
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ChatMessage, ContentPart, PastToolCall, Tool
 from cluster.openai.tool_calls import ToolFormat, format_of_text
-from engine.tokenizer import Tokenizer
 from messages.errors import RequestError
+from text.tokenizer import Tokenizer
 
 _PROBE_NAME = "probe_call"
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.openai.errors import send_error
 from cluster.openai.metrics import HttpMetrics
-from messages.errors import RequestError, ServeError
+from messages.errors import KvrayError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class _Exchange:
             logger.exception("%s %s failed", self._scope["method"], self._label)
             if self._is_started:
                 raise  # the server cuts the connection, which is all that can be said now
-            await send_error(ServeError("internal error"), self._forward)
+            await send_error(KvrayError("internal error"), self._forward)
         finally:
             status = self._status if self._is_complete else CLIENT_LEFT
             self._metrics.http_requests.labels(self._label, str(status)).inc()

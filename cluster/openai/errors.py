@@ -14,7 +14,7 @@ import math
 import msgspec
 from starlette.types import Send
 
-from messages.errors import CapacityError, RequestError, ServeError
+from messages.errors import CapacityError, KvrayError, RequestError
 
 _MAX_SHOWN_CHARS = 80  # of a value that an error message repeats
 
@@ -62,7 +62,7 @@ def bad_field(param: str, seen: object, wanted: str, *, code: str = "invalid_val
     return RequestError(f"{param}: got {shown(seen)}, want {wanted}", param=param, code=code)
 
 
-def error_body(error: ServeError) -> ErrorBody:
+def error_body(error: KvrayError) -> ErrorBody:
     """`error` in OpenAI's form."""
     fallback = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
     return ErrorBody(
@@ -73,12 +73,12 @@ def error_body(error: ServeError) -> ErrorBody:
     )
 
 
-def error_json(error: ServeError) -> bytes:
+def error_json(error: KvrayError) -> bytes:
     """The reply's bytes."""
     return msgspec.json.encode(ErrorReply(error_body(error)))
 
 
-async def send_error(error: ServeError, send: Send) -> None:
+async def send_error(error: KvrayError, send: Send) -> None:
     """Answer a request with `error`, in plain ASGI; nothing may have been sent for it before."""
     body = error_json(error)
     headers = {**error_headers(error), "content-type": "application/json", "content-length": str(len(body))}
@@ -87,7 +87,7 @@ async def send_error(error: ServeError, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def error_headers(error: ServeError) -> dict[str, str]:
+def error_headers(error: KvrayError) -> dict[str, str]:
     """Headers that go with an error's status."""
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}

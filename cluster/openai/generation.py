@@ -9,7 +9,7 @@ from cluster.openai.backend import Backend
 from cluster.openai.metrics import HttpMetrics, RequestClock
 from cluster.openai.replies import KvrayExtras, PromptSourceCounts, PromptTokensDetails, Usage
 from cluster.openai.transcript import Delta, Transcript
-from messages.errors import ServeError, WorkerError
+from messages.errors import KvrayError, WorkerError
 from messages.request import GenerateRequest
 
 
@@ -38,7 +38,7 @@ class Generation:
         """(choice index, what it got), until every choice has its finish_reason. Closing it stops the work.
 
         Raises:
-            ServeError: a sequence was refused or failed; the others are stopped.
+            KvrayError: a sequence was refused or failed; the others are stopped.
         """
         clock = RequestClock(self._metrics, len(self.requests))
         reason = "abandoned"
@@ -64,7 +64,7 @@ class Generation:
             raise WorkerError(
                 f"{num_open} of {len(self.requests)} sequences ended without a last token", code="stream_ended"
             )
-        except ServeError:
+        except KvrayError:
             reason = "error"
             raise
         finally:

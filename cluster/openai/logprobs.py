@@ -12,8 +12,8 @@ from cluster.openai.replies import (
     PromptLogprob,
     PromptLogprobs,
 )
-from engine.tokenizer import Tokenizer
 from messages.stream import TokenLogprob
+from text.tokenizer import Tokenizer
 
 # JSON has no infinities: a token that the model rules out altogether is given this, as OpenAI's API does.
 _LOWEST = -9999.0

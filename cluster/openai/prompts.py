@@ -8,8 +8,8 @@ from typing import Any
 
 from cluster.openai.backend import ServedModel
 from cluster.openai.errors import bad_field, shown
-from engine.tokenizer import Tokenizer
 from messages.errors import RequestError
+from text.tokenizer import Tokenizer
 
 # Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
 _THREAD_FROM_CHARS = 8192

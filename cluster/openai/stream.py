@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.openai.errors import error_json, send_error
-from messages.errors import ServeError
+from messages.errors import KvrayError
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +96,18 @@ class EventStream(Response):
                         self._is_started = True
                         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-        except ServeError as error:
+        except KvrayError as error:
             await self._send_error(error, send)
             return
         except Exception:
             if not self._is_started:
                 raise
             logger.exception("a stream failed")
-            await self._send_error(ServeError("internal error"), send)
+            await self._send_error(KvrayError("internal error"), send)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_error(self, error: ServeError, send: Send) -> None:
+    async def _send_error(self, error: KvrayError, send: Send) -> None:
         if not self._is_started:
             await send_error(error, send)
             return

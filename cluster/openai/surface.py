@@ -8,8 +8,8 @@ from cluster.openai.backend import Backend, HttpLimits, ServedModel
 from cluster.openai.errors import model_not_found
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.tool_calls import ToolFormat
-from engine.structured import GrammarTokenizer
-from engine.tokenizer import Tokenizer
+from text.grammar import GrammarTokenizer
+from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

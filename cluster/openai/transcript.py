@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.stops import StopMatcher
-from engine.tokenizer import Detokenizer, Tokenizer
-from messages.errors import ServeError, WorkerError, error_from_info
+from messages.errors import KvrayError, WorkerError, error_from_info
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
+from text.stops import StopMatcher
+from text.tokenizer import Detokenizer, Tokenizer
 
 EndReason = Literal["stop", "length"]
 
@@ -52,10 +52,10 @@ class Transcript:
         """What `chunk` adds.
 
         Raises:
-            ServeError: the sequence failed, or was cancelled by someone other than its client.
+            KvrayError: the sequence failed, or was cancelled by someone other than its client.
         """
         if chunk.finish_reason == "error":
-            raise (error_from_info(chunk.error) if chunk.error else ServeError("the sequence failed"))
+            raise (error_from_info(chunk.error) if chunk.error else KvrayError("the sequence failed"))
         if chunk.finish_reason == "cancelled":
             raise WorkerError("the sequence was cancelled by the server", code="cancelled")
         if chunk.sources is not None:

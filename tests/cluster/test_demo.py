@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from cluster.config import DEMO_MODEL
-from cluster.demo import corpus
 from engine.core import Engine, EngineOptions
-from engine.model import load_model
-from engine.plan import SequenceAdded, SequenceSpec
-from engine.tokenizer import Tokenizer
+from engine.model.load import load_model
+from engine.scheduling.plan import SequenceAdded, SequenceSpec
 from messages.request import SamplingParams
 from tests.served import free_port, kvray_command, own_environment
+from text.tokenizer import Tokenizer
+from tools.demo_model import corpus
 
 NUM_QUESTIONS = 40
 

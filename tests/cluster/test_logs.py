@@ -26,8 +26,8 @@ def _loggers():
 
 def test_text_is_one_line_with_clock_level_and_place(capsys):
     configure_logging("info", "text")
-    logging.getLogger("engine.model").info("loading %s", "llama")
-    assert re.fullmatch(r"\d\d:\d\d:\d\d info    engine\.model: loading llama\n", capsys.readouterr().err)
+    logging.getLogger("engine.model.load").info("loading %s", "llama")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d info    engine\.model\.load: loading llama\n", capsys.readouterr().err)
 
 
 def test_a_message_of_many_lines_stays_one_line(capsys):

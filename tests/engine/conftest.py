@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.scheduler_bench import Bench
+from tests.engine.scheduling.scheduler_bench import Bench
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.plan import (
+from engine.scheduling.plan import (
     AskRemote,
     BlocksReleased,
     EmitTokens,
@@ -24,7 +24,7 @@ from engine.plan import (
     StepWanted,
     TimePassed,
 )
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError

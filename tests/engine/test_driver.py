@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from engine.driver import EngineDriver
-from engine.plan import (
+from engine.scheduling.plan import (
     EmitTokens,
     Event,
     Instruction,

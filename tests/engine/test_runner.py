@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import model as model_module
-from engine.kv_pool import KvPool, LayerSpec
-from engine.model import load_model
-from engine.plan import SequenceStep, StepPlan
+from engine.memory.kv_pool import KvPool, LayerSpec
+from engine.model import load as model_module
+from engine.model.load import load_model
 from engine.runner import Runner
-from engine.sampler import Sampler
+from engine.sampling.sampler import Sampler
+from engine.scheduling.plan import SequenceStep, StepPlan
 from messages.errors import InvariantError, RequestError, WorkerError
 from messages.request import Grammar, SamplingParams
 from tests.models import VOCAB_SIZE, make_tiny_model
@@ -18,7 +18,7 @@ from tests.steps import Bench
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DTYPES = ["float32", "bfloat16"]
-#: rows of 1,536 and more are where a lone row differs without care (engine/linear.py)
+#: rows of 1,536 and more are where a lone row differs without care (engine/model/linear.py)
 WIDE = {"hidden_size": 128, "intermediate_size": 2048, "head_dim": 32}
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from engine.plan import (
+from engine.scheduling.plan import (
     Event,
     Instruction,
     OfferBlocks,
@@ -17,7 +17,7 @@ from engine.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from kvcache.names import unpack_tokens
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError
@@ -129,7 +129,7 @@ class FakeEngine:
         self.step: StepPlan | None = None
         self.in_step: dict[int, int] = {}  # block -> generation, of all tables of the step
         self.generations = [self.pool.generation(block_id) for block_id in range(num_blocks)]
-        self.known: dict[int, tuple[int, int]] = {}  # as engine.checksums.BlockChecksums
+        self.known: dict[int, tuple[int, int]] = {}  # as engine.memory.checksums.BlockChecksums
 
     def carry_out(self, *events: Event) -> list[Instruction]:
         """As EngineDriver: decide on all, begin the step that follows; what is left is to be handed out."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.plan import (
+from engine.scheduling.plan import (
     AskRemote,
     BlocksReleased,
     EmitTokens,
@@ -25,13 +25,13 @@ from engine.plan import (
     SequenceCancelled,
     SequenceSpec,
 )
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
+from kvcache.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed
 from kvcache.names import unpack_tokens
 from kvcache.pool import BlockState
 from messages.errors import WorkerError
 from messages.handoff import BlockLocation, KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.wire import Message
-from prefill.leases import Asked, Failed, LeaseBook, LeaseEvent, PeerLost, Published, Released, Renewed
 from tests.prefill.fake_engine import (
     LEASE_S,
     QUARANTINE_S,

@@ -1,6 +1,6 @@
 """Prefill and decode, their schedulers, pools and leases real, with messages in between that are made of lists.
 
-As in tests/engine/test_scheduler_model.py the fake KV of a token is a number that stands for its whole prefix, and the
+As in test_scheduler_model.py the fake KV of a token is a number that stands for its whole prefix, and the
 next token follows from the last number in the cache. Here those numbers also travel: a pull copies whatever a block
 holds at that moment, and only the published checksum tells whether it is what was promised. Workers die, leases end
 early, blocks are reused under a pull, bytes land late; no wrong number may ever bear a name or be attended to, and at
@@ -25,12 +25,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.ledger import SequenceLedger
+from engine.scheduling.ledger import SequenceLedger
+from kvcache import leases
+from kvcache.leases import FreeBlocks, LeaseBook, LeaseEvent, PeerLost
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 from messages.request import SamplingParams
-from prefill import leases
-from prefill.leases import FreeBlocks, LeaseBook, LeaseEvent, PeerLost
 from tests.fake_kv import BASES, STOP, VOCABULARY
 from tests.prefill.fake_engine import (
     LEASE_S,

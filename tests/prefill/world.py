@@ -8,15 +8,15 @@ from itertools import count
 
 import msgspec
 
-from engine.plan import (
+from engine.scheduling.plan import (
     EmitTokens,
     TimePassed,
 )
-from engine.scheduler import SchedulerConfig
+from engine.scheduling.scheduler import SchedulerConfig
+from kvcache import leases
 from kvcache.names import block_names, pack_tokens, split_names
 from messages.request import GenerateRequest, SamplingParams
 from messages.wire import Message
-from prefill import leases
 from tests.fake_kv import FINGERPRINT
 from tests.prefill.fake_engine import (
     LATE,

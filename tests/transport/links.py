@@ -14,7 +14,7 @@ from transport.plasma.vault import LocalVaults
 from transport.protocol import Link, Transport
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
-from transport.tcp.road import SocketTransport
+from transport.socket.road import SocketTransport
 from transport.ucx.road import UcxTransport
 
 

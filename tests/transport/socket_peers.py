@@ -1,4 +1,4 @@
-"""Ends of a connection of transport.tcp that do what they should not, and a source in a process of its own."""
+"""Ends of a connection of transport.socket that do what they should not, and a source in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ import msgspec
 from messages.handoff import RegionInfo
 from transport.memory import Memory
 from transport.secret import ClusterSecret
-from transport.tcp.frames import ANSWER, CLAIM, RANGE, REPLY, REQUEST, SourceHandle, proof_of, read_exactly, socket_key
+from transport.socket.frames import (
+    ANSWER,
+    CLAIM,
+    RANGE,
+    REPLY,
+    REQUEST,
+    SourceHandle,
+    proof_of,
+    read_exactly,
+    socket_key,
+)
 
 #: What the bytes of an `owner_process` are, over and over.
 PATTERN = bytes(range(251))
@@ -30,7 +40,7 @@ _OWNER = """
 import asyncio, sys, msgspec
 from transport.memory import Memory
 from transport.secret import ClusterSecret
-from transport.tcp.road import SocketTransport
+from transport.socket.road import SocketTransport
 secret, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 memory = Memory.allocate(size)
 memory.view[:] = (bytes(range(251)) * (size // 251 + 1))[:size]

@@ -20,10 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.openai.app import create_app
 from cluster.openai.backend import HttpLimits, Readiness, ServedModel
-from engine.chat_template import ChatTemplate
-from engine.tokenizer import Tokenizer
 from messages.request import GenerateRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
+from text.chat_template import ChatTemplate
+from text.tokenizer import Tokenizer
 
 SPECIAL = ("<|end|>", "<|bos|>", "[TOOL_CALLS]", "<|python_tag|>", "<|other|>")
 HERMES_TEMPLATE = (

@@ -116,7 +116,7 @@ def test_required_schemas_keep_their_own_references(tokenizer):
 
     from cluster.openai.protocol import ChatRequest
     from cluster.openai.tools import plan_tools
-    from engine.structured import GrammarMatcher, GrammarTokenizer
+    from text.grammar import GrammarMatcher, GrammarTokenizer
 
     body = {"messages": USER, "tools": [WEATHER, TREE], "tool_choice": "required"}
     plan = plan_tools(msgspec.convert(body, ChatRequest), "hermes")

@@ -1,0 +1,82 @@
+"""The Serve deployment around a worker: Ray places, restarts and health-checks it. No request passes here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+import ray.util
+from ray import serve
+
+from engine.worker import WorkerOptions
+from messages.fleet import Role, WorkerInfo
+from transport.plasma.actor import RayVaults
+from transport.plasma.road import Vaults
+
+logger = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """What an actor needs of the worker that it is the shell of (prefill.worker, decode.worker)."""
+
+    role: ClassVar[Role]
+
+    def __init__(
+        self,
+        worker_id: str,
+        host: str,
+        options: WorkerOptions,
+        on_crash: Callable[[BaseException], None],
+        vaults: Vaults | None = None,
+    ) -> None:
+        """Load the model; this blocks for as long as that takes."""
+        ...
+
+    async def start(self) -> WorkerInfo:
+        """Listen; the answer is what the rest of the fleet needs to know."""
+        ...
+
+    async def drain(self) -> None:
+        """Return when nothing is under way any more."""
+        ...
+
+    async def close(self) -> None:
+        """Stop and let go of everything."""
+        ...
+
+
+class WorkerActor:
+    """One replica: one worker for as long as the process lives."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, worker_class: type[Worker], options: WorkerOptions, prepare: Callable[[], None]
+    ) -> None:
+        prepare()
+        self._worker_id = f"{worker_class.role}-{serve.get_replica_context().replica_id.unique_id}"
+        host = options.host or ray.util.get_node_ip_address()
+        self._worker = worker_class(self._worker_id, host, options, self._on_crash, RayVaults())
+        self._info = await self._worker.start()
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """What the fleet needs to know, pushed by Serve to every process that watches this deployment."""
+        info: dict[str, Any] = msgspec.to_builtins(self._info)
+        return info
+
+    async def identify(self) -> str:
+        """The worker's id; the only method that is ever called over a handle."""
+        return self._worker_id
+
+    def _on_crash(self, error: BaseException) -> None:
+        """A step raised: the pool's state is unknown. Peers notice the closed socket at once, Serve starts another."""
+        logger.critical("%s ends: %r", self._worker_id, error)
+        os._exit(70)
+
+    async def __del__(self) -> None:
+        """Serve's only shutdown hook: what is under way ends first, as long as Serve waits for it."""
+        worker = getattr(self, "_worker", None)
+        if worker is not None:
+            await worker.drain()
+            await worker.close()

@@ -1,0 +1,1 @@
+"""The attention kernels in C++, for CPUs."""

@@ -1,0 +1,163 @@
+"""The compiled kernels as the engine sees them: attention over the paged pool for CPUs, in C++.
+
+A row's result depends on its own position, keys and values only: never on the batch it is in, on how its prompt was cut
+into chunks, on what of it was reused, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+
+from engine.kernels.cpu.build import import_library, library_path
+from engine.kernels.protocol import LayerUse
+
+_log = logging.getLogger(__name__)
+
+MAX_HEAD_SIZE = 1024
+
+
+class NativeKernels:
+    """`AttentionKernels` in C++: float32 and bfloat16, any head size up to MAX_HEAD_SIZE, any group.
+
+    Thread-safe; each call uses torch's threads and releases the GIL.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self.name = f"native-1-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
+
+    def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
+        """Every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
+        is_small = max(layer.spec.k_dim, layer.spec.v_dim) <= MAX_HEAD_SIZE
+        return is_small and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_ids: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> None:
+        """See AttentionKernels."""
+        self._module.write_kv(key, value, k_view, v_view, block_ids, offsets)
+
+    def decode_attention(
+        self,
+        query: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_tables: torch.Tensor,
+        kv_lens: torch.Tensor,
+        *,
+        max_kv_len: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        chunk: int | None,
+    ) -> torch.Tensor:
+        """See AttentionKernels. Split every 512 keys; the heads of a group share each key and value read."""
+        out: torch.Tensor = self._module.decode_attention(
+            query,
+            k_view,
+            v_view,
+            block_tables,
+            kv_lens,
+            scaling,
+            window or 0,
+            softcap or 0.0,
+            _float(sinks),
+            chunk or 0,
+        )
+        return out
+
+    def prefill_attention(
+        self,
+        query: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_table: torch.Tensor,
+        kv_len: int,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        chunk: int | None,
+    ) -> torch.Tensor:
+        """See AttentionKernels. In bfloat16 the weights are rounded to bfloat16 before they meet the values."""
+        out: torch.Tensor = self._module.prefill_attention(
+            query, k_view, v_view, block_table, kv_len, scaling, window or 0, softcap or 0.0, _float(sinks), chunk or 0
+        )
+        return out
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool, rounds_first: bool
+    ) -> torch.Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
+
+        Args:
+            x: `[..., n]`, contiguous.
+            weight: `[n]`, of x's dtype.
+            eps: under the root.
+            adds_one: the factor is `1 + weight`.
+            rounds_first: round to x's dtype before the weight; otherwise the whole product is float32.
+        """
+        out: torch.Tensor = self._module.rms_norm(x, weight, eps, adds_one, rounds_first)
+        return out
+
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        delta: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        adds_one: bool,
+        rounds_first: bool,
+    ) -> torch.Tensor:
+        """`rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
+        out: torch.Tensor = self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first)
+        return out
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """`silu(gate) * up`, or with gelu's tanh form; overwrites and returns `gate`. Both `[..., n]`, contiguous."""
+        self._module.gate(gate, up, is_gelu)
+        return gate
+
+    def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Rotary embedding, in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
+
+        Args:
+            rows: `[num_tokens, num_heads, head_dim]`, last dimension contiguous.
+            cosine: `[num_tokens, r]` or `[1, num_tokens, r]`, contiguous, r at most head_dim; what is left stays.
+            sine: likewise.
+        """
+        self._module.rotate(rows, cosine, sine)
+
+
+def _float(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks.detach().float().contiguous()
+
+
+@functools.cache
+def load_kernels() -> NativeKernels | None:
+    """The kernels built for this machine by `python -m engine.kernels.cpu.build`.
+
+    Never compiles. None, with one log line saying why, where they were not built or do not load.
+    """
+    path = library_path()
+    if not path.exists():
+        _log.warning("kernels not built, using torch's operators (build them: python -m engine.kernels.cpu.build)")
+        return None
+    try:
+        return NativeKernels(import_library(path))
+    except ImportError as error:
+        _log.warning("kernels do not load, using torch's operators: %s", error)
+        return None

@@ -1,0 +1,1 @@
+"""The paged pool's bytes: tensors over it, device memory, checksums."""

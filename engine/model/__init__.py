@@ -1,0 +1,1 @@
+"""A transformers model made ready: loading, families, its attention, linears and fused layers."""

@@ -1,0 +1,149 @@
+"""Attention over the paged pool, as transformers' models call it.
+
+A model's attention layers call `paged_attention` (registered with transformers as ATTENTION_NAME). It stores the
+step's new K and V in the pool, then computes decode rows and prefill chunks with the layer's `AttentionKernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_utils import AttentionInterface
+
+from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.reference import TORCH_KERNELS
+
+#: Registered as an attention function but *not* as a mask function: transformers then builds no [T, T] mask.
+ATTENTION_NAME = "kvray"
+
+
+def choose_kernels(
+    layers: Sequence[LayerUse], dtype: torch.dtype, device: torch.device, candidates: Sequence[AttentionKernels] = ()
+) -> list[AttentionKernels]:
+    """For each layer the first of `candidates` that serves it, else torch's own operators."""
+    return [
+        next((kernels for kernels in candidates if kernels.supports(layer, dtype, device)), TORCH_KERNELS)
+        for layer in layers
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What `paged_attention` needs to know of one layer."""
+
+    k_view: torch.Tensor
+    v_view: torch.Tensor
+    kernels: AttentionKernels
+    chunk: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """One prefill chunk: packed rows `[begin, end)`, the last of them at position `kv_len - 1`."""
+
+    begin: int
+    end: int
+    kv_len: int
+    block_table: torch.Tensor  #: [blocks] int32
+
+
+@dataclass(frozen=True, slots=True)
+class StepAttention:
+    """One packed step as attention sees it: rows `[0, num_decode_rows)` decode, the rest prefill chunks."""
+
+    layers: Sequence[LayerAttention]
+    block_ids: torch.Tensor  #: [T] int64, where each new token is stored
+    offsets: torch.Tensor  #: [T] int64, within its block
+    num_decode_rows: int
+    block_tables: torch.Tensor  #: [num_decode_rows, max_blocks] int32
+    kv_lens: torch.Tensor  #: [num_decode_rows] int32
+    max_kv_len: int
+    spans: Sequence[PrefillSpan]
+    kept_rows: torch.Tensor | None = None  #: [rows] int64 whose logits are wanted; None: all. Nobody reads the others'
+
+
+_current_step: ContextVar[StepAttention] = ContextVar("current_step")
+
+
+@contextmanager
+def step_attention(step: StepAttention) -> Iterator[None]:
+    """Attention within this context belongs to `step`, also where a model does not pass keywords down to it."""
+    token = _current_step.set(step)
+    try:
+        yield
+    finally:
+        _current_step.reset(token)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,  # noqa: ARG001  # None, see ATTENTION_NAME
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001  # 0 in inference
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    kv_step: StepAttention | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention call: store the step's K and V, attend through the pool.
+
+    Args:
+        module: the attention layer; `layer_idx` says which.
+        query: `[1, num_heads, T, k_dim]`, rotary embedding applied.
+        key: `[1, num_kv_heads, T, k_dim]`.
+        value: `[1, num_kv_heads, T, v_dim]`.
+        attention_mask: None (see ATTENTION_NAME).
+        scaling: factor on scores; None: `k_dim ** -0.5`.
+        dropout: 0 in inference.
+        sliding_window: tokens, None: everything before.
+        softcap: see AttentionKernels.
+        s_aux: sink scores, `[num_heads]`.
+        kv_step: the step, where the model passes keywords down.
+
+    Returns:
+        `[1, T, num_heads, v_dim]` and None for the weights.
+    """
+    step = kv_step if kv_step is not None else _current_step.get()
+    layer_index: Any = module.layer_idx
+    layer = step.layers[layer_index]
+    kernels, k_view, v_view = layer.kernels, layer.k_view, layer.v_view
+    rows = query[0].transpose(0, 1)  # [T, num_heads, k_dim]
+    kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_view, v_view, step.block_ids, step.offsets)
+    options: dict[str, Any] = {
+        "scaling": rows.shape[2] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "chunk": layer.chunk,
+    }
+    parts = []
+    if step.num_decode_rows:
+        parts.append(
+            kernels.decode_attention(
+                rows[: step.num_decode_rows],
+                k_view,
+                v_view,
+                step.block_tables,
+                step.kv_lens,
+                max_kv_len=step.max_kv_len,
+                **options,
+            )
+        )
+    parts.extend(
+        kernels.prefill_attention(rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, **options)
+        for span in step.spans
+    )
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,255 @@
+"""Which models the engine can run: by their configuration, by a probe, and by comparison with eager attention.
+
+Nothing here knows a family by name. A model works when every layer calls the attention interface once per forward,
+and when its logits through a paged pool equal those of its own eager attention.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.memory.kv_pool import KvPool, LayerSpec
+from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
+from engine.model.checkpoint import read_json
+from messages.errors import ConfigError
+
+_PROBE_NAME = "kvray_probe"
+
+#: What a forward of a model that was not made for this can raise.
+_MODEL_ERRORS = (TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError)
+
+#: Trial of `check_against_eager`: so many tokens as one prefill chunk, then so many as decode rows.
+_TRIAL_PREFILL = 13
+_TRIAL_DECODE = 6
+
+#: Largest median over rows of |ours - eager| / |eager| that passes.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def read_model_config(directory: Path) -> PretrainedConfig:
+    """The configuration of a text decoder that transformers itself has.
+
+    Raises:
+        ConfigError: the directory or its config.json is missing or unreadable, or the model is none we can serve;
+            the message names the family and the reason.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"no model directory at {directory}")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} is no model directory: it has no config.json")
+    raw = read_json(directory / "config.json")
+    family = str(raw.get("model_type") or "")
+    reason = _refusal(raw, family)
+    if reason:
+        raise ConfigError(f"{family or 'this model'} cannot be served: {reason}")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # config classes validate with errors of many libraries
+        raise ConfigError(f"{directory / 'config.json'} is refused by transformers: {_first_line(error)}") from error
+    return config
+
+
+def _refusal(raw: dict[str, Any], family: str) -> str:
+    """Why a model with this config.json cannot be served, or nothing."""
+    if not family:
+        return "its config.json names no model_type"
+    if family not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in raw:
+            return "it wants to run code from its own directory, which is never done"
+        return "this version of transformers does not know the family"
+    if raw.get("is_encoder_decoder"):
+        return "it is an encoder-decoder, wanted a decoder"
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "it is not a decoder (transformers has no causal language model of this family)"
+    architectures = [str(name) for name in raw.get("architectures") or []]
+    if architectures and not set(architectures) & _causal_classes(family):
+        return f"its architecture is {architectures[0]}, wanted {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}"
+    parts = [name for name in ("vision_config", "audio_config") if raw.get(name)]
+    if parts:
+        return f"it has a {parts[0].removesuffix('_config')} part, wanted text only"
+    if raw.get("quantization_config") and family != "bitnet":
+        entries = raw["quantization_config"]
+        method = entries.get("quant_method", "unknown") if isinstance(entries, dict) else "unknown"
+        return f"its weights are quantised ({method}), wanted float32, bfloat16 or float16"
+    if raw.get("index_topk"):
+        return "its layers pick keys with an indexer (sparse attention)"
+    return ""
+
+
+def _causal_classes(family: str) -> set[str]:
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    return {names} if isinstance(names, str) else set(names)
+
+
+def probe_layers(model: nn.Module, family: str) -> tuple[list[LayerUse], int]:
+    """Run two tokens and record how each layer calls the attention interface.
+
+    Returns:
+        One LayerUse per layer, and the width of the logits.
+
+    Raises:
+        ConfigError: a layer does not call the interface, calls it twice, passes a mask of its own, attends to later
+            tokens, or the model keeps other state than keys and values.
+    """
+    config: Any = model.config
+    if getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"{family} cannot be served: it keeps recurrent state (state-space or linear attention), "
+            "wanted attention in every layer"
+        )
+    calls: dict[int, list[LayerUse]] = {}
+    faults: list[str] = []
+
+    def probe(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        index = int(getattr(module, "layer_idx", -1))
+        if attention_mask is not None:
+            faults.append(f"layer {index} attends under a mask that the model makes itself")
+        if getattr(module, "is_causal", True) is False:
+            faults.append(f"layer {index} attends to later tokens")
+        calls.setdefault(index, []).append(
+            LayerUse(
+                LayerSpec(key.shape[1], key.shape[3], value.shape[3]),
+                query.shape[1],
+                window=sliding_window,
+                chunk=attention_chunk(getattr(module, "config", config), index),
+                softcap=softcap,
+                has_sinks=s_aux is not None,
+            )
+        )
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_PROBE_NAME, probe)
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        model.set_attn_implementation(_PROBE_NAME)  # type: ignore[operator]
+        with torch.inference_mode():
+            logits = model(
+                input_ids=tokens,
+                position_ids=torch.arange(2, device=device)[None],
+                use_cache=False,
+                logits_to_keep=torch.zeros(1, dtype=torch.int64, device=device),
+            ).logits
+    except _MODEL_ERRORS as error:
+        raise ConfigError(f"{family} cannot be served: its forward fails here: {_first_line(error)}") from error
+    if logits.shape[1] != 1:
+        faults.append("it computes logits for tokens that nobody asked for (no logits_to_keep)")
+    layers = [calls.get(index, []) for index in range(config.get_text_config().num_hidden_layers)]
+    silent = [str(index) for index, layer in enumerate(layers) if not layer]
+    if silent:
+        faults.append(
+            f"layers {', '.join(silent)} of {len(layers)} do not use the attention interface "
+            "(state-space, linear, convolution or built-in attention)"
+        )
+    twice = [str(index) for index, layer in enumerate(layers) if len(layer) > 1]
+    if twice:
+        faults.append(f"layers {', '.join(twice)} attend more than once per forward")
+    if faults:
+        raise ConfigError(f"{family} cannot be served: {faults[0]}")
+    return [layer[0] for layer in layers], int(logits.shape[-1])
+
+
+def attention_chunk(config: Any, layer_index: int) -> int | None:
+    """Size of the aligned chunks that a layer attends within, which transformers does not pass with the call."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and 0 <= layer_index < len(kinds) and kinds[layer_index] == "chunked_attention":
+        return int(config.attention_chunk_size)
+    return None
+
+
+def eager_trial(model: nn.Module, vocab_size: int, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids `[n]` and the logits `[n, vocab_size]` fp32 that the model's own eager attention gives for them."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = min(_TRIAL_PREFILL + _TRIAL_DECODE, max_model_len)
+    tokens = torch.randint(vocab_size, (num_tokens,), generator=generator).to(device)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    positions = torch.arange(len(tokens), device=device)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=positions
+        ).logits[0]
+    return tokens, logits.float()
+
+
+def check_against_eager(
+    model: nn.Module,
+    family: str,
+    layers: list[LayerUse],
+    kernels: list[AttentionKernels],
+    dtype: torch.dtype,
+    trial: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Compute `trial` through a small pool, its last tokens as decode rows packed in front, and compare.
+
+    Leaves the model with our attention set.
+
+    Raises:
+        ConfigError: the logits differ by more than rounding explains.
+    """
+    tokens, wanted = trial
+    device = tokens.device
+    block_size = 16
+    num_tokens = len(tokens)
+    num_decodes = min(_TRIAL_DECODE, num_tokens - 1)
+    num_blocks = -(-num_tokens // block_size)
+    pool = KvPool([layer.spec for layer in layers], block_size, dtype, device, num_blocks=num_blocks)
+    table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32, device=device)
+    positions = torch.arange(num_tokens, device=device).roll(num_decodes)  # decode rows come first
+    step = StepAttention(
+        layers=[
+            LayerAttention(k, v, kernel, layer.chunk)
+            for k, v, kernel, layer in zip(pool.k, pool.v, kernels, layers, strict=True)
+        ],
+        block_ids=table[positions // block_size].long(),
+        offsets=positions % block_size,
+        num_decode_rows=num_decodes,
+        block_tables=table.repeat(num_decodes, 1),
+        kv_lens=(positions[:num_decodes] + 1).int(),
+        max_kv_len=num_tokens,
+        spans=[PrefillSpan(num_decodes, num_tokens, num_tokens - num_decodes, table)],
+    )
+    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    try:
+        with torch.inference_mode(), step_attention(step):
+            got = model(
+                input_ids=tokens[positions][None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=torch.arange(num_tokens, device=device),
+                kv_step=step,
+            ).logits[0]
+    except _MODEL_ERRORS as error:
+        raise ConfigError(f"{family} cannot be served: its forward fails here: {_first_line(error)}") from error
+    expected = wanted[positions]
+    # a row at a time, and the median: an expert chosen the other way at a near-tie moves one row, not most
+    distance = (got.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-6)
+    if not float(distance.median()) <= _TOLERANCE[dtype]:
+        raise ConfigError(
+            f"{family} cannot be served: its logits through the paged pool differ from its own attention's "
+            f"by {float(distance.median()):.2g} of their size, at most {_TOLERANCE[dtype]:.2g} is rounding"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

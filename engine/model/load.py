@@ -1,0 +1,240 @@
+"""Loads a transformers decoder, unmodified, to run over a paged pool."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
+from engine.kernels.cpu.native import load_kernels
+from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
+from engine.model.attention import choose_kernels
+from engine.model.checkpoint import read_json, stored_dtype, weight_files, weights_digest
+from engine.model.families import check_against_eager, eager_trial, probe_layers, read_model_config
+from engine.model.fused import fuse_modules
+from engine.model.fused_layer import fuse_layers
+from engine.model.linear import PACKED_NAME, can_pack, pack_linears
+from engine.model.rope import fix_frequencies, original_length
+from messages.errors import ConfigError
+from transport.memory import total_bytes
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+#: Of the machine's memory, what weights may take as float32 that are stored as bfloat16.
+_WIDENED_SHARE = 0.25
+
+#: Entries of config.json that do not change what the weights compute.
+_IDLE_CONFIG_KEYS = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready for a Runner, and what others need to know of it."""
+
+    model: nn.Module
+    family: str  #: transformers' model_type
+    layers: tuple[LayerUse, ...]
+    kernels: tuple[AttentionKernels, ...]  #: one per layer
+    dtype: torch.dtype  #: of weights and KV
+    device: torch.device
+    vocab_size: int  #: width of the logits
+    max_model_len: int  #: tokens, prompt and output together
+    eos_token_ids: tuple[int, ...]
+    fingerprint: bytes  #: 32 bytes; equal only where KV blocks are interchangeable
+    num_parameters: int
+    kernel_path: str  #: which linears and attention compute it, e.g. "cpu/onednn-1/torch-1"
+
+    @property
+    def layer_specs(self) -> list[LayerSpec]:
+        """What each layer keeps per token."""
+        return [layer.spec for layer in self.layers]
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    num_threads: int | None = None,
+    max_model_len: int | None = None,
+    use_kernels: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load the decoder in directory `path`. Reads safetensors only, runs no code of its own, uses no network.
+
+    Args:
+        path: a transformers model directory.
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored, but on a CPU float16 as float32, and bfloat16 too
+            where the CPU would emulate it and the weights as float32 take at most a quarter of its memory.
+        device: "cpu" or a CUDA device.
+        num_threads: torch's threads from now on; None leaves them.
+        max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
+            with where its rotary frequencies change after that. Asking for more then gives all lengths the
+            frequencies of long ones.
+        use_kernels: the C++ kernels, where they were built for this machine; False: plain torch.
+        on_progress: called with a line for people as loading goes on.
+
+    Raises:
+        ConfigError: the model cannot be served; one line that says why.
+    """
+    say = on_progress or _log.info
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device} was asked for and torch sees no CUDA device")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    config, files, length = check_model(path, max_model_len=max_model_len)
+    family = str(config.model_type)
+    chosen = _choose_dtype(dtype, config, files, target)
+    num_bytes = sum(file.stat().st_size for file in files)
+    say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
+    digest = weights_digest(files)
+    say(f"loading {family} as {str(chosen).removeprefix('torch.')}")
+    model = _load(path, config, chosen).to(target).eval()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    fix_frequencies(model, length)
+    layers, vocab_size = probe_layers(model, family)
+    trial = eager_trial(model, vocab_size, length)
+    linear_name = "torch"
+    if target.type == "cpu" and can_pack(chosen):
+        say("packing linear layers")
+        pack_linears(model)
+        linear_name = PACKED_NAME
+    native = load_kernels() if use_kernels and target.type == "cpu" else None
+    if native:
+        linear_name += f"+{fuse_modules(model, native).name}-{fuse_layers(model, native)}"
+    if target.type == "cpu":
+        use_huge_pages()
+        keep_freed_buffers()
+    kernels = choose_kernels(layers, chosen, target, [native] if native else [])
+    check_against_eager(model, family, layers, kernels, chosen, trial)
+    kernel_path = "/".join([target.type, linear_name, *sorted({kernel.name for kernel in kernels})])
+    say(f"{family} ready: {num_parameters / 1e6:,.1f} M parameters, {kernel_path}")
+    return LoadedModel(
+        model=model,
+        family=family,
+        layers=tuple(layers),
+        kernels=tuple(kernels),
+        dtype=chosen,
+        device=next(model.parameters()).device,
+        vocab_size=vocab_size,
+        max_model_len=length,
+        eos_token_ids=_eos_token_ids(path, config),
+        fingerprint=_fingerprint(digest, config, chosen, kernel_path, [k.name for k in kernels], length),
+        num_parameters=num_parameters,
+        kernel_path=kernel_path,
+    )
+
+
+def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[PretrainedConfig, list[Path], int]:
+    """What can be told of the decoder in `path` before anything is loaded; `max_model_len` as in `load_model`.
+
+    Returns:
+        Its configuration, its weight files, and the tokens that a sequence may have.
+
+    Raises:
+        ConfigError: the model cannot be served; one line that says why.
+    """
+    config = read_model_config(path)
+    files = weight_files(path)
+    return config, files, _context_length(config, max_model_len, path)
+
+
+def _load(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # corrupt files fail in safetensors, torch or transformers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the weights in {path} cannot be loaded: {reason[:300]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, first {missing[0]}")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _choose_dtype(dtype: str, config: Any, files: list[Path], device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, wanted auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    named = getattr(config, "dtype", None)
+    name = str(named).removeprefix("torch.") if named is not None else _STORED_DTYPES.get(stored_dtype(files), "")
+    if device.type == "cpu" and (name == "float16" or (name == "bfloat16" and _widens_bfloat16(files))):
+        name = "float32"  # CPUs compute float16 slower than float32, and bfloat16 would round the weights
+    return _DTYPES.get(name, torch.float32)
+
+
+def _widens_bfloat16(files: list[Path]) -> bool:
+    """Where oneDNN has no bfloat16 products torch emulates them, and float32 is many times faster, if there is room.
+
+    Judged by all memory, not by what is free of it: the workers of a node have to agree.
+    """
+    num_bytes = 2 * sum(file.stat().st_size for file in files)
+    return not can_pack(torch.bfloat16) and num_bytes <= _WIDENED_SHARE * total_bytes()
+
+
+def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) -> int:
+    positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None and positions is None:
+        raise ConfigError(f"{path / 'config.json'} names no max_position_embeddings: give max_model_len")
+    if wanted is None:
+        return int(min(positions, original_length(config) or positions))
+    if wanted < 1 or (positions is not None and wanted > positions):
+        raise ConfigError(f"max_model_len is {wanted}, wanted 1 to {positions} (the model's positions)")
+    return wanted
+
+
+def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """The end tokens `generate` would stop at: generation_config.json's, else config.json's."""
+    found: Any = None
+    if (path / "generation_config.json").is_file():
+        found = read_json(path / "generation_config.json").get("eos_token_id")
+    if found is None:
+        found = getattr(config.get_text_config(), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+
+
+def _fingerprint(
+    weights: bytes,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    kernel_path: str,
+    layer_kernels: list[str],
+    max_model_len: int,
+) -> bytes:
+    """32 bytes over everything that decides the bits of a block but its tokens (and its size: see block names)."""
+    facts = {key: value for key, value in config.to_dict().items() if key not in _IDLE_CONFIG_KEYS}
+    has_long_rope = max_model_len > (original_length(config) or max_model_len)
+    description = json.dumps(
+        [facts, str(dtype), LAYOUT_VERSION, kernel_path, layer_kernels, has_long_rope], sort_keys=True, default=str
+    )
+    return blake3(weights + description.encode()).digest()

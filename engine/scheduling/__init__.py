@@ -1,0 +1,1 @@
+"""What runs next, on which blocks: pure deciding, and the contract with who does it."""

@@ -1,0 +1,282 @@
+"""Who is in which phase, and who holds which blocks: the scheduler's books.
+
+A block is pinned once for each table that holds it. Blocks that a step or a pull in progress touches stay pinned until
+it ends, whatever became of the sequence meanwhile.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+from typing import assert_never
+
+from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from kvcache.pool import BlockPool
+from messages.errors import InvariantError
+
+
+@dataclass(frozen=True, slots=True)
+class PullTarget:
+    """A block into which a pull still writes, though its sequence went on or ended without it."""
+
+    index: int
+    block_id: int
+    name: bytes  #: b"" for a partial block
+
+
+class SequenceLedger:
+    """All sequences that have not ended, by phase, and their claims on `pool`. Nobody else pins its blocks."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.sequences: dict[str, Sequence] = {}
+        self.waiting: list[Sequence] = []  #: by seniority
+        self.pulling: dict[str, Sequence] = {}
+        self.running: dict[str, Sequence] = {}
+        self.dying: list[Sequence] = []  #: ended, with blocks that the running step uses
+        self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
+        self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
+        self.num_preemptions = 0
+
+    # --------------------------------------------------------------------------------------------------------- phases
+
+    def enqueue(self, seq: Sequence) -> None:
+        """A new sequence."""
+        self.sequences[seq.seq_id] = seq
+        insort(self.waiting, seq, key=_seniority)
+
+    def admit(self, seq: Sequence, matched: list[int]) -> None:
+        """From waiting to running; the blocks in `matched`, the head of its prefix, are reused."""
+        self.waiting.remove(seq)
+        self.pool.pin(matched)
+        seq.block_table = matched
+        seq.num_computed = len(matched) * seq.block_size
+        seq.num_passed_over = 0
+        if not seq.has_emitted:
+            seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+        for name in seq.names[len(matched) :]:
+            self.in_flight.setdefault(name, seq)
+        seq.phase = Phase.RUNNING
+        self.running[seq.seq_id] = seq
+
+    def begin_pull(self, seq: Sequence, deadline_s: float) -> None:
+        """From running to pulling, with blocks for the whole prompt."""
+        del self.running[seq.seq_id]
+        seq.pull = RemotePull(first_index=len(seq.block_table), deadline_s=deadline_s)
+        seq.block_table += self.pool.allocate(seq.num_blocks_for(seq.num_prompt_tokens) - len(seq.block_table))
+        seq.phase = Phase.PULLING
+        self.pulling[seq.seq_id] = seq
+
+    def end_pull(self, seq: Sequence, num_blocks: int) -> None:
+        """From pulling to running with the first `num_blocks` blocks; the others are given back."""
+        self._drop_tail(seq, num_blocks)
+        seq.num_computed = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
+        seq.num_passed_over = 0
+        del self.pulling[seq.seq_id]
+        seq.phase = Phase.RUNNING
+        self.running[seq.seq_id] = seq
+
+    def keep(self, seq: Sequence) -> None:
+        """From running to kept: nothing more is computed, the blocks stay."""
+        del self.running[seq.seq_id]
+        self._forget_in_flight(seq, 0, len(seq.names))
+        seq.phase = Phase.KEPT
+
+    def preempt(self, seq: Sequence) -> None:
+        """From running back to the queue. Its full blocks stay named, so that most of it comes back by reuse."""
+        del self.running[seq.seq_id]
+        seq.extend_names()
+        self._forget_in_flight(seq, 0, len(seq.names))
+        self._give_back(seq)
+        seq.num_computed = 0
+        seq.num_offered_blocks = 0
+        if not seq.has_emitted:
+            seq.num_device_tokens = seq.num_peer_tokens = 0
+            seq.prompt_logprobs = [None]
+        seq.phase = Phase.WAITING
+        insort(self.waiting, seq, key=_seniority)
+        self.num_preemptions += 1
+
+    def end(self, seq: Sequence) -> None:
+        """The sequence is gone; its blocks too, as soon as no step and no pull uses them."""
+        del self.sequences[seq.seq_id]
+        match seq.phase:
+            case Phase.WAITING:
+                self.waiting.remove(seq)
+            case Phase.PULLING:
+                self._drop_tail(seq, 0)
+                del self.pulling[seq.seq_id]
+            case Phase.RUNNING:
+                del self.running[seq.seq_id]
+            case Phase.KEPT:
+                pass
+            case Phase.ENDED:
+                raise InvariantError(f"sequence {seq.seq_id!r} ended twice")
+            case _ as unreachable:
+                assert_never(unreachable)
+        seq.phase = Phase.ENDED
+        self._forget_in_flight(seq, 0, len(seq.names))
+        if seq.is_in_step:
+            self.dying.append(seq)
+        else:
+            self._give_back(seq)
+
+    def bury(self) -> None:
+        """The step ended that used blocks of ended sequences."""
+        for seq in self.dying:
+            self._give_back(seq)
+        self.dying.clear()
+
+    # --------------------------------------------------------------------------------------------------------- blocks
+
+    def reserve(self, seq: Sequence, end: int) -> bool:
+        """Make the table of `seq` cover `end` tokens; preempt its juniors for that if need be.
+
+        The most senior sequence can preempt all others, so one always goes on; who finds no room keeps its blocks and
+        waits.
+        """
+        num_lacking = seq.num_blocks_for(end) - len(seq.block_table)
+        if num_lacking <= 0:
+            return True
+        while self.pool.num_free < num_lacking:
+            victim = max((s for s in self.running.values() if s.block_table), key=_seniority, default=seq)
+            if victim.seniority <= seq.seniority:
+                return False
+            self.preempt(victim)
+        seq.block_table += self.pool.allocate(num_lacking)
+        return True
+
+    def extend_match(self, seq: Sequence) -> None:
+        """Take blocks that came to be held since admission: others wrote them, or they follow a bad one of a pull."""
+        begin = len(seq.block_table)
+        if seq.num_computed != begin * seq.block_size or begin >= seq.max_match_blocks:
+            return
+        matched = self.pool.match(seq.names[i] for i in range(begin, seq.max_match_blocks))
+        if not matched:
+            return
+        self.pool.pin(matched)
+        self._forget_in_flight(seq, begin, begin + len(matched))
+        seq.block_table += matched
+        num_before = min(seq.num_computed, seq.num_prompt_tokens)
+        seq.num_computed += len(matched) * seq.block_size
+        if not seq.has_emitted:
+            seq.num_device_tokens += min(seq.num_computed, seq.num_prompt_tokens) - num_before
+
+    def commit_up_to(self, seq: Sequence, end: int) -> None:
+        """The KV of all tokens before `end` is written: name the blocks that became full."""
+        begin_block, end_block = seq.num_computed // seq.block_size, end // seq.block_size
+        seq.num_computed = end
+        if end_block > len(seq.names):
+            seq.extend_names()
+        for index in range(begin_block, end_block):
+            self.commit(seq, index)
+
+    def commit(self, seq: Sequence, index: int) -> None:
+        """The block at `index` is full, and right."""
+        self.pool.commit(seq.block_table[index], seq.names[index])
+        self._forget_in_flight(seq, index, index + 1)
+
+    def free_orphans(self, seq_id: str, bad_indexes: frozenset[int], quarantine_until_s: float | None) -> None:
+        """The pull of a sequence that did not wait for it ended: keep what is good for others, free the rest."""
+        for target in self.orphans.pop(seq_id, []):
+            is_bad = target.index in bad_indexes
+            if is_bad and quarantine_until_s is not None:
+                self.pool.quarantine([target.block_id], quarantine_until_s)
+                continue
+            if target.name and not is_bad:
+                self.pool.commit(target.block_id, target.name)
+            self.pool.unpin([target.block_id])
+
+    def _drop_tail(self, seq: Sequence, num_blocks: int) -> None:
+        """Give back a pulling sequence's blocks from index `num_blocks` on; those being written are orphans first."""
+        if seq.pull is None:
+            raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no pull")
+        targets = [
+            PullTarget(
+                i, seq.block_table[i], seq.names[i] if (i + 1) * seq.block_size <= seq.num_prompt_tokens else b""
+            )
+            for i in seq.pull.open
+            if i not in seq.pull.arrived
+        ]
+        if targets:
+            self.orphans[seq.seq_id] = targets
+        orphaned = {target.index for target in targets}
+        self.pool.unpin([seq.block_table[i] for i in range(num_blocks, len(seq.block_table)) if i not in orphaned])
+        seq.block_table = seq.block_table[:num_blocks]
+        seq.pull = None
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.pool.unpin(seq.block_table)
+        seq.block_table = []
+
+    def _forget_in_flight(self, seq: Sequence, begin: int, end: int) -> None:
+        for name in seq.names[begin:end]:
+            if self.in_flight.get(name) is seq:
+                del self.in_flight[name]
+
+    # ------------------------------------------------------------------------------------------------------ invariants
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the books do not agree, those of the pool included."""
+        self.pool.check_invariants()
+        for seq in self.sequences.values():
+            self._check_sequence(seq)
+        groups = (self.waiting, self.pulling.values(), self.running.values())
+        _require(
+            sorted(seq.order for group in groups for seq in group)
+            == sorted(seq.order for seq in self.sequences.values() if seq.phase is not Phase.KEPT),
+            "every sequence is in the one list of its phase",
+        )
+        _require(self.waiting == sorted(self.waiting, key=_seniority), "the queue is in order")
+        pins = [0] * self.pool.num_blocks
+        for seq in [*self.sequences.values(), *self.dying]:
+            for block_id in seq.block_table:
+                pins[block_id] += 1
+        for targets in self.orphans.values():
+            for target in targets:
+                pins[target.block_id] += 1
+        _require(
+            pins == [self.pool.num_pins(block_id) for block_id in range(self.pool.num_blocks)],
+            "a block is pinned once for each table that holds it",
+        )
+        _require(
+            all(seq.phase in (Phase.RUNNING, Phase.PULLING) for seq in self.in_flight.values()),
+            "only who runs or pulls is waited for",
+        )
+
+    def _check_sequence(self, seq: Sequence) -> None:
+        table, pool = seq.block_table, self.pool
+        match seq.phase:
+            case Phase.WAITING:
+                _require(not table and not seq.num_computed and not seq.is_in_step, "who waits holds nothing")
+            case Phase.PULLING:
+                _require(len(table) == seq.num_blocks_for(seq.num_prompt_tokens), "a pull has all its targets")
+            case Phase.RUNNING:
+                _require(seq.num_computed < seq.num_tokens, "who runs has something to compute")
+            case Phase.KEPT:
+                _require(seq.num_computed >= seq.num_prompt_tokens, "what is kept is whole")
+            case Phase.ENDED:
+                raise InvariantError(f"sequence {seq.seq_id!r} ended and is still in the books")
+            case _ as unreachable:
+                assert_never(unreachable)
+        _require((seq.pull is not None) == (seq.phase is Phase.PULLING), "who pulls, and nobody else, has a pull")
+        _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
+        num_full = seq.num_computed // seq.block_size
+        _require(
+            all(pool.name(table[i]) in (None, seq.names[i]) for i in range(num_full)),
+            "blocks have the names of their sequences",
+        )
+        unfinished = [] if seq.pull else table[num_full:]
+        _require(
+            all(pool.name(block_id) is None and pool.num_pins(block_id) == 1 for block_id in unfinished),
+            "what is still to be written is nobody else's",
+        )
+
+
+def _seniority(seq: Sequence) -> tuple[int, int]:
+    return seq.seniority
+
+
+def _require(is_true: bool, what: str) -> None:
+    if not is_true:
+        raise InvariantError(f"scheduler: not true that {what}")

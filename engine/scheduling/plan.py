@@ -1,0 +1,231 @@
+"""The contract between deciding (`engine.scheduling.scheduler`) and doing (`engine.runner`, the workers).
+
+Events go into the scheduler, instructions come out; a step's plan goes into the runner, its result comes back as an
+event. All of it stays inside one process; nothing here has behaviour beyond small derived counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from messages.errors import KvrayError
+from messages.handoff import BlockLocation
+from messages.request import SamplingParams
+from messages.stream import FinishReason, PromptSources, TokenLogprob
+
+# --------------------------------------------------------------------------------------------------------- sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """A sequence to run, as it is handed to the scheduler."""
+
+    seq_id: str
+    token_ids: list[int]  #: the prompt, then what was generated so far (a sequence that moved); copied
+    num_prompt_tokens: int
+    params: SamplingParams
+    salt: bytes = b""
+    priority: int = 0  #: smaller is sooner
+    deadline_s: float | None = None  #: by the scheduler's clock; past it the sequence ends with an error
+    is_remote: bool = False  #: another worker computes the prompt's KV and samples the first token
+    is_kept: bool = False  #: when it finishes, its blocks stay pinned until BlocksReleased
+
+
+# ------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceAdded:
+    """A sequence to run."""
+
+    spec: SequenceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceCancelled:
+    """Not wanted any more, in whatever state; unknown ids are ignored.
+
+    Blocks of a step or a pull that still runs are freed when that ends.
+    """
+
+    seq_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvOffered:
+    """A remote sequence's KV is readable. `first_token` is None on all but the last offer."""
+
+    seq_id: str
+    blocks: list[BlockLocation]
+    is_last: bool
+    first_token: int | None
+    first_logprob: TokenLogprob | None
+    num_peer_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvRefused:
+    """No remote KV will come (worker lost, error, deadline): compute here what is missing."""
+
+    seq_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullEnded:
+    """A PullBlocks was carried out. `bad_indexes`: positions of blocks that did not arrive whole and verified.
+
+    `quarantine_until_s`, by the scheduler's clock: the road could not abort the pull, so late bytes may land in the bad
+    blocks' targets until then, and nobody gets them.
+    """
+
+    seq_id: str
+    bad_indexes: frozenset[int]
+    quarantine_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReleased:
+    """The lease on a kept sequence's blocks ended; unknown ids are ignored."""
+
+    seq_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepWanted:
+    """The runner is idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """The step that ran last gave this."""
+
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Look at the deadlines."""
+
+
+Event: TypeAlias = (
+    SequenceAdded
+    | SequenceCancelled
+    | KvOffered
+    | KvRefused
+    | PullEnded
+    | BlocksReleased
+    | StepWanted
+    | StepEnded
+    | TimePassed
+)
+
+# ------------------------------------------------------------------------------------------------------- instructions
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Compute this, answer with StepEnded."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class AskRemote:
+    """Blocks for the whole prompt are reserved: ask the prefill worker for what follows `num_held_tokens`."""
+
+    seq_id: str
+    num_held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PullBlocks:
+    """Copy each source block into the target block id of the own pool, verify, answer with PullEnded."""
+
+    seq_id: str
+    pairs: list[tuple[BlockLocation, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class EmitTokens:
+    """Tokens for whoever asked. `finish_reason` ends the sequence; `error` goes with finish_reason "error"."""
+
+    seq_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    sources: PromptSources | None = None  #: on a sequence's first emission
+    stop_token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    error: KvrayError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OfferBlocks:
+    """A kept sequence's prompt blocks are written; they stay pinned until BlocksReleased.
+
+    The last offer comes just before the EmitTokens that holds the first token.
+    """
+
+    seq_id: str
+    blocks: list[BlockLocation]
+    is_last: bool
+    num_cached_tokens: int
+
+
+Instruction: TypeAlias = RunStep | AskRemote | PullBlocks | EmitTokens | OfferBlocks
+
+# --------------------------------------------------------------------------------------------------------------- step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceStep:
+    """One sequence's part of a step: tokens [start, start + num_tokens) of `token_ids` are computed.
+
+    kind "prefill": one chunk, causal, attends to all before it. kind "decode": every token is a row of its own with
+    the decode kernel (one when generating, several when replaying generated tokens).
+    The lists belong to the scheduler and do not change before StepEnded.
+    """
+
+    seq_id: str
+    kind: Literal["prefill", "decode"]
+    token_ids: list[int]  #: all tokens of the sequence
+    num_prompt_tokens: int
+    start: int
+    num_tokens: int
+    block_table: list[int]  #: block ids covering at least start + num_tokens tokens
+    params: SamplingParams
+    is_sampled: bool  #: the last token's logits give the next token
+    wants_prompt_logprobs: bool = False
+    is_kept: bool = False  #: its blocks will be published
+
+    @property
+    def end(self) -> int:
+        """One past the last token computed."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Decode parts first, then prefill parts."""
+
+    parts: list[SequenceStep]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None  #: where params.logprobs asked for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave. Every planned part is computed unless its id is in `errors`."""
+
+    sampled: dict[str, Sampled]
+    #: for parts with wants_prompt_logprobs: of tokens [start + 1, end + 1) given what precedes them, those that exist
+    prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    errors: dict[str, KvrayError] = field(default_factory=dict)
+    elapsed_s: float = 0.0

@@ -1,0 +1,462 @@
+"""What runs next, on which blocks: events in, instructions out. Pure: no clock, no IO, no torch.
+
+    waiting ---> running (prefill, then decode) ---> ended, or kept until BlocksReleased
+       |  ^          ^   |
+       |  '-preempt--|---'
+       '---> pulling-'        (remote: another worker computes the prompt; falls back to computing here)
+
+`ledger` keeps the books, `step_planner` fills the steps, `remote_pulls` leads pulls to their end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import assert_never
+
+from engine.scheduling.ledger import SequenceLedger
+from engine.scheduling.plan import (
+    AskRemote,
+    BlocksReleased,
+    EmitTokens,
+    Event,
+    Instruction,
+    KvOffered,
+    KvRefused,
+    OfferBlocks,
+    PullEnded,
+    RunStep,
+    Sampled,
+    SequenceAdded,
+    SequenceCancelled,
+    SequenceSpec,
+    SequenceStep,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+    TimePassed,
+)
+from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
+from engine.scheduling.sequence import Phase, Sequence
+from engine.scheduling.step_cost import StepCost
+from engine.scheduling.step_planner import StepPlanner
+from kvcache.names import BlockNamer
+from kvcache.pool import BlockPool
+from messages.errors import CapacityError, ConfigError, InvariantError, KvrayError, RequestError, WorkerError
+from messages.handoff import BlockLocation
+from messages.stream import FinishReason, PromptSources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """The scheduler's numbers.
+
+    Raises:
+        ConfigError: one makes no sense.
+    """
+
+    max_model_len: int  #: tokens, prompt and output
+    max_num_seqs: int = 256  #: running or pulling at once
+    max_num_batched_tokens: int = 2048  #: in one step; a row for each decode and one chunk fit in any case
+    chunk_quantum_tokens: int = 256  #: prefill chunks end at multiples of it
+    itl_target_s: float = 0.1  #: steps with decodes take no more prefill than fits in it, but always one chunk
+    #: a remote sequence that lacks fewer tokens than this computes them here
+    remote_threshold_tokens: int | Callable[[], int] = 256
+    remote_timeout_s: float = 30.0  #: from AskRemote to the end of the last pull
+    watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is wanted")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark is {self.watermark}; a share from 0 up to 1 is wanted")
+
+
+class Scheduler:
+    """Decides for one worker. It is the only one who pins blocks of `pool`. One thread.
+
+    `fingerprint` is the model's: root of all block names.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, fingerprint: bytes, cost: StepCost | None = None
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._fingerprint = fingerprint
+        self._max_model_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
+        self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
+        self._ledger = SequenceLedger(pool)
+        self._remote = RemotePulls(self._ledger)
+        self._planner = StepPlanner(
+            self._ledger,
+            self.cost,
+            max_tokens=config.max_num_batched_tokens,
+            quantum_tokens=config.chunk_quantum_tokens,
+            itl_target_s=config.itl_target_s,
+        )
+        self._step: list[tuple[SequenceStep, Sequence]] | None = None
+        self._blocked: Sequence | None = None  # the most senior one that could start but for the room
+        self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
+        self._num_arrivals = count()
+        self._num_generated_tokens = 0
+        self._num_device_tokens = 0
+        self._num_peer_tokens = 0
+        self._num_computed_tokens = 0
+
+    # ----------------------------------------------------------------------------------------------------------- load
+
+    def seq_ids(self) -> tuple[str, ...]:
+        """All sequences that have not ended, kept ones included."""
+        return tuple(self._ledger.sequences)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, by name."""
+        return {
+            "num_preemptions": self._ledger.num_preemptions,
+            "num_prompt_tokens_device": self._num_device_tokens,
+            "num_prompt_tokens_peer": self._num_peer_tokens,
+            "num_prompt_tokens_computed": self._num_computed_tokens,
+            "num_generated_tokens": self._num_generated_tokens,
+            "num_rejected_blocks": self._remote.num_rejected_blocks,
+            "num_remote_fallbacks": self._remote.num_fallbacks,
+        }
+
+    @property
+    def num_waiting(self) -> int:
+        """Not yet admitted, or preempted."""
+        return len(self._ledger.waiting)
+
+    @property
+    def num_pulling(self) -> int:
+        """Waiting for another worker's KV."""
+        return len(self._ledger.pulling)
+
+    @property
+    def num_running(self) -> int:
+        """In prefill or decode."""
+        return len(self._ledger.running)
+
+    @property
+    def num_kept(self) -> int:
+        """Finished, with their blocks pinned for others."""
+        return len(self._ledger.sequences) - self.num_waiting - self.num_pulling - self.num_running
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that are to be computed here before all sequences decode."""
+        waiting, running = self._ledger.waiting, self._ledger.running.values()
+        tokens = sum(seq.num_tokens - seq.expected_match_tokens for seq in waiting if not seq.wants_remote)
+        return tokens + sum(seq.num_tokens - seq.num_computed for seq in running if not seq.is_decoding)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Measured over recent steps; 0 before the first."""
+        return self.cost.prefill_tokens_per_s
+
+    @property
+    def decode_step_s(self) -> float:
+        """Measured median; 0 before the first."""
+        return self.cost.decode_step_s
+
+    # --------------------------------------------------------------------------------------------------------- events
+
+    def on_event(self, event: Event, now_s: float) -> list[Instruction]:
+        """What is to be done about `event`, in order. `now_s` never goes back.
+
+        After every event, when the runner is idle, StepWanted may find something to run.
+
+        Raises:
+            RequestError: an added sequence's id is in use; nothing changed.
+            InvariantError: a step or a pull is reported or wanted out of turn, or a step's result lacks a token.
+        """
+        if isinstance(event, SequenceAdded) and event.spec.seq_id in self._ledger.sequences:
+            raise RequestError(f"sequence id {event.spec.seq_id!r} is in use", param="request_id")
+        out: list[Instruction] = []
+        self._pool.release_quarantined(now_s)
+        self._check_deadlines(now_s, out)
+        if not isinstance(event, SequenceAdded):
+            self._blocked = None  # there may be more room
+        match event:
+            case SequenceAdded(spec):
+                self._add(spec, now_s, out)
+            case SequenceCancelled(seq_id) | BlocksReleased(seq_id):
+                if seq_id in self._ledger.sequences:
+                    self._ledger.end(self._ledger.sequences[seq_id])
+            case KvOffered(seq_id):
+                if seq_id in self._ledger.pulling:
+                    self._take_offer(self._ledger.pulling[seq_id], event, out)
+            case KvRefused(seq_id):
+                if seq_id in self._ledger.sequences:
+                    self._take_refusal(self._ledger.sequences[seq_id])
+            case PullEnded():
+                self._remote.finish_pull(event, out)
+            case StepEnded(result):
+                self._finish_step(result, out)
+            case StepWanted() | TimePassed():
+                pass
+            case _ as unreachable:
+                assert_never(unreachable)
+        self._admit(now_s, out)
+        if isinstance(event, StepWanted):
+            self._begin_step(out)
+        return out
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the books do not agree, those of the pool included."""
+        self._ledger.check_invariants()
+
+    def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> None:
+        error = self._refusal(spec, now_s)
+        if error is not None:
+            out.append(EmitTokens(spec.seq_id, finish_reason="error", error=error))
+            return
+        namer = BlockNamer(self._fingerprint, spec.salt, self._pool.block_size)
+        seq = Sequence(spec, order=next(self._num_arrivals), namer=namer, block_size=self._pool.block_size)
+        reason = self._finish_reason(seq) if seq.num_output_tokens else None
+        if reason is not None:  # it moved here with all its tokens
+            out.append(EmitTokens(spec.seq_id, stop_token_id=_stop_token(seq, reason), finish_reason=reason))
+            return
+        self._ledger.enqueue(seq)
+        if self._blocked is not None and seq.seniority < self._blocked.seniority:
+            self._blocked = None
+        if spec.deadline_s is not None:
+            heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
+
+    def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
+        """Why the sequence cannot run here."""
+        num_prompt, num_tokens, model_len = spec.num_prompt_tokens, len(spec.token_ids), self._config.max_model_len
+        if not 1 <= num_prompt <= num_tokens:
+            return RequestError(
+                f"num_prompt_tokens is {num_prompt}; from 1 to the {num_tokens} tokens given is wanted", param="prompt"
+            )
+        if num_prompt + 1 > model_len:
+            return RequestError(
+                f"the prompt has {num_prompt} tokens; at most {model_len - 1} fit beside one output token in the "
+                f"model's {model_len}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if num_prompt + 1 > self._max_model_len:
+            return CapacityError(
+                f"the prompt has {num_prompt} tokens; at most {self._max_model_len - 1} fit beside one output token in "
+                f"the KV pool's {self._max_model_len}",
+                code="context_length_exceeded",
+                status=400,
+            )
+        if spec.seq_id in self._ledger.orphans:
+            return WorkerError(f"a pull for an earlier sequence {spec.seq_id!r} still runs")
+        if spec.deadline_s is not None and spec.deadline_s <= now_s:
+            return _deadline_error(spec.seq_id, Phase.WAITING)
+        return None
+
+    def _check_deadlines(self, now_s: float, out: list[Instruction]) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, seq_id = heapq.heappop(self._deadlines)
+            seq = self._ledger.sequences.get(seq_id)
+            if seq is None or seq.phase is Phase.KEPT:
+                continue
+            if seq.spec.deadline_s is not None and seq.spec.deadline_s <= now_s:
+                error = _deadline_error(seq.seq_id, seq.phase)
+                out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
+                self._ledger.end(seq)
+            elif seq.pull is not None and seq.pull.deadline_s <= now_s:
+                self._remote.fall_back(seq)
+
+    # ------------------------------------------------------------------------------------------------------ admission
+
+    def _admit(self, now_s: float, out: list[Instruction]) -> None:
+        """Take sequences out of the queue, by seniority, until one finds no room."""
+        if self._blocked is not None:
+            return
+        ledger = self._ledger
+        position = 0
+        while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
+            seq = ledger.waiting[position]
+            if seq.held_for is not None and seq.held_for in ledger.in_flight:
+                position += 1
+                continue
+            matched = self._pool.match(seq.names[: seq.max_match_blocks])
+            if self._hold_back(seq, len(matched)):
+                position += 1
+                continue
+            if not self._has_room(seq, matched):
+                self._blocked = seq
+                return
+            self._start(seq, matched, now_s, out)
+
+    def _hold_back(self, seq: Sequence, num_matched: int) -> bool:
+        """Whether the next block that `seq` lacks is about to be written by another: then it is computed only once.
+
+        The wait ends: names are in flight only while their sequence runs or pulls, and both always end.
+        """
+        in_flight = self._ledger.in_flight
+        seq.held_for, seq.expected_match_tokens = None, 0
+        if num_matched >= seq.max_match_blocks:
+            return False
+        writer = in_flight.get(seq.names[num_matched])
+        if writer is None or writer.spec.priority > seq.spec.priority:  # the urgent do not wait for the patient
+            return False
+        end = num_matched
+        while end < seq.max_match_blocks and (seq.names[end] in in_flight or self._pool.holds(seq.names[end])):
+            end += 1
+        seq.held_for, seq.expected_match_tokens = seq.names[num_matched], end * seq.block_size
+        return True
+
+    def _has_room(self, seq: Sequence, matched: list[int]) -> bool:
+        """Whether the pool has blocks for all known tokens of `seq` and of those that run already."""
+        pool, ledger = self._pool, self._ledger
+        available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
+        wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
+        if ledger.running or ledger.pulling:
+            wanted += sum(other.num_lacking_blocks for other in ledger.running.values())
+            wanted += max(1, int(self._config.watermark * pool.num_blocks))
+        return wanted <= available
+
+    def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
+        self._ledger.admit(seq, matched)
+        num_lacking = seq.num_prompt_tokens - seq.num_computed
+        if seq.wants_remote and num_lacking >= self._remote_threshold_tokens():
+            deadline_s = now_s + self._config.remote_timeout_s
+            self._ledger.begin_pull(seq, deadline_s)
+            heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
+            out.append(AskRemote(seq.seq_id, seq.num_computed))
+        elif seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
+            self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
+        seq.wants_remote = False
+
+    def _remote_threshold_tokens(self) -> int:
+        threshold = self._config.remote_threshold_tokens
+        return max(1, threshold() if callable(threshold) else threshold)
+
+    # --------------------------------------------------------------------------------------------------------- remote
+
+    def _take_offer(self, seq: Sequence, event: KvOffered, out: list[Instruction]) -> None:
+        if seq.pull is not None:
+            seq.pull.num_peer_cached_tokens = event.num_peer_cached_tokens
+        if event.is_last and seq.num_output_tokens == 0:
+            if event.first_token is None:  # then nobody has its logits
+                self._remote.fall_back(seq)
+                return
+            seq.num_peer_tokens = count_peer_tokens(seq, seq.num_prompt_tokens)
+            self._append(seq, Sampled(event.first_token, event.first_logprob), out)
+        if seq.phase is Phase.PULLING:
+            self._remote.take_offer(seq, event, out)
+
+    def _take_refusal(self, seq: Sequence) -> None:
+        seq.wants_remote = False
+        if seq.phase is Phase.PULLING:
+            self._remote.fall_back(seq)
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def _begin_step(self, out: list[Instruction]) -> None:
+        if self._step is not None:
+            raise InvariantError("a step is wanted while one runs")
+        step = self._planner.plan()
+        if not step:
+            return
+        self._step = step
+        for _, seq in step:
+            seq.is_in_step = True
+        out.append(RunStep(StepPlan([part for part, _ in step])))
+
+    def _finish_step(self, result: StepResult, out: list[Instruction]) -> None:
+        if self._step is None:
+            raise InvariantError("a step ended that was not running")
+        step, self._step = self._step, None
+        self.cost.observe([part for part, _ in step], result.elapsed_s)
+        self._ledger.bury()
+        for part, seq in step:
+            seq.is_in_step = False
+            if seq.phase is Phase.ENDED:
+                continue
+            if seq.seq_id in result.errors:
+                out.append(EmitTokens(seq.seq_id, finish_reason="error", error=result.errors[seq.seq_id]))
+                self._ledger.end(seq)
+            else:
+                self._advance(seq, part, result, out)
+
+    def _advance(self, seq: Sequence, part: SequenceStep, result: StepResult, out: list[Instruction]) -> None:
+        self._ledger.commit_up_to(seq, part.end)
+        if part.wants_prompt_logprobs:
+            seq.prompt_logprobs += result.prompt_logprobs.get(seq.seq_id, [])
+        if part.is_sampled:
+            sampled = result.sampled.get(seq.seq_id)
+            if sampled is None:
+                raise InvariantError(f"the step gave neither a token nor an error for sequence {seq.seq_id!r}")
+            self._append(seq, sampled, out)
+        elif seq.spec.is_kept:
+            self._offer(seq, out, is_last=False)
+
+    def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
+        """A new token, from a step or from the prefill worker: emit it, and end the sequence if it is the last."""
+        seq.token_ids.append(sampled.token_id)
+        self._num_generated_tokens += 1
+        reason = self._finish_reason(seq)
+        if seq.spec.is_kept:
+            self._offer(seq, out, is_last=True)
+        is_first = not seq.has_emitted
+        seq.has_emitted = True
+        out.append(
+            EmitTokens(
+                seq.seq_id,
+                [sampled.token_id],
+                [] if sampled.logprob is None else [sampled.logprob],
+                prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
+                sources=self._sources(seq) if is_first else None,
+                stop_token_id=_stop_token(seq, reason),
+                finish_reason=reason,
+            )
+        )
+        seq.wants_prompt_logprobs = False
+        if reason is not None:
+            if seq.spec.is_kept:
+                self._ledger.keep(seq)
+            else:
+                self._ledger.end(seq)
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        """Whether the sequence's last token, a generated one, ends it."""
+        params = seq.params
+        if seq.token_ids[-1] in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
+            return "stop"
+        max_tokens = 1 if seq.spec.is_kept else params.max_tokens
+        if seq.num_output_tokens >= max_tokens or seq.num_tokens >= self._max_model_len:
+            return "length"
+        return None
+
+    def _sources(self, seq: Sequence) -> PromptSources:
+        computed = seq.num_prompt_tokens - seq.num_device_tokens - seq.num_peer_tokens
+        self._num_device_tokens += seq.num_device_tokens
+        self._num_peer_tokens += seq.num_peer_tokens
+        self._num_computed_tokens += computed
+        return PromptSources(device=seq.num_device_tokens, peer=seq.num_peer_tokens, computed=computed)
+
+    def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
+        """Tell which prompt blocks of a kept sequence are written: full ones, and at last the partial one."""
+        num_written = min(seq.num_computed, seq.num_prompt_tokens)
+        end = seq.num_blocks_for(num_written) if is_last else num_written // seq.block_size
+        blocks = []
+        for index in range(seq.num_offered_blocks, end):
+            block_id = seq.block_table[index]
+            num_tokens = min(seq.block_size, num_written - index * seq.block_size)
+            name = seq.names[index] if num_tokens == seq.block_size else b""
+            blocks.append(BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens))
+        seq.num_offered_blocks = end
+        if blocks or is_last:
+            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_device_tokens))
+
+
+def _stop_token(seq: Sequence, reason: FinishReason | None) -> int | None:
+    return seq.token_ids[-1] if reason == "stop" else None
+
+
+def _deadline_error(seq_id: str, phase: Phase) -> WorkerError:
+    return WorkerError(
+        f"sequence {seq_id!r} was {phase.value} when its deadline passed", code="deadline_exceeded", status=504
+    )

@@ -1,0 +1,150 @@
+"""A sequence as the scheduler sees it.
+
+token_ids  [ prompt ................. | generated ....... ]
+           0        num_computed      num_prompt_tokens   num_tokens
+           [ KV is written ][ KV is still to be computed ]
+names      one for each full block of token_ids that was asked for so far
+block_table  block ids that cover at least [0, num_computed)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.scheduling.plan import SequenceSpec
+from kvcache.names import BlockNamer, pack_tokens
+from messages.handoff import BlockLocation
+from messages.stream import TokenLogprob
+
+
+class Phase(Enum):
+    """Where a sequence is in its life. A running one prefills or decodes: `Sequence.is_decoding`."""
+
+    WAITING = "waiting"  #: holds no block
+    PULLING = "pulling"  #: blocks for its whole prompt are reserved; their content comes from another worker
+    RUNNING = "running"
+    KEPT = "kept"  #: finished; its blocks stay for others to read
+    ENDED = "ended"  #: gone; a step or a pull may still use its blocks
+
+
+@dataclass(slots=True)
+class RemotePull:
+    """The KV that another worker computes for a sequence. One pull at a time, so that its end needs no number."""
+
+    first_index: int  #: blocks before it were held already
+    deadline_s: float  #: of the whole phase
+    arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified
+    offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
+    open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
+    num_peer_cached_tokens: int = 0
+    has_last_offer: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come."""
+        return self.has_last_offer and not self.open and not self.offered
+
+    def first_missing(self, num_blocks: int) -> int:
+        """The first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""
+        return next((i for i in range(self.first_index, num_blocks) if i not in self.arrived), num_blocks)
+
+
+class Sequence:
+    """One sequence's state. Changed by the scheduler only."""
+
+    __slots__ = (
+        "_namer",
+        "block_size",
+        "block_table",
+        "expected_match_tokens",
+        "has_emitted",
+        "held_for",
+        "is_in_step",
+        "names",
+        "num_computed",
+        "num_device_tokens",
+        "num_offered_blocks",
+        "num_passed_over",
+        "num_peer_tokens",
+        "num_prompt_tokens",
+        "order",
+        "params",
+        "phase",
+        "prompt_logprobs",
+        "pull",
+        "seq_id",
+        "spec",
+        "token_ids",
+        "wants_prompt_logprobs",
+        "wants_remote",
+    )
+
+    def __init__(self, spec: SequenceSpec, *, order: int, namer: BlockNamer, block_size: int) -> None:
+        self.spec = spec
+        self.seq_id = spec.seq_id
+        self.params = spec.params
+        self.order = order  #: of arrival
+        self.block_size = block_size
+        self.token_ids = list(spec.token_ids)
+        self.num_prompt_tokens = spec.num_prompt_tokens
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.names: list[bytes] = []
+        self.phase = Phase.WAITING
+        self.is_in_step = False
+        self.has_emitted = False
+        self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
+        self.expected_match_tokens = 0  #: while held back: what will be there already
+        self.num_passed_over = 0  #: steps since its prefill last got a chunk
+        self.num_device_tokens = 0  #: prompt tokens found in the pool
+        self.num_peer_tokens = 0  #: prompt tokens that a peer had cached
+        self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
+        self.pull: RemotePull | None = None
+        self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (
+            spec.num_prompt_tokens
+        )
+        self.wants_remote = spec.is_remote and not self.wants_prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._namer = namer
+        self.extend_names()
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the KV of its last, generated token is missing."""
+        return self.num_computed == len(self.token_ids) - 1 and self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def seniority(self) -> tuple[int, int]:
+        """Smaller is sooner: admitted first, preempted last."""
+        return (self.spec.priority, self.order)
+
+    @property
+    def max_match_blocks(self) -> int:
+        """Blocks that reuse may give: at least one token is left to compute, all of them for prompt logprobs."""
+        return 0 if self.wants_prompt_logprobs else (len(self.token_ids) - 1) // self.block_size
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return (num_tokens + self.block_size - 1) // self.block_size
+
+    @property
+    def num_lacking_blocks(self) -> int:
+        """Blocks to allocate before all known tokens have their KV."""
+        return max(0, self.num_blocks_for(len(self.token_ids)) - len(self.block_table))
+
+    def extend_names(self) -> None:
+        """Name all full blocks of the tokens known."""
+        begin, end = len(self.names) * self.block_size, self.num_tokens // self.block_size * self.block_size
+        if begin < end:
+            self.names += self._namer.extend(pack_tokens(self.token_ids[begin:end]))

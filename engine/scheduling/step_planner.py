@@ -1,0 +1,91 @@
+"""What goes into the next step: decodes first, one row each, then chunks of prefill and of replay."""
+
+from __future__ import annotations
+
+from engine.scheduling.ledger import SequenceLedger
+from engine.scheduling.plan import SequenceStep
+from engine.scheduling.sequence import Phase, Sequence
+from engine.scheduling.step_cost import ChunkBudget, StepCost
+
+# A prefill that got nothing for so many steps goes before all others, whatever their priority.
+_MAX_PASSED_OVER = 16
+
+
+class StepPlanner:
+    """Fills steps of at most `max_tokens` tokens; a row for each decode and one chunk fit in any case."""
+
+    def __init__(
+        self, ledger: SequenceLedger, cost: StepCost, *, max_tokens: int, quantum_tokens: int, itl_target_s: float
+    ) -> None:
+        self._ledger = ledger
+        self._cost = cost
+        self._max_tokens = max_tokens
+        self._quantum_tokens = quantum_tokens
+        self._itl_target_s = itl_target_s
+
+    def plan(self) -> list[tuple[SequenceStep, Sequence]]:
+        """The parts of the next step, decode parts first, with blocks for all that they write. May preempt."""
+        planned: list[tuple[SequenceStep, Sequence]] = []
+        chunked: list[Sequence] = []
+        for seq in list(self._ledger.running.values()):
+            if seq.phase is not Phase.RUNNING:
+                continue  # preempted by one before it
+            if not seq.is_decoding:
+                chunked.append(seq)
+            elif self._ledger.reserve(seq, seq.num_tokens):
+                planned.append((_part(seq, seq.num_tokens), seq))
+        if chunked:
+            self._plan_chunks(chunked, planned)
+        planned = [(part, seq) for part, seq in planned if seq.phase is Phase.RUNNING]
+        return sorted(planned, key=_is_prefill)  # stable
+
+    def _plan_chunks(self, chunked: list[Sequence], planned: list[tuple[SequenceStep, Sequence]]) -> None:
+        """Short remainders first, which gives the lowest mean TTFT; who is passed over counts as ever shorter."""
+        budget = ChunkBudget(
+            self._cost,
+            max_tokens=self._max_tokens,
+            quantum_tokens=self._quantum_tokens,
+            decode_parts=[part for part, _ in planned],
+            target_s=self._itl_target_s,
+        )
+        for seq in sorted(chunked, key=_chunk_order):
+            if seq.phase is not Phase.RUNNING:
+                continue
+            self._ledger.extend_match(seq)
+            start = seq.num_computed
+            end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
+            if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
+                end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
+            if end > start and self._ledger.reserve(seq, end):
+                planned.append((_part(seq, end), seq))
+                budget.spend(start, end, seq.num_prompt_tokens)
+                seq.num_passed_over = 0
+            else:
+                seq.num_passed_over += 1
+
+
+def _chunk_order(seq: Sequence) -> tuple[bool, int, int, int]:
+    is_patient = seq.num_passed_over < _MAX_PASSED_OVER
+    remaining = (seq.num_tokens - seq.num_computed) >> seq.num_passed_over
+    return (is_patient, seq.spec.priority if is_patient else 0, remaining, seq.order)
+
+
+def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
+    return planned[0].kind == "prefill"
+
+
+def _part(seq: Sequence, end: int) -> SequenceStep:
+    """Compute `seq` up to `end`."""
+    return SequenceStep(
+        seq_id=seq.seq_id,
+        kind="prefill" if seq.num_computed < seq.num_prompt_tokens else "decode",
+        token_ids=seq.token_ids,
+        num_prompt_tokens=seq.num_prompt_tokens,
+        start=seq.num_computed,
+        num_tokens=end - seq.num_computed,
+        block_table=seq.block_table,
+        params=seq.params,
+        is_sampled=end == seq.num_tokens,
+        wants_prompt_logprobs=seq.wants_prompt_logprobs,
+        is_kept=seq.spec.is_kept,
+    )

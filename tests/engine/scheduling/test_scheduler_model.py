@@ -1,0 +1,281 @@
+"""The scheduler against a worker made of lists: whatever happens, every token attends to exactly its own past.
+
+The fake KV of a token is a number that stands for its whole prefix; the fake model's next token follows from the number
+of the last one. A block used too early, too late, twice, or after it was given away therefore shows as a wrong number,
+and the tokens that come out can be compared with a generation that never saw a pool.
+"""
+
+from __future__ import annotations
+
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.scheduling.plan import (
+    KvRefused,
+    SequenceSpec,
+    TimePassed,
+)
+from engine.scheduling.scheduler import SchedulerConfig
+from kvcache.pool import BlockPool
+from messages.request import SamplingParams
+from tests.engine.fake_worker import FakeWorker, expect
+from tests.fake_kv import BASES, STOP, VOCABULARY, kv_numbers, next_token
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Everything that can happen to a scheduler, in any order, on a pool that is too small."""
+
+    worker: FakeWorker
+
+    @initialize(
+        num_blocks=st.integers(4, 16),
+        quantum=st.sampled_from([4, 6, 8]),
+        budget=st.sampled_from([8, 12, 24]),
+        max_num_seqs=st.integers(1, 5),
+        threshold=st.sampled_from([1, 4, 9]),
+        watermark=st.sampled_from([0.0, 0.1]),
+    )
+    def make(self, num_blocks, quantum, budget, max_num_seqs, threshold, watermark) -> None:
+        config = SchedulerConfig(
+            max_model_len=44,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            chunk_quantum_tokens=quantum,
+            remote_threshold_tokens=lambda: threshold,
+            remote_timeout_s=10.0,
+            watermark=watermark,
+        )
+        self.worker = FakeWorker(config, BlockPool(num_blocks, 4))
+        self.num_added = 0
+
+    def _alive(self) -> list[str]:
+        return [seq_id for seq_id, expected in self.worker.sequences.items() if not expected.is_over]
+
+    @rule(
+        data=st.data(),
+        num_choices=st.sampled_from([1, 1, 1, 3]),
+        max_tokens=st.integers(1, 14),
+        kind=st.sampled_from(["local", "local", "remote", "kept"]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        salt=st.sampled_from([b"", b"", b"s"]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        has_stop=st.booleans(),
+        min_tokens=st.integers(0, 3),
+        patience_s=st.sampled_from([None, None, None, 4.0]),
+    )
+    def add(
+        self, data, num_choices, max_tokens, kind, priority, salt, prompt_logprobs, has_stop, min_tokens, patience_s
+    ):
+        longest = min(self.worker.max_len - 1, 40)
+        over = [e for e in self.worker.sequences.values() if e.is_over and len(e.token_ids) < longest]
+        if over and data.draw(st.booleans()):  # the next turn of a conversation
+            turn = data.draw(st.sampled_from(over))
+            tokens = [*turn.token_ids, 1][:longest]
+        else:
+            length = data.draw(st.integers(1, longest))
+            tokens = BASES[data.draw(st.integers(0, 1))][:length]
+            if data.draw(st.booleans()):
+                tokens = [*tokens[:-1], data.draw(st.integers(0, VOCABULARY - 1))]
+        num_prompt = len(tokens)
+        if kind != "kept" and data.draw(st.sampled_from([False, False, False, True])):  # a stream that moved here
+            for _ in range(data.draw(st.integers(1, 6))):
+                if len(tokens) < self.worker.max_len:
+                    tokens.append(next_token(kv_numbers(salt, tokens)[-1]))
+        for choice in range(num_choices):
+            self.num_added += 1
+            params = SamplingParams(
+                max_tokens=max_tokens,
+                choice=choice,
+                prompt_logprobs=prompt_logprobs,
+                stop_token_ids=(STOP,) if has_stop else (),
+                min_tokens=min_tokens,
+            )
+            spec = SequenceSpec(
+                seq_id=f"s{self.num_added}",
+                token_ids=list(tokens),
+                num_prompt_tokens=num_prompt,
+                params=params,
+                salt=salt,
+                priority=priority,
+                deadline_s=None if patience_s is None else self.worker.now_s + patience_s,
+                is_remote=kind == "remote",
+                is_kept=kind == "kept",
+            )
+            expected = expect(spec, self.worker.max_len)
+            if expected.token_ids == spec.token_ids:
+                continue  # ended before it moved; a test of its own
+            self.worker.add(spec)
+
+    @precondition(lambda self: self.worker.step is None)
+    @rule()
+    def start_step(self) -> None:
+        self.worker.want_step()
+
+    @precondition(lambda self: self.worker.step is not None)
+    @rule(data=st.data(), elapsed_s=st.sampled_from([0.001, 0.02, 0.5]))
+    def end_step(self, data, elapsed_s) -> None:
+        failed = set()
+        if data.draw(st.sampled_from([False] * 9 + [True])):
+            failed = {data.draw(st.sampled_from([part.seq_id for part in self.worker.step.plan.parts]))}
+        self.worker.end_step(failed, elapsed_s)
+
+    @precondition(lambda self: self.worker.step is None)
+    @rule(num_steps=st.integers(1, 8))
+    def run_steps(self, num_steps) -> None:
+        for _ in range(num_steps):
+            if self.worker.want_step():
+                self.worker.end_step()
+
+    @precondition(lambda self: self._alive())
+    @rule(data=st.data())
+    def cancel(self, data) -> None:
+        self.worker.cancel(data.draw(st.sampled_from(self._alive())))
+
+    @precondition(lambda self: self.worker.asked)
+    @rule(data=st.data(), is_last=st.booleans(), is_whole=st.booleans(), cached=st.integers(0, 40))
+    def offer(self, data, is_last, is_whole, cached) -> None:
+        seq_id = data.draw(st.sampled_from(list(self.worker.asked)))
+        num_prompt = self.worker.sequences[seq_id].spec.num_prompt_tokens
+        every = list(range(-(-num_prompt // 4)))
+        indexes = every if is_whole else data.draw(st.lists(st.sampled_from(every), unique=True))
+        wrong = set(data.draw(st.sampled_from([[], [], [], indexes[:1]])))
+        self.worker.offer(seq_id, indexes, is_last=is_last, wrong=wrong, cached=min(cached, num_prompt))
+
+    @precondition(lambda self: self.worker.asked)
+    @rule(data=st.data())
+    def refuse(self, data) -> None:
+        seq_id = data.draw(st.sampled_from(list(self.worker.asked)))
+        del self.worker.asked[seq_id]
+        self.worker.post(KvRefused(seq_id))
+
+    @precondition(lambda self: self.worker.pulls)
+    @rule(data=st.data(), is_late=st.booleans())
+    def end_pull(self, data, is_late) -> None:
+        seq_id = data.draw(st.sampled_from(list(self.worker.pulls)))
+        indexes = [location.index for location, _ in self.worker.pulls[seq_id][0]]
+        bad = set(data.draw(st.sampled_from([[], [], indexes, indexes[:1], indexes[-1:], indexes[1:2]])))
+        self.worker.end_pull(seq_id, bad, self.worker.now_s + 3 if is_late and bad else None)
+
+    @precondition(lambda self: self.worker.kept)
+    @rule(data=st.data())
+    def release(self, data) -> None:
+        self.worker.release(data.draw(st.sampled_from(list(self.worker.kept))))
+
+    @rule(seconds=st.sampled_from([1.0, 6.0]))
+    def time_passes(self, seconds) -> None:
+        self.worker.now_s += seconds
+        self.worker.post(TimePassed())
+
+    @rule()
+    def clear(self) -> None:
+        self.worker.pool.clear()
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "worker"):
+            self.worker.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "worker"):
+            self.worker.drain()
+
+
+_SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+class TestSchedulerMachine(SchedulerMachine.TestCase):
+    settings = settings(max_examples=30, stateful_step_count=40, derandomize=True, **_SETTINGS)
+
+
+@pytest.mark.slow
+class TestSchedulerMachineAtLength(SchedulerMachine.TestCase):
+    settings = settings(max_examples=500, stateful_step_count=80, **_SETTINGS)
+
+
+def drive_at_random(seed: int, num_events: int) -> FakeWorker:
+    """Steps most of the time, so that sequences get long, with everything else in between."""
+    rng = random.Random(seed)
+    config = SchedulerConfig(
+        max_model_len=40,
+        max_num_seqs=rng.randint(2, 6),
+        max_num_batched_tokens=rng.choice([8, 16, 32]),
+        chunk_quantum_tokens=rng.choice([4, 8]),
+        remote_threshold_tokens=4,
+        remote_timeout_s=10.0,
+    )
+    worker = FakeWorker(config, BlockPool(rng.randint(10, 20), 4))
+    for number in range(num_events):
+        action = rng.random()
+        if action < 0.1:
+            add_at_random(worker, rng, number)
+        elif action < 0.14 and worker.scheduler.seq_ids():
+            seq_id = rng.choice(worker.scheduler.seq_ids())
+            worker.release(seq_id) if seq_id in worker.kept else worker.cancel(seq_id)
+        elif action < 0.34 and worker.asked:
+            seq_id = rng.choice(list(worker.asked))
+            indexes = list(range(-(-worker.sequences[seq_id].spec.num_prompt_tokens // 4)))
+            if rng.random() < 0.3:
+                indexes = rng.sample(indexes, rng.randint(0, len(indexes)))
+            wrong = {index for index in indexes if rng.random() < 0.1}
+            worker.offer(seq_id, indexes, is_last=rng.random() < 0.4, wrong=wrong, cached=rng.randint(0, 9))
+        elif action < 0.42 and worker.pulls:
+            seq_id = rng.choice(list(worker.pulls))
+            bad = {location.index for location, _ in worker.pulls[seq_id][0] if rng.random() < 0.3}
+            worker.end_pull(seq_id, bad, worker.now_s + 3 if bad and rng.random() < 0.5 else None)
+        elif action < 0.48 and worker.kept:
+            worker.release(rng.choice(list(worker.kept)))
+        elif action < 0.52:
+            worker.now_s += rng.choice([0.5, 4.0])
+            worker.post(TimePassed())
+        elif worker.step is not None:
+            failed = {part.seq_id for part in worker.step.plan.parts if rng.random() < 0.005}
+            worker.end_step(failed, elapsed_s=rng.choice([0.001, 0.05]))
+        else:
+            worker.want_step()
+    return worker
+
+
+def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
+    tokens = [*BASES[rng.randrange(2)][: rng.randint(1, 34)], rng.randrange(VOCABULARY)]
+    if len(tokens) >= worker.max_len:
+        return
+    kind = rng.choice(["local", "local", "remote", "kept"])
+    params = SamplingParams(max_tokens=rng.randint(1, 20), prompt_logprobs=rng.choice([None] * 5 + [1]))
+    priority = rng.choice([0, 0, 1])
+    for choice in range(rng.choice([1, 1, 3])):
+        spec = SequenceSpec(
+            seq_id=f"r{number}.{choice}",
+            token_ids=tokens,
+            num_prompt_tokens=len(tokens),
+            params=params,
+            priority=priority,
+            is_remote=kind == "remote",
+            is_kept=kind == "kept",
+        )
+        worker.add(spec)
+
+
+def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
+    seen: dict[str, int] = {}
+    num_evicted = num_hits = num_quarantined = 0
+    for seed in range(8):
+        worker = drive_at_random(seed, 400)
+        worker.drain()
+        for name, value in worker.scheduler.stats().items():
+            seen[name] = seen.get(name, 0) + value
+        num_evicted += worker.pool.stats.num_evicted_blocks
+        num_hits += worker.pool.stats.num_hit_blocks
+        num_quarantined += worker.pool.stats.num_quarantined_blocks
+    assert min(seen.values()) >= 10, f"the runs must meet everything that is counted: {seen}"
+    assert min(num_evicted, num_hits) > 500
+    assert num_quarantined > 0
+
+
+@pytest.mark.slow
+def test_many_long_random_runs_lose_nothing() -> None:
+    for seed in range(100, 200):
+        drive_at_random(seed, 600).drain()

@@ -1,0 +1,207 @@
+import functools
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from messages.errors import ConfigError, RequestError
+from messages.request import Grammar
+from text.grammar import GrammarMatcher, GrammarTokenizer, check_grammar
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+EOS, PAD = 0, 1
+
+
+@functools.cache
+def bpe() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(['{"name": "cat", "age": 42} true false null'] * 4, trainer)
+    return backend
+
+
+@functools.cache
+def grammar_tokenizer(vocab_size: int | None = None) -> GrammarTokenizer:
+    backend = bpe()
+    return GrammarTokenizer.from_tokenizer_json(backend, vocab_size or backend.get_vocab_size(), [EOS])
+
+
+def allowed(matcher: GrammarMatcher) -> list[int]:
+    return np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist()
+
+
+def walk(grammar: Grammar, seed: int, max_tokens: int = 400) -> str | None:
+    """A random output that the masks allow, fed token by token; None if it does not end."""
+    matcher, rng, output = GrammarMatcher(grammar_tokenizer(), grammar), np.random.default_rng(seed), []
+    for _ in range(max_tokens):
+        choices = allowed(matcher)
+        # end where possible, else a walk through strings is long
+        token = EOS if EOS in choices else int(rng.choice(choices))
+        matcher.accept([token])
+        if token == EOS:
+            return bpe().decode(output)
+        output.append(token)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_the_masks_allow_satisfies_the_schema(seed):
+    text = walk(Grammar(kind="json_schema", spec=json.dumps(SCHEMA)), seed)
+    assert text is not None
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_json_object_is_an_object(seed):
+    text = walk(Grammar(kind="json_object"), seed)
+    assert text is None or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_regex_is_matched_whole(seed):
+    pattern = r"[a-c]{3,5}-\d{2}"
+    text = walk(Grammar(kind="regex", spec=pattern), seed)
+    assert text is not None
+    assert re.fullmatch(pattern, text)
+
+
+def test_a_lark_grammar_is_followed():
+    assert walk(Grammar(kind="lark", spec='start: "ab" ("," "ab")*'), 0) == "ab"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=1, max_size=4))
+def test_every_choice_can_be_written_and_nothing_else(choices):
+    grammar = Grammar(kind="choice", spec=json.dumps(choices))
+    for choice in choices:
+        matcher = GrammarMatcher(grammar_tokenizer(), grammar)
+        matcher.accept(bpe().encode(choice).ids)
+        assert matcher.is_complete
+        assert EOS in allowed(matcher)
+    assert walk(grammar, 0) in choices
+
+
+def test_where_nothing_can_follow_only_the_end_is_allowed():
+    matcher = GrammarMatcher(grammar_tokenizer(), Grammar(kind="choice", spec='["ab"]'))
+    matcher.accept(bpe().encode("ab").ids)
+    assert allowed(matcher) == [EOS]
+    matcher.accept([EOS])
+    assert allowed(matcher) == [EOS]
+
+
+def test_a_matcher_fed_with_the_tokens_so_far_continues_as_the_first_would():
+    grammar = Grammar(kind="json_schema", spec=json.dumps(SCHEMA))
+    ids = bpe().encode('{"name": "x", "age": 4').ids
+    one, other = (GrammarMatcher(grammar_tokenizer(), grammar) for _ in range(2))
+    for token in ids:
+        one.mask()
+        one.accept([token])
+    other.accept(ids)
+    assert allowed(one) == allowed(other)
+
+
+@pytest.mark.parametrize("extra", [1, 31, 32, 37])
+def test_ids_that_only_the_model_has_are_never_allowed(extra):
+    size = bpe().get_vocab_size() + extra
+    matcher = GrammarMatcher(grammar_tokenizer(size), Grammar(kind="regex", spec="(.|\n)*"))
+    assert matcher.mask().shape == ((size + 31) // 32,)
+    assert max(allowed(matcher)) < bpe().get_vocab_size()
+    assert PAD not in allowed(matcher)
+
+
+def test_ids_that_only_the_tokenizer_has_are_cut_off():
+    size = bpe().get_vocab_size() - 5
+    matcher = GrammarMatcher(grammar_tokenizer(size), Grammar(kind="regex", spec="(.|\n)*"))
+    assert matcher.mask().shape == ((size + 31) // 32,)
+    assert max(allowed(matcher)) == size - 1
+
+
+def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
+    matcher = GrammarMatcher(grammar_tokenizer(), Grammar(kind="regex", spec="a+"))
+    with pytest.raises(RequestError, match="cannot follow its grammar"):
+        matcher.accept(bpe().encode("b").ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "message"),
+    [
+        ("regex", "(a", "unclosed group"),
+        ("regex", "(?=a)b", "look-around"),
+        ("json_schema", "{", "is not JSON"),
+        ("json_schema", "3", "wanted an object"),
+        ("json_schema", '{"type": "objekt"}', "objekt"),
+        ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "minimum"),
+        ("json_schema", '{"$ref": "http://example.com/x"}', "example.com"),
+        ("json_schema", '{"items":' * 100_000 + "{}" + "}" * 100_000, "nested too deep"),
+        ("choice", "[]", "one or more strings"),
+        ("choice", '["a", 1]', "one or more strings"),
+        ("choice", '"a"', "one or more strings"),
+        ("lark", "start: nothing", "nothing"),
+        ("lark", "", "Empty grammar"),
+        ("regex", r"[^\x00-\x{10ffff}]", "no output"),
+    ],
+)
+def test_a_bad_grammar_is_refused_at_once_and_by_name(kind, spec, message):
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec), param="guided_json")
+    assert caught.value.param == "guided_json"
+    assert caught.value.status == 400
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("json_schema", json.dumps(SCHEMA)),
+        ("regex", ""),
+        ("choice", '["a"]'),
+        ("json_object", ""),
+        ("lark", "start: /a/"),
+    ],
+)
+def test_a_good_grammar_passes(kind, spec):
+    check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec))
+
+
+def test_a_tokenizer_json_may_be_given_by_its_path(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(bpe().to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = GrammarTokenizer.from_tokenizer_json(tmp_path / "tokenizer.json", 300, [EOS])
+    check_grammar(tokenizer, Grammar(kind="json_object"))
+
+
+def test_a_model_without_an_end_token_has_no_structured_output():
+    with pytest.raises(ConfigError, match="end token"):
+        GrammarTokenizer.from_tokenizer_json(bpe(), 300, [])
+
+
+def test_any_of_several_end_tokens_may_end_it():
+    tokenizer = GrammarTokenizer.from_tokenizer_json(bpe(), bpe().get_vocab_size(), [EOS, PAD])
+    matcher = GrammarMatcher(tokenizer, Grammar(kind="regex", spec=""))
+    assert allowed(matcher) == [EOS, PAD]

@@ -1,0 +1,401 @@
+"""Text to token ids and back, through `tokenizers`; no torch, no transformers.
+
+A model directory's tokenizer.json is used as it is, with the special tokens that tokenizer_config.json and the older
+special_tokens_map.json name, which is what transformers' fast tokenizers do.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from messages.errors import ConfigError, RequestError
+from text.chat_template import ChatTemplate, Message
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template. Immutable after loading; any thread may use it."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, ChatTemplate] | None = None,
+    ) -> None:
+        """Of a `tokenizers` object. `special_tokens`: by name, such as bos_token. `chat_templates`: by name."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self._chat_templates = dict(chat_templates or {})
+        added = backend.get_added_tokens_decoder()
+        #: ids of control tokens, which decode can skip
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
+        #: one past the largest id; the model's own vocabulary is often padded beyond it
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        #: facts about the decoder, for the classes below
+        self.decoding = _Decoding(backend)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Tokenizer:
+        """The tokenizer of a transformers model directory.
+
+        Raises:
+            ConfigError: no tokenizer.json, or a file that cannot be read as what it should be.
+        """
+        folder = Path(model_dir)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"no tokenizer: {path} is not there")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises a bare Exception for every fault of the file
+            raise ConfigError(f"no tokenizer: {path} cannot be read: {_one_line(error)}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            config = {**config, **_read_json(folder / "special_tokens_map.json")}
+        _add_tokens(backend, config)
+        special = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
+        templates = {
+            name: ChatTemplate(source, special, name=f"chat template {name!r} of {folder}")
+            for name, source in _template_sources(folder, config).items()
+        }
+        return cls(backend, special, templates)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, where the model names one."""
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end token; the model's generation_config may name more."""
+        return self._named_id("eos_token")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with `add_special_tokens`, those that tokenizer.json puts around a text (often a bos).
+
+        Raises:
+            RequestError: `text` holds half a surrogate pair.
+        """
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError(f"the text is not valid Unicode: {_one_line(error)}") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; ids that the tokenizer does not know count as nothing."""
+        text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for inside a text; b"" where the tokenizer does not know it."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text; bytes that are no whole character show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text through the model's chat template: see `ChatTemplate.render`.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self._chat_templates else "default"
+        template = self._chat_templates.get(name)
+        if template is None:
+            raise RequestError(
+                "the model has no chat template: use /v1/completions with a prompt",
+                param="messages",
+                code="no_template",
+            )
+        return template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can work."""
+        return "default" in self._chat_templates
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        token_id: int | None = None if token is None else self.backend.token_to_id(token)
+        return token_id
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.decoding.is_byte_level:
+            return _byte_level_bytes(token)
+        if token_id in self._added_ids:
+            return str(token).encode()
+        byte = self.decoding.byte_of(token)
+        if byte is not None:
+            return bytes([byte])
+        # Decoders may trim the start of a text, so the token is decoded behind another one.
+        anchor = self.decoding.anchor_id
+        before = self.backend.decode([anchor], skip_special_tokens=False)
+        text: str = self.backend.decode([anchor, token_id], skip_special_tokens=False)
+        return text[len(before) :].encode()
+
+
+class _Decoding:
+    """What a tokenizer's decoder does, as far as it matters for decoding piece by piece."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        spec = json.loads(backend.to_str())["decoder"]
+        steps = [] if spec is None else spec["decoders"] if spec["type"] == "Sequence" else [spec]
+        kinds = [step["type"] for step in steps]
+        self.is_byte_level = kinds == ["ByteLevel"]
+        self.has_byte_tokens = "ByteFallback" in kinds
+        self.may_end_open = "ByteLevel" in kinds
+        self.is_local = _is_local(steps)
+        self.anchor_id = self._find_anchor(backend)
+
+    def byte_of(self, token: str) -> int | None:
+        """The byte of a byte-fallback token such as <0xE4>."""
+        match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
+        return None if match is None else int(match[1], 16)
+
+    def _find_anchor(self, backend: tokenizers.Tokenizer) -> int:
+        """The id of an ordinary token that decodes to more than space."""
+        for token_id in range(backend.get_vocab_size(with_added_tokens=True)):
+            token = backend.id_to_token(token_id)
+            if token is not None and token.isalnum() and backend.decode([token_id], skip_special_tokens=False) == token:
+                return token_id
+        return 0
+
+
+def _is_local(steps: list[dict[str, Any]]) -> bool:
+    """Whether text once decoded stays, up to trimming at its very start, whatever tokens follow."""
+    is_fused = False
+    for step in steps:
+        kind = step["type"]
+        if kind == "Fuse":
+            is_fused = True
+        elif kind == "Strip":
+            if is_fused and step["stop"] > 0:
+                return False
+        elif kind == "Replace":
+            if is_fused:
+                return False
+        elif kind not in {"ByteFallback", "Metaspace"}:
+            return False
+    return True
+
+
+class _PieceDecoder(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Detokenizer:
+    """Text of one sequence, token by token. The pieces and what flush gives add up to `decode` of all tokens.
+
+    A piece never ends inside a character: its bytes wait until the character is whole. With byte-fallback tokens a run
+    of them waits for its end, because one bad byte turns the whole run into U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._decoder: _PieceDecoder
+        if tokenizer.decoding.is_byte_level:
+            self._decoder = _ByteLevelPieces(tokenizer, skip_special_tokens=skip_special_tokens)
+        else:
+            self._decoder = _WindowPieces(tokenizer, skip_special_tokens=skip_special_tokens)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens add, as far as it is decided."""
+        return self._decoder.push(token_ids)
+
+    def flush(self) -> str:
+        """What is still held back, when no more tokens come."""
+        return self._decoder.flush()
+
+
+class _ByteLevelPieces:
+    """Every token is a byte string and the text is their concatenation, read as UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        # Python and the tokenizer's Rust both put one U+FFFD for each maximal invalid part.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
+        return self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowPieces:
+    """Decodes a short window that begins with text already given, and returns what is new in it.
+
+    The window moves on where nothing that follows can change its text, and begins at a token that has text, so that
+    a decoder that trims the start of a text trims only there. With a decoder that is not local it never moves.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._backend = tokenizer.backend
+        self._decoding = tokenizer.decoding
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._window: list[int] = []
+        self._given = ""  #: text of the window that was returned already
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        last = None
+        for token_id in token_ids:
+            token = self._backend.id_to_token(token_id)
+            if token is not None and token_id not in self._skipped:
+                self._window.append(token_id)
+                last = token
+        if last is None or self._decoding.byte_of(last) is not None:
+            return ""
+        text = self._decode(self._window)
+        if self._decoding.may_end_open and text.endswith(_REPLACEMENT):
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        if not text.startswith(self._given):
+            return ""  # a decoder that is not local changed its mind: wait until the text agrees again
+        piece = text[len(self._given) :]
+        self._given = text
+        if self._decoding.is_local:
+            for size in range(1, min(4, len(self._window))):
+                start = self._decode(self._window[-size:])
+                if start:
+                    self._window, self._given = self._window[-size:], start
+                    break
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
+
+
+def _byte_level_table() -> dict[str, int]:
+    """Character to byte of byte-level BPE (Radford et al. 2019): printable bytes stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_level_table()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """A token with a character that is no byte's (an added token) stands for its own UTF-8."""
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"no tokenizer: {path} is not JSON: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"no tokenizer: {path} holds {type(value).__name__}, wanted an object")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _content(token: Any) -> str:
+    """A token's text: the configuration files write it as a string or as an object."""
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _added_token(token: Any, *, is_special: bool) -> tokenizers.AddedToken:
+    if not isinstance(token, dict):
+        return tokenizers.AddedToken(str(token), special=is_special, normalized=False)
+    return tokenizers.AddedToken(
+        token["content"],
+        single_word=token.get("single_word", False),
+        lstrip=token.get("lstrip", False),
+        rstrip=token.get("rstrip", False),
+        normalized=token.get("normalized", not is_special),
+        special=is_special,
+    )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that the configuration names and tokenizer.json lacks, or has as ordinary ones."""
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    listed = config.get("added_tokens_decoder") or {}
+    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        if token["content"] not in known:
+            backend.add_tokens([_added_token(token, is_special=bool(token.get("special", False)))])
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [config[name] for name in _NAMED_TOKENS if config.get(name)]
+    for token in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
+        present = known.get(_content(token))
+        if present is None:
+            backend.add_special_tokens([_added_token(token, is_special=True)])
+        elif not present.special:
+            present.special = True
+            backend.add_special_tokens([present])
+
+
+def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. Files of their own come before those in tokenizer_config.json."""
+    sources = {}
+    if (folder / "chat_template.jinja").is_file():
+        sources["default"] = folder / "chat_template.jinja"
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        sources[path.name.removesuffix(".jinja")] = path
+    if sources:
+        try:
+            return {name: path.read_text(encoding="utf-8") for name, path in sources.items()}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a chat template of {folder} is not UTF-8: {_one_line(error)}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        return dict(template)
+    return {} if template is None else {"default": str(template)}

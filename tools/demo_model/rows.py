@@ -1,0 +1,124 @@
+"""Training rows: which lengths, which kinds of text, as token ids with their loss weights."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tools.demo_model import corpus
+from tools.demo_model.corpus import Segment, Variety
+from tools.demo_model.tokenizer import special_id
+
+TOKENS_PER_STEP = 4096
+#: Share of the rows outside drills that are stories, facts and small talk.
+CHAT_SHARE = 0.10
+#: Share of the rows about notes that ask more often for a thing in focus.
+FOCUSED_ROWS = 0.5
+#: Texts are drawn this much longer than the row, since characters tell their tokens only roughly.
+MARGIN = 1.1
+#: Length of the random sequence that a row of the repetition drill repeats, in tokens.
+PERIOD = (6, 40)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """What the rows of one length hold."""
+
+    num_tokens: int
+    num_facts: tuple[int, int]
+    #: Share of a row about notes that the notes take; questions fill the rest.
+    notes_share: tuple[float, float]
+    variety: Variety = corpus.PLAIN
+    #: Shares of the rows that are drills: random tokens repeated, notes restated.
+    repeated: float = 0.0
+    restated: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the training, until the model answers its rows or a share of the time is used."""
+
+    #: Each step draws one of them.
+    rows: tuple[Rows, ...]
+    #: Share of the time at which the stage ends at the latest.
+    ends_at: float
+    #: From this stage on, positions count as if this many times nearer to one another.
+    position_scale: float = 1.0
+
+
+_MIXED = Variety(wording=0.25, system=0.15, apart=0.2, chatter=0.05)
+_ROWS_128 = Rows(128, (2, 6), (0.35, 0.35), repeated=0.03, restated=0.37)
+_ROWS_256 = Rows(256, (3, 14), (0.3, 0.5), Variety(wording=0.05), repeated=0.05, restated=0.10)
+_ROWS_512 = Rows(512, (6, 28), (0.4, 0.7), Variety(wording=0.15, system=0.1, apart=0.1, chatter=0.05))
+_ROWS_1024 = Rows(1024, (10, 45), (0.5, 0.8), _MIXED)
+_ROWS_2048 = Rows(2048, (15, 75), (0.5, 0.9), _MIXED)
+_ROWS_4096 = Rows(4096, (20, 75), (0.6, 0.9), _MIXED)
+
+#: Short rows first: a longer one teaches nothing before the shorter are answered.
+STAGES = (
+    Stage((_ROWS_128,), 0.15),
+    Stage((_ROWS_256,), 0.38),
+    Stage((_ROWS_512,), 0.52),
+    Stage((_ROWS_1024,), 0.70),
+    Stage((_ROWS_256, _ROWS_512, _ROWS_1024, _ROWS_2048, _ROWS_2048, _ROWS_4096), 1.0, position_scale=8.0),
+)
+
+
+class RowMaker:
+    """Draws batches of rows; the same seed gives the same ones."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        """Rows are cut by `tokenizer`."""
+        self._tokenizer = tokenizer
+        self._rng = random.Random(seed)
+        #: Things to ask for more often: those that the model has been seen to miss.
+        self.focus: Sequence[str] = ()
+        self._pad_id = special_id(tokenizer, corpus.PAD)
+        self._merged_ids = range(len(corpus.SPECIAL_TOKENS) + 256, tokenizer.get_vocab_size())
+
+    def batch(self, kind: Rows) -> tuple[Tensor, Tensor]:
+        """`TOKENS_PER_STEP` tokens: ids int64 and weights float32, both [num_rows, kind.num_tokens + 1]."""
+        num_rows = max(1, TOKENS_PER_STEP // kind.num_tokens)
+        ids, weights = zip(*(self._row(kind) for _ in range(num_rows)), strict=True)
+        return torch.tensor(ids), torch.tensor(weights)
+
+    def _row(self, kind: Rows) -> tuple[list[int], list[float]]:
+        rng, length = self._rng, kind.num_tokens + 1
+        wanted = round(length * MARGIN)
+        num_facts = rng.randint(*kind.num_facts)
+        drill = rng.random()
+        if drill < kind.repeated:
+            return self._repeated(length)
+        if drill < kind.repeated + kind.restated:
+            return self._encoded(corpus.restated_text(rng, wanted, num_facts), length)
+        if rng.random() < CHAT_SHARE:
+            return self._encoded(corpus.chat_text(rng, wanted, kind.variety), length)
+        notes_share = rng.uniform(*kind.notes_share)
+        focus = self.focus if rng.random() < FOCUSED_ROWS else ()
+        segments = corpus.lookup_text(
+            rng, wanted, num_facts, notes_share=notes_share, variety=kind.variety, focus=focus
+        )
+        return self._encoded(segments, length)
+
+    def _repeated(self, length: int) -> tuple[list[int], list[float]]:
+        """Random tokens over and over; all but the first round count."""
+        period = self._rng.randint(PERIOD[0], min(PERIOD[1], length // 3))
+        tokens = self._rng.choices(self._merged_ids, k=period)
+        ids = list(itertools.islice(itertools.cycle(tokens), length))
+        return ids, [0.0] * period + [corpus.ANSWER_WEIGHT] * (length - period)
+
+    def _encoded(self, segments: list[Segment], length: int) -> tuple[list[int], list[float]]:
+        """The first `length` tokens, each with the weight of the segment in which it begins; short rows are padded."""
+        encoding = self._tokenizer.encode(corpus.joined(segments))
+        ends = list(itertools.accumulate(len(segment.text) for segment in segments))
+        ids = encoding.ids[:length]
+        weights = [segments[bisect.bisect_right(ends, start)].weight for start, _ in encoding.offsets[:length]]
+        padding = length - len(ids)
+        return ids + [self._pad_id] * padding, weights + [0.0] * padding
