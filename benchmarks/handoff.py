@@ -44,7 +44,7 @@ def options_of(model: str, secret: ClusterSecret, roads: tuple[str, ...]) -> Wor
         device="cpu",
         max_model_len=None,
         num_threads=1,
-        engine=EngineOptions(kv_cache_bytes=1 << 30, remote_threshold_tokens=1, max_num_seqs=8),
+        engine=EngineOptions(kv_cache_bytes=1 << 30, max_num_seqs=8),
         use_kernels=True,
         secret=secret.hex(),
         channel=ChannelConfig(),

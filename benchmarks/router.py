@@ -32,6 +32,7 @@ from harness.report import CACHE, ROOT, goal, hardware, parser, record
 from kvrouter.index import BlockIndex
 from kvrouter.router import Reply, Router, WorkerJoined
 from messages.fleet import KvEvents, LoadReport, Role, WorkerInfo
+from messages.price import ComputePrice
 from messages.route import Placement, RequestEnded, RouteRequest
 
 DYNAMO = "1.6.1"
@@ -214,11 +215,11 @@ def join(router: Router, worker_id: str, role: Role) -> None:
     )
     load = LoadReport(
         worker_id=worker_id,
-        queued_tokens=0,
+        queued_s=0.0,
         num_waiting=0,
         num_running=10,
         free_blocks=100_000,
-        prefill_tokens_per_s=10_000.0,
+        compute=ComputePrice(step_s=0.004, token_s=1e-4, pair_s=1e-9),
         decode_step_s=0.02,
     )
     router.on_event(WorkerJoined(info), 0.0)

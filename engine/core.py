@@ -60,7 +60,6 @@ class EngineOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     itl_target_s: float = 0.05
-    remote_threshold_tokens: int = 256
     remote_timeout_s: float = 120.0
 
 
@@ -120,7 +119,6 @@ class Engine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
             itl_target_s=options.itl_target_s,
-            remote_threshold_tokens=options.remote_threshold_tokens,
             remote_timeout_s=options.remote_timeout_s,
         )
         return cls(

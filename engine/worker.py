@@ -179,6 +179,7 @@ class EngineWorker:
             max_model_len=engine.loaded.max_model_len,
             max_num_seqs=engine.options.max_num_seqs,
             roads=self.roads.names,
+            compute=engine.scheduler.cost.price,
         )
 
     def post(self, event: Event) -> None:
@@ -293,14 +294,14 @@ class EngineWorker:
         scheduler, pool = self.engine.scheduler, self.engine.pool
         return LoadReport(
             worker_id=self.worker_id,
-            queued_tokens=scheduler.queued_tokens,
+            queued_s=scheduler.queued_s,
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             free_blocks=pool.num_free,
-            prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
             decode_step_s=scheduler.decode_step_s,
-            pull_bytes_per_s=self.roads.bytes_per_s,
-            request_ids=tuple(scheduler.seq_ids()),
+            compute=scheduler.cost.price,
+            request_ids=scheduler.seq_ids(),
+            declined_ids=scheduler.declined_ids(),
         )
 
     def _stats(self, query_id: str) -> Stats:

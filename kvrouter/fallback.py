@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, Computation, compute_s, handoff_s, harm_s
 from kvrouter.policy import affinity_key, can_ever_hold, can_hand_over, rendezvous
 from messages.errors import CapacityError, RequestError, WorkerError
 from messages.fleet import WorkerInfo
 from messages.route import Placement, RouteRequest
 
 _MAX_SHARE = 1.25  #: of the mean number of sequences
-#: Shorter prompts are prefilled where they are decoded: about what a handoff costs, whatever was measured is not here.
-_MIN_HANDOFF_TOKENS = 64
 
 
 def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: Mapping[str, int]) -> Placement:
@@ -39,25 +38,41 @@ def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: 
             code="context_length_exceeded",
         )
     decode = _bounded_rendezvous(request, decodes, num_sequences)
-    prefill = None
-    if request.num_prompt_tokens >= _MIN_HANDOFF_TOKENS:
-        prefills = [
-            worker
-            for worker in workers
-            if worker.role == "prefill"
-            and worker.worker_id not in request.exclude
-            and can_ever_hold(worker, request)
-            and can_hand_over(worker, decode)
-        ]
-        prefill = _bounded_rendezvous(request, prefills, num_sequences) if prefills else None
+    prefills = [
+        worker
+        for worker in workers
+        if worker.role == "prefill"
+        and worker.worker_id not in request.exclude
+        and can_ever_hold(worker, request)
+        and can_hand_over(worker, decode)
+    ]
+    prefill = _bounded_rendezvous(request, prefills, num_sequences) if prefills else None
+    there_s = 0.0
+    if prefill is not None:
+        there_s = _handed_over_s(request, prefill, decode)
+        here_s = _computed_s(request, decode)
+        if here_s + harm_s(here_s, num_sequences.get(decode.worker_id, 0)) <= there_s:
+            prefill = None
     return Placement(
         request_id=request.request_id,
         decode_worker=decode.worker_id,
         decode_address=decode.address,
         prefill_worker=prefill.worker_id if prefill else None,
         prefill_address=prefill.address if prefill else None,
+        prefill_s=there_s if prefill else 0.0,
         reason="no router: rendezvous hashing of the first blocks",
     )
+
+
+def _computed_s(request: RouteRequest, worker: WorkerInfo) -> float:
+    """Seconds for the whole prompt, by what the worker measured at its start."""
+    return compute_s(worker.compute or ASSUMED_COMPUTE, Computation.of(0, request.num_prompt_tokens))
+
+
+def _handed_over_s(request: RouteRequest, prefill: WorkerInfo, decode: WorkerInfo) -> float:
+    computed_s = _computed_s(request, prefill)
+    num_blocks = -(-request.num_prompt_tokens // decode.block_size)
+    return computed_s + handoff_s(ASSUMED_MOVE, num_blocks * decode.block_bytes, computed_s)
 
 
 def _bounded_rendezvous(

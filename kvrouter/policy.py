@@ -3,57 +3,53 @@
 For one request, each decode worker d, alone or with a prefill worker p that can hand KV over to it:
 
     time to first token = wait(d)                        until d has a sequence slot and blocks for it
-                        + wait(p) + queue(p) + compute(p) + handoff + pull of what d lacks
+                        + wait(p) + queue(p) + compute(p) + handoff of what d lacks
                           or, alone: queue(d) + compute(d)
     cost                = time to first token
                         + harm to the sequences on d: one more beside them, and its prefill where d does that
 
-Rates are those that workers measure about themselves; before their first measurement, and for what nobody measures,
-those of `Rates`.
+Prices are those that workers learn about themselves and about each source that they pull from (kvcache.price); before
+their first measurement, and for what nobody measures, those of `Assumptions`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
+from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, HARM_WEIGHT, Computation, compute_s, handoff_s, harm_s
 from messages.fleet import LoadReport, WorkerInfo
+from messages.price import ComputePrice, MovePrice
 from messages.route import RouteRequest
 
 #: Roads that end at the node.
 _NODE_ROADS = frozenset({"shm", "loopback"})
 #: Costs that agree to so many digits (a millisecond) are equal: predictions are no better.
 _COST_DIGITS = 3
-
-
-class _Costed(Protocol):
-    @property
-    def cost_s(self) -> float: ...
-
-
-T = TypeVar("T", bound=_Costed)
+_COST_STEP_S = 0.5e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class Assumptions:
     """What is assumed until it is measured, and what nobody measures."""
 
-    prefill_tokens_per_s: float = 1000.0
+    compute: ComputePrice = ASSUMED_COMPUTE
+    move: MovePrice = ASSUMED_MOVE
     decode_step_s: float = 0.05
-    pull_bytes_per_s: float = 1e9
-    handoff_s: float = 0.005  #: fixed part: ask, publish, release
     sequence_s: float = 10.0  #: how long a sequence holds its slot and blocks
-    doubt: float = 0.5  #: a worker is taken to prefill at least at this share of the fastest one's rate
-    harm_weight: float = 0.2  #: what a second that another sequence stalls is worth, in seconds of time to first token
+    doubt: float = 0.5  #: a worker is taken to compute at least at this share of the fastest one's rate
 
 
 class Reserved(NamedTuple):
     """What a placement will take at one worker, until the worker's own report shows it."""
 
-    tokens: int  #: to compute
+    compute_s: float
     blocks: int
     sequences: int
 
@@ -65,15 +61,17 @@ class WorkerState:
     info: WorkerInfo
     load: LoadReport | None = None
     reserved: dict[str, Reserved] = field(default_factory=dict)  #: by request id
-    reserved_tokens: int = 0  #: the three are sums over `reserved`
+    reserved_s: float = 0.0  #: the three are sums over `reserved`
     reserved_blocks: int = 0
     reserved_sequences: int = 0
+    moves: dict[str, MovePrice] = field(default_factory=dict)  #: by the source's address
+    least_move: MovePrice | None = None  #: each part the least of `moves`
 
     def reserve(self, request_id: str, reserved: Reserved) -> None:
         """Count a placement, in the stead of one counted before for the same request."""
         self.release(request_id)
         self.reserved[request_id] = reserved
-        self.reserved_tokens += reserved.tokens
+        self.reserved_s += reserved.compute_s
         self.reserved_blocks += reserved.blocks
         self.reserved_sequences += reserved.sequences
 
@@ -81,20 +79,30 @@ class WorkerState:
         """Count it no longer; unknown ids are fine."""
         reserved = self.reserved.pop(request_id, None)
         if reserved is not None:
-            self.reserved_tokens -= reserved.tokens
+            self.reserved_s -= reserved.compute_s
             self.reserved_blocks -= reserved.blocks
             self.reserved_sequences -= reserved.sequences
+            if not self.reserved:
+                self.reserved_s = 0.0  # what rounding left
 
     def report(self, load: LoadReport) -> None:
         """Take the worker's word: what it lists needs no prediction any more."""
         self.load = load
+        if load.moves:
+            self.moves |= {price.source: price for price in load.moves}
+            self.least_move = _least(self.moves.values())
         for request_id in self.reserved.keys() & set(load.request_ids):
             self.release(request_id)
 
     @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens to compute before a new one's."""
-        return self.reserved_tokens + (self.load.queued_tokens if self.load else 0)
+    def queue_s(self) -> float:
+        """Seconds of prefill before a new prompt's."""
+        return self.reserved_s + (self.load.queued_s if self.load else 0.0)
+
+    @property
+    def compute_price(self) -> ComputePrice | None:
+        """What it last learned about itself; None where it never measured."""
+        return (self.load.compute if self.load else None) or self.info.compute
 
     @property
     def num_sequences(self) -> int:
@@ -118,8 +126,9 @@ class Candidate(NamedTuple):
     wait_s: float
     queue_s: float
     compute_s: float
-    pull_s: float  #: with the handoff
+    pull_s: float  #: what the handoff adds, with what is pulled after the computation
     harm_s: float
+    prefill_s: float  #: once the prefill worker is asked, until its KV lies on the decode worker; 0 without one
 
     @property
     def ttft_s(self) -> float:
@@ -157,152 +166,238 @@ class _PrefillPart(NamedTuple):
     wait_s: float
     queue_s: float
     compute_s: float
+    cost_s: float  #: the three together
 
-    @property
-    def cost_s(self) -> float:
-        return self.wait_s + self.queue_s + self.compute_s
+
+class _DecodePart(NamedTuple):
+    """What a decode worker costs, whoever prefills."""
+
+    worker: WorkerState
+    match_tokens: int
+    num_bytes: int  #: of the prompt's blocks that it lacks
+    num_sequences: int
+    wait_s: float
+    crowding_s: float  #: the harm of one sequence more
+
+
+class Prices(NamedTuple):
+    """What is known of the whole fleet, for workers and links that were not measured."""
+
+    best_compute: Mapping[bytes, ComputePrice] = MappingProxyType({})  #: the fastest worker's, by fingerprint
+    by_road: Mapping[str, MovePrice] = MappingProxyType({})  #: some link's, by its road
 
 
 class Pricing:
-    """Costs of one request at each worker. `matches`: leading blocks held, by worker id.
-
-    `best_rates`: the fastest prefill measured among workers of one fingerprint, tokens a second.
-    """
+    """Costs of one request at each worker. `matches`: leading blocks held, by worker id."""
 
     def __init__(
         self,
         request: RouteRequest,
         matches: Mapping[str, int],
-        rates: Rates,
-        best_rates: Mapping[bytes, float] = MappingProxyType({}),
+        assumed: Assumptions,
+        prices: Prices,
     ) -> None:
         self._request = request
-        self._best_rates = best_rates
+        self._prices = prices
         self._matches = matches
-        self._rates = rates
+        self._assumed = assumed
         self._key = affinity_key(request)
+        self._computations: dict[tuple[int, bytes], tuple[Computation, float, float]] = {}
+        self._road_moves: dict[tuple[object, ...], MovePrice] = {}
+        self._least_unmeasured = _least(prices.by_road.values()) if prices.by_road else assumed.move
 
     def best(self, decodes: Sequence[WorkerState], prefills: Iterable[WorkerState]) -> Candidate:
         """The cheapest placement; equals are told apart by least load, then by rendezvous hashing of the prompt.
 
         `decodes` must not be empty.
         """
-        # A pair's cost is a sum of what p costs and what d costs: the best p is the same for all d it can reach.
-        parts = [self._prefill_part(worker) for worker in prefills]
-        best_parts: dict[tuple[object, ...], _PrefillPart | None] = {}
+        parts = self._ordered([self._prefill_part(worker) for worker in prefills])
+        reachable: dict[tuple[object, ...], list[_PrefillPart]] = {}
         candidates: list[Candidate] = []
         for decode in decodes:
             info = decode.info
             group = (info.fingerprint, info.block_size, info.block_bytes, info.node_id, info.roads)
-            if group not in best_parts:
-                reachable = [part for part in parts if can_hand_over(part.worker.info, info)]
-                best_parts[group] = self._cheapest(reachable, lambda part: part.worker) if reachable else None
-            part = best_parts[group]
-            candidates.append(self._alone(decode))
-            if part is not None:
-                candidates.append(self._pair(part, decode))
-        return self._cheapest(candidates, lambda candidate: candidate.decode)
+            if group not in reachable:
+                reachable[group] = [part for part in parts if can_hand_over(part.worker.info, info)]
+            part = self._decode_part(decode)
+            candidates.append(self._alone(part))
+            pair = self._best_pair(part, reachable[group])
+            if pair is not None:
+                candidates.append(pair)
+        return self._cheapest(candidates)
 
     def all(self, decodes: Iterable[WorkerState], prefills: Iterable[WorkerState]) -> Iterator[Candidate]:
         """Every placement there is, in no order: to explain a choice."""
-        parts = [self._prefill_part(worker) for worker in prefills]
+        prefill_parts = [self._prefill_part(worker) for worker in prefills]
         for decode in decodes:
-            yield self._alone(decode)
-            for part in parts:
-                if can_hand_over(part.worker.info, decode.info):
-                    yield self._pair(part, decode)
+            part = self._decode_part(decode)
+            yield self._alone(part)
+            for prefill in prefill_parts:
+                if can_hand_over(prefill.worker.info, decode.info):
+                    yield self._pair(part, prefill, self._handoff_s(part, prefill))
 
-    def _alone(self, decode: WorkerState) -> Candidate:
-        match_tokens = self._match_tokens(decode)
-        num_computed = self._num_computed(match_tokens)
-        compute_s = num_computed / self._prefill_rate(decode)
-        # While d prefills, its running sequences wait, and so does one that may come meanwhile.
-        stall_s = compute_s * (decode.num_sequences + 1)
+    def _best_pair(self, part: _DecodePart, prefills: Sequence[_PrefillPart]) -> Candidate | None:
+        """The cheapest with one of `prefills`, which are in order: most are not looked at.
+
+        None can be cheaper than its own cost and the least that a link takes.
+        """
+        least_move = self._least_unmeasured
+        if part.worker.least_move is not None:
+            least_move = _least((least_move, part.worker.least_move))
+        best, best_s, best_handoff_s = None, math.inf, 0.0
+        for prefill in prefills:
+            enough_s = best_s - _COST_STEP_S
+            if prefill.cost_s + handoff_s(least_move, part.num_bytes, prefill.compute_s) > enough_s:
+                break
+            added_s = self._handoff_s(part, prefill)
+            if prefill.cost_s + added_s < enough_s:
+                best, best_s, best_handoff_s = prefill, prefill.cost_s + added_s, added_s
+        return None if best is None else self._pair(part, best, best_handoff_s)
+
+    def _alone(self, part: _DecodePart) -> Candidate:
+        decode = part.worker
+        num_computed = self._num_computed(part.match_tokens)
+        computing_s = self._compute_s(decode, num_computed)
         return Candidate(
             decode=decode,
             prefill=None,
-            decode_match_tokens=match_tokens,
+            decode_match_tokens=part.match_tokens,
             prefill_match_tokens=0,
             num_computed_tokens=num_computed,
-            wait_s=self._wait_s(decode),
-            queue_s=decode.queued_tokens / self._prefill_rate(decode),
-            compute_s=compute_s,
+            wait_s=part.wait_s,
+            queue_s=decode.queue_s,
+            compute_s=computing_s,
             pull_s=0.0,
-            harm_s=self._crowding_s(decode) + self._rates.harm_weight * stall_s,
+            harm_s=part.crowding_s + harm_s(computing_s, part.num_sequences),
+            prefill_s=0.0,
         )
 
-    def _pair(self, part: _PrefillPart, decode: WorkerState) -> Candidate:
-        info = decode.info
-        held = self._matches.get(info.worker_id, 0)
-        lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - held
-        pull_rate = decode.load.pull_bytes_per_s if decode.load else 0.0
+    def _pair(self, part: _DecodePart, prefill: _PrefillPart, added_s: float) -> Candidate:
         return Candidate(
-            decode=decode,
-            prefill=part.worker,
-            decode_match_tokens=held * info.block_size,
-            prefill_match_tokens=part.match_tokens,
-            num_computed_tokens=part.num_computed_tokens,
-            wait_s=part.wait_s + self._wait_s(decode),
-            queue_s=part.queue_s,
-            compute_s=part.compute_s,
-            pull_s=self._rates.handoff_s + lacking * info.block_bytes / (pull_rate or self._rates.pull_bytes_per_s),
-            harm_s=self._crowding_s(decode),
+            decode=part.worker,
+            prefill=prefill.worker,
+            decode_match_tokens=part.match_tokens,
+            prefill_match_tokens=prefill.match_tokens,
+            num_computed_tokens=prefill.num_computed_tokens,
+            wait_s=prefill.wait_s + part.wait_s,
+            queue_s=prefill.queue_s,
+            compute_s=prefill.compute_s,
+            pull_s=added_s,
+            harm_s=part.crowding_s,
+            prefill_s=prefill.cost_s + added_s,
+        )
+
+    def _handoff_s(self, part: _DecodePart, prefill: _PrefillPart) -> float:
+        return handoff_s(self._move_price(prefill.worker, part.worker), part.num_bytes, prefill.compute_s)
+
+    def _decode_part(self, decode: WorkerState) -> _DecodePart:
+        info, load = decode.info, decode.load
+        num_held = self._matches.get(info.worker_id, 0)
+        num_blocks = _ceil_div(self._request.num_prompt_tokens, info.block_size)
+        num_sequences = decode.num_sequences
+        # Each sequence there makes each step of this one longer, and the other way round.
+        step_s = (load.decode_step_s if load else 0.0) or self._assumed.decode_step_s
+        return _DecodePart(
+            decode,
+            num_held * info.block_size,
+            (num_blocks - num_held) * info.block_bytes,
+            num_sequences,
+            self._wait_s(decode, num_blocks - num_held, num_sequences),
+            HARM_WEIGHT * step_s * num_sequences,
         )
 
     def _prefill_part(self, prefill: WorkerState) -> _PrefillPart:
-        match_tokens = self._match_tokens(prefill)
+        info = prefill.info
+        num_held = self._matches.get(info.worker_id, 0)
+        num_lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - num_held
+        match_tokens = num_held * info.block_size
         num_computed = self._num_computed(match_tokens)
-        rate = self._prefill_rate(prefill)
-        return _PrefillPart(
-            worker=prefill,
-            match_tokens=match_tokens,
-            num_computed_tokens=num_computed,
-            wait_s=self._wait_s(prefill),
-            queue_s=prefill.queued_tokens / rate,
-            compute_s=num_computed / rate,
-        )
-
-    def _match_tokens(self, worker: WorkerState) -> int:
-        return self._matches.get(worker.info.worker_id, 0) * worker.info.block_size
+        wait_s = self._wait_s(prefill, num_lacking, prefill.num_sequences)
+        queue_s, computing_s = prefill.queue_s, self._compute_s(prefill, num_computed)
+        cost_s = wait_s + queue_s + computing_s
+        return _PrefillPart(prefill, match_tokens, num_computed, wait_s, queue_s, computing_s, cost_s)
 
     def _num_computed(self, match_tokens: int) -> int:
         """At least the last token: somebody has to sample what follows it."""
         return max(self._request.num_prompt_tokens - match_tokens, 1)
 
-    def _prefill_rate(self, worker: WorkerState) -> float:
-        """Its own, where it was measured; else the fleet's best.
+    def _compute_s(self, worker: WorkerState, num_computed: int) -> float:
+        """By its own price, where it measured one; else by the fleet's best.
 
-        Never less than a share of the fleet's best: who once measured badly, under another load or with a few tokens,
-        would else get no prompt any more and so never measure better.
+        Never longer than the fleet's best with a share of its rate: who once measured badly, under another load or with
+        a few tokens, would else get no prompt any more and so never measure better.
         """
-        measured = worker.load.prefill_tokens_per_s if worker.load else 0.0
-        best = self._best_rates.get(worker.info.fingerprint, 0.0)
-        if measured:
-            return max(measured, self._rates.doubt * best)
-        return best or self._rates.prefill_tokens_per_s
+        key = (num_computed, worker.info.fingerprint)
+        known = self._computations.get(key)
+        if known is None:
+            known = self._computations[key] = self._computation(*key)
+        computation, unmeasured_s, limit_s = known
+        own = worker.compute_price
+        if own is None:
+            return unmeasured_s
+        own_s = compute_s(own, computation)
+        return own_s if own_s < limit_s else limit_s
 
-    def _crowding_s(self, decode: WorkerState) -> float:
-        """Each sequence there makes each step of this one longer, and the other way round."""
-        measured = decode.load.decode_step_s if decode.load else 0.0
-        return self._rates.harm_weight * (measured or self._rates.decode_step_s) * decode.num_sequences
+    def _computation(self, num_computed: int, fingerprint: bytes) -> tuple[Computation, float, float]:
+        """The last `num_computed` tokens; seconds that they take who never measured; the most that they take anybody."""
+        end = max(self._request.num_prompt_tokens, 1)
+        computation = Computation.of(end - num_computed, end)
+        best = self._prices.best_compute.get(fingerprint)
+        if best is None:
+            return computation, compute_s(self._assumed.compute, computation), math.inf
+        best_s = compute_s(best, computation)
+        return computation, best_s, best_s / self._assumed.doubt
 
-    def _wait_s(self, worker: WorkerState) -> float:
+    def _move_price(self, prefill: WorkerState, decode: WorkerState) -> MovePrice:
+        """What `decode` measured from there; else what is known of the road that they would take."""
+        measured = decode.moves.get(prefill.info.address)
+        if measured is not None:
+            return measured
+        source, target = prefill.info, decode.info
+        kind = (source.node_id == target.node_id, source.roads, target.roads)
+        if kind not in self._road_moves:
+            common = [road for road in target.roads if road in source.roads]
+            is_near = source.node_id == target.node_id
+            road = next((road for road in common if (road in _NODE_ROADS) is is_near), "")
+            self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
+        return self._road_moves[kind]
+
+    def _wait_s(self, worker: WorkerState, num_lacking_blocks: int, num_sequences: int) -> float:
         """Until slots and blocks come free, if all of them turn over once in `sequence_s`."""
-        info = worker.info
-        held = self._matches.get(info.worker_id, 0)
-        wanted_blocks = blocks_wanted(self._request, info.block_size) - held
-        missing_blocks = wanted_blocks - worker.free_blocks
-        missing_slots = worker.num_sequences + self._request.num_sequences - info.max_num_seqs
-        missing_share = max(missing_blocks / info.num_blocks, missing_slots / info.max_num_seqs, 0.0)
-        return missing_share * self._rates.sequence_s
+        info, num_new = worker.info, self._request.num_sequences
+        missing_blocks = num_lacking_blocks + num_new - worker.free_blocks  # each choice writes a block of its own
+        missing_slots = num_sequences + num_new - info.max_num_seqs
+        if missing_blocks <= 0 and missing_slots <= 0:
+            return 0.0
+        return max(missing_blocks / info.num_blocks, missing_slots / info.max_num_seqs) * self._assumed.sequence_s
 
-    def _cheapest(self, items: Sequence[T], worker: Callable[[T], WorkerState]) -> T:
-        costs = [(round(item.cost_s, _COST_DIGITS), worker(item).num_sequences) for item in items]
+    def _ordered(self, parts: list[_PrefillPart]) -> list[_PrefillPart]:
+        """The best first: by cost, then by least load, then by rendezvous hashing of the prompt."""
+        keyed = [((round(part.cost_s, _COST_DIGITS), part.worker.num_sequences), part) for part in parts]
+        keyed.sort(key=itemgetter(0))
+        ordered: list[_PrefillPart] = []
+        for _, group in groupby(keyed, key=itemgetter(0)):
+            equals = [part for _, part in group]
+            if len(equals) > 1:
+                first = max(equals, key=lambda part: rendezvous(self._key, part.worker.info.worker_id))
+                equals = [first, *(part for part in equals if part is not first)]
+            ordered += equals
+        return ordered
+
+    def _cheapest(self, candidates: Sequence[Candidate]) -> Candidate:
+        costs = [(round(candidate.cost_s, _COST_DIGITS), candidate.decode.num_sequences) for candidate in candidates]
         least = min(costs)
-        equals = [item for item, cost in zip(items, costs, strict=True) if cost == least]
+        equals = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least]
         if len(equals) == 1:
             return equals[0]
-        return max(equals, key=lambda item: rendezvous(self._key, worker(item).info.worker_id))
+        return max(equals, key=lambda candidate: rendezvous(self._key, candidate.decode.info.worker_id))
+
+
+def _least(prices: Iterable[MovePrice]) -> MovePrice:
+    """A price that none of `prices` is below, in any part."""
+    columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
+    fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
+    return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)
 
 
 def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:

@@ -11,13 +11,25 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
+from kvcache.price import Computation, compute_s
 from kvrouter.index import BlockIndex
-from kvrouter.policy import Candidate, Pricing, Rates, Reserved, WorkerState, blocks_wanted, can_ever_hold
+from kvrouter.policy import (
+    Assumptions,
+    Candidate,
+    Prices,
+    Pricing,
+    Reserved,
+    WorkerState,
+    blocks_wanted,
+    can_ever_hold,
+)
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
+_USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
 
 
@@ -25,7 +37,7 @@ _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
 class RouterConfig:
     """The router's own limits."""
 
-    rates: Rates = field(default_factory=Rates)
+    assumed: Assumptions = field(default_factory=Assumptions)
     max_delay_s: float = 60.0  #: predicted wait and queue beyond which a request is refused (429)
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
@@ -82,7 +94,7 @@ class _Feed:
 class _Placed:
     """A request that was placed and has not ended."""
 
-    worker_ids: tuple[str, ...]
+    worker_ids: tuple[str, ...]  #: the decode worker, and the prefill worker while it is to compute
     placed_s: float
     expires_s: float  #: of its reservations, not of itself
 
@@ -92,11 +104,13 @@ class Router:
 
     def __init__(self, config: RouterConfig = RouterConfig()) -> None:
         self._config = config
-        self._rates = config.rates
+        self._assumed = config.assumed
         self._index = BlockIndex()
         self._workers: dict[str, WorkerState] = {}
         self._feeds: dict[str, _Feed] = {}
         self._placed: dict[str, _Placed] = {}
+        self._best_compute: dict[bytes, ComputePrice] = {}  # the fastest worker's, by fingerprint
+        self._moves_by_road: dict[str, MovePrice] = {}  # the last one reported, of whatever link
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
@@ -107,8 +121,7 @@ class Router:
             case KvEvents():
                 return self._fold(event, now_s)
             case LoadReport():
-                if event.worker_id in self._workers:
-                    self._workers[event.worker_id].report(event)
+                self._take_report(event)
                 return []
             case RequestEnded(request_id=request_id):
                 self._end(request_id, now_s)
@@ -117,6 +130,7 @@ class Router:
                 self._forget_worker(info.worker_id)
                 self._workers[info.worker_id] = WorkerState(info)
                 self._feeds[info.worker_id] = _Feed()
+                self._note_compute(self._workers[info.worker_id])
                 return self._ask_snapshot(info.worker_id, now_s)
             case WorkerLost(worker_id):
                 self._forget_worker(worker_id)
@@ -150,8 +164,8 @@ class Router:
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         for worker_id, worker in self._workers.items():
             sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0)
-            seen = (worker.reserved_tokens, worker.reserved_blocks, worker.reserved_sequences)
-            if sums != seen:
+            seen = (worker.reserved_s, worker.reserved_blocks, worker.reserved_sequences)
+            if sums[1:] != seen[1:] or abs(sums[0] - seen[0]) > 1e-6 * max(1.0, sums[0]):
                 raise InvariantError(f"router: {worker_id} has {seen} reserved, its reservations add up to {sums}")
             strangers = [
                 request_id
@@ -181,6 +195,7 @@ class Router:
             decode_address=decode.address,
             prefill_worker=prefill.worker_id if prefill else None,
             prefill_address=prefill.address if prefill else None,
+            prefill_s=best.prefill_s,
             decode_match_tokens=best.decode_match_tokens,
             prefill_match_tokens=best.prefill_match_tokens,
             predicted_ttft_s=best.ttft_s,
@@ -219,23 +234,20 @@ class Router:
         ]
 
     def _pricing(self, request: RouteRequest) -> Pricing:
-        best_rates: dict[bytes, float] = {}
-        for worker in self._workers.values():
-            rate = worker.load.prefill_tokens_per_s if worker.load else 0.0
-            best_rates[worker.info.fingerprint] = max(rate, best_rates.get(worker.info.fingerprint, 0.0))
-        return Pricing(request, self._index.match(request.names), self._rates, best_rates)
+        prices = Prices(self._best_compute, self._moves_by_road)
+        return Pricing(request, self._index.match(request.names), self._assumed, prices)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id
         self._release(request_id)
         block_size = best.decode.info.block_size
         num_blocks = blocks_wanted(request, block_size) - best.decode_match_tokens // block_size
-        tokens_here = best.num_computed_tokens if best.prefill is None else 0
-        best.decode.reserve(request_id, Reserved(tokens_here, num_blocks, request.num_sequences))
+        here_s = best.compute_s if best.prefill is None else 0.0
+        best.decode.reserve(request_id, Reserved(here_s, num_blocks, request.num_sequences))
         worker_ids = [best.decode.info.worker_id]
         if best.prefill is not None:
             num_blocks = blocks_wanted(request, block_size) - best.prefill_match_tokens // block_size
-            best.prefill.reserve(request_id, Reserved(best.num_computed_tokens, num_blocks, request.num_sequences))
+            best.prefill.reserve(request_id, Reserved(best.compute_s, num_blocks, request.num_sequences))
             worker_ids.append(best.prefill.info.worker_id)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
         self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s)
@@ -244,8 +256,8 @@ class Router:
         self._release(request_id)
         placed = self._placed.pop(request_id, None)
         if placed is not None:
-            seen, mean = now_s - placed.placed_s, self._rates.sequence_s
-            self._rates = replace(self._rates, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
+            seen, mean = now_s - placed.placed_s, self._assumed.sequence_s
+            self._assumed = replace(self._assumed, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
 
     def _release(self, request_id: str) -> None:
         placed = self._placed.get(request_id)
@@ -255,6 +267,30 @@ class Router:
                 worker.release(request_id)
 
     # ----------------------------------------------------------------------------------------------- what workers say
+
+    def _take_report(self, report: LoadReport) -> None:
+        worker = self._workers.get(report.worker_id)
+        if worker is None:
+            return
+        worker.report(report)
+        self._note_compute(worker)
+        self._moves_by_road |= {price.road: price for price in report.moves}
+        for request_id in report.declined_ids:
+            placed = self._placed.get(request_id)
+            if placed is None or placed.worker_ids == (report.worker_id,) or report.worker_id not in placed.worker_ids:
+                continue  # told before, or another placement
+            self._release(request_id)  # the decode worker's own report counts it from here on
+            placed.worker_ids = (report.worker_id,)
+            self._counts["kvray_router_declined_total"] += 1
+
+    def _note_compute(self, worker: WorkerState) -> None:
+        """Remember the fleet's best price; it is looked for anew with every tick, for it may leave or get worse."""
+        price, fingerprint = worker.compute_price, worker.info.fingerprint
+        if price is None:
+            return
+        best = self._best_compute.get(fingerprint)
+        if best is None or compute_s(price, _USUAL) < compute_s(best, _USUAL):
+            self._best_compute[fingerprint] = price
 
     def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
         feed = self._feeds.get(event.worker_id)
@@ -286,6 +322,9 @@ class Router:
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self._index.sweep(_SWEPT_PER_TICK)
+        self._best_compute = {}
+        for worker in self._workers.values():
+            self._note_compute(worker)
         for request_id, placed in self._placed.items():
             if placed.expires_s < now_s:
                 self._release(request_id)

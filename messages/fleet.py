@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from messages.price import ComputePrice, MovePrice
+
 Role = Literal["prefill", "decode"]
 
 
@@ -23,6 +25,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int  #: tokens
     max_num_seqs: int
     roads: tuple[str, ...]  #: transports it offers
+    compute: ComputePrice | None = None  #: as it measured itself at the start
 
 
 class Subscribe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -47,14 +50,15 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A worker's load and measured rates, about once a second and after each admission or end."""
 
     worker_id: str
-    queued_tokens: int  #: prompt tokens still to compute
+    queued_s: float  #: of computing the prompt tokens that wait, by its own price
     num_waiting: int
     num_running: int
     free_blocks: int  #: free or evictable
-    prefill_tokens_per_s: float  #: measured; 0 before the first measurement
-    decode_step_s: float  #: measured median
-    pull_bytes_per_s: float = 0.0
+    decode_step_s: float  #: measured median; 0 before the first measurement
+    compute: ComputePrice | None = None  #: None before the first measurement
+    moves: tuple[MovePrice, ...] = ()  #: of sources whose price changed since the last report; all after Subscribe
     request_ids: tuple[str, ...] = ()  #: sequences it has: replaces the router's prediction for them
+    declined_ids: tuple[str, ...] = ()  #: of those, the ones that it computes itself though prefill was to do it
 
 
 class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):

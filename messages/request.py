@@ -57,6 +57,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     deadline_s: float | None = None  #: seconds from arrival at the worker; None: no limit but the worker's own
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice
     prefill_address: str | None = None
+    prefill_s: float = 0.0  #: predicted seconds until its KV lies here; computing it here is worth it below that
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -29,6 +29,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     decode_address: str
     prefill_worker: str | None = None  #: None: the decode worker prefills
     prefill_address: str | None = None
+    prefill_s: float = 0.0  #: predicted seconds until the prefill worker's KV lies on the decode worker
     decode_match_tokens: int = 0
     prefill_match_tokens: int = 0
     predicted_ttft_s: float = 0.0

@@ -33,7 +33,6 @@ def worker_options(model_dir: Path, **overrides: object) -> WorkerOptions:
     engine = {
         "kv_cache_bytes": 16 * 2**20,
         "max_num_seqs": 64,
-        "remote_threshold_tokens": 16,
         "remote_timeout_s": 5.0,
         **{key: overrides.pop(key) for key in list(overrides) if key in EngineOptions.__dataclass_fields__},
     }

@@ -28,7 +28,9 @@ class SequenceSpec:
     salt: bytes = b""
     priority: int = 0  #: smaller is sooner
     deadline_s: float | None = None  #: by the scheduler's clock; past it the sequence ends with an error
-    is_remote: bool = False  #: another worker computes the prompt's KV and samples the first token
+    #: predicted seconds until a prefill worker's KV of the prompt, and its first token, lie here; None: nobody's will.
+    #: Infinite: it was placed so, but that worker cannot be reached
+    remote_s: float | None = None
     is_kept: bool = False  #: when it finishes, its blocks stay pinned until BlocksReleased
 
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
@@ -45,8 +44,10 @@ from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
+from kvcache.price import ASSUMED_COMPUTE, Computation, compute_s, harm_s, is_clearly_cheaper
 from messages.errors import CapacityError, ConfigError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.handoff import BlockLocation
+from messages.price import ComputePrice
 from messages.stream import FinishReason, PromptSources
 
 
@@ -63,8 +64,6 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048  #: in one step; a row for each decode and one chunk fit in any case
     chunk_quantum_tokens: int = 256  #: prefill chunks end at multiples of it
     itl_target_s: float = 0.1  #: steps with decodes take no more prefill than fits in it, but always one chunk
-    #: a remote sequence that lacks fewer tokens than this computes them here
-    remote_threshold_tokens: int | Callable[[], int] = 256
     remote_timeout_s: float = 30.0  #: from AskRemote to the end of the last pull
     watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
 
@@ -152,6 +151,25 @@ class Scheduler:
         waiting, running = self._ledger.waiting, self._ledger.running.values()
         tokens = sum(seq.num_tokens - seq.expected_match_tokens for seq in waiting if not seq.wants_remote)
         return tokens + sum(seq.num_tokens - seq.num_computed for seq in running if not seq.is_decoding)
+
+    @property
+    def compute_price(self) -> ComputePrice:
+        """What computing here costs, as it was learned; assumed before the first step with prefill."""
+        return self.cost.price or ASSUMED_COMPUTE
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds of computing, by that price, before all sequences decode."""
+        price = self.compute_price
+        waiting = (seq for seq in self._ledger.waiting if not seq.wants_remote)
+        running = (seq for seq in self._ledger.running.values() if not seq.is_decoding)
+        return sum(
+            compute_s(price, Computation.of(seq.expected_match_tokens, seq.num_tokens)) for seq in waiting
+        ) + sum(compute_s(price, Computation.of(seq.num_computed, seq.num_tokens)) for seq in running)
+
+    def declined_ids(self) -> tuple[str, ...]:
+        """Sequences whose prompt is computed here though it was placed with a prefill worker."""
+        return tuple(seq.seq_id for seq in self._ledger.sequences.values() if seq.has_declined)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -320,18 +338,26 @@ class Scheduler:
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
-        if seq.wants_remote and num_lacking >= self._remote_threshold_tokens():
+        if seq.wants_remote and not self._is_cheaper_here(seq):
             deadline_s = now_s + self._config.remote_timeout_s
             self._ledger.begin_pull(seq, deadline_s)
             heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
             out.append(AskRemote(seq.seq_id, seq.num_computed))
         elif seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
             self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
+        seq.has_declined = seq.spec.remote_s is not None and seq.phase is not Phase.PULLING
         seq.wants_remote = False
 
-    def _remote_threshold_tokens(self) -> int:
-        threshold = self._config.remote_threshold_tokens
-        return max(1, threshold() if callable(threshold) else threshold)
+    def _is_cheaper_here(self, seq: Sequence) -> bool:
+        """Whether computing what `seq` lacks costs less than its placement said that a handoff takes.
+
+        The router decided by the same prices; this worker knows better what it holds and what waits here by now.
+        """
+        if seq.spec.remote_s is None or seq.num_computed >= seq.num_prompt_tokens:
+            return True
+        computing_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_prompt_tokens))
+        here_s = self.queued_s + harm_s(computing_s, self.num_running - 1)  # it runs already, and counts in both
+        return is_clearly_cheaper(here_s, seq.spec.remote_s)
 
     # --------------------------------------------------------------------------------------------------------- remote
 

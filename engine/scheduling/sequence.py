@@ -58,6 +58,7 @@ class Sequence:
         "block_size",
         "block_table",
         "expected_match_tokens",
+        "has_declined",
         "has_emitted",
         "held_for",
         "is_in_step",
@@ -104,7 +105,8 @@ class Sequence:
         self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (
             spec.num_prompt_tokens
         )
-        self.wants_remote = spec.is_remote and not self.wants_prompt_logprobs
+        self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
+        self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self._namer = namer
         self.extend_names()

@@ -7,24 +7,22 @@ from collections.abc import Sequence
 from statistics import median
 
 from engine.scheduling.plan import SequenceStep
+from kvcache.price import LearnedPrices
+from messages.price import ComputePrice
 
-_FORGET = 0.97  # weight of a step against the one after it: the last hundred or so count
-_SWEEPS = 3
+_FORGET = 0.97  # weight of a step's rate against the one after it
 _NUM_FEATURES = 5
 _PREFILL_TOKENS = 3
 
 
 class StepCost:
-    """Seconds of a step, as a sum of non-negative prices.
+    """Seconds of a step, as a sum of learned prices.
 
-    Features: 1, decode rows, KV tokens they read, prefill tokens, query-key pairs of prefill. Prices are the least
-    squares of the relative error, with forgetting, by a few sweeps of coordinate descent from the last prices.
+    Features: 1, decode rows, KV tokens they read, prefill tokens, query-key pairs of prefill.
     """
 
     def __init__(self) -> None:
-        self._normal = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
-        self._target = [0.0] * _NUM_FEATURES
-        self._prices = [0.0] * _NUM_FEATURES
+        self._learned = LearnedPrices(_NUM_FEATURES)
         self._prefill_tokens = 0.0  # both forgetting; their ratio is the rate
         self._prefill_s = 0.0
         self._decode_s: deque[float] = deque(maxlen=64)
@@ -33,6 +31,14 @@ class StepCost:
     def is_prefill_measured(self) -> bool:
         """Whether a step with prefill was seen."""
         return self._prefill_s > 0
+
+    @property
+    def price(self) -> ComputePrice | None:
+        """What was learned; None before the first step with prefill."""
+        if not self.is_prefill_measured:
+            return None
+        step_s, row_s, row_key_s, token_s, pair_s = self._learned.prices
+        return ComputePrice(step_s=step_s, row_s=row_s, row_key_s=row_key_s, token_s=token_s, pair_s=pair_s)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -54,26 +60,11 @@ class StepCost:
         if x[_PREFILL_TOKENS]:
             self._prefill_tokens = _FORGET * self._prefill_tokens + x[_PREFILL_TOKENS]
             self._prefill_s = _FORGET * self._prefill_s + elapsed_s
-        weight = 1.0 / (elapsed_s * elapsed_s)
-        for i in range(_NUM_FEATURES):
-            row, xi = self._normal[i], x[i] * weight
-            for j in range(_NUM_FEATURES):
-                row[j] = _FORGET * row[j] + xi * x[j]
-            self._target[i] = _FORGET * self._target[i] + xi * elapsed_s
-        self._descend()
+        self._learned.observe(x, elapsed_s)
 
     def seconds(self, x: Sequence[float]) -> float:
         """Predicted duration of a step with these features."""
-        return sum(price * value for price, value in zip(self._prices, x, strict=True))
-
-    def _descend(self) -> None:
-        prices = self._prices
-        for _ in range(_SWEEPS):
-            for i in range(_NUM_FEATURES):
-                row = self._normal[i]
-                if row[i] > 1e-200:  # else not seen, or so long ago that the last price must do
-                    rest = sum(row[j] * prices[j] for j in range(_NUM_FEATURES) if j != i)
-                    prices[i] = max(0.0, (self._target[i] - rest) / row[i])
+        return self._learned.seconds(x)
 
 
 def features(parts: Sequence[SequenceStep]) -> list[float]:

@@ -5,11 +5,13 @@ import pytest
 from kvrouter.fallback import choose
 from messages.errors import CapacityError, RequestError, WorkerError
 from messages.fleet import WorkerInfo
+from messages.price import ComputePrice
 from messages.route import RouteRequest
 
 
-def worker(worker_id, role="decode", node_id="n1"):
+def worker(worker_id, role="decode", node_id="n1", compute=None):
     return WorkerInfo(
+        compute=compute,
         worker_id=worker_id,
         role=role,
         address=f"tcp://{worker_id}:1",
@@ -54,9 +56,19 @@ def test_nobody_gets_far_more_than_the_mean():
     assert max(running.values()) <= 1.25 * 100 / 4 + 1
 
 
-def test_long_prompt_gets_a_prefill_worker_it_can_reach_and_a_short_one_none():
-    assert choose(request(), FLEET, {}).prefill_worker in {"p0", "p1"}
-    assert choose(request(num_blocks=1), FLEET, {}).prefill_worker is None
+def test_a_prompt_is_handed_over_where_that_is_cheaper_by_the_workers_own_prices():
+    busy = {f"d{i}": 10 for i in range(4)}
+    placement = choose(request(), FLEET, busy)
+    assert placement.prefill_worker in {"p0", "p1"}
+    assert placement.prefill_s == pytest.approx(0.325 + 0.005)  # a millisecond a token is assumed
+    assert choose(request(), FLEET, {}).prefill_worker in {"p0", "p1"}  # another may come while it computes
+    assert choose(request(num_blocks=0), FLEET, {}).prefill_worker is None
+    slow, fast = ComputePrice(token_s=1e-3), ComputePrice(token_s=1e-5)
+    assert choose(request(), [worker("d", compute=slow), worker("p", "prefill", compute=fast)], {}).prefill_worker
+    assert not choose(request(), [worker("d", compute=fast), worker("p", "prefill", compute=slow)], {}).prefill_worker
+
+
+def test_a_prefill_worker_out_of_reach_is_not_chosen():
     far = [worker("d0"), worker("p0", "prefill", node_id="n2")]
     assert choose(request(), far, {}).prefill_worker is None
 

@@ -1,8 +1,11 @@
+import random
+
 import pytest
 
 from kvrouter.policy import (
+    Assumptions,
+    Prices,
     Pricing,
-    Rates,
     Reserved,
     WorkerState,
     affinity_key,
@@ -11,9 +14,19 @@ from kvrouter.policy import (
     rendezvous,
 )
 from messages.fleet import LoadReport, WorkerInfo
+from messages.price import ComputePrice, MovePrice
 from messages.route import RouteRequest
 
-RATES = Rates(prefill_tokens_per_s=1000.0, decode_step_s=0.05, pull_bytes_per_s=1e9, handoff_s=0.005)
+ASSUMED = Assumptions()
+
+
+def per_second(num_tokens):
+    """The price of a worker that prefills so many tokens a second, whatever their positions; 0: none was measured."""
+    return ComputePrice(token_s=1 / num_tokens) if num_tokens else None
+
+
+def link(source, *, byte_s=1e-9, handoff_s=0.005, road="shm"):
+    return MovePrice(source=f"tcp://{source}:1", road=road, fixed_s=0.0, byte_s=byte_s, handoff_s=handoff_s)
 
 
 def info(worker_id, role="decode", **changes):
@@ -36,11 +49,11 @@ def info(worker_id, role="decode", **changes):
 def load(worker_id, **changes):
     fields = {
         "worker_id": worker_id,
-        "queued_tokens": 0,
+        "queued_s": 0.0,
         "num_waiting": 0,
         "num_running": 0,
         "free_blocks": 1000,
-        "prefill_tokens_per_s": 1000.0,
+        "compute": per_second(1000.0),
         "decode_step_s": 0.05,
     }
     return LoadReport(**(fields | changes))
@@ -57,14 +70,14 @@ def request(num_prompt_tokens=1600, request_id="r", **changes):
 
 
 def best(route, matches, decodes, prefills=()):
-    return Pricing(route, matches, RATES).best(decodes, prefills)
+    return Pricing(route, matches, ASSUMED, Prices()).best(decodes, prefills)
 
 
 def test_warm_worker_wins_until_its_queue_outweighs_its_cache():
     cold, warm = WorkerState(info("cold"), load("cold")), WorkerState(info("warm"))
-    warm.load = load("warm", queued_tokens=1000)
+    warm.load = load("warm", queued_s=1.0)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is warm
-    warm.load = load("warm", queued_tokens=2000)
+    warm.load = load("warm", queued_s=2.0)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is cold
 
 
@@ -83,13 +96,13 @@ def test_prompt_that_decode_holds_almost_whole_is_not_handed_over():
 
 def test_busy_prefill_sends_the_prompt_to_an_idle_decode():
     decode = WorkerState(info("d"), load("d"))
-    prefill = WorkerState(info("p", "prefill"), load("p", queued_tokens=100_000))
+    prefill = WorkerState(info("p", "prefill"), load("p", queued_s=100.0))
     assert best(request(1600), {}, [decode], [prefill]).prefill is None
 
 
 def test_decode_full_of_sequences_does_not_prefill_itself():
     decode = WorkerState(info("d"), load("d", num_running=32))
-    prefill = WorkerState(info("p", "prefill"), load("p", queued_tokens=3000))
+    prefill = WorkerState(info("p", "prefill"), load("p", queued_s=3.0))
     assert best(request(1600), {}, [decode], [prefill]).prefill is prefill
 
 
@@ -102,15 +115,15 @@ def test_prefill_that_holds_the_prefix_wins():
 
 
 def test_decode_that_holds_the_prefix_need_not_pull_it():
-    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", pull_bytes_per_s=1e7)) for i in range(2)]
+    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", moves=(link("p", byte_s=1e-7),))) for i in range(2)]
     prefill = WorkerState(info("p", "prefill"), load("p"))
     chosen = best(request(1600), {"p": 100, "d1": 50}, decodes, [prefill])
     assert chosen.decode is decodes[1]
 
 
 def test_measured_rates_replace_the_assumed_ones():
-    slow = WorkerState(info("slow"), load("slow", prefill_tokens_per_s=100.0))
-    unmeasured = WorkerState(info("unmeasured"), load("unmeasured", prefill_tokens_per_s=0.0))
+    slow = WorkerState(info("slow"), load("slow", compute=per_second(100.0)))
+    unmeasured = WorkerState(info("unmeasured"), load("unmeasured", compute=per_second(0.0)))
     chosen = best(request(1600), {}, [slow, unmeasured])
     assert chosen.decode is unmeasured
     assert chosen.compute_s == pytest.approx(1.6)
@@ -123,7 +136,7 @@ def test_fully_held_prompt_still_computes_its_last_token():
 
 
 def test_worker_without_free_blocks_or_slots_is_waited_for_and_avoided():
-    free = WorkerState(info("free"), load("free", queued_tokens=100))
+    free = WorkerState(info("free"), load("free", queued_s=0.1))
     out_of_blocks = WorkerState(info("blocks"), load("blocks", free_blocks=10))
     out_of_slots = WorkerState(info("slots"), load("slots", num_running=1, num_waiting=63))
     assert best(request(1600), {}, [out_of_blocks, out_of_slots, free]).decode is free
@@ -140,7 +153,7 @@ def test_more_choices_need_more_slots():
 
 def test_equal_costs_go_to_the_least_loaded_then_by_hash():
     light, heavy = WorkerState(info("light"), load("light")), WorkerState(info("heavy"), load("heavy"))
-    heavy.reserve("other", Reserved(tokens=0, blocks=0, sequences=1))
+    heavy.reserve("other", Reserved(compute_s=0.0, blocks=0, sequences=1))
     heavy.load = load("heavy", decode_step_s=1e-9)
     light.load = load("light", decode_step_s=1e-9)
     assert best(request(1), {}, [heavy, light]).decode is light
@@ -151,13 +164,56 @@ def test_equal_costs_go_to_the_least_loaded_then_by_hash():
 
 
 def test_best_is_the_cheapest_of_all():
-    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", num_running=i, queued_tokens=300 * i)) for i in range(5)]
-    prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}", queued_tokens=700 * i)) for i in range(5)]
+    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}", num_running=i, queued_s=0.3 * i)) for i in range(5)]
+    prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}", queued_s=0.7 * i)) for i in range(5)]
     matches = {"d3": 70, "p4": 100, "p0": 10}
     for num_tokens in (1, 17, 300, 1600, 5000):
-        pricing = Pricing(request(num_tokens), matches, RATES)
+        pricing = Pricing(request(num_tokens), matches, ASSUMED, Prices())
         cheapest = min(candidate.cost_s for candidate in pricing.all(decodes, prefills))
         assert pricing.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.001)
+
+
+def test_the_best_pair_is_found_though_most_are_not_looked_at():
+    rng = random.Random(4)
+    for _ in range(200):
+        prefills = [
+            WorkerState(info(f"p{i}", "prefill", node_id=rng.choice(["n1", "n2"]), roads=("shm", "ucx")), load(f"p{i}"))
+            for i in range(8)
+        ]
+        for prefill in prefills:
+            prefill.load = load(prefill.info.worker_id, queued_s=rng.choice([0.0, 0.0, rng.random()]))
+        decodes = [WorkerState(info(f"d{i}", roads=("shm", "ucx"))) for i in range(3)]
+        for decode in decodes:
+            measured = rng.sample(range(8), rng.randint(0, 8))
+            moves = tuple(
+                link(f"p{i}", handoff_s=rng.choice([0.001, 0.01, rng.random()]), byte_s=10 ** -rng.uniform(7, 10))
+                for i in measured
+            )
+            decode.report(load(decode.info.worker_id, num_running=40, moves=moves))
+        by_road = {"shm": link("a", handoff_s=0.002), "ucx": link("b", handoff_s=0.05, road="ucx")}
+        matches = {f"p{i}": rng.choice([0, 0, 50, 100]) for i in range(8)}
+        pricing = Pricing(request(1600), matches, ASSUMED, Prices(by_road=by_road))
+        cheapest = min(candidate.cost_s for candidate in pricing.all(decodes, prefills))
+        assert pricing.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.002)
+
+
+def test_what_moves_while_prefill_computes_costs_nothing_more():
+    prefill = WorkerState(info("p", "prefill"), load("p"))
+    decode = WorkerState(info("d"))
+    decode.report(load("d", num_running=40, moves=(link("p", byte_s=1e-8, handoff_s=0.001),)))
+    cold = best(request(1600), {}, [decode], [prefill])  # 100 blocks of 100 kB take 0.1 s, computing 1.6 s
+    assert cold.pull_s == pytest.approx(0.001)
+    held = best(request(1600), {"p": 100}, [decode], [prefill])
+    assert held.pull_s == pytest.approx(0.001 + 0.1 - 0.001)
+
+
+def test_the_price_knows_that_long_prompts_cost_more_a_token():
+    quadratic = ComputePrice(token_s=1e-4, pair_s=1e-7)
+    decode = WorkerState(info("d", max_model_len=100_000, num_blocks=100_000), load("d", compute=quadratic))
+    short, long = (best(request(n), {}, [decode]).compute_s / n for n in (160, 16_000))
+    assert long > 5 * short
+    head, tail = (best(request(16_000), {"d": held}, [decode]).compute_s for held in (0, 500))
+    assert tail > head / 2  # half the tokens, but each sees more
 
 
 @pytest.mark.parametrize(
@@ -180,7 +236,7 @@ def test_handover_needs_the_same_model_and_a_road(changes, can):
 def test_unreachable_prefill_is_not_chosen_and_the_reachable_one_is():
     decode = WorkerState(info("d"), load("d"))
     far = WorkerState(info("far", "prefill", node_id="n2"), load("far"))
-    near = WorkerState(info("near", "prefill"), load("near", queued_tokens=500))
+    near = WorkerState(info("near", "prefill"), load("near", queued_s=0.5))
     assert best(request(3200), {"far": 100}, [decode], [far, near]).prefill is near
     assert best(request(3200), {"far": 100}, [decode], [far]).prefill is None
 
@@ -193,13 +249,13 @@ def test_prompt_must_leave_room_for_one_token():
 
 
 def test_reservations_add_up_and_go_when_the_worker_reports_the_request():
-    state = WorkerState(info("d"), load("d", queued_tokens=5, num_running=1, free_blocks=100))
-    state.reserve("a", Reserved(tokens=10, blocks=3, sequences=1))
-    state.reserve("b", Reserved(tokens=20, blocks=4, sequences=2))
-    state.reserve("b", Reserved(tokens=21, blocks=4, sequences=2))
-    assert (state.queued_tokens, state.num_sequences, state.free_blocks) == (36, 4, 93)
-    state.report(load("d", queued_tokens=7, num_running=3, free_blocks=90, request_ids=("b", "x")))
-    assert (state.queued_tokens, state.num_sequences, state.free_blocks) == (17, 4, 87)
+    state = WorkerState(info("d"), load("d", queued_s=5.0, num_running=1, free_blocks=100))
+    state.reserve("a", Reserved(compute_s=10.0, blocks=3, sequences=1))
+    state.reserve("b", Reserved(compute_s=20.0, blocks=4, sequences=2))
+    state.reserve("b", Reserved(compute_s=21.0, blocks=4, sequences=2))
+    assert (round(state.queue_s, 3), state.num_sequences, state.free_blocks) == (36, 4, 93)
+    state.report(load("d", queued_s=7.0, num_running=3, free_blocks=90, request_ids=("b", "x")))
+    assert (round(state.queue_s, 3), state.num_sequences, state.free_blocks) == (17, 4, 87)
     assert list(state.reserved) == ["a"]
 
 

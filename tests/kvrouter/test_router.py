@@ -7,10 +7,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvrouter.policy import Rates
+from kvrouter.policy import Assumptions
 from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TimePassed, WorkerJoined, WorkerLost
 from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+
+
+def per_second(num_tokens):
+    """The price of a worker that prefills so many tokens a second; 0: none was measured."""
+    return ComputePrice(token_s=1 / num_tokens) if num_tokens else None
+
+
+def move(source, *, handoff_s):
+    return MovePrice(source=f"tcp://{source}:1", road="shm", fixed_s=0.0, byte_s=1e-9, handoff_s=handoff_s)
 
 
 def info(worker_id, role="decode", **changes):
@@ -33,11 +43,11 @@ def info(worker_id, role="decode", **changes):
 def load(worker_id, **changes):
     fields = {
         "worker_id": worker_id,
-        "queued_tokens": 0,
+        "queued_s": 0.0,
         "num_waiting": 0,
         "num_running": 0,
         "free_blocks": 10_000,
-        "prefill_tokens_per_s": 1000.0,
+        "compute": per_second(1000.0),
         "decode_step_s": 0.05,
     }
     return LoadReport(**(fields | changes))
@@ -138,10 +148,39 @@ def test_lost_worker_is_never_placed_on_and_its_blocks_are_forgotten():
 @pytest.mark.parametrize("rate", [0.0, 100.0], ids=["unmeasured", "once measured badly"])
 def test_prefill_worker_is_not_left_out_for_a_rate_that_nobody_gave_it_a_chance_to_show(rate):
     fleet = Fleet(info("d"), info("p", role="prefill"))
-    fleet.tell(load("d", prefill_tokens_per_s=20_000.0))
-    fleet.tell(load("p", prefill_tokens_per_s=rate))
-    fleet.tell(load("d", prefill_tokens_per_s=20_000.0, num_running=8))
+    fleet.tell(load("d", compute=per_second(20_000.0)))
+    fleet.tell(load("p", compute=per_second(rate)))
+    fleet.tell(load("d", compute=per_second(20_000.0), num_running=8))
     assert fleet.route(num_blocks=400).prefill_worker == "p"
+
+
+def test_each_link_has_its_own_price():
+    fleet = Fleet(info("d"), info("near", "prefill"), info("far", "prefill"))
+    fleet.tell(load("d", moves=(move("near", handoff_s=0.004), move("far", handoff_s=0.3))))
+    assert fleet.route(num_blocks=30).prefill_worker == "near"
+    fleet.tell(load("d", moves=(move("far", handoff_s=0.001),)))  # only what changed is told
+    fleet.tell(load("near", queued_s=0.5))
+    assert fleet.route(request_id="r9", chain=9, num_blocks=30).prefill_worker == "far"
+
+
+def test_an_unmeasured_link_costs_what_its_road_costs_others():
+    fleet = Fleet(info("d0"), info("d1"), info("p", "prefill"))
+    fleet.tell(load("d0", moves=(move("elsewhere", handoff_s=2.0),)))
+    assert fleet.route(num_blocks=30).prefill_worker is None
+
+
+def test_a_prompt_that_decode_computes_itself_is_not_held_against_prefill():
+    fleet = Fleet(info("d"), info("p", "prefill"))
+    placement = fleet.route(num_blocks=100)
+    assert placement.prefill_worker == "p"
+    assert placement.prefill_s == pytest.approx(1.604 + 0.005)
+    assert fleet.router.stats()["kvray_router_reservations"] == 2
+    for _ in range(2):
+        fleet.tell(load("d", request_ids=("r",), declined_ids=("r", "unknown"), num_running=1))
+    assert fleet.router.stats()["kvray_router_reservations"] == 0
+    assert fleet.router.stats()["kvray_router_declined_total"] == 1
+    fleet.tell(RequestEnded(request_id="r"))
+    assert fleet.router.stats()["kvray_router_requests"] == 0
 
 
 def test_prefill_that_was_lost_is_not_used():
@@ -194,7 +233,7 @@ def test_reservation_ends_with_the_workers_report_the_end_or_its_deadline():
 
     fleet.route(request_id="a")
     assert queued() == pytest.approx(0.164)
-    fleet.tell(load("d", queued_tokens=10, num_running=1, request_ids=("a",)))
+    fleet.tell(load("d", queued_s=0.01, num_running=1, request_ids=("a",)))
     assert queued() == pytest.approx(0.010)
     fleet.route(request_id="b")
     assert queued() == pytest.approx(0.174)
@@ -239,7 +278,7 @@ def test_nobody_there_is_503_all_excluded_is_a_worker_error_and_too_long_is_the_
 
 def test_saturated_fleet_is_429_with_a_time_to_come_back_and_counts_nothing():
     fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
-    fleet.tell(load("d", queued_tokens=20_000))
+    fleet.tell(load("d", queued_s=20.0))
     failed = fleet.route()
     assert (failed.error.kind, failed.error.status, failed.error.retry_after_s) == ("CapacityError", 429, 15.0)
     assert fleet.router.stats()["kvray_router_reservations"] == 0
@@ -269,7 +308,7 @@ def test_explanation_lists_every_pair_cheapest_first_and_reserves_nothing():
 
 
 def test_how_long_requests_take_is_learnt():
-    fleet = Fleet(info("d", max_num_seqs=1), config=RouterConfig(rates=Rates(sequence_s=10.0)))
+    fleet = Fleet(info("d", max_num_seqs=1), config=RouterConfig(assumed=Assumptions(sequence_s=10.0)))
     for i in range(200):
         fleet.route(request_id=f"r{i}")
         fleet.now_s += 1.0

@@ -24,8 +24,8 @@ def worker_info(worker_id, address):
 
 def load(worker_id):
     return LoadReport(
-        worker_id=worker_id, queued_tokens=0, num_waiting=0, num_running=0, free_blocks=100,
-        prefill_tokens_per_s=1000.0, decode_step_s=0.05,
+        worker_id=worker_id, queued_s=0.0, num_waiting=0, num_running=0, free_blocks=100,
+        decode_step_s=0.05,
     )  # fmt: skip
 
 

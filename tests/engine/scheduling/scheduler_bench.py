@@ -32,7 +32,6 @@ class Bench:
             "max_num_seqs": 8,
             "max_num_batched_tokens": 64,
             "chunk_quantum_tokens": 8,
-            "remote_threshold_tokens": 4,
             "watermark": 0.0,
         }
         self.pool = BlockPool(num_blocks, 4)

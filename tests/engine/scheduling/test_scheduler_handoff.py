@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from engine.scheduling.plan import (
@@ -86,7 +88,7 @@ def test_a_lease_that_ends_during_prefill_cancels_it(bench: Bench) -> None:
 
 
 def remote(bench: Bench, **fields) -> AskRemote:
-    [ask] = bench.add("r", PROMPT, is_remote=True, **fields)
+    [ask] = bench.add("r", PROMPT, remote_s=0.0, **fields)
     assert isinstance(ask, AskRemote)
     return ask
 
@@ -252,18 +254,31 @@ def test_a_pull_that_nobody_ordered_cannot_end(bench: Bench) -> None:
         bench.post(PullEnded("r", frozenset()))
 
 
-def test_little_is_computed_here_rather_than_asked_for() -> None:
-    threshold = [20]
-    bench = Bench(remote_threshold_tokens=lambda: threshold[0])
-    assert bench.add("a", PROMPT, is_remote=True, max_tokens=1) == []
-    assert bench.step() == [("a", "prefill", 0, 19)]
-    threshold[0] = 4
-    assert bench.add("b", 19, is_remote=True) == [AskRemote("b", 0)]
+def test_what_costs_clearly_less_here_than_a_handoff_is_computed_here(bench: Bench) -> None:
+    assert bench.add("a", 19, remote_s=0.1, max_tokens=1) == []  # a millisecond a token is assumed
+    assert bench.scheduler.declined_ids() == ("a",)
+    assert bench.step(elapsed_s=19.0) == [("a", "prefill", 0, 19)]
+    assert bench.add("b", 19, remote_s=0.1) == [AskRemote("b", 0)]  # now it is known to take a second
+    assert bench.scheduler.declined_ids() == ()
+
+
+def test_a_prompt_goes_where_it_was_placed_while_the_costs_are_about_the_same(bench: Bench) -> None:
+    assert bench.add("a", 20, remote_s=0.026) == [AskRemote("a", 0)]  # 0.020 and what a newcomer might lose: 0.024
+
+
+def test_what_waits_here_counts_against_computing_here(bench: Bench) -> None:
+    bench.add("long", 100)
+    assert bench.add("a", 20, remote_s=0.1) == [AskRemote("a", 0)]
+
+
+def test_a_prefill_worker_out_of_reach_is_not_asked(bench: Bench) -> None:
+    assert bench.add("a", 20, remote_s=math.inf) == []
+    assert bench.scheduler.declined_ids() == ("a",)
 
 
 def test_choices_of_a_remote_prompt_pull_it_once(bench: Bench) -> None:
     remote(bench)
-    assert bench.add("r2", PROMPT, is_remote=True) == []
+    assert bench.add("r2", PROMPT, remote_s=0.1) == []
     bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
     assert bench.scheduler.num_waiting == 1
     bench.post(PullEnded("r", frozenset()))
@@ -277,12 +292,12 @@ def test_a_last_offer_without_a_token_counts_as_a_refusal(bench: Bench) -> None:
 
 
 def test_prompt_logprobs_are_never_left_to_a_peer(bench: Bench) -> None:
-    assert bench.add("r", PROMPT, is_remote=True, prompt_logprobs=1) == []
+    assert bench.add("r", PROMPT, remote_s=0.0, prompt_logprobs=1) == []
     assert bench.step() == [("r", "prefill", 0, 8)]
 
 
 def test_a_stream_that_moved_pulls_its_prompt_and_replays_its_tokens(bench: Bench) -> None:
-    [ask] = bench.add("r", PROMPT, generated=3, is_remote=True, max_tokens=9)
+    [ask] = bench.add("r", PROMPT, generated=3, remote_s=0.0, max_tokens=9)
     assert isinstance(ask, AskRemote)
     [pull] = bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
     assert isinstance(pull, PullBlocks)
@@ -298,6 +313,7 @@ def test_load_is_what_is_still_to_be_computed(bench: Bench) -> None:
     bench.add("b", 30, max_tokens=5)
     remote(bench)
     assert bench.scheduler.queued_tokens == 40
+    assert bench.scheduler.queued_s == pytest.approx(0.04)
     assert (bench.scheduler.num_running, bench.scheduler.num_pulling, bench.scheduler.num_waiting) == (2, 1, 0)
     bench.step(elapsed_s=0.5)
     assert bench.scheduler.queued_tokens == 0

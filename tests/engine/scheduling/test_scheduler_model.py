@@ -7,6 +7,7 @@ and the tokens that come out can be compared with a generation that never saw a 
 
 from __future__ import annotations
 
+import math
 import random
 
 import hypothesis.strategies as st
@@ -36,16 +37,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         quantum=st.sampled_from([4, 6, 8]),
         budget=st.sampled_from([8, 12, 24]),
         max_num_seqs=st.integers(1, 5),
-        threshold=st.sampled_from([1, 4, 9]),
         watermark=st.sampled_from([0.0, 0.1]),
     )
-    def make(self, num_blocks, quantum, budget, max_num_seqs, threshold, watermark) -> None:
+    def make(self, num_blocks, quantum, budget, max_num_seqs, watermark) -> None:
         config = SchedulerConfig(
             max_model_len=44,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             chunk_quantum_tokens=quantum,
-            remote_threshold_tokens=lambda: threshold,
             remote_timeout_s=10.0,
             watermark=watermark,
         )
@@ -66,9 +65,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_stop=st.booleans(),
         min_tokens=st.integers(0, 3),
         patience_s=st.sampled_from([None, None, None, 4.0]),
+        remote_s=st.sampled_from([0.0, 0.0, 0.02, math.inf]),
     )
     def add(
-        self, data, num_choices, max_tokens, kind, priority, salt, prompt_logprobs, has_stop, min_tokens, patience_s
+        self,
+        data,
+        num_choices,
+        max_tokens,
+        kind,
+        priority,
+        salt,
+        prompt_logprobs,
+        has_stop,
+        min_tokens,
+        patience_s,
+        remote_s,
     ):
         longest = min(self.worker.max_len - 1, 40)
         over = [e for e in self.worker.sequences.values() if e.is_over and len(e.token_ids) < longest]
@@ -102,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 salt=salt,
                 priority=priority,
                 deadline_s=None if patience_s is None else self.worker.now_s + patience_s,
-                is_remote=kind == "remote",
+                remote_s=remote_s if kind == "remote" else None,
                 is_kept=kind == "kept",
             )
             expected = expect(spec, self.worker.max_len)
@@ -204,7 +215,6 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         max_num_seqs=rng.randint(2, 6),
         max_num_batched_tokens=rng.choice([8, 16, 32]),
         chunk_quantum_tokens=rng.choice([4, 8]),
-        remote_threshold_tokens=4,
         remote_timeout_s=10.0,
     )
     worker = FakeWorker(config, BlockPool(rng.randint(10, 20), 4))
@@ -253,7 +263,7 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
             num_prompt_tokens=len(tokens),
             params=params,
             priority=priority,
-            is_remote=kind == "remote",
+            remote_s=rng.choice([0.0, 0.0, 0.02]) if kind == "remote" else None,
             is_kept=kind == "kept",
         )
         worker.add(spec)
