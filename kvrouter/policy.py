@@ -339,7 +339,7 @@ class Pricing:
         return own_s if own_s < limit_s else limit_s
 
     def _computation(self, num_computed: int, fingerprint: bytes) -> tuple[Computation, float, float]:
-        """The last `num_computed` tokens; seconds that they take who never measured; the most that they take anybody."""
+        """The last `num_computed` tokens; the seconds that they take who never measured; the most that they take."""
         end = max(self._request.num_prompt_tokens, 1)
         computation = Computation.of(end - num_computed, end)
         best = self._prices.best_compute.get(fingerprint)

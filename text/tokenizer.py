@@ -17,6 +17,7 @@ import tokenizers
 
 from messages.errors import ConfigError, RequestError
 from text.chat_template import ChatTemplate, Message
+from text.json_file import read_json
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -63,9 +64,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception for every fault of the file
             raise ConfigError(f"no tokenizer: {path} cannot be read: {_one_line(error)}") from error
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json", is_optional=True)
         if "added_tokens_decoder" not in config:
-            config = {**config, **_read_json(folder / "special_tokens_map.json")}
+            config = {**config, **read_json(folder / "special_tokens_map.json", is_optional=True)}
         _add_tokens(backend, config)
         special = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
         templates = {
@@ -326,19 +327,6 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
         return token.encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; {} where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"no tokenizer: {path} is not JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"no tokenizer: {path} holds {type(value).__name__}, wanted an object")
-    return value
 
 
 def _one_line(error: Exception) -> str:

@@ -74,12 +74,7 @@ class Link:
 
 
 class Transport(Protocol):
-    """A road. One object per process and road, used from one event loop.
-
-    `is_one_sided`: the owner's process takes no part in a pull. `can_abort_safely`: a pull that was given up has
-    stopped writing when it returns; where False, a TransferError may carry a `quarantine_s`. `is_direct`: nobody's
-    memory but the two peers' is involved; the others are tried last.
-    """
+    """A road. One object per process and road, used from one event loop."""
 
     @property
     def road(self) -> str:
@@ -88,17 +83,17 @@ class Transport(Protocol):
 
     @property
     def is_one_sided(self) -> bool:
-        """See above."""
+        """Whether the owner's process takes no part in a pull."""
         ...
 
     @property
     def can_abort_safely(self) -> bool:
-        """See above."""
+        """Whether a pull that was given up has stopped writing when it returns; else errors have a `quarantine_s`."""
         ...
 
     @property
     def is_direct(self) -> bool:
-        """See above."""
+        """Whether nobody's memory but the two peers' is involved; roads that are not direct are tried last."""
         ...
 
     def register(self, memory: RegionMemory) -> RegionInfo:

@@ -53,7 +53,7 @@ class RoadCounters:
 
 
 class Roads:
-    """See above. All methods belong to one event loop."""
+    """The roads of one process, as the head of this file shows. All methods belong to one event loop."""
 
     def __init__(
         self, transports: Sequence[Transport], memory: RegionMemory, scratch: RegionMemory, stall_s: float

@@ -9,28 +9,12 @@ from typing import Any
 from blake3 import blake3
 
 from messages.errors import ConfigError
+from text.json_file import read_json
 
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        ConfigError: unreadable, not JSON, not an object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
-    return value
 
 
 def weight_files(directory: Path) -> list[Path]:

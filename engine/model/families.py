@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
-from engine.model.checkpoint import read_json
-from messages.errors import ConfigError
+from messages.errors import ConfigError, first_line
+from text.json_file import read_json
 
 _PROBE_NAME = "kvray_probe"
 
@@ -54,7 +54,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # config classes validate with errors of many libraries
-        raise ConfigError(f"{directory / 'config.json'} is refused by transformers: {_first_line(error)}") from error
+        raise ConfigError(f"{directory / 'config.json'} is refused by transformers: {first_line(error)}") from error
     return config
 
 
@@ -150,7 +150,7 @@ def probe_layers(model: nn.Module, family: str) -> tuple[list[LayerUse], int]:
                 logits_to_keep=torch.zeros(1, dtype=torch.int64, device=device),
             ).logits
     except _MODEL_ERRORS as error:
-        raise ConfigError(f"{family} cannot be served: its forward fails here: {_first_line(error)}") from error
+        raise ConfigError(f"{family} cannot be served: its forward fails here: {first_line(error)}") from error
     if logits.shape[1] != 1:
         faults.append("it computes logits for tokens that nobody asked for (no logits_to_keep)")
     layers = [calls.get(index, []) for index in range(config.get_text_config().num_hidden_layers)]
@@ -239,7 +239,7 @@ def check_against_eager(
                 kv_step=step,
             ).logits[0]
     except _MODEL_ERRORS as error:
-        raise ConfigError(f"{family} cannot be served: its forward fails here: {_first_line(error)}") from error
+        raise ConfigError(f"{family} cannot be served: its forward fails here: {first_line(error)}") from error
     expected = wanted[positions]
     # a row at a time, and the median: an expert chosen the other way at a near-tie moves one row, not most
     distance = (got.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-6)
@@ -248,8 +248,3 @@ def check_against_eager(
             f"{family} cannot be served: its logits through the paged pool differ from its own attention's "
             f"by {float(distance.median()):.2g} of their size, at most {_TOLERANCE[dtype]:.2g} is rounding"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

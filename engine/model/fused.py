@@ -8,9 +8,9 @@ operator within a rounding of them. Whatever differs, in whichever way, keeps it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -222,10 +222,35 @@ def probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype, seed=2)
 
 
-def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
-    """One forward of a few tokens through the model as it is, with the probe for attention."""
+Probe: TypeAlias = Callable[..., tuple[torch.Tensor, None]]
+Hook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def run_trial(model: nn.Module, modules: Iterable[nn.Module], probe: Probe, after: Hook) -> bool:
+    """One forward of a few tokens through the model as it is, with `probe` for attention.
+
+    `after` is told each call of `modules`: the module, its positional and keyword arguments, its output. The answer is
+    whether the forward ran; the model is as it was before.
+    """
     config: Any = model.config
     before = config._attn_implementation  # noqa: SLF001  # transformers offers no other way to ask
+    AttentionInterface.register(PROBE_NAME, probe)
+    hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
+    tokens = torch.arange(TRIAL_ROWS)[None]
+    try:
+        model.set_attn_implementation(PROBE_NAME)  # type: ignore[operator]
+        model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
+    except MODULE_ERRORS:
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)  # type: ignore[operator]
+    return True
+
+
+def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
+    """What each attention module of `model` got and gave in a trial; nothing where the trial fails."""
     asked: dict[nn.Module, tuple[Any, ...]] = {}
     calls: list[_AttentionCall] = []
 
@@ -240,21 +265,8 @@ def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
             query, key, value, options = asked.pop(module)
             calls.append(_AttentionCall(module, keywords, query, key, value, options, output[0]))
 
-    AttentionInterface.register(PROBE_NAME, probe)
-    hooks = [
-        module.register_forward_hook(after, with_kwargs=True) for module in model.modules() if hasattr(module, "q_proj")
-    ]
-    tokens = torch.arange(TRIAL_ROWS)[None]
-    try:
-        model.set_attn_implementation(PROBE_NAME)  # type: ignore[operator]
-        model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
-    except MODULE_ERRORS:
-        calls.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(before)  # type: ignore[operator]
-    return iter(calls)
+    modules = [module for module in model.modules() if hasattr(module, "q_proj")]
+    return iter(calls if run_trial(model, modules, probe, after) else ())
 
 
 class FusedAttention:

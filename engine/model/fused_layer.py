@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
 
 from engine.kernels.cpu.native import NativeKernels
 from engine.model.attention import StepAttention
-from engine.model.fused import MODULE_ERRORS, PROBE_NAME, TRIAL_ROWS, FusedAttention, FusedGate, FusedNorm, probe_result
+from engine.model.fused import (
+    MODULE_ERRORS,
+    PROBE_NAME,
+    TRIAL_ROWS,
+    FusedAttention,
+    FusedGate,
+    FusedNorm,
+    probe_result,
+    run_trial,
+)
 
 
 class FusedLayer:
@@ -86,8 +94,6 @@ def _layer_calls(
     model: nn.Module, layers: list[nn.Module]
 ) -> dict[nn.Module, tuple[torch.Tensor, dict[str, Any], torch.Tensor]]:
     """What each layer got (hidden states, keywords) and gave in a forward of a few tokens, a probe for attention."""
-    config: Any = model.config
-    before = config._attn_implementation  # noqa: SLF001  # transformers offers no other way to ask
     calls: dict[nn.Module, tuple[torch.Tensor, dict[str, Any], torch.Tensor]] = {}
 
     def after(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -99,19 +105,7 @@ def _layer_calls(
     ) -> tuple[torch.Tensor, None]:
         return probe_result(query, value), None
 
-    AttentionInterface.register(PROBE_NAME, probe)
-    hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
-    tokens = torch.arange(TRIAL_ROWS)[None]
-    try:
-        model.set_attn_implementation(PROBE_NAME)  # type: ignore[operator]
-        model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
-    except MODULE_ERRORS:
-        calls.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(before)  # type: ignore[operator]
-    return calls
+    return calls if run_trial(model, layers, probe, after) else {}
 
 
 def _fuse_layer(

@@ -20,13 +20,14 @@ from engine.kernels.cpu.native import load_kernels
 from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.model.attention import choose_kernels
-from engine.model.checkpoint import read_json, stored_dtype, weight_files, weights_digest
+from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
 from engine.model.families import check_against_eager, eager_trial, probe_layers, read_model_config
 from engine.model.fused import fuse_modules
 from engine.model.fused_layer import fuse_layers
 from engine.model.linear import PACKED_NAME, can_pack, pack_linears
 from engine.model.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
+from text.json_file import read_json
 from transport.memory import total_bytes
 
 _log = logging.getLogger(__name__)

@@ -310,7 +310,7 @@ def test_truncation_and_padding_of_the_file_do_not_cut_prompts(tmp_path):
         (None, "", "no tokenizer: .* is not there"),
         ("tokenizer.json", "{", "no tokenizer: .* cannot be read"),
         ("tokenizer.json", '{"version": "1.0"}', "no tokenizer: .* cannot be read"),
-        ("tokenizer_config.json", "{", "is not JSON"),
+        ("tokenizer_config.json", "{", "is not valid JSON"),
         ("tokenizer_config.json", "[]", "wanted an object"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "chat template .*line 1"),
     ],

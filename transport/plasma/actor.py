@@ -14,7 +14,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from messages.errors import ErrorInfo
+from messages.errors import ErrorInfo, first_line
 from messages.handoff import RegionInfo
 from transport.plasma.road import Range
 from transport.plasma.vault import DEFAULT_LIMITS, Vault, VaultLimits
@@ -92,7 +92,7 @@ class RayVaults:
             RegionError: the region cannot be read as described, or a range is out of bounds.
             TransferError: no vault can be had, it died, or it holds too much.
         """
-        failure: Exception | None = None
+        failure: Exception = TransferError("it was not asked")
         for delay_s in _RETRY_DELAYS_S:
             await asyncio.sleep(delay_s)
             vault = self._actors.get(node_id)
@@ -110,14 +110,14 @@ class RayVaults:
                 kind = RegionError if answer.kind == RegionError.__name__ else TransferError
                 raise kind(answer.message, code=answer.code)
             return cast("list[object]", answer)
-        raise TransferError(f"plasma: no vault on node {node_id}: {_first_line(failure)}")
+        raise TransferError(f"plasma: no vault on node {node_id}: {first_line(failure)}")
 
     async def segment(self, reference: object) -> Bytes:
         """Wait until Ray has brought it to this node; TransferError when its vault has died."""
         try:
             return cast("Bytes", await cast("Any", reference))
         except ray.exceptions.RayError as error:
-            raise TransferError(f"plasma: a segment was lost: {_first_line(error)}") from None
+            raise TransferError(f"plasma: a segment was lost: {first_line(error)}") from None
 
     def release(self, node_id: str, export_id: bytes) -> None:
         """One way: a vault that does not hear it lets go of it later."""
@@ -135,8 +135,3 @@ class RayVaults:
             max_concurrency=_MAX_CALLS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
         ).remote(self._limits)
-
-
-def _first_line(error: BaseException | None) -> str:
-    """Ray's messages are pages."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -110,7 +110,7 @@ def to_sockaddr(address: SocketAddress) -> ctypes.Array[ctypes.c_uint8]:
 
 
 def from_sockaddr(storage: ctypes.Array[ctypes.c_uint8]) -> SocketAddress:
-    """The reverse."""
+    """The address, as Python has it, in a `sockaddr_storage` that `to_sockaddr` or UCX filled."""
     raw = bytes(storage)
     (port,) = struct.unpack_from("!H", raw, 2)
     is_ipv4 = struct.unpack_from("=H", raw)[0] == socket.AF_INET

@@ -117,7 +117,7 @@ def gather(memory: RegionMemory, ranges: Sequence[Range]) -> bytearray:
 
 
 def scatter(buffer: bytearray, copies: Sequence[Copy], target: RegionMemory) -> None:
-    """The reverse, into the targets of `copies`."""
+    """Put what `gather` gave, of the sources of `copies`, into their targets."""
     begin = 0
     view = memoryview(buffer)
     for _, offset, num_bytes in copies:
