@@ -4,10 +4,8 @@ ucxx brings UCX, its context, its worker and the C++ thread in which the worker 
 library by ctypes (libucp, whose interface is public and stable), because ucxx's Python lacks what a safe end needs:
 
 * Connections between client and listener, the listener on one address: ucxx listens on all. The alternative, endpoints
-  made from worker addresses, needs no listener. But over tcp closing such an endpoint while it sends crashes the
-  process, sooner or later: UCX 1.21 frees it (`uct_tcp_cm_handle_conn_fin`) and then uses it
-  (`uct_tcp_iface_handle_events`). Our fuzzing met that within seconds, and never with connections. Besides, UCX pairs
-  such endpoints by counting; where the two sides counted differently, closing one left 440 of 512 MiB of late writes.
+  made from worker addresses, needs no listener, but with UCX 1.21 over tcp processes that used it crashed, and closing
+  one did not always end its writes (docs/LOG.md).
 * Cancelling one receive.
 
 Measured, and held by tests/transport/test_ucx.py: when a connection was closed by force, the receives matched from it
