@@ -8,7 +8,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-fast check format bench kernels clean
+.PHONY: help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ check: $(VENV)/.testing ## format, lint, types, layers, spelling
 format: $(VENV)/.testing ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+graph: $(VENV)/.testing ## who imports whom, in DOT: the rooms, then the engine's storeys
+	@$(BIN)/import-linter drawgraph --show-import-totals messages kvcache transport text engine prefill decode kvrouter cluster
+	@$(BIN)/import-linter drawgraph engine
 
 bench: $(VENV)/.testing kernels ## every benchmark's quick form, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done

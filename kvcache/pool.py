@@ -103,11 +103,6 @@ class BlockPool:
         """Blocks pinned by somebody."""
         return self.num_blocks - self.num_free - len(self._quarantined)
 
-    @property
-    def num_cached(self) -> int:
-        """Blocks that have a name."""
-        return len(self._by_name)
-
     def generation(self, block_id: int) -> int:
         """Changes before the block's bytes may change, and only then."""
         return self._generations[block_id]

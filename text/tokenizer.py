@@ -76,11 +76,6 @@ class Tokenizer:
         return cls(backend, special, templates)
 
     @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text, where the model names one."""
-        return self._named_id("bos_token")
-
-    @property
     def eos_token_id(self) -> int | None:
         """The tokenizer's end token; the model's generation_config may name more."""
         return self._named_id("eos_token")
@@ -142,11 +137,6 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `render_chat` can work."""
-        return "default" in self._chat_templates
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -89,7 +89,6 @@ class ChannelServer:
         self._silent_beats: dict[PeerId, int] = {}  # of every live peer
         self._dropped: set[PeerId] = set()  # given up but still connected: not listened to
         self.num_refused = 0  #: clients without the secret
-        self.num_malformed = 0  #: messages that were none
         self._is_closed = False
         # A context of its own, because the gatekeeper (ZAP) stands at one fixed address per context.
         self._context = zmq.Context()
@@ -178,7 +177,6 @@ class ChannelServer:
         is_new = peer not in self._silent_beats
         self._silent_beats[peer] = 0
         if message is None:
-            self.num_malformed += 1
             log.warning("channel: a peer sent something that is no message: dropped")
             self._lose(peer)
         elif isinstance(message, Ping):

@@ -72,7 +72,6 @@ class LoopbackTransport:
     """See `transport.protocol.Transport`. `faults`: one is taken from its left by each pull that passes the checks."""
 
     is_one_sided = True
-    can_abort_safely = False  # WriteLate
     is_direct = True
 
     def __init__(self, network: LoopbackNetwork, *, road: str = "loopback") -> None:

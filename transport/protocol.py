@@ -87,11 +87,6 @@ class Transport(Protocol):
         ...
 
     @property
-    def can_abort_safely(self) -> bool:
-        """Whether a pull that was given up has stopped writing when it returns; else errors have a `quarantine_s`."""
-        ...
-
-    @property
     def is_direct(self) -> bool:
         """Whether nobody's memory but the two peers' is involved; roads that are not direct are tried last."""
         ...

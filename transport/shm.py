@@ -48,7 +48,6 @@ class ShmTransport:
 
     road = "shm"
     is_one_sided = True
-    can_abort_safely = True
     is_direct = True
 
     def __init__(self) -> None:

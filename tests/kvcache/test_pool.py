@@ -32,7 +32,7 @@ def commit_chain(pool: BlockPool, first: int, length: int) -> list[int]:
 
 
 def test_a_new_pool_is_free(pool: BlockPool) -> None:
-    assert (pool.num_free, pool.num_used, pool.num_cached) == (4, 0, 0)
+    assert (pool.num_free, pool.num_used, len(pool.snapshot())) == (4, 0, 0)
     assert pool.take_events() == ([], [])
 
 
@@ -75,15 +75,15 @@ def test_too_many_blocks_wanted_changes_nothing(pool: BlockPool) -> None:
     with pytest.raises(CapacityError, match="5 blocks wanted, 4 of 4"):
         pool.allocate(5)
     assert pool.num_free == 4
-    assert pool.num_cached == 3
+    assert len(pool.snapshot()) == 3
 
 
 def test_free_blocks_go_before_cached_ones(pool: BlockPool) -> None:
     pool.unpin(commit_chain(pool, 0, 2))
     pool.allocate(2)
-    assert pool.num_cached == 2
+    assert len(pool.snapshot()) == 2
     pool.allocate(1)
-    assert pool.num_cached == 1
+    assert len(pool.snapshot()) == 1
 
 
 def test_tails_are_evicted_before_heads(pool: BlockPool) -> None:

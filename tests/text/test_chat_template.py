@@ -273,7 +273,6 @@ def test_template_files_come_before_the_configuration(tmp_path):
 
 def test_a_model_without_a_template_says_so(tmp_path):
     tokenizer = Tokenizer.load(folder_with(tmp_path))
-    assert not tokenizer.has_chat_template
     with pytest.raises(RequestError, match="no chat template") as caught:
         tokenizer.render_chat([USER])
     assert caught.value.param == "messages"

@@ -355,7 +355,7 @@ def test_a_message_is_logged_and_dropped(owner, link, caplog):
 
 
 def test_says_what_it_is(owner, link):
-    assert (owner.road, owner.is_one_sided, owner.can_abort_safely, owner.is_direct) == ("plasma", True, True, False)
+    assert (owner.road, owner.is_one_sided, owner.is_direct) == ("plasma", True, False)
     assert owner.carriers(link) == "ray object store"
 
 

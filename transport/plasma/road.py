@@ -103,7 +103,6 @@ class PlasmaTransport:
 
     road = "plasma"
     is_one_sided = True
-    can_abort_safely = True
     is_direct = False
 
     def __init__(self, vaults: Vaults) -> None:

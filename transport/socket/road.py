@@ -53,7 +53,6 @@ class SocketTransport:
 
     road = "socket"
     is_one_sided = False
-    can_abort_safely = True
     is_direct = True
 
     def __init__(

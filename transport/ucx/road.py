@@ -34,7 +34,6 @@ class UcxTransport:
 
     road = "ucx"
     is_one_sided = False
-    can_abort_safely = False
     is_direct = True
 
     def __init__(

@@ -224,7 +224,7 @@ def test_listens_only_where_peers_reach_it(secret, host):
 
 
 def test_says_what_it_is(owner, link):
-    assert (owner.road, owner.is_one_sided, owner.can_abort_safely, owner.is_direct) == ("socket", False, True, True)
+    assert (owner.road, owner.is_one_sided, owner.is_direct) == ("socket", False, True)
     assert owner.carriers(link) == "tcp"
 
 
