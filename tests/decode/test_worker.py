@@ -8,7 +8,7 @@ import random
 import msgspec
 import pytest
 
-from messages.handoff import KvHandoff
+from messages.handoff import KvHandoff, ReleaseLease
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import engine_of, running_pair, worker_options
@@ -109,7 +109,7 @@ async def test_an_unreachable_prefill_worker_is_done_without(model_dir, referenc
 
 
 def rejected(pair, reason: str) -> float:
-    return pair.decode.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
+    return pair.decode._peers.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
 
 
 async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir, reference, monkeypatch):
@@ -244,7 +244,7 @@ async def test_a_peer_whose_blocks_have_another_size_is_not_pulled_from(model_di
             got = await pair.ingress.finish(pair.ingress.send(request_id, prompt))
             assert got == [reference.greedy(prompt, 16)]
             engine_of(pair.decode).pool.clear()
-        assert pair.decode.roads()[0].road == ""
+        assert pair.decode._peers.statuses()[0].road == ""
         assert pair.prefill.stats()["kvray_prefill_prompts_total"] == 1
 
 
@@ -322,8 +322,10 @@ async def test_a_lease_that_nobody_ends_frees_the_blocks(model_dir):
     (prompt,) = prompts(11, 200)
     prefill = worker_options(model_dir, lease_s=0.4)
     async with running_pair(prefill, worker_options(model_dir)) as pair:
-        # a decode worker that asks and then neither renews nor releases
-        pair.decode._send_release = lambda *_: None
+        # a decode worker that asks and then does not release
+        peers = pair.decode._peers
+        send = peers.send
+        peers.send = lambda address, message: isinstance(message, ReleaseLease) or send(address, message)
         await pair.ingress.finish(pair.ingress.send("r", prompt))
         await pair.idle()
         assert pair.prefill.stats()["kvray_leases_expired_total"] == 1

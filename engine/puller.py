@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from engine.core import Engine
-from engine.memory.checksums import ALGORITHMS, Algorithm
+from engine.memory.checksums import ALGORITHMS, Algorithm, BlockChecksums
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.handoff import BlockLocation, RegionsDescribed
 from transport.memory import Memory
-from transport.protocol import Copy, Link, RegionError, TransferError
+from transport.protocol import Copy, Link, RegionError, RegionMemory, TransferError
 from transport.roads import Roads
 
 logger = logging.getLogger(__name__)
@@ -48,12 +47,13 @@ class PullOutcome:
 
 
 class BlockPuller:
-    """Moves blocks from peers' pools into an engine's."""
+    """Moves blocks from peers' pools into the own one."""
 
-    def __init__(self, engine: Engine, roads: Roads) -> None:
-        self._layout = engine.layout
-        self._memory = engine.memory
-        self._checksums = engine.checksums
+    def __init__(self, layout: RegionLayout, memory: RegionMemory, checksums: BlockChecksums, roads: Roads) -> None:
+        """`memory` is the region that `layout` describes, `checksums` are of its blocks."""
+        self._layout = layout
+        self._memory = memory
+        self._checksums = checksums
         self._roads = roads
         self.num_failed = 0  #: pulls that did not end well
         self.num_rejected: Counter[Rejection] = Counter()
