@@ -16,7 +16,7 @@ from typing import TypeAlias, assert_never
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
 from kvcache.leases import Asked, Failed, FreeBlocks, LeaseBook, PeerLost, Published, Released, Renewed, TimePassed
 from kvcache.names import unpack_tokens
-from messages.errors import InvariantError, KvrayError
+from messages.errors import InvariantError, KvrayError, WorkerError
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 
 # ------------------------------------------------------------------------------------------------------------- events
@@ -24,7 +24,7 @@ from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 
 @dataclass(frozen=True, slots=True)
 class PromptAsked:
-    """Somebody wants this prompt's KV, whoever asked for it before."""
+    """Somebody wants this prompt's KV; if another does, that one is told that it gets nothing."""
 
     asker: bytes
     message: PrefillRequest
@@ -145,10 +145,17 @@ class PublicationBook:
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             is_kept=True,
         )
+        before = self.leases.peer_of(request_id)
         freed = self.leases.on_event(Asked(request_id, event.asker), now_s)
         self.num_asked += 1
         self._prompts[request_id] = _Prompt(spec, event.message.num_held_tokens)
-        return [*freed] or self._begin(request_id)
+        if before is None:
+            return self._begin(request_id)
+        if before == event.asker:
+            return [*freed]
+        # It may be the later one that waits: what a dead worker asked can arrive after its successor's question.
+        error = WorkerError(f"request {request_id!r} was asked for by another worker")
+        return [TellFailed(before, PrefillFailed(request_id=request_id, error=error.info())), *freed]
 
     def _begin(self, request_id: str) -> list[PublicationInstruction]:
         """Read path step 4."""
