@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from messages.handoff import KvHandoff, ReleaseLease
+from messages.request import CancelRequest
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import engine_of, running_pair, worker_options
+from tests.workers import Steps, engine_of, running_pair, taken_in, until, worker_options
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
 from transport.protocol import Transport
 
@@ -305,6 +306,58 @@ async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_di
                 pair.ingress.cancel(f"{delay_s}-{i}")
             await asyncio.sleep(0.05)
             await pair.idle()
+
+
+async def test_a_cancel_that_comes_while_a_token_is_computed_ends_the_sequence_with_that_step(model_dir, reference):
+    asked = prompts(14, 30, 40)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        pair.ingress.prefill = None
+        steps, is_cancelled = Steps(pair.decode), taken_in(pair.decode, CancelRequest)
+        steps.hold("r", after=5)
+        answer = pair.ingress.send("r", asked[0], max_tokens=200)
+        await until(lambda: steps.is_holding)
+        pair.ingress.cancel("r")
+        await asyncio.wait_for(is_cancelled.wait(), 5)
+        steps.go_on()
+        got = await pair.ingress.finish(pair.ingress.send("q", asked[1]))
+        assert steps.num_of("r") == 6
+        assert answer.token_ids == reference.greedy(asked[0], 5)  # the sixth, which was under way, is not sent
+        assert answer.last is None
+    assert got == [reference.greedy(asked[1], 16)]
+
+
+@pytest.mark.parametrize("is_pulling", [False, True], ids=["nothing to pull yet", "during a pull"])
+async def test_a_cancel_that_comes_while_a_chunk_is_computed_ends_the_prefill_with_that_step(
+    model_dir, reference, monkeypatch, is_pulling
+):
+    asked = prompts(15, 900, 40)
+    options = worker_options(model_dir, max_num_batched_tokens=256)
+    async with running_pair(options, options) as pair:
+        at_prefill, at_decode = Steps(pair.prefill), Steps(pair.decode)
+        is_cancelled, is_released = taken_in(pair.decode, CancelRequest), taken_in(pair.prefill, ReleaseLease)
+        pull, may_pull = pair.decode._peers.pull, asyncio.Event()
+
+        async def pull_later(*args):
+            await may_pull.wait()
+            return await pull(*args)
+
+        monkeypatch.setattr(pair.decode._peers, "pull", pull_later)
+        at_prefill.hold("r", after=int(is_pulling))  # the first chunk of four is offered, and its pull begins
+        answer = pair.ingress.send("r", asked[0])
+        await until(lambda: at_prefill.is_holding and pair.decode.stats()["kvray_pulls_running"] == is_pulling)
+        pair.ingress.cancel("r")
+        await asyncio.wait_for(is_cancelled.wait(), 5)
+        await asyncio.wait_for(is_released.wait(), 5)
+        assert at_prefill.begun[-1].parts[0].end < len(asked[0]), "more chunks would follow"
+        at_prefill.go_on()
+        await until(lambda: engine_of(pair.prefill).pool.num_used == 0)
+        may_pull.set()
+        got = await pair.ingress.finish(pair.ingress.send("q", asked[1]))
+        assert at_prefill.num_of("r") == 1 + is_pulling
+        assert at_decode.num_of("r") == 0
+        assert (answer.token_ids, answer.last) == ([], None)
+    assert got == [reference.greedy(asked[1], 16)]
 
 
 async def test_an_ingress_that_vanishes_ends_its_requests(model_dir):
