@@ -144,9 +144,11 @@ class Pair:
             for engine in engines:
                 engine.pool.release_quarantined(time.monotonic())
             await asyncio.sleep(0.02)
-        for engine in engines:
+        for worker in (self.prefill, self.decode):
+            engine = engine_of(worker)
             engine.scheduler.check_invariants()
             engine.pool.check_invariants()
+            worker._book.check_invariants(engine.scheduler.seq_ids())
 
 
 def engine_of(worker: PrefillWorker | DecodeWorker):
