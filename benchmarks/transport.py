@@ -8,7 +8,7 @@
 A cell is a block size and a number of blocks, pulled from random places of another process's pool into random places
 of the own one. Each contender draws its own places and takes its turn in each round, in random order; medians count,
 and a ratio is one of medians. Roads run as in workers (harness.transport_peer), each with and without verification:
-xxh3_64 of each block as it arrives, as decode.puller does it. Rivals (harness.transport_rivals) verify nothing. Before
+xxh3_64 of each block as it arrives, as engine.puller does it. Rivals (harness.transport_rivals) verify nothing. Before
 it counts, every contender pulled the whole pool once, and once more in each cell; those bytes are compared.
 
 CPU seconds are those of all processes taking part. The loop's lag is how late a 1 ms sleep comes back while verified

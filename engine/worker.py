@@ -1,4 +1,4 @@
-"""What prefill and decode workers have in common: an engine, a channel, a registered region, subscribers.
+"""What prefill and decode workers have in common: an engine, a channel, a registered region, subscribers, peers.
 
 No Ray. A role (prefill.worker, decode.worker) owns one EngineWorker, is handed the messages and instructions that
 concern it, and posts events.
@@ -23,9 +23,12 @@ import torch
 from engine.core import Engine, EngineOptions
 from engine.driver import EngineDriver
 from engine.model.load import load_model
+from engine.peers import Peers
+from engine.puller import BlockPuller
 from engine.scheduling.plan import Event, Instruction
 from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
+from messages.price import MovePrice
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
 from transport.memory import Memory
@@ -72,14 +75,14 @@ class WorkerOptions:
 
 
 class WorkerRole(Protocol):
-    """The part that differs."""
+    """The part that differs. Who connected to this worker is known by its channel's id."""
 
-    def on_message(self, peer: bytes, message: Message) -> None:
-        """A message that is not the EngineWorker's own."""
+    def on_message(self, sender: bytes, message: Message) -> None:
+        """A message, of someone who connected to this worker, that is not the EngineWorker's own."""
         ...
 
-    def on_peer_lost(self, peer: bytes) -> None:
-        """A client of this worker is gone."""
+    def on_sender_lost(self, sender: bytes) -> None:
+        """Someone who had connected to this worker is gone."""
         ...
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
@@ -88,10 +91,6 @@ class WorkerRole(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the role, by metric name."""
-        ...
-
-    def roads(self) -> tuple[RoadStatus, ...]:
-        """The road from each peer that it pulls from."""
         ...
 
 
@@ -130,32 +129,39 @@ class EngineWorker:
         )
         self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
         self.engine.warm_up()
-        secret = ClusterSecret.from_hex(options.secret)
+        self._secret = ClusterSecret.from_hex(options.secret)
         self.roads = Roads(
-            open_roads(options.roads, secret, host, vaults, functools.partial(_prepare_thread, self.engine)),
+            open_roads(options.roads, self._secret, host, vaults, functools.partial(_prepare_thread, self.engine)),
             self.engine.memory,
             self.engine.scratch(PROBE_BYTES),
             options.stall_s,
         )
-        self._links: dict[bytes, Link] = {}  #: to clients of this worker's channel
+        self._peers: Peers | None = None  #: of a role that pulls
+        self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._on_crash = on_crash
         self._role: WorkerRole | None = None
-        self._subscribers: dict[bytes, int] = {}  #: peer -> next event number
+        self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
         self.server: ChannelServer | None = None
         self.driver: EngineDriver | None = None
 
+    def open_peers(self, on_message: Callable[[str, Message], None], on_lost: Callable[[str], None]) -> Peers:
+        """The worker's peers, for a role that pulls; reported and closed with the worker. Arguments as `Peers`'s."""
+        engine = self.engine
+        puller = BlockPuller(engine.layout, engine.memory, engine.checksums, self.roads)
+        self._peers = Peers(puller, self.roads, self._secret, self.options.channel, on_message, on_lost)
+        return self._peers
+
     async def start(self, role: WorkerRole) -> WorkerInfo:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         self._role = role
-        options = self.options
         self.server = ChannelServer(
-            ClusterSecret.from_hex(options.secret),
+            self._secret,
             self._host,
             on_message=self._on_message,
-            on_peer_lost=self._on_peer_lost,
-            config=options.channel,
+            on_peer_lost=self._on_sender_lost,
+            config=self.options.channel,
         )
         self.driver = EngineDriver(self.engine, self._on_instructions, self._on_crash)
         self.driver.start()
@@ -188,10 +194,10 @@ class EngineWorker:
         self.driver.post(event)
         self._report_wanted.set()
 
-    def send(self, peer: bytes, message: Message) -> None:
-        """A message to a client of this worker; dropped if it is gone."""
+    def send(self, receiver: bytes, message: Message) -> None:
+        """A message to someone who connected to this worker; dropped if it is gone."""
         if self.server is not None:
-            self.server.send(peer, message)
+            self.server.send(receiver, message)
 
     def spawn(self, coroutine: object) -> None:
         """Run a coroutine until it ends or the worker closes."""
@@ -206,6 +212,8 @@ class EngineWorker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.driver is not None:
             await self.driver.close()
+        if self._peers is not None:
+            self._peers.close()
         if self.server is not None:
             self.server.close()
         self.roads.close()
@@ -213,20 +221,20 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------------------------- the channel
 
-    def _on_message(self, peer: bytes, message: Message) -> None:
+    def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
             case Subscribe():
                 self._flush_events()
-                self._subscribers[peer] = 1
+                self._subscribers[sender] = 1
                 names = b"".join(self.engine.pool.snapshot())
-                self.send(peer, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
-                self.send(peer, self._report())
+                self.send(sender, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
+                self.send(sender, self._report(self._peers.prices() if self._peers is not None else ()))
             case GetStats(query_id=query_id):
-                self.send(peer, self._stats(query_id))
+                self.send(sender, self._stats(query_id))
             case DescribeRegions():
-                self._link(peer)
+                self._link(sender)
                 self.send(
-                    peer,
+                    sender,
                     RegionsDescribed(
                         regions=list(self.roads.regions),
                         num_blocks=self.engine.layout.num_blocks,
@@ -235,28 +243,28 @@ class EngineWorker:
                     ),
                 )
             case RoadMessage(road=road, body=body):
-                self.roads.on_message(self._link(peer), road, body)
+                self.roads.on_message(self._link(sender), road, body)
             case _:
                 assert self._role is not None
-                self._role.on_message(peer, message)
+                self._role.on_message(sender, message)
 
-    def _link(self, peer: bytes) -> Link:
-        link = self._links.get(peer)
+    def _link(self, sender: bytes) -> Link:
+        link = self._links.get(sender)
         if link is None:
 
             def send(road: str, body: bytes) -> bool:
-                return self.server is not None and self.server.send(peer, RoadMessage(road=road, body=body))
+                return self.server is not None and self.server.send(sender, RoadMessage(road=road, body=body))
 
-            link = self._links[peer] = self.roads.connect(send)
+            link = self._links[sender] = self.roads.connect(send)
         return link
 
-    def _on_peer_lost(self, peer: bytes) -> None:
-        self._subscribers.pop(peer, None)
-        link = self._links.pop(peer, None)
+    def _on_sender_lost(self, sender: bytes) -> None:
+        self._subscribers.pop(sender, None)
+        link = self._links.pop(sender, None)
         if link is not None:
             self.roads.disconnect(link)
         assert self._role is not None
-        self._role.on_peer_lost(peer)
+        self._role.on_sender_lost(sender)
 
     def _on_instructions(self, instructions: Sequence[Instruction]) -> None:
         assert self._role is not None
@@ -271,10 +279,10 @@ class EngineWorker:
         stored, removed = self.engine.pool.take_events()
         if not stored and not removed:
             return
-        for peer, seq in self._subscribers.items():
-            self._subscribers[peer] = seq + 1
+        for subscriber, seq in self._subscribers.items():
+            self._subscribers[subscriber] = seq + 1
             self.send(
-                peer,
+                subscriber,
                 KvEvents(worker_id=self.worker_id, seq=seq, stored=b"".join(stored), removed=b"".join(removed)),
             )
 
@@ -285,12 +293,12 @@ class EngineWorker:
                     await self._report_wanted.wait()
             self._report_wanted.clear()
             self._flush_events()
-            report = self._report()
-            for peer in list(self._subscribers):
-                self.send(peer, report)
+            report = self._report(self._peers.changed_prices() if self._peers is not None else ())
+            for subscriber in list(self._subscribers):
+                self.send(subscriber, report)
             await asyncio.sleep(_REPORT_MIN_S)
 
-    def _report(self) -> LoadReport:
+    def _report(self, moves: tuple[MovePrice, ...]) -> LoadReport:
         scheduler, pool = self.engine.scheduler, self.engine.pool
         return LoadReport(
             worker_id=self.worker_id,
@@ -300,6 +308,7 @@ class EngineWorker:
             free_blocks=pool.num_free,
             decode_step_s=scheduler.decode_step_s,
             compute=scheduler.cost.price,
+            moves=moves,
             request_ids=scheduler.seq_ids(),
             declined_ids=scheduler.declined_ids(),
         )
@@ -310,7 +319,10 @@ class EngineWorker:
         engine = self.engine
         values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
         values |= self._role.stats() | self.roads.stats()
-        roads = self._role.roads()
+        roads: tuple[RoadStatus, ...] = ()
+        if self._peers is not None:
+            values |= self._peers.stats()
+            roads = self._peers.statuses()
         for road in roads:
             labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
@@ -319,6 +331,9 @@ class EngineWorker:
             "kvray_blocks_free": float(engine.pool.num_free),
             "kvray_blocks_pinned": float(engine.pool.num_used),
             "kvray_blocks_quarantined": float(engine.pool.num_quarantined),
+            "kvray_blocks_allocated_total": float(engine.pool.stats.num_allocated_blocks),
+            "kvray_blocks_hit_total": float(engine.pool.stats.num_hit_blocks),
+            "kvray_blocks_evicted_total": float(engine.pool.stats.num_evicted_blocks),
             "kvray_block_bytes": float(engine.layout.block_bytes),
             "kvray_block_size_tokens": float(engine.options.block_size),
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),

@@ -1,10 +1,10 @@
-"""For how long prefill keeps a prompt's blocks for the decode worker that asked. Pure: events in, instructions out.
+"""For how long an owner keeps blocks for whoever asked for them. Pure: events in, instructions out.
 
     asked ---published whole---> leased ---released, peer lost, expired---> gone
       '----------------released, peer lost, failed-------------------------'
 
-A lease runs from the publication of the prompt's last block, or from the last renewal. Before that the prompt is still
-computed, for as long as the request's own deadline allows and its asker is there.
+A lease runs from the publication of the last block, or from the last renewal. Before that the blocks are still being
+made, for as long as the request's own deadline allows and its asker is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from messages.errors import InvariantError
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A decode worker wants this prompt; a request that moved belongs to who asked last, and begins anew."""
+    """Blocks for this request are wanted; one that moved belongs to who asked last, and begins anew."""
 
     request_id: str
     peer: bytes
@@ -26,7 +26,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """All its blocks were offered, and its first token: the lease begins."""
+    """All its blocks were offered: the lease begins."""
 
     request_id: str
 
@@ -49,7 +49,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It could not be computed; its blocks are free already."""
+    """Its blocks could not be made; they are free already."""
 
     request_id: str
 
@@ -71,7 +71,7 @@ LeaseEvent: TypeAlias = Asked | Published | Renewed | Released | Failed | PeerLo
 
 @dataclass(frozen=True, slots=True)
 class FreeBlocks:
-    """Stop computing it and unpin its blocks."""
+    """Stop making its blocks and unpin them."""
 
     request_id: str
     is_expired: bool = False
@@ -80,11 +80,11 @@ class FreeBlocks:
 @dataclass(slots=True)
 class _Lease:
     peer: bytes
-    ends_s: float | None = None  #: None while it is computed
+    ends_s: float | None = None  #: None while its blocks are made
 
 
 class LeaseBook:
-    """All prompts that are computed or held for somebody. Nobody renews or releases what another asked for last."""
+    """All that is made or held for somebody. Nobody renews or releases what another asked for last."""
 
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
@@ -93,12 +93,12 @@ class LeaseBook:
 
     @property
     def num_open(self) -> int:
-        """Prompts computed or held."""
+        """Requests whose blocks are made or held."""
         return len(self._leases)
 
     @property
     def num_leased(self) -> int:
-        """Prompts whose blocks wait to be pulled."""
+        """Requests whose blocks wait to be pulled."""
         return sum(lease.ends_s is not None for lease in self._leases.values())
 
     def peer_of(self, request_id: str) -> bytes | None:

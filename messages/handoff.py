@@ -77,6 +77,7 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     first_token: int | None = None
     first_logprob: TokenLogprob | None = None
     num_cached_tokens: int = 0  #: prompt tokens that prefill found in its own cache
+    elapsed_s: float = 0.0  #: at the owner, from the question to this
 
 
 class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

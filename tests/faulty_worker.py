@@ -17,10 +17,10 @@ fault = sys.argv[1]
 if fault == "damage":
     publish = PrefillWorker._publish
 
-    def publish_then_damage(self, job, offer, emitted):
-        publish(self, job, offer, emitted)
+    def publish_then_damage(self, asker, handoff):
+        publish(self, asker, handoff)
         engine = self._worker.engine
-        for block in offer.blocks[:1]:
+        for block in handoff.blocks[:1]:
             engine.memory.view[engine.layout.block_offset(block.block_id) + 77] ^= 0x10
 
     PrefillWorker._publish = publish_then_damage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import unittest.mock
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from decode.worker import DecodeWorker
 from engine.core import EngineOptions
+from engine.scheduling.plan import StepPlan, StepResult
 from engine.worker import WorkerOptions
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats, WorkerInfo
@@ -141,13 +143,79 @@ class Pair:
             for engine in engines:
                 engine.pool.release_quarantined(time.monotonic())
             await asyncio.sleep(0.02)
-        for engine in engines:
+        for worker in (self.prefill, self.decode):
+            engine = engine_of(worker)
             engine.scheduler.check_invariants()
             engine.pool.check_invariants()
+            worker._book.check_invariants(engine.scheduler.seq_ids())
 
 
 def engine_of(worker: PrefillWorker | DecodeWorker):
     return worker._worker.engine
+
+
+async def until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait for what nobody tells."""
+    ends_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < ends_s, "it did not come to pass in time"
+        await asyncio.sleep(0.002)
+
+
+class Steps:
+    """The steps of a worker: which sequences they compute, with a gate before the forward pass."""
+
+    def __init__(self, worker: PrefillWorker | DecodeWorker) -> None:
+        driver = worker._worker.driver
+        self._compute = driver._compute
+        self._gate = threading.Event()
+        self._gate.set()
+        self._held_id: str | None = None
+        self._num_let_pass = 0
+        self.begun: list[StepPlan] = []
+        driver._compute = self._compute_when_open
+
+    def hold(self, seq_id: str, *, after: int) -> None:
+        """Let `after` steps pass that compute `seq_id`, and hold the next one in its middle."""
+        self._held_id, self._num_let_pass = seq_id, after
+
+    @property
+    def is_holding(self) -> bool:
+        """A step is being held."""
+        return not self._gate.is_set()
+
+    def go_on(self) -> None:
+        """Hold no step any more."""
+        self._held_id = None
+        self._gate.set()
+
+    def num_of(self, seq_id: str) -> int:
+        """Steps begun so far that compute it."""
+        return sum(any(part.seq_id == seq_id for part in plan.parts) for plan in self.begun)
+
+    def _compute_when_open(self, plan: StepPlan) -> StepResult:
+        """On the engine's thread."""
+        self.begun.append(plan)
+        held_id = self._held_id
+        if held_id is not None and any(part.seq_id == held_id for part in plan.parts):
+            if self._num_let_pass == 0:
+                self._gate.clear()
+                assert self._gate.wait(20)
+            self._num_let_pass -= 1
+        return self._compute(plan)
+
+
+def taken_in(worker: PrefillWorker | DecodeWorker, kind: type[Message]) -> asyncio.Event:
+    """Set when the worker has done what it does about a message of that kind."""
+    event, on_message = asyncio.Event(), worker.on_message
+
+    def on_message_then_tell(sender: bytes, message: Message) -> None:
+        on_message(sender, message)
+        if isinstance(message, kind):
+            event.set()
+
+    worker.on_message = on_message_then_tell
+    return event
 
 
 @asynccontextmanager

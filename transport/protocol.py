@@ -58,7 +58,7 @@ class RegionMemory(Protocol):
 
 
 class Link:
-    """One peer as roads see it: the authenticated channel to it, and whether it is still there.
+    """An authenticated channel as roads see it, and whether the peer at its other end is still there.
 
     Both sides of a channel have one. Compared by identity; belongs to one event loop.
     """

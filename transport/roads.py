@@ -17,6 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from messages.fleet import RoadStatus
 from messages.handoff import RegionInfo
@@ -33,14 +34,21 @@ _MAX_TRIES = 2  #: roads per pull
 
 
 @dataclass(slots=True)
-class _Peer:
-    """What is known of one peer's region."""
+class _LinkRoads:
+    """The roads over one link: the regions that lie at its other end, and how well each road did."""
 
     regions: dict[str, RegionInfo]  #: by road
     choice: RoadChoice
     has_road: asyncio.Event = field(default_factory=asyncio.Event)  #: a road was proven, or all were tried
     has_failed: asyncio.Event = field(default_factory=asyncio.Event)  #: a road must be probed anew
     prober: asyncio.Task[None] | None = None
+
+
+class Pulled(NamedTuple):
+    """A pull that went well."""
+
+    road: str
+    elapsed_s: float  #: over that road
 
 
 @dataclass(slots=True)
@@ -65,7 +73,7 @@ class Roads:
         self._transports: dict[str, Transport] = {}
         self._scratch = scratch
         self._stall_s = stall_s
-        self._peers: dict[Link, _Peer] = {}
+        self._learned: dict[Link, _LinkRoads] = {}
         self.counters = RoadCounters()
         regions = []
         for transport in transports:
@@ -92,14 +100,14 @@ class Roads:
 
     def learn(self, link: Link, regions: Sequence[RegionInfo]) -> None:
         """The peer described its region: begin to probe the roads that both have."""
-        if link.is_lost or link in self._peers:
+        if link.is_lost or link in self._learned:
             return
         common = {region.road: region for region in regions if region.road in self._transports}
         choice = RoadChoice(
             [(name, road.is_direct, road.is_one_sided) for name, road in self._transports.items() if name in common]
         )
-        peer = self._peers[link] = _Peer(common, choice)
-        peer.prober = asyncio.get_running_loop().create_task(self._probe_forever(link, peer))
+        known = self._learned[link] = _LinkRoads(common, choice)
+        known.prober = asyncio.get_running_loop().create_task(self._probe_forever(link, known))
 
     def on_message(self, link: Link, road: str, body: bytes) -> None:
         """A peer's road has something to tell."""
@@ -114,14 +122,14 @@ class Roads:
         link.is_lost = True
         for transport in self._transports.values():
             transport.on_link_lost(link)
-        peer = self._peers.pop(link, None)
-        if peer is not None and peer.prober is not None:
-            peer.prober.cancel()
-            peer.has_road.set()
+        known = self._learned.pop(link, None)
+        if known is not None and known.prober is not None:
+            known.prober.cancel()
+            known.has_road.set()
 
     def close(self) -> None:
         """Take the own region off all roads; pulls under way end with TransferError."""
-        for link in list(self._peers):
+        for link in list(self._learned):
             self.disconnect(link)
         for transport in self._transports.values():
             transport.close()
@@ -130,13 +138,13 @@ class Roads:
 
     def can_pull(self, link: Link) -> bool:
         """Whether a road works, or may: before the peer described its region, and until the roads were probed."""
-        peer = self._peers.get(link)
-        return not link.is_lost and (peer is None or not peer.has_road.is_set() or bool(peer.choice.proven()))
+        known = self._learned.get(link)
+        return not link.is_lost and (known is None or not known.has_road.is_set() or bool(known.choice.proven()))
 
     async def pull(
         self, link: Link, copies: Sequence[Copy], target: RegionMemory, on_arrived: Arrived | None = None
-    ) -> str:
-        """Carry out all copies from the peer's region over the best road, or the next best; the answer is its name.
+    ) -> Pulled:
+        """Carry out all copies from the peer's region over the best road, or the next best; the answer says which.
 
         Each road is given up when nothing arrives for `stall_s`. `on_arrived` may tell a copy again where a second
         road had to do it over.
@@ -145,16 +153,16 @@ class Roads:
             RegionError: the peer refuses: what was asked for is not there. Nothing was written.
             TransferError: no road works. With a `quarantine_s` late bytes may land for that long.
         """
-        peer = self._peers.get(link)
-        if peer is None:
+        known = self._learned.get(link)
+        if known is None:
             raise TransferError("the peer is lost, or never said where its blocks lie")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._stall_s):
-                await peer.has_road.wait()
-        error = TransferError(f"no road works: tried {', '.join(peer.choice.states) or 'none, no road is common'}")
-        for road in peer.choice.proven()[:_MAX_TRIES]:
+                await known.has_road.wait()
+        error = TransferError(f"no road works: tried {', '.join(known.choice.states) or 'none, no road is common'}")
+        for road in known.choice.proven()[:_MAX_TRIES]:
             try:
-                await self._pull_over(road, link, peer, copies, target, on_arrived)
+                elapsed_s = await self._pull_over(road, link, known, copies, target, on_arrived)
             except RegionError:
                 raise
             except TransferError as failure:
@@ -162,70 +170,71 @@ class Roads:
                 if failure.quarantine_s > 0:
                     break
             else:
-                return road
+                return Pulled(road, elapsed_s)
         raise error
 
     def distrust(self, link: Link, road: str) -> None:
         """What came over `road` was damaged: another one is taken until a probe of it went well."""
-        peer = self._peers.get(link)
-        if peer is not None and road in peer.choice.states:
+        known = self._learned.get(link)
+        if known is not None and road in known.choice.states:
             logger.warning("road %s brought damaged bytes", road)
             self.counters.num_failed[road] += 1
-            self._rest(peer, road)
+            self._rest(known, road)
 
-    def _rest(self, peer: _Peer, road: str) -> None:
-        peer.choice.on_failed(road, time.monotonic())
-        peer.has_failed.set()
+    def _rest(self, known: _LinkRoads, road: str) -> None:
+        known.choice.on_failed(road, time.monotonic())
+        known.has_failed.set()
 
     async def _pull_over(
         self,
         road: str,
         link: Link,
-        peer: _Peer,
+        known: _LinkRoads,
         copies: Sequence[Copy],
         target: RegionMemory,
         on_arrived: Arrived | None,
-    ) -> None:
+    ) -> float:
         started_s = time.perf_counter()
         try:
-            await self._transports[road].pull(link, peer.regions[road], copies, target, self._stall_s, on_arrived)
+            await self._transports[road].pull(link, known.regions[road], copies, target, self._stall_s, on_arrived)
         except RegionError:
             self.counters.num_failed[road] += 1
             raise
         except TransferError as error:
             self.counters.num_failed[road] += 1
-            self._rest(peer, road)
+            self._rest(known, road)
             logger.warning("road %s failed: %s", road, error.message)
             raise
         seconds = time.perf_counter() - started_s
         num_bytes = sum(copy.num_bytes for copy in copies)
-        peer.choice.on_pulled(road, num_bytes, seconds)
+        known.choice.on_pulled(road, num_bytes, seconds)
         self.counters.num_bytes[road] += num_bytes
         self.counters.busy_s[road] += seconds
+        return seconds
 
     # --------------------------------------------------------------------------------------------------------- probing
 
-    async def _probe_forever(self, link: Link, peer: _Peer) -> None:
+    async def _probe_forever(self, link: Link, known: _LinkRoads) -> None:
         """Probe what is due, then wait until another road is."""
         is_timing = asyncio.Lock()
         while True:
-            due = peer.choice.due_probes(time.monotonic())
-            await asyncio.gather(*(self._probe(road, link, peer, is_timing) for road in due))
-            if peer.choice.due_probes(time.monotonic()):
+            due = known.choice.due_probes(time.monotonic())
+            await asyncio.gather(*(self._probe(road, link, known, is_timing) for road in due))
+            if known.choice.due_probes(time.monotonic()):
                 continue  # no direct road works: the others' turn
-            peer.has_road.set()
-            at_s = peer.choice.next_probe_s()
-            peer.has_failed.clear()
+            known.has_road.set()
+            at_s = known.choice.next_probe_s()
+            known.has_failed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if at_s is None else max(0.01, at_s - time.monotonic())):
-                    await peer.has_failed.wait()
+                    await known.has_failed.wait()
 
-    async def _probe(self, road: str, link: Link, peer: _Peer, is_timing: asyncio.Lock) -> None:
+    async def _probe(self, road: str, link: Link, known: _LinkRoads, is_timing: asyncio.Lock) -> None:
         """What lands in the scratch memory is of no interest; that it does, and how fast, is.
 
         All roads connect at once, for one that is closed may take `stall_s` to show it; they are timed one by one.
         """
-        transport, region = self._transports[road], peer.regions[road]
+        transport, region = self._transports[road], known.regions[road]
         num_bytes = min(PROBE_BYTES, region.num_bytes)
         try:
             hello = [Copy(0, 0, min(_HELLO_BYTES, num_bytes))]
@@ -237,20 +246,20 @@ class Roads:
                     await transport.pull(link, region, [Copy(0, 0, num_bytes)], self._scratch, self._stall_s)
                     seconds = min(seconds, time.perf_counter() - started_s)
         except TransferError as error:
-            peer.choice.on_failed(road, time.monotonic())
+            known.choice.on_failed(road, time.monotonic())
             if not link.is_lost:
                 logger.info("road %s does not work: %s", road, error.message)
             return
-        peer.choice.on_pulled(road, num_bytes, seconds)
-        peer.has_road.set()
+        known.choice.on_pulled(road, num_bytes, seconds)
+        known.has_road.set()
 
     # ---------------------------------------------------------------------------------------------------------- numbers
 
     def status(self, link: Link, name: str) -> RoadStatus:
         """The road to a peer, for people."""
-        peer = self._peers.get(link)
-        road = next(iter(peer.choice.proven()), "") if peer is not None else ""
-        states = {} if peer is None else peer.choice.states
+        known = self._learned.get(link)
+        road = next(iter(known.choice.proven()), "") if known is not None else ""
+        states = {} if known is None else known.choice.states
         return RoadStatus(
             peer=name,
             road=road,

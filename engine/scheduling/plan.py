@@ -56,9 +56,10 @@ class SequenceCancelled:
 
 @dataclass(frozen=True, slots=True)
 class KvOffered:
-    """A remote sequence's KV is readable. `first_token` is None on all but the last offer."""
+    """A remote sequence's KV is readable at `source`, its owner. `first_token` is None on all but the last offer."""
 
     seq_id: str
+    source: str
     blocks: list[BlockLocation]
     is_last: bool
     first_token: int | None
@@ -142,9 +143,10 @@ class AskRemote:
 
 @dataclass(frozen=True, slots=True)
 class PullBlocks:
-    """Copy each source block into the target block id of the own pool, verify, answer with PullEnded."""
+    """Copy each block of the pool at `source` into the target block id of the own, verify, answer with PullEnded."""
 
     seq_id: str
+    source: str
     pairs: list[tuple[BlockLocation, int]]
 
 

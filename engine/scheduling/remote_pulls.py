@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import Instruction, KvOffered, PullBlocks, PullEnded
-from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
 from messages.errors import InvariantError
 from messages.handoff import BlockLocation
 
@@ -25,7 +25,7 @@ class RemotePulls:
             if not pull.first_index <= index < len(seq.block_table) or index in pull.arrived or index in pull.open:
                 continue
             if _is_expected(seq, location):
-                pull.offered[index] = location
+                pull.offered[index] = OfferedBlock(event.source, location)
             else:
                 self.num_rejected_blocks += 1
         pull.has_last_offer = event.is_last
@@ -72,9 +72,11 @@ class RemotePulls:
     def _go_on(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what was offered meanwhile; else decode when everything is there, or compute what is not."""
         if pull.offered and not pull.open:
-            pull.open, pull.offered = pull.offered, {}
-            pairs = [(location, seq.block_table[index]) for index, location in pull.open.items()]
-            out.append(PullBlocks(seq.seq_id, pairs))
+            source = next(iter(pull.offered.values())).source  # the others' turn comes when this pull has ended
+            pull.open = {index: block for index, block in pull.offered.items() if block.source == source}
+            pull.offered = {index: block for index, block in pull.offered.items() if block.source != source}
+            pairs = [(block.location, seq.block_table[index]) for index, block in pull.open.items()]
+            out.append(PullBlocks(seq.seq_id, source, pairs))
         if not pull.is_over:
             return
         if pull.first_missing(len(seq.block_table)) < len(seq.block_table):

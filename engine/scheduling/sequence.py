@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from engine.scheduling.plan import SequenceSpec
 from kvcache.names import BlockNamer, pack_tokens
@@ -28,15 +29,22 @@ class Phase(Enum):
     ENDED = "ended"  #: gone; a step or a pull may still use its blocks
 
 
+class OfferedBlock(NamedTuple):
+    """A block that can be pulled."""
+
+    source: str  #: its owner's address
+    location: BlockLocation
+
+
 @dataclass(slots=True)
 class RemotePull:
-    """The KV that another worker computes for a sequence. One pull at a time, so that its end needs no number."""
+    """The KV that other workers have for a sequence. One pull at a time, so that its end needs no number."""
 
     first_index: int  #: blocks before it were held already
     deadline_s: float  #: of the whole phase
     arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified
-    offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
-    open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
+    offered: dict[int, OfferedBlock] = field(default_factory=dict)  #: to be pulled next
+    open: dict[int, OfferedBlock] = field(default_factory=dict)  #: being pulled, all from one source
     num_peer_cached_tokens: int = 0
     has_last_offer: bool = False
 

@@ -8,10 +8,11 @@ import random
 import msgspec
 import pytest
 
-from messages.handoff import KvHandoff
+from messages.handoff import KvHandoff, ReleaseLease
+from messages.request import CancelRequest
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import engine_of, running_pair, worker_options
+from tests.workers import Steps, engine_of, running_pair, taken_in, until, worker_options
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
 from transport.protocol import Transport
 
@@ -109,7 +110,7 @@ async def test_an_unreachable_prefill_worker_is_done_without(model_dir, referenc
 
 
 def rejected(pair, reason: str) -> float:
-    return pair.decode.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
+    return pair.decode._peers.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
 
 
 async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir, reference, monkeypatch):
@@ -244,7 +245,7 @@ async def test_a_peer_whose_blocks_have_another_size_is_not_pulled_from(model_di
             got = await pair.ingress.finish(pair.ingress.send(request_id, prompt))
             assert got == [reference.greedy(prompt, 16)]
             engine_of(pair.decode).pool.clear()
-        assert pair.decode.roads()[0].road == ""
+        assert pair.decode._peers.statuses()[0].road == ""
         assert pair.prefill.stats()["kvray_prefill_prompts_total"] == 1
 
 
@@ -307,6 +308,58 @@ async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_di
             await pair.idle()
 
 
+async def test_a_cancel_that_comes_while_a_token_is_computed_ends_the_sequence_with_that_step(model_dir, reference):
+    asked = prompts(14, 30, 40)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        pair.ingress.prefill = None
+        steps, is_cancelled = Steps(pair.decode), taken_in(pair.decode, CancelRequest)
+        steps.hold("r", after=5)
+        answer = pair.ingress.send("r", asked[0], max_tokens=200)
+        await until(lambda: steps.is_holding)
+        pair.ingress.cancel("r")
+        await asyncio.wait_for(is_cancelled.wait(), 5)
+        steps.go_on()
+        got = await pair.ingress.finish(pair.ingress.send("q", asked[1]))
+        assert steps.num_of("r") == 6
+        assert answer.token_ids == reference.greedy(asked[0], 5)  # the sixth, which was under way, is not sent
+        assert answer.last is None
+    assert got == [reference.greedy(asked[1], 16)]
+
+
+@pytest.mark.parametrize("is_pulling", [False, True], ids=["nothing to pull yet", "during a pull"])
+async def test_a_cancel_that_comes_while_a_chunk_is_computed_ends_the_prefill_with_that_step(
+    model_dir, reference, monkeypatch, is_pulling
+):
+    asked = prompts(15, 900, 40)
+    options = worker_options(model_dir, max_num_batched_tokens=256)
+    async with running_pair(options, options) as pair:
+        at_prefill, at_decode = Steps(pair.prefill), Steps(pair.decode)
+        is_cancelled, is_released = taken_in(pair.decode, CancelRequest), taken_in(pair.prefill, ReleaseLease)
+        pull, may_pull = pair.decode._peers.pull, asyncio.Event()
+
+        async def pull_later(*args):
+            await may_pull.wait()
+            return await pull(*args)
+
+        monkeypatch.setattr(pair.decode._peers, "pull", pull_later)
+        at_prefill.hold("r", after=int(is_pulling))  # the first chunk of four is offered, and its pull begins
+        answer = pair.ingress.send("r", asked[0])
+        await until(lambda: at_prefill.is_holding and pair.decode.stats()["kvray_pulls_running"] == is_pulling)
+        pair.ingress.cancel("r")
+        await asyncio.wait_for(is_cancelled.wait(), 5)
+        await asyncio.wait_for(is_released.wait(), 5)
+        assert at_prefill.begun[-1].parts[0].end < len(asked[0]), "more chunks would follow"
+        at_prefill.go_on()
+        await until(lambda: engine_of(pair.prefill).pool.num_used == 0)
+        may_pull.set()
+        got = await pair.ingress.finish(pair.ingress.send("q", asked[1]))
+        assert at_prefill.num_of("r") == 1 + is_pulling
+        assert at_decode.num_of("r") == 0
+        assert (answer.token_ids, answer.last) == ([], None)
+    assert got == [reference.greedy(asked[1], 16)]
+
+
 async def test_an_ingress_that_vanishes_ends_its_requests(model_dir):
     asked = prompts(10, 300, 20)
     options = worker_options(model_dir)
@@ -322,8 +375,10 @@ async def test_a_lease_that_nobody_ends_frees_the_blocks(model_dir):
     (prompt,) = prompts(11, 200)
     prefill = worker_options(model_dir, lease_s=0.4)
     async with running_pair(prefill, worker_options(model_dir)) as pair:
-        # a decode worker that asks and then neither renews nor releases
-        pair.decode._send_release = lambda *_: None
+        # a decode worker that asks and then does not release
+        peers = pair.decode._peers
+        send = peers.send
+        peers.send = lambda address, message: isinstance(message, ReleaseLease) or send(address, message)
         await pair.ingress.finish(pair.ingress.send("r", prompt))
         await pair.idle()
         assert pair.prefill.stats()["kvray_leases_expired_total"] == 1

@@ -105,7 +105,7 @@ class FakeWorker:
                     assert num_held < self.sequences[seq_id].spec.num_prompt_tokens
                     self.asked[seq_id] = num_held // self.pool.block_size
                     self.offered[seq_id] = set()
-                case PullBlocks(seq_id, pairs):
+                case PullBlocks(seq_id, "owner", pairs):
                     self._start_pull(seq_id, pairs)
                 case EmitTokens():
                     self._take_tokens(instruction)
@@ -176,7 +176,7 @@ class FakeWorker:
         self.offered[seq_id] |= set(indexes)
         if is_last:
             del self.asked[seq_id]
-        self.post(KvOffered(seq_id, blocks, is_last, first, None, cached))
+        self.post(KvOffered(seq_id, "owner", blocks, is_last, first, None, cached))
 
     def end_pull(self, seq_id: str, bad: set[int] = frozenset(), quarantine_until_s: float | None = None) -> None:
         pairs, generations = self.pulls.pop(seq_id)

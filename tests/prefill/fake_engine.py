@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from engine.scheduling.plan import (
     Event,
     Instruction,
-    OfferBlocks,
     RunStep,
     Sampled,
     StepEnded,
@@ -34,7 +33,7 @@ LONGER_THAN_ALL_S = 11.0
 TORN, UNARRIVED, LATE = 1, 2, 3  #: bytes that are no token's
 
 Ending = Literal["well", "some", "none", "late"]  #: how a pull ends
-Manners = Literal["polite", "hasty", "mute"]  #: releases when idle; with a pull still to begin; never
+Manners = Literal["polite", "hasty", "mute"]  #: releases as decode.streams says; with a pull to begin, too; never
 
 if TYPE_CHECKING:
     from tests.prefill.world import World
@@ -76,24 +75,13 @@ def expect(message: GenerateRequest, manners: Manners, deadline_s: float | None,
 class Connection:
     """A channel from a decode worker to a prefill worker; in order both ways until an end dies."""
 
+    address: str  #: of the prefill worker
     peer: bytes
     source: list[list[int]]  #: the blocks of the prefill worker at the other end; they can be read after its death
     to_prefill: deque[Message] = field(default_factory=deque)
     to_decode: deque[Message] = field(default_factory=deque)
-    asked: set[str] = field(default_factory=set)
     is_prefill_dead: bool = False
     is_decode_dead: bool = False
-
-
-@dataclass(eq=False)
-class Stream:
-    """A request at a decode worker, as decode/worker.py has it."""
-
-    request: Request
-    is_offered_whole: bool = False
-    num_pulls: int = 0
-    is_leased: bool = False
-    is_done: bool = False
 
 
 @dataclass(eq=False)
@@ -101,9 +89,9 @@ class Pull:
     """A PullBlocks that was handed out."""
 
     seq_id: str
+    address: str
     pairs: list[tuple[BlockLocation, int]]
     generations: list[int]  #: of the targets
-    stream: Stream | None = None
     source: list[list[int]] | None = None  #: None: it has not begun
     copied: dict[int, bool] = field(default_factory=dict)  #: position in `pairs` -> whether it was what was published
 
@@ -203,10 +191,8 @@ def checksum(content: list[int]) -> int:
 
 
 @dataclass
-class Job:
-    """As in prefill/worker.py, and what was published."""
+class Published:
+    """What was published of a prompt."""
 
-    num_held_tokens: int
-    offer: OfferBlocks | None = None
-    published: list[BlockLocation] = field(default_factory=list)
-    is_published_whole: bool = False
+    blocks: list[BlockLocation] = field(default_factory=list)
+    is_whole: bool = False

@@ -1,4 +1,4 @@
-"""Prefill and decode, their schedulers, pools and leases real, with messages in between that are made of lists.
+"""Prefill and decode, their books, schedulers and pools real, with messages in between that are made of lists.
 
 As in test_scheduler_model.py the fake KV of a token is a number that stands for its whole prefix, and the
 next token follows from the last number in the cache. Here those numbers also travel: a pull copies whatever a block
@@ -25,12 +25,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from decode.streams import PullStopped, StreamBook, StreamInstruction, TellScheduler
 from engine.scheduling.ledger import SequenceLedger
+from engine.scheduling.plan import EmitTokens, OfferBlocks
 from kvcache import leases
 from kvcache.leases import FreeBlocks, LeaseBook, LeaseEvent, PeerLost
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 from messages.request import SamplingParams
+from prefill.publications import PublicationBook, PublicationInstruction, TellFailed
 from tests.fake_kv import BASES, STOP, VOCABULARY
 from tests.prefill.fake_engine import (
     LEASE_S,
@@ -53,12 +56,13 @@ class LeaseMachine(RuleBasedStateMachine):
         prefill=st.builds(
             config_of, st.sampled_from([4, 6, 8]), st.sampled_from([8, 12, 24]), max_num_seqs=st.integers(1, 4)
         ),
-        decode=st.builds(
-            config_of, st.just(8), st.sampled_from([8, 24]), st.integers(2, 5), threshold=st.sampled_from([1, 1, 6])
-        ),
+        decode=st.builds(config_of, st.just(8), st.sampled_from([8, 24]), st.integers(2, 5)),
+        prefill_s=st.sampled_from([0.0, 0.0, 0.01]),
     )
-    def make(self, num_prefill_blocks, num_decode_blocks, prefill, decode) -> None:
-        self.world = World(prefill, decode, num_prefill_blocks, num_decode_blocks, verifies=self.verifies)
+    def make(self, num_prefill_blocks, num_decode_blocks, prefill, decode, prefill_s) -> None:
+        self.world = World(
+            prefill, decode, num_prefill_blocks, num_decode_blocks, verifies=self.verifies, prefill_s=prefill_s
+        )
 
     def _pulls(self, *, has_begun: bool) -> list[Pull]:
         return [pull for pull in self.world.decode.pulls if (pull.source is not None) == has_begun]
@@ -132,7 +136,7 @@ class LeaseMachine(RuleBasedStateMachine):
         if lacking:
             self.world.decode.copy(pull, data.draw(st.sampled_from(lacking)))
         if is_renewed:
-            self.world.decode.renew(pull)
+            self.world.decode.look_at(pull)
 
     @precondition(lambda self: self._pulls(has_begun=True))
     @rule(data=st.data(), ending=st.sampled_from(["well", "well", "well", "some", "none", "late", "late"]))
@@ -192,8 +196,8 @@ def drive_at_random(seed: int, num_events: int) -> World:
     """Progress most of the time, so that every stage is reached, with everything else in between."""
     rng = random.Random(seed)
     prefill = config_of(rng.choice([4, 6, 8]), rng.choice([8, 12, 24]), rng.randint(1, 4))
-    decode = config_of(8, rng.choice([8, 24]), rng.randint(2, 6), threshold=rng.choice([1, 6]))
-    world = World(prefill, decode, rng.randint(6, 10), rng.randint(10, 20))
+    decode = config_of(8, rng.choice([8, 24]), rng.randint(2, 6))
+    world = World(prefill, decode, rng.randint(6, 10), rng.randint(10, 20), prefill_s=rng.choice([0.0, 0.01]))
     for _ in range(num_events):
         action = rng.random()
         pulls = world.decode.pulls
@@ -208,7 +212,7 @@ def drive_at_random(seed: int, num_events: int) -> World:
                 world.decode.begin_pull(pull)
             elif lacking and rng.random() < 0.5:
                 world.decode.copy(pull, rng.choice(lacking))
-                world.decode.renew(pull)
+                world.decode.look_at(pull)
             else:
                 lost = set(rng.sample(lacking, rng.randint(0, len(lacking))))
                 world.decode.end_pull(pull, rng.choice(["well", "well", "well", "some", "none", "late"]), lost)
@@ -258,7 +262,7 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
         "expired",
         "late writes",
     )
-    accidents += ("peer lost", "refused", "prefill failed", "retried", "asked again", "too late")
+    accidents += ("peer lost", "refused", "prefill failed", "retried", "asked again", "too late", "learned")
     assert seen.keys() == set(accidents)
     assert min(seen.values()) >= 5, f"the runs must meet everything that is counted: {seen}"
 
@@ -308,6 +312,7 @@ def test_without_checksums_the_model_sees_the_wrong_content() -> None:
 
 
 allocate, keep, on_event = BlockPool.allocate, SequenceLedger.keep, LeaseBook.on_event
+take_token, cancel, end_pull = PublicationBook._take_token, StreamBook._cancel, StreamBook._end_pull
 
 
 def free_without_quarantine(pool: BlockPool, block_ids: Sequence[int], until_s: float) -> None:
@@ -353,6 +358,37 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
     return book._free(list(book._leases)) if isinstance(event, PeerLost) else on_event(book, event, now_s)
 
 
+def publish_without_the_token(book: PublicationBook, offer: OfferBlocks, now_s: float) -> list[PublicationInstruction]:
+    return book._publish(book._prompts[offer.seq_id], offer, None, now_s) if offer.seq_id in book._prompts else []
+
+
+def fail_in_silence(book: PublicationBook, emitted: EmitTokens, now_s: float) -> list[PublicationInstruction]:
+    told = take_token(book, emitted, now_s)
+    return [instruction for instruction in told if not isinstance(instruction, TellFailed)]
+
+
+def hold_what_failed(book: PublicationBook, emitted: EmitTokens, now_s: float) -> list[PublicationInstruction]:
+    return take_token(book, emitted, now_s) if emitted.token_ids else []
+
+
+def release_nothing(book: StreamBook, request_id: str, now_s: float) -> list[StreamInstruction]:
+    return []
+
+
+def wait_for_the_lost(book: StreamBook, request_id: str) -> list[StreamInstruction]:
+    del book._leases[request_id]
+    return []
+
+
+def cancel_in_silence(book: StreamBook, request_id: str, now_s: float) -> list[StreamInstruction]:
+    return [item for item in cancel(book, request_id) if not isinstance(item, TellScheduler)]
+
+
+def forget_the_pull_of_who_left(book: StreamBook, stopped: PullStopped, now_s: float) -> list[StreamInstruction]:
+    told = end_pull(book, stopped, now_s)
+    return told if book.has(stopped.request_id) else []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
@@ -366,6 +402,13 @@ def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[Fre
         (LeaseBook, "on_event", never_expire),
         (LeaseBook, "on_event", lose_nobody),
         (LeaseBook, "on_event", lose_everybody),
+        (PublicationBook, "_take_offer", publish_without_the_token),
+        (PublicationBook, "_take_token", fail_in_silence),
+        (PublicationBook, "_take_token", hold_what_failed),
+        (StreamBook, "_release_if_over", release_nothing),
+        (StreamBook, "_compute_here", wait_for_the_lost),
+        (StreamBook, "_cancel", cancel_in_silence),
+        (StreamBook, "_end_pull", forget_the_pull_of_who_left),
     ],
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:

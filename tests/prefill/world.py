@@ -8,14 +8,12 @@ from itertools import count
 
 import msgspec
 
-from engine.scheduling.plan import (
-    EmitTokens,
-    TimePassed,
-)
+from engine.scheduling.plan import TimePassed
 from engine.scheduling.scheduler import SchedulerConfig
 from kvcache import leases
 from kvcache.names import block_names, pack_tokens, split_names
 from messages.request import GenerateRequest, SamplingParams
+from messages.stream import TokenChunk
 from messages.wire import Message
 from tests.fake_kv import FINGERPRINT
 from tests.prefill.fake_engine import (
@@ -43,18 +41,23 @@ class World:
         num_decode_blocks: int,
         *,
         verifies: bool = True,
+        prefill_s: float = 0.0,
     ) -> None:
+        """`prefill_s`: what every placement predicts; the assumed price is a millisecond a token."""
         self.now_s = 100.0
         self.verifies = verifies
+        self.prefill_s = prefill_s
         self.requests: dict[str, Request] = {}
         self.content_of: dict[bytes, list[int]] = {}  # by block name
         self.connections: list[Connection] = []
         self.late: list[LateWrite] = []
         self.seen: Counter[str] = Counter()
         self._peers = count()
+        self._addresses = count()
         self._new_prefill = lambda: PrefillSide(self, prefill_config, num_prefill_blocks)
         self._new_decode = lambda: DecodeSide(self, decode_config, num_decode_blocks)
         self.prefill = self._new_prefill()
+        self.address = self._new_address()
         self.decode = self._new_decode()
         self.max_len = min(decode_config.max_model_len, num_decode_blocks * SIZE)
 
@@ -80,6 +83,8 @@ class World:
             salt=salt,
             priority=priority,
             deadline_s=patience_s,
+            prefill_address=self.address if is_remote else None,
+            prefill_s=self.prefill_s,
         )
         deadline_s = None if patience_s is None else self.now_s + patience_s
         request = self.requests[request_id] = expect(message, manners, deadline_s, self.max_len)
@@ -87,7 +92,7 @@ class World:
         for index, name in enumerate(names):
             numbers = request.numbers[index * SIZE : (index + 1) * SIZE]
             assert self.content_of.setdefault(name, numbers) == numbers
-        self.decode.accept(request, is_remote=is_remote)
+        self.decode.accept(request)
         return request_id
 
     def alive(self) -> list[str]:
@@ -97,8 +102,8 @@ class World:
         self.requests[request_id].is_over = self.requests[request_id].is_cancelled = True
         self.decode.cancel(request_id)
 
-    def take_tokens(self, emitted: EmitTokens) -> None:
-        request = self.requests[emitted.seq_id]
+    def take_tokens(self, emitted: TokenChunk) -> None:
+        request = self.requests[emitted.request_id]
         assert not request.is_over, "nothing follows the end or a cancel"
         begin = request.num_given
         request.num_given += len(emitted.token_ids)
@@ -118,8 +123,13 @@ class World:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def connect(self) -> Connection:
-        connection = Connection(b"decode %d" % next(self._peers), self.prefill.engine.kv)
+    def _new_address(self) -> str:
+        return f"prefill {next(self._addresses)}"
+
+    def connect(self, address: str) -> Connection:
+        """To the prefill worker, or to where one was."""
+        connection = Connection(address, b"decode %d" % next(self._peers), self.prefill.engine.kv)
+        connection.is_prefill_dead = address != self.address
         self.connections.append(connection)
         return connection
 
@@ -146,11 +156,11 @@ class World:
             self.seen["peer lost"] += 1
             self.prefill.on_peer_lost(connection.peer)
         elif connection.to_decode:
-            self.decode.on_message(connection.to_decode.popleft())
+            self.decode.on_message(connection.address, connection.to_decode.popleft())
         else:
-            assert connection is self.decode.connection
+            assert connection is self.decode.connections[connection.address]
             self.connections.remove(connection)
-            self.decode.on_prefill_lost()
+            self.decode.on_owner_lost(connection.address)
 
     # --------------------------------------------------------------------------------------------------- time and death
 
@@ -173,24 +183,26 @@ class World:
     def kill_decode(self, *, loses_messages: bool, is_retried: Callable[[], bool]) -> None:
         """Its requests are lost or begin again at its successor, under their ids, with the tokens they have."""
         old, self.decode = self.decode, self._new_decode()
-        if old.connection is not None:
-            old.connection.is_decode_dead = True
-            old.connection.to_decode.clear()
+        for connection in old.connections.values():
+            connection.is_decode_dead = True
+            connection.to_decode.clear()
             if loses_messages:
-                old.connection.to_prefill.clear()
-            if old.connection.is_prefill_dead:
-                self.connections.remove(old.connection)
-        for request_id in old.streams:
+                connection.to_prefill.clear()
+            if connection.is_prefill_dead:
+                self.connections.remove(connection)
+        for request_id in self.alive():
             request = self.requests[request_id]
             if not is_retried():
                 request.is_over = request.is_cancelled = True
                 continue
-            num_prompt = request.message.num_prompt_tokens
             request.message = msgspec.structs.replace(
-                request.message, token_ids=pack_tokens(request.token_ids[: request.num_given])
+                request.message,
+                token_ids=pack_tokens(request.token_ids[: request.num_given]),
+                deadline_s=None if request.deadline_s is None else request.deadline_s - self.now_s,
+                prefill_address=self.address,
             )
             self.seen["retried"] += 1
-            self.decode.accept(request, is_remote=request.num_given == num_prompt)
+            self.decode.accept(request)
 
     def kill_prefill(self, *, loses_messages: bool) -> None:
         for connection in list(self.connections):
@@ -201,6 +213,7 @@ class World:
             if connection.is_decode_dead:
                 self.connections.remove(connection)
         self.prefill = self._new_prefill()
+        self.address = self._new_address()
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -215,14 +228,14 @@ class World:
     def check(self) -> None:
         self.prefill.check()
         self.decode.check()
-        assert set(self.alive()) == self.decode.streams.keys()
+        assert set(self.alive()) == set(self.decode.engine.scheduler.seq_ids())
 
     def settle(self) -> None:
         """Everything goes on and well until nothing more can without time."""
         for _ in range(5000):
-            deliverable = self.deliverable()
             self.step_prefill()
             self.step_decode()
+            deliverable = self.deliverable()
             if deliverable:
                 self.deliver(*deliverable[0])
             elif self.decode.pulls:
@@ -232,9 +245,18 @@ class World:
                 else:
                     self.decode.end_pull(pull, "well")
             elif self.prefill.engine.step is None and self.decode.engine.step is None:
+                self._check_rest()
                 return
             self.check()
         raise AssertionError("it never comes to rest")
+
+    def _check_rest(self) -> None:
+        """Whoever still waits waits for room, or for the end of a lease that nobody releases."""
+        held = [request_id for request_id, published in self.prefill.published.items() if published.is_whole]
+        manners = {self.requests[request_id].manners for request_id in held}
+        assert manners <= {"mute"}, "what was pulled, or is not wanted any more, is released"
+        asked = [request_id for request_id, lease in self.decode.book._leases.items() if not lease.is_offered_whole]
+        assert set(asked) <= self.prefill.book._prompts.keys(), "who gets nothing is told"
 
     def is_clean(self) -> bool:
         pools = (self.prefill.engine.pool, self.decode.engine.pool)
@@ -253,20 +275,20 @@ class World:
             assert side.engine.scheduler.seq_ids() == ()
             assert (side.engine.pool.num_used, side.engine.pool.num_quarantined) == (0, 0)
             assert side.engine.pool.num_free == side.engine.pool.num_blocks
-        assert (self.prefill.book.num_open, self.prefill.jobs, self.decode.streams) == (0, {}, {})
+        books = (self.prefill.book.num_open, self.decode.book.num_open, self.decode.book.num_pulls)
+        assert (books, self.prefill.published) == ((0, 0, 0), {})
         for request in self.requests.values():
             assert request.is_over
             if not request.is_cancelled and request.deadline_s is None:
                 assert request.num_given == len(request.token_ids)
 
 
-def config_of(quantum: int, budget: int, max_num_seqs: int, threshold: int = 1) -> SchedulerConfig:
+def config_of(quantum: int, budget: int, max_num_seqs: int) -> SchedulerConfig:
     return SchedulerConfig(
         max_model_len=44,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         chunk_quantum_tokens=quantum,
-        remote_threshold_tokens=threshold,
         remote_timeout_s=REMOTE_TIMEOUT_S,
         watermark=0.0,
     )

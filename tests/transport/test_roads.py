@@ -87,7 +87,7 @@ async def test_when_the_road_fails_the_other_one_brings_the_bytes(setting):
     setting.learn("a", "b")
     await setting.pull()
     await asyncio.sleep(0.05)  # all are probed
-    first = setting.puller._peers[setting.link].choice.proven()[0]
+    first = setting.puller._learned[setting.link].choice.proven()[0]
     setting.pullers[first].faults.append(Fail(num_copies=1))
     assert await setting.pull() == ({"a", "b"} - {first}).pop()
     assert setting.is_whole()
@@ -129,14 +129,14 @@ async def test_a_refusal_is_not_tried_on_another_road(setting):
     await asyncio.sleep(0.05)
     with pytest.raises(RegionError):
         await setting.puller.pull(setting.link, [Copy(SIZE, 0, 1)], setting.target)
-    assert len(setting.puller._peers[setting.link].choice.proven()) == 2
+    assert len(setting.puller._learned[setting.link].choice.proven()) == 2
 
 
 async def test_late_bytes_forbid_a_second_try_into_the_same_targets(setting):
     setting.learn("a", "b")
     await setting.pull()
     await asyncio.sleep(0.05)
-    first = setting.puller._peers[setting.link].choice.proven()[0]
+    first = setting.puller._learned[setting.link].choice.proven()[0]
     setting.pullers[first].faults.append(WriteLate(delay_s=0.01))
     with pytest.raises(TransferError) as caught:
         await setting.pull()

@@ -254,7 +254,7 @@ async def test_source_checks_the_ranges_of_a_request(owner, puller):
     memory = Memory.allocate(MIB)
     region = owner.register(memory)
     await puller.pull(linked(puller, owner), region, [Copy(0, 0, 10)], Memory.allocate(MIB), 5)
-    ((link, guest),) = owner._mover._peers.items()
+    ((link, guest),) = owner._mover._states.items()
     number = guest.guest.number
     answers = []
     link._send = lambda _, body: answers.append(wire.decode(body)) or True

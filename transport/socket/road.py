@@ -72,7 +72,7 @@ class SocketTransport:
         """
         self._key = socket_key(secret)
         self._source = SocketSource(self._key, listen(host, port_range), send_timeout_s)
-        self._peers: dict[SourceHandle, _Peer] = {}
+        self._owners: dict[SourceHandle, _Owner] = {}
         self._pulls: set[_Pull] = set()
         self._ids = itertools.count()
         self._is_closed = False
@@ -119,11 +119,11 @@ class SocketTransport:
         check_ranges(copies, source.num_bytes, target.num_bytes)
         if link.is_lost:
             raise TransferError("socket: the peer was lost")
-        peer = self._peers.get(handle)
-        if peer is None:
-            peer = self._peers[handle] = _Peer(self._key, handle)
-        peer.links.add(link)
-        pull = _Pull(next(self._ids), link, peer, source, copies, memory, stall_s, on_arrived)
+        owner = self._owners.get(handle)
+        if owner is None:
+            owner = self._owners[handle] = _Owner(self._key, handle)
+        owner.links.add(link)
+        pull = _Pull(next(self._ids), link, owner, source, copies, memory, stall_s, on_arrived)
         self._pulls.add(pull)
         try:
             await pull.run()
@@ -139,11 +139,11 @@ class SocketTransport:
         for pull in tuple(self._pulls):
             if pull.link is link:
                 pull.stop("the peer was lost")
-        for handle, peer in tuple(self._peers.items()):
-            if link in peer.links:
-                peer.links.discard(link)
-                if not peer.links:
-                    self._peers.pop(handle).close()
+        for handle, owner in tuple(self._owners.items()):
+            if link in owner.links:
+                owner.links.discard(link)
+                if not owner.links:
+                    self._owners.pop(handle).close()
 
     def carriers(self, link: Link) -> str:
         """Plain TCP."""
@@ -155,19 +155,19 @@ class SocketTransport:
         self._source.close()
         for pull in tuple(self._pulls):
             pull.stop("the transport was closed")
-        for peer in self._peers.values():
-            peer.close()
-        self._peers.clear()
+        for owner in self._owners.values():
+            owner.close()
+        self._owners.clear()
 
 
 class _Pull:
-    """One pull: waits its turn on the loop, is carried out by its peer's thread."""
+    """One pull: waits its turn on the loop, is carried out by its owner's thread."""
 
     def __init__(
         self,
         pull_id: int,
         link: Link,
-        peer: _Peer,
+        owner: _Owner,
         source: RegionInfo,
         copies: Sequence[Copy],
         target: Memory,
@@ -182,19 +182,19 @@ class _Pull:
         self.stall_s = stall_s
         self.on_arrived = on_arrived
         self.stopped = ""  #: why
-        self._peer = peer
+        self._owner = owner
         self._future: Future[None] | None = None
 
     async def run(self) -> None:
         """All of it: when this returns or raises, no thread works on it."""
         began_s = time.monotonic()
-        self._future = self._peer.threads.submit(self._peer.carry_out, self)
+        self._future = self._owner.threads.submit(self._owner.carry_out, self)
         ended = asyncio.wrap_future(self._future)
         cancelled: asyncio.CancelledError | None = None
         while not ended.done():
             # Once it has begun, its thread keeps the deadline; here it is kept for those who wait for their turn.
             is_waiting = not self._future.running()
-            left_s = max(began_s, self._peer.received_s) + self.stall_s - time.monotonic()
+            left_s = max(began_s, self._owner.received_s) + self.stall_s - time.monotonic()
             if is_waiting and left_s <= 0:
                 self.stop(f"not begun, and nothing arrived for others, for {self.stall_s:g} s")
             try:
@@ -212,12 +212,12 @@ class _Pull:
 
     def stop(self, reason: str) -> None:
         """Make it end; its thread does so at once."""
-        self._peer.interrupt(self, reason)
+        self._owner.interrupt(self, reason)
         if self._future is not None:
             self._future.cancel()  # if no thread has begun it
 
 
-class _Peer:
+class _Owner:
     """A process that is pulled from: its connection, made when needed, and the thread that uses it."""
 
     def __init__(self, key: Key, handle: SourceHandle) -> None:

@@ -77,8 +77,8 @@ class _Guest:
 
 
 @dataclass(slots=True, eq=False)
-class _Peer:
-    """The other end of a link."""
+class _LinkState:
+    """What UCX has for one link, both ways."""
 
     link: Link
     loop: asyncio.AbstractEventLoop
@@ -104,8 +104,8 @@ class Mover:
         self.worker = make_worker(partial(self.post, lambda: None))  # the step after it looks who has arrived
         self._registered = registered
         self._prepare_thread = prepare_thread
-        self._peers: dict[Link, _Peer] = {}
-        self._pulls: list[tuple[_Peer, Pull]] = []
+        self._states: dict[Link, _LinkState] = {}
+        self._pulls: list[tuple[_LinkState, Pull]] = []
         self._sends: list[Transfer] = []
         self._leftovers: list[Transfer] = []  # nobody waits for them, but UCX may still use their buffers
         self._landed_s = 0.0  # when a message did, or was asked for
@@ -128,8 +128,8 @@ class Mover:
 
     def carriers(self, link: Link) -> str:
         """What UCX uses for that peer. From any thread."""
-        peer = self._peers.get(link)
-        return "" if peer is None else peer.carriers
+        state = self._states.get(link)
+        return "" if state is None else state.carriers
 
     # ------------------------------------------------------------------------------------------------------- commands
 
@@ -138,23 +138,23 @@ class Mover:
         if self._is_closing:
             pull.tell(TransferError("ucx: the transport was closed"))
             return
-        peer = self._peer_of(pull.link, pull.loop)
-        if peer.way is not None and (peer.way.connection.error is not None or peer.way.address != pull.address):
-            self._disconnect(peer, peer.way.connection.error or "the peer listens elsewhere now")
-        self._pulls.append((peer, pull))
-        if peer.way is None:
-            self._connect(peer, pull.address)
-        elif peer.way.is_ready:
-            self._ask(peer, peer.way, pull)
+        state = self._state_of(pull.link, pull.loop)
+        if state.way is not None and (state.way.connection.error is not None or state.way.address != pull.address):
+            self._disconnect(state, state.way.connection.error or "the peer listens elsewhere now")
+        self._pulls.append((state, pull))
+        if state.way is None:
+            self._connect(state, pull.address)
+        elif state.way.is_ready:
+            self._ask(state, state.way, pull)
 
     def cancel(self, pull: Pull) -> None:
         """End it soon, as failed."""
-        peer = next((peer for peer, each in self._pulls if each is pull), None)
-        if peer is None or pull.failure is not None:
+        state = next((state for state, each in self._pulls if each is pull), None)
+        if state is None or pull.failure is not None:
             return
         pull.failure = TransferError("ucx: cancelled")
         if pull.connection is None:
-            self._finish(peer, pull)
+            self._finish(state, pull)
         else:
             has_others = any(other.connection is pull.connection for _, other in self._pulls if other is not pull)
             pull.settle_by_s = time.monotonic() + (_GRACE_S if has_others else 0)
@@ -163,44 +163,44 @@ class Mover:
         """The peer said something."""
         if self._is_closing:
             return
-        peer = self._peer_of(link, loop)
+        state = self._state_of(link, loop)
         match message:
             case Connect(number, host, port):
-                self._drop_guest(peer)
-                peer.guest = _Guest(number, (host, port), time.monotonic())
-                self._receive_guest(peer, peer.guest)
+                self._drop_guest(state)
+                state.guest = _Guest(number, (host, port), time.monotonic())
+                self._receive_guest(state, state.guest)
             case Disconnect(number):
-                if peer.guest is not None and peer.guest.number == number:
-                    self._drop_guest(peer)
+                if state.guest is not None and state.guest.number == number:
+                    self._drop_guest(state)
             case Accepted(number):
-                if peer.way is not None and peer.way.number == number:
-                    self._go_on(peer, peer.way)
+                if state.way is not None and state.way.number == number:
+                    self._go_on(state, state.way)
             case Refused(number, reason, is_gone):
-                if peer.way is not None and peer.way.number == number:
+                if state.way is not None and state.way.number == number:
                     kind = RegionError if is_gone else TransferError
-                    self._disconnect(peer, f"refused: {reason}", kind)
+                    self._disconnect(state, f"refused: {reason}", kind)
             case PullRequest():
-                self._serve(peer, message)
+                self._serve(state, message)
             case PullRefused():
-                self._take_refusal(peer, message)
+                self._take_refusal(state, message)
             case _:
                 assert_never(message)
 
     def lose(self, link: Link) -> None:
         """The peer is gone."""
-        peer = self._peers.pop(link, None)
-        if peer is not None:
-            self._disconnect(peer, "the peer was lost")
-            self._drop_guest(peer)
+        state = self._states.pop(link, None)
+        if state is not None:
+            self._disconnect(state, "the peer was lost")
+            self._drop_guest(state)
 
     def close(self) -> None:
         """End everything."""
         if not self._is_closing:
             self._close_by_s = time.monotonic() + _SETTLE_S
-            for link in list(self._peers):
-                peer = self._peers.pop(link)
-                self._disconnect(peer, "the transport was closed")
-                self._drop_guest(peer)
+            for link in list(self._states):
+                state = self._states.pop(link)
+                self._disconnect(state, "the transport was closed")
+                self._drop_guest(state)
 
     # ----------------------------------------------------------------------------------------------------- the thread
 
@@ -218,8 +218,8 @@ class Mover:
         finally:
             self.has_ended = True
             self.close()
-            for peer, pull in list(self._pulls):
-                self._give_up(peer, pull)
+            for state, pull in list(self._pulls):
+                self._give_up(state, pull)
             _for_ever.extend(self._sends + self._leftovers)
             self.worker.close()
             atexit.unregister(self.end)
@@ -241,56 +241,56 @@ class Mover:
                 self._commands.get_nowait()()
 
     def _step(self, now_s: float) -> None:
-        for peer in list(self._peers.values()):
-            if peer.way is not None and not peer.way.is_announced:
-                self._announce(peer, peer.way)
-            if peer.guest is not None and peer.guest.connection is None:
-                self._receive_guest(peer, peer.guest)
+        for state in list(self._states.values()):
+            if state.way is not None and not state.way.is_announced:
+                self._announce(state, state.way)
+            if state.guest is not None and state.guest.connection is None:
+                self._receive_guest(state, state.guest)
         self.worker.refuse_strangers(_KNOCK_S)
-        for peer, pull in list(self._pulls):
+        for state, pull in list(self._pulls):
             if pull.has_ended:  # another's failure took it along
                 continue
             if pull.failure is not None:
-                self._settle(peer, pull, now_s)
+                self._settle(state, pull, now_s)
             else:
-                self._advance(peer, pull, now_s)
+                self._advance(state, pull, now_s)
         self._sends = [send for send in self._sends if not send.is_over]
         self._leftovers = [transfer for transfer in self._leftovers if not transfer.is_over]
 
-    def _advance(self, peer: _Peer, pull: Pull, now_s: float) -> None:
+    def _advance(self, state: _LinkState, pull: Pull, now_s: float) -> None:
         for receive in pull.take_over(_WINDOW):
             error = receive.transfer.error
             if error is not None:
-                self._disconnect(peer, error)
+                self._disconnect(state, error)
                 return
-            peer.heard_s = self._landed_s = now_s
+            state.heard_s = self._landed_s = now_s
             pull.land(receive)
-        way = peer.way
+        way = state.way
         if pull.connection is not None and not pull.pending:
-            peer.carriers = pull.connection.carriers() or peer.carriers
-            self._finish(peer, pull)
+            state.carriers = pull.connection.carriers() or state.carriers
+            self._finish(state, pull)
         elif way is not None and way.connection.error is not None:
-            self._disconnect(peer, way.connection.error)
-        elif now_s > max(pull.begun_s, peer.heard_s) + pull.stall_s:
+            self._disconnect(state, way.connection.error)
+        elif now_s > max(pull.begun_s, state.heard_s) + pull.stall_s:
             what = "the peer did not answer" if pull.connection is None else "nothing arrived"
-            self._disconnect(peer, f"{what} for {pull.stall_s:g} s")
+            self._disconnect(state, f"{what} for {pull.stall_s:g} s")
 
-    def _settle(self, peer: _Peer, pull: Pull, now_s: float) -> None:
+    def _settle(self, state: _LinkState, pull: Pull, now_s: float) -> None:
         pull.take_over(len(pull.pending))
         if not pull.pending:
-            self._finish(peer, pull)
+            self._finish(state, pull)
         elif now_s > pull.settle_by_s:
-            if peer.way is not None and pull.connection is peer.way.connection:
-                self._disconnect(peer, "a pull was given up")
+            if state.way is not None and pull.connection is state.way.connection:
+                self._disconnect(state, "a pull was given up")
             else:
-                self._give_up(peer, pull)
+                self._give_up(state, pull)
 
-    def _finish(self, peer: _Peer, pull: Pull) -> None:
-        self._pulls.remove((peer, pull))
+    def _finish(self, state: _LinkState, pull: Pull) -> None:
+        self._pulls.remove((state, pull))
         pull.has_ended = True
         pull.tell(pull.failure)
 
-    def _give_up(self, peer: _Peer, pull: Pull) -> None:
+    def _give_up(self, state: _LinkState, pull: Pull) -> None:
         failure = pull.failure or TransferError("ucx: the transport was closed")
         self._leftovers.extend(receive.transfer for receive in pull.pending)
         if any(len(receive.message.copies) == 1 for receive in pull.pending):  # gathered ones land in a buffer of ours
@@ -298,13 +298,13 @@ class Mover:
             self.num_unsettled += 1
             log.error("ucx: %d receives did not end with the connection; their targets are lost", len(pull.pending))
         pull.failure = failure
-        self._finish(peer, pull)
+        self._finish(state, pull)
 
-    def _peer_of(self, link: Link, loop: asyncio.AbstractEventLoop) -> _Peer:
-        return self._peers.setdefault(link, _Peer(link, loop))
+    def _state_of(self, link: Link, loop: asyncio.AbstractEventLoop) -> _LinkState:
+        return self._states.setdefault(link, _LinkState(link, loop))
 
-    def _say(self, peer: _Peer, message: Body) -> None:
-        call_soon(peer.loop, self._send_now, peer.link, encode(message))
+    def _say(self, state: _LinkState, message: Body) -> None:
+        call_soon(state.loop, self._send_now, state.link, encode(message))
 
     def _send_now(self, link: Link, body: bytes) -> None:
         if not link.send("ucx", body):
@@ -312,96 +312,96 @@ class Mover:
 
     # ----------------------------------------------------------------------------------------------------- as a puller
 
-    def _connect(self, peer: _Peer, address: SocketAddress) -> None:
+    def _connect(self, state: _LinkState, address: SocketAddress) -> None:
         self._leftovers += self.worker.take_strays()
         try:
-            peer.way = _Way(next(self._numbers), address, self.worker.connect(address))
+            state.way = _Way(next(self._numbers), address, self.worker.connect(address))
         except UcxError as error:
-            self._disconnect(peer, f"no connection to {address}: {error}")
+            self._disconnect(state, f"no connection to {address}: {error}")
         else:
-            self._announce(peer, peer.way)
+            self._announce(state, state.way)
 
-    def _announce(self, peer: _Peer, way: _Way) -> None:
+    def _announce(self, state: _LinkState, way: _Way) -> None:
         with suppress(UcxError):  # that does not know its own address yet
             host, port = way.connection.local_address()
             way.is_announced = True
-            self._say(peer, Connect(way.number, host, port))
+            self._say(state, Connect(way.number, host, port))
 
-    def _go_on(self, peer: _Peer, way: _Way) -> None:
+    def _go_on(self, state: _LinkState, way: _Way) -> None:
         way.is_ready = True
-        peer.carriers = way.connection.carriers()
+        state.carriers = way.connection.carriers()
         for each, pull in list(self._pulls):
-            if each is peer and pull.connection is None and pull.failure is None:
-                self._ask(peer, way, pull)
+            if each is state and pull.connection is None and pull.failure is None:
+                self._ask(state, way, pull)
 
-    def _ask(self, peer: _Peer, way: _Way, pull: Pull) -> None:
+    def _ask(self, state: _LinkState, way: _Way, pull: Pull) -> None:
         first_tag = self._next_tag
         self._next_tag = (first_tag + len(pull.messages)) % NUM_TAGS
         pull.post(self.worker, way.connection, first_tag)
         self._landed_s = time.monotonic()
         ranges, counts = pack_ranges(pull.messages)
         source = pull.source
-        self._say(peer, PullRequest(first_tag, way.number, source.nonce, source.num_bytes, ranges, counts))
+        self._say(state, PullRequest(first_tag, way.number, source.nonce, source.num_bytes, ranges, counts))
 
-    def _take_refusal(self, peer: _Peer, refusal: PullRefused) -> None:
+    def _take_refusal(self, state: _LinkState, refusal: PullRefused) -> None:
         for each, pull in self._pulls:
-            if each is peer and pull.connection is not None and pull.first_tag == refusal.first_tag:
+            if each is state and pull.connection is not None and pull.first_tag == refusal.first_tag:
                 kind = RegionError if refusal.is_region else TransferError
                 pull.failure = pull.failure or kind(f"ucx: refused: {refusal.reason}")
                 pull.settle_by_s = time.monotonic() + _SETTLE_S
                 self.worker.cancel([receive.transfer for receive in pull.pending])  # nothing was sent for them
 
-    def _disconnect(self, peer: _Peer, reason: str, kind: type[TransferError] = TransferError) -> None:
+    def _disconnect(self, state: _LinkState, reason: str, kind: type[TransferError] = TransferError) -> None:
         """Close the way to the peer, if any: its pulls settle; those that wait fail at once, with `kind`."""
-        way, peer.way = peer.way, None
-        pulls = [pull for each, pull in self._pulls if each is peer]
+        way, state.way = state.way, None
+        pulls = [pull for each, pull in self._pulls if each is state]
         if way is not None:
             log.info("ucx: a connection is closed: %s", reason)
             for pull in pulls:
                 self.worker.cancel([receive.transfer for receive in pull.pending])
             self._leftovers.append(way.connection.close())
-            self._say(peer, Disconnect(way.number))
+            self._say(state, Disconnect(way.number))
         for pull in pulls:
             if pull.connection is None:
                 pull.failure = pull.failure or kind(f"ucx: {reason}")
-                self._finish(peer, pull)
+                self._finish(state, pull)
             elif way is not None and pull.connection is way.connection:
                 pull.failure = pull.failure or TransferError(f"ucx: {reason}")
                 pull.settle_by_s = time.monotonic() + _SETTLE_S
 
     # ----------------------------------------------------------------------------------------------------- as a source
 
-    def _receive_guest(self, peer: _Peer, guest: _Guest) -> None:
+    def _receive_guest(self, state: _LinkState, guest: _Guest) -> None:
         if guest.address in self.worker.arrived:
             try:
                 guest.connection = self.worker.accept(guest.address)
             except UcxError as error:
-                self._refuse_guest(peer, guest, str(error))
+                self._refuse_guest(state, guest, str(error))
             else:
-                peer.carriers = peer.carriers or guest.connection.carriers()
-                self._say(peer, Accepted(guest.number))
+                state.carriers = state.carriers or guest.connection.carriers()
+                self._say(state, Accepted(guest.number))
         elif time.monotonic() > guest.announced_s + _KNOCK_S:
-            self._refuse_guest(peer, guest, f"no client came from {guest.address}")
+            self._refuse_guest(state, guest, f"no client came from {guest.address}")
 
-    def _refuse_guest(self, peer: _Peer, guest: _Guest, reason: str) -> None:
-        self._say(peer, Refused(guest.number, reason, is_gone=False))
-        peer.guest = None
+    def _refuse_guest(self, state: _LinkState, guest: _Guest, reason: str) -> None:
+        self._say(state, Refused(guest.number, reason, is_gone=False))
+        state.guest = None
 
-    def _drop_guest(self, peer: _Peer) -> None:
-        guest, peer.guest = peer.guest, None
+    def _drop_guest(self, state: _LinkState) -> None:
+        guest, state.guest = state.guest, None
         if guest is not None and guest.connection is not None:
             self._leftovers.append(guest.connection.close())
 
-    def _serve(self, peer: _Peer, request: PullRequest) -> None:
-        guest = peer.guest
+    def _serve(self, state: _LinkState, request: PullRequest) -> None:
+        guest = state.guest
         if guest is None or guest.connection is None or guest.number != request.number or guest.connection.error:
             reason = f"connection {request.number} is closed"
-            self._say(peer, PullRefused(request.first_tag, reason, is_region=False))
+            self._say(state, PullRefused(request.first_tag, reason, is_region=False))
             return
         try:
             memory, messages = self._check(request)
         except (RegionError, ValueError) as error:
-            self._say(peer, PullRefused(request.first_tag, str(error), is_region=True))
+            self._say(state, PullRefused(request.first_tag, str(error), is_region=True))
             return
         for index, ranges in enumerate(messages):
             buffer = memory.slice(*ranges[0]) if len(ranges) == 1 else gather(memory, ranges)

@@ -369,7 +369,12 @@ def test_an_id_may_come_again_while_its_cancelled_step_runs(bench: Bench) -> Non
 
 
 def test_unknown_ids_are_ignored(bench: Bench) -> None:
-    for event in (SequenceCancelled("x"), BlocksReleased("x"), KvRefused("x"), KvOffered("x", [], True, 1, None, 0)):
+    for event in (
+        SequenceCancelled("x"),
+        BlocksReleased("x"),
+        KvRefused("x"),
+        KvOffered("x", "owner", [], True, 1, None, 0),
+    ):
         assert bench.post(event) == []
 
 

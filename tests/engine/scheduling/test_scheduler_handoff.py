@@ -103,7 +103,7 @@ def test_only_what_is_lacking_is_asked_for_and_pulled(bench: Bench) -> None:
     bench.add("a", PROMPT[:9], max_tokens=1)
     bench.run()
     assert remote(bench) == AskRemote("r", 8)
-    emit, pull = bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 12))
+    emit, pull = bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 12))
     assert emit == EmitTokens("r", [42], sources=PromptSources(device=8, peer=4, computed=7))
     assert isinstance(pull, PullBlocks)
     assert [location.index for location, _ in pull.pairs] == [2, 3, 4]
@@ -113,23 +113,23 @@ def test_only_what_is_lacking_is_asked_for_and_pulled(bench: Bench) -> None:
 
 def test_the_first_token_does_not_wait_for_the_pull(bench: Bench) -> None:
     remote(bench)
-    emit, _ = bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    emit, _ = bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     assert isinstance(emit, EmitTokens)
     assert bench.start() == []
 
 
 def test_a_first_token_that_is_the_last_needs_no_pull(bench: Bench) -> None:
     remote(bench, max_tokens=1)
-    [emit] = bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    [emit] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     assert emitted([emit])[0].finish_reason == "length"
     assert bench.pool.num_used == 0
 
 
 def test_offers_are_pulled_as_they_come_one_pull_at_a_time(bench: Bench) -> None:
     remote(bench)
-    [first] = bench.post(KvOffered("r", bench.locations(PROMPT, end=2), False, None, None, 0))
-    assert bench.post(KvOffered("r", bench.locations(PROMPT, begin=2, end=3), False, None, None, 0)) == []
-    [emit] = bench.post(KvOffered("r", bench.locations(PROMPT, begin=3), True, 42, None, 0))
+    [first] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=2), False, None, None, 0))
+    assert bench.post(KvOffered("r", "owner", bench.locations(PROMPT, begin=2, end=3), False, None, None, 0)) == []
+    [emit] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT, begin=3), True, 42, None, 0))
     assert emitted([emit])
     [second] = bench.post(PullEnded("r", frozenset()))
     assert isinstance(first, PullBlocks)
@@ -139,9 +139,24 @@ def test_offers_are_pulled_as_they_come_one_pull_at_a_time(bench: Bench) -> None
     assert bench.step() == [("r", "decode", 19, 20)]
 
 
+def test_blocks_of_two_sources_are_pulled_one_source_after_the_other(bench: Bench) -> None:
+    remote(bench)
+    locations = bench.locations(PROMPT)
+    [first] = bench.post(KvOffered("r", "a", locations[:1], False, None, None, 0))
+    assert bench.post(KvOffered("r", "b", locations[1:3], False, None, None, 0)) == []
+    [emit] = bench.post(KvOffered("r", "a", locations[3:], True, 42, None, 0))
+    assert emitted([emit])
+    [second] = bench.post(PullEnded("r", frozenset()))
+    [third] = bench.post(PullEnded("r", frozenset()))
+    assert bench.post(PullEnded("r", frozenset())) == []
+    pulls = [(pull.source, [location.index for location, _ in pull.pairs]) for pull in (first, second, third)]
+    assert pulls == [("a", [0]), ("b", [1, 2]), ("a", [3, 4])]
+    assert bench.step() == [("r", "decode", 19, 20)]
+
+
 def test_pulled_blocks_have_names_and_serve_the_next(bench: Bench) -> None:
     remote(bench, max_tokens=2)
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     bench.post(PullEnded("r", frozenset()))
     bench.add("b", PROMPT, max_tokens=1)
     assert ("b", "prefill", 16, 19) in bench.step()
@@ -149,7 +164,7 @@ def test_pulled_blocks_have_names_and_serve_the_next(bench: Bench) -> None:
 
 def test_what_follows_a_bad_block_is_computed_and_the_token_replayed(bench: Bench) -> None:
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     bench.post(PullEnded("r", frozenset({1, 4})))
     assert bench.scheduler.stats()["num_rejected_blocks"] == 2
     spans = bench.step()
@@ -162,7 +177,7 @@ def test_what_follows_a_bad_block_is_computed_and_the_token_replayed(bench: Benc
 def test_good_blocks_after_a_bad_one_are_not_computed_again() -> None:
     bench = Bench(max_num_batched_tokens=8)
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     bench.post(PullEnded("r", frozenset({1})))
     assert bench.step() == [("r", "prefill", 4, 8)]
     assert bench.step() == [("r", "prefill", 16, 19)]
@@ -171,7 +186,7 @@ def test_good_blocks_after_a_bad_one_are_not_computed_again() -> None:
 def test_a_block_under_another_name_is_not_even_pulled(bench: Bench) -> None:
     remote(bench)
     wrong = bench.locations([*PROMPT[:4], *PROMPT])[:5]
-    [_, pull] = bench.post(KvOffered("r", wrong, True, 42, None, 0))
+    [_, pull] = bench.post(KvOffered("r", "owner", wrong, True, 42, None, 0))
     assert isinstance(pull, PullBlocks)
     assert [location.index for location, _ in pull.pairs] == [0]
     assert bench.scheduler.stats()["num_rejected_blocks"] == 4
@@ -179,9 +194,9 @@ def test_a_block_under_another_name_is_not_even_pulled(bench: Bench) -> None:
 
 def test_a_bad_block_offered_again_is_pulled_again(bench: Bench) -> None:
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT, end=2), False, None, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=2), False, None, None, 0))
     bench.post(PullEnded("r", frozenset({1})))
-    [pull] = bench.post(KvOffered("r", bench.locations(PROMPT, end=2), False, None, None, 0))
+    [pull] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=2), False, None, None, 0))
     assert isinstance(pull, PullBlocks)
     assert [location.index for location, _ in pull.pairs] == [1]
 
@@ -195,7 +210,7 @@ def test_a_refusal_leads_to_computing_here(bench: Bench) -> None:
 
 def test_what_came_before_a_refusal_is_kept(bench: Bench) -> None:
     remote(bench, max_tokens=1)
-    bench.post(KvOffered("r", bench.locations(PROMPT, end=3), False, None, None, 8))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=3), False, None, None, 8))
     bench.post(PullEnded("r", frozenset()))
     bench.post(KvRefused("r"))
     assert bench.step() == [("r", "prefill", 12, 19)]
@@ -208,13 +223,13 @@ def test_a_peer_that_stays_silent_is_given_up(bench: Bench) -> None:
     assert bench.start() == []
     bench.now_s = 30.0
     assert bench.step() == [("r", "prefill", 0, 19)]
-    assert bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0)) == []
+    assert bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0)) == []
 
 
 def test_targets_of_a_pull_that_was_given_up_are_nobodys_until_it_ends() -> None:
     bench = Bench(num_blocks=12)
     remote(bench)
-    [pull] = bench.post(KvOffered("r", bench.locations(PROMPT, end=4), False, None, None, 0))
+    [pull] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=4), False, None, None, 0))
     targets = {target for _, target in pull.pairs}
     bench.post(KvRefused("r"))
     parts = bench.start()
@@ -228,7 +243,7 @@ def test_targets_of_a_pull_that_was_given_up_are_nobodys_until_it_ends() -> None
 
 def test_a_pull_that_could_not_be_aborted_quarantines_its_targets(bench: Bench) -> None:
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     bench.post(PullEnded("r", frozenset({3, 4}), quarantine_until_s=9.0))
     assert bench.pool.num_quarantined == 2
     assert bench.step() == [("r", "prefill", 12, 19)]
@@ -239,7 +254,7 @@ def test_a_pull_that_could_not_be_aborted_quarantines_its_targets(bench: Bench) 
 
 def test_a_cancel_during_a_pull_frees_blocks_when_it_ends(bench: Bench) -> None:
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT, end=2), False, None, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=2), False, None, None, 0))
     bench.post(SequenceCancelled("r"))
     assert bench.pool.num_used == 2
     [refusal] = emitted(bench.add("r", 5))
@@ -279,7 +294,7 @@ def test_a_prefill_worker_out_of_reach_is_not_asked(bench: Bench) -> None:
 def test_choices_of_a_remote_prompt_pull_it_once(bench: Bench) -> None:
     remote(bench)
     assert bench.add("r2", PROMPT, remote_s=0.1) == []
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     assert bench.scheduler.num_waiting == 1
     bench.post(PullEnded("r", frozenset()))
     assert sorted(bench.step()) == [("r", "decode", 19, 20), ("r2", "prefill", 16, 19)]
@@ -287,7 +302,7 @@ def test_choices_of_a_remote_prompt_pull_it_once(bench: Bench) -> None:
 
 def test_a_last_offer_without_a_token_counts_as_a_refusal(bench: Bench) -> None:
     remote(bench)
-    bench.post(KvOffered("r", bench.locations(PROMPT), True, None, None, 0))
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, None, None, 0))
     assert bench.step() == [("r", "prefill", 0, 19)]
 
 
@@ -299,7 +314,7 @@ def test_prompt_logprobs_are_never_left_to_a_peer(bench: Bench) -> None:
 def test_a_stream_that_moved_pulls_its_prompt_and_replays_its_tokens(bench: Bench) -> None:
     [ask] = bench.add("r", PROMPT, generated=3, remote_s=0.0, max_tokens=9)
     assert isinstance(ask, AskRemote)
-    [pull] = bench.post(KvOffered("r", bench.locations(PROMPT), True, 42, None, 0))
+    [pull] = bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 0))
     assert isinstance(pull, PullBlocks)
     bench.post(PullEnded("r", frozenset()))
     assert bench.step() == [("r", "decode", 19, 22)]

@@ -119,7 +119,7 @@ async def test_a_refused_pull_writes_nothing_and_keeps_the_connection(owner, pul
     other = Memory.allocate(4096)
     await puller.pull(link, region, [Copy(0, 0, 1)], target, 5)
     target.view[0] = 0
-    connection = puller._peers[handle_of(region)]._socket
+    connection = puller._owners[handle_of(region)]._socket
     unknown = make().register(other)
     wrong = [
         type(region)(road="socket", handle=region.handle, num_bytes=unknown.num_bytes, nonce=unknown.nonce),
@@ -135,7 +135,7 @@ async def test_a_refused_pull_writes_nothing_and_keeps_the_connection(owner, pul
             await puller.pull(link, description, [], target, 5)
     assert bytes(target.view) == bytes(SIZE)
     await puller.pull(link, region, [Copy(0, 0, 4096)], target, 5)
-    assert puller._peers[handle_of(region)]._socket is connection
+    assert puller._owners[handle_of(region)]._socket is connection
     other.close()
 
 

@@ -142,9 +142,9 @@ async def test_a_lost_peers_pulls_fail_at_once_and_nobody_elses(fake, owner, pul
     assert time.monotonic() - began_s < 1
     with pytest.raises(TransferError, match="the peer was lost"):
         await puller.pull(link, region, [Copy(0, 0, 10)], target, 60)
-    assert set(puller._peers) == {handle_of(owner.register(source))}
+    assert set(puller._owners) == {handle_of(owner.register(source))}
     puller.on_link_lost(other)
-    assert not puller._peers
+    assert not puller._owners
     wait_until(lambda: not owner._source._connections)
 
 

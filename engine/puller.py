@@ -10,16 +10,15 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from engine.core import Engine
-from engine.memory.checksums import ALGORITHMS, Algorithm
+from engine.memory.checksums import ALGORITHMS, Algorithm, BlockChecksums
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.handoff import BlockLocation, RegionsDescribed
 from transport.memory import Memory
-from transport.protocol import Copy, Link, RegionError, TransferError
-from transport.roads import Roads
+from transport.protocol import Copy, Link, RegionError, RegionMemory, TransferError
+from transport.roads import Pulled, Roads
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +44,19 @@ class PullOutcome:
 
     bad: frozenset[int] = frozenset()
     quarantine_s: float = 0.0
+    #: how the bytes came, where they all came; no part of what must be done about it
+    pulled: Pulled | None = field(default=None, compare=False)
 
 
 class BlockPuller:
-    """Moves blocks from peers' pools into an engine's."""
+    """Moves blocks from peers' pools into the own one."""
 
-    def __init__(self, engine: Engine, roads: Roads) -> None:
-        self._layout = engine.layout
-        self._memory = engine.memory
-        self._checksums = engine.checksums
+    def __init__(self, layout: RegionLayout, memory: RegionMemory, checksums: BlockChecksums, roads: Roads) -> None:
+        """`memory` is the region that `layout` describes, `checksums` are of its blocks."""
+        self.block_bytes = layout.block_bytes
+        self._layout = layout
+        self._memory = memory
+        self._checksums = checksums
         self._roads = roads
         self.num_failed = 0  #: pulls that did not end well
         self.num_rejected: Counter[Rejection] = Counter()
@@ -87,27 +90,27 @@ class BlockPuller:
         if bad_ids:
             logger.warning("a handoff names block %d of a pool of %d", bad_ids[0], peer.layout.num_blocks)
             return self._reject(pairs, "refused")
-        outcome, damaged, road = await self._pull_once(link, peer, pairs, on_progress)
+        outcome, damaged = await self._pull_once(link, peer, pairs, on_progress)
         if damaged:
             reused = await self._reused(link, peer, damaged)
             self.num_rejected["generation"] += len(reused)
             self.num_rejected["checksum"] += len(damaged) - len(reused)
-            if len(reused) < len(damaged):
-                self._roads.distrust(link, road)
-            again, still_damaged, _ = await self._pull_once(
+            if len(reused) < len(damaged) and outcome.pulled is not None:
+                self._roads.distrust(link, outcome.pulled.road)
+            again, still_damaged = await self._pull_once(
                 link, peer, [pair for pair in damaged if pair[0].index not in reused], on_progress
             )
             self.num_rejected["checksum"] += len(still_damaged)
             bad = outcome.bad | reused | again.bad | {location.index for location, _ in still_damaged}
-            outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s))
+            outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s), outcome.pulled)
         return outcome
 
     async def _pull_once(
         self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
-    ) -> tuple[PullOutcome, list[Pair], str]:
-        """What did not come, what came with another checksum, and over which road ("" where that failed)."""
+    ) -> tuple[PullOutcome, list[Pair]]:
+        """What did not come, and what came with another checksum."""
         if not pairs:
-            return PullOutcome(), [], ""
+            return PullOutcome(), []
         num_bytes = peer.layout.block_bytes
         copies = [
             Copy(peer.layout.block_offset(location.block_id), self._layout.block_offset(target), num_bytes)
@@ -123,9 +126,9 @@ class BlockPuller:
                 found[position] = self._checksums.hash_block(targets[position])
 
         error: TransferError | None = None
-        road = ""
+        pulled: Pulled | None = None
         try:
-            road = await self._roads.pull(link, copies, self._memory, take)
+            pulled = await self._roads.pull(link, copies, self._memory, take)
         except TransferError as failure:
             error = failure
         if error is None and not is_hashed_at_once:
@@ -138,9 +141,9 @@ class BlockPuller:
         damaged = [pair for i, pair in enumerate(pairs) if i in found and found[i] != pair[0].checksum]
         missing = [pair for i, pair in enumerate(pairs) if i not in found]
         if not missing:
-            return PullOutcome(), damaged, road
+            return PullOutcome(pulled=pulled), damaged
         outcome = self._reject(missing, "refused" if isinstance(error, RegionError) else "transfer")
-        return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged, road
+        return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged
 
     async def _reused(self, link: Link, peer: PeerPool, damaged: Sequence[Pair]) -> frozenset[int]:
         """The indexes of those blocks that their owner uses for something else by now, as far as it can be told."""

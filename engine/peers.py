@@ -1,0 +1,172 @@
+"""The peers of a worker: other owners of blocks, whatever their role, with what it takes to pull from them.
+
+A peer is known by its channel's address. It is connected to when it is first wanted, and forgotten when it is lost:
+whoever wants it again connects anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.puller import REJECTIONS, BlockPuller, Pair, PeerPool, PullOutcome
+from kvcache.price import MoveCost
+from messages.fleet import RoadStatus
+from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
+from messages.price import MovePrice
+from messages.wire import Message
+from transport.channel import ChannelClient, ChannelConfig
+from transport.protocol import Link, RegionError
+from transport.roads import Roads
+from transport.secret import ClusterSecret
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Peer:
+    """An owner of blocks, seen from here."""
+
+    client: ChannelClient
+    link: Link  #: what roads say to it
+    cost: MoveCost
+    told: MovePrice | None = None  #: the price that was last reported
+    pool: PeerPool | None = None  #: once it described it
+    is_misfit: bool = False  #: its blocks cannot be pulled into ours
+
+
+class Peers:
+    """All peers of one worker. All methods belong to one event loop.
+
+    `on_message(address, message)` gets what is not about regions and roads; `on_lost(address)` comes once for each
+    connection that ends but by `close`: what the peer held for us is gone, pulls from it fail by themselves.
+    """
+
+    def __init__(
+        self,
+        puller: BlockPuller,
+        roads: Roads,
+        secret: ClusterSecret,
+        channel: ChannelConfig,
+        on_message: Callable[[str, Message], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._puller = puller
+        self._roads = roads
+        self._secret = secret
+        self._channel = channel
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._block_bytes = puller.block_bytes
+        self._peers: dict[str, Peer] = {}
+
+    def connect(self, address: str) -> None:
+        """Begin to connect, unless it is there, and ask where its blocks lie, so that roads are tried at once."""
+        if address in self._peers:
+            return
+        client = ChannelClient(
+            self._secret,
+            address,
+            on_message=lambda message: self._take(address, message),
+            on_lost=lambda reason: self._lose(address, reason),
+            config=self._channel,
+        )
+        link = self._roads.connect(lambda road, body: client.send(RoadMessage(road=road, body=body)))
+        self._peers[address] = Peer(client, link, MoveCost(address))
+        client.send(DescribeRegions())
+
+    def send(self, address: str, message: Message) -> None:
+        """A message to a connected peer; dropped if there is none."""
+        peer = self._peers.get(address)
+        if peer is not None:
+            peer.client.send(message)
+
+    def can_pull(self, address: str) -> bool:
+        """Whether blocks can come from there, as far as is known; of a stranger nothing is."""
+        peer = self._peers.get(address)
+        if peer is None:
+            return self._roads.names != ()
+        return not peer.is_misfit and self._roads.can_pull(peer.link)
+
+    async def pull(self, source: str, pairs: Sequence[Pair], on_progress: Callable[[], None]) -> PullOutcome:
+        """Bring each pair's block from `source`'s pool here, and verify it; all are bad if it is not connected.
+
+        `on_progress` is called for each block that came, from any thread.
+        """
+        peer = self._peers.get(source)
+        if peer is None or peer.pool is None:
+            return PullOutcome(frozenset(location.index for location, _ in pairs))
+        outcome = await self._puller.pull(peer.link, peer.pool, pairs, on_progress)
+        if outcome.pulled is not None:
+            peer.cost.observe_pull(outcome.pulled.road, len(pairs) * self._block_bytes, outcome.pulled.elapsed_s)
+        return outcome
+
+    def observe_handoff(self, source: str, elapsed_s: float, source_s: float, num_blocks: int) -> None:
+        """A prompt's KV came whole from there; arguments as `MoveCost.observe_handoff`'s, with blocks for bytes."""
+        peer = self._peers.get(source)
+        if peer is not None:
+            peer.cost.observe_handoff(elapsed_s, source_s, num_blocks * self._block_bytes)
+
+    def changed_prices(self) -> tuple[MovePrice, ...]:
+        """Of the peers whose price differs by a tenth or so from what was told last."""
+        changed = []
+        for peer in self._peers.values():
+            price = peer.cost.price
+            if price is not None and (peer.told is None or _rounded(price) != _rounded(peer.told)):
+                peer.told = price
+                changed.append(price)
+        return tuple(changed)
+
+    def prices(self) -> tuple[MovePrice, ...]:
+        """Of all peers that were pulled from."""
+        return tuple(price for price in (peer.cost.price for peer in self._peers.values()) if price is not None)
+
+    def statuses(self) -> tuple[RoadStatus, ...]:
+        """The road from each."""
+        return tuple(self._roads.status(peer.link, address) for address, peer in self._peers.items())
+
+    def stats(self) -> dict[str, float]:
+        """What became of pulls, by metric name."""
+        rejected = {
+            f'kvray_blocks_rejected_total{{reason="{reason}"}}': float(self._puller.num_rejected[reason])
+            for reason in REJECTIONS
+        }
+        return {"kvray_pulls_failed_total": float(self._puller.num_failed), **rejected}
+
+    def close(self) -> None:
+        """Hang up."""
+        for peer in self._peers.values():
+            peer.client.close()
+            self._roads.disconnect(peer.link)
+        self._peers.clear()
+
+    def _take(self, address: str, message: Message) -> None:
+        peer = self._peers[address]
+        match message:
+            case RegionsDescribed():
+                self._learn(address, peer, message)
+            case RoadMessage(road=road, body=body):
+                self._roads.on_message(peer.link, road, body)
+            case _:
+                self._on_message(address, message)
+
+    def _learn(self, address: str, peer: Peer, described: RegionsDescribed) -> None:
+        try:
+            peer.pool = self._puller.understand(described)
+        except RegionError as error:
+            peer.is_misfit = True
+            logger.warning("peer at %s cannot be pulled from: %s", address, error.message)
+        else:
+            self._roads.learn(peer.link, described.regions)
+
+    def _lose(self, address: str, reason: str) -> None:
+        peer = self._peers.pop(address)
+        logger.warning("peer at %s lost: %s", address, reason)
+        self._roads.disconnect(peer.link)
+        peer.client.close()
+        self._on_lost(address)
+
+
+def _rounded(price: MovePrice) -> tuple[str, ...]:
+    return (price.road, *(f"{part:.1e}" for part in (price.fixed_s, price.byte_s, price.handoff_s)))

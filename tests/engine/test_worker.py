@@ -1,0 +1,182 @@
+"""What an EngineWorker tells whoever connects: snapshots and numbered events, loads, regions, numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from engine.scheduling.plan import EmitTokens, Instruction, SequenceAdded, SequenceSpec
+from engine.worker import EngineWorker
+from kvcache.names import split_names
+from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
+from messages.handoff import DescribeRegions, RegionsDescribed
+from messages.request import CancelRequest, SamplingParams
+from messages.wire import Message
+from tests.models import make_tiny_model
+from tests.workers import CHANNEL, SECRET, until, worker_options
+from transport.channel import ChannelClient
+from transport.secret import ClusterSecret
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Role:
+    """Takes note of what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.senders: list[bytes] = []
+        self.lost: list[bytes] = []
+        self.ended: list[str] = []
+
+    def on_message(self, sender: bytes, message: Message) -> None:
+        self.senders.append(sender)
+        self.messages.append(message)
+
+    def on_sender_lost(self, sender: bytes) -> None:
+        self.lost.append(sender)
+
+    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        self.ended += [item.seq_id for item in instructions if isinstance(item, EmitTokens) and item.finish_reason]
+
+    def stats(self) -> dict[str, float]:
+        return {"kvray_streams": 7.0}
+
+
+class Caller:
+    """Someone who connected, and what came."""
+
+    def __init__(self, address: str) -> None:
+        self.got: list[Message] = []
+        self.client = ChannelClient(
+            ClusterSecret.from_hex(SECRET), address, self.got.append, lambda _: None, config=CHANNEL
+        )
+
+    def of(self, kind: type) -> list:
+        return [message for message in self.got if isinstance(message, kind)]
+
+    async def subscribe(self) -> None:
+        num_snapshots = sum(message.cleared for message in self.of(KvEvents))
+        self.client.send(Subscribe())
+        await until(lambda: sum(message.cleared for message in self.of(KvEvents)) > num_snapshots)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Setting:
+    def __init__(self, worker: EngineWorker, role: Role, info) -> None:
+        self.worker, self.role, self.info = worker, role, info
+        self.callers: list[Caller] = []
+
+    def caller(self) -> Caller:
+        self.callers.append(Caller(self.info.address))
+        return self.callers[-1]
+
+    async def run(self, seq_id: str, first_token: int) -> None:
+        """Compute a prompt of three blocks."""
+        prompt = list(range(first_token, first_token + 48))
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        spec = SequenceSpec(seq_id=seq_id, token_ids=prompt, num_prompt_tokens=len(prompt), params=params)
+        self.worker.post(SequenceAdded(spec))
+        await until(lambda: seq_id in self.role.ended)
+
+    def held(self) -> set[bytes]:
+        return set(self.worker.engine.pool.snapshot())
+
+
+@pytest.fixture
+async def setting(model_dir):
+    crashes: list[BaseException] = []
+    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), crashes.append), Role()
+    made = Setting(worker, role, await worker.start(role))
+    yield made
+    for caller in made.callers:
+        caller.client.close()
+    await worker.close()
+    assert not crashes
+
+
+def told(messages: Sequence[KvEvents]) -> set[bytes]:
+    """The names that a follower of these, in order and from a snapshot on, takes to be held."""
+    names: set[bytes] = set()
+    for message in messages:
+        names = set() if message.cleared else names
+        names |= set(split_names(message.stored))
+        names -= set(split_names(message.removed))
+    return names
+
+
+async def test_a_subscriber_gets_what_is_held_then_each_change_under_the_next_number(setting):
+    await setting.run("a", 10)
+    early, late = setting.caller(), setting.caller()
+    await early.subscribe()
+    assert told(early.of(KvEvents)) == setting.held() != set()
+    await setting.run("b", 100)
+    await late.subscribe()
+    await setting.run("c", 190)
+    await until(lambda: told(early.of(KvEvents)) == told(late.of(KvEvents)) == setting.held())
+    assert [message.seq for message in early.of(KvEvents)] == [0, 1, 2]
+    assert [message.seq for message in late.of(KvEvents)] == [0, 1]
+
+
+async def test_whoever_subscribes_anew_begins_anew(setting):
+    caller = setting.caller()
+    await caller.subscribe()
+    await setting.run("a", 10)
+    await until(lambda: len(caller.of(KvEvents)) == 2)
+    await caller.subscribe()
+    await setting.run("b", 100)
+    await until(lambda: told(caller.of(KvEvents)[2:]) == setting.held())
+    assert [message.seq for message in caller.of(KvEvents)] == [0, 1, 0, 1]
+
+
+async def test_a_subscriber_hears_of_the_load_at_once_and_when_it_changes(setting):
+    caller = setting.caller()
+    await caller.subscribe()
+    await until(lambda: caller.of(LoadReport))
+    num_reports = len(caller.of(LoadReport))
+    await setting.run("a", 10)
+    await until(lambda: len(caller.of(LoadReport)) > num_reports and not caller.of(LoadReport)[-1].request_ids)
+    assert caller.of(LoadReport)[-1].free_blocks == setting.info.num_blocks
+
+
+async def test_whoever_asks_where_the_blocks_lie_is_told(setting):
+    caller = setting.caller()
+    caller.client.send(DescribeRegions())
+    await until(lambda: caller.got)
+    [described] = caller.got
+    assert isinstance(described, RegionsDescribed)
+    assert [region.road for region in described.regions] == list(setting.info.roads) == ["shm"]
+    assert (described.num_blocks, described.has_generations) == (setting.info.num_blocks, True)
+
+
+async def test_numbers_are_those_of_the_engine_the_role_and_the_peers(setting):
+    caller = setting.caller()
+    caller.client.send(GetStats(query_id="q"))
+    await until(lambda: caller.got)
+    [stats] = caller.got
+    assert isinstance(stats, Stats)
+    assert (stats.query_id, stats.worker_id, stats.values["kvray_streams"]) == ("q", "w", 7.0)
+    assert stats.values["kvray_blocks"] == setting.info.num_blocks
+    assert "kvray_pulls_failed_total" not in stats.values
+    setting.worker.open_peers(lambda *_: None, lambda _: None)
+    caller.client.send(GetStats(query_id="q"))
+    await until(lambda: len(caller.got) == 2)
+    assert caller.got[1].values["kvray_pulls_failed_total"] == 0.0
+
+
+async def test_the_role_gets_what_is_not_the_workers_own_and_hears_who_is_gone(setting):
+    caller = setting.caller()
+    await caller.subscribe()
+    caller.client.send(CancelRequest(request_id="r"))
+    await until(lambda: setting.role.messages)
+    assert setting.role.messages == [CancelRequest(request_id="r")]
+    caller.client.close()
+    await until(lambda: setting.role.lost)
+    assert setting.role.lost == setting.role.senders
+    await setting.run("a", 10)  # nobody is told any more
+    assert setting.worker._subscribers == {}
