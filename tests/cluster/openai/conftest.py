@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.openai.app import create_app
 from cluster.openai.backend import HttpLimits, Readiness, ServedModel
+from messages.errors import KvrayError
 from messages.request import GenerateRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
 from text.chat_template import ChatTemplate
@@ -53,7 +54,7 @@ class FakeBackend:
 
     tokenizer: Tokenizer
     script: Script = field(init=False)
-    refusal: Exception | None = None
+    refusal: KvrayError | None = None
     delay_s: float = 0.0
     requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -109,7 +110,9 @@ class FakeBackend:
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
         self.requests += requests
         if self.refusal is not None:
-            raise self.refusal
+            for request in requests:
+                yield TokenChunk(request_id=request.request_id, finish_reason="error", error=self.refusal.info())
+            return
         self.num_active += 1
         is_whole = False
         try:
