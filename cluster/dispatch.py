@@ -17,6 +17,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from prometheus_client.core import Metric
+
+from cluster.fleet_metrics import families
 from cluster.openai.backend import Readiness
 from cluster.request_events import (
     ChunksArrived,
@@ -254,19 +257,10 @@ class Dispatcher:
         answers = await asyncio.gather(*(self._ask_stats(one) for one in connections), return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, Stats)]
 
-    async def metrics_text(self) -> str:
-        """The fleet's numbers in the Prometheus text format, each with the worker and role it comes from."""
-        lines: dict[str, list[str]] = {}
-        for stats in await self.fleet_stats():
-            for name, value in stats.values.items():
-                base, _, labels = name.rstrip("}").partition("{")
-                own = f'worker="{stats.worker_id}",role="{stats.role}"'
-                lines.setdefault(base, []).append(f"{base}{{{own}{',' + labels if labels else ''}}} {value}")
-        text = []
-        for base, samples in sorted(lines.items()):
-            text.append(f"# TYPE {base} {'counter' if base.endswith('_total') else 'gauge'}")
-            text += samples
-        return "\n".join(text) + "\n" if text else ""
+    async def metrics(self) -> list[Metric]:
+        """The fleet's numbers, each with the worker and role it comes from, and this dispatcher's own."""
+        fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in await self.fleet_stats()]
+        return families([({}, self.table.stats()), *fleet])
 
     async def _ask_stats(self, connection: _Connection) -> Stats:
         query_id = f"{os.getpid()}-{next(self._query_ids)}"

@@ -117,6 +117,13 @@ class RequestTable:
         self._placed: dict[str, _Sequence] = {}  #: running ones, by their id on the worker
         self._routes: dict[str, _Request] = {}  #: those that the router knows of, by its id
         self._num_sequences: Counter[str] = Counter()  #: running ones, by worker
+        self._num_placed = {"router": 0, "hashing": 0}  #: requests, by who chose the worker
+        self._num_moved = 0
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name."""
+        placed = {f'kvray_requests_placed_total{{by="{by}"}}': float(n) for by, n in self._num_placed.items()}
+        return {"kvray_requests_moved_total": float(self._num_moved), **placed}
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -297,6 +304,7 @@ class RequestTable:
         if request is None or request.stage is not _Stage.ROUTING:
             return  # it was told the end of this reservation when it was no longer waited for
         if placement.decode_worker in self._fleet:
+            self._num_placed["router"] += 1
             self._run(request, placement, now_s, out)
         else:  # the router does not know yet that it is gone
             self._place_by_hashing(request, now_s, out)
@@ -325,6 +333,7 @@ class RequestTable:
         except KvrayError as error:
             self._fail(request, error, out)
             return
+        self._num_placed["hashing"] += 1
         self._run(request, placement, now_s, out)
 
     def _lose_router(self, now_s: float, out: list[Instruction]) -> None:
@@ -415,6 +424,7 @@ class RequestTable:
         if request.num_placements >= MAX_PLACEMENTS:
             self._fail(request, error, out)
             return
+        self._num_moved += 1
         out.append(Warn(f"request {request.request_id} is placed anew: {error.message}"))
         self._place(request, now_s, out)
 

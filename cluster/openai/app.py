@@ -195,7 +195,7 @@ def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus text."""
-        body = surface.metrics.text() + (await surface.backend.metrics_text()).encode()
+        body = surface.metrics.text(await surface.backend.metrics())
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", responses=answers(replies.VersionReply))

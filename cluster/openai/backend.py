@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from prometheus_client.core import Metric
+
 from messages.request import GenerateRequest
 from messages.stream import TokenChunk
 
@@ -42,8 +44,8 @@ class Backend(Protocol):
         """Whether a request could be answered now; quick, for it is asked often."""
         ...
 
-    async def metrics_text(self) -> str:
-        """More for /metrics, in the Prometheus text format; "" where there is nothing."""
+    async def metrics(self) -> Sequence[Metric]:
+        """More families for /metrics. A family may come several times, with other labels."""
         ...
 
 

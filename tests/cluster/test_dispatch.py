@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import httpx
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.openai.app import create_app
@@ -49,7 +50,7 @@ class Fleet:
         self.router = router
         self.dispatcher = dispatcher
         self.cancel, self.ready = dispatcher.cancel, dispatcher.ready
-        self.metrics_text = dispatcher.metrics_text
+        self.metrics = dispatcher.metrics
         self.cuts_after: list[int] = []  #: chunks of the next request after which its worker is lost
         self.num_cuts = 0
 
@@ -325,3 +326,14 @@ async def test_a_router_that_is_lost_is_done_without_and_found_again(fleet):
 async def test_workers_and_the_router_are_asked_for_their_numbers(fleet):
     stats = await fleet.dispatcher.fleet_stats()
     assert sorted(one.worker_id for one in stats) == ["decode-0", "decode-1", "decode-2", "router-1"]
+
+
+async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatcher_counts(fleet, http):
+    fleet.cuts_after = [3]
+    await complete(http)
+    page = (await http.get("/metrics")).text
+    found = {family.name: family for family in text_string_to_metric_families(page)}
+    assert {sample.labels["worker"] for sample in found["kvray_steps"].samples} == {"decode-0", "decode-1", "decode-2"}
+    assert found["kvray_requests_moved"].samples[0].value >= 1
+    assert {sample.labels["by"] for sample in found["kvray_requests_placed"].samples} == {"router", "hashing"}
+    assert "Not described" not in page

@@ -16,6 +16,7 @@ import openai
 import pytest
 import tokenizers
 import uvicorn
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.openai.app import create_app
@@ -135,8 +136,10 @@ class FakeBackend:
     async def ready(self) -> Readiness:
         return Readiness(self.is_ready, {"decode_workers": 2})
 
-    async def metrics_text(self) -> str:
-        return "kvray_fake 1\n"
+    async def metrics(self) -> list[Metric]:
+        tokens = CounterMetricFamily("kvray_prompt_tokens", "Another text", labels=["worker", "source"])
+        tokens.add_metric(["d1", "peer"], 2)
+        return [GaugeMetricFamily("kvray_fake", "Nothing", 1), tokens]
 
 
 def sources(num_tokens: int) -> PromptSources:
