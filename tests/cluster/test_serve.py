@@ -6,12 +6,13 @@ import asyncio
 import random
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from messages.request import SamplingParams
 from tests.models import make_tiny_model
@@ -224,11 +225,19 @@ async def test_a_stream_and_a_reply_say_the_same(client):
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
+def num_moved(served) -> float:
+    """How often a request was placed anew."""
+    page = httpx.get(f"{served.url}/metrics", timeout=10).text
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    return families["kvray_requests_moved"].samples[0].value
+
+
 @pytest.mark.parametrize("deployment", ["Prefill", "Router", "Decode", "Ingress"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_replica_lost_under_load_costs_no_token_and_no_hang(served, client, reference, deployment, number):
     served.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
     asks = mixed_asks(60, seed=f"{deployment} {number.name}")
+    moved = num_moved(served) if deployment == "Decode" else 0
     load = asyncio.create_task(ask_all(client, asks, concurrency=LOAD))
     await asyncio.sleep(0.7)
     victim = served.replicas(deployment)[0]
@@ -247,10 +256,27 @@ async def test_a_replica_lost_under_load_costs_no_token_and_no_hang(served, clie
         assert all(isinstance(error, openai.APIConnectionError | httpx.TransportError) for error in errors)
     else:
         assert not errors
+    if deployment == "Decode":
+        assert num_moved(served) > moved
     for ask, answer in zip(asks, got, strict=True):
         if not isinstance(answer, Exception):
             assert answer == ask.expected(reference, answer), ask
     assert whole_s < WHOLE_AGAIN_S + (10 if number == signal.SIGSTOP else 0)
+    served.wait_until_idle()
+
+
+async def test_requests_outlive_all_decode_workers_at_once(served, client, reference):
+    served.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
+    asks = [replace(ask, is_streamed=True, max_tokens=60) for ask in mixed_asks(LOAD, seed="all")]
+    load = asyncio.create_task(ask_all(client, asks, concurrency=LOAD))
+    await asyncio.sleep(0.7)
+    for victim in served.replicas("Decode"):
+        victim.kill()
+    got = await asyncio.wait_for(load, 120)
+    assert not [answer for answer in got if isinstance(answer, Exception)]
+    for ask, answer in zip(asks, got, strict=True):
+        assert answer == ask.expected(reference, answer), ask
+    served.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
     served.wait_until_idle()
 
 
