@@ -268,11 +268,13 @@ async def test_a_replica_lost_under_load_costs_no_token_and_no_hang(served, clie
 async def test_requests_outlive_all_decode_workers_at_once(served, client, reference):
     served.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
     asks = [replace(ask, is_streamed=True, max_tokens=60) for ask in mixed_asks(LOAD, seed="all")]
+    moved = num_moved(served)
     load = asyncio.create_task(ask_all(client, asks, concurrency=LOAD))
     await asyncio.sleep(0.7)
     for victim in served.replicas("Decode"):
         victim.kill()
     got = await asyncio.wait_for(load, 120)
+    assert num_moved(served) > moved
     assert not [answer for answer in got if isinstance(answer, Exception)]
     for ask, answer in zip(asks, got, strict=True):
         assert answer == ask.expected(reference, answer), ask
