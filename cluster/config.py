@@ -17,10 +17,11 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
+from msgspec import Meta
 
 from messages.errors import ConfigError
 
@@ -31,6 +32,9 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"
 _PRIVATE = ("network.secret", "http.api_keys")
 
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+
+
+_Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +48,8 @@ class ModelConfig(_Section, frozen=True):
     served_names: tuple[str, ...] = ()  #: names clients may use; empty: the directory's name
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: auto: as stored, where the CPU computes in it
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: int | None = None  #: tokens of prompt and output together; None: what the model was made for
+    #: tokens of prompt and output together; None: what the model was made for
+    max_model_len: Annotated[int, Meta(ge=1, le=2**30)] | None = None
     tool_parser: Literal["hermes", "llama3", "mistral", "list"] | None = None  #: None: told from the chat template
 
     @property
@@ -56,25 +61,29 @@ class ModelConfig(_Section, frozen=True):
 class EngineSection(_Section, frozen=True):
     """How one worker computes."""
 
-    block_size: int = 16  #: tokens
+    block_size: Annotated[int, Meta(ge=1, le=1024)] = 16  #: tokens
     kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: a share of what is free at start
-    kv_cache_share: float = 0.25  #: of the memory that is free when a worker starts, where no size is given
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048  #: budget of a step
-    itl_target_ms: float = 50.0  #: prefill chunks are cut so that running sequences wait no longer, where possible
-    num_threads: int | None = None  #: CPU threads per worker; None: the node's cores shared out
+    #: of the memory that is free when a worker starts, where no size is given
+    kv_cache_share: Annotated[float, Meta(ge=0.001, le=0.95)] = 0.25
+    max_num_seqs: Annotated[int, Meta(ge=1, le=65536)] = 256
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: budget of a step
+    #: prefill chunks are cut so that running sequences wait no longer, where possible
+    itl_target_ms: Annotated[float, Meta(ge=0.1, le=1e6)] = 50.0
+    #: CPU threads per worker; None: the node's cores shared out
+    num_threads: Annotated[int, Meta(ge=1, le=4096)] | None = None
     kernels: Literal["auto", "off"] = "auto"  #: C++ kernels on CPU, where they were built
 
 
 class PoolsConfig(_Section, frozen=True):
     """How many workers, and what each reserves from Ray."""
 
-    prefill: int = 1
-    decode: int = 1
-    ingress: int = 1
-    cpus_per_worker: float = 0.0
-    gpus_per_worker: float = 0.0
-    drain_timeout_s: float = 120.0  #: a worker that is stopped may finish what it has for so long
+    prefill: Annotated[int, Meta(ge=0, le=4096)] = 1
+    decode: Annotated[int, Meta(ge=1, le=4096)] = 1
+    ingress: Annotated[int, Meta(ge=1, le=4096)] = 1
+    cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0
+    gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0
+    #: a worker that is stopped may finish what it has for so long
+    drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 120.0
     prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
     decode_labels: dict[str, str] = {}
 
@@ -83,11 +92,12 @@ class HttpConfig(_Section, frozen=True):
     """The public face."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: _Port = 8000
     api_keys: tuple[str, ...] = ()  #: none: open
-    max_body_bytes: int = 8 * 2**20
-    max_choices: int = 128  #: largest n
-    request_timeout_s: float = 600.0  #: a request that has not ended by then is ended with an error
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
+    max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
+    #: a request that has not ended by then is ended with an error
+    request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -95,20 +105,18 @@ class NetworkConfig(_Section, frozen=True):
 
     secret: str | None = None  #: 64 hex digits; None: from KVRAY_SECRET, else drawn at start
     host: str | None = None  #: where channels listen; None: the node's address, or loopback on a Ray of our own
-    heartbeat_s: float = 0.5
-    lost_after_s: float = 3.0  #: of silence
-    lease_s: float = 15.0  #: how long prefill holds blocks for a decode worker that says nothing
-    stall_s: float = 5.0  #: a pull is given up when nothing arrived for so long
-    roads: tuple[Literal["shm", "ucx", "socket", "plasma"], ...] = (
-        "shm",
-        "ucx",
-        "socket",
-        "plasma",
-    )  #: what may be used
-    port_range: tuple[int, int] = (20000, 20999)  #: roads listen within it, both ends included
+    heartbeat_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
+    lost_after_s: Annotated[float, Meta(ge=0.2, le=600)] = 3.0  #: of silence
+    #: how long prefill holds blocks for a decode worker that says nothing
+    lease_s: Annotated[float, Meta(ge=0.5, le=3600)] = 15.0
+    stall_s: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0  #: a pull is given up when nothing arrived for so long
+    #: what may be used
+    roads: tuple[Literal["shm", "ucx", "socket", "plasma"], ...] = ("shm", "ucx", "socket", "plasma")
+    port_range: tuple[_Port, _Port] = (20000, 20999)  #: roads listen within it, both ends included
     ucx_transports: str | None = None  #: as UCX_TLS; None: tcp, and what moves GPU memory where there is a GPU
     ucx_devices: tuple[str, ...] = ()  #: network devices of UCX beside the host's interface, e.g. mlx5_0:1
-    prefill_timeout_s: float = 120.0  #: from asking a prefill worker to its last handoff
+    #: from asking a prefill worker to its last handoff
+    prefill_timeout_s: Annotated[float, Meta(ge=0.1, le=1e6)] = 120.0
 
 
 class LogConfig(_Section, frozen=True):
@@ -246,36 +254,10 @@ def recorded_ray_address() -> str | None:
 
 
 def _check(config: KvrayConfig) -> None:
-    """Raises ConfigError for values that have the right type and make no sense."""
-    wants: list[tuple[str, float, float, float]] = [
-        ("engine.block_size", config.engine.block_size, 1, 1024),
-        ("engine.kv_cache_share", config.engine.kv_cache_share, 0.001, 0.95),
-        ("engine.max_num_seqs", config.engine.max_num_seqs, 1, 65536),
-        ("engine.max_num_batched_tokens", config.engine.max_num_batched_tokens, 1, 2**20),
-        ("engine.itl_target_ms", config.engine.itl_target_ms, 0.1, 1e6),
-        ("engine.num_threads", 1 if config.engine.num_threads is None else config.engine.num_threads, 1, 4096),
-        ("model.max_model_len", 1 if config.model.max_model_len is None else config.model.max_model_len, 1, 2**30),
-        ("pools.prefill", config.pools.prefill, 0, 4096),
-        ("pools.decode", config.pools.decode, 1, 4096),
-        ("pools.ingress", config.pools.ingress, 1, 4096),
-        ("pools.drain_timeout_s", config.pools.drain_timeout_s, 0, 86400),
-        ("pools.cpus_per_worker", config.pools.cpus_per_worker, 0, 4096),
-        ("pools.gpus_per_worker", config.pools.gpus_per_worker, 0, 64),
-        ("http.port", config.http.port, 1, 65535),
-        ("http.max_body_bytes", config.http.max_body_bytes, 1024, 2**40),
-        ("http.max_choices", config.http.max_choices, 1, 4096),
-        ("http.request_timeout_s", config.http.request_timeout_s, 0.1, 1e7),
-        ("network.heartbeat_s", config.network.heartbeat_s, 0.05, 60),
-        ("network.lost_after_s", config.network.lost_after_s, 0.2, 600),
-        ("network.lease_s", config.network.lease_s, 0.5, 3600),
-        ("network.stall_s", config.network.stall_s, 0.05, 3600),
-        ("network.port_range", config.network.port_range[0], 1, config.network.port_range[1] - 1),
-        ("network.port_range", config.network.port_range[1], 2, 65535),
-        ("network.prefill_timeout_s", config.network.prefill_timeout_s, 0.1, 1e6),
-    ]
-    for name, value, low, high in wants:
-        if not low <= value <= high:
-            raise ConfigError(f"{name}: wanted {low:.15g} to {high:.15g}, saw {value:.15g}")
+    """Raises ConfigError for values that are in their ranges and make no sense beside each other."""
+    first, last = config.network.port_range
+    if first >= last:
+        raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")
     if config.network.lost_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "
@@ -307,17 +289,33 @@ def _refusal(document: dict[str, Any], complaint: str) -> str:
         section, _, name = place.rpartition(".")
         choices = re.findall(r"'([^']*)'", str(get_type_hints(_section_at(section))[name]))
         return f"{place}: wanted one of {', '.join(choices)}, saw {shown}"
-    wanted = re.match("Expected `(.*?)`", what)
+    in_entries = " in every entry" if "[" in where else ""
+    if re.match("Expected `(int|float)` [<>]=", what):
+        low, high = _range_of(place)
+        return f"{place}: wanted {low:.15g} to {high:.15g}{in_entries}, saw {shown if in_entries else f'{seen:.15g}'}"
+    wanted = re.match("Expected `(.*?)`(?: of length ([0-9]+))?", what)
     if not wanted:
         return f"{place or 'the document'}: {what}"
     kind = wanted[1].removesuffix(" | null")
-    kind = {"object": "a mapping", "array": "a list"}.get(kind, kind)
-    return f"{place or 'names of sections'}: wanted {kind}{' in every entry' if '[' in where else ''}, saw {shown}"
+    kind = {"object": "a mapping", "array": "a list"}.get(kind, kind) + (f" of {wanted[2]}" if wanted[2] else "")
+    return f"{place or 'names of sections'}: wanted {kind}{in_entries}, saw {shown}"
 
 
 def _section_at(place: str) -> type[msgspec.Struct]:
     found: type[msgspec.Struct] = get_type_hints(KvrayConfig)[place] if place else KvrayConfig
     return found
+
+
+def _range_of(place: str) -> tuple[float, float]:
+    """The least and the largest number allowed there: those of the one Meta somewhere in the field's type."""
+    section, _, name = place.rpartition(".")
+    pending = [get_type_hints(_section_at(section), include_extras=True)[name]]
+    while not isinstance(pending[-1], Meta):
+        pending += get_args(pending.pop())
+    low, high = pending[-1].ge, pending[-1].le
+    assert low is not None
+    assert high is not None, "every range has both ends"
+    return low, high
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,6 @@ from cluster.openai.edge import CLIENT_LEFT, Edge
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from cluster.openai.stream import EventStream, reply_while_connected
 from cluster.openai.surface import Surface
 from cluster.openai.tokens import detokenize, tokenize
 from cluster.openai.tool_calls import MARKS, ToolFormat
@@ -123,9 +122,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
         """The assistant's next turn."""
         fields = chat_decoder.decode(await read_body(request, max_bytes))
         chat = await start_chat(surface, fields, _request_id(request, fields.request_id))
-        if fields.stream:
-            return EventStream(chat.events())
-        return await reply_while_connected(request, chat.reply())
+        return await chat.respond(request)
 
     @app.post(
         "/v1/completions",
@@ -136,9 +133,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
         """What follows a prompt."""
         fields = completion_decoder.decode(await read_body(request, max_bytes))
         completion = await start_completion(surface, fields, _request_id(request, fields.request_id))
-        if fields.stream:
-            return EventStream(completion.events())
-        return await reply_while_connected(request, completion.reply())
+        return await completion.respond(request)
 
 
 def _add_models(app: FastAPI, surface: Surface) -> None:
@@ -195,7 +190,7 @@ def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus text."""
-        body = surface.metrics.text() + (await surface.backend.metrics_text()).encode()
+        body = surface.metrics.text(await surface.backend.metrics())
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", responses=answers(replies.VersionReply))

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from prometheus_client.core import Metric
+
 from messages.request import GenerateRequest
 from messages.stream import TokenChunk
 
@@ -24,22 +26,17 @@ class Backend(Protocol):
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
         """All sequences of one client request, their chunks interleaved as they come.
 
-        Each sequence ends with one chunk that has a finish_reason; the iterator ends after the last of them. Closing
-        or cancelling the iterator stops all that still runs, within a step. A sequence that fails ends with
-        finish_reason "error".
-
-        Raises:
-            CapacityError: before the first chunk: there is no room now.
-            WorkerError: before the first chunk: nobody can take it.
-            RequestError: before the first chunk: it can never be taken.
+        Each sequence ends with one chunk that has a finish_reason, unless it is cancelled; the iterator ends after the
+        last of them. A sequence that fails or cannot be taken ends with finish_reason "error". Closing or cancelling
+        the iterator stops all that still runs, within a step.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
         """One sequence is not wanted any more though its siblings are (its text met a stop string).
 
-        Returns at once and never fails; unknown ids are ignored. Chunks that still come for it are dropped by the
-        caller, and a last one need not come.
+        Returns at once and never fails; unknown ids are ignored. Chunks that are on their way may still come; a last
+        one does not.
         """
         ...
 
@@ -47,8 +44,8 @@ class Backend(Protocol):
         """Whether a request could be answered now; quick, for it is asked often."""
         ...
 
-    async def metrics_text(self) -> str:
-        """More for /metrics, in the Prometheus text format; "" where there is nothing."""
+    async def metrics(self) -> Sequence[Metric]:
+        """More families for /metrics. A family may come several times, with other labels."""
         ...
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from cluster.openai import prompts
+from cluster.openai.answer import Answer
 from cluster.openai.constraints import constraint_of
-from cluster.openai.conversation import template_messages
+from cluster.openai.conversation import rendered
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
 from cluster.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -70,14 +70,7 @@ async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> 
 
 
 async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
-    continues = bool(fields.continue_final_message)
-    text = surface.tokenizer.render_chat(
-        template_messages(fields.messages),
-        tools=tools.template_tools,
-        add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
-        continue_final_message=continues,
-        template_kwargs=fields.chat_template_kwargs,
-    )
+    text = rendered(surface.tokenizer, fields.messages, fields, tools.template_tools)
     if fields.truncate_prompt_tokens is None:
         prompts.check_chars("messages", text, surface.max_token_chars, surface.model)
     # The template writes the special tokens itself.
@@ -122,8 +115,8 @@ class _Message:
         ]
 
 
-class Chat:
-    """One request, ready to be answered whole or as a stream."""
+class Chat(Answer):
+    """The assistant's next turn."""
 
     def __init__(
         self,
@@ -134,24 +127,16 @@ class Chat:
         tools: ToolPlan,
         generation: Generation,
     ) -> None:
-        self._surface = surface
+        super().__init__(surface, fields, reply_id, generation)
         self._fields = fields
-        self._id = reply_id
-        self._created = int(time.time())
         self._token_ids = token_ids
         self._tools = tools
-        self._generation = generation
         self._parsers = [tools.parser() for _ in generation.requests]
         self._has_calls = [False] * len(generation.requests)
-        self._is_begun = [False] * len(generation.requests)
         self._is_prompt_given = False
 
     async def reply(self) -> bytes:
-        """The whole answer as JSON.
-
-        Raises:
-            KvrayError: a sequence was refused or failed.
-        """
+        """See Answer."""
         messages = [_Message() for _ in self._generation.requests]
         choices: dict[int, ChatChoice] = {}
         async with aclosing(self._generation.deltas()) as deltas:
@@ -176,11 +161,7 @@ class Chat:
         return _encode(reply)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events.
-
-        Raises:
-            KvrayError: a sequence was refused or failed, perhaps after events were given.
-        """
+        """See Answer."""
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)
         no_usage: UnsetType | None = None if has_usage else UNSET
@@ -268,9 +249,6 @@ class Chat:
         if not self._fields.logprobs:
             return None
         return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0)
-
-    def _extras(self) -> KvrayExtras | UnsetType:
-        return self._generation.extras() if self._fields.return_prompt_sources else UNSET
 
 
 def _call_id() -> str:

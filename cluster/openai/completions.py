@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -10,6 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from cluster.openai import prompts as prompt_checks
+from cluster.openai.answer import Answer
 from cluster.openai.constraints import constraint_of
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
@@ -91,8 +91,8 @@ def _prompt_logprobs(fields: CompletionRequest) -> int | None:
     return max(wanted, default=None)
 
 
-class Completion:
-    """One request, ready to be answered whole or as a stream."""
+class Completion(Answer):
+    """What follows a prompt, or several."""
 
     def __init__(
         self,
@@ -103,23 +103,15 @@ class Completion:
         texts: list[str | None],
         generation: Generation,
     ) -> None:
-        self._surface = surface
+        super().__init__(surface, fields, reply_id, generation)
         self._fields = fields
-        self._id = reply_id
-        self._created = int(time.time())
         self._prompts = prompts
         self._texts = texts
-        self._generation = generation
         self._logprobs = [CompletionLogprobList(surface.tokenizer, fields.logprobs or 0) for _ in generation.requests]
-        self._is_begun = [False] * len(generation.requests)
         self._is_prompt_only = fields.max_tokens == 0
 
     async def reply(self) -> bytes:
-        """The whole answer as JSON.
-
-        Raises:
-            KvrayError: a sequence was refused or failed.
-        """
+        """See Answer."""
         pieces: list[list[CompletionChoice]] = [[] for _ in self._generation.requests]
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
@@ -127,11 +119,7 @@ class Completion:
         return _encode(self._reply([_whole(parts) for parts in pieces], self._usage(), self._extras()))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events.
-
-        Raises:
-            KvrayError: a sequence was refused or failed, perhaps after events were given.
-        """
+        """See Answer."""
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)
         async with aclosing(self._generation.deltas()) as deltas:
@@ -167,9 +155,6 @@ class Completion:
         if not self._is_prompt_only:
             return usage
         return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
-
-    def _extras(self) -> KvrayExtras | UnsetType:
-        return self._generation.extras() if self._fields.return_prompt_sources else UNSET
 
     def _choice(self, index: int, delta: Delta) -> CompletionChoice:
         """What a chunk adds; the first one of a choice carries what is said about its prompt."""

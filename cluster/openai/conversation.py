@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from cluster.openai.errors import bad_field
-from cluster.openai.protocol import ChatMessage, ContentPart, PastToolCall, Tool
+from cluster.openai.protocol import ChatMessage, ChatRequest, ContentPart, PastToolCall, TokenizeRequest, Tool
 from cluster.openai.tool_calls import ToolFormat, format_of_text
 from messages.errors import RequestError
 from text.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from text.tokenizer import Tokenizer
 _PROBE_NAME = "probe_call"
 
 
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+def _template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """`messages` as plain dicts, "developer" as "system". Roles are the chat template's to check.
 
     Raises:
@@ -83,6 +83,27 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         function = {k: v for k, v in msgspec.structs.asdict(tool.function).items() if v is not None}
         result.append({"type": "function", "function": function})
     return result
+
+
+def rendered(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    fields: ChatRequest | TokenizeRequest,
+    tools: list[dict[str, Any]] | None,
+) -> str:
+    """`messages` through the chat template, the assistant's turn begun unless `fields` say otherwise.
+
+    Raises:
+        RequestError: a message that the template or the model cannot take.
+    """
+    continues = bool(fields.continue_final_message)
+    return tokenizer.render_chat(
+        _template_messages(messages),
+        tools=tools,
+        add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=fields.chat_template_kwargs,
+    )
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from messages.stream import PromptSources
 
@@ -59,9 +62,25 @@ class HttpMetrics:
         for source in SOURCES:
             self.prompt_tokens.labels(source)
 
-    def text(self) -> bytes:
-        """All of them in the Prometheus text format."""
-        return generate_latest(self.registry)
+    def text(self, more: Iterable[Metric]) -> bytes:
+        """All of them and `more` in the Prometheus text format, each family once."""
+        page = CollectorRegistry()
+        page.register(_Merged([*self.registry.collect(), *more]))
+        return generate_latest(page)
+
+
+class _Merged(Collector):
+    """Families as they were given, those of one name as one: the first one's help and type, all samples."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families: dict[str, Metric] = {}
+        for family in families:
+            merged = self._families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += family.samples
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry."""
+        return self._families.values()
 
 
 class RequestClock:

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from cluster.openai import prompts
-from cluster.openai.conversation import template_messages, template_tools
+from cluster.openai.conversation import rendered, template_tools
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import DetokenizeRequest, TokenizeRequest
 from cluster.openai.replies import DetokenizeReply, TokenizeReply
@@ -27,24 +27,15 @@ async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
     if fields.messages is None:
         text, adds_special = fields.prompt or "", fields.add_special_tokens is not False
     else:
-        text, adds_special = _rendered(surface, fields), bool(fields.add_special_tokens)
+        tools = template_tools(fields.tools) if fields.tools else None
+        text = rendered(surface.tokenizer, fields.messages, fields, tools)
+        adds_special = bool(fields.add_special_tokens)
     token_ids = await prompts.encode(surface.tokenizer, text, add_special_tokens=adds_special)
     token_strs = [surface.tokenizer.token_text(i) for i in token_ids] if fields.return_token_strs else None
     return msgspec.json.encode(
         TokenizeReply(
             count=len(token_ids), max_model_len=surface.model.max_model_len, tokens=token_ids, token_strs=token_strs
         )
-    )
-
-
-def _rendered(surface: Surface, fields: TokenizeRequest) -> str:
-    continues = bool(fields.continue_final_message)
-    return surface.tokenizer.render_chat(
-        template_messages(fields.messages or []),
-        tools=template_tools(fields.tools) if fields.tools else None,
-        add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
-        continue_final_message=continues,
-        template_kwargs=fields.chat_template_kwargs,
     )
 
 

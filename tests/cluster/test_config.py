@@ -113,14 +113,43 @@ def test_a_wrong_shape_is_refused_by_place_and_value(document, words):
         ("network.lease_s", float("nan"), "0.5 to 3600"),
         ("network.stall_s", float("inf"), "0.05 to 3600"),
         ("network.prefill_timeout_s", -1, "0.1 to 1000000"),
-        ("network.port_range", [30000, 20000], "1 to 19999"),
-        ("network.port_range", [20000, 70000], "2 to 65535"),
     ],
 )
 def test_an_absurd_number_is_refused_with_its_range(place, value, wanted):
     section, name = place.split(".")
-    seen = value if not isinstance(value, list) else value[0] if value[0] > value[1] else value[1]
-    assert refusal({section: {name: value}}) == f"{place}: wanted {wanted}, saw {seen}"
+    assert refusal({section: {name: value}}) == f"{place}: wanted {wanted}, saw {value}"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([20000, 70000], "wanted 1 to 65535 in every entry, saw list [20000, 70000]"),
+        ([30000, 20000], "wanted the first port below the last, saw 30000 and 20000"),
+        ([20000], "wanted a list of 2, saw list [20000]"),
+        (["a", "b"], "wanted int in every entry, saw list ['a', 'b']"),
+    ],
+)
+def test_a_range_of_ports_that_is_none_is_refused(value, words):
+    assert refusal({"network": {"port_range": value}}) == f"network.port_range: {words}"
+
+
+def number_fields():
+    """Place and type of each number of the configuration."""
+    numbers = msgspec.inspect.IntType | msgspec.inspect.FloatType
+    return [
+        pytest.param(f"{section.name}.{field.name}", kind, id=field.name)
+        for section in msgspec.structs.fields(KvrayConfig)
+        for field in msgspec.inspect.type_info(section.type).fields
+        for kind in getattr(field.type, "types", [field.type])
+        if isinstance(kind, numbers)
+    ]
+
+
+@pytest.mark.parametrize(("place", "kind"), number_fields())
+def test_every_number_has_a_least_and_a_largest_value_and_both_are_told(place, kind):
+    section, name = place.split(".")
+    words = refusal({section: {name: int(kind.le) + 1}})
+    assert words == f"{place}: wanted {kind.ge:.15g} to {kind.le:.15g}, saw {int(kind.le) + 1}"
 
 
 def test_the_bounds_themselves_are_taken():

@@ -16,10 +16,12 @@ import openai
 import pytest
 import tokenizers
 import uvicorn
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.openai.app import create_app
 from cluster.openai.backend import HttpLimits, Readiness, ServedModel
+from messages.errors import KvrayError
 from messages.request import GenerateRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
 from text.chat_template import ChatTemplate
@@ -53,7 +55,7 @@ class FakeBackend:
 
     tokenizer: Tokenizer
     script: Script = field(init=False)
-    refusal: Exception | None = None
+    refusal: KvrayError | None = None
     delay_s: float = 0.0
     requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -109,7 +111,9 @@ class FakeBackend:
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
         self.requests += requests
         if self.refusal is not None:
-            raise self.refusal
+            for request in requests:
+                yield TokenChunk(request_id=request.request_id, finish_reason="error", error=self.refusal.info())
+            return
         self.num_active += 1
         is_whole = False
         try:
@@ -132,8 +136,10 @@ class FakeBackend:
     async def ready(self) -> Readiness:
         return Readiness(self.is_ready, {"decode_workers": 2})
 
-    async def metrics_text(self) -> str:
-        return "kvray_fake 1\n"
+    async def metrics(self) -> list[Metric]:
+        tokens = CounterMetricFamily("kvray_prompt_tokens", "Another text", labels=["worker", "source"])
+        tokens.add_metric(["d1", "peer"], 2)
+        return [GaugeMetricFamily("kvray_fake", "Nothing", 1), tokens]
 
 
 def sources(num_tokens: int) -> PromptSources:

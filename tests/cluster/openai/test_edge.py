@@ -10,6 +10,7 @@ import time
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from messages.errors import CapacityError, ErrorInfo, WorkerError
 from messages.stream import TokenChunk
@@ -245,9 +246,24 @@ def test_metrics_count_tokens_latencies_and_sources(serve):
         'kvray_prompt_tokens_total{source="disk"} 0.0',
         'kvray_choices_finished_total{reason="stop"} 1.0',
         "kvray_requests_running 0.0",
-        "kvray_fake 1",
+        "kvray_fake 1.0",
     ):
         assert line in text.splitlines()
+
+
+def test_the_surfaces_families_and_the_fleets_are_one_page_with_each_family_once(serve):
+    server = serve()
+    server.post(CHAT, {"messages": USER})
+    text = server.http.get(f"{server.url}/metrics").text
+    for word in ("HELP", "TYPE"):
+        names = [line.split()[2] for line in text.splitlines() if line.startswith(f"# {word} ")]
+        assert len(names) == len(set(names))
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    tokens = found["kvray_prompt_tokens"]
+    assert (tokens.type, tokens.documentation) == ("counter", "Prompt tokens by where their KV came from")
+    peers = [sample.labels for sample in tokens.samples if sample.labels["source"] == "peer"]
+    assert peers == [{"source": "peer"}, {"worker": "d1", "source": "peer"}]
+    assert all(family.documentation for family in found.values())
 
 
 def test_unknown_paths_share_one_label(serve):

@@ -1,0 +1,88 @@
+"""The numbers of workers, routers and the dispatcher as Prometheus knows them: families with a help text and a type.
+
+Workers count under names with labels, `name{label="value"}` (messages.fleet.Stats); this is the one place that takes
+them apart. Names that end in _total are counters, all others gauges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+#: By the name of the family; units are in the names.
+HELP: Final = {
+    "kvray_block_bytes": "Bytes of one KV block, all layers",
+    "kvray_block_size_tokens": "Tokens of one KV block",
+    "kvray_blocks": "KV blocks of the worker's pool",
+    "kvray_blocks_allocated_total": "KV blocks given out to be written",
+    "kvray_blocks_evicted_total": "KV blocks whose content made room",
+    "kvray_blocks_free": "KV blocks that hold nothing or may be evicted",
+    "kvray_blocks_hit_total": "KV blocks given out that held their content already",
+    "kvray_blocks_pinned": "KV blocks that a sequence, a pull or a lease holds",
+    "kvray_blocks_published_total": "KV blocks that were made readable to decode workers",
+    "kvray_blocks_quarantined": "KV blocks that late bytes of an aborted pull may still land in",
+    "kvray_blocks_recomputed_total": "KV blocks that were computed because they did not arrive whole and verified",
+    "kvray_blocks_rejected_total": "Pulled KV blocks that were not used, by what was wrong with them",
+    "kvray_decode_step_seconds": "Median time of a step that only decodes",
+    "kvray_generated_tokens_total": "Tokens that the worker generated",
+    "kvray_leases": "Prompts whose KV blocks are held for decode workers",
+    "kvray_leases_expired_total": "Leases that ended because nobody renewed them",
+    "kvray_preemptions_total": "Sequences whose blocks were taken for more senior ones",
+    "kvray_prefill_prompts_total": "Prompts that decode workers asked for",
+    "kvray_prefill_refused_total": "Prompts that a prefill worker refused or was lost with",
+    "kvray_prefill_tokens_per_s": "Measured speed of prefill",
+    "kvray_process_cpu_seconds_total": "Processor time of the worker's process",
+    "kvray_prompt_tokens_total": "Prompt tokens by where their KV came from",
+    "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
+    "kvray_pulls_running": "Pulls of KV blocks in progress",
+    "kvray_queued_tokens": "Tokens to be computed before all sequences decode",
+    "kvray_remote_fallbacks_total": "Prompts that were computed here because no prefill worker's KV came",
+    "kvray_requests_moved_total": "Times that a request was placed anew because its worker was lost or failed it",
+    "kvray_requests_placed_total": "Placements of requests by who chose: the router, or rendezvous hashing without it",
+    "kvray_road_bytes_per_second": "Measured speed of the road from a peer",
+    "kvray_router_declined_total": "Prompts that were placed with prefill and computed by the decode worker after all",
+    "kvray_router_gaps_total": "Gaps in what workers reported, each healed by a snapshot",
+    "kvray_router_index_names": "Block names that the router knows",
+    "kvray_router_matched_tokens_total": "Prompt tokens that the router found on the workers it chose",
+    "kvray_router_placed_total": "Placements, of a decode worker alone or of a pair",
+    "kvray_router_prompt_tokens_total": "Prompt tokens that the router placed",
+    "kvray_router_refused_total": "Requests that the router refused, by the error",
+    "kvray_router_requests": "Requests that were placed and have not ended",
+    "kvray_router_reservations": "Placements that their workers have not reported yet",
+    "kvray_router_workers": "Workers that the router hears",
+    "kvray_router_workers_out_of_step": "Workers whose snapshot the router waits for",
+    "kvray_sequences_running": "Sequences in prefill or decode",
+    "kvray_sequences_waiting": "Sequences that wait to be admitted",
+    "kvray_step_seconds_total": "Time spent in steps",
+    "kvray_steps_total": "Steps",
+    "kvray_streams": "Sequences that the decode worker answers",
+    "kvray_transfer_bytes_total": "Bytes pulled, by road",
+    "kvray_transfer_seconds_total": "Time in which something was pulled, by road",
+    "kvray_transfers_failed_total": "Transfers that failed, by road",
+}
+_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+
+
+def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -> list[Metric]:
+    """What `sources` count, as families.
+
+    Args:
+        sources: for each the labels that all of its numbers get, and the numbers by name with labels.
+
+    Returns:
+        One family for each name and set of labels; one whose name is not in HELP says only that.
+    """
+    found: dict[tuple[str, tuple[str, ...]], CounterMetricFamily | GaugeMetricFamily] = {}
+    for common, values in sources:
+        for full_name, value in values.items():
+            name, _, text = full_name.partition("{")
+            labels = {**common, **dict(_LABEL.findall(text))}
+            key = (name, tuple(labels))
+            if key not in found:
+                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                found[key] = kind(name, HELP.get(name, "Not described"), labels=key[1])
+            found[key].add_metric(list(labels.values()), value)
+    return list(found.values())

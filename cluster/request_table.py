@@ -1,0 +1,463 @@
+"""What clients asked for, from asked to ended: where it runs, what has come, what has to move. Pure: no clock, no IO.
+
+    RequestAdded --> waiting -----> routing -----> running --> ended
+                     (no decode     (the router    |     ^
+                      worker)        is asked)     '-----'  its worker was lost or failed it: placed anew, on another
+                                                            one, with the tokens that have come so far
+
+Steps 2 and 8 of the read path (docs/ARCHITECTURE.md); cluster.dispatch carries the instructions out. A request is what
+one client asked for: one sequence per choice, all on one worker. Tokens are delivered in order, each once, however
+often the request moves: a worker goes on after the tokens it is given, exactly as the one before would have.
+
+Each time a request is routed its sequences get ids that were not used before, so that what comes late, from a router
+that was given up or a worker that was left, meets no id. Messages to one process arrive in the order in which they
+were sent: RequestEnded after a RouteRequest ends the reservation, whether or not the answer is there yet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import assert_never
+
+import msgspec
+
+from cluster.request_events import (
+    ChunksArrived,
+    Deliver,
+    End,
+    Event,
+    FleetChanged,
+    Instruction,
+    RequestAdded,
+    RequestLeft,
+    RouterFound,
+    RouterLost,
+    SendToRouter,
+    SendToWorker,
+    SequenceCancelled,
+    TimePassed,
+    Warn,
+    WorkerLost,
+)
+from kvcache.names import TOKEN_BYTES, block_names, pack_tokens
+from kvrouter.fallback import choose
+from messages.errors import CapacityError, ErrorInfo, InvariantError, KvrayError, WorkerError, error_from_info
+from messages.fleet import WorkerInfo
+from messages.request import CancelRequest, GenerateRequest
+from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.stream import TokenChunk
+
+#: Workers that one request is given to, at most: a prompt that kills workers kills no more than these.
+MAX_PLACEMENTS = 3
+_ROUTE_TIMEOUT_S = 1.0  #: a router that answers later than this is as good as gone
+#: A request whose worker was lost waits so long for another one, where there is none: for a process to be started and
+#: to load its model, after some 10 s in which one that stopped was not missed yet.
+_REPLACEMENT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """How long requests may take."""
+
+    request_timeout_s: float  #: from RequestAdded to the end, for requests without a deadline of their own
+    #: how long a new request waits where no decode worker is there; a worker that does not even end a request at its
+    #: deadline is given twice as long before the request is ended here
+    lost_after_s: float
+
+
+class _Stage(Enum):
+    WAITING = "waiting"  #: for a decode worker to be there
+    ROUTING = "routing"  #: for the router's answer
+    RUNNING = "running"  #: on a decode worker
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One choice that has not ended."""
+
+    asked: GenerateRequest  #: as the client asked for it
+    request: _Request
+    token_ids: list[int] = field(default_factory=list)  #: delivered
+    has_begun: bool = False  #: its first chunk, which tells about the prompt, was delivered
+    placed_id: str | None = None  #: its id on the worker, while it runs
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What one client asked for."""
+
+    request_id: str
+    deadline_s: float
+    sequences: dict[str, _Sequence] = field(default_factory=dict)  #: those that have not ended, by the client's id
+    stage: _Stage = _Stage.WAITING
+    due_s: float = 0.0  #: when the stage has taken too long
+    route: RouteRequest | None = None  #: the last one
+    is_reserved: bool = False  #: the router was told of `route`, and not yet of its end
+    num_routes: int = 0
+    num_placements: int = 0
+    worker_id: str = ""  #: where it runs
+    address: str = ""
+    failed: list[str] = field(default_factory=list)  #: workers that were lost with it or failed it
+    was_lost: bool = False  #: one of them was lost: another is started in its place
+    error: KvrayError | None = None  #: what the last of them ended with
+
+
+class RequestTable:
+    """See the module. Not thread-safe; `now_s` never goes back."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._limits = limits
+        self._fleet: Mapping[str, WorkerInfo] = {}
+        self._has_router = False
+        self._requests: dict[str, _Request] = {}
+        self._sequences: dict[str, _Sequence] = {}  #: by the client's id
+        self._placed: dict[str, _Sequence] = {}  #: running ones, by their id on the worker
+        self._routes: dict[str, _Request] = {}  #: those that the router knows of, by its id
+        self._num_sequences: Counter[str] = Counter()  #: running ones, by worker
+        self._num_placed = {"router": 0, "hashing": 0}  #: requests, by who chose the worker
+        self._num_moved = 0
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name."""
+        placed = {f'kvray_requests_placed_total{{by="{by}"}}': float(n) for by, n in self._num_placed.items()}
+        return {"kvray_requests_moved_total": float(self._num_moved), **placed}
+
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def on_event(self, event: Event, now_s: float) -> list[Instruction]:
+        """What is to be done about `event`, in order.
+
+        Raises:
+            InvariantError: an added sequence's id is in use; nothing changed.
+        """
+        out: list[Instruction] = []
+        match event:
+            case RequestAdded(sequences):
+                self._add(sequences, now_s, out)
+            case RequestLeft(request_id):
+                self._leave(request_id, out)
+            case SequenceCancelled(request_id):
+                self._cancel(request_id, out)
+            case FleetChanged(workers):
+                self._change_fleet(workers, now_s, out)
+            case RouterFound():
+                self._has_router = True
+            case RouterLost():
+                self._lose_router(now_s, out)
+            case Placement():
+                self._take_placement(event, now_s, out)
+            case RouteFailed():
+                self._take_refusal(event, now_s, out)
+            case ChunksArrived(worker_id, chunks):
+                for chunk in chunks:
+                    self._take_chunk(worker_id, chunk, now_s, out)
+            case WorkerLost(worker_id, reason):
+                self._lose_worker(worker_id, reason, now_s, out)
+            case TimePassed():
+                for request in list(self._requests.values()):
+                    self._check_time(request, now_s, out)
+            case _:
+                assert_never(event)
+        return out
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError where the table's parts do not agree: nothing is kept of what has ended."""
+        requests = list(self._requests.values())
+        sequences = [sequence for request in requests for sequence in request.sequences.values()]
+        running = [sequence for sequence in sequences if sequence.request.stage is _Stage.RUNNING]
+        pairs: list[tuple[str, object, object]] = [
+            ("sequences", self._sequences, {sequence.asked.request_id: sequence for sequence in sequences}),
+            ("placed", self._placed, {sequence.placed_id: sequence for sequence in running}),
+            (
+                "routes",
+                self._routes,
+                {r.route.request_id: r for r in requests if r.is_reserved and r.route is not None},
+            ),
+            ("counts", dict(self._num_sequences), dict(Counter(s.request.worker_id for s in running))),
+            ("requests without a sequence", [], [r.request_id for r in requests if not r.sequences]),
+            ("reservations without a router", [], [] if self._has_router else list(self._routes)),
+        ]
+        for name, seen, wanted in pairs:
+            if seen != wanted:
+                raise InvariantError(f"request table: {name}: {seen}, wanted {wanted}")
+
+    def _at(self, stage: _Stage) -> list[_Request]:
+        return [request for request in self._requests.values() if request.stage is stage]
+
+    # ----------------------------------------------------------------------------------------------- beginning, ending
+
+    def _add(self, asked: Sequence[GenerateRequest], now_s: float, out: list[Instruction]) -> None:
+        known = [one.request_id for one in asked if one.request_id in self._sequences]
+        if known:
+            raise InvariantError(f"request ids {known} are in use, wanted new ones")
+        first = asked[0]
+        request = _Request(first.request_id, now_s + (first.deadline_s or self._limits.request_timeout_s))
+        request.sequences = {one.request_id: _Sequence(one, request) for one in asked}
+        self._requests[request.request_id] = request
+        self._sequences |= request.sequences
+        self._place(request, now_s, out)
+
+    def _leave(self, request_id: str, out: list[Instruction]) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, out)
+
+    def _cancel(self, request_id: str, out: list[Instruction]) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end_sequence(sequence, out, is_running=True)
+
+    def _end_sequence(self, sequence: _Sequence, out: list[Instruction], *, is_running: bool) -> None:
+        """`is_running`: its worker, if it has one, does not know yet that it is over."""
+        request = sequence.request
+        self._unplace(sequence, out, is_running=is_running)
+        del self._sequences[sequence.asked.request_id]
+        del request.sequences[sequence.asked.request_id]
+        if not request.sequences:
+            self._end(request, out)
+
+    def _end(self, request: _Request, out: list[Instruction]) -> None:
+        for sequence in request.sequences.values():
+            self._unplace(sequence, out, is_running=True)
+            del self._sequences[sequence.asked.request_id]
+        self._end_route(request, out)
+        del self._requests[request.request_id]
+        out.append(End(request.request_id))
+
+    def _fail(self, request: _Request, error: KvrayError, out: list[Instruction]) -> None:
+        info = error.info()
+        for request_id in request.sequences:
+            chunk = TokenChunk(request_id=request_id, finish_reason="error", error=info)
+            out.append(Deliver(request.request_id, chunk))
+        self._end(request, out)
+
+    def _check_time(self, request: _Request, now_s: float, out: list[Instruction]) -> None:
+        if now_s < min(request.due_s, request.deadline_s):
+            return
+        if request.stage is _Stage.RUNNING:  # its worker ends it at the deadline, unless it does not even do that
+            if now_s >= request.due_s:
+                self._fail(request, _timeout_error(request), out)
+        elif now_s >= request.deadline_s:
+            self._fail(request, _timeout_error(request), out)
+        elif request.stage is _Stage.ROUTING:
+            out.append(Warn(f"the router did not answer within {_ROUTE_TIMEOUT_S:g} s: placing by rendezvous hashing"))
+            self._place_by_hashing(request, now_s, out)
+        else:
+            self._fail(request, request.error or _nobody_there(), out)
+
+    # ------------------------------------------------------------------------------------------------------ placement
+
+    def _has_candidate(self, request: _Request) -> bool:
+        return any(info.role == "decode" and info.worker_id not in request.failed for info in self._fleet.values())
+
+    def _change_fleet(self, workers: Mapping[str, WorkerInfo], now_s: float, out: list[Instruction]) -> None:
+        self._fleet = workers
+        for request in self._at(_Stage.WAITING):
+            if self._has_candidate(request):
+                self._place(request, now_s, out)
+
+    def _place(self, request: _Request, now_s: float, out: list[Instruction]) -> None:
+        """Read path step 2."""
+        if not self._has_candidate(request):
+            self._wait(request, now_s, out)
+            return
+        request.route = self._route(request)
+        if not self._has_router:
+            self._place_by_hashing(request, now_s, out)
+            return
+        request.stage, request.due_s = _Stage.ROUTING, now_s + _ROUTE_TIMEOUT_S
+        request.is_reserved = True
+        self._routes[request.route.request_id] = request
+        out.append(SendToRouter(request.route))
+
+    def _wait(self, request: _Request, now_s: float, out: list[Instruction]) -> None:
+        is_empty = not any(info.role == "decode" for info in self._fleet.values())
+        if request.error is not None and not request.was_lost and not is_empty:
+            self._fail(request, request.error, out)  # all that are there failed it, and nobody will take their place
+            return
+        timeout_s = _REPLACEMENT_TIMEOUT_S if request.was_lost else self._limits.lost_after_s
+        request.stage, request.due_s = _Stage.WAITING, now_s + timeout_s
+
+    def _route(self, request: _Request) -> RouteRequest:
+        """The question to the router, under an id that the worker will report as one of its sequences."""
+        request.num_routes += 1
+        first = next(iter(request.sequences.values()))
+        num_generated_tokens = max(len(sequence.token_ids) for sequence in request.sequences.values())
+        info = next(info for info in self._fleet.values() if info.role == "decode")
+        prompt = first.asked.token_ids[: TOKEN_BYTES * first.asked.num_prompt_tokens]
+        return RouteRequest(
+            request_id=_placed_id(first),
+            names=block_names(info.fingerprint, first.asked.salt, prompt, info.block_size),
+            num_prompt_tokens=first.asked.num_prompt_tokens + num_generated_tokens,  # all that is to be computed
+            max_tokens=first.asked.params.max_tokens - num_generated_tokens,
+            num_sequences=len(request.sequences),
+            exclude=tuple(request.failed),
+        )
+
+    def _take_placement(self, placement: Placement, now_s: float, out: list[Instruction]) -> None:
+        request = self._routes.get(placement.request_id)
+        if request is None or request.stage is not _Stage.ROUTING:
+            return  # it was told the end of this reservation when it was no longer waited for
+        if placement.decode_worker in self._fleet:
+            self._num_placed["router"] += 1
+            self._run(request, placement, now_s, out)
+        else:  # the router does not know yet that it is gone
+            self._place_by_hashing(request, now_s, out)
+
+    def _take_refusal(self, failed: RouteFailed, now_s: float, out: list[Instruction]) -> None:
+        request = self._routes.get(failed.request_id)
+        if request is None or request.stage is not _Stage.ROUTING:
+            return
+        self._forget_route(request)
+        error = error_from_info(failed.error)
+        # It may see no worker though Serve says that some are there; and what was taken in once is not turned away.
+        is_full = isinstance(error, CapacityError) and error.status == CapacityError.default_status
+        if isinstance(error, WorkerError | CapacityError) and (request.num_placements > 0 or not is_full):
+            self._place_by_hashing(request, now_s, out)
+        else:
+            self._fail(request, error, out)
+
+    def _place_by_hashing(self, request: _Request, now_s: float, out: list[Instruction]) -> None:
+        assert request.route is not None, "_place comes first"
+        self._end_route(request, out)
+        if not self._has_candidate(request):
+            self._wait(request, now_s, out)
+            return
+        try:
+            placement = choose(request.route, list(self._fleet.values()), self._num_sequences)
+        except KvrayError as error:
+            self._fail(request, error, out)
+            return
+        self._num_placed["hashing"] += 1
+        self._run(request, placement, now_s, out)
+
+    def _lose_router(self, now_s: float, out: list[Instruction]) -> None:
+        self._has_router = False
+        for request in list(self._routes.values()):
+            self._forget_route(request)
+        for request in self._at(_Stage.ROUTING):
+            self._place_by_hashing(request, now_s, out)
+
+    def _end_route(self, request: _Request, out: list[Instruction]) -> None:
+        if request.is_reserved:
+            assert request.route is not None
+            out.append(SendToRouter(RequestEnded(request_id=request.route.request_id)))
+            self._forget_route(request)
+
+    def _forget_route(self, request: _Request) -> None:
+        if request.is_reserved:
+            assert request.route is not None
+            del self._routes[request.route.request_id]
+            request.is_reserved = False
+
+    # ------------------------------------------------------------------------------------------------- on its worker
+
+    def _run(self, request: _Request, placement: Placement, now_s: float, out: list[Instruction]) -> None:
+        request.num_placements += 1
+        request.stage, request.due_s = _Stage.RUNNING, request.deadline_s + 2 * self._limits.lost_after_s
+        request.worker_id, request.address = placement.decode_worker, placement.decode_address
+        self._num_sequences[request.worker_id] += len(request.sequences)
+        for sequence in request.sequences.values():
+            sequence.placed_id = _placed_id(sequence)
+            self._placed[sequence.placed_id] = sequence
+            message = msgspec.structs.replace(
+                sequence.asked,
+                request_id=sequence.placed_id,
+                token_ids=sequence.asked.token_ids + pack_tokens(sequence.token_ids),
+                prefill_worker=placement.prefill_worker,
+                prefill_address=placement.prefill_address,
+                prefill_s=placement.prefill_s,
+                deadline_s=max(0.0, request.deadline_s - now_s),
+            )
+            out.append(SendToWorker(request.worker_id, request.address, message))
+
+    def _unplace(self, sequence: _Sequence, out: list[Instruction], *, is_running: bool) -> None:
+        """Expect nothing more of it. `is_running`: the worker is told."""
+        if sequence.placed_id is None:
+            return
+        request, placed_id = sequence.request, sequence.placed_id
+        sequence.placed_id = None
+        del self._placed[placed_id]
+        self._num_sequences[request.worker_id] -= 1
+        if not self._num_sequences[request.worker_id]:
+            del self._num_sequences[request.worker_id]
+        if is_running:
+            cancel = CancelRequest(request_id=placed_id)
+            out.append(SendToWorker(request.worker_id, request.address, cancel))
+
+    def _take_chunk(self, worker_id: str, chunk: TokenChunk, now_s: float, out: list[Instruction]) -> None:
+        """Read path step 8."""
+        sequence = self._placed.get(chunk.request_id)
+        if sequence is None or sequence.request.worker_id != worker_id:
+            return  # of a sequence that was cancelled, or has left that worker
+        request = sequence.request
+        if chunk.error is not None and _is_retryable(chunk.error):
+            self._unplace(sequence, out, is_running=False)
+            self._move(request, error_from_info(chunk.error), now_s, out, is_lost=False)
+            return
+        sequence.token_ids += chunk.token_ids
+        out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
+        sequence.has_begun = True
+        if chunk.finish_reason is not None:
+            self._end_sequence(sequence, out, is_running=False)
+
+    def _lose_worker(self, worker_id: str, reason: str, now_s: float, out: list[Instruction]) -> None:
+        error = WorkerError(f"the worker {worker_id} was lost: {reason}", code="worker_lost")
+        for request in self._at(_Stage.RUNNING):
+            if request.worker_id == worker_id:
+                self._move(request, error, now_s, out, is_lost=True)
+
+    def _move(
+        self, request: _Request, error: KvrayError, now_s: float, out: list[Instruction], *, is_lost: bool
+    ) -> None:
+        """Its worker was lost or failed it: elsewhere it goes on after the tokens that were delivered."""
+        for sequence in request.sequences.values():
+            self._unplace(sequence, out, is_running=not is_lost)
+        self._end_route(request, out)
+        request.failed.append(request.worker_id)
+        request.was_lost |= is_lost
+        request.error = error
+        if request.num_placements >= MAX_PLACEMENTS:
+            self._fail(request, error, out)
+            return
+        self._num_moved += 1
+        out.append(Warn(f"request {request.request_id} is placed anew: {error.message}"))
+        self._place(request, now_s, out)
+
+
+def _placed_id(sequence: _Sequence) -> str:
+    """Its id under the request's present route, never used before."""
+    request_id, num_routes = sequence.asked.request_id, sequence.request.num_routes
+    return request_id if num_routes == 1 else f"{request_id}#{num_routes}"
+
+
+def _as_asked(chunk: TokenChunk, sequence: _Sequence) -> TokenChunk:
+    """The chunk under the client's id; what was told about the prompt is not told again."""
+    request_id = sequence.asked.request_id
+    if sequence.has_begun and (chunk.sources is not None or chunk.prompt_logprobs is not None):
+        return msgspec.structs.replace(chunk, request_id=request_id, sources=None, prompt_logprobs=None)
+    return chunk if chunk.request_id == request_id else msgspec.structs.replace(chunk, request_id=request_id)
+
+
+def _is_retryable(error: ErrorInfo) -> bool:
+    """Whether another worker may do better: not what the request itself is at fault for, nor its deadline."""
+    return error.kind == WorkerError.__name__ and error.status != 504
+
+
+def _timeout_error(request: _Request) -> WorkerError:
+    return WorkerError(
+        f"the request did not end in time: it was {request.stage.value} when its deadline passed",
+        code="timeout",
+        status=504,
+    )
+
+
+def _nobody_there() -> CapacityError:
+    return CapacityError(
+        "no decode worker is there; one is being started", code="no_worker", status=503, retry_after_s=5.0
+    )

@@ -1,0 +1,57 @@
+"""What workers count, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.core import Metric
+
+from cluster.fleet_metrics import HELP, families
+from cluster.request_table import RequestLimits, RequestTable
+from kvrouter.router import Router
+from messages.route import RouteRequest
+from tests.models import make_tiny_model
+from tests.workers import running_pair, worker_options
+
+
+def told(found: list[Metric]) -> list[tuple[str, str, dict[str, str], float]]:
+    return [(sample.name, family.type, sample.labels, sample.value) for family in found for sample in family.samples]
+
+
+def test_numbers_keep_their_names_and_labels_and_get_those_of_who_tells_them():
+    found = families(
+        [
+            ({"worker": "d1"}, {"kvray_blocks": 7.0, 'kvray_transfer_bytes_total{road="shm"}': 3.0}),
+            ({"worker": "d2"}, {'kvray_transfer_bytes_total{road="ucx"}': 4.0}),
+        ]
+    )
+    assert told(found) == [
+        ("kvray_blocks", "gauge", {"worker": "d1"}, 7.0),
+        ("kvray_transfer_bytes_total", "counter", {"worker": "d1", "road": "shm"}, 3.0),
+        ("kvray_transfer_bytes_total", "counter", {"worker": "d2", "road": "ucx"}, 4.0),
+    ]
+    assert [family.documentation for family in found] == [HELP["kvray_blocks"], HELP["kvray_transfer_bytes_total"]]
+
+
+def test_several_labels_are_told_apart_whatever_stands_in_them():
+    name = 'kvray_road_bytes_per_second{peer="tcp://[::1]:5",road="ucx",carriers="tcp, cuda_ipc"}'
+    (one,) = told(families([({}, {name: 1.0})]))
+    assert one[2] == {"peer": "tcp://[::1]:5", "road": "ucx", "carriers": "tcp, cuda_ipc"}
+
+
+def test_a_name_that_nobody_described_is_told_all_the_same():
+    (family,) = families([({}, {"kvray_new": 1.0})])
+    assert (family.name, family.documentation) == ("kvray_new", "Not described")
+
+
+@pytest.mark.usefixtures("one_thread")
+async def test_everything_that_workers_and_the_router_count_is_described(tmp_path):
+    model_dir = make_tiny_model(tmp_path)
+    router = Router()
+    router.on_event(RouteRequest(request_id="r", names=b"", num_prompt_tokens=1, max_tokens=1), 0.0)
+    sources = [router.stats(), RequestTable(RequestLimits(request_timeout_s=1.0, lost_after_s=1.0)).stats()]
+    async with running_pair(worker_options(model_dir), worker_options(model_dir)) as pair:
+        await pair.ingress.finish(pair.ingress.send("r", list(range(5, 105))))
+        sources += [worker._worker._stats("q").values for worker in (pair.prefill, pair.decode)]
+    names = {name.partition("{")[0] for values in sources for name in values}
+    assert "kvray_road_bytes_per_second" in names
+    assert names <= HELP.keys()
