@@ -32,6 +32,7 @@ from kvcache.names import pack_tokens, unpack_tokens
 from kvrouter.router import Reply, Router, WorkerJoined
 from messages.errors import CapacityError, InvariantError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.price import ComputePrice
 from messages.request import CancelRequest, GenerateRequest, SamplingParams
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
@@ -716,11 +717,11 @@ class RequestTableMachine(RuleBasedStateMachine):
             self.router.on_event(KvEvents(worker_id=worker_id, seq=0, cleared=True), self.now_s)
             report = LoadReport(
                 worker_id=worker_id,
-                queued_tokens=0,
+                queued_s=0.0,
                 num_waiting=0,
                 num_running=0,
                 free_blocks=1000,
-                prefill_tokens_per_s=1000.0,
+                compute=ComputePrice(token_s=1e-3),
                 decode_step_s=0.05,
             )
             self.router.on_event(report, self.now_s)
