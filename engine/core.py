@@ -13,7 +13,6 @@ A worker drives the same object from its event loop (engine.driver).
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from engine.scheduling.plan import (
     Instruction,
     RunStep,
     SequenceAdded,
-    SequenceCancelled,
     SequenceSpec,
     StepEnded,
     StepPlan,
@@ -77,7 +75,6 @@ class Engine:
     scheduler: Scheduler
     _config: SchedulerConfig
     _pending: list[Instruction] = field(default_factory=list)
-    _ended: deque[str] = field(default_factory=deque)  #: sequences that the runner has yet to forget
 
     @classmethod
     def build(cls, loaded: LoadedModel, options: EngineOptions, *, model_dir: Path | None = None) -> Engine:
@@ -158,27 +155,19 @@ class Engine:
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """What follows from `event`."""
-        instructions = self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
-        if isinstance(event, SequenceCancelled):
-            self._ended.append(event.seq_id)
-        self._ended += [
-            item.seq_id for item in instructions if isinstance(item, EmitTokens) and item.finish_reason is not None
-        ]
-        return instructions
+        return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
 
     def compute(self, plan: StepPlan) -> StepResult:
         """Carry out a planned step; blocks for as long as the forward pass takes.
 
-        May run on a thread of its own beside `decide`: what ended is handed over through a deque.
+        May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
-        while self._ended:
-            self.runner.forget(self._ended.popleft())
         result = self.runner.execute(plan)
         for part in plan.parts:
             if part.is_kept:  # peers will read its blocks: here the bytes are still in the cache, and nobody waits
                 size = self.options.block_size
                 end = -(-part.end // size) if part.is_sampled else part.end // size
-                self.checksums.published(part.block_table[part.start // size : end])
+                self.checksums.published(self.runner.block_ids(part.slot, part.start // size, end))
         return result
 
     def scratch(self, num_bytes: int) -> Memory | DeviceMemory:

@@ -16,6 +16,7 @@ from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, 
 from engine.model.load import LoadedModel
 from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
+from engine.slot_tables import SlotTables
 from messages.errors import InvariantError, KvrayError
 from messages.stream import TokenLogprob
 
@@ -33,26 +34,6 @@ class _PackedStep:
     sampled: list[SequenceStep]  #: parts whose last token is sampled after
     logprob_parts: list[tuple[SequenceStep, int]]  #: parts with how many of their rows give prompt logprobs
     kept_rows: torch.Tensor  #: [rows] int64: of `sampled` in order, then of `logprob_parts`; never empty
-
-
-class _TokenBuffers:
-    """Host arrays that every step is packed into; they only grow. Valid until the next step is packed."""
-
-    def __init__(self) -> None:
-        #: rows are: token id, position, block id, offset in the block
-        self.tokens: npt.NDArray[np.int64] = np.empty((4, 0), np.int64)
-        self.tables: npt.NDArray[np.int32] = np.empty((0, 0), np.int32)
-        self.kv_lens: npt.NDArray[np.int32] = np.empty(0, np.int32)
-
-    def reserve(self, num_tokens: int, num_rows: int, num_columns: int) -> None:
-        """Make room for so many tokens, decode rows and blocks per decode row; zero the part of the tables used."""
-        if self.tokens.shape[1] < num_tokens:
-            self.tokens = np.empty((4, _grown(num_tokens)), np.int64)
-        rows, columns = self.tables.shape
-        if rows < num_rows or columns < num_columns:
-            self.tables = np.empty((max(rows, _grown(num_rows)), max(columns, _grown(num_columns))), np.int32)
-            self.kv_lens = np.empty(self.tables.shape[0], np.int32)
-        self.tables[:num_rows, :num_columns] = 0
 
 
 class Runner:
@@ -78,23 +59,31 @@ class Runner:
         self._device = loaded.device
         self._block_size = pool.block_size
         self._sampler = sampler
-        self._buffers = _TokenBuffers()
+        self._tables = SlotTables(loaded.device)
         self._layers = [
             LayerAttention(k_view, v_view, kernels, layer.chunk)
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
 
-    def forget(self, seq_id: str) -> None:
-        """The sequence has ended: drop what was kept for sampling it."""
-        self._sampler.forget(seq_id)
+    def block_ids(self, slot: int, begin: int, end: int) -> list[int]:
+        """Entries `[begin, end)` of the block table of the sequence in `slot`."""
+        found: list[int] = self._tables.host_tables[slot, begin:end].tolist()
+        return found
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every part of `plan`, store its KV in the pool, sample where wanted.
 
+        Each plan goes on from those before it, so every one is to be executed once, in order.
+
         Returns:
             Tokens and log-probabilities; rows that could not be sampled come back in `errors`.
+
+        Raises:
+            InvariantError: the plan goes on with a sequence that is not in its slot.
         """
         started = time.perf_counter()
+        for seq_id in self._tables.take_in(plan):
+            self._sampler.forget(seq_id)
         if not plan.parts:
             return StepResult(sampled={})
         with torch.inference_mode():
@@ -102,7 +91,7 @@ class Runner:
             logits = self._forward(step)  # [rows, vocab_size]
             num_sampled = len(step.sampled)
             sampled, errors = self._sample(step.sampled, logits[:num_sampled].float())
-            of_prompts = _prompt_logprobs(step.logprob_parts, logits[num_sampled:])
+            of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
         return StepResult(
             sampled=sampled,
             prompt_logprobs=of_prompts,
@@ -129,15 +118,11 @@ class Runner:
     ) -> tuple[dict[str, Sampled], dict[str, KvrayError]]:
         if not parts:
             return {}, {}
-        rows = [
-            SamplingRow(
-                seq_id=part.seq_id,
-                params=part.params,
-                token_ids=part.token_ids,
-                num_prompt_tokens=part.num_prompt_tokens,
-            )
-            for part in parts
-        ]
+        rows = []
+        for part in parts:
+            sequence = self._tables[part.slot]
+            begins = sequence.begins
+            rows.append(SamplingRow(part.seq_id, begins.params, sequence.token_ids, begins.num_prompt_tokens))
         sampled: dict[str, Sampled] = {}
         errors: dict[str, KvrayError] = {}
         for part, outcome in zip(parts, self._sampler.sample(logits, rows), strict=True):
@@ -147,42 +132,62 @@ class Runner:
                 sampled[part.seq_id] = outcome
         return sampled, errors
 
-    def _pack(self, parts: Sequence[SequenceStep]) -> _PackedStep:
-        block_size = self._block_size
-        decodes = [part for part in parts if part.kind == "decode"]
-        prefills = [part for part in parts if part.kind == "prefill"]
-        num_rows = sum(part.num_tokens for part in decodes)
-        num_tokens = num_rows + sum(part.num_tokens for part in prefills)
-        max_kv_len = max((part.end for part in decodes), default=0)
-        num_columns = -(-max_kv_len // block_size)
-        buffers = self._buffers
-        buffers.reserve(num_tokens, num_rows, num_columns)
+    def _prompt_logprobs(
+        self, parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor
+    ) -> dict[str, list[TokenLogprob]]:
+        """For each part the logprobs of the prompt tokens after its rows; `logits [rows of all parts, vocab_size]`."""
+        found: dict[str, list[TokenLogprob]] = {}
         begin = 0
+        for part, count in parts:
+            sequence = self._tables[part.slot]
+            k = sequence.begins.params.prompt_logprobs or 0
+            entries: list[TokenLogprob] = []
+            for first in range(0, count, _LOGPROB_ROWS):
+                rows = min(_LOGPROB_ROWS, count - first)
+                targets = sequence.token_ids[part.start + 1 + first :][:rows]
+                entries += prompt_logprobs(logits[begin + first :][:rows].float(), targets, k)
+            found[part.seq_id] = entries
+            begin += count
+        return found
+
+    def _pack(self, parts: Sequence[SequenceStep]) -> _PackedStep:
+        """Lay `parts` out on the token axis, their slots being up to date. Only what is computed takes time.
+
+        parts       a replay | two that generate | a chunk
+        positions   57 58 59 |        8 | 130    | 0 1 2 ...
+        slots        4  4  4 |        1 |   2    | 0 0 0 ...
+        """
+        tables, block_size = self._tables, self._block_size
+        counts = np.array([part.num_tokens for part in parts])
+        ends = np.cumsum(counts)
+        packed = np.empty((5, ends[-1]), np.int64)  # token ids, positions, block ids, offsets in them, slots
+        packed[0] = [token_id for part in parts for token_id in tables[part.slot].token_ids[part.start : part.end]]
+        packed[1] = np.arange(ends[-1]) + np.repeat([part.end for part in parts] - ends, counts)
+        packed[4] = np.repeat([part.slot for part in parts], counts)
+        packed[2] = tables.host_tables[packed[4], packed[1] // block_size]
+        packed[3] = packed[1] % block_size
+        num_rows = sum(part.num_tokens for part in parts if part.kind == "decode")
         spans: list[PrefillSpan] = []
         kept: list[int] = []
         kept_for_logprobs: list[range] = []
         sampled: list[SequenceStep] = []
         logprob_parts: list[tuple[SequenceStep, int]] = []
-        for part in decodes + prefills:
-            end = begin + part.num_tokens
-            blocks = self._pack_tokens(part, begin, end)
-            if part.kind == "decode":
-                buffers.tables[begin:end, : len(blocks)] = blocks
-                buffers.kv_lens[begin:end] = buffers.tokens[1, begin:end] + 1
-            else:
-                spans.append(PrefillSpan(begin, end, part.end, self._to_device(blocks)))
+        for part, end in zip(parts, ends.tolist(), strict=True):
+            begin = end - part.num_tokens
+            if part.kind == "prefill":
+                table = tables.block_tables[part.slot, : -(-part.end // block_size)]
+                spans.append(PrefillSpan(begin, end, part.end, table))
             if part.is_sampled:
                 kept.append(end - 1)
                 sampled.append(part)
             if part.wants_prompt_logprobs:
                 # a row tells of the token after it, as long as that is of the prompt
-                count = max(0, min(part.end, part.num_prompt_tokens - 1) - part.start)
+                count = max(0, min(part.end, tables[part.slot].begins.num_prompt_tokens - 1) - part.start)
                 kept_for_logprobs.append(range(begin, begin + count))
                 logprob_parts.append((part, count))
-            begin = end
         for rows in kept_for_logprobs:
             kept.extend(rows)
-        tokens = self._to_device(buffers.tokens[:, :num_tokens])
+        tokens = self._to_device(packed)
         kept_rows = torch.tensor(kept or [0], dtype=torch.int64, device=self._device)
         return _PackedStep(
             input_ids=tokens[0:1],
@@ -192,9 +197,10 @@ class Runner:
                 block_ids=tokens[2],
                 offsets=tokens[3],
                 num_decode_rows=num_rows,
-                block_tables=self._to_device(buffers.tables[:num_rows, :num_columns]),
-                kv_lens=self._to_device(buffers.kv_lens[:num_rows]),
-                max_kv_len=max_kv_len,
+                block_tables=tables.block_tables,
+                slots=tokens[4, :num_rows],
+                kv_lens=self._to_device((packed[1, :num_rows] + 1).astype(np.int32)),
+                max_kv_len=max((part.end for part in parts if part.kind == "decode"), default=0),
                 spans=spans,
                 kept_rows=kept_rows,
             ),
@@ -203,46 +209,6 @@ class Runner:
             kept_rows=kept_rows,
         )
 
-    def _pack_tokens(self, part: SequenceStep, begin: int, end: int) -> npt.NDArray[np.int32]:
-        """Fill columns `[begin, end)` of the token buffer; the ids of the part's blocks up to its end."""
-        block_size, tokens = self._block_size, self._buffers.tokens
-        blocks = np.array(part.block_table[: -(-part.end // block_size)], np.int32)
-        if end - begin == 1:
-            tokens[:, begin] = (
-                part.token_ids[part.start],
-                part.start,
-                blocks[part.start // block_size],
-                part.start % block_size,
-            )
-        else:
-            tokens[0, begin:end] = part.token_ids[part.start : part.end]
-            positions = np.arange(part.start, part.end)
-            tokens[1, begin:end] = positions
-            tokens[2, begin:end] = blocks[positions // block_size]
-            tokens[3, begin:end] = positions % block_size
-        return blocks
-
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """`array` as a tensor: itself on a CPU, a copy elsewhere."""
         return torch.from_numpy(array).to(self._device)
-
-
-def _prompt_logprobs(parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor) -> dict[str, list[TokenLogprob]]:
-    """For each part the log-probabilities of the prompt tokens after its rows; `logits [rows of all parts, vocab]`."""
-    found: dict[str, list[TokenLogprob]] = {}
-    begin = 0
-    for part, count in parts:
-        entries: list[TokenLogprob] = []
-        for first in range(0, count, _LOGPROB_ROWS):
-            rows = min(_LOGPROB_ROWS, count - first)
-            targets = part.token_ids[part.start + 1 + first :][:rows]
-            piece = logits[begin + first :][:rows].float()
-            entries += prompt_logprobs(piece, targets, part.params.prompt_logprobs or 0)
-        found[part.seq_id] = entries
-        begin += count
-    return found
-
-
-def _grown(wanted: int) -> int:
-    """The next power of two, so that buffers are seldom made anew."""
-    return 1 << max(0, wanted - 1).bit_length()

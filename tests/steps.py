@@ -9,7 +9,8 @@ from engine.memory.kv_pool import KvPool
 from engine.model.load import LoadedModel
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
-from engine.scheduling.plan import SequenceStep, StepPlan
+from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
+from engine.scheduling.slots import Slot, SlotPool
 from messages.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1_000_000, temperature=0.0)
@@ -17,13 +18,14 @@ GREEDY = SamplingParams(max_tokens=1_000_000, temperature=0.0)
 
 @dataclass
 class Sequence:
-    """One sequence: tokens so far, its blocks, how many tokens have their KV in the pool."""
+    """One sequence: tokens so far, its blocks, how many tokens have their KV in the pool, what the runner was told."""
 
     seq_id: str
     token_ids: list[int]
     num_prompt_tokens: int
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    slot: Slot | None = None
 
     @property
     def output(self) -> list[int]:
@@ -38,6 +40,7 @@ class Bench:
         self.pool = KvPool(loaded.layer_specs, block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
         self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None))
         self.block_size = block_size
+        self.slots = SlotPool()
         self.free = list(range(num_blocks))
         if is_reversed:
             self.free.reverse()
@@ -57,19 +60,27 @@ class Bench:
         return sequence
 
     def part(self, sequence: Sequence, num_tokens: int, *, kind: str = "", **options: object) -> SequenceStep:
-        """The next `num_tokens` of `sequence`; sampled when they are its last."""
+        """The next `num_tokens` of `sequence`; sampled when they are its last. To be executed in this order."""
         end = sequence.num_computed + num_tokens
         while len(sequence.blocks) * self.block_size < end:
             sequence.blocks.append(self.free.pop(0))
+        params, begins = options.pop("params", GREEDY), None
+        slot = sequence.slot
+        if slot is None:
+            slot = sequence.slot = self.slots.take()
+            begins = SlotBegins(num_prompt_tokens=sequence.num_prompt_tokens, params=params)
+        new_token_ids = tuple(sequence.token_ids[slot.num_told_tokens :])
+        new_block_ids = tuple(sequence.blocks[slot.num_told_blocks :])
+        slot.num_told_tokens, slot.num_told_blocks = len(sequence.token_ids), len(sequence.blocks)
         return SequenceStep(
             seq_id=sequence.seq_id,
+            slot=slot.index,
+            begins=begins,
             kind=kind or ("decode" if sequence.num_computed >= sequence.num_prompt_tokens else "prefill"),
-            token_ids=sequence.token_ids,
-            num_prompt_tokens=sequence.num_prompt_tokens,
             start=sequence.num_computed,
             num_tokens=num_tokens,
-            block_table=sequence.blocks,
-            params=options.pop("params", GREEDY),
+            new_token_ids=new_token_ids,
+            new_block_ids=new_block_ids,
             is_sampled=end == len(sequence.token_ids),
             **options,
         )
@@ -77,7 +88,7 @@ class Bench:
     def run_parts(self, work: list[tuple[Sequence, SequenceStep]]):
         """One step; sampled tokens are appended to their sequences."""
         work = sorted(work, key=lambda item: item[1].kind != "decode")
-        result = self.runner.execute(StepPlan([part for _, part in work]))
+        result = self.runner.execute(StepPlan(tuple(part for _, part in work)))
         assert not result.errors, result.errors
         for sequence, part in work:
             sequence.num_computed = part.end

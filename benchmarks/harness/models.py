@@ -12,7 +12,8 @@ from harness.report import CACHE, ROOT
 
 DEMO = ROOT / "cluster" / "demo" / "kvray-demo"
 _VOCAB_SIZE = 32_000
-#: Of the parameter counts that their names say, so that a step takes long enough to matter.
+#: Of the parameter counts that their names say, so that a step takes long enough to matter; "long": for what does not
+#: depend on the model, but on how long its sequences are.
 SHAPES: dict[str, dict[str, Any]] = {
     "120M": {
         "hidden_size": 768,
@@ -30,6 +31,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 64,
     },
+    "long": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 2**18,
+    },
 }
 _COMMON = {"vocab_size": _VOCAB_SIZE, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 
@@ -41,10 +51,10 @@ def model_directory(name: str) -> Path:
     if name not in SHAPES:
         return Path(name).resolve()
     directory = CACHE / "benchmarks" / f"served-{name}"
-    note, described = directory / "shape.json", json.dumps(SHAPES[name] | _COMMON, sort_keys=True)
+    note, described = directory / "shape.json", json.dumps(_COMMON | SHAPES[name], sort_keys=True)
     if not note.exists() or note.read_text() != described:
         shutil.rmtree(directory, ignore_errors=True)
-        _write_random_model(directory, SHAPES[name] | _COMMON)
+        _write_random_model(directory, _COMMON | SHAPES[name])
         note.write_text(described)
     return directory
 

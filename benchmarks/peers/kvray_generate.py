@@ -30,11 +30,14 @@ loaded = load_model(
 engine = Engine.build(loaded, EngineOptions(kv_cache_bytes=3 << 30, itl_target_s=1e9))
 numbers = itertools.count()
 shares: list[float] = []
+num_blocks: dict[str, int] = {}  # held by each sequence, none of which is preempted here
 
 
 def sample_waste(plan: StepPlan) -> None:
-    """Slots held by the step's sequences that no token fills when it ends, of all that they hold."""
-    held = sum(len(part.block_table) for part in plan.parts) * engine.options.block_size
+    """Room held by the step's sequences that no token fills when it ends, of all that they hold."""
+    for part in plan.parts:
+        num_blocks[part.seq_id] = num_blocks.get(part.seq_id, 0) + len(part.new_block_ids)
+    held = sum(num_blocks[part.seq_id] for part in plan.parts) * engine.options.block_size
     used = sum(part.end for part in plan.parts)
     if all(part.end >= 256 for part in plan.parts):
         shares.append((held - used) / held)

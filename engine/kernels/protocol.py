@@ -64,6 +64,7 @@ class AttentionKernels(Protocol):
         k_view: torch.Tensor,
         v_view: torch.Tensor,
         block_tables: torch.Tensor,
+        slots: torch.Tensor,
         kv_lens: torch.Tensor,
         *,
         max_kv_len: int,
@@ -73,13 +74,14 @@ class AttentionKernels(Protocol):
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """Each row is the newest token of its own sequence: it sees keys `[0, kv_lens[i])`.
+        """Each row is a token of one sequence, which sees keys `[0, kv_lens[i])` of it.
 
         Args:
             query: `[n, num_heads, k_dim]`.
             k_view: the layer's keys.
             v_view: the layer's values.
-            block_tables: `[n, max_blocks]` int32, what follows a sequence's last block is 0. Rows may share blocks.
+            block_tables: `[num_slots, max_blocks]` int32; what follows a sequence's last block is any block's id.
+            slots: `[n]` int64, the table that each row reads. Rows may share tables, and tables blocks.
             kv_lens: `[n]` int32.
             max_kv_len: largest of `kv_lens`, on the host.
             scaling: factor on scores.

@@ -42,6 +42,7 @@ class TorchKernels:
         k_view: torch.Tensor,
         v_view: torch.Tensor,
         block_tables: torch.Tensor,
+        slots: torch.Tensor,
         kv_lens: torch.Tensor,
         *,
         max_kv_len: int,
@@ -54,13 +55,13 @@ class TorchKernels:
         """See AttentionKernels. On a CPU row by row, elsewhere in one padded gather (no read-back of lengths)."""
         if query.device.type != "cpu":
             return _decode_padded(
-                query, k_view, v_view, block_tables, kv_lens, max_kv_len, scaling, window, softcap, sinks, chunk
+                query, k_view, v_view, block_tables, slots, kv_lens, max_kv_len, scaling, window, softcap, sinks, chunk
             )
         out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
-        for row, kv_len in enumerate(kv_lens.tolist()):
+        for row, (slot, kv_len) in enumerate(zip(slots.tolist(), kv_lens.tolist(), strict=True)):
             first = _first_visible(kv_len - 1, window, chunk)
-            keys = _gather(k_view, block_tables[row], first, kv_len)  # [num_kv_heads, kv_len - first, k_dim]
-            values = _gather(v_view, block_tables[row], first, kv_len)
+            keys = _gather(k_view, block_tables[slot], first, kv_len)  # [num_kv_heads, kv_len - first, k_dim]
+            values = _gather(v_view, block_tables[slot], first, kv_len)
             grouped = query[row].view(keys.shape[0], -1, query.shape[2])  # [num_kv_heads, group, k_dim]
             if softcap is None and sinks is None:
                 rows = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], scale=scaling)[0]
@@ -220,6 +221,7 @@ def _decode_padded(
     k_view: torch.Tensor,
     v_view: torch.Tensor,
     block_tables: torch.Tensor,
+    slots: torch.Tensor,
     kv_lens: torch.Tensor,
     max_kv_len: int,
     scaling: float,
@@ -231,7 +233,7 @@ def _decode_padded(
     """Decode rows over one gather padded to the longest sequence."""
     num_rows, num_heads, k_dim = query.shape
     num_kv_heads, block_size = k_view.shape[1], k_view.shape[2]
-    tables = block_tables[:, : -(-max_kv_len // block_size)]
+    tables = block_tables[:, : -(-max_kv_len // block_size)][slots]
     keys = k_view[tables].transpose(1, 2).reshape(num_rows, num_kv_heads, -1, k_dim)
     values = v_view[tables].transpose(1, 2).reshape(num_rows, num_kv_heads, -1, v_view.shape[3])
     j = torch.arange(keys.shape[2], device=query.device)[None]
@@ -241,6 +243,7 @@ def _decode_padded(
         mask &= last - j < window
     if chunk is not None:
         mask &= last // chunk == j // chunk
+    values.masked_fill_(~mask[:, None, :, None], 0)  # no weight hides a NaN of another sequence
     grouped = query.reshape(num_rows, num_kv_heads, -1, k_dim)
     out = _explicit(grouped, keys, values, mask[:, None, None], scaling, softcap, sinks)
     return out.reshape(num_rows, num_heads, -1)

@@ -60,7 +60,8 @@ class StepAttention:
     block_ids: torch.Tensor  #: [T] int64, where each new token is stored
     offsets: torch.Tensor  #: [T] int64, within its block
     num_decode_rows: int
-    block_tables: torch.Tensor  #: [num_decode_rows, max_blocks] int32
+    block_tables: torch.Tensor  #: [num_slots, max_blocks] int32
+    slots: torch.Tensor  #: [num_decode_rows] int64, the table of each decode row
     kv_lens: torch.Tensor  #: [num_decode_rows] int32
     max_kv_len: int
     spans: Sequence[PrefillSpan]
@@ -133,6 +134,7 @@ def paged_attention(
                 k_view,
                 v_view,
                 step.block_tables,
+                step.slots,
                 step.kv_lens,
                 max_kv_len=step.max_kv_len,
                 **options,

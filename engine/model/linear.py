@@ -2,7 +2,8 @@
 
 `F.linear` in fp32 gives a row other bits in a batch of 1, of 2-3 and of 4 or more rows; a packed weight gives the same
 bits in any batch of at least two rows (measured 2026-11: torch 2.13, 1 and 2 threads, 21 shapes), and with one row
-too unless the inner dimension is large. `PackedLinear` doubles a lone row for weights where that shows.
+too unless the inner dimension is large. `PackedLinear` doubles a lone row for weights where that shows. With AMX none
+of this holds, so oneDNN is kept from it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from engine.kernels.cpu.instruction_set import cap_onednn
+
+cap_onednn()  # when this is imported, nothing of ours has computed yet
 
 #: Part of the kernel path in block names.
 PACKED_NAME = "onednn-1"

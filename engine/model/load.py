@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from engine.kernels.cpu.instruction_set import cap_onednn
 from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.cpu.native import load_kernels
 from engine.kernels.protocol import AttentionKernels, LayerUse
@@ -114,6 +115,9 @@ def load_model(
     trial = eager_trial(model, vocab_size, length)
     linear_name = "torch"
     if target.type == "cpu" and can_pack(chosen):
+        cap = cap_onednn()
+        if cap is not None:
+            say(f"keeping oneDNN to {cap}: with AMX the bits of a row would depend on its batch")
         say("packing linear layers")
         pack_linears(model)
         linear_name = PACKED_NAME

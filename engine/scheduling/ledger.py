@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 
@@ -29,6 +30,7 @@ class SequenceLedger:
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
+        self.slots = SlotPool()
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  #: by seniority
         self.pulling: dict[str, Sequence] = {}
@@ -56,12 +58,11 @@ class SequenceLedger:
             seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
         for name in seq.names[len(matched) :]:
             self.in_flight.setdefault(name, seq)
-        seq.phase = Phase.RUNNING
-        self.running[seq.seq_id] = seq
+        self._begin_running(seq)
 
     def begin_pull(self, seq: Sequence, deadline_s: float) -> None:
         """From running to pulling, with blocks for the whole prompt."""
-        del self.running[seq.seq_id]
+        self._stop_running(seq)
         seq.pull = RemotePull(first_index=len(seq.block_table), deadline_s=deadline_s)
         seq.block_table += self.pool.allocate(seq.num_blocks_for(seq.num_prompt_tokens) - len(seq.block_table))
         seq.phase = Phase.PULLING
@@ -73,18 +74,17 @@ class SequenceLedger:
         seq.num_computed = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
         seq.num_passed_over = 0
         del self.pulling[seq.seq_id]
-        seq.phase = Phase.RUNNING
-        self.running[seq.seq_id] = seq
+        self._begin_running(seq)
 
     def keep(self, seq: Sequence) -> None:
         """From running to kept: nothing more is computed, the blocks stay."""
-        del self.running[seq.seq_id]
+        self._stop_running(seq)
         self._forget_in_flight(seq, 0, len(seq.names))
         seq.phase = Phase.KEPT
 
     def preempt(self, seq: Sequence) -> None:
         """From running back to the queue. Its full blocks stay named, so that most of it comes back by reuse."""
-        del self.running[seq.seq_id]
+        self._stop_running(seq)
         seq.extend_names()
         self._forget_in_flight(seq, 0, len(seq.names))
         self._give_back(seq)
@@ -107,7 +107,7 @@ class SequenceLedger:
                 self._drop_tail(seq, 0)
                 del self.pulling[seq.seq_id]
             case Phase.RUNNING:
-                del self.running[seq.seq_id]
+                self._stop_running(seq)
             case Phase.KEPT:
                 pass
             case Phase.ENDED:
@@ -126,6 +126,19 @@ class SequenceLedger:
         for seq in self.dying:
             self._give_back(seq)
         self.dying.clear()
+
+    def _begin_running(self, seq: Sequence) -> None:
+        seq.slot = self.slots.take()
+        seq.phase = Phase.RUNNING
+        self.running[seq.seq_id] = seq
+
+    def _stop_running(self, seq: Sequence) -> None:
+        """A step that runs still needs nothing of the slot: what the next one does with it comes after."""
+        if seq.slot is None:
+            raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
+        self.slots.give_back(seq.slot)
+        seq.slot = None
+        del self.running[seq.seq_id]
 
     # --------------------------------------------------------------------------------------------------------- blocks
 
@@ -227,6 +240,8 @@ class SequenceLedger:
             == sorted(seq.order for seq in self.sequences.values() if seq.phase is not Phase.KEPT),
             "every sequence is in the one list of its phase",
         )
+        slots = [seq.slot.index for seq in self.running.values() if seq.slot is not None]
+        _require(len(slots) == len(self.running) and self.slots.is_whole(slots), "who runs has a slot of its own")
         _require(self.waiting == sorted(self.waiting, key=_seniority), "the queue is in order")
         pins = [0] * self.pool.num_blocks
         for seq in [*self.sequences.values(), *self.dying]:
@@ -259,6 +274,12 @@ class SequenceLedger:
                 raise InvariantError(f"sequence {seq.seq_id!r} ended and is still in the books")
             case _ as unreachable:
                 assert_never(unreachable)
+        if seq.slot is not None:
+            _require(seq.phase is Phase.RUNNING, "only who runs has a slot")
+            _require(
+                seq.slot.num_told_tokens <= seq.num_tokens and seq.slot.num_told_blocks <= len(table),
+                "the runner was told of nothing that is not so",
+            )
         _require((seq.pull is not None) == (seq.phase is Phase.PULLING), "who pulls, and nobody else, has a pull")
         _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
         num_full = seq.num_computed // seq.block_size

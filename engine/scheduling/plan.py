@@ -1,7 +1,8 @@
 """The contract between deciding (`engine.scheduling.scheduler`) and doing (`engine.runner`, the workers).
 
 Events go into the scheduler, instructions come out; a step's plan goes into the runner, its result comes back as an
-event. All of it stays inside one process; nothing here has behaviour beyond small derived counts.
+event. Nothing here has behaviour beyond small derived counts. Plans are values that could cross a process: what the
+scheduler goes on to change is not in them.
 """
 
 from __future__ import annotations
@@ -183,22 +184,35 @@ Instruction: TypeAlias = RunStep | AskRemote | PullBlocks | EmitTokens | OfferBl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotBegins:
+    """What is told once of the sequence that takes a slot."""
+
+    num_prompt_tokens: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceStep:
-    """One sequence's part of a step: tokens [start, start + num_tokens) of `token_ids` are computed.
+    """One sequence's part of a step: its tokens [start, start + num_tokens) are computed.
 
     kind "prefill": one chunk, causal, attends to all before it. kind "decode": every token is a row of its own with
     the decode kernel (one when generating, several when replaying generated tokens).
-    The lists belong to the scheduler and do not change before StepEnded.
+
+    The runner keeps tokens and block table by slot; a part appends to them what it was not told of yet.
+
+        told in earlier parts                 new_token_ids
+        [ 0 ............................... ][ ........... ]   all tokens of the sequence, when the step was planned
+                       [ start ....... end )                   its blocks are in the table by then
     """
 
     seq_id: str
+    slot: int  #: the sequence's while it runs
+    begins: SlotBegins | None = None  #: on a slot's first part for this sequence; what the slot held before is over
     kind: Literal["prefill", "decode"]
-    token_ids: list[int]  #: all tokens of the sequence
-    num_prompt_tokens: int
     start: int
     num_tokens: int
-    block_table: list[int]  #: block ids covering at least start + num_tokens tokens
-    params: SamplingParams
+    new_token_ids: tuple[int, ...] = ()
+    new_block_ids: tuple[int, ...] = ()
     is_sampled: bool  #: the last token's logits give the next token
     wants_prompt_logprobs: bool = False
     is_kept: bool = False  #: its blocks will be published
@@ -211,9 +225,10 @@ class SequenceStep:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Decode parts first, then prefill parts."""
+    """Decode parts first, then prefill parts. Plans build on each other: each is carried out once, in order."""
 
-    parts: list[SequenceStep]
+    parts: tuple[SequenceStep, ...]
+    freed_slots: tuple[int, ...] = ()  #: left by their sequences since the last plan, before `parts` begin in any
 
 
 @dataclass(frozen=True, slots=True)

@@ -389,7 +389,7 @@ class Scheduler:
         self._step = step
         for _, seq in step:
             seq.is_in_step = True
-        out.append(RunStep(StepPlan([part for part, _ in step])))
+        out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed())))
 
     def _finish_step(self, result: StepResult, out: list[Instruction]) -> None:
         if self._step is None:

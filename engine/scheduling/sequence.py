@@ -4,7 +4,7 @@ token_ids  [ prompt ................. | generated ....... ]
            0        num_computed      num_prompt_tokens   num_tokens
            [ KV is written ][ KV is still to be computed ]
 names      one for each full block of token_ids that was asked for so far
-block_table  block ids that cover at least [0, num_computed)
+block_table  block ids that cover at least [0, num_computed); while it runs nothing in it changes, it only grows
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from engine.scheduling.plan import SequenceSpec
+from engine.scheduling.slots import Slot
 from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
 from messages.stream import TokenLogprob
@@ -83,6 +84,7 @@ class Sequence:
         "prompt_logprobs",
         "pull",
         "seq_id",
+        "slot",
         "spec",
         "token_ids",
         "wants_prompt_logprobs",
@@ -101,6 +103,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.names: list[bytes] = []
         self.phase = Phase.WAITING
+        self.slot: Slot | None = None  #: while it runs
         self.is_in_step = False
         self.has_emitted = False
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from engine.scheduling.ledger import SequenceLedger
-from engine.scheduling.plan import SequenceStep
+from engine.scheduling.plan import SequenceStep, SlotBegins
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import ChunkBudget, StepCost
+from messages.errors import InvariantError
 
 # A prefill that got nothing for so many steps goes before all others, whatever their priority.
 _MAX_PASSED_OVER = 16
@@ -75,17 +76,25 @@ def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
 
 
 def _part(seq: Sequence, end: int) -> SequenceStep:
-    """Compute `seq` up to `end`."""
-    return SequenceStep(
+    """Compute `seq` up to `end`; its slot counts as told of all there is now."""
+    slot = seq.slot
+    if slot is None:
+        raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
+    begins = None
+    if not slot.num_told_tokens:
+        begins = SlotBegins(num_prompt_tokens=seq.num_prompt_tokens, params=seq.params)
+    part = SequenceStep(
         seq_id=seq.seq_id,
+        slot=slot.index,
+        begins=begins,
         kind="prefill" if seq.num_computed < seq.num_prompt_tokens else "decode",
-        token_ids=seq.token_ids,
-        num_prompt_tokens=seq.num_prompt_tokens,
         start=seq.num_computed,
         num_tokens=end - seq.num_computed,
-        block_table=seq.block_table,
-        params=seq.params,
+        new_token_ids=tuple(seq.token_ids[slot.num_told_tokens :]),
+        new_block_ids=tuple(seq.block_table[slot.num_told_blocks :]),
         is_sampled=end == seq.num_tokens,
         wants_prompt_logprobs=seq.wants_prompt_logprobs,
         is_kept=seq.spec.is_kept,
     )
+    slot.num_told_tokens, slot.num_told_blocks = len(seq.token_ids), len(seq.block_table)
+    return part

@@ -31,6 +31,7 @@ from messages.errors import WorkerError
 from messages.handoff import BlockLocation
 from messages.stream import TokenLogprob
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token
+from tests.slot_mirror import SlotMirror
 
 
 @dataclass
@@ -67,8 +68,6 @@ def expect(spec: SequenceSpec, max_len: int) -> Expected:
 @dataclass
 class RunningStep:
     plan: StepPlan
-    token_ids: list[list[int]]
-    tables: list[list[int]]
     generations: dict[int, int]
 
 
@@ -79,6 +78,7 @@ class FakeWorker:
         self.config = config
         self.pool = pool
         self.scheduler = Scheduler(config, pool, FINGERPRINT)
+        self.slots = SlotMirror(config.max_num_seqs)
         self.max_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
         self.kv: list[list[int | None]] = [[None] * pool.block_size for _ in range(pool.num_blocks)]
         self.now_s = 100.0
@@ -134,25 +134,23 @@ class FakeWorker:
         assert step is not None
         self.step = None
         parts = step.plan.parts
-        assert [part.token_ids for part in parts] == step.token_ids, "token lists stand still during a step"
-        assert [part.block_table for part in parts] == step.tables, "tables stand still during a step"
         for block_id, generation in step.generations.items():
             assert self.pool.generation(block_id) == generation, "nothing is reused under a running step"
         for part in parts:
-            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, part.token_ids)
+            slot, size = self.slots[part], self.pool.block_size
+            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, slot.token_ids)
             for position in range(part.start, part.end):
-                self.kv[part.block_table[position // self.pool.block_size]][position % self.pool.block_size] = numbers[
-                    position
-                ]
+                self.kv[slot.block_table[position // size]][position % size] = numbers[position]
         sampled, logprobs = {}, {}
         for part in parts:
-            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, part.token_ids[: part.end])
-            assert self._read(part.block_table, part.end) == numbers, "a token attends to its own past"
+            slot = self.slots[part]
+            numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, slot.token_ids[: part.end])
+            assert self._read(slot.block_table, part.end) == numbers, "a token attends to its own past"
             if part.is_sampled:
                 sampled[part.seq_id] = Sampled(next_token(numbers[-1]))
             if part.wants_prompt_logprobs:
-                end = min(part.end + 1, part.num_prompt_tokens)
-                logprobs[part.seq_id] = [TokenLogprob(t, -1.0, 1) for t in part.token_ids[part.start + 1 : end]]
+                end = min(part.end + 1, slot.begins.num_prompt_tokens)
+                logprobs[part.seq_id] = [TokenLogprob(t, -1.0, 1) for t in slot.token_ids[part.start + 1 : end]]
         errors = {seq_id: WorkerError("no") for seq_id in failed}
         for seq_id in failed:
             sampled.pop(seq_id, None)
@@ -208,6 +206,7 @@ class FakeWorker:
 
     def _start(self, plan: StepPlan) -> None:
         assert self.step is None
+        plan = self.slots.take_in(plan, self.scheduler)
         parts, size = plan.parts, self.pool.block_size
         assert parts
         assert len({part.seq_id for part in parts}) == len(parts)
@@ -219,31 +218,27 @@ class FakeWorker:
         assert len(parts) <= self.config.max_num_seqs
         written: list[int] = []
         for part in parts:
-            expected = self.sequences[part.seq_id]
+            expected, slot = self.sequences[part.seq_id], self.slots[part]
+            num_prompt = slot.begins.num_prompt_tokens
             assert not expected.is_over
-            assert part.token_ids == expected.token_ids[: len(part.token_ids)]
+            assert slot.token_ids == expected.token_ids[: len(slot.token_ids)]
             assert part.num_tokens >= 1
-            assert part.is_sampled == (part.end == len(part.token_ids))
-            assert len(part.block_table) >= -(-part.end // size)
+            assert part.is_sampled == (part.end == len(slot.token_ids))
+            assert len(slot.block_table) >= -(-part.end // size)
             if part.kind == "prefill":
-                assert part.end <= part.num_prompt_tokens
-                assert part.end % self.config.chunk_quantum_tokens == 0 or part.end == part.num_prompt_tokens
+                assert part.end <= num_prompt
+                assert part.end % self.config.chunk_quantum_tokens == 0 or part.end == num_prompt
             else:
-                assert part.start >= part.num_prompt_tokens, "a prompt is never computed as decode rows"
-            touched = part.block_table[part.start // size : -(-part.end // size)]
+                assert part.start >= num_prompt, "a prompt is never computed as decode rows"
+            touched = slot.block_table[part.start // size : -(-part.end // size)]
             for block_id in touched:
                 assert self.pool.state(block_id) is BlockState.WRITING
                 assert self.pool.num_pins(block_id) == 1
             written += touched
         written += [target for pairs, _ in self.pulls.values() for _, target in pairs]
         assert len(set(written)) == len(written), "nobody writes where another writes"
-        tables = [list(part.block_table) for part in parts]
-        self.step = RunningStep(
-            plan,
-            [list(part.token_ids) for part in parts],
-            tables,
-            {block_id: self.pool.generation(block_id) for table in tables for block_id in table},
-        )
+        held = {block_id for part in parts for block_id in self.slots[part].block_table}
+        self.step = RunningStep(plan, {block_id: self.pool.generation(block_id) for block_id in held})
 
     def _start_pull(self, seq_id: str, pairs: list[tuple[BlockLocation, int]]) -> None:
         assert seq_id not in self.pulls, "one pull at a time"

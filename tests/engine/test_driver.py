@@ -38,7 +38,7 @@ class ScriptedEngine:
         match event:
             case StepWanted() if self.left:
                 self.left -= 1
-                return [RunStep(StepPlan([]))]
+                return [RunStep(StepPlan(()))]
             case StepEnded():
                 self.num_ended += 1
                 return [EmitTokens("s", [self.num_ended])]

@@ -9,7 +9,7 @@ from engine.model import load as model_module
 from engine.model.load import load_model
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
-from engine.scheduling.plan import SequenceStep, StepPlan
+from engine.scheduling.plan import StepPlan
 from messages.errors import InvariantError, RequestError, WorkerError
 from messages.request import Grammar, SamplingParams
 from tests.models import VOCAB_SIZE, make_tiny_model
@@ -87,12 +87,12 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_with_prefill(loaded_any, m
     bench.run(sequences, 1, max_step_tokens=1024)
     seen = record_logits(monkeypatch, bench)
     filler = bench.add("filler", prompt_of(50, 99))
-    parts = [bench.part(sequence, 1) for sequence in sequences]
-    bench.runner.execute(StepPlan([*parts, bench.part(filler, 50)]))
+    bench.runner.execute(StepPlan((*(bench.part(sequence, 1) for sequence in sequences), bench.part(filler, 50))))
     together = seen.pop()
     for size in (1, 2, 4):
         for begin in range(0, 9, size):
-            bench.runner.execute(StepPlan(parts[begin : begin + size]))
+            again = tuple(bench.part(sequence, 1) for sequence in sequences[begin : begin + size])
+            bench.runner.execute(StepPlan(again))
             for seq_id, logits in seen.pop().items():
                 assert torch.equal(logits, together[seq_id]), (size, seq_id)
 
@@ -107,7 +107,7 @@ def test_generated_tokens_replayed_as_decode_rows_give_the_same_kv_and_go_on_the
     away = Bench(loaded_any, is_reversed=True)
     replay = away.add("replay", moving.token_ids[:70])
     work = away.part(replay, 70)
-    away.runner.execute(StepPlan([work]))
+    away.runner.execute(StepPlan((work,)))
     replay.num_computed = 70
     replay.token_ids = moving.token_ids[:90]  # 20 of them were generated
     while replay.num_computed < 90:
@@ -185,14 +185,14 @@ def test_a_chunk_in_mid_prompt_samples_nothing(loaded):
 
 
 def test_an_empty_plan_gives_an_empty_result(loaded):
-    assert Bench(loaded).runner.execute(StepPlan([])).sampled == {}
+    assert Bench(loaded).runner.execute(StepPlan(())).sampled == {}
 
 
 def test_a_row_that_cannot_be_sampled_fails_alone(loaded):
     bench = Bench(loaded)
     good, bad = bench.add("good", prompt_of(20)), bench.add("bad", prompt_of(20, 1))
     params = SamplingParams(max_tokens=1, grammar=Grammar(kind="json_object"))  # this bench has no grammar tokenizer
-    result = bench.runner.execute(StepPlan([bench.part(good, 20), bench.part(bad, 20, params=params)]))
+    result = bench.runner.execute(StepPlan((bench.part(good, 20), bench.part(bad, 20, params=params))))
     assert list(result.sampled) == ["good"]
     assert isinstance(result.errors["bad"], RequestError | WorkerError)
 
@@ -201,7 +201,7 @@ def test_logprobs_come_with_the_sampled_token(loaded):
     bench = Bench(loaded)
     sequence = bench.add("s", prompt_of(20))
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=3)
-    sampled = bench.runner.execute(StepPlan([bench.part(sequence, 20, params=params)])).sampled["s"]
+    sampled = bench.runner.execute(StepPlan((bench.part(sequence, 20, params=params),))).sampled["s"]
     assert sampled.logprob is not None
     assert (sampled.logprob.token_id, sampled.logprob.rank, len(sampled.logprob.top)) == (sampled.token_id, 1, 3)
 
@@ -228,7 +228,7 @@ def test_a_step_leaves_all_other_blocks_alone(loaded):
     assert (bench.pool.data[others] == 7).all()
 
 
-def test_buffers_shrink_from_a_large_step_to_a_small_one_without_a_trace(loaded):
+def test_a_large_step_leaves_no_trace_in_a_small_one(loaded):
     bench = Bench(loaded)
     long = [bench.add(f"long{i}", prompt_of(200, i)) for i in range(4)]
     bench.run(long, 2, max_step_tokens=2048)
@@ -246,21 +246,9 @@ def test_a_pool_of_another_shape_is_refused(loaded):
 
 def test_an_interrupted_forward_leaves_no_step_behind(loaded, monkeypatch):
     bench = Bench(loaded)
-    sequence = bench.add("s", prompt_of(20))
-    part = bench.part(sequence, 20)
-    bad = SequenceStep(
-        seq_id="bad",
-        kind="prefill",
-        token_ids=[VOCAB_SIZE + 5] * 4,  # not in the embedding
-        num_prompt_tokens=4,
-        start=0,
-        num_tokens=4,
-        block_table=[99],
-        params=part.params,
-        is_sampled=True,
-    )
+    sequence, bad = bench.add("s", prompt_of(20)), bench.add("bad", [VOCAB_SIZE + 5] * 4)  # not in the embedding
     with pytest.raises(IndexError):
-        bench.runner.execute(StepPlan([bad]))
+        bench.run([bad], 1)
     assert bench.run([sequence], 4) == Bench(loaded).run([bench.add("s", prompt_of(20))], 4)
 
 

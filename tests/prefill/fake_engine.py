@@ -24,6 +24,7 @@ from messages.handoff import BlockLocation
 from messages.request import GenerateRequest
 from messages.wire import Message
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token, seed_number
+from tests.slot_mirror import SlotMirror
 
 SIZE = 4  #: tokens in a block
 LEASE_S = 3.0
@@ -113,6 +114,7 @@ class FakeEngine:
         self.config = config
         self.pool = BlockPool(num_blocks, SIZE)
         self.scheduler = Scheduler(config, self.pool, FINGERPRINT)
+        self.slots = SlotMirror(config.max_num_seqs)
         self.kv = [[0] * SIZE for _ in range(num_blocks)]
         self.step: StepPlan | None = None
         self.in_step: dict[int, int] = {}  # block -> generation, of all tables of the step
@@ -138,11 +140,11 @@ class FakeEngine:
 
     def _begin(self, plan: StepPlan) -> None:
         assert self.step is None
-        self.step = plan
-        self.in_step = {b: self.pool.generation(b) for part in plan.parts for b in part.block_table}
+        self.step = plan = self.slots.take_in(plan, self.scheduler)
+        self.in_step = {b: self.pool.generation(b) for part in plan.parts for b in self.slots[part].block_table}
         for part in plan.parts:
             for position in range(part.start, part.end):  # whoever reads it meanwhile reads something unfinished
-                block_id = part.block_table[position // SIZE]
+                block_id = self.slots[part].block_table[position // SIZE]
                 assert self.pool.state(block_id) is BlockState.WRITING
                 self.kv[block_id][position % SIZE] = TORN
 
@@ -151,10 +153,11 @@ class FakeEngine:
             assert self.pool.generation(block_id) == generation, "nothing is reused under a running step"
         sampled: dict[str, Sampled] = {}
         for part in plan.parts:
-            request, table = self.world.requests[part.seq_id], part.block_table
+            request, slot = self.world.requests[part.seq_id], self.slots[part]
+            table = slot.block_table
             for position in range(part.start, part.end):
                 before = seed_number(request.message.salt) if position == 0 else self._at(table, position - 1)
-                self.kv[table[position // SIZE]][position % SIZE] = hash((before, part.token_ids[position]))
+                self.kv[table[position // SIZE]][position % SIZE] = hash((before, slot.token_ids[position]))
             read = [self._at(table, position) for position in range(part.end)]
             assert read == request.numbers[: part.end], "a token attends to its own past"
             if part.is_sampled and part.seq_id not in failed:

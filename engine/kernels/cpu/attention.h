@@ -65,8 +65,9 @@ struct DecodeAttention {
   int64_t q_row, q_head;
   T* out;  // [num_rows, num_heads, v_dim]
   int64_t out_row, out_head;
-  const int32_t* tables;  // [num_rows, table_row]
+  const int32_t* tables;  // [num_slots, table_row]
   int64_t table_row;
+  const int64_t* slots;  // [num_rows] the table that each row reads
   const int32_t* lens;  // [num_rows] keys each row sees, its own included
   int num_heads;
 

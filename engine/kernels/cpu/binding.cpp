@@ -116,13 +116,18 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_view, cons
 }
 
 Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view, const Tensor& block_tables,
-                        const Tensor& kv_lens, double scaling, int64_t window, double softcap,
+                        const Tensor& slots, const Tensor& kv_lens, double scaling, int64_t window, double softcap,
                         const std::optional<Tensor>& sinks, int64_t chunk) {
   check_attention(query, k_view, v_view, sinks);
   const int64_t num_rows = query.size(0), num_heads = query.size(1);
-  TORCH_CHECK(block_tables.scalar_type() == at::kInt && block_tables.dim() == 2 && block_tables.size(0) == num_rows &&
-                  block_tables.stride(1) == 1,
-              "block_tables: want int32 [", num_rows, ", max_blocks]");
+  TORCH_CHECK(block_tables.scalar_type() == at::kInt && block_tables.dim() == 2 && block_tables.stride(1) == 1,
+              "block_tables: want int32 [num_slots, max_blocks]");
+  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.is_contiguous() && slots.numel() == num_rows,
+              "slots: want contiguous int64 [", num_rows, "]");
+  for (int64_t row = 0; row < num_rows; row++) {
+    const int64_t slot = slots.const_data_ptr<int64_t>()[row];
+    TORCH_CHECK(slot >= 0 && slot < block_tables.size(0), "slot ", slot, ", want one of ", block_tables.size(0));
+  }
   TORCH_CHECK(kv_lens.scalar_type() == at::kInt && kv_lens.is_contiguous() && kv_lens.numel() == num_rows,
               "kv_lens: want contiguous int32 [", num_rows, "]");
   Tensor out = at::empty({num_rows, num_heads, v_view.size(3)}, query.options());
@@ -138,6 +143,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor&
                                 out.stride(1),
                                 block_tables.const_data_ptr<int32_t>(),
                                 block_tables.stride(0),
+                                slots.const_data_ptr<int64_t>(),
                                 kv_lens.const_data_ptr<int32_t>(),
                                 static_cast<int>(num_heads)};
     struct Item {

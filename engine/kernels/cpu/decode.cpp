@@ -102,7 +102,7 @@ void attend(const DecodeAttention<T>& a, int row, int kv_head, int head, int beg
     weights[h] = 0;
   }
   std::memset(sums, 0, sizeof(float) * H * v_dim);
-  const int32_t* table = a.tables + row * a.table_row;
+  const int32_t* table = a.tables + a.slots[row] * a.table_row;
   for (int at = begin; at < end; at += kKeys) {
     const int n = std::min(kKeys, end - at);
     a.kv.key_rows(table, at, n, kv_head, keys);

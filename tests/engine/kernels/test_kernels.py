@@ -65,12 +65,13 @@ class Case:
         """Rows of the sequence at these lengths, as one batch."""
         lens = torch.tensor(lens, dtype=torch.int32)
         rows = self.query[(lens - 1).long()]
-        tables = self.table[None].repeat(len(lens), 1)
+        other = self.table.flip(0)
         return kernels.decode_attention(
             rows,
             self.k,
             self.v,
-            tables,
+            torch.stack([other, self.table]),
+            torch.ones(len(lens), dtype=torch.int64),
             lens,
             max_kv_len=int(lens.max()),
             scaling=self.scaling,
@@ -279,9 +280,9 @@ def test_blocks_beyond_two_to_the_31_elements_are_reached(kernels):
         view[0, 0, :5] = new[:, 0]
     zero = torch.zeros(1, dtype=torch.int32)
     assert torch.equal(rows, kernels.prefill_attention(key, *small, zero, 5, scaling=0.25, **NO_OPTIONS))
-    lens = torch.tensor([5], dtype=torch.int32)
+    lens, slots = torch.tensor([5], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     far, near = (
-        kernels.decode_attention(key[4:], *views, blocks[None], lens, max_kv_len=5, scaling=0.25, **NO_OPTIONS)
+        kernels.decode_attention(key[4:], *views, blocks[None], slots, lens, max_kv_len=5, scaling=0.25, **NO_OPTIONS)
         for views, blocks in (((k, v), table), (small, zero))
     )
     assert torch.equal(far, near)
@@ -302,17 +303,17 @@ def test_written_rows_lie_where_torch_puts_them_and_nothing_else_changes(kernels
 
 def test_wrong_shapes_and_types_are_refused_with_what_was_seen(kernels):
     case = Case()
-    lens = torch.tensor([5], dtype=torch.int32)
+    row = case.query[:1]
+    tables = (case.table[None], torch.zeros(1, dtype=torch.int64), torch.tensor([5], dtype=torch.int32))
+    options = {"max_kv_len": 5, "scaling": 1.0, **NO_OPTIONS}
     with pytest.raises(RuntimeError, match="head size 24, keys 32"):
-        kernels.decode_attention(
-            case.query[:1, :, :24], case.k, case.v, case.table[None], lens, max_kv_len=5, scaling=1.0, **NO_OPTIONS
-        )
+        kernels.decode_attention(row[..., :24], case.k, case.v, *tables, **options)
+    with pytest.raises(RuntimeError, match="slot 1, want one of 1"):
+        kernels.decode_attention(row, case.k, case.v, tables[0], tables[1] + 1, tables[2], **options)
     with pytest.raises(RuntimeError, match="covering 600 tokens"):
         kernels.prefill_attention(case.query, case.k, case.v, case.table[:3], 600, scaling=1.0, **NO_OPTIONS)
     with pytest.raises(RuntimeError, match="want Float"):
-        kernels.decode_attention(
-            case.query[:1], case.k.half(), case.v, case.table[None], lens, max_kv_len=5, scaling=1.0, **NO_OPTIONS
-        )
+        kernels.decode_attention(row, case.k.half(), case.v, *tables, **options)
 
 
 def test_layers_that_the_kernels_cannot_serve_are_left_to_torch(kernels):

@@ -88,8 +88,8 @@ def test_decode_rows_equal_attention_written_out(case):
     query, keys, values, pool, table = filled(45, **shape)
     lens = torch.tensor([1, 8, 9, 17, 33, 45], dtype=torch.int32)
     rows = query[lens.long() - 1]
-    tables = table.repeat(len(lens), 1)
-    got = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], tables, lens, max_kv_len=45, **options)
+    tables = (table[None], torch.zeros(len(lens), dtype=torch.int64))
+    got = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, max_kv_len=45, **options)
     wanted = torch.stack([attend(query[n - 1], keys, values, n - 1, **options) for n in lens.tolist()])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -98,12 +98,12 @@ def test_decode_rows_equal_attention_written_out(case):
 def test_the_padded_decode_of_other_devices_equals_the_row_by_row_one(case):
     shape, options = options_of(CASES[case])
     query, _, _, pool, table = filled(45, **shape)
-    pool.data.nan_to_num_(nan=9.0)  # padding is read there, and masked
     lens = torch.tensor([1, 8, 9, 17, 33, 45], dtype=torch.int32)
-    rows, tables = query[lens.long() - 1], table.repeat(len(lens), 1)
-    by_row = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], tables, lens, max_kv_len=45, **options)
-    order = ("scaling", "window", "softcap", "sinks", "chunk")
-    padded = reference._decode_padded(rows, pool.k[0], pool.v[0], tables, lens, 45, *(options[name] for name in order))
+    rows = query[lens.long() - 1]
+    tables = (torch.stack([table.flip(0), table]), torch.ones(len(lens), dtype=torch.int64))
+    by_row = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, max_kv_len=45, **options)
+    given = [options[name] for name in ("scaling", "window", "softcap", "sinks", "chunk")]
+    padded = reference._decode_padded(rows, pool.k[0], pool.v[0], *tables, lens, 45, *given)
     torch.testing.assert_close(padded, by_row, rtol=1e-5, atol=1e-5)
 
 
@@ -150,12 +150,13 @@ def test_a_decode_row_has_the_same_bits_alone_and_in_a_batch(case, dtype):
     shape, options = options_of(CASES[case])
     query, _, _, pool, table = filled(300, dtype=dtype, **shape)
     lens = torch.tensor([300, 1, 257, 30], dtype=torch.int32)
-    rows, tables = query[lens.long() - 1], table.repeat(4, 1)
-    together = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], tables, lens, max_kv_len=300, **options)
+    rows, slots = query[lens.long() - 1], torch.zeros(4, dtype=torch.int64)
+    views = (pool.k[0], pool.v[0], table[None])
+    together = TORCH_KERNELS.decode_attention(rows, *views, slots, lens, max_kv_len=300, **options)
     for row in range(4):
         one = slice(row, row + 1)
         alone = TORCH_KERNELS.decode_attention(
-            rows[one], pool.k[0], pool.v[0], tables[one], lens[one], max_kv_len=int(lens[row]), **options
+            rows[one], *views, slots[one], lens[one], max_kv_len=int(lens[row]), **options
         )
         assert torch.equal(alone, together[one])
 
@@ -173,6 +174,7 @@ def _packed(pool, table, query, key, value):
         offsets=positions % 8,
         num_decode_rows=1,
         block_tables=table[None],
+        slots=torch.zeros(1, dtype=torch.int64),
         kv_lens=torch.tensor([21], dtype=torch.int32),
         max_kv_len=21,
         spans=[PrefillSpan(1, 21, 20, table)],

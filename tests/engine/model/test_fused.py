@@ -248,7 +248,7 @@ def test_the_last_layer_computes_the_wanted_rows_alone_and_to_the_same_bits(kern
     fuse_layers(model, kernels)
     whole = logits(model)
     rows = torch.tensor([39, 3, 17])
-    step = StepAttention([], rows, rows, 0, rows, rows, 0, [], kept_rows=rows)
+    step = StepAttention([], rows, rows, 0, rows, rows, rows, 0, [], kept_rows=rows)
     seen = []
     hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append("module"))
     ids = torch.randint(0, SMALL["vocab_size"], (1, 40), generator=torch.Generator().manual_seed(1))

@@ -21,6 +21,7 @@ from kvcache.pool import BlockPool
 from messages.handoff import BlockLocation
 from messages.request import SamplingParams
 from messages.stream import TokenLogprob
+from tests.slot_mirror import SlotMirror
 
 
 class Bench:
@@ -35,7 +36,9 @@ class Bench:
             "watermark": 0.0,
         }
         self.pool = BlockPool(num_blocks, 4)
-        self.scheduler = Scheduler(SchedulerConfig(**(defaults | config)), self.pool, b"model")
+        made = SchedulerConfig(**(defaults | config))
+        self.scheduler = Scheduler(made, self.pool, b"model")
+        self.slots = SlotMirror(made.max_num_seqs)
         self.now_s = 0.0
         self.tokens: dict[str, list[int]] = {}  # emitted so far
         self.offered: list[BlockLocation] = []
@@ -70,7 +73,7 @@ class Bench:
     def start(self) -> list[SequenceStep]:
         """The parts of the step that the scheduler wants to run now."""
         steps = [item for item in self.post(StepWanted()) if isinstance(item, RunStep)]
-        self.parts = steps[0].plan.parts if steps else []
+        self.parts = list(self.slots.take_in(steps[0].plan, self.scheduler).parts) if steps else []
         return self.parts
 
     def finish(self, token_id: int = 7, elapsed_s: float = 0.001, **errors) -> list[Instruction]:
@@ -80,9 +83,9 @@ class Bench:
         logprobs = {
             part.seq_id: [
                 TokenLogprob(token, -1.0, 1)
-                for token in part.token_ids[part.start + 1 : min(part.end + 1, part.num_prompt_tokens)]
+                for token in slot.token_ids[part.start + 1 : min(part.end + 1, slot.begins.num_prompt_tokens)]
             ]
-            for part in self.parts
+            for part, slot in [(part, self.slots[part]) for part in self.parts]
             if part.wants_prompt_logprobs
         }
         return self.post(

@@ -29,7 +29,7 @@ from tests.engine.scheduling.scheduler_bench import PROMPT, Bench, emitted
 def test_a_kept_sequence_offers_its_blocks_just_before_its_token(bench: Bench) -> None:
     bench.add("a", PROMPT, is_kept=True, max_tokens=100)
     bench.start()
-    table = list(bench.parts[0].block_table)
+    table = list(bench.slots[bench.parts[0]].block_table)
     offer, emit = bench.finish()
     assert isinstance(offer, OfferBlocks)
     assert offer.is_last
@@ -233,7 +233,7 @@ def test_targets_of_a_pull_that_was_given_up_are_nobodys_until_it_ends() -> None
     targets = {target for _, target in pull.pairs}
     bench.post(KvRefused("r"))
     parts = bench.start()
-    assert targets.isdisjoint(parts[0].block_table)
+    assert targets.isdisjoint(bench.slots[parts[0]].block_table)
     bench.finish()
     bench.post(SequenceCancelled("r"))
     assert bench.pool.num_used == 4

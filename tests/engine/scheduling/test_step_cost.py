@@ -6,21 +6,15 @@ import pytest
 
 from engine.scheduling.plan import SequenceStep
 from engine.scheduling.step_cost import ChunkBudget, StepCost, features
-from messages.request import SamplingParams
-
-PARAMS = SamplingParams(max_tokens=1)
 
 
 def part(kind: str, start: int, num_tokens: int) -> SequenceStep:
     return SequenceStep(
         seq_id="s",
+        slot=0,
         kind=kind,
-        token_ids=[],
-        num_prompt_tokens=0,
         start=start,
         num_tokens=num_tokens,
-        block_table=[],
-        params=PARAMS,
         is_sampled=True,
     )
 

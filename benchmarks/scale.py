@@ -1,0 +1,140 @@
+"""What must stay small where there is much of everything: milliseconds a step takes outside the forward pass.
+
+    python benchmarks/scale.py              500 steps
+    python benchmarks/scale.py --quick      100 steps, about 20 s
+    python benchmarks/scale.py --record     also append to benchmarks/results/scale.jsonl
+
+256 sequences of 131,072 tokens share all blocks but their last and generate. A scheduler plans their steps, a runner
+packs them, and nothing is computed. Medians; the largest is of a step in which every sequence gets a block. Peer: the
+same steps packed anew each time, out of whole lists, as was done until plans carried only what is new.
+Goals: packing under 2 ms, planning under 1 ms.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import numpy as np
+import torch
+from harness.models import model_directory
+from harness.report import goal, parser, record
+
+from engine.memory.kv_pool import KvPool
+from engine.model.load import load_model
+from engine.runner import Runner
+from engine.sampling.sampler import Sampler
+from engine.scheduling.plan import (
+    RunStep,
+    Sampled,
+    SequenceAdded,
+    SequenceSpec,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+)
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from kvcache.pool import BlockPool
+from messages.request import SamplingParams
+
+NUM_SEQUENCES = 256
+NUM_TOKENS = 131_072
+BLOCK_SIZE = 16
+#: Milliseconds, by figure.
+GOALS = {"packing 256 decodes at 131 k tokens": 2.0, "planning 256 decodes at 131 k tokens": 1.0}
+
+
+class LongSequences:
+    """A scheduler, and a runner that is told of its plans; what steps give is made up."""
+
+    def __init__(self) -> None:
+        num_blocks = NUM_TOKENS // BLOCK_SIZE + 64 * NUM_SEQUENCES
+        config = SchedulerConfig(
+            max_model_len=2 * NUM_TOKENS, max_num_seqs=NUM_SEQUENCES, max_num_batched_tokens=8192, itl_target_s=1e9
+        )
+        self._scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), b"model")
+        loaded = load_model(model_directory("long"))
+        pool = KvPool(loaded.layer_specs, BLOCK_SIZE, loaded.dtype, loaded.device, num_blocks=num_blocks)
+        self._runner = Runner(loaded, pool, Sampler(loaded.vocab_size, None))
+        self._anew = PackedAnew(self._scheduler)
+        prompt = [number % 251 for number in range(NUM_TOKENS)]
+        params = SamplingParams(max_tokens=NUM_TOKENS)
+        for number in range(NUM_SEQUENCES):
+            spec = SequenceSpec(seq_id=f"s{number}", token_ids=prompt, num_prompt_tokens=NUM_TOKENS, params=params)
+            self._scheduler.on_event(SequenceAdded(spec), 0.0)
+        self.plan_ms: list[float] = []
+        self.pack_ms: list[float] = []
+        self.pack_anew_ms: list[float] = []
+
+    def step(self) -> None:
+        """Run one step; it is timed if all sequences generate."""
+        begin_s = time.perf_counter()
+        [step] = self._scheduler.on_event(StepWanted(), 0.0)
+        planned_s = time.perf_counter()
+        assert isinstance(step, RunStep)
+        self._runner._tables.take_in(step.plan)
+        packed = self._runner._pack(step.plan.parts).attention
+        packed_s = time.perf_counter()
+        if packed.num_decode_rows == NUM_SEQUENCES:
+            self.plan_ms.append(1e3 * (planned_s - begin_s))
+            self.pack_ms.append(1e3 * (packed_s - planned_s))
+            begin_s = time.perf_counter()
+            tables = self._anew.pack(step.plan)
+            self.pack_anew_ms.append(1e3 * (time.perf_counter() - begin_s))
+            assert torch.equal(packed.block_tables[packed.slots][:, : tables.shape[1]], tables), "both pack the same"
+        sampled = {part.seq_id: Sampled(7) for part in step.plan.parts if part.is_sampled}
+        self._scheduler.on_event(StepEnded(StepResult(sampled=sampled)), 0.0)
+
+
+class PackedAnew:
+    """The peer: every table of a step is made into an array again."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._running = scheduler._ledger.running
+        self._tokens = np.empty((4, NUM_SEQUENCES), np.int64)
+        self._tables = np.empty((NUM_SEQUENCES, 2 * NUM_TOKENS // BLOCK_SIZE), np.int32)
+
+    def pack(self, plan: StepPlan) -> torch.Tensor:
+        """Block tables of a step of decodes, `[len(parts), max_blocks]` int32."""
+        num_columns = -(-max(part.end for part in plan.parts) // BLOCK_SIZE)
+        tables = self._tables[: len(plan.parts), :num_columns]
+        tables[:] = 0
+        for row, part in enumerate(plan.parts):
+            seq = self._running[part.seq_id]
+            blocks = np.array(seq.block_table[: -(-part.end // BLOCK_SIZE)], np.int32)
+            index, offset = divmod(part.start, BLOCK_SIZE)
+            self._tokens[:, row] = (seq.token_ids[part.start], part.start, blocks[index], offset)
+            tables[row, : len(blocks)] = blocks
+        return torch.from_numpy(tables)
+
+
+def long_sequences(num_steps: int) -> dict[str, list[float]]:
+    """Milliseconds of each step, by what they went to."""
+    sequences = LongSequences()
+    while len(sequences.pack_ms) < num_steps:
+        sequences.step()
+    what = "256 decodes at 131 k tokens"
+    return {
+        f"planning {what}": sequences.plan_ms,
+        f"packing {what}": sequences.pack_ms,
+        f"packing anew {what}": sequences.pack_anew_ms,
+    }
+
+
+def main() -> None:
+    options = parser(__doc__, "scale", quick="a fifth of the steps").parse_args()
+    torch.set_num_threads(1)
+    taken = long_sequences(100 if options.quick else 500)
+    figures = {name: {"median_ms": median(times), "max_ms": max(times)} for name, times in taken.items()}
+    print(f"{'ms a step':50} {'median':>8} {'largest':>8}")
+    for name, figure in figures.items():
+        print(f"{name:50} {figure['median_ms']:8.2f} {figure['max_ms']:8.2f}")
+    if options.record:
+        record("scale", figures, torch=torch.__version__)
+    for name, under_ms in GOALS.items():
+        print(goal(name, figures[name]["median_ms"], under=under_ms, unit=" ms"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the runner keeps of the sequences that run: tokens and block tables, by slot, as plans tell of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
+from messages.errors import InvariantError
+
+
+@dataclass(slots=True)
+class SlotSequence:
+    """The sequence in a slot, as far as plans told of it."""
+
+    seq_id: str
+    begins: SlotBegins
+    token_ids: list[int] = field(default_factory=list)
+    num_blocks: int = 0
+
+
+class SlotTables:
+    """The slots of one runner. Room for more of them, and for longer tables, is made by doubling.
+
+    Attributes:
+        host_tables: `[num_slots, max_blocks]` int32. What follows a sequence's last block is 0, or an earlier one's.
+        block_tables: the same on the runner's device; on a CPU the same memory. Elsewhere new entries alone are
+            written, in place; where there was no room for them it is another tensor from then on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sequences: dict[int, SlotSequence] = {}
+        self._device = device
+        self.host_tables: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self.block_tables = torch.from_numpy(self.host_tables).to(device)
+
+    def __getitem__(self, slot: int) -> SlotSequence:
+        """Who is in a slot that has begun; not to be changed."""
+        return self._sequences[slot]
+
+    def take_in(self, plan: StepPlan) -> list[str]:
+        """Bring the slots up to date; every plan once, in order.
+
+        Returns:
+            The ids of the sequences that left their slots.
+
+        Raises:
+            InvariantError: a part goes on with a sequence that is not in its slot.
+        """
+        left = [self._sequences.pop(slot) for slot in plan.freed_slots if slot in self._sequences]
+        written: list[tuple[int, int, int]] = []  # slot, then which entries of its table: [begin, end)
+        for part in plan.parts:
+            if part.begins is not None:
+                if part.slot in self._sequences:  # whoever plans began anew
+                    left.append(self._sequences[part.slot])
+                self._sequences[part.slot] = SlotSequence(part.seq_id, part.begins)
+            sequence = self._sequence_of(part)
+            sequence.token_ids += part.new_token_ids
+            if part.new_block_ids:
+                begin, end = sequence.num_blocks, sequence.num_blocks + len(part.new_block_ids)
+                self._reserve(part.slot + 1, end)
+                self.host_tables[part.slot, begin:end] = part.new_block_ids
+                sequence.num_blocks = end
+                written.append((part.slot, begin, end))
+        if written and self._device.type != "cpu":
+            self._copy_entries(written)
+        return [sequence.seq_id for sequence in left]
+
+    def _sequence_of(self, part: SequenceStep) -> SlotSequence:
+        sequence = self._sequences.get(part.slot)
+        if sequence is None or sequence.seq_id != part.seq_id:
+            found = "nobody" if sequence is None else repr(sequence.seq_id)
+            raise InvariantError(f"a step goes on with {part.seq_id!r} in slot {part.slot}; in it is {found}")
+        return sequence
+
+    def _reserve(self, num_slots: int, max_blocks: int) -> None:
+        old = self.host_tables
+        if num_slots <= old.shape[0] and max_blocks <= old.shape[1]:
+            return
+        shape = [max(have, _grown(want)) for have, want in zip(old.shape, (num_slots, max_blocks), strict=True)]
+        self.host_tables = np.zeros(shape, np.int32)  # pages that nobody writes cost nothing
+        for slot, sequence in self._sequences.items():
+            if sequence.num_blocks:
+                self.host_tables[slot, : sequence.num_blocks] = old[slot, : sequence.num_blocks]
+        self.block_tables = torch.from_numpy(self.host_tables).to(self._device)
+
+    def _copy_entries(self, written: Sequence[tuple[int, int, int]]) -> None:
+        """Put entries of the host's tables into the device's, in one transfer."""
+        slots = np.repeat([slot for slot, _, _ in written], [end - begin for _, begin, end in written])
+        columns = np.concatenate([np.arange(begin, end) for _, begin, end in written])
+        entries = torch.from_numpy(np.stack([slots, columns, self.host_tables[slots, columns]])).to(self._device)
+        self.block_tables[entries[0], entries[1]] = entries[2].int()
+
+
+def _grown(wanted: int) -> int:
+    """The next power of two, so that tables are seldom made anew."""
+    return 1 << max(0, wanted - 1).bit_length()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
+from engine.slot_tables import SlotTables
+from messages.errors import InvariantError
+from messages.request import SamplingParams
+
+BEGINS = SlotBegins(num_prompt_tokens=2, params=SamplingParams(max_tokens=9))
+
+
+def part(seq_id: str, slot: int, *, tokens=(), blocks=(), begins: SlotBegins | None = None) -> SequenceStep:
+    return SequenceStep(
+        seq_id=seq_id,
+        slot=slot,
+        begins=begins,
+        kind="decode",
+        start=0,
+        num_tokens=1,
+        new_token_ids=tuple(tokens),
+        new_block_ids=tuple(blocks),
+        is_sampled=False,
+    )
+
+
+@pytest.fixture
+def tables() -> SlotTables:
+    return SlotTables(torch.device("cpu"))
+
+
+def test_parts_append_to_what_their_slot_was_told(tables):
+    tables.take_in(
+        StepPlan((part("a", 1, tokens=[5, 6], blocks=[9], begins=BEGINS), part("b", 0, blocks=[3], begins=BEGINS)))
+    )
+    tables.take_in(StepPlan((part("a", 1, tokens=[7], blocks=[4, 2]),)))
+    assert tables[1].token_ids == [5, 6, 7]
+    assert tables[1].begins == BEGINS
+    assert tables.block_tables[1, :3].tolist() == [9, 4, 2]
+    assert tables.block_tables[0, :1].tolist() == [3]
+
+
+def test_room_for_slots_and_blocks_is_made_in_place_of_none_and_loses_nothing(tables):
+    tables.take_in(StepPlan((part("a", 0, blocks=[1, 2, 3], begins=BEGINS),)))
+    assert tables.block_tables.shape == (1, 4)
+    before = tables.block_tables
+    tables.take_in(StepPlan((part("a", 0, blocks=[4]),)))
+    assert tables.block_tables is before, "what has room is written in place"
+    tables.take_in(StepPlan((part("a", 0, blocks=[5]), part("b", 4, blocks=[6], begins=BEGINS))))
+    assert tables.block_tables.shape == (8, 8)
+    assert tables.block_tables[0].tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert tables.block_tables[4].tolist() == [6, *[0] * 7]
+
+
+def test_who_leaves_is_told_whether_its_slot_was_freed_or_begins_anew(tables):
+    first = (part("a", 0, begins=BEGINS), part("b", 1, begins=BEGINS), part("c", 2, begins=BEGINS))
+    assert tables.take_in(StepPlan(first)) == []
+    assert tables.take_in(StepPlan((), freed_slots=(1, 7))) == ["b"]
+    assert tables.take_in(StepPlan((part("d", 0, begins=BEGINS),), freed_slots=(0,))) == ["a"]
+    assert tables.take_in(StepPlan((part("c", 2, tokens=[1], begins=BEGINS),))) == ["c"], "whoever plans began anew"
+    assert tables[2].token_ids == [1]
+
+
+def test_a_plan_that_was_lost_or_came_twice_is_noticed_where_it_changes_who_is_where(tables):
+    with pytest.raises(InvariantError, match="goes on with 'a' in slot 0; in it is nobody"):
+        tables.take_in(StepPlan((part("a", 0),)))
+    tables.take_in(StepPlan((part("a", 0, begins=BEGINS),)))
+    with pytest.raises(InvariantError, match="goes on with 'b' in slot 0; in it is 'a'"):
+        tables.take_in(StepPlan((part("b", 0),)))
+
+
+def test_other_devices_are_brought_the_new_entries_and_no_others(tables):
+    tables.take_in(
+        StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS), part("b", 1, blocks=[3, 4, 5], begins=BEGINS)))
+    )
+    host, tables.block_tables = tables.block_tables, torch.full((2, 4), -1, dtype=torch.int32)
+    tables._copy_entries([(0, 1, 2), (1, 0, 3)])
+    assert host.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
+    assert tables.block_tables.tolist() == [[-1, 2, -1, -1], [3, 4, 5, -1]]
