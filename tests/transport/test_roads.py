@@ -36,7 +36,8 @@ class Setting:
         self.puller.learn(self.link, [region for region in self.owner.regions if region.road in roads])
 
     async def pull(self) -> str:
-        return await self.puller.pull(self.link, COPIES, self.target)
+        """The road that was taken."""
+        return (await self.puller.pull(self.link, COPIES, self.target)).road
 
     def is_whole(self) -> bool:
         return all(
