@@ -1,6 +1,6 @@
 """Which worker holds which block: name -> holders, folded from what workers report (write path step c).
 
-Holders of a name are one integer, a bit per slot; a worker has one slot. Workers evict tails of a prefix before its
+Holders of a name are one integer, a bit per column; a worker has one column. Workers evict tails of a prefix before its
 heads, so along a prompt's names the set of holders only shrinks, and the longest match of every worker is found by
 galloping: tens of probes instead of one per block.
 
@@ -8,7 +8,7 @@ galloping: tens of probes instead of one per block.
     worker a   # # # # # # . .      match 6
     worker b   # # . . . . . .      match 2
 
-A worker that left or was cleared stops counting at once; its names are swept out by and by, and its slot is used
+A worker that left or was cleared stops counting at once; its names are swept out by and by, and its column is used
 again only when nothing of it is left. Memory follows what workers hold: about 190 bytes a name with one holder
 (benchmarks/router.py, 2026-11-23). Not thread-safe.
 """
@@ -32,20 +32,20 @@ class BlockIndex:
     """See the module."""
 
     def __init__(self) -> None:
-        self._holders: dict[bytes, int] = {}  # name -> bits of slots, live or retired; never 0
-        self._slots: dict[str, int] = {}  # live workers
+        self._holders: dict[bytes, int] = {}  # name -> bits of columns, live or retired; never 0
+        self._columns: dict[str, int] = {}  # live workers
         self._workers: dict[int, str] = {}  # the other way round
-        self._held: dict[int, set[bytes]] = {}  # slot, live or retired -> its names
+        self._held: dict[int, set[bytes]] = {}  # column, live or retired -> its names
         self._retired: list[int] = []
-        self._live = 0  # bits of live slots
+        self._live = 0  # bits of live columns
 
     def __len__(self) -> int:
         return len(self._holders)
 
     def num_held(self, worker_id: str) -> int:
         """Names that the worker holds; 0 for one that is unknown."""
-        slot = self._slots.get(worker_id)
-        return 0 if slot is None else len(self._held[slot])
+        column = self._columns.get(worker_id)
+        return 0 if column is None else len(self._held[column])
 
     def fold(self, worker_id: str, *, cleared: bool = False, stored: bytes = b"", removed: bytes = b"") -> None:
         """Apply one worker's change: `cleared` first, then `stored`, then `removed` (concatenated names).
@@ -59,29 +59,29 @@ class BlockIndex:
             raise ValueError(f"names come in {NAME_BYTES} bytes each: saw {len(stored)} and {len(removed)} bytes")
         if cleared:
             self.drop(worker_id)
-        slot = self._slots.get(worker_id)
-        if slot is None:
-            slot = self._take_slot(worker_id)
-        self._store(slot, stored)
-        self._remove(slot, removed)
+        column = self._columns.get(worker_id)
+        if column is None:
+            column = self._take_column(worker_id)
+        self._store(column, stored)
+        self._remove(column, removed)
         if self._retired:
             self.sweep(2 * (len(stored) + len(removed)) // NAME_BYTES + _SWEPT_PER_FOLD)
 
     def drop(self, worker_id: str) -> None:
         """Forget a worker: no match names it any more. Unknown ones are fine."""
-        slot = self._slots.pop(worker_id, None)
-        if slot is not None:
-            del self._workers[slot]
-            self._live &= ~(1 << slot)
-            self._retired.append(slot)
+        column = self._columns.pop(worker_id, None)
+        if column is not None:
+            del self._workers[column]
+            self._live &= ~(1 << column)
+            self._retired.append(column)
 
     def sweep(self, max_names: int) -> None:
         """Free at most `max_names` entries of workers that are gone."""
         holders = self._holders
         while self._retired and max_names > 0:
-            slot = self._retired[-1]
-            held = self._held[slot]
-            others = ~(1 << slot)
+            column = self._retired[-1]
+            held = self._held[column]
+            others = ~(1 << column)
             num_swept = min(max_names, len(held))
             for _ in range(num_swept):
                 name = held.pop()
@@ -93,7 +93,7 @@ class BlockIndex:
             max_names -= num_swept
             if not held:
                 self._retired.pop()
-                del self._held[slot]
+                del self._held[column]
 
     def match(self, names: bytes) -> dict[str, int]:
         """Leading blocks that each worker holds, of the prompt with these (concatenated) names. Zeros are left out.
@@ -136,26 +136,26 @@ class BlockIndex:
     def check_invariants(self) -> None:
         """Raise InvariantError unless both directions of the index agree."""
         expected: dict[bytes, int] = {}
-        for slot, held in self._held.items():
+        for column, held in self._held.items():
             for name in held:
-                expected[name] = expected.get(name, 0) | 1 << slot
-        live = sum(1 << slot for slot in self._slots.values())
-        slots = {slot: worker_id for worker_id, slot in self._slots.items()}
-        if expected != self._holders or live != self._live or slots != self._workers:
+                expected[name] = expected.get(name, 0) | 1 << column
+        live = sum(1 << column for column in self._columns.values())
+        columns = {column: worker_id for worker_id, column in self._columns.items()}
+        if expected != self._holders or live != self._live or columns != self._workers:
             raise InvariantError("block index: names by worker and workers by name differ")
         if sorted([*self._workers, *self._retired]) != sorted(self._held):
-            raise InvariantError(f"block index: slots {sorted(self._held)} are neither live nor retired, or both")
+            raise InvariantError(f"block index: columns {sorted(self._held)} are neither live nor retired, or both")
 
-    def _take_slot(self, worker_id: str) -> int:
-        slot = next(slot for slot in count() if slot not in self._held)
-        self._slots[worker_id] = slot
-        self._workers[slot] = worker_id
-        self._held[slot] = set()
-        self._live |= 1 << slot
-        return slot
+    def _take_column(self, worker_id: str) -> int:
+        column = next(column for column in count() if column not in self._held)
+        self._columns[worker_id] = column
+        self._workers[column] = worker_id
+        self._held[column] = set()
+        self._live |= 1 << column
+        return column
 
-    def _store(self, slot: int, names: bytes) -> None:
-        holders, held, bit = self._holders, self._held[slot], 1 << slot
+    def _store(self, column: int, names: bytes) -> None:
+        holders, held, bit = self._holders, self._held[column], 1 << column
         for batch in _split(names):
             held.update(batch)
             if holders.keys().isdisjoint(batch):  # the usual case, at C's speed; one integer object for all of them
@@ -164,9 +164,9 @@ class BlockIndex:
             for name in batch:
                 holders[name] = holders.get(name, 0) | bit
 
-    def _remove(self, slot: int, names: bytes) -> None:
-        holders, bit = self._holders, 1 << slot
-        discard = self._held[slot].discard
+    def _remove(self, column: int, names: bytes) -> None:
+        holders, bit = self._holders, 1 << column
+        discard = self._held[column].discard
         for batch in _split(names):
             for name in batch:
                 bits = holders.get(name, 0)

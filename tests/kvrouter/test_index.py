@@ -38,7 +38,7 @@ def test_dropped_worker_is_gone_from_the_next_match_on():
     index.check_invariants()
 
 
-def test_slot_is_not_given_to_another_before_it_is_swept():
+def test_column_is_not_given_to_another_before_it_is_swept():
     index = BlockIndex()
     index.fold("a", stored=chain_names(1, 0, 5000))
     index.drop("a")
