@@ -210,12 +210,12 @@ class RequestTable:
     def _cancel(self, request_id: str, out: list[Instruction]) -> None:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._end_sequence(sequence, out, is_running=True)
+            self._end_sequence(sequence, out, tells_worker=True)
 
-    def _end_sequence(self, sequence: _Sequence, out: list[Instruction], *, is_running: bool) -> None:
-        """`is_running`: its worker, if it has one, does not know yet that it is over."""
+    def _end_sequence(self, sequence: _Sequence, out: list[Instruction], *, tells_worker: bool) -> None:
+        """Nothing more is wanted or will come of it; its worker, if it has one, is told where it does not know."""
         request = sequence.request
-        self._unplace(sequence, out, is_running=is_running)
+        self._unplace(sequence, out, tells_worker=tells_worker)
         del self._sequences[sequence.asked.request_id]
         del request.sequences[sequence.asked.request_id]
         if not request.sequences:
@@ -223,7 +223,7 @@ class RequestTable:
 
     def _end(self, request: _Request, out: list[Instruction]) -> None:
         for sequence in request.sequences.values():
-            self._unplace(sequence, out, is_running=True)
+            self._unplace(sequence, out, tells_worker=True)
             del self._sequences[sequence.asked.request_id]
         self._end_route(request, out)
         del self._requests[request.request_id]
@@ -376,8 +376,8 @@ class RequestTable:
             )
             out.append(SendToWorker(request.worker_id, request.address, message))
 
-    def _unplace(self, sequence: _Sequence, out: list[Instruction], *, is_running: bool) -> None:
-        """Expect nothing more of it. `is_running`: the worker is told."""
+    def _unplace(self, sequence: _Sequence, out: list[Instruction], *, tells_worker: bool) -> None:
+        """Expect nothing more of it where it runs, if it does."""
         if sequence.placed_id is None:
             return
         request, placed_id = sequence.request, sequence.placed_id
@@ -386,7 +386,7 @@ class RequestTable:
         self._num_sequences[request.worker_id] -= 1
         if not self._num_sequences[request.worker_id]:
             del self._num_sequences[request.worker_id]
-        if is_running:
+        if tells_worker:
             cancel = CancelRequest(request_id=placed_id)
             out.append(SendToWorker(request.worker_id, request.address, cancel))
 
@@ -397,14 +397,14 @@ class RequestTable:
             return  # of a sequence that was cancelled, or has left that worker
         request = sequence.request
         if chunk.error is not None and _is_retryable(chunk.error):
-            self._unplace(sequence, out, is_running=False)
+            self._unplace(sequence, out, tells_worker=False)
             self._move(request, error_from_info(chunk.error), now_s, out, is_lost=False)
             return
         sequence.token_ids += chunk.token_ids
         out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
         sequence.has_begun = True
         if chunk.finish_reason is not None:
-            self._end_sequence(sequence, out, is_running=False)
+            self._end_sequence(sequence, out, tells_worker=False)
 
     def _lose_worker(self, worker_id: str, reason: str, now_s: float, out: list[Instruction]) -> None:
         error = WorkerError(f"the worker {worker_id} was lost: {reason}", code="worker_lost")
@@ -417,7 +417,7 @@ class RequestTable:
     ) -> None:
         """Its worker was lost or failed it: elsewhere it goes on after the tokens that were delivered."""
         for sequence in request.sequences.values():
-            self._unplace(sequence, out, is_running=not is_lost)
+            self._unplace(sequence, out, tells_worker=not is_lost)
         self._end_route(request, out)
         request.failed.append(request.worker_id)
         request.was_lost |= is_lost

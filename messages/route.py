@@ -10,7 +10,9 @@ from messages.errors import ErrorInfo
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Route and reserve, in one step.
 
-    `names`: 16-byte names of the prompt's full blocks, concatenated. `num_sequences`: choices that will run.
+    `names`: 16-byte names of the prompt's full blocks, concatenated. `num_prompt_tokens`: all that is to be computed
+    before the next token, so with what was generated so far if the request moves. `num_sequences`: choices that will
+    run.
     """
 
     request_id: str
@@ -44,6 +46,6 @@ class RouteFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class RequestEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Ingress to router: the reservation made for this request ends."""
+    """Ingress to router: the reservation made for this request ends, whether or not its Placement was sent yet."""
 
     request_id: str
