@@ -11,8 +11,8 @@ token ids, in one of three states:
     decode   asked once more: its blocks are in the decode worker's pool
     prefill  only the prefill worker holds it
 For the last state the benchmark first asks the decode worker on its own channel to have the prompt prefilled, whatever
-the router would think of it; then short prompts (below the length that is worth a handoff, so that the decode worker
-computes them itself) fill its pool and push the prompt out. The request that is measured is routed like any other.
+the router would think of it, then to compute short prompts itself, which fill its pool and push the prompt out. The
+request that is measured is routed like any other.
 `kvray.prompt_sources` of each answer says where the tokens came from, and has to agree: all but the last block or two
 from the state's place, else the request does not count, and is shown as one of the others.
 Goals: a prompt held by decode, and one held by prefill, is faster than a cold one at every length.
@@ -23,8 +23,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -41,7 +39,7 @@ from engine.model.linear import can_pack
 
 PATH = "/v1/completions"
 LENGTHS = (512, 2048, 7936)  # the last one, with its output, is what 8 k positions hold
-FILLER_TOKENS = 240  #: less than the decode worker would ask a prefill worker for
+FILLER_TOKENS = 240
 POOL_TOKENS = 12_288  #: the longest prompt, and room to push it out soon
 NUM_FILL_STREAMS = 16
 FILL = 1.25  #: pools' worth of filler
@@ -57,56 +55,39 @@ class Taken:
     num_others: int = 0  #: whose tokens came from elsewhere
 
 
-class Client:
-    """Sends prompts over HTTP."""
-
-    def __init__(self, connections: list[HttpConnection], size: int) -> None:
-        self._connections = connections
-        self._size = size
-        self._seed = 1_000_000
-
-    async def ask(self, prompt: list[int]) -> tuple[float, dict[str, int]]:
-        """Seconds to the first token, and where the prompt's tokens came from."""
-        body = {
-            "model": "bench",
-            "prompt": prompt,
-            "max_tokens": 2,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
-            "return_prompt_sources": True,
-        }
-        first_s, sources = 0.0, None
-        begin_s = time.perf_counter()
-        async for event in self._connections[0].events(PATH, body):
-            first_s = first_s or time.perf_counter() - begin_s
-            sources = event.get("kvray", {}).get("prompt_sources", sources)
-        await asyncio.sleep(AFTERMATH_S)
-        assert sources is not None, "the answer does not say where its tokens came from"
-        return first_s, sources
-
-    async def fill(self, num_tokens: int) -> None:
-        """Have the decode worker compute so many tokens of short prompts that nobody asks for again."""
-        self._seed += 1
-        prompts = draw_prompts(self._seed, -(-num_tokens // FILLER_TOKENS), FILLER_TOKENS, self._size)
-
-        async def work(connection: HttpConnection) -> None:
-            while prompts:
-                body = {"model": "bench", "prompt": prompts.pop(), "max_tokens": 1, "ignore_eos": True, "stream": True}
-                async for _ in connection.events(PATH, body):
-                    pass
-
-        await asyncio.gather(*(work(connection) for connection in self._connections))
-        await asyncio.sleep(AFTERMATH_S)
+async def ask(connection: HttpConnection, prompt: list[int]) -> tuple[float, dict[str, int]]:
+    """Seconds to the first token, and where the prompt's tokens came from."""
+    body = {
+        "model": "bench",
+        "prompt": prompt,
+        "max_tokens": 2,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+        "return_prompt_sources": True,
+    }
+    first_s, sources = 0.0, None
+    begin_s = time.perf_counter()
+    async for event in connection.events(PATH, body):
+        first_s = first_s or time.perf_counter() - begin_s
+        sources = event.get("kvray", {}).get("prompt_sources", sources)
+    await asyncio.sleep(AFTERMATH_S)
+    assert sources is not None, "the answer does not say where its tokens came from"
+    return first_s, sources
 
 
-@asynccontextmanager
-async def connected(served: Served, size: int) -> AsyncIterator[Client]:
-    connections = [await HttpConnection.open(served.url) for _ in range(NUM_FILL_STREAMS)]
-    yield Client(connections, size)
-    for connection in connections:
-        connection.close()
+async def fill(served: Served, prompts: list[list[int]]) -> None:
+    """Have the decode worker compute these prompts itself, so that what it held makes room."""
+
+    async def work() -> None:
+        direct = DirectClient(served.secret, served.addresses("decode")[0])
+        while prompts:
+            await direct.first_token_s(prompts.pop(), None)
+        direct.close()
+
+    await asyncio.gather(*(work() for _ in range(NUM_FILL_STREAMS)))
+    await asyncio.sleep(AFTERMATH_S)
 
 
 def state_of(sources: dict[str, int], num_tokens: int, block_size: int) -> str:
@@ -121,24 +102,25 @@ async def measure(served: Served, size: int, lengths: tuple[int, ...], repeats: 
     worker = served.status()["workers"][0]
     block_size, pool_tokens = worker["block_size_tokens"], worker["num_blocks"] * worker["block_size_tokens"]
     results = {length: {state: Taken() for state in STATES} for length in lengths}
-    async with connected(served, size) as client:
-        await client.fill(pool_tokens // 4)  # rates are measured, the router knows them
-        await hold_in_prefill(served, draw_prompts(0, 1, lengths[0], size)[0])
-        for number in range(-1, repeats):
-            for length in lengths:
-                prompt, other = draw_prompts(1000 * length + number, 2, length, size)
-                for state in STATES:
-                    if state == "prefill":
-                        await hold_in_prefill(served, other)
-                        await client.fill(int(FILL * pool_tokens))
-                    first_s, sources = await client.ask(other if state == "prefill" else prompt)
-                    taken = results[length][state]
-                    if number < 0:
-                        continue
-                    if state_of(sources, length, block_size) == state:
-                        taken.seconds.append(first_s)
-                    else:
-                        taken.num_others += 1
+    num_fillers = int(FILL * pool_tokens) // FILLER_TOKENS
+    connection = await HttpConnection.open(served.url)
+    await hold_in_prefill(served, draw_prompts(0, 1, lengths[0], size)[0])
+    for number in range(-1, repeats):
+        for length in lengths:
+            prompt, other = draw_prompts(1000 * length + number, 2, length, size)
+            for state in STATES:
+                if state == "prefill":
+                    await hold_in_prefill(served, other)
+                    await fill(served, draw_prompts(1000 * length + number + 500, num_fillers, FILLER_TOKENS, size))
+                first_s, sources = await ask(connection, other if state == "prefill" else prompt)
+                taken = results[length][state]
+                if number < 0:
+                    continue
+                if state_of(sources, length, block_size) == state:
+                    taken.seconds.append(first_s)
+                else:
+                    taken.num_others += 1
+    connection.close()
     return results
 
 

@@ -7,6 +7,7 @@ whoever wants it again connects anew.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Peer:
     link: Link  #: what roads say to it
     cost: MoveCost
     told: MovePrice | None = None  #: the price that was last reported
+    pulled_s: float | None = None  #: when the first pull had ended
     pool: PeerPool | None = None  #: once it described it
     is_misfit: bool = False  #: its blocks cannot be pulled into ours
 
@@ -98,14 +100,19 @@ class Peers:
         if peer is None or peer.pool is None:
             return PullOutcome(frozenset(location.index for location, _ in pairs))
         outcome = await self._puller.pull(peer.link, peer.pool, pairs, on_progress)
+        if peer.pulled_s is None:
+            peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
             peer.cost.observe_pull(outcome.pulled.road, len(pairs) * self._block_bytes, outcome.pulled.elapsed_s)
         return outcome
 
     def observe_handoff(self, source: str, elapsed_s: float, source_s: float, num_blocks: int) -> None:
-        """A prompt's KV came whole from there; arguments as `MoveCost.observe_handoff`'s, with blocks for bytes."""
+        """A prompt's KV came whole from there; arguments as `MoveCost.observe_handoff`'s, with blocks for bytes.
+
+        What was asked before the first pull waited until the roads were tried, and says nothing of later ones.
+        """
         peer = self._peers.get(source)
-        if peer is not None:
+        if peer is not None and peer.pulled_s is not None and time.monotonic() - elapsed_s >= peer.pulled_s:
             peer.cost.observe_handoff(elapsed_s, source_s, num_blocks * self._block_bytes)
 
     def changed_prices(self) -> tuple[MovePrice, ...]:

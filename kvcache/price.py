@@ -10,6 +10,7 @@ of a decode worker, and whoever keeps blocks in other tiers. Prices travel as va
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from messages.price import ComputePrice, MovePrice
 _FORGET = 0.97  #: weight of an observation against the one after it: the last hundred or so count
 _SWEEPS = 3
 _STEP_TOKENS = 2048  #: of a long prompt's steps, about
-_NEWEST_WEIGHT = 0.2  #: of the newest handoff in the mean
+_NUM_HANDOFFS = 8  #: the least of so many counts: others' work and first times only ever add
 
 #: What a second that another sequence stalls is worth, in seconds of time to first token.
 HARM_WEIGHT = 0.2
@@ -71,7 +72,7 @@ class MoveCost:
         self._source = source
         self._road = ""
         self._pulls = LearnedPrices(2)  # 1, bytes
-        self._handoff_s: float | None = None
+        self._handoffs_s: deque[float] = deque(maxlen=_NUM_HANDOFFS)
 
     def observe_pull(self, road: str, num_bytes: int, elapsed_s: float) -> None:
         """Learn from a pull or a probe that went well; another road than the last one's begins anew."""
@@ -87,11 +88,7 @@ class MoveCost:
         the last block's publication. `num_bytes`: pulled.
         """
         hidden_s = max(0.0, self._pulls.seconds((1.0, float(num_bytes))) - source_s)
-        handoff_s = max(0.0, elapsed_s - source_s - hidden_s)
-        if self._handoff_s is None:
-            self._handoff_s = handoff_s
-        else:
-            self._handoff_s += _NEWEST_WEIGHT * (handoff_s - self._handoff_s)
+        self._handoffs_s.append(max(0.0, elapsed_s - source_s - hidden_s))
 
     @property
     def price(self) -> MovePrice | None:
@@ -99,7 +96,7 @@ class MoveCost:
         if not self._road:
             return None
         fixed_s, byte_s = self._pulls.prices
-        handoff_s = ASSUMED_MOVE.handoff_s if self._handoff_s is None else self._handoff_s
+        handoff_s = min(self._handoffs_s, default=ASSUMED_MOVE.handoff_s)
         return MovePrice(source=self._source, road=self._road, fixed_s=fixed_s, byte_s=byte_s, handoff_s=handoff_s)
 
 

@@ -21,10 +21,11 @@ _TIMEOUT_S = 60.0
 class DirectClient:
     """One request at a time. Belongs to the loop it was made on."""
 
+    _ids = itertools.count()  #: of all clients: a worker takes a request once
+
     def __init__(self, secret: ClusterSecret, address: str) -> None:
         self._inbox: asyncio.Queue[Message | str] = asyncio.Queue()  #: a string: why the worker was lost
         self._client = ChannelClient(secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait)
-        self._ids = itertools.count()
 
     def close(self) -> None:
         """Hang up."""

@@ -7,6 +7,7 @@ import pytest
 from engine.memory.kv_pool import LayerSpec
 from engine.peers import Peers
 from engine.puller import PullOutcome
+from kvcache.price import ASSUMED_MOVE
 from messages.handoff import DescribeRegions, ReleaseLease, RenewLease
 from messages.wire import Message
 from tests.engine.shared_pools import SharedPool
@@ -148,3 +149,20 @@ async def test_closing_hangs_up_and_tells_nobody(setting):
     setting.peers.close()
     await until(lambda: not owner.server.peers)
     assert (setting.lost, setting.peers.statuses()) == ([], ())
+
+
+async def test_each_owner_has_the_price_that_its_pulls_and_handoffs_taught(setting):
+    first, second = setting.owner(), setting.owner()
+    for owner in (first, second):
+        await setting.connected(owner)
+    assert setting.peers.prices() == setting.peers.changed_prices() == ()
+    setting.peers.observe_handoff(first.server.address, 9.0, 0.0, 1)  # asked before any pull: it waited for the roads
+    await setting.pull(first.server.address, first, 3, 0)
+    (price,) = setting.peers.changed_prices()
+    assert (price.source, price.road, price.handoff_s) == (first.server.address, "a", ASSUMED_MOVE.handoff_s)
+    assert setting.peers.changed_prices() == ()  # told already
+    assert setting.peers.prices() == (price,)
+    setting.peers.observe_handoff(first.server.address, 0.0, 0.0, 0)
+    (changed,) = setting.peers.changed_prices()
+    assert changed.handoff_s == 0.0
+    setting.peers.observe_handoff("tcp://nobody:1", 0.0, 0.0, 0)

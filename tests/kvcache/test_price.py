@@ -82,9 +82,14 @@ def test_a_handoff_adds_what_neither_computing_nor_moving_explains():
     assert held.handoff_s == pytest.approx(0.03, abs=0.005)
 
 
-def test_the_newest_handoffs_count_most():
-    price = learned_move(handoffs=[(0.1, 0.0, 0)] * 5 + [(0.01, 0.0, 0)] * 30)
-    assert price.handoff_s == pytest.approx(0.009, abs=0.002)
+def test_a_handoff_that_was_disturbed_does_not_count():
+    price = learned_move(handoffs=[(0.02, 0.0, 0), (3.0, 0.0, 0), (0.5, 0.0, 0)])
+    assert price.handoff_s == pytest.approx(0.019, abs=0.002)
+
+
+def test_handoffs_of_long_ago_do_not_count():
+    price = learned_move(handoffs=[(0.01, 0.0, 0)] * 30 + [(0.1, 0.0, 0)] * 8)
+    assert price.handoff_s == pytest.approx(0.099, abs=0.002)
 
 
 def test_a_prediction_is_what_was_learned():
