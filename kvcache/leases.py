@@ -26,14 +26,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """All its blocks were offered: the lease begins."""
+    """All blocks of this request were offered: the lease begins."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """The pull makes progress."""
+    """The asker's pull makes progress."""
 
     request_id: str
     peer: bytes
@@ -41,7 +41,7 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The asker wants nothing more of it."""
+    """The asker wants nothing more of the request's blocks."""
 
     request_id: str
     peer: bytes
@@ -49,7 +49,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Its blocks could not be made; they are free already."""
+    """The request's blocks could not be made; they are free already."""
 
     request_id: str
 
@@ -63,7 +63,7 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Look for leases that ended."""
+    """Some time passed: leases that ended by now are looked for."""
 
 
 LeaseEvent: TypeAlias = Asked | Published | Renewed | Released | Failed | PeerLost | TimePassed
@@ -71,7 +71,7 @@ LeaseEvent: TypeAlias = Asked | Published | Renewed | Released | Failed | PeerLo
 
 @dataclass(frozen=True, slots=True)
 class FreeBlocks:
-    """Stop making its blocks and unpin them."""
+    """Stop making the request's blocks and unpin them."""
 
     request_id: str
     is_expired: bool = False
@@ -84,7 +84,7 @@ class _Lease:
 
 
 class LeaseBook:
-    """All that is made or held for somebody. Nobody renews or releases what another asked for last."""
+    """All blocks that are made or held for an asker. Nobody renews or releases what another asked for last."""
 
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
@@ -102,12 +102,12 @@ class LeaseBook:
         return sum(lease.ends_s is not None for lease in self._leases.values())
 
     def peer_of(self, request_id: str) -> bytes | None:
-        """Who asked; None: nobody, or it ended."""
+        """Return who asked for the request's blocks; None where nobody did, or its lease ended."""
         lease = self._leases.get(request_id)
         return None if lease is None else lease.peer
 
     def on_event(self, event: LeaseEvent, now_s: float) -> list[FreeBlocks]:
-        """Whose blocks are to be freed, each once. Unknown ids are ignored. `now_s` never goes back."""
+        """Take in `event`; return what is to be freed, each once. Unknown ids are ignored; `now_s` never goes back."""
         match event:
             case Asked(request_id, peer):
                 freed = self._free([request_id] if request_id in self._leases else [])
@@ -137,7 +137,7 @@ class LeaseBook:
         return []
 
     def check_invariants(self, held_ids: Iterable[str]) -> None:
-        """`held_ids`: the sequences that the scheduler computes or keeps. Raises InvariantError where books differ."""
+        """Raise InvariantError where this book and `held_ids`, the sequences that the scheduler has, differ."""
         held = set(held_ids)
         if held != self._leases.keys():
             raise InvariantError(f"leases {sorted(self._leases)} and sequences {sorted(held)} are not the same")
