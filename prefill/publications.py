@@ -24,7 +24,7 @@ from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 
 @dataclass(frozen=True, slots=True)
 class PromptAsked:
-    """Somebody wants this prompt's KV; if another does, that one is told that it gets nothing."""
+    """A worker wants this prompt's KV; another one that wanted it before is told that it gets nothing."""
 
     asker: bytes
     message: PrefillRequest
@@ -47,14 +47,14 @@ PublicationEvent: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class BeginPrompt:
-    """Give it to the scheduler."""
+    """Give `spec` to the scheduler."""
 
     spec: SequenceSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send this to the asker, with the checksums of its blocks."""
+    """Send `handoff` to the asker, with the checksums of its blocks filled in."""
 
     asker: bytes
     handoff: KvHandoff
@@ -62,7 +62,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class TellFailed:
-    """Send this to the asker."""
+    """Send `message` to the asker."""
 
     asker: bytes
     message: PrefillFailed
@@ -87,7 +87,7 @@ class PublicationBook:
     """All prompts of a prefill worker, from the question until their blocks are freed."""
 
     def __init__(self, lease_s: float, block_size: int) -> None:
-        """`block_size` in tokens."""
+        """Make an empty book. `lease_s`: of a prompt that was published whole; `block_size` in tokens."""
         self.leases = LeaseBook(lease_s)
         self._block_size = block_size
         self._prompts: dict[str, _Prompt] = {}
@@ -96,11 +96,11 @@ class PublicationBook:
 
     @property
     def num_open(self) -> int:
-        """Prompts computed or held."""
+        """Prompts that are being computed or held."""
         return len(self._prompts)
 
     def on_event(self, event: PublicationEvent, now_s: float) -> list[PublicationInstruction]:
-        """What is to be done, in order. Unknown ids are ignored. `now_s` never goes back.
+        """Take in `event`; return what is to be done, in order. Unknown ids are ignored. `now_s` never goes back.
 
         Carrying an instruction out may lead to further events before the next one is carried out.
         """
@@ -122,7 +122,7 @@ class PublicationBook:
                 assert_never(unreachable)
 
     def check_invariants(self, seq_ids: Iterable[str]) -> None:
-        """For when every instruction was carried out. `seq_ids`: the sequences that the scheduler computes or keeps.
+        """Check the book when every instruction was carried out. `seq_ids`: the sequences that the scheduler has.
 
         Raises:
             InvariantError: the books differ, or an offer waits for a token.
@@ -159,7 +159,7 @@ class PublicationBook:
         return [TellFailed(before, PrefillFailed(request_id=request_id, error=error.info())), *freed]
 
     def _begin(self, request_id: str) -> list[PublicationInstruction]:
-        """Read path step 4."""
+        """Begin to compute a prompt that was asked for: read path step 4."""
         prompt = self._prompts.get(request_id)
         if prompt is None or prompt.is_begun:
             return []
@@ -191,7 +191,7 @@ class PublicationBook:
     def _publish(
         self, prompt: _Prompt, offer: OfferBlocks, emitted: EmitTokens | None, now_s: float
     ) -> list[PublicationInstruction]:
-        """Read path step 5: what the asker lacks of the offer, and in the end the first token."""
+        """Publish what the asker lacks of the offer, and in the end the first token: read path step 5."""
         first_index = prompt.num_held_tokens // self._block_size
         blocks = [block for block in offer.blocks if block.index >= first_index]
         self.num_published_blocks += len(blocks)
