@@ -51,7 +51,7 @@ AFTERMATH_S = 0.05  #: of a request: release, events to the router
 
 @dataclass(slots=True)
 class Taken:
-    """One state's repeats."""
+    """The repeats of one state of a prompt."""
 
     seconds: list[float] = field(default_factory=list)
     num_others: int = 0  #: whose tokens came from elsewhere
@@ -66,7 +66,7 @@ class Client:
         self._seed = 1_000_000
 
     async def ask(self, prompt: list[int]) -> tuple[float, dict[str, int]]:
-        """Seconds to the first token, and where the prompt's tokens came from."""
+        """Send a prompt; return the seconds to its first token, and where its tokens came from."""
         body = {
             "model": "bench",
             "prompt": prompt,
@@ -110,14 +110,14 @@ async def connected(served: Served, size: int) -> AsyncIterator[Client]:
 
 
 def state_of(sources: dict[str, int], num_tokens: int, block_size: int) -> str:
-    """The state that a prompt was in, as the answer tells it."""
+    """Return the state that a prompt was in, as the answer tells it."""
     enough = num_tokens - 2 * block_size  # the last token is always computed, and with it perhaps its block
     held = {"decode": sources["device"], "prefill": sources["peer"], "cold": sources["computed"]}
     return next((state for state, tokens in held.items() if tokens >= enough), "mixed")
 
 
 async def measure(served: Served, size: int, lengths: tuple[int, ...], repeats: int) -> dict[int, dict[str, Taken]]:
-    """All lengths, through all states."""
+    """Measure prompts of all lengths in all states."""
     worker = served.status()["workers"][0]
     block_size, pool_tokens = worker["block_size_tokens"], worker["num_blocks"] * worker["block_size_tokens"]
     results = {length: {state: Taken() for state in STATES} for length in lengths}
@@ -151,12 +151,12 @@ async def hold_in_prefill(served: Served, prompt: list[int]) -> None:
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it; else what `--dtype auto` takes there."""
+    """Return bfloat16 where this CPU multiplies it; else what `--dtype auto` takes there."""
     return torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
 
 
 def kv_memory(name: str, dtype: torch.dtype) -> str:
-    """For a pool of POOL_TOKENS."""
+    """Return the `--kv-cache-memory` of a pool of POOL_TOKENS."""
     config: dict[str, Any] = json.loads((model_directory(name) / "config.json").read_text())
     per_token = 2 * dtype.itemsize * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     return f"{POOL_TOKENS * per_token // 1024}KiB"
