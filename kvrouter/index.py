@@ -33,8 +33,8 @@ class BlockIndex:
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}  # name -> bits of columns, live or retired; never 0
-        self._columns: dict[str, int] = {}  # live workers
-        self._workers: dict[int, str] = {}  # the other way round
+        self._columns: dict[str, int] = {}  # live worker -> column
+        self._workers: dict[int, str] = {}  # column -> live worker
         self._held: dict[int, set[bytes]] = {}  # column, live or retired -> its names
         self._retired: list[int] = []
         self._live = 0  # bits of live columns

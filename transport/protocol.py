@@ -64,7 +64,7 @@ class Link:
     """
 
     def __init__(self, send: Callable[[str, bytes], bool]) -> None:
-        """Make a link. `send(road, body)` queues a message to that road's object at the peer; False: the peer is lost."""
+        """Make a link. `send(road, body)` queues a message to that road at the peer; False: the peer is lost."""
         self._send = send
         self.is_lost = False
 

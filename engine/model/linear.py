@@ -24,7 +24,7 @@ PACKED_NAME = "onednn-1"
 #: The batch size that the packed layout is chosen for; any batch is computed right.
 _TYPICAL_ROWS = 16
 
-#: Up to here a lone row got the bits it gets in a batch; from 1,536 on it did not (2026-11, see above).
+#: Up to here a lone row got the bits it gets in a batch; from 1,536 on it did not (2026-11; the module says how).
 _MAX_LONE_FEATURES = 1024
 
 

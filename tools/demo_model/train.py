@@ -108,7 +108,7 @@ class Trainer:
         ]
 
     def step(self, ids: Tensor, weights: Tensor, *, rate: float) -> StepResult:
-        """Update the model from ids and loss weights, both [num_rows, num_tokens + 1]; `rate` is a share of the peak."""
+        """Train on ids and loss weights, both [num_rows, num_tokens + 1], once; `rate` is a share of the peak."""
         inputs, targets, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(input_ids=inputs, use_cache=False).logits  # [num_rows, num_tokens, vocab_size]

@@ -43,7 +43,7 @@ class Handle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """The client with this address is the sender's. It takes the place of an earlier one."""
+    """The client with this address is the puller's. It takes the place of an earlier one."""
 
     number: int  #: chosen by the puller
     host: str
