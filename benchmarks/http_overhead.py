@@ -58,7 +58,7 @@ SEEDS_PER_STAGE = 100_000
 
 
 class Alone:
-    """The stages of one prompt at a time, on connections that are open already."""
+    """Measures the stages of one prompt at a time, on connections that are open already."""
 
     def __init__(self, served: Served, bare: BareEngine, connection: HttpConnection, size: int) -> None:
         self._bare = bare
@@ -78,7 +78,7 @@ class Alone:
         }
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         self._direct.close()
         await self._openai.close()
 
@@ -116,7 +116,7 @@ class Alone:
 
 
 def completion(prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-    """A request; every token gives an event, also one without text."""
+    """Write a request in which every token gives an event, also one without text."""
     return {
         "model": "bench",
         "prompt": prompt,
@@ -130,7 +130,7 @@ def completion(prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any
 
 
 async def stream_tokens(connection: HttpConnection, prompt: list[int]) -> list[int]:
-    """One stream to its end."""
+    """Read one stream to its end; its token ids."""
     tokens: list[int] = []
     async for event in connection.events(PATH, completion(prompt, STREAM_OUTPUT_TOKENS)):
         for choice in event["choices"]:
@@ -139,7 +139,7 @@ async def stream_tokens(connection: HttpConnection, prompt: list[int]) -> list[i
 
 
 async def one_round(connections: list[HttpConnection], seed: int, size: int) -> tuple[list[list[int]], float]:
-    """All streams at once: their tokens, and how many came per second."""
+    """Run all streams at once; their tokens, and how many came per second."""
     prompts = draw_prompts(seed, NUM_STREAMS, STREAM_PROMPT_TOKENS, size)
     begin_s = time.perf_counter()
     outputs = await asyncio.gather(*(stream_tokens(*pair) for pair in zip(connections, prompts, strict=True)))
@@ -147,7 +147,7 @@ async def one_round(connections: list[HttpConnection], seed: int, size: int) -> 
 
 
 async def measure_alone(served: Served, bare: BareEngine, size: int, repeats: int) -> dict[str, Any]:
-    """Medians of all stages, which take turns, and how often the prefill worker computed what came by HTTP."""
+    """Measure the medians of all stages, in turns, and how often prefill computed what came by HTTP."""
     connection = await HttpConnection.open(served.url)
     alone = Alone(served, bare, connection, size)
     seconds: dict[str, list[float]] = {name: [] for name in alone.stages}
@@ -168,12 +168,12 @@ async def measure_alone(served: Served, bare: BareEngine, size: int, repeats: in
 
 
 async def num_prefills(served: Served) -> float:
-    """Prompts that the prefill worker was asked for so far."""
+    """Count the prompts that the prefill worker was asked for so far."""
     return await asyncio.to_thread(served.total, "prefill", "kvray_prefill_prompts_total")
 
 
 async def measure_streams(served: Served, bare: BareEngine, size: int, repeats: int) -> dict[str, Any]:
-    """Rounds of many, in turns; the first warms up and shows whether both give the same tokens."""
+    """Measure rounds of many streams, in turns; the first warms up and shows whether both give the same tokens."""
     connections = [await HttpConnection.open(served.url) for _ in range(NUM_STREAMS)]
     rates: list[float] = []
     bare_rates: list[float] = []
@@ -204,7 +204,7 @@ async def measure_streams(served: Served, bare: BareEngine, size: int, repeats: 
 
 
 def cpu_seconds(served: Served) -> dict[str, float]:
-    """CPU time of every process of the serving side by kind, and of this client."""
+    """Return the CPU time of every process of the serving side by kind, and of this client."""
     found = {"client": time.process_time()}
     for process in psutil.Process(served.pid).children(recursive=True):
         try:
@@ -218,7 +218,7 @@ def cpu_seconds(served: Served) -> dict[str, float]:
 
 
 def measure(name: str, environment: dict[str, str], *, is_quick: bool) -> dict[str, Any]:
-    """Both contenders on one model."""
+    """Measure both contenders on one model."""
     directory = model_directory(name)
     size = vocab_size(directory)
     num_threads = max(1, (os.cpu_count() or 1) // NUM_WORKERS)

@@ -56,7 +56,7 @@ class Taken:
 
 
 async def ask(connection: HttpConnection, prompt: list[int]) -> tuple[float, dict[str, int]]:
-    """Seconds to the first token, and where the prompt's tokens came from."""
+    """Send a prompt; return the seconds to its first token, and where its tokens came from."""
     body = {
         "model": "bench",
         "prompt": prompt,

@@ -98,7 +98,7 @@ print(json.dumps(figures))
 
 
 def dynamo_python(*, is_wanted: bool) -> Path | None:
-    """Python of the peer's environment; made on request. None: not there."""
+    """Return the Python of the peer's environment, made if `is_wanted`; None where there is none."""
     home = CACHE / "peers" / f"dynamo-{DYNAMO}"
     python, done = home / "bin" / "python", home / "installed"
     if done.exists() or not is_wanted:
@@ -112,12 +112,12 @@ def dynamo_python(*, is_wanted: bool) -> Path | None:
 
 
 def holders() -> list[tuple[int, int]]:
-    """(worker, leading blocks of the prompt it holds)."""
+    """Return (worker, leading blocks of the prompt that it holds)."""
     return [(5, PROMPT_BLOCKS[-1]), (9, 4000)] + [(worker, 100) for worker in range(NUM_WORKERS)]
 
 
 def measure_dynamo(python: Path, num_blocks: int, repeats: int) -> dict[str, float]:
-    """The peer's figures."""
+    """Measure the peer: folding, matching, memory."""
     job = {
         "seed": SEED,
         "num_workers": NUM_WORKERS,
@@ -134,7 +134,7 @@ def measure_dynamo(python: Path, num_blocks: int, repeats: int) -> dict[str, flo
 
 
 def chains(num_blocks: int) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """The prompt's names, and (worker, names it stores)."""
+    """Return the prompt's names, and (worker, names that it stores) for each event."""
     rng = random.Random(SEED)
     prompt = rng.randbytes(NAME_BYTES * PROMPT_BLOCKS[-1])
     shared = [(f"w{worker}", prompt[: NAME_BYTES * num]) for worker, num in holders()]
@@ -143,7 +143,7 @@ def chains(num_blocks: int) -> tuple[bytes, list[tuple[str, bytes]]]:
 
 
 def measure_index(num_blocks: int, repeats: int) -> dict[str, float]:
-    """Folding, matching, memory."""
+    """Measure our index: folding, matching, memory."""
     prompt, stores = chains(num_blocks)
     step = NAME_BYTES * EVENT_BLOCKS
     events = [(worker, names[i : i + step]) for worker, names in stores for i in range(0, len(names), step)]
@@ -168,7 +168,7 @@ def measure_index(num_blocks: int, repeats: int) -> dict[str, float]:
 
 
 def measure_decisions(num_blocks: int, repeats: int) -> dict[str, float]:
-    """Route, reserve and end, over half prefill, half decode workers and over twice as many."""
+    """Measure routing, reserving and ending, over half prefill, half decode workers and over twice as many."""
     prompt, stores = chains(num_blocks)
     figures = {}
     for num_each in (8, NUM_WORKERS):
@@ -199,7 +199,7 @@ def measure_decisions(num_blocks: int, repeats: int) -> dict[str, float]:
 
 
 def join(router: Router, worker_id: str, role: Role) -> None:
-    """A worker that is there, idle and measured."""
+    """Let a worker join that is idle and has measured its prices."""
     info = WorkerInfo(
         worker_id=worker_id,
         role=role,
@@ -228,7 +228,7 @@ def join(router: Router, worker_id: str, role: Role) -> None:
 
 
 def typical(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds."""
+    """Measure the median seconds of `call`."""
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -238,14 +238,14 @@ def typical(call: Callable[[], object], repeats: int) -> float:
 
 
 def import_s() -> float:
-    """`import kvrouter.router` in a fresh process, the fastest of five."""
+    """Measure the seconds of `import kvrouter.router` in a fresh process, the fastest of five."""
     program = "import time; t = time.perf_counter(); import kvrouter.router; print(time.perf_counter() - t)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return min(float(subprocess.check_output([sys.executable, "-c", program], env=environment)) for _ in range(5))
 
 
 def goals(ours: dict[str, float], theirs: dict[str, float] | None) -> list[str]:
-    """One line per goal."""
+    """Write the goals, a line each."""
     lines = []
     comparisons = [(f"match at {num * BLOCK_SIZE // 1024} k tokens", f"match_{num}_us") for num in PROMPT_BLOCKS]
     for name, key in [*comparisons, ("folding events", "fold_blocks_per_s")]:

@@ -67,12 +67,12 @@ def some_logits(vocab_size: int) -> torch.Tensor:
 
 
 def flat_logits(vocab_size: int) -> torch.Tensor:
-    """The sampler's worst case: thousands of candidates in every row."""
+    """Make the sampler's worst case: thousands of candidates in every row."""
     return torch.randn(NUM_ROWS, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
 
 
 def sampler_ms(logits: torch.Tensor, values: dict[str, Any], repeats: int) -> float:
-    """Each repeat is a later token of the same sequences, of 1,000 tokens, so that the draws differ."""
+    """Time the sampler, in ms. Each repeat is a later token of the same sequences of 1,000, so that draws differ."""
     vocab_size = logits.shape[1]
     sampler, rng = Sampler(vocab_size, None), np.random.default_rng(0)
     histories = [rng.integers(0, vocab_size, 1_000).tolist() for _ in range(NUM_ROWS)]

@@ -1,4 +1,4 @@
-"""What must stay small where there is much of everything: milliseconds a step takes outside the forward pass.
+"""Milliseconds that a step of many long sequences takes outside the forward pass: planning it and packing it.
 
     python benchmarks/scale.py              500 steps
     python benchmarks/scale.py --quick      100 steps, about 20 s
@@ -46,7 +46,7 @@ GOALS = {"packing 256 decodes at 131 k tokens": 2.0, "planning 256 decodes at 13
 
 
 class LongSequences:
-    """A scheduler, and a runner that is told of its plans; what steps give is made up."""
+    """A scheduler of many long sequences, and a runner that is told of its plans; what steps give is made up."""
 
     def __init__(self) -> None:
         num_blocks = NUM_TOKENS // BLOCK_SIZE + 64 * NUM_SEQUENCES
@@ -96,7 +96,7 @@ class PackedAnew:
         self._tables = np.empty((NUM_SEQUENCES, 2 * NUM_TOKENS // BLOCK_SIZE), np.int32)
 
     def pack(self, plan: StepPlan) -> torch.Tensor:
-        """Block tables of a step of decodes, `[len(parts), max_blocks]` int32."""
+        """Pack the block tables of a step of decodes, `[len(parts), max_blocks]` int32."""
         num_columns = -(-max(part.end for part in plan.parts) // BLOCK_SIZE)
         tables = self._tables[: len(plan.parts), :num_columns]
         tables[:] = 0
@@ -110,7 +110,7 @@ class PackedAnew:
 
 
 def long_sequences(num_steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, by what they went to."""
+    """Run steps; return each one's milliseconds, by what they went to."""
     sequences = LongSequences()
     while len(sequences.pack_ms) < num_steps:
         sequences.step()

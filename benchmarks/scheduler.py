@@ -33,7 +33,7 @@ _GOALS_S = {"plan_256": 1e-3, "take_in_256": 2e-3, "name_128k": 20e-3}
 
 
 def step_seconds(num_sequences: int, num_steps: int) -> tuple[float, float]:
-    """Median seconds to plan a step of decodes, and to take in what it gave."""
+    """Measure the median seconds to plan a step of decodes, and to take in what it gave."""
     config = SchedulerConfig(max_model_len=8192, max_num_seqs=num_sequences, max_num_batched_tokens=8192)
     scheduler = Scheduler(config, BlockPool(num_sequences * 40, 16), b"model")
     for number in range(num_sequences):
@@ -61,7 +61,7 @@ def step_seconds(num_sequences: int, num_steps: int) -> tuple[float, float]:
 
 
 def name_seconds(num_tokens: int, repeats: int) -> float:
-    """Median seconds to name a prompt's blocks of 16."""
+    """Measure the median seconds to name a prompt's blocks of 16 tokens."""
     tokens = pack_tokens(range(num_tokens))
     times = []
     for _ in range(repeats):

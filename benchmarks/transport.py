@@ -58,7 +58,7 @@ QUICK_CELLS = (Cell(64 * KIB, 1), Cell(512 * KIB, 16), Cell(512 * KIB, 256), Cel
 
 
 def road_pulls(peer: Peer, road: str, target: Memory) -> dict[str, Pull]:
-    """A road without and with verification."""
+    """Make the pulls over a road, without and with verification, by contender."""
     transport, region = peer.transports[road], peer.regions[road]
     into = np.frombuffer(target.view, np.uint8)
 
@@ -79,7 +79,7 @@ def road_pulls(peer: Peer, road: str, target: Memory) -> dict[str, Pull]:
 
 
 def rival_pull(rival: Rival) -> Pull:
-    """On the loop's thread: nobody else has anything to do there."""
+    """Make a rival's pull, which runs on the loop's thread: nobody else has anything to do there."""
 
     async def pull(copies: Sequence[Copy]) -> None:
         rival.pull(copies)
@@ -91,12 +91,12 @@ def rival_pull(rival: Rival) -> Pull:
 
 
 def roads_of(run: Run) -> list[str]:
-    """Those that take part."""
+    """Return the roads that take part."""
     return [road for road in ROADS if road in run.pulls]
 
 
 def open_rivals(run: Run, hello: PeerHello, wanted: set[str], ray_address: str | None) -> dict[str, Rival]:
-    """Those that are wanted."""
+    """Open the rivals that are wanted."""
     rivals: dict[str, Rival] = {"memcpy": MemcpyRival(run.source, run.target)}
     for name, rival_class in {"tcp": TcpRival, "flight": FlightRival}.items():
         if name in hello.rivals:
@@ -153,7 +153,7 @@ async def run_all(wanted: set[str], *, quick: bool, ray_address: str | None) -> 
 
 
 def report(run: Run) -> None:
-    """The tables after the first: times of one block, ratios, checksums, CPU, lag."""
+    """Print the tables after the first: times of one block, ratios, checksums, CPU, lag."""
 
     def row(title: str, shown: Iterator[str]) -> None:
         print(f"{title:>16}{''.join(f'{text:>11}' for text in shown)}")
@@ -179,7 +179,7 @@ def report(run: Run) -> None:
 
 
 def results(run: Run) -> dict[str, object]:
-    """What is recorded."""
+    """Gather the figures that are recorded."""
     return {
         "ms": {str(cell): {name: 1e3 * s for name, s in by_name.items()} for cell, by_name in run.seconds.items()},
         "gb_per_s": {str(cell): {name: run.gb_per_s(cell, name) for name in run.pulls} for cell in run.seconds},
@@ -190,7 +190,7 @@ def results(run: Run) -> dict[str, object]:
 
 
 def goals(run: Run) -> Iterator[str]:
-    """One line each; a figure is that of the worst cell, which its name tells."""
+    """Yield a line for each goal; its figure is that of the worst cell, which its name tells."""
     large = [cell for cell in run.seconds if cell.is_large]
     largest = [cell for cell in large if cell.block_bytes == 2 * MIB]
 

@@ -41,16 +41,16 @@ _DEAF_S = 1.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """An application from a configuration document, for `serve run` and serveConfigV2.
+    """Build an application from a configuration document, for `serve run` and serveConfigV2.
 
     Raises:
-        ConfigError: the document will not do.
+        ConfigError: the document is refused; says where, what was seen, what is wanted.
     """
     return build_application(with_secret(parse_config(args)))
 
 
 def build_application(config: KvrayConfig, listener: str | None = None) -> serve.Application:
-    """An application from a whole configuration (its secret set).
+    """Build an application from a whole configuration (its secret set).
 
     `listener` names a socket on this machine that the ingresses accept from themselves (cluster/listener.py); without,
     requests come through Serve's proxies.
@@ -144,7 +144,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
 
 
 def _threads_per_worker(config: KvrayConfig) -> int:
-    """The node's cores shared out between its workers (docs/LOG.md has the measurement)."""
+    """Return the CPU threads of one worker: the node's cores shared out between its workers (measured: docs/LOG.md)."""
     num_nodes = sum(1 for node in ray.nodes() if node["Alive"]) if ray.is_initialized() else 1
     workers_per_node = math.ceil((config.pools.prefill + config.pools.decode) / max(1, num_nodes))
     return max(1, (os.cpu_count() or 1) // workers_per_node)

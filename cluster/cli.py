@@ -114,7 +114,7 @@ def status(
     api_key: Annotated[str | None, typer.Option("--api-key")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
-    """What is running where."""
+    """Show what is running where."""
     document = _fetch_status(url.rstrip("/"), api_key)
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
@@ -126,13 +126,13 @@ def status(
 
 @app.command()
 def version() -> None:
-    """The version of this package."""
+    """Print the version of this package."""
     print(package_version("kvray"))  # noqa: T201
 
 
 @config_app.command("show")
 def config_show(config: _ConfigFile = None) -> None:
-    """The whole configuration, defaults filled in; secrets and keys are masked."""
+    """Print the whole configuration, defaults filled in; secrets and keys are masked."""
     document = msgspec.to_builtins(load_config(config, {}))
     if document["network"]["secret"]:
         document["network"]["secret"] = "***"
@@ -148,10 +148,10 @@ def config_check(config: Annotated[Path, typer.Argument(help="YAML file.")]) -> 
 
 
 def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
-    """The document that the kvray at `url` gives.
+    """Return the status document that the kvray at `url` gives.
 
     Raises:
-        ConfigError: nobody answers there, or somebody else.
+        ConfigError: nobody answers there, or something that is no kvray.
     """
     try:
         request = urllib.request.Request(f"{url}/status")
@@ -180,7 +180,7 @@ def _overrides(flags: dict[tuple[str, str], Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Turn tuples into lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -212,7 +212,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
 
 
 def _complain(error: KvrayError) -> int:
-    """One line about `error` on stderr; the exit code."""
+    """Print one line about `error` on stderr; return the exit code."""
     _err.print(f"kvray: {' '.join(error.message.split())}", markup=False)
     return 2 if isinstance(error, ConfigError) else 1
 
@@ -242,10 +242,10 @@ def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any) -> None:
 
 
 def check_model_files(path: Path) -> None:
-    """What can be told without torch, so that most mistakes show at once.
+    """Check of a model directory what can be told without torch, so that most mistakes show at once.
 
     Raises:
-        ConfigError: no directory, or files in it that are missing or broken; one line that says which.
+        ConfigError: there is no directory, or files in it are missing or broken; one line that says which.
     """
     from engine.model.checkpoint import weight_files
     from text.json_file import read_json
@@ -281,7 +281,7 @@ class _Progress:
         self.clear()
 
     def show(self, text: str) -> None:
-        """`text` is what happens now."""
+        """Show `text`, which says what happens now."""
         if text == self._last:
             return
         self._last = text
@@ -291,7 +291,7 @@ class _Progress:
             logger.info("%s", text)
 
     def clear(self) -> None:
-        """Nothing more happens, or something else is to be printed."""
+        """Clear the line that changes: nothing more happens, or something else is to be printed."""
         if self._status is not None:
             self._status.stop()
 

@@ -1,11 +1,11 @@
 """Configuration: one YAML document into frozen, composed values. The only reader of os.environ.
 
-    model:   what is served
+    model:   the model that is served
     engine:  how one worker computes
     pools:   how many workers of each kind, and what they reserve
-    http:    the public face
-    network: the channel between processes
-    log:     how it speaks
+    http:    where clients are served, and within which limits
+    network: the channels between processes, and the roads between pools
+    log:     how much is logged, and in which form
 
 An unknown key is an error that names it. Flags of the command line override the file; the file overrides defaults.
 """
@@ -42,7 +42,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelConfig(_Section, frozen=True):
-    """What is served."""
+    """The model that is served, and under which names."""
 
     path: str = str(DEMO_MODEL)
     served_names: tuple[str, ...] = ()  #: names clients may use; empty: the directory's name
@@ -54,7 +54,7 @@ class ModelConfig(_Section, frozen=True):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What clients may call it; never empty."""
+        """Names by which clients may call the model; never empty."""
         return self.served_names or (Path(self.path).resolve().name,)
 
 
@@ -89,7 +89,7 @@ class PoolsConfig(_Section, frozen=True):
 
 
 class HttpConfig(_Section, frozen=True):
-    """The public face."""
+    """Where clients are served, and within which limits."""
 
     host: str = "127.0.0.1"
     port: _Port = 8000
@@ -101,7 +101,7 @@ class HttpConfig(_Section, frozen=True):
 
 
 class NetworkConfig(_Section, frozen=True):
-    """The channel between processes."""
+    """The channels between processes, and the roads between pools."""
 
     secret: str | None = None  #: 64 hex digits; None: from KVRAY_SECRET, else drawn at start
     host: str | None = None  #: where channels listen; None: the node's address, or loopback on a Ray of our own
@@ -120,14 +120,14 @@ class NetworkConfig(_Section, frozen=True):
 
 
 class LogConfig(_Section, frozen=True):
-    """How it speaks."""
+    """How much is logged, and in which form."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
 
 
 class KvrayConfig(_Section, frozen=True):
-    """The whole document."""
+    """The whole configuration document."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineSection = EngineSection()
@@ -138,10 +138,10 @@ class KvrayConfig(_Section, frozen=True):
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:
-    """The configuration that `document` (from YAML or a serveConfigV2's args) describes.
+    """Make the configuration that `document` (from YAML or a serveConfigV2's args) describes.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value; says where, what was seen, what is wanted.
+        ConfigError: a key is unknown, a type wrong or a value impossible; says where, what was seen, what is wanted.
     """
     document = _spelled_out(document)
     try:
@@ -153,10 +153,10 @@ def parse_config(document: dict[str, Any]) -> KvrayConfig:
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
-    """The file at `path` (None: all defaults) with `overrides` ({"http": {"port": 1}}) laid over it.
+    """Read the file at `path` (None: all defaults) with `overrides` ({"http": {"port": 1}}) laid over it.
 
     Raises:
-        ConfigError: no such file, not YAML, or what parse_config refuses.
+        ConfigError: there is no such file, it is not YAML, or `parse_config` refuses it.
     """
     document: dict[str, Any] = {}
     if path is not None:
@@ -177,7 +177,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
 
 
 def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
-    """`document` with `model: DIR`, as `serve run` passes it, written as a section; sections left empty left out."""
+    """Write `model: DIR`, as `serve run` passes it, as a section of `document`; leave out sections left empty."""
     document = {section: values for section, values in document.items() if values is not None}
     if isinstance(document.get("model"), str):
         document["model"] = {"path": document["model"]}
@@ -185,7 +185,7 @@ def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_secret(config: KvrayConfig) -> KvrayConfig:
-    """`config` with a cluster secret: its own, else KVRAY_SECRET's, else a fresh one.
+    """Return `config` with a cluster secret: its own, else KVRAY_SECRET's, else a fresh one.
 
     Raises:
         ConfigError: the secret is not 64 hex digits.
@@ -199,10 +199,10 @@ def with_secret(config: KvrayConfig) -> KvrayConfig:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "512MiB", "2GiB", "1.5GB" or "1048576".
+    """Return the bytes that "512MiB", "2GiB", "1.5GB" or "1048576" stands for.
 
     Raises:
-        ConfigError: not a size.
+        ConfigError: `text` is no size.
     """
     unit = next((unit for unit in _SIZE_UNITS if text.endswith(unit)), "")
     try:
@@ -227,7 +227,7 @@ def prepare_environment() -> None:
 
 
 def named_ray_address() -> str | None:
-    """The Ray cluster that the operator names, as host:port; "local" wants one of our own; None: nothing is named.
+    """Return the Ray cluster that the operator names, host:port; "local" wants one of our own; None: none is named.
 
     Raises:
         ConfigError: RAY_ADDRESS is not host:port.
@@ -241,7 +241,7 @@ def named_ray_address() -> str | None:
 
 
 def recorded_ray_address() -> str | None:
-    """The cluster that `ray start` wrote down on this machine. It may have crashed since.
+    """Return the cluster that `ray start` wrote down on this machine, None without one. It may have crashed since.
 
     Ray's own address="auto" is not used: it also finds clusters by looking through the process list, and so would
     join, and take over, the private Ray of another `kvray serve`.
@@ -254,7 +254,7 @@ def recorded_ray_address() -> str | None:
 
 
 def _check(config: KvrayConfig) -> None:
-    """Raises ConfigError for values that are in their ranges and make no sense beside each other."""
+    """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")
@@ -271,7 +271,7 @@ def _check(config: KvrayConfig) -> None:
 
 
 def _refusal(document: dict[str, Any], complaint: str) -> str:
-    """What msgspec finds wrong with `document`, told with our names: where, what was seen, what is wanted."""
+    """Tell what msgspec finds wrong with `document`, in our words: where, what was seen, what is wanted."""
     what, _, where = complaint.partition(" - at `$")
     keys = re.findall(r"\.(\w+)", where)
     place = ".".join(keys)
@@ -307,7 +307,7 @@ def _section_at(place: str) -> type[msgspec.Struct]:
 
 
 def _range_of(place: str) -> tuple[float, float]:
-    """The least and the largest number allowed there: those of the one Meta somewhere in the field's type."""
+    """Return the least and the largest number allowed at `place`: those of the one Meta in the field's type."""
     section, _, name = place.rpartition(".")
     pending = [get_type_hints(_section_at(section), include_extras=True)[name]]
     while not isinstance(pending[-1], Meta):

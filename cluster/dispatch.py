@@ -58,7 +58,7 @@ _RECONNECT_MAX_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchOptions:
-    """The numbers a Dispatcher uses."""
+    """The settings of a Dispatcher."""
 
     secret: str  #: 64 hex digits
     channel: ChannelConfig
@@ -74,7 +74,7 @@ class _Connection:
 
 
 class Dispatcher:
-    """cluster.openai.backend.Backend over a fleet of workers. All methods belong to the running event loop."""
+    """A `cluster.openai.backend.Backend` over a fleet of workers. All methods belong to the running event loop."""
 
     def __init__(self, options: DispatchOptions) -> None:
         self._options = options
@@ -99,7 +99,7 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------------- requests
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
-        """All sequences of one client request; see cluster.openai.backend.Backend."""
+        """Stream all sequences of one client request, as `Backend.generate` says; the first one's id names them all."""
         request_id = requests[0].request_id
         queue: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
         self._queues[request_id] = queue
@@ -112,7 +112,7 @@ class Dispatcher:
             del self._queues[request_id]
 
     def cancel(self, request_id: str) -> None:
-        """One sequence is not wanted any more; see Backend."""
+        """Cancel one sequence, as `Backend.cancel` says."""
         self._decide(SequenceCancelled(request_id))
 
     def _decide(self, event: Event) -> None:
@@ -142,7 +142,7 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------------ the fleet
 
     def set_workers(self, role: str, infos: Sequence[WorkerInfo]) -> None:
-        """The replica set of one role, as Serve has it now.
+        """Take in the replica set of one role, as Serve has it now.
 
         A worker that is not in it any more gets nothing new; what it still streams goes on until its channel ends.
         """
@@ -151,7 +151,7 @@ class Dispatcher:
         self._decide(FleetChanged(self._fleet))
 
     def set_routers(self, addresses: Sequence[str]) -> None:
-        """Where routers listen now; the first is used."""
+        """Take in where routers listen now; the first is used."""
         self._router_addresses = list(addresses)
         self._router_retry_s = _RECONNECT_S
         if self._router is None and addresses:
@@ -159,11 +159,11 @@ class Dispatcher:
 
     @property
     def fleet(self) -> dict[str, WorkerInfo]:
-        """The workers that are there, by id."""
+        """The workers that are there now, by id."""
         return self._fleet
 
     def close(self) -> None:
-        """Hang up everywhere; no request may be under way."""
+        """Hang up on the router and all workers; no request may be under way."""
         for timer in (self._router_timer, self._tick_timer):
             if timer is not None:
                 timer.cancel()
@@ -243,7 +243,7 @@ class Dispatcher:
     # ---------------------------------------------------------------------------------------------- what others ask
 
     async def ready(self) -> Readiness:
-        """Whether a request could be answered now."""
+        """Tell whether a request could be answered now."""
         roles = Counter(info.role for info in self._fleet.values())
         detail: dict[str, object] = {
             "decode_workers": roles["decode"],
@@ -253,7 +253,7 @@ class Dispatcher:
         return Readiness(is_ready=roles["decode"] > 0, detail=detail)
 
     async def fleet_stats(self) -> list[Stats]:
-        """What every worker and the router say about themselves; who does not answer within 2 s is left out."""
+        """Ask every worker and the router for their numbers; who does not answer within 2 s is left out."""
         connections = [self._worker(worker_id, info.address) for worker_id, info in self._fleet.items()]
         if self._router is not None:
             connections.append(self._router)
@@ -261,7 +261,7 @@ class Dispatcher:
         return [answer for answer in answers if isinstance(answer, Stats)]
 
     async def metrics(self) -> list[Metric]:
-        """The fleet's numbers, each with the worker and role it comes from, and this dispatcher's own."""
+        """Return the fleet's numbers, each with the worker and role it comes from, and this dispatcher's own."""
         fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in await self.fleet_stats()]
         return families([({}, self.table.stats()), *fleet])
 

@@ -28,7 +28,7 @@ _listeners: dict[str, list[Callable[[ReplicaMetadata], None]]] = {}
 
 
 def publish(deployment: str, replicas: ReplicaMetadata) -> None:
-    """Called by FleetRouter, on Serve's own event loop thread."""
+    """Tell those who watch `deployment` of its replicas. FleetRouter calls this, on Serve's own event loop thread."""
     with _lock:
         _latest[deployment] = replicas
         listeners = list(_listeners.get(deployment, ()))
@@ -42,11 +42,11 @@ class FleetRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, one rank."""
+        """Return all candidates, as of one rank: what little comes over a handle may go to any."""
         return [candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve's long poll brought a new replica set."""
+        """Publish a new replica set, which Serve's long poll brought."""
         super().update_replicas(replicas)
         # Serve ships this class by value: the module's state is reached by import, not through the class's globals.
         from cluster import fleet
@@ -57,7 +57,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
 
 def fleet_router_config() -> RequestRouterConfig:
-    """For the inner deployments whose replicas are watched."""
+    """Configure the deployments whose replicas are watched, so that Serve uses FleetRouter for them."""
     return RequestRouterConfig(request_router_class="cluster.fleet:FleetRouter")
 
 
@@ -85,7 +85,7 @@ class FleetWatch:
         task.add_done_callback(self._tasks.discard)
 
     async def _warm(self, deployment: str) -> None:
-        """A handle only subscribes to its replica set once it is used: pick a replica, call nothing."""
+        """Pick a replica, call nothing: a handle subscribes to its replica set only once it is used."""
         while True:
             try:
                 handle = serve.get_deployment_handle(deployment, self._app_name)

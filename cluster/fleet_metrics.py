@@ -67,7 +67,7 @@ _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 
 
 def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -> list[Metric]:
-    """What `sources` count, as families.
+    """Gather what `sources` count into families.
 
     Args:
         sources: for each the labels that all of its numbers get, and the numbers by name with labels.

@@ -48,7 +48,7 @@ _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads fo
 
 @serve.ingress(None)
 class Ingress:
-    """One replica of the public face."""
+    """One replica of the HTTP surface."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -58,7 +58,7 @@ class Ingress:
         inner: list[DeploymentHandle],
         listener: str | None,
     ) -> None:
-        """Waits until a decode worker is there: what the model is, only a worker knows.
+        """Wait until a decode worker is there: what the model is, only a worker knows.
 
         `inner` ties the other deployments to this application; nothing is called on them. `listener` names a socket to
         accept requests from besides those that come through Serve.
@@ -91,12 +91,12 @@ class Ingress:
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
 
     async def check_health(self) -> None:
-        """Called by Serve, every second: an ingress that hears nothing any more is replaced."""
+        """Raise if this ingress hears nothing any more: Serve calls this every second, and then replaces it."""
         if self._serving is not None and self._serving.done():
             raise WorkerError("the HTTP server ended")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve after the constructor."""
+        """Build the HTTP application; Serve calls this after the constructor."""
         return self._app
 
     def _create_app(self, model: ServedModel) -> FastAPI:

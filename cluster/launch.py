@@ -30,7 +30,7 @@ from messages.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: nothing of ours goes through it yet
+_LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: only the road "plasma" goes through it, where no direct one works
 _POLL_S = 0.1
 _STATUS_POLL_S = 0.25
 _CONNECT_TIMEOUT_S = 3.0  #: for a Ray head to take a connection
@@ -54,7 +54,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the user wants us to end
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, from now until the block ends."""
+    """Give an event that SIGINT and SIGTERM set, from now until the block ends."""
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -74,10 +74,10 @@ def stop_signals() -> Iterator[threading.Event]:
 def running(
     config: KvrayConfig, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[Launched]:
-    """The application, serving, for as long as the block lasts. `on_progress` is called on another thread.
+    """Serve the application for as long as the block lasts. `on_progress` is called on another thread.
 
     Raises:
-        ConfigError: it cannot start as configured; one line says why.
+        ConfigError: the application cannot start as configured; one line says why.
         WorkerError: Ray or Serve failed.
         Stopped: `stop` was set while it started.
     """
@@ -112,7 +112,7 @@ class _Keeper(threading.Thread):
         self._listener: SharedListener | None = None
 
     def wait_until_up(self, stop: threading.Event) -> Launched:
-        """Start, and wait until requests are answered; errors as in `running`."""
+        """Start, and wait until requests are answered; raises what `running` raises."""
         self.start()
         has_handlers = False
         while not self._is_up.is_set():
@@ -145,7 +145,7 @@ class _Keeper(threading.Thread):
             psutil.wait_procs(family, timeout=_POLL_S)
 
     def run(self) -> None:
-        """The thread."""
+        """Bring the application up, keep it until its end is wanted, and take it down."""
         try:
             self._bring_up()
             self._ending.wait()
@@ -163,7 +163,7 @@ class _Keeper(threading.Thread):
         return set(psutil.Process().children(recursive=True)) - self._others
 
     def _say(self, text: str) -> None:
-        """Progress; also the place where a start that is no longer wanted ends."""
+        """Report progress; raise Stopped where the start is no longer wanted."""
         if self._ending.is_set():
             raise Stopped
         self._on_progress(text)
@@ -237,7 +237,11 @@ class _Keeper(threading.Thread):
         self._wait_until_ready(_url(config))
 
     def _check_room(self, config: KvrayConfig, serve: Any, app_name: str) -> None:
-        """On a cluster that was there: Serve may run already, with applications and a port of its own."""
+        """Wait until a former application ended, on a cluster that was there.
+
+        Raises:
+            ConfigError: an application of that name lives there, or Serve listens on another host or port.
+        """
         while (present := serve.status().applications.get(app_name)) is not None:
             if str(present.status.value) != "DELETING":
                 raise ConfigError(f"the Ray cluster has an application {app_name} already: end that one first")
@@ -255,7 +259,12 @@ class _Keeper(threading.Thread):
             )
 
     def _is_running(self, application: Any) -> bool:
-        """Reports progress; raises as soon as a replica says that it cannot be."""
+        """Tell whether the application runs, and report progress.
+
+        Raises:
+            ConfigError: a replica says that it cannot start as configured.
+            WorkerError: Serve could not start the application.
+        """
         if application is None:
             return False
         parts = []
@@ -275,7 +284,7 @@ class _Keeper(threading.Thread):
         return bool(status == "RUNNING")
 
     def _wait_until_ready(self, url: str) -> None:
-        """Serve's proxy, where there is one, hears of an application a moment after it runs."""
+        """Wait until /ready answers: a proxy of Serve hears of an application only a moment after it runs."""
         ends_s = time.monotonic() + _ROUTE_TIMEOUT_S
         while not _is_ready(url):
             self._say("waiting for HTTP")
@@ -299,7 +308,7 @@ class _Keeper(threading.Thread):
 
 
 def cluster_to_join() -> str | None:
-    """Address of the Ray cluster that is there, host:port; None: start one.
+    """Return the address of the Ray cluster that is there, host:port; None: start one.
 
     Raises:
         ConfigError: the operator names a cluster that does not answer.
@@ -322,13 +331,13 @@ def cluster_to_join() -> str | None:
 
 
 def config_error_in(text: str) -> str | None:
-    """The one line of a ConfigError in what Serve says of a replica that failed."""
+    """Find the one line of a ConfigError in what Serve says of a replica that failed; None where there is none."""
     found = re.search(r"ConfigError: (.+)", text)
     return None if found is None else found.group(1).strip()
 
 
 def _check_resources(config: KvrayConfig, available: dict[str, float]) -> None:
-    """On a cluster of our own, which never grows: raises ConfigError where Serve would wait for ever."""
+    """Raise ConfigError where Serve would wait for ever, on a cluster of our own, which never grows."""
     num_workers = config.pools.prefill + config.pools.decode
     wants = {"CPU": config.pools.cpus_per_worker, "GPU": config.pools.gpus_per_worker}
     for name, each in wants.items():
@@ -340,7 +349,7 @@ def _check_resources(config: KvrayConfig, available: dict[str, float]) -> None:
 
 
 def _url(config: KvrayConfig) -> str:
-    """Where this machine reaches it."""
+    """Return the URL at which this machine reaches the application."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.http.port}"
 

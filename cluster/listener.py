@@ -24,10 +24,10 @@ _CREDENTIALS = struct.Struct("3i")  #: of the peer of a unix socket: pid, uid, g
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket that has the port and does not listen yet: connections are refused.
+    """Bind a TCP socket that has the port and does not listen yet: connections are refused.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the port cannot be had.
     """
     # Not with SO_REUSEADDR if it can be helped: with it, two processes may have one port until one of them listens.
     # What needs it is a port whose last connections the kernel still remembers.
@@ -48,7 +48,11 @@ class SharedListener:
     """Keeps a bound socket, and gives it to processes of the same user that know its name."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Raises ConfigError where the port cannot be had."""
+        """Bind the port, and give its socket out from now on.
+
+        Raises:
+            ConfigError: the port cannot be had.
+        """
         self._bound = bound_socket(host, port)
         #: What `take_listener` needs, on this machine. In Linux's abstract namespace: no file to clean up.
         self.name = f"kvray-{secrets.token_hex(16)}"
@@ -80,7 +84,7 @@ class SharedListener:
 
 
 def take_listener(name: str) -> socket.socket:
-    """The socket that a `SharedListener` of this machine keeps; it listens from now on.
+    """Take the socket that a `SharedListener` of this machine keeps; it listens from now on.
 
     Raises:
         ConfigError: nobody gives it, or somebody else listens there by now.

@@ -37,7 +37,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, style: str) -> None:
-    """Make our rooms speak at `level` ("debug"...) in `style` ("text" or "json"). Calling it again replaces it."""
+    """Let our rooms log from `level` ("debug", ...) on, in `style` ("text" or "json"). The last call counts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
     for room in ROOMS:

@@ -73,7 +73,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Look at what is due: wanted several times a second while there are requests."""
+    """Some time passed: what is due is looked at. Wanted several times a second while there are requests."""
 
 
 Event: TypeAlias = (
@@ -95,14 +95,14 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class SendToRouter:
-    """Only while there is one; on the channel that was up at RouterFound."""
+    """Send `message` to the router, on the channel that was up at RouterFound; comes only while there is one."""
 
     message: RouteRequest | RequestEnded
 
 
 @dataclass(frozen=True, slots=True)
 class SendToWorker:
-    """To a decode worker; connect if need be. WorkerLost tells if it does not arrive."""
+    """Send `message` to a decode worker; connect if need be. WorkerLost tells if it does not arrive."""
 
     worker_id: str
     address: str
@@ -111,7 +111,7 @@ class SendToWorker:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """To whoever reads the request's tokens; chunks of one request in the order of their instructions."""
+    """Give `chunk` to whoever reads the request's tokens; chunks of one request in the order of their instructions."""
 
     request_id: str  #: of the request's first sequence
     chunk: TokenChunk
@@ -119,14 +119,14 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Nothing more will be delivered. Comes once for each request."""
+    """Nothing more will be delivered for the request. Comes once for each."""
 
     request_id: str  #: of the request's first sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Warn:
-    """For the operator's log."""
+    """Write `message` into the operator's log."""
 
     message: str
 

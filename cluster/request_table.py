@@ -87,7 +87,7 @@ class _Sequence:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What one client asked for."""
+    """A client's request that has not ended."""
 
     request_id: str
     deadline_s: float
@@ -106,7 +106,7 @@ class _Request:
 
 
 class RequestTable:
-    """See the module. Not thread-safe; `now_s` never goes back."""
+    """All requests of one ingress that have not ended. One thread."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
@@ -121,16 +121,16 @@ class RequestTable:
         self._num_moved = 0
 
     def stats(self) -> dict[str, float]:
-        """Counters by metric name."""
+        """Return the counters by metric name."""
         placed = {f'kvray_requests_placed_total{{by="{by}"}}': float(n) for by, n in self._num_placed.items()}
         return {"kvray_requests_moved_total": float(self._num_moved), **placed}
 
     def __len__(self) -> int:
-        """Requests that have not ended."""
+        """Return how many requests have not ended."""
         return len(self._requests)
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
-        """What is to be done about `event`, in order.
+        """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back.
 
         Raises:
             InvariantError: an added sequence's id is in use; nothing changed.
@@ -166,7 +166,7 @@ class RequestTable:
         return out
 
     def check_invariants(self) -> None:
-        """Raises InvariantError where the table's parts do not agree: nothing is kept of what has ended."""
+        """Raise InvariantError where the table's parts do not agree: nothing is kept of what has ended."""
         requests = list(self._requests.values())
         sequences = [sequence for request in requests for sequence in request.sequences.values()]
         running = [sequence for sequence in sequences if sequence.request.stage is _Stage.RUNNING]
@@ -213,7 +213,7 @@ class RequestTable:
             self._end_sequence(sequence, out, tells_worker=True)
 
     def _end_sequence(self, sequence: _Sequence, out: list[Instruction], *, tells_worker: bool) -> None:
-        """Nothing more is wanted or will come of it; its worker, if it has one, is told where it does not know."""
+        """End one sequence, of which nothing more is wanted or will come; tell its worker where it does not know."""
         request = sequence.request
         self._unplace(sequence, out, tells_worker=tells_worker)
         del self._sequences[sequence.asked.request_id]
@@ -262,7 +262,7 @@ class RequestTable:
                 self._place(request, now_s, out)
 
     def _place(self, request: _Request, now_s: float, out: list[Instruction]) -> None:
-        """Read path step 2."""
+        """Have a request placed: ask the router, or hash where there is none: read path step 2."""
         if not self._has_candidate(request):
             self._wait(request, now_s, out)
             return
@@ -284,7 +284,7 @@ class RequestTable:
         request.stage, request.due_s = _Stage.WAITING, now_s + timeout_s
 
     def _route(self, request: _Request) -> RouteRequest:
-        """The question to the router, under an id that the worker will report as one of its sequences."""
+        """Make the question to the router, under an id that the worker will report as one of its sequences."""
         request.num_routes += 1
         first = next(iter(request.sequences.values()))
         num_generated_tokens = max(len(sequence.token_ids) for sequence in request.sequences.values())
@@ -377,7 +377,7 @@ class RequestTable:
             out.append(SendToWorker(request.worker_id, request.address, message))
 
     def _unplace(self, sequence: _Sequence, out: list[Instruction], *, tells_worker: bool) -> None:
-        """Expect nothing more of it where it runs, if it does."""
+        """Expect nothing more of a sequence on its worker, if it has one."""
         if sequence.placed_id is None:
             return
         request, placed_id = sequence.request, sequence.placed_id
@@ -391,7 +391,7 @@ class RequestTable:
             out.append(SendToWorker(request.worker_id, request.address, cancel))
 
     def _take_chunk(self, worker_id: str, chunk: TokenChunk, now_s: float, out: list[Instruction]) -> None:
-        """Read path step 8."""
+        """Deliver what a sequence's worker sent of it: read path step 8."""
         sequence = self._placed.get(chunk.request_id)
         if sequence is None or sequence.request.worker_id != worker_id:
             return  # of a sequence that was cancelled, or has left that worker
@@ -415,7 +415,7 @@ class RequestTable:
     def _move(
         self, request: _Request, error: KvrayError, now_s: float, out: list[Instruction], *, is_lost: bool
     ) -> None:
-        """Its worker was lost or failed it: elsewhere it goes on after the tokens that were delivered."""
+        """Place a request anew whose worker was lost or failed it: it goes on after the tokens that were delivered."""
         for sequence in request.sequences.values():
             self._unplace(sequence, out, tells_worker=not is_lost)
         self._end_route(request, out)
@@ -431,13 +431,13 @@ class RequestTable:
 
 
 def _placed_id(sequence: _Sequence) -> str:
-    """Its id under the request's present route, never used before."""
+    """Make a sequence's id under the request's present route, never used before."""
     request_id, num_routes = sequence.asked.request_id, sequence.request.num_routes
     return request_id if num_routes == 1 else f"{request_id}#{num_routes}"
 
 
 def _as_asked(chunk: TokenChunk, sequence: _Sequence) -> TokenChunk:
-    """The chunk under the client's id; what was told about the prompt is not told again."""
+    """Return the chunk under the client's id; what was told about the prompt is not told again."""
     request_id = sequence.asked.request_id
     if sequence.has_begun and (chunk.sources is not None or chunk.prompt_logprobs is not None):
         return msgspec.structs.replace(chunk, request_id=request_id, sources=None, prompt_logprobs=None)
@@ -445,7 +445,7 @@ def _as_asked(chunk: TokenChunk, sequence: _Sequence) -> TokenChunk:
 
 
 def _is_retryable(error: ErrorInfo) -> bool:
-    """Whether another worker may do better: not what the request itself is at fault for, nor its deadline."""
+    """Tell whether another worker may do better: not where the request itself is at fault, nor at its deadline."""
     return error.kind == WorkerError.__name__ and error.status != 504
 
 

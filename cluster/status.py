@@ -14,7 +14,7 @@ _NUM_TEXT_COLUMNS = 2  #: then come numbers, aligned to the right
 
 
 async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
-    """All workers and their numbers as one JSON document; one that does not answer is shown without numbers."""
+    """Gather all workers and their numbers into one JSON document; one that does not answer is without numbers."""
     values = {stats.worker_id: stats for stats in await dispatcher.fleet_stats()}
     names = {info.address: info.worker_id for info in dispatcher.fleet.values()}
     workers = [
@@ -44,7 +44,7 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 def status_table(status: dict[str, Any]) -> str:
-    """`fleet_status` for people: one line per worker, a line about routing; nothing is cut off.
+    """Write `fleet_status` for people: one line per worker, a line about routing; nothing is cut off.
 
     TOK/S is the measured speed of prefill, STEP MS the time of a decode step.
     """

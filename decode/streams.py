@@ -52,14 +52,14 @@ class Requested:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The client does not want it any more."""
+    """The client does not want the request any more."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class IngressLost:
-    """Nobody reads its answers."""
+    """The ingress is gone: nobody reads its answers."""
 
     ingress: bytes
 
@@ -89,7 +89,7 @@ class OwnerLost:
 
 @dataclass(frozen=True, slots=True)
 class PullProgressed:
-    """A look at a pull that runs: so many of its blocks came so far."""
+    """A pull still runs; `num_arrived` of its blocks came so far."""
 
     request_id: str
     num_arrived: int
@@ -135,7 +135,7 @@ StreamEvent: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Send this to the ingress."""
+    """Send `chunk` to the ingress."""
 
     ingress: bytes
     chunk: TokenChunk
@@ -151,7 +151,7 @@ class TellScheduler:
 
 @dataclass(frozen=True, slots=True)
 class AskOwner:
-    """Connect to `source` unless that was done, and send this."""
+    """Connect to `source` unless that was done, and send it `message`."""
 
     source: str
     message: PrefillRequest
@@ -159,7 +159,7 @@ class AskOwner:
 
 @dataclass(frozen=True, slots=True)
 class TellOwner:
-    """Send this to `source` if it is still there."""
+    """Send `message` to `source` if it is still there."""
 
     source: str
     message: RenewLease | ReleaseLease
@@ -167,7 +167,7 @@ class TellOwner:
 
 @dataclass(frozen=True, slots=True)
 class BeginPull:
-    """Pull, tell PullProgressed some times in a lease meanwhile, and answer with PullStopped."""
+    """Carry out `pull`, tell PullProgressed some times in a lease meanwhile, and answer with PullStopped."""
 
     pull: PullBlocks
 
@@ -216,22 +216,23 @@ class StreamBook:
 
     @property
     def num_open(self) -> int:
-        """Requests to be answered."""
+        """Requests that are still to be answered."""
         return len(self._streams)
 
     def has(self, request_id: str) -> bool:
-        """Whether it is to be answered."""
+        """Tell whether the request is still to be answered."""
         return request_id in self._streams
 
     @property
     def num_pulls(self) -> int:
-        """In progress."""
+        """Pulls in progress."""
         return len(self._pulling)
 
     def on_event(self, event: StreamEvent, now_s: float) -> list[StreamInstruction]:
-        """What is to be done, in order. Unknown ids and addresses are ignored. `now_s` never goes back.
+        """Take in `event`; return what is to be done, in order. Unknown ids and addresses are ignored.
 
-        Carrying an instruction out may lead to further events before the next one is carried out.
+        `now_s` never goes back. Carrying an instruction out may lead to further events before the next one is
+        carried out.
 
         Raises:
             InvariantError: a pull begins while another of that request runs, or ends that was not running.
@@ -270,7 +271,7 @@ class StreamBook:
                 assert_never(unreachable)
 
     def check_invariants(self, seq_ids: Iterable[str]) -> None:
-        """For when every instruction was carried out. `seq_ids`: the sequences that the scheduler has.
+        """Check the book when every instruction was carried out. `seq_ids`: the sequences that the scheduler has.
 
         Raises:
             InvariantError: the books differ, or a lease is held for nothing.
@@ -285,7 +286,7 @@ class StreamBook:
     # -------------------------------------------------------------------------------------------------------- streams
 
     def _open(self, event: Requested, now_s: float) -> list[StreamInstruction]:
-        """Read path step 3."""
+        """Begin a stream: read path step 3."""
         request = event.request
         if request.request_id in self._streams:
             return []  # it came twice
@@ -303,7 +304,10 @@ class StreamBook:
         return [TellScheduler(request.request_id, SequenceAdded(spec))]
 
     def _remote_s(self, event: Requested, now_s: float) -> float | None:
-        """When the prefill worker's KV would lie here: as predicted, or never; None where nobody is to be asked."""
+        """Return in how many seconds the prefill worker's KV will lie here: as predicted, or never (infinite).
+
+        None where no prefill worker was named.
+        """
         request = event.request
         address = request.prefill_address
         if address is None:
@@ -321,7 +325,7 @@ class StreamBook:
         return [TellScheduler(request_id, SequenceCancelled(request_id)), *self._release_if_over(request_id, now_s)]
 
     def _reply(self, emitted: EmitTokens, now_s: float) -> list[StreamInstruction]:
-        """Read path step 8."""
+        """Send what was emitted to the stream's ingress: read path step 8."""
         stream = self._streams.get(emitted.seq_id)
         if stream is None:
             return []
@@ -343,7 +347,7 @@ class StreamBook:
     # --------------------------------------------------------------------------------------------------------- leases
 
     def _ask(self, request_id: str, num_held_tokens: int, now_s: float) -> list[StreamInstruction]:
-        """Read path step 4."""
+        """Ask the prefill worker for the prompt's KV, which begins a lease: read path step 4."""
         stream = self._streams.get(request_id)
         if stream is None or stream.request.prefill_address is None:
             return []  # it is about to be cancelled
@@ -374,7 +378,7 @@ class StreamBook:
         return [TellScheduler(request_id, offered)]
 
     def _compute_here(self, request_id: str) -> list[StreamInstruction]:
-        """The lease ended at its owner. What was offered whole needs no other word: its pulls fail, or end well."""
+        """Forget a lease that ended at its owner; the scheduler is to compute what was not offered whole."""
         lease = self._leases.pop(request_id)
         if lease.is_offered_whole or request_id not in self._streams:
             return []
@@ -390,7 +394,7 @@ class StreamBook:
         return [TellOwner(lease.source, RenewLease(request_id=request_id))]
 
     def _release_if_over(self, request_id: str, now_s: float) -> list[StreamInstruction]:
-        """Nothing more will be read of the owner's blocks: say so at once; what came whole teaches its price."""
+        """Release the lease once nothing more will be read of the owner's blocks; what came whole teaches its price."""
         lease = self._leases.get(request_id)
         if lease is None or request_id in (self._pulling if lease.is_offered_whole else self._streams):
             return []
@@ -406,7 +410,7 @@ class StreamBook:
     # ---------------------------------------------------------------------------------------------------------- pulls
 
     def _begin_pull(self, pull: PullBlocks) -> list[StreamInstruction]:
-        """From now on the lease must not end by itself."""
+        """Begin a pull, and renew the lease, which must not end by itself meanwhile."""
         if pull.seq_id in self._pulling:
             raise InvariantError(f"a pull of {pull.seq_id!r} begins while another runs")
         self._pulling.add(pull.seq_id)
@@ -418,7 +422,7 @@ class StreamBook:
         return [TellOwner(lease.source, RenewLease(request_id=pull.seq_id)), BeginPull(pull)]
 
     def _end_pull(self, stopped: PullStopped, now_s: float) -> list[StreamInstruction]:
-        """The scheduler hears of every pull, whatever became of its stream: its targets are the scheduler's."""
+        """End a pull, and tell the scheduler, whose blocks its targets are, whatever became of the stream."""
         request_id, bad = stopped.request_id, stopped.bad_indexes
         if request_id not in self._pulling:
             raise InvariantError(f"a pull of {request_id!r} ended that was not running")

@@ -60,10 +60,10 @@ class DecodeWorker:
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
-        """Loads the model; blocks. Arguments as EngineWorker's.
+        """Load the model; this blocks for as long as that takes. Arguments as `EngineWorker`'s.
 
         Raises:
-            ConfigError: as EngineWorker.
+            ConfigError: the model or the memory will not do.
         """
         self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
         self._peers = self._worker.open_peers(self._on_peer_message, self._on_peer_lost)
@@ -71,22 +71,22 @@ class DecodeWorker:
         self._progress_s = options.lease_s / 4  #: between two looks at a pull
 
     async def start(self) -> WorkerInfo:
-        """Listen; the answer goes to the fleet."""
+        """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         return await self._worker.start(self)
 
     async def drain(self) -> None:
-        """Return when nothing is under way any more; whoever places has stopped sending by then."""
+        """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Stop and let go of everything."""
+        """Stop, hang up, and give memory back."""
         await self._worker.close()
 
     # ---------------------------------------------------------------------------------------------------- WorkerRole
 
     def on_message(self, sender: bytes, message: Message) -> None:
-        """Requests of an ingress."""
+        """Take in a request of an ingress, or its cancellation; other messages are logged and dropped."""
         match message:
             case GenerateRequest(request_id=request_id, prefill_address=address):
                 if self._book.has(request_id):
@@ -98,11 +98,11 @@ class DecodeWorker:
                 logger.warning("decode %s: unexpected %s", self._worker.worker_id, type(message).__name__)
 
     def on_sender_lost(self, sender: bytes) -> None:
-        """The ingress is gone: nobody reads the answers."""
+        """Cancel the requests of an ingress that is gone: nobody reads the answers."""
         self._decide(IngressLost(sender))
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
-        """What the scheduler wants."""
+        """Take what the scheduler wants done to the book, and carry out what follows."""
         wanted: list[StreamEvent] = []
         for instruction in instructions:
             match instruction:
@@ -115,7 +115,7 @@ class DecodeWorker:
         self._decide(*wanted)
 
     def stats(self) -> dict[str, float]:
-        """Decode's own numbers."""
+        """Return decode's own numbers, by metric name."""
         return {
             "kvray_streams": float(self._book.num_open),
             "kvray_pulls_running": float(self._book.num_pulls),
@@ -138,7 +138,7 @@ class DecodeWorker:
         self._decide(OwnerLost(address))
 
     async def _pull(self, pull: PullBlocks) -> None:
-        """Read path step 6."""
+        """Carry out a pull, report its progress, and tell the book how it ended: read path step 6."""
         num_arrived = 0
 
         def progress() -> None:

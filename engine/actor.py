@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """What an actor needs of the worker that it is the shell of (prefill.worker, decode.worker)."""
+    """A worker as the actor around it sees it: `prefill.worker.PrefillWorker` or `decode.worker.DecodeWorker`."""
 
     role: ClassVar[Role]
 
@@ -36,15 +36,15 @@ class Worker(Protocol):
         ...
 
     async def start(self) -> WorkerInfo:
-        """Listen; the answer is what the rest of the fleet needs to know."""
+        """Listen, and begin to step; the answer is what the rest of the fleet needs to know."""
         ...
 
     async def drain(self) -> None:
-        """Return when nothing is under way any more."""
+        """Wait until nothing is under way any more."""
         ...
 
     async def close(self) -> None:
-        """Stop and let go of everything."""
+        """Stop, hang up, and give memory back."""
         ...
 
 
@@ -61,21 +61,21 @@ class WorkerActor:
         self._info = await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """What the fleet needs to know, pushed by Serve to every process that watches this deployment."""
+        """Return the worker's WorkerInfo, which Serve pushes to every process that watches this deployment."""
         info: dict[str, Any] = msgspec.to_builtins(self._info)
         return info
 
     async def identify(self) -> str:
-        """The worker's id; the only method that is ever called over a handle."""
+        """Return the worker's id; the only method that is ever called over a handle."""
         return self._worker_id
 
     def _on_crash(self, error: BaseException) -> None:
-        """A step raised: the pool's state is unknown. Peers notice the closed socket at once, Serve starts another."""
+        """End the process: a step raised, the pool's state is unknown. Peers notice at once, Serve starts another."""
         logger.critical("%s ends: %r", self._worker_id, error)
         os._exit(70)
 
     async def __del__(self) -> None:
-        """Serve's only shutdown hook: what is under way ends first, as long as Serve waits for it."""
+        """Drain, then close, in Serve's only shutdown hook: what is under way ends first, as long as Serve waits."""
         worker = getattr(self, "_worker", None)
         if worker is not None:
             await worker.drain()

@@ -50,7 +50,7 @@ _WARM_UP_OUTPUT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine computes. `kv_cache_bytes` None: `kv_cache_share` of the memory that is free now."""
+    """The settings of an engine. `kv_cache_bytes` None: `kv_cache_share` of the memory that is free at the start."""
 
     block_size: int = 16  #: tokens
     kv_cache_bytes: int | None = None
@@ -78,10 +78,10 @@ class Engine:
 
     @classmethod
     def build(cls, loaded: LoadedModel, options: EngineOptions, *, model_dir: Path | None = None) -> Engine:
-        """An engine with a pool of its own. `model_dir` gives the tokenizer that structured output needs.
+        """Build an engine with a pool of its own. `model_dir` gives the tokenizer that structured output needs.
 
         Raises:
-            ConfigError: too little memory for one sequence.
+            ConfigError: there is too little memory for one sequence of the model's length.
         """
         num_bytes_per_block = block_bytes(loaded.layer_specs, options.block_size, loaded.dtype)
         num_blocks = plan_num_blocks(
@@ -154,7 +154,7 @@ class Engine:
         self.scheduler = Scheduler(self._config, self.pool, self.loaded.fingerprint, self.scheduler.cost)
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
-        """What follows from `event`."""
+        """Give `event` to the scheduler; return its instructions. `now_s` defaults to the monotonic clock."""
         return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
 
     def compute(self, plan: StepPlan) -> StepResult:
@@ -171,7 +171,7 @@ class Engine:
         return result
 
     def scratch(self, num_bytes: int) -> Memory | DeviceMemory:
-        """Memory of the kind that the pool lies in, for transfers that nobody needs."""
+        """Allocate memory of the kind that the pool lies in, for the transfers of probes. The caller closes it."""
         if isinstance(self.memory, Memory):
             return Memory.allocate(num_bytes)
         return DeviceMemory(torch.empty(num_bytes, dtype=torch.uint8, device=self.loaded.device))
@@ -179,11 +179,11 @@ class Engine:
     # -- for callers that have no loop of their own
 
     def post(self, event: Event) -> None:
-        """Take in an event; what follows comes out of the next `step`."""
+        """Give `event` to the scheduler; what follows comes out of the next `step`."""
         self._pending += self.decide(event)
 
     def step(self) -> list[EmitTokens]:
-        """Run one step if there is one to run; all tokens emitted since the last call."""
+        """Run one step if there is one to run; return all tokens emitted since the last call."""
         self.post(StepWanted())
         for plan in [item.plan for item in self._pending if isinstance(item, RunStep)]:
             self.post(StepEnded(self.compute(plan)))
@@ -192,7 +192,7 @@ class Engine:
         return emitted
 
     def has_work(self) -> bool:
-        """Sequences are waiting or running."""
+        """Tell whether sequences are waiting or running."""
         return self.scheduler.num_waiting + self.scheduler.num_pulling + self.scheduler.num_running > 0
 
     def close(self) -> None:

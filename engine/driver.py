@@ -48,7 +48,7 @@ class EngineDriver:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def post(self, event: Event) -> None:
-        """Take in an event from the loop's thread; its instructions are handed out before this returns."""
+        """Give an event to the scheduler, on the loop's thread; its instructions are handed out before this returns."""
         self._carry_out(event)
         self._wake.set()
 
@@ -99,7 +99,7 @@ class EngineDriver:
         return step
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        """On the engine's thread."""
+        """Compute a step, on the engine's thread."""
         started_s = time.perf_counter()
         result = self.engine.compute(plan)
         self.num_steps += 1

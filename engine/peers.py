@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Peer:
-    """An owner of blocks, seen from here."""
+    """An owner of blocks as this worker sees it."""
 
     client: ChannelClient
     link: Link  #: what roads say to it
@@ -64,7 +64,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
 
     def connect(self, address: str) -> None:
-        """Begin to connect, unless it is there, and ask where its blocks lie, so that roads are tried at once."""
+        """Begin to connect to an owner, unless that was done, and ask where its blocks lie: roads are tried at once."""
         if address in self._peers:
             return
         client = ChannelClient(
@@ -79,20 +79,20 @@ class Peers:
         client.send(DescribeRegions())
 
     def send(self, address: str, message: Message) -> None:
-        """A message to a connected peer; dropped if there is none."""
+        """Send a message to a connected peer; it is dropped where there is none at `address`."""
         peer = self._peers.get(address)
         if peer is not None:
             peer.client.send(message)
 
     def can_pull(self, address: str) -> bool:
-        """Whether blocks can come from there, as far as is known; of a stranger nothing is."""
+        """Tell whether blocks can come from `address`, as far as is known: an owner not connected to yet is trusted."""
         peer = self._peers.get(address)
         if peer is None:
             return self._roads.names != ()
         return not peer.is_misfit and self._roads.can_pull(peer.link)
 
     async def pull(self, source: str, pairs: Sequence[Pair], on_progress: Callable[[], None]) -> PullOutcome:
-        """Bring each pair's block from `source`'s pool here, and verify it; all are bad if it is not connected.
+        """Bring each pair's block from the pool at `source` here, and verify it; all are bad if it is not connected.
 
         `on_progress` is called for each block that came, from any thread.
         """
@@ -107,7 +107,7 @@ class Peers:
         return outcome
 
     def observe_handoff(self, source: str, elapsed_s: float, source_s: float, num_blocks: int) -> None:
-        """A prompt's KV came whole from there; arguments as `MoveCost.observe_handoff`'s, with blocks for bytes.
+        """Learn from a prompt whose KV came whole from `source`: as `MoveCost.observe_handoff`, in blocks.
 
         What was asked before the first pull waited until the roads were tried, and says nothing of later ones.
         """
@@ -116,7 +116,7 @@ class Peers:
             peer.cost.observe_handoff(elapsed_s, source_s, num_blocks * self._block_bytes)
 
     def changed_prices(self) -> tuple[MovePrice, ...]:
-        """Of the peers whose price differs by a tenth or so from what was told last."""
+        """Return the prices of those peers whose price differs by a tenth or so from what was told last."""
         changed = []
         for peer in self._peers.values():
             price = peer.cost.price
@@ -126,15 +126,15 @@ class Peers:
         return tuple(changed)
 
     def prices(self) -> tuple[MovePrice, ...]:
-        """Of all peers that were pulled from."""
+        """Return the prices of all peers that were pulled from."""
         return tuple(price for price in (peer.cost.price for peer in self._peers.values()) if price is not None)
 
     def statuses(self) -> tuple[RoadStatus, ...]:
-        """The road from each."""
+        """Return the road from each peer."""
         return tuple(self._roads.status(peer.link, address) for address, peer in self._peers.items())
 
     def stats(self) -> dict[str, float]:
-        """What became of pulls, by metric name."""
+        """Return what became of pulls, by metric name."""
         rejected = {
             f'kvray_blocks_rejected_total{{reason="{reason}"}}': float(self._puller.num_rejected[reason])
             for reason in REJECTIONS
@@ -142,7 +142,7 @@ class Peers:
         return {"kvray_pulls_failed_total": float(self._puller.num_failed), **rejected}
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up on all peers; `on_lost` does not come any more."""
         for peer in self._peers.values():
             peer.client.close()
             self._roads.disconnect(peer.link)

@@ -52,7 +52,7 @@ class BlockPuller:
     """Moves blocks from peers' pools into the own one."""
 
     def __init__(self, layout: RegionLayout, memory: RegionMemory, checksums: BlockChecksums, roads: Roads) -> None:
-        """`memory` is the region that `layout` describes, `checksums` are of its blocks."""
+        """Pull into `memory`, the region that `layout` describes; `checksums` are of its blocks."""
         self.block_bytes = layout.block_bytes
         self._layout = layout
         self._memory = memory
@@ -62,10 +62,10 @@ class BlockPuller:
         self.num_rejected: Counter[Rejection] = Counter()
 
     def understand(self, described: RegionsDescribed) -> PeerPool:
-        """The peer's pool, if its blocks can be pulled into ours.
+        """Return the pool that the peer described, if its blocks can be pulled into ours.
 
         Raises:
-            RegionError: it describes blocks of another size, or checksums we cannot compute.
+            RegionError: the blocks are of another size, or their checksums of an algorithm that we do not have.
         """
         layout = RegionLayout(described.num_blocks, self._layout.block_bytes, described.has_generations)
         algorithm = next((name for name in ALGORITHMS if name == described.checksum), None)
@@ -108,7 +108,7 @@ class BlockPuller:
     async def _pull_once(
         self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
     ) -> tuple[PullOutcome, list[Pair]]:
-        """What did not come, and what came with another checksum."""
+        """Pull the pairs; return what did not come, and the pairs that came with another checksum."""
         if not pairs:
             return PullOutcome(), []
         num_bytes = peer.layout.block_bytes
@@ -146,7 +146,7 @@ class BlockPuller:
         return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged
 
     async def _reused(self, link: Link, peer: PeerPool, damaged: Sequence[Pair]) -> frozenset[int]:
-        """The indexes of those blocks that their owner uses for something else by now, as far as it can be told."""
+        """Return the indexes of the blocks that their owner uses for something else by now, as far as can be told."""
         if not peer.layout.has_generations or not self._memory.is_host:
             return frozenset()
         generations = Memory.allocate(GENERATION_BYTES * len(damaged))

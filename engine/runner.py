@@ -66,7 +66,7 @@ class Runner:
         ]
 
     def block_ids(self, slot: int, begin: int, end: int) -> list[int]:
-        """Entries `[begin, end)` of the block table of the sequence in `slot`."""
+        """Return entries `[begin, end)` of the block table of the sequence in `slot`."""
         found: list[int] = self._tables.host_tables[slot, begin:end].tolist()
         return found
 
@@ -100,7 +100,7 @@ class Runner:
         )
 
     def _forward(self, step: _PackedStep) -> torch.Tensor:
-        """Logits of the kept rows, `[rows, vocab_size]` in the model's dtype."""
+        """Compute the logits of the kept rows, `[rows, vocab_size]` in the model's dtype."""
         with step_attention(step.attention):
             # always a tensor: an int makes gemma4 drop positions before its layers that share KV
             output = self._model(
@@ -135,7 +135,10 @@ class Runner:
     def _prompt_logprobs(
         self, parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor
     ) -> dict[str, list[TokenLogprob]]:
-        """For each part the logprobs of the prompt tokens after its rows; `logits [rows of all parts, vocab_size]`."""
+        """Return for each part, by sequence id, the logprobs of the prompt tokens after its rows.
+
+        `logits` is `[rows of all parts, vocab_size]`.
+        """
         found: dict[str, list[TokenLogprob]] = {}
         begin = 0
         for part, count in parts:
@@ -210,5 +213,5 @@ class Runner:
         )
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """`array` as a tensor: itself on a CPU, a copy elsewhere."""
+        """Return `array` as a tensor: the same memory on a CPU, a copy elsewhere."""
         return torch.from_numpy(array).to(self._device)

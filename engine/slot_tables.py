@@ -39,11 +39,11 @@ class SlotTables:
         self.block_tables = torch.from_numpy(self.host_tables).to(device)
 
     def __getitem__(self, slot: int) -> SlotSequence:
-        """Who is in a slot that has begun; not to be changed."""
+        """Return who is in a slot that has begun; not to be changed."""
         return self._sequences[slot]
 
     def take_in(self, plan: StepPlan) -> list[str]:
-        """Bring the slots up to date; every plan once, in order.
+        """Bring the slots up to date with `plan`; every plan once, in order.
 
         Returns:
             The ids of the sequences that left their slots.
@@ -97,5 +97,5 @@ class SlotTables:
 
 
 def _grown(wanted: int) -> int:
-    """The next power of two, so that tables are seldom made anew."""
+    """Round `wanted` up to a power of two, so that tables are seldom made anew."""
     return 1 << max(0, wanted - 1).bit_length()

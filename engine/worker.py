@@ -75,22 +75,22 @@ class WorkerOptions:
 
 
 class WorkerRole(Protocol):
-    """The part that differs. Who connected to this worker is known by its channel's id."""
+    """The part of a worker that differs between prefill and decode. A sender is known by its channel's id."""
 
     def on_message(self, sender: bytes, message: Message) -> None:
-        """A message, of someone who connected to this worker, that is not the EngineWorker's own."""
+        """Handle a sender's message that is not the EngineWorker's own."""
         ...
 
     def on_sender_lost(self, sender: bytes) -> None:
-        """Someone who had connected to this worker is gone."""
+        """Handle the loss of a sender, which comes once for each."""
         ...
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
-        """What the scheduler wants done."""
+        """Carry out what the scheduler wants done, in order."""
         ...
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges of the role, by metric name."""
+        """Return the counters and gauges of the role, by metric name."""
         ...
 
 
@@ -106,7 +106,7 @@ class EngineWorker:
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
-        """Loads the model; blocks for as long as that takes. `host`: the node's address, where the channel listens.
+        """Load the model; this blocks for as long as that takes. `host`: the node's address, where the channel listens.
 
         `vaults`: Ray's object store, where there is a Ray.
 
@@ -147,7 +147,7 @@ class EngineWorker:
         self.driver: EngineDriver | None = None
 
     def open_peers(self, on_message: Callable[[str, Message], None], on_lost: Callable[[str], None]) -> Peers:
-        """The worker's peers, for a role that pulls; reported and closed with the worker. Arguments as `Peers`'s."""
+        """Make the worker's peers, for a role that pulls; reported and closed with it. Arguments as of `Peers`."""
         engine = self.engine
         puller = BlockPuller(engine.layout, engine.memory, engine.checksums, self.roads)
         self._peers = Peers(puller, self.roads, self._secret, self.options.channel, on_message, on_lost)
@@ -171,7 +171,7 @@ class EngineWorker:
         return self.info(self.server.address)
 
     def info(self, address: str) -> WorkerInfo:
-        """This worker's constants."""
+        """Describe this worker to the fleet; `address` is its channel's."""
         engine = self.engine
         return WorkerInfo(
             worker_id=self.worker_id,
@@ -189,13 +189,13 @@ class EngineWorker:
         )
 
     def post(self, event: Event) -> None:
-        """An event for the scheduler."""
+        """Give an event to the scheduler; its instructions are handed out before this returns."""
         assert self.driver is not None, "start() comes first"
         self.driver.post(event)
         self._report_wanted.set()
 
     def send(self, receiver: bytes, message: Message) -> None:
-        """A message to someone who connected to this worker; dropped if it is gone."""
+        """Send a message to a sender; it is dropped if that one is gone."""
         if self.server is not None:
             self.server.send(receiver, message)
 
@@ -275,7 +275,7 @@ class EngineWorker:
     # --------------------------------------------------------------------------------------- what the router is told
 
     def _flush_events(self) -> None:
-        """Write path b: what changed in the pool, numbered per subscriber."""
+        """Tell subscribers what changed in the pool, numbered for each: write path step b."""
         stored, removed = self.engine.pool.take_events()
         if not stored and not removed:
             return
@@ -349,14 +349,14 @@ class EngineWorker:
 
 
 def _prepare_thread(engine: Engine) -> None:
-    """For threads that move the pool's bytes: an accelerator wants its context there, a CPU nothing."""
+    """Prepare a thread that moves the pool's bytes: an accelerator wants its context there, a CPU nothing."""
     if engine.loaded.device.type == "cuda":
         torch.cuda.set_device(engine.loaded.device)
         torch.cuda.synchronize()
 
 
 def _resolved_device(device: str) -> str:
-    """What `device` stands for: auto is the accelerator, where there is one."""
+    """Return what `device` stands for: auto is the accelerator, where there is one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"

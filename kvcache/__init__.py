@@ -1,1 +1,1 @@
-"""Blocks, their names, the paged pool's bookkeeping; later tiers and the compute-or-load planner. No torch."""
+"""Block names, the paged pool's bookkeeping, leases on blocks, and what computing or moving them costs. No torch."""

@@ -20,7 +20,7 @@ _CONTEXT = b"kvray names v1"  # at most 16 bytes
 
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
-    """Token ids as uint32 little endian.
+    """Pack token ids as uint32 little endian.
 
     Raises:
         OverflowError: an id is negative or needs more than 32 bits.
@@ -32,7 +32,7 @@ def pack_tokens(token_ids: Iterable[int]) -> bytes:
 
 
 def unpack_tokens(token_bytes: bytes) -> list[int]:
-    """The token ids in `token_bytes`.
+    """Return the token ids in `token_bytes`, which `pack_tokens` wrote.
 
     Raises:
         ValueError: the length is no multiple of four.
@@ -45,12 +45,12 @@ def unpack_tokens(token_bytes: bytes) -> list[int]:
 
 
 def split_names(names: bytes) -> list[bytes]:
-    """Concatenated names, one by one."""
+    """Split concatenated names into a list of them, 16 bytes each."""
     return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
 
 
 def block_names(fingerprint: bytes, salt: bytes, token_bytes: bytes, block_size: int, *, adapter: bytes = b"") -> bytes:
-    """Names of the full blocks of a sequence, 16 bytes each, concatenated; tokens after the last full block count not.
+    """Name the full blocks of a sequence: 16 bytes each, concatenated. Tokens after the last full block are ignored.
 
     128 k tokens in blocks of 16 take about 4 ms; with BLAKE3, whose tree is finished anew for every name, 7 to 17 ms
     (one busy EPYC core, 2026-11-23).
@@ -70,7 +70,7 @@ class BlockNamer:
         self._pending = b""  # tokens after the last full block
 
     def extend(self, token_bytes: bytes) -> list[bytes]:
-        """Append tokens; the names of the blocks that they complete."""
+        """Append tokens (as `pack_tokens` gives them); return the names of the blocks that they complete."""
         data = memoryview(self._pending + token_bytes)
         update, digest = self._digest.update, self._digest.digest
         names: list[bytes] = []

@@ -24,7 +24,7 @@ from messages.errors import CapacityError, InvariantError
 
 
 class BlockState(Enum):
-    """What a block is at this moment."""
+    """The one state that a block is in at a time."""
 
     FREE = "free"
     WRITING = "writing"  #: pinned, without a name
@@ -35,7 +35,7 @@ class BlockState(Enum):
 
 @dataclass(slots=True)
 class PoolStats:
-    """Counted since the pool was made."""
+    """Counters since the pool was made."""
 
     num_allocated_blocks: int = 0
     num_hit_blocks: int = 0  #: pins of blocks that were already there
@@ -104,19 +104,19 @@ class BlockPool:
         return self.num_blocks - self.num_free - len(self._quarantined)
 
     def generation(self, block_id: int) -> int:
-        """Changes before the block's bytes may change, and only then."""
+        """Return the block's generation, which changes before the block's bytes may change, and only then."""
         return self._generations[block_id]
 
     def name(self, block_id: int) -> bytes | None:
-        """The name under which the block is committed."""
+        """Return the name under which the block is committed; None where it has none."""
         return self._names[block_id]
 
     def num_pins(self, block_id: int) -> int:
-        """How many times the block is pinned."""
+        """Return how many times the block is pinned."""
         return self._num_pins[block_id]
 
     def state(self, block_id: int) -> BlockState:
-        """The block's state."""
+        """Return the one state that the block is in."""
         if block_id in self._quarantined:
             return BlockState.QUARANTINED
         if self._names[block_id] is None:
@@ -126,7 +126,7 @@ class BlockPool:
     # ------------------------------------------------------------------------------------------------- a block's life
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Blocks to write, each pinned once by the caller. What nobody uses is evicted when no block is free.
+        """Take `num_blocks` blocks to write, each pinned once. What nobody uses is evicted when no block is free.
 
         Raises:
             CapacityError: fewer than `num_blocks` are free or evictable; nothing changed.
@@ -141,7 +141,7 @@ class BlockPool:
         return block_ids
 
     def match(self, names: Iterable[bytes]) -> list[int]:
-        """Block ids of the longest leading run of `names` that is held. Pin them before the next `allocate`."""
+        """Find the longest leading run of `names` that is held; its block ids. Pin them before the next `allocate`."""
         block_ids: list[int] = []
         for name in names:
             block_id = self._by_name.get(name)
@@ -151,7 +151,7 @@ class BlockPool:
         return block_ids
 
     def holds(self, name: bytes) -> bool:
-        """Whether a block is committed under `name`."""
+        """Tell whether a block is committed under `name`."""
         return name in self._by_name
 
     def pin(self, block_ids: Sequence[int]) -> None:
@@ -198,7 +198,7 @@ class BlockPool:
         return True
 
     def quarantine(self, block_ids: Sequence[int], until_s: float) -> None:
-        """The caller gives up blocks that it was writing; nobody gets them before `release_quarantined(until_s)`."""
+        """Give up blocks that the caller was writing; nobody gets them before `release_quarantined(until_s)`."""
         for block_id in block_ids:
             if self.state(block_id) is not BlockState.WRITING or self._num_pins[block_id] != 1:
                 raise InvariantError(
@@ -209,7 +209,7 @@ class BlockPool:
         self.stats.num_quarantined_blocks += len(block_ids)
 
     def release_quarantined(self, now_s: float) -> int:
-        """Free the blocks whose time is over; how many."""
+        """Free the quarantined blocks whose time is over; return how many."""
         if not self._quarantined:
             return 0
         ended = [block_id for block_id, until_s in self._quarantined.items() if until_s <= now_s]
@@ -219,7 +219,7 @@ class BlockPool:
         return len(ended)
 
     def clear(self) -> int:
-        """Evict everything that nobody uses; how many blocks."""
+        """Evict all blocks that nobody uses; return how many."""
         num_evicted = len(self._evictable)
         for _ in range(num_evicted):
             self._free.append(self._evict())
@@ -240,11 +240,11 @@ class BlockPool:
     # ---------------------------------------------------------------------------------------------------- what is told
 
     def snapshot(self) -> list[bytes]:
-        """All names held, oldest commit first. Take it together with `take_events`, or a change is told twice."""
+        """Return all names held, oldest commit first. Call `take_events` with it, or a change is told twice."""
         return list(self._by_name)
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
-        """Names (stored, removed) since the last call, as the difference between then and now.
+        """Return the names (stored, removed) since the last call, as the difference between then and now.
 
         No name is in both, so it does not matter in which order a receiver applies them.
         """
@@ -256,7 +256,7 @@ class BlockPool:
     # ------------------------------------------------------------------------------------------------------ invariants
 
     def check_invariants(self) -> None:
-        """Raises InvariantError where the books do not agree."""
+        """Raise InvariantError where the pool's books do not agree."""
         groups = (self._free, list(self._evictable), list(self._quarantined))
         idle = [block_id for group in groups for block_id in group]
         used = [block_id for block_id in range(self.num_blocks) if self._num_pins[block_id] > 0]

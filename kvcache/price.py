@@ -61,7 +61,7 @@ class LearnedPrices:
                     prices[i] = max(0.0, (self._target[i] - rest) / row[i])
 
     def seconds(self, features: Sequence[float]) -> float:
-        """The predicted duration of something with these features."""
+        """Return the predicted duration, in seconds, of something with these features."""
         return sum(price * value for price, value in zip(self.prices, features, strict=True))
 
 
@@ -92,7 +92,7 @@ class MoveCost:
 
     @property
     def price(self) -> MovePrice | None:
-        """What was learned; None before the first pull."""
+        """The price learned so far; None before the first pull."""
         if not self._road:
             return None
         fixed_s, byte_s = self._pulls.prices
@@ -101,7 +101,7 @@ class MoveCost:
 
 
 class Computation(NamedTuple):
-    """What computing the KV of some tokens is made of."""
+    """The parts of computing the KV of some tokens, which have a price each."""
 
     num_steps: int
     num_tokens: int
@@ -109,33 +109,36 @@ class Computation(NamedTuple):
 
     @classmethod
     def of(cls, start: int, end: int) -> Computation:
-        """Tokens [start, end) of a prompt whose first `start` tokens are held."""
+        """Count what tokens [start, end) of a prompt take, the KV of its first `start` tokens being held."""
         num_tokens = end - start
         # the query at position p meets p + 1 keys
         return cls(-(-num_tokens // _STEP_TOKENS), num_tokens, num_tokens * (start + end + 1) / 2)
 
 
 def compute_s(price: ComputePrice, computation: Computation) -> float:
-    """Seconds that `computation` takes."""
+    """Return the seconds that `computation` takes."""
     num_steps, num_tokens, num_pairs = computation
     return num_steps * price.step_s + num_tokens * price.token_s + num_pairs * price.pair_s
 
 
 def move_s(price: MovePrice, num_bytes: int) -> float:
-    """Seconds to pull so many bytes."""
+    """Return the seconds that a pull of `num_bytes` takes."""
     return price.fixed_s + num_bytes * price.byte_s
 
 
 def harm_s(computing_s: float, num_beside: int) -> float:
-    """What computing for so long costs those who run there: `num_beside` sequences, and one that may come meanwhile."""
+    """Return what `computing_s` of prefill costs those who run beside it, in seconds of time to first token.
+
+    They are `num_beside` sequences, and one that may come meanwhile.
+    """
     return HARM_WEIGHT * computing_s * (num_beside + 1)
 
 
 def handoff_s(price: MovePrice, num_bytes: int, computing_s: float) -> float:
-    """Seconds that a handoff adds to `computing_s` of computation at the source, if `num_bytes` are to be pulled."""
+    """Return the seconds that a handoff adds to `computing_s` at the source, if `num_bytes` are to be pulled."""
     return price.handoff_s + max(0.0, move_s(price, num_bytes) - computing_s)
 
 
 def is_clearly_cheaper(cost_s: float, than_s: float) -> bool:
-    """Whether `cost_s` is so far below `than_s` that a placement by the latter is not followed."""
+    """Tell whether `cost_s` is so far below `than_s` that a placement by the latter is not followed."""
     return cost_s < _CLEARLY * than_s

@@ -24,20 +24,20 @@ class RegionLayout:
 
     @property
     def data_offset(self) -> int:
-        """Where block 0 begins."""
+        """Offset of block 0."""
         if not self.has_generations:
             return 0
         return (self.num_blocks * GENERATION_BYTES + _PAGE - 1) // _PAGE * _PAGE
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole region."""
+        """Bytes of the whole region."""
         return self.data_offset + self.num_blocks * self.block_bytes
 
     def block_offset(self, block_id: int) -> int:
-        """Where the bytes of a block begin."""
+        """Return the offset at which the block's bytes begin."""
         return self.data_offset + block_id * self.block_bytes
 
     def generation_offset(self, block_id: int) -> int:
-        """Where a block's generation lies, uint64 little endian."""
+        """Return the offset of the block's generation, a uint64, little endian."""
         return block_id * GENERATION_BYTES

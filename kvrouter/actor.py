@@ -19,7 +19,7 @@ from transport.secret import ClusterSecret
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
-    """What a router is told at its start."""
+    """The settings that a router is told at its start."""
 
     secret: str  #: 64 hex digits
     channel: ChannelConfig
@@ -55,11 +55,11 @@ class RouterActor:
             self._watch.start(deployment, functools.partial(self._on_replicas, deployment))
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Where ingresses find this router."""
+        """Return where ingresses find this router, which Serve pushes to every process that watches this deployment."""
         return {"worker_id": self._id, "address": self._router.address}
 
     async def identify(self) -> str:
-        """The router's id; the only method that is ever called over a handle."""
+        """Return the router's id; the only method that is ever called over a handle."""
         return self._id
 
     def _on_replicas(self, deployment: str, replicas: dict[str, dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ class RouterActor:
         self._router.set_fleet([info for infos in self._replicas.values() for info in infos])
 
     async def __del__(self) -> None:
-        """Serve's only shutdown hook, after the drain."""
+        """Hang up, in Serve's only shutdown hook, which runs after the drain."""
         router = getattr(self, "_router", None)
         if router is not None:
             router.close()

@@ -18,11 +18,11 @@ _MAX_SHARE = 1.25  #: of the mean number of sequences
 
 
 def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: Mapping[str, int]) -> Placement:
-    """Where `request` should run. `num_sequences`: as far as the caller knows, by worker id; absent means none.
+    """Choose where `request` runs. `num_sequences`: by worker id, as far as the caller knows; absent means none.
 
     Raises:
-        CapacityError: no decode worker is there (503).
-        WorkerError: all that are there are excluded.
+        CapacityError: there is no decode worker (503).
+        WorkerError: all decode workers are excluded.
         RequestError: the prompt fits none of them.
     """
     decodes = [worker for worker in workers if worker.role == "decode"]
@@ -65,7 +65,7 @@ def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: 
 
 
 def _computed_s(request: RouteRequest, worker: WorkerInfo) -> float:
-    """Seconds for the whole prompt, by what the worker measured at its start."""
+    """Return the seconds that the whole prompt takes, by what the worker measured at its start."""
     return compute_s(worker.compute or ASSUMED_COMPUTE, Computation.of(0, request.num_prompt_tokens))
 
 

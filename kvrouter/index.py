@@ -29,12 +29,12 @@ _SWEPT_PER_FOLD = 256  #: besides twice as many as came in, so that sweeping kee
 
 
 class BlockIndex:
-    """See the module."""
+    """The names that all workers hold, by name and by worker. One thread."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}  # name -> bits of columns, live or retired; never 0
-        self._columns: dict[str, int] = {}  # live workers
-        self._workers: dict[int, str] = {}  # the other way round
+        self._columns: dict[str, int] = {}  # live worker -> column
+        self._workers: dict[int, str] = {}  # column -> live worker
         self._held: dict[int, set[bytes]] = {}  # column, live or retired -> its names
         self._retired: list[int] = []
         self._live = 0  # bits of live columns
@@ -43,7 +43,7 @@ class BlockIndex:
         return len(self._holders)
 
     def num_held(self, worker_id: str) -> int:
-        """Names that the worker holds; 0 for one that is unknown."""
+        """Return how many names the worker holds; 0 for one that is unknown."""
         column = self._columns.get(worker_id)
         return 0 if column is None else len(self._held[column])
 
@@ -68,7 +68,7 @@ class BlockIndex:
             self.sweep(2 * (len(stored) + len(removed)) // NAME_BYTES + _SWEPT_PER_FOLD)
 
     def drop(self, worker_id: str) -> None:
-        """Forget a worker: no match names it any more. Unknown ones are fine."""
+        """Forget a worker: no match names it any more. Unknown ids are ignored."""
         column = self._columns.pop(worker_id, None)
         if column is not None:
             del self._workers[column]
@@ -96,7 +96,7 @@ class BlockIndex:
                 del self._held[column]
 
     def match(self, names: bytes) -> dict[str, int]:
-        """Leading blocks that each worker holds, of the prompt with these (concatenated) names. Zeros are left out.
+        """Count the leading blocks that each worker holds of a prompt with these concatenated names, zeros left out.
 
         For a worker that does not hold a prefix without gaps the figure is the end of *some* run of held names: a hint,
         as everything here.
@@ -179,7 +179,7 @@ class BlockIndex:
 
 
 def _split(names: bytes) -> Iterator[tuple[bytes, ...]]:
-    """Concatenated names one by one, in batches."""
+    """Split concatenated names, and yield them in batches."""
     batch_bytes = _BATCH_NAMES * NAME_BYTES
     for begin in range(0, len(names), batch_bytes):
         batch = names[begin : begin + batch_bytes]

@@ -76,7 +76,7 @@ class WorkerState:
         self.reserved_sequences += reserved.sequences
 
     def release(self, request_id: str) -> None:
-        """Count it no longer; unknown ids are fine."""
+        """Count a placement no longer; unknown ids are ignored."""
         reserved = self.reserved.pop(request_id, None)
         if reserved is not None:
             self.reserved_s -= reserved.compute_s
@@ -86,7 +86,7 @@ class WorkerState:
                 self.reserved_s = 0.0  # what rounding left
 
     def report(self, load: LoadReport) -> None:
-        """Take the worker's word: what it lists needs no prediction any more."""
+        """Take in the worker's report: the requests that it lists need no prediction any more."""
         self.load = load
         if load.moves:
             self.moves |= {price.source: price for price in load.moves}
@@ -96,22 +96,22 @@ class WorkerState:
 
     @property
     def queue_s(self) -> float:
-        """Seconds of prefill before a new prompt's."""
+        """Seconds of prefill, reported and promised, that a new prompt waits for."""
         return self.reserved_s + (self.load.queued_s if self.load else 0.0)
 
     @property
     def compute_price(self) -> ComputePrice | None:
-        """What it last learned about itself; None where it never measured."""
+        """The price of computing that the worker last reported; None where it never measured one."""
         return (self.load.compute if self.load else None) or self.info.compute
 
     @property
     def num_sequences(self) -> int:
-        """Running, waiting and promised."""
+        """Sequences running, waiting and promised."""
         return self.reserved_sequences + (self.load.num_running + self.load.num_waiting if self.load else 0)
 
     @property
     def free_blocks(self) -> int:
-        """Free or evictable, less what was promised; negative where that was too much."""
+        """Blocks free or evictable, less what was promised; negative where that was too much."""
         return (self.load.free_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
 
 
@@ -137,16 +137,16 @@ class Candidate(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        """What is compared."""
+        """Seconds that placements are compared by: time to first token, and the harm to others."""
         return self.ttft_s + self.harm_s
 
     @property
     def delay_s(self) -> float:
-        """The part that is others' work: what admission looks at."""
+        """The part of the time to first token that is others' work: what admission looks at."""
         return self.wait_s + self.queue_s
 
     def reason(self) -> str:
-        """In a few words."""
+        """Say in a few words what the placement is worth, for people."""
         match = f"decode holds {self.decode_match_tokens} tokens"
         if self.prefill is not None:
             match += f", prefill {self.prefill_match_tokens}"
@@ -158,7 +158,7 @@ class Candidate(NamedTuple):
 
 
 class _PrefillPart(NamedTuple):
-    """What a prefill worker costs, whoever decodes."""
+    """The part of a placement's cost that a prefill worker adds, whoever decodes."""
 
     worker: WorkerState
     match_tokens: int
@@ -170,7 +170,7 @@ class _PrefillPart(NamedTuple):
 
 
 class _DecodePart(NamedTuple):
-    """What a decode worker costs, whoever prefills."""
+    """The part of a placement's cost that a decode worker adds, whoever prefills."""
 
     worker: WorkerState
     match_tokens: int
@@ -188,7 +188,7 @@ class Prices(NamedTuple):
 
 
 class Pricing:
-    """Costs of one request at each worker. `matches`: leading blocks held, by worker id."""
+    """Prices one request at each worker. `matches`: leading blocks held, by worker id."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Pricing:
         self._least_unmeasured = _least(prices.by_road.values()) if prices.by_road else assumed.move
 
     def best(self, decodes: Sequence[WorkerState], prefills: Iterable[WorkerState]) -> Candidate:
-        """The cheapest placement; equals are told apart by least load, then by rendezvous hashing of the prompt.
+        """Return the cheapest placement; equals are told apart by least load, then by rendezvous hashing of the prompt.
 
         `decodes` must not be empty.
         """
@@ -227,7 +227,7 @@ class Pricing:
         return self._cheapest(candidates)
 
     def all(self, decodes: Iterable[WorkerState], prefills: Iterable[WorkerState]) -> Iterator[Candidate]:
-        """Every placement there is, in no order: to explain a choice."""
+        """Yield every placement there is, in no order: to explain a choice."""
         prefill_parts = [self._prefill_part(worker) for worker in prefills]
         for decode in decodes:
             part = self._decode_part(decode)
@@ -237,7 +237,7 @@ class Pricing:
                     yield self._pair(part, prefill, self._handoff_s(part, prefill))
 
     def _best_pair(self, part: _DecodePart, prefills: Sequence[_PrefillPart]) -> Candidate | None:
-        """The cheapest with one of `prefills`, which are in order: most are not looked at.
+        """Return the cheapest placement with one of `prefills`, which are in order: most are not looked at.
 
         None can be cheaper than its own cost and the least that a link takes.
         """
@@ -318,11 +318,11 @@ class Pricing:
         return _PrefillPart(prefill, match_tokens, num_computed, wait_s, queue_s, computing_s, cost_s)
 
     def _num_computed(self, match_tokens: int) -> int:
-        """At least the last token: somebody has to sample what follows it."""
+        """Count the tokens to compute: at least the last one, as somebody has to sample what follows it."""
         return max(self._request.num_prompt_tokens - match_tokens, 1)
 
     def _compute_s(self, worker: WorkerState, num_computed: int) -> float:
-        """By its own price, where it measured one; else by the fleet's best.
+        """Return the seconds for `num_computed` tokens by the worker's own price, where measured, else by the best.
 
         Never longer than the fleet's best with a share of its rate: who once measured badly, under another load or with
         a few tokens, would else get no prompt any more and so never measure better.
@@ -339,7 +339,7 @@ class Pricing:
         return own_s if own_s < limit_s else limit_s
 
     def _computation(self, num_computed: int, fingerprint: bytes) -> tuple[Computation, float, float]:
-        """The last `num_computed` tokens; the seconds that they take who never measured; the most that they take."""
+        """Return the work of the last `num_computed` tokens, its seconds if the worker never measured, and at most."""
         end = max(self._request.num_prompt_tokens, 1)
         computation = Computation.of(end - num_computed, end)
         best = self._prices.best_compute.get(fingerprint)
@@ -349,7 +349,7 @@ class Pricing:
         return computation, best_s, best_s / self._assumed.doubt
 
     def _move_price(self, prefill: WorkerState, decode: WorkerState) -> MovePrice:
-        """What `decode` measured from there; else what is known of the road that they would take."""
+        """Return the price that `decode` measured of `prefill` as a source; else of the road that they would take."""
         measured = decode.moves.get(prefill.info.address)
         if measured is not None:
             return measured
@@ -363,7 +363,7 @@ class Pricing:
         return self._road_moves[kind]
 
     def _wait_s(self, worker: WorkerState, num_lacking_blocks: int, num_sequences: int) -> float:
-        """Until slots and blocks come free, if all of them turn over once in `sequence_s`."""
+        """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""
         info, num_new = worker.info, self._request.num_sequences
         missing_blocks = num_lacking_blocks + num_new - worker.free_blocks  # each choice writes a block of its own
         missing_slots = num_sequences + num_new - info.max_num_seqs
@@ -372,7 +372,7 @@ class Pricing:
         return max(missing_blocks / info.num_blocks, missing_slots / info.max_num_seqs) * self._assumed.sequence_s
 
     def _ordered(self, parts: list[_PrefillPart]) -> list[_PrefillPart]:
-        """The best first: by cost, then by least load, then by rendezvous hashing of the prompt."""
+        """Sort the best first: by cost, then by least load, then by rendezvous hashing of the prompt."""
         keyed = [((round(part.cost_s, _COST_DIGITS), part.worker.num_sequences), part) for part in parts]
         keyed.sort(key=itemgetter(0))
         ordered: list[_PrefillPart] = []
@@ -394,14 +394,14 @@ class Pricing:
 
 
 def _least(prices: Iterable[MovePrice]) -> MovePrice:
-    """A price that none of `prices` is below, in any part."""
+    """Return a price that none of `prices` is below, in any part."""
     columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
     fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
     return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)
 
 
 def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Whether `decode` can use and reach what `prefill` publishes."""
+    """Tell whether `decode` can use and reach what `prefill` publishes."""
     if (prefill.fingerprint, prefill.block_size, prefill.block_bytes) != (
         decode.fingerprint,
         decode.block_size,
@@ -415,25 +415,25 @@ def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
 
 
 def can_ever_hold(worker: WorkerInfo, request: RouteRequest) -> bool:
-    """Whether the prompt and one token more fit, on an idle worker."""
+    """Tell whether the prompt and one token more fit on `worker` when it is idle."""
     return request.num_prompt_tokens < worker.max_model_len and (
         _ceil_div(request.num_prompt_tokens + 1, worker.block_size) <= worker.num_blocks
     )
 
 
 def blocks_wanted(request: RouteRequest, block_size: int) -> int:
-    """Blocks for the prompt and the first tokens of each choice."""
+    """Count the blocks for the prompt and the first tokens of each choice."""
     return _ceil_div(request.num_prompt_tokens, block_size) + request.num_sequences
 
 
 def affinity_key(request: RouteRequest) -> bytes:
-    """What rendezvous hashing goes by: the prompt's first four blocks, so that those who share them meet."""
+    """Return the key of rendezvous hashing: the prompt's first four blocks, so that those who share them meet."""
     end = min(len(request.names), 4 * 16)
     return request.names[end - 16 : end] or request.request_id.encode()
 
 
 def rendezvous(key: bytes, worker_id: str) -> bytes:
-    """The worker's rank for this key: whoever ranks highest gets it (Thaler and Ravishankar 1998).
+    """Rank the worker for this key: whoever ranks highest gets it (Thaler and Ravishankar 1998).
 
     Workers that come or go move only the keys they get or had.
     """

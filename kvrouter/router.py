@@ -45,7 +45,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """The worker's channel is up."""
+    """The channel to the worker is up."""
 
     info: WorkerInfo
 
@@ -59,7 +59,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """About once a second."""
+    """Some time passed; comes about once a second."""
 
 
 Event: TypeAlias = WorkerJoined | WorkerLost | KvEvents | LoadReport | RouteRequest | RequestEnded | TimePassed
@@ -67,7 +67,7 @@ Event: TypeAlias = WorkerJoined | WorkerLost | KvEvents | LoadReport | RouteRequ
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """To whoever sent the RouteRequest that is being handled."""
+    """Send `message` to whoever sent the RouteRequest that is being handled."""
 
     message: Placement | RouteFailed
 
@@ -100,7 +100,7 @@ class _Placed:
 
 
 class Router:
-    """See the module. Not thread-safe; `now_s` is monotonic."""
+    """Knows the fleet, places requests and reserves for them. One thread."""
 
     def __init__(self, config: RouterConfig = RouterConfig()) -> None:
         self._config = config
@@ -114,7 +114,7 @@ class Router:
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
-        """Take one event in; what has to be done about it."""
+        """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back."""
         match event:
             case RouteRequest():
                 return [Reply(self._route(event, now_s))]
@@ -141,13 +141,13 @@ class Router:
                 assert_never(event)
 
     def explain(self, request: RouteRequest) -> list[Candidate]:
-        """Every placement that `request` could get now, cheapest first. Reserves nothing."""
+        """Return every placement that `request` could get now, cheapest first. Reserves nothing."""
         decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
         prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges by metric name."""
+        """Return the counters and gauges by metric name."""
         gauges = {
             "kvray_router_workers": len(self._workers),
             "kvray_router_workers_out_of_step": sum(feed.asked_s is not None for feed in self._feeds.values()),

@@ -54,7 +54,7 @@ class RouterWorker:
         channel: ChannelConfig | None = None,
         config: RouterConfig | None = None,
     ) -> None:
-        """Listen on a free port of `host`.
+        """Listen on a free port of `host`, an address of this node.
 
         Raises:
             ConfigError: nothing can be bound there.
@@ -71,11 +71,11 @@ class RouterWorker:
 
     @property
     def address(self) -> str:
-        """For ingresses, tcp://host:port."""
+        """Where ingresses connect, tcp://host:port."""
         return self._server.address
 
     def set_fleet(self, workers: Iterable[WorkerInfo]) -> None:
-        """The workers that are there now: new ones are connected to, missing ones forgotten."""
+        """Take in which workers are there now: connect to new ones, forget missing ones."""
         fleet = {info.worker_id: info for info in workers}
         for worker_id, link in list(self._links.items()):
             if fleet.get(worker_id) != link.info:
@@ -86,7 +86,7 @@ class RouterWorker:
                 self._connect(worker_id)
 
     def close(self) -> None:
-        """Hang up everywhere."""
+        """Hang up on all workers and ingresses."""
         self._tick_timer.cancel()
         for worker_id in list(self._links):
             self._unlink(worker_id)

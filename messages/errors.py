@@ -51,7 +51,7 @@ class KvrayError(Exception):
         self.retry_after_s = retry_after_s
 
     def info(self) -> ErrorInfo:
-        """This error in its wire form."""
+        """Return this error in its wire form."""
         return ErrorInfo(
             kind=type(self).__name__,
             message=self.message,
@@ -98,12 +98,12 @@ _KINDS: dict[str, type[KvrayError]] = {
 
 
 def error_from_info(info: ErrorInfo) -> KvrayError:
-    """The exception that `info` was made from; an unknown kind becomes a plain KvrayError."""
+    """Return the exception that `info` was made from; an unknown kind becomes a plain KvrayError."""
     cls = _KINDS.get(info.kind, KvrayError)
     return cls(info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s)
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` is and the first line of what it says: messages of large libraries are pages."""
+    """Return the class of `error` and the first line of its message: messages of large libraries are pages."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Who is there, what they hold, how busy they are. The router subscribes to every worker."""
+"""Which workers are there, what they hold, how busy they are. The router subscribes to every worker."""
 
 from __future__ import annotations
 

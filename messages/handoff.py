@@ -81,19 +81,19 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """No handoff will come for this request; nothing is held for it."""
+    """Prefill to decode: no handoff will come for this request; nothing is held for it."""
 
     request_id: str
     error: ErrorInfo
 
 
 class RenewLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The pull makes progress."""
+    """Decode to prefill: the pull makes progress, so the lease starts anew. Unknown ids are ignored."""
 
     request_id: str
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The blocks were pulled, or are not wanted any more. Also cancels a prefill that still runs."""
+    """Decode to prefill: the blocks were pulled, or are not wanted any more. Also cancels a prefill that still runs."""
 
     request_id: str

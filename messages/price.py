@@ -1,4 +1,4 @@
-"""What computing and moving KV costs one worker, as it learned it (kvcache.price). Reported to the router."""
+"""The prices of computing and of moving KV that a worker learned (kvcache.price) and reports to the router."""
 
 from __future__ import annotations
 

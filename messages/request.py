@@ -1,4 +1,4 @@
-"""What a client asks for, as it crosses from the ingress to a worker."""
+"""A client's wish as it crosses from the ingress to a worker: one sequence, and how its tokens are chosen."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class RouteFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """No worker can take it."""
+    """Router to ingress: no worker can take the request."""
 
     request_id: str
     error: ErrorInfo

@@ -1,4 +1,4 @@
-"""What a worker streams back: one message per engine step and ingress."""
+"""The tokens that a worker streams back: one message per engine step and ingress."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
-    """Server to client."""
+    """Server to client: the answer to a Ping."""
 
 
 Message: TypeAlias = (
@@ -60,14 +60,14 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """`message` as bytes."""
+    """Return `message` as one msgpack document."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes | memoryview) -> Message:
-    """The message in `data`.
+    """Return the message in `data`.
 
     Raises:
-        msgspec.DecodeError: not one of ours (a ValidationError where it is msgpack of another shape).
+        msgspec.DecodeError: `data` is no message of ours (a ValidationError where it is msgpack of another shape).
     """
     return _decoder.decode(data)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
-from kvcache.leases import Asked, Failed, FreeBlocks, LeaseBook, PeerLost, Published, Released, Renewed, TimePassed
+from kvcache.leases import Asked, AskerLost, Failed, FreeBlocks, LeaseBook, Published, Released, Renewed, TimePassed
 from kvcache.names import unpack_tokens
 from messages.errors import InvariantError, KvrayError, WorkerError
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
@@ -24,7 +24,7 @@ from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 
 @dataclass(frozen=True, slots=True)
 class PromptAsked:
-    """Somebody wants this prompt's KV; if another does, that one is told that it gets nothing."""
+    """A worker wants this prompt's KV; another one that wanted it before is told that it gets nothing."""
 
     asker: bytes
     message: PrefillRequest
@@ -39,7 +39,7 @@ class BlocksFreed:
 
 #: What the scheduler of a prefill worker wants done is an event here.
 PublicationEvent: TypeAlias = (
-    OfferBlocks | EmitTokens | PromptAsked | BlocksFreed | Renewed | Released | PeerLost | TimePassed
+    OfferBlocks | EmitTokens | PromptAsked | BlocksFreed | Renewed | Released | AskerLost | TimePassed
 )
 
 # ------------------------------------------------------------------------------------------------------- instructions
@@ -47,14 +47,14 @@ PublicationEvent: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class BeginPrompt:
-    """Give it to the scheduler."""
+    """Give `spec` to the scheduler."""
 
     spec: SequenceSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send this to the asker, with the checksums of its blocks."""
+    """Send `handoff` to the asker, with the checksums of its blocks filled in."""
 
     asker: bytes
     handoff: KvHandoff
@@ -62,7 +62,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class TellFailed:
-    """Send this to the asker."""
+    """Send `message` to the asker."""
 
     asker: bytes
     message: PrefillFailed
@@ -87,7 +87,7 @@ class PublicationBook:
     """All prompts of a prefill worker, from the question until their blocks are freed."""
 
     def __init__(self, lease_s: float, block_size: int) -> None:
-        """`block_size` in tokens."""
+        """Make an empty book. `lease_s`: of a prompt that was published whole; `block_size` in tokens."""
         self.leases = LeaseBook(lease_s)
         self._block_size = block_size
         self._prompts: dict[str, _Prompt] = {}
@@ -96,11 +96,11 @@ class PublicationBook:
 
     @property
     def num_open(self) -> int:
-        """Prompts computed or held."""
+        """Prompts that are being computed or held."""
         return len(self._prompts)
 
     def on_event(self, event: PublicationEvent, now_s: float) -> list[PublicationInstruction]:
-        """What is to be done, in order. Unknown ids are ignored. `now_s` never goes back.
+        """Take in `event`; return what is to be done, in order. Unknown ids are ignored. `now_s` never goes back.
 
         Carrying an instruction out may lead to further events before the next one is carried out.
         """
@@ -113,7 +113,7 @@ class PublicationBook:
                 return self._ask(event, now_s)
             case BlocksFreed(request_id):
                 return self._begin(request_id)
-            case Renewed() | Released() | PeerLost() | TimePassed():
+            case Renewed() | Released() | AskerLost() | TimePassed():
                 freed = self.leases.on_event(event, now_s)
                 for item in freed:
                     del self._prompts[item.request_id]
@@ -122,7 +122,7 @@ class PublicationBook:
                 assert_never(unreachable)
 
     def check_invariants(self, seq_ids: Iterable[str]) -> None:
-        """For when every instruction was carried out. `seq_ids`: the sequences that the scheduler computes or keeps.
+        """Check the book when every instruction was carried out. `seq_ids`: the sequences that the scheduler has.
 
         Raises:
             InvariantError: the books differ, or an offer waits for a token.
@@ -146,7 +146,7 @@ class PublicationBook:
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             is_kept=True,
         )
-        before = self.leases.peer_of(request_id)
+        before = self.leases.asker_of(request_id)
         freed = self.leases.on_event(Asked(request_id, event.asker), now_s)
         self.num_asked += 1
         self._prompts[request_id] = _Prompt(spec, event.message.num_held_tokens, now_s)
@@ -159,7 +159,7 @@ class PublicationBook:
         return [TellFailed(before, PrefillFailed(request_id=request_id, error=error.info())), *freed]
 
     def _begin(self, request_id: str) -> list[PublicationInstruction]:
-        """Read path step 4."""
+        """Begin to compute a prompt that was asked for: read path step 4."""
         prompt = self._prompts.get(request_id)
         if prompt is None or prompt.is_begun:
             return []
@@ -191,7 +191,7 @@ class PublicationBook:
     def _publish(
         self, prompt: _Prompt, offer: OfferBlocks, emitted: EmitTokens | None, now_s: float
     ) -> list[PublicationInstruction]:
-        """Read path step 5: what the asker lacks of the offer, and in the end the first token."""
+        """Publish what the asker lacks of the offer, and in the end the first token: read path step 5."""
         first_index = prompt.num_held_tokens // self._block_size
         blocks = [block for block in offer.blocks if block.index >= first_index]
         self.num_published_blocks += len(blocks)
@@ -210,7 +210,7 @@ class PublicationBook:
         return [Publish(self._asker_of(offer.seq_id), handoff)]
 
     def _asker_of(self, request_id: str) -> bytes:
-        asker = self.leases.peer_of(request_id)
+        asker = self.leases.asker_of(request_id)
         if asker is None:
             raise InvariantError(f"prompt {request_id!r} is computed for nobody")
         return asker

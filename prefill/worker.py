@@ -26,7 +26,7 @@ from engine.scheduling.plan import (
     SequenceCancelled,
 )
 from engine.worker import EngineWorker, WorkerOptions
-from kvcache.leases import FreeBlocks, PeerLost, Released, Renewed, TimePassed
+from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
 from messages.errors import InvariantError
 from messages.fleet import Role, WorkerInfo
 from messages.handoff import KvHandoff, PrefillRequest, ReleaseLease, RenewLease
@@ -60,33 +60,33 @@ class PrefillWorker:
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
-        """Loads the model; blocks. Arguments as EngineWorker's.
+        """Load the model; this blocks for as long as that takes. Arguments as `EngineWorker`'s.
 
         Raises:
-            ConfigError: as EngineWorker.
+            ConfigError: the model or the memory will not do.
         """
         self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
         self._book = PublicationBook(options.lease_s, self._worker.engine.options.block_size)
 
     async def start(self) -> WorkerInfo:
-        """Listen; the answer goes to the fleet."""
+        """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         info = await self._worker.start(self)
         self._worker.spawn(self._expire_forever())
         return info
 
     async def drain(self) -> None:
-        """Return when nothing is under way any more; whoever places has stopped sending by then."""
+        """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Stop and let go of everything."""
+        """Stop, hang up, and give memory back."""
         await self._worker.close()
 
     # ---------------------------------------------------------------------------------------------------- WorkerRole
 
     def on_message(self, sender: bytes, message: Message) -> None:
-        """Requests and leases of decode workers."""
+        """Take in a decode worker's question, or its word about a lease; other messages are logged and dropped."""
         match message:
             case PrefillRequest():
                 self._decide(PromptAsked(sender, message))
@@ -98,11 +98,11 @@ class PrefillWorker:
                 logger.warning("prefill %s: unexpected %s", self._worker.worker_id, type(message).__name__)
 
     def on_sender_lost(self, sender: bytes) -> None:
-        """The asker is gone: nobody will pull."""
-        self._decide(PeerLost(sender))
+        """Free what is made or held for an asker that is gone: nobody will pull it."""
+        self._decide(AskerLost(sender))
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
-        """What became readable, or came to nothing."""
+        """Take in which blocks became readable and which prompts ended or failed, and tell their askers."""
         for instruction in instructions:
             match instruction:
                 case OfferBlocks() | EmitTokens():
@@ -113,7 +113,7 @@ class PrefillWorker:
                     assert_never(unreachable)
 
     def stats(self) -> dict[str, float]:
-        """Prefill's own numbers."""
+        """Return prefill's own numbers, by metric name."""
         return {
             "kvray_prefill_prompts_total": float(self._book.num_asked),
             "kvray_leases": float(self._book.leases.num_leased),
@@ -151,7 +151,7 @@ class PrefillWorker:
         self._worker.send(asker, msgspec.structs.replace(handoff, blocks=blocks))
 
     async def _expire_forever(self) -> None:
-        """A lease that ends frees the blocks even when nobody says anything."""
+        """Look for ended leases time and again: one that ends frees its blocks even when nobody says anything."""
         while True:
             await asyncio.sleep(min(0.2, self._book.leases.lease_s / 4))
             self._decide(TimePassed())

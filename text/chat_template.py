@@ -81,7 +81,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without jinja2's own escaping of HTML."""
+    """Write `value` as JSON, without jinja2's own escaping of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -113,10 +113,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, name: str = "chat template") -> None:
-        """Compiles `source`; `special_tokens` are its variables bos_token, eos_token and so on.
+        """Compile `source`; `special_tokens` are its variables bos_token, eos_token and so on.
 
         Raises:
-            ConfigError: a syntax error, with its line.
+            ConfigError: the template has a syntax error; names its line.
         """
         try:
             self._template = _environment().from_string(source)
@@ -135,10 +135,10 @@ class ChatTemplate:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. Encode it without special tokens: the template writes them itself.
+        """Render the prompt's text. Encode it without special tokens: the template writes them itself.
 
         Raises:
-            RequestError: what the template or the checks before it refuse, naming the field.
+            RequestError: the template, or a check before it, refuses a message; names the field.
         """
         self._check_roles(messages)
         chat = [self._normalized(index, message) for index, message in enumerate(messages)]
@@ -189,7 +189,7 @@ class ChatTemplate:
                 )
 
     def _normalized(self, index: int, message: Message) -> dict[str, Any]:
-        """A copy to render: no nulls, reasoning under the names templates read, arguments as objects."""
+        """Copy a message to render: no nulls, reasoning under the names templates read, arguments as objects."""
         copy = {key: value for key, value in message.items() if value is not None}
         reasoning = next((copy[field] for field in _REASONING_FIELDS if field in copy), None)
         if reasoning is not None:
@@ -208,7 +208,7 @@ class ChatTemplate:
         return copy
 
     def _mark_final(self, chat: list[dict[str, Any]]) -> str:
-        """Marks the end of the last message's text and returns that text."""
+        """Mark the end of the last message's text, and return that text."""
         param = f"messages[{len(chat) - 1}].content"
         content = chat[-1].get("content")
         if isinstance(content, str):
@@ -221,7 +221,7 @@ class ChatTemplate:
         raise RequestError(f"{param} is empty, wanted text that the model can continue", param=param)
 
     def _probe_parts(self) -> bool:
-        """Whether the template gives for a list with one text part what it gives for that text."""
+        """Tell whether the template gives for a list with one text part what it gives for that text."""
         as_text = [{"role": "user", "content": _PROBE}]
         as_parts = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
         try:
@@ -245,7 +245,7 @@ def _text_part(part: Any, param: str) -> dict[str, Any]:
 
 
 def _with_object_arguments(call: Any) -> Any:
-    """`call` with its function's arguments parsed, where they are the JSON text of an object."""
+    """Return `call` with its function's arguments parsed, where they are the JSON text of an object."""
     function = call.get("function") if isinstance(call, Mapping) else None
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(arguments, str):
@@ -258,7 +258,7 @@ def _with_object_arguments(call: Any) -> Any:
 
 
 def _cut_at_mark(text: str, continued: str) -> str:
-    """`text` up to the end of the message to be continued."""
+    """Cut `text` at the end of the message to be continued."""
     mark = _CONTINUE_MARK.strip()
     at = text.rfind(mark)
     if at < 0 or continued.strip() not in text:

@@ -35,7 +35,7 @@ class GrammarTokenizer:
     def from_tokenizer_json(
         cls, tokenizer: str | Path | tokenizers.Tokenizer, vocab_size: int, eos_ids: Sequence[int]
     ) -> GrammarTokenizer:
-        """Of a tokenizer.json or the object made from it.
+        """Prepare the vocabulary of a tokenizer.json, or of the object made from it.
 
         Args:
             tokenizer: path of a tokenizer.json, or what `tokenizers` made of one.
@@ -43,7 +43,7 @@ class GrammarTokenizer:
             eos_ids: tokens that end an output; allowed where the grammar is complete.
 
         Raises:
-            ConfigError: no end token, or a tokenizer that llguidance cannot use.
+            ConfigError: there is no end token, or llguidance cannot use the tokenizer.
         """
         if not eos_ids:
             raise ConfigError("structured output needs an end token, but the model names none")
@@ -61,16 +61,16 @@ class GrammarTokenizer:
 
 
 class GrammarMatcher:
-    """How far one sequence's output has come in its grammar.
+    """Follows one sequence's output through its grammar.
 
     A sequence that moves gets a new one, fed with the tokens generated so far. One thread at a time.
     """
 
     def __init__(self, tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
-        """Builds the grammar, about 1 ms.
+        """Build the grammar, which takes about 1 ms.
 
         Raises:
-            RequestError: a grammar that `check_grammar` refuses.
+            RequestError: `check_grammar` refuses the grammar, too.
         """
         self._tokenizer = tokenizer
         self._matcher = llguidance.LLMatcher(tokenizer.backend, _compiled(grammar), log_level=0, limits=_LIMITS)
@@ -83,10 +83,10 @@ class GrammarMatcher:
         return bool(self._matcher.is_accepting())
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """Takes the next tokens of the output. An end token at a place where it is allowed changes nothing.
+        """Take the next tokens of the output. An end token at a place where it is allowed changes nothing.
 
         Raises:
-            RequestError: a token that the mask did not allow; the sequence cannot go on.
+            RequestError: the mask did not allow a token; the sequence cannot go on.
         """
         for token_id in token_ids:
             if self._matcher.is_stopped() and not self._matcher.is_error() and token_id in self._tokenizer.eos_ids:
@@ -95,7 +95,7 @@ class GrammarMatcher:
                 raise _failed(self._matcher.get_error() or f"token {token_id} comes after its end")
 
     def mask(self) -> NDArray[np.int32]:
-        """Tokens that may come next, [ceil(vocab_size / 32)] int32: bit i % 32 of word i // 32 is set for token i.
+        """Return which tokens may come next, [ceil(vocab_size / 32)] int32: bit i % 32 of word i // 32 is for token i.
 
         Where the grammar is complete the end tokens are allowed; where nothing can follow, they alone.
 
@@ -112,7 +112,7 @@ class GrammarMatcher:
 
 
 def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar, *, param: str = "response_format") -> None:
-    """Refuses a grammar that no output can satisfy or that is not well formed, in about 1 ms.
+    """Refuse a grammar that no output can satisfy or that is not well formed, in about 1 ms.
 
     Args:
         tokenizer: the model's.
@@ -120,7 +120,7 @@ def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar, *, param: str =
         param: the request field it came in, for the message.
 
     Raises:
-        RequestError: naming `param`, what was seen and what is wanted.
+        RequestError: the grammar is refused; names `param`, what was seen and what is wanted.
     """
     try:
         matcher = GrammarMatcher(tokenizer, grammar)
@@ -135,7 +135,7 @@ def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar, *, param: str =
 
 
 def _compiled(grammar: Grammar) -> str:
-    """The grammar in the form that llguidance reads."""
+    """Write the grammar in the form that llguidance reads."""
     matcher = llguidance.LLMatcher
     match grammar.kind:
         case "json_schema":
@@ -175,7 +175,7 @@ def _shown(value: Any) -> str:
 
 
 def _num_tokens(parsed: dict[str, Any]) -> int:
-    """One past the largest id of a parsed tokenizer.json."""
+    """Return one past the largest id of a parsed tokenizer.json."""
     vocab = parsed["model"]["vocab"]
     model_ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
     return max([*model_ids, *(token["id"] for token in parsed["added_tokens"])], default=-1) + 1

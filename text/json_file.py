@@ -10,10 +10,10 @@ from messages.errors import ConfigError
 
 
 def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
-    """The object in `path`; {} where there is no file and none is needed.
+    """Read the object in `path`; {} where there is no file and none is needed.
 
     Raises:
-        ConfigError: it cannot be read, is no JSON, or holds no object.
+        ConfigError: the file cannot be read, is no JSON, or holds no object.
     """
     if is_optional and not path.exists():
         return {}

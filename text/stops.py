@@ -15,7 +15,7 @@ class StopMatcher:
     """
 
     def __init__(self, stop: Sequence[str], *, include_stop_str: bool = False, min_tokens: int = 0) -> None:
-        """A matcher for one sequence.
+        """Make a matcher for one sequence.
 
         Args:
             stop: the stop strings; none at all is fine, the text then passes straight through.
@@ -23,7 +23,7 @@ class StopMatcher:
             min_tokens: no stop is complete inside the text of the first `min_tokens` tokens.
 
         Raises:
-            RequestError: an empty stop string.
+            RequestError: a stop string is empty.
         """
         if "" in stop:
             raise RequestError(f"stop[{list(stop).index('')}] is empty, wanted at least one character", param="stop")
@@ -35,7 +35,7 @@ class StopMatcher:
         self._matched: str | None = None
 
     def push(self, text: str, num_tokens: int = 1) -> tuple[str, str | None]:
-        """Takes the text of the next `num_tokens` tokens; returns what may be shown of it and the stop that it met.
+        """Take the text of the next `num_tokens` tokens; return what may be shown of it and the stop that it met.
 
         After a stop, everything that follows is dropped.
         """
@@ -58,12 +58,12 @@ class StopMatcher:
         return buffer[: len(buffer) - held], None
 
     def flush(self) -> str:
-        """What is still held back, when no more text comes."""
+        """Return what is still held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _first_match(self, buffer: str, decided: int) -> tuple[int, str] | None:
-        """End and text of the stop that ends first after `decided`."""
+        """Find the stop that ends first after `decided`: its end and its text."""
         best: tuple[int, str] | None = None
         for stop in self._stops:
             at = buffer.find(stop, max(0, decided - len(stop) + 1))
@@ -75,7 +75,7 @@ class StopMatcher:
         return best
 
     def _open_suffix(self, buffer: str) -> int:
-        """Characters at the end of `buffer` that a stop may begin with."""
+        """Count the characters at the end of `buffer` that a stop may begin with."""
         longest = 0
         for stop in self._stops:
             first = max(0, len(buffer) - len(stop) + 1)

@@ -33,7 +33,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """Of a `tokenizers` object. `special_tokens`: by name, such as bos_token. `chat_templates`: by name."""
+        """Wrap a `tokenizers` object. `special_tokens`: by name, such as bos_token. `chat_templates`: by name."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -51,10 +51,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
-        """The tokenizer of a transformers model directory.
+        """Load the tokenizer of a transformers model directory.
 
         Raises:
-            ConfigError: no tokenizer.json, or a file that cannot be read as what it should be.
+            ConfigError: there is no tokenizer.json, or a file cannot be read as what it should be.
         """
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
@@ -81,7 +81,7 @@ class Tokenizer:
         return self._named_id("eos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; with `add_special_tokens`, those that tokenizer.json puts around a text (often a bos).
+        """Encode `text`; with `add_special_tokens`, add those that tokenizer.json puts around a text (often a bos).
 
         Raises:
             RequestError: `text` holds half a surrogate pair.
@@ -93,19 +93,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; ids that the tokenizer does not know count as nothing."""
+        """Return the text of `ids`; ids that the tokenizer does not know count as nothing."""
         text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for inside a text; b"" where the tokenizer does not know it."""
+        """Return the bytes that the token stands for inside a text; b"" where the tokenizer does not know it."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._find_bytes(token_id)
         return found
 
     def token_text(self, token_id: int) -> str:
-        """`token_bytes` as text; bytes that are no whole character show as U+FFFD."""
+        """Return `token_bytes` as text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def render_chat(
@@ -117,7 +117,7 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text through the model's chat template: see `ChatTemplate.render`.
+        """Render the prompt's text by the model's chat template, as `ChatTemplate.render` does.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
@@ -162,7 +162,7 @@ class Tokenizer:
 
 
 class _Decoding:
-    """What a tokenizer's decoder does, as far as it matters for decoding piece by piece."""
+    """The facts about a tokenizer's decoder that matter for decoding piece by piece."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         spec = json.loads(backend.to_str())["decoder"]
@@ -175,12 +175,12 @@ class _Decoding:
         self.anchor_id = self._find_anchor(backend)
 
     def byte_of(self, token: str) -> int | None:
-        """The byte of a byte-fallback token such as <0xE4>."""
+        """Return the byte of a byte-fallback token such as <0xE4>; None for other tokens."""
         match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
         return None if match is None else int(match[1], 16)
 
     def _find_anchor(self, backend: tokenizers.Tokenizer) -> int:
-        """The id of an ordinary token that decodes to more than space."""
+        """Find the id of an ordinary token that decodes to more than space."""
         for token_id in range(backend.get_vocab_size(with_added_tokens=True)):
             token = backend.id_to_token(token_id)
             if token is not None and token.isalnum() and backend.decode([token_id], skip_special_tokens=False) == token:
@@ -189,7 +189,7 @@ class _Decoding:
 
 
 def _is_local(steps: list[dict[str, Any]]) -> bool:
-    """Whether text once decoded stays, up to trimming at its very start, whatever tokens follow."""
+    """Tell whether text once decoded stays, up to trimming at its very start, whatever tokens follow."""
     is_fused = False
     for step in steps:
         kind = step["type"]
@@ -227,11 +227,11 @@ class Detokenizer:
             self._decoder = _WindowPieces(tokenizer, skip_special_tokens=skip_special_tokens)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens add, as far as it is decided."""
+        """Return the text that these tokens add, as far as it is decided."""
         return self._decoder.push(token_ids)
 
     def flush(self) -> str:
-        """What is still held back, when no more tokens come."""
+        """Return what is still held back, when no more tokens come."""
         return self._decoder.flush()
 
 
@@ -253,7 +253,7 @@ class _ByteLevelPieces:
 
 
 class _WindowPieces:
-    """Decodes a short window that begins with text already given, and returns what is new in it.
+    """Decodes a short window that begins with text already given, and gives what is new in it.
 
     The window moves on where nothing that follows can change its text, and begins at a token that has text, so that
     a decoder that trims the start of a text trims only there. With a decoder that is not local it never moves.
@@ -302,7 +302,7 @@ class _WindowPieces:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """Character to byte of byte-level BPE (Radford et al. 2019): printable bytes stand for themselves."""
+    """Map characters to bytes as byte-level BPE does (Radford et al. 2019): printable bytes stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -312,7 +312,7 @@ _BYTE_OF_CHARACTER = _byte_level_table()
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """A token with a character that is no byte's (an added token) stands for its own UTF-8."""
+    """Return a token's bytes; one with a character that is no byte's (an added token) stands for its own UTF-8."""
     try:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
@@ -324,7 +324,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _content(token: Any) -> str:
-    """A token's text: the configuration files write it as a string or as an object."""
+    """Return a token's text: the configuration files write it as a string or as an object."""
     return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
@@ -342,7 +342,7 @@ def _added_token(token: Any, *, is_special: bool) -> tokenizers.AddedToken:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Adds the tokens that the configuration names and tokenizer.json lacks, or has as ordinary ones."""
+    """Add the tokens that the configuration names and tokenizer.json lacks, or has as ordinary ones."""
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
@@ -360,7 +360,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
 
 
 def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name. Files of their own come before those in tokenizer_config.json."""
+    """Find the chat templates, by name. Files of their own come before those in tokenizer_config.json."""
     sources = {}
     if (folder / "chat_template.jinja").is_file():
         sources["default"] = folder / "chat_template.jinja"

@@ -1,1 +1,1 @@
-"""Commands of the project that are no part of the product."""
+"""Commands that make parts of the project, and are no part of the product."""

@@ -59,7 +59,7 @@ class ChannelConfig:
 
     @property
     def max_silent_beats(self) -> int:
-        """Own heartbeats without a word from the peer."""
+        """How many own heartbeats may pass without a word from the peer."""
         return max(2, math.ceil(self.lost_after_s / self.heartbeat_s))
 
 
@@ -115,7 +115,7 @@ class ChannelServer:
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
-        """All live peers."""
+        """Ids of all live peers."""
         return tuple(self._silent_beats)
 
     def send(self, peer: PeerId, message: Message) -> bool:
@@ -125,7 +125,7 @@ class ChannelServer:
         return self._send(peer, encode(message))
 
     def drop(self, peer: PeerId) -> None:
-        """Be done with a peer; it notices by the silence. `on_peer_lost` follows."""
+        """Drop a peer, which notices by the silence. `on_peer_lost` follows; an unknown peer is ignored."""
         self._lose(peer)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class ChannelServer:
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _admit(self, frames: list[bytes]) -> None:
-        """Answer one question of ZAP (ZeroMQ RFC 27): is this client key known?"""
+        """Answer ZeroMQ's question (ZAP, RFC 27) whether a client's key is known."""
         version, request_id, mechanism = frames[0], frames[1], frames[5]
         key = z85.encode(frames[6]) if mechanism == b"CURVE" and len(frames) > 6 else b""
         is_known = hmac.compare_digest(key, self._client_key)
@@ -224,7 +224,7 @@ class ChannelServer:
             self._loop.call_later(delay_s, self._probe)
 
     def _probe(self) -> None:
-        """Find out who went: the socket refuses to send to them. An unasked Pong does no harm to the others."""
+        """Find out which peers went: the socket refuses to send to them. An unasked Pong does no harm to the others."""
         if self._is_closed:
             return
         self._inbox.drain(math.inf)  # what it sent before it went comes first
@@ -405,7 +405,7 @@ class _Inbox:
             self._loop.call_soon(self._look)
 
     def drain(self, max_messages: float = _MAX_MESSAGES_PER_TURN) -> None:
-        """Handle what is there; after `max_messages`, go on in the loop's next turn."""
+        """Handle the messages that are there; after `max_messages`, go on in the loop's next turn."""
         is_empty = False
         num_messages = 0
         try:
@@ -452,7 +452,7 @@ def _listening_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoi
 
 
 def _decoded(frames: list[bytes]) -> Message | None:
-    """The message, or None for bytes that are none."""
+    """Return the message in `frames`, or None for bytes that are no message of ours."""
     if len(frames) != 1:
         return None
     try:

@@ -69,7 +69,7 @@ class LoopbackNetwork:
 
 
 class LoopbackTransport:
-    """See `transport.protocol.Transport`. `faults`: one is taken from its left by each pull that passes the checks."""
+    """The fake `transport.protocol.Transport`. Each pull that passes the checks takes one fault from `faults`' left."""
 
     is_one_sided = True
     is_direct = True
@@ -84,7 +84,11 @@ class LoopbackTransport:
         self._is_closed = False
 
     def register(self, memory: RegionMemory) -> RegionInfo:
-        """Make `memory` readable on the network. Idempotent."""
+        """Make `memory` readable on the network; the answer describes it to peers. Idempotent.
+
+        Raises:
+            RegionError: it is not host memory, or the transport is closed.
+        """
         if self._is_closed:
             raise RegionError("the transport is closed")
         self._network.regions[memory.nonce] = as_host_memory(memory, self.road)
@@ -140,17 +144,17 @@ class LoopbackTransport:
         _carry_out(memory, copies, order, host_target, on_arrived)
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """One-sided: nobody has anything to say here."""
+        """Drop the message with a warning: this road is one-sided, and its ends say nothing over the link."""
         logger.warning("%s: a message of %d bytes that nobody wanted", self.road, len(body))
 
     def on_link_lost(self, link: Link) -> None:
-        """Pulls from that peer fail."""
+        """End the pulls from that peer with TransferError."""
         for given_up, owner in self._open_pulls.items():
             if owner is link:
                 given_up.set()
 
     def carriers(self, link: Link) -> str:
-        """It is one process."""
+        """Return "memcpy": both ends are in one process."""
         return "memcpy"
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Memory:
-    """Writable memory of this process, mapped shared (`transport.protocol.RegionMemory`). See `Memory.allocate`."""
+    """Writable host memory that is mapped shared: a `transport.protocol.RegionMemory`. `Memory.allocate` makes it."""
 
     is_host = True
 
@@ -77,7 +77,7 @@ class Memory:
 
     @classmethod
     def allocate(cls, num_bytes: int) -> Memory:
-        """Zeroed memory, every page of it reserved: writing to it later cannot fail (nor raise SIGBUS).
+        """Allocate zeroed memory, every page of it reserved: writing to it later cannot fail (nor raise SIGBUS).
 
         Takes about 0.3 s per GiB, the kernel's zeroing; call it in a thread where a loop runs.
 
@@ -106,13 +106,13 @@ class Memory:
 
     @property
     def fd(self) -> int:
-        """The file behind it, valid until `close`."""
+        """Descriptor of the file behind the memory, valid until `close`."""
         if self._fd < 0:
             raise ValueError("the memory is closed")
         return self._fd
 
     def slice(self, offset: int, num_bytes: int) -> memoryview:
-        """`num_bytes` writable bytes from `offset` on."""
+        """Return a view of `num_bytes` writable bytes from `offset` on."""
         return self.view[offset : offset + num_bytes]
 
     def populate(self) -> None:
@@ -137,7 +137,7 @@ class Memory:
         self._mapping[offset : offset + _HEADER.size] = bytes(_HEADER.size)
 
     def close(self) -> None:
-        """Withdraw it and close the file. The bytes go when the last view of them does, here and at peers."""
+        """Withdraw the memory and close its file. The bytes go when the last view of them does, here and at peers."""
         if self._fd < 0:
             return
         self.withdraw()
@@ -184,14 +184,14 @@ class SharedView:
         return opened
 
     def is_current(self) -> bool:
-        """Whether its owner still publishes it under the nonce it was opened with."""
+        """Tell whether the owner still publishes this memory under the nonce it was opened with."""
         offset = _header_offset(self.num_bytes)
         expected = _HEADER.pack(_MAGIC, _VERSION, self.num_bytes, self._nonce)
         return self._mapping[offset : offset + _HEADER.size] == expected
 
 
 def as_host_memory(memory: RegionMemory, road: str) -> Memory:
-    """`memory` itself.
+    """Return `memory` itself, once it is known to be host memory.
 
     Raises:
         RegionError: it lies on an accelerator, which `road` does not reach.
@@ -202,7 +202,7 @@ def as_host_memory(memory: RegionMemory, road: str) -> Memory:
 
 
 def available_bytes() -> int:
-    """Memory that can be reserved without pushing anyone out: the machine's and this process's control group's."""
+    """Return the bytes that can be had without pushing anyone out of the machine's or the control group's memory."""
     available = psutil.virtual_memory().available
     for group in _CONTROL_GROUPS:
         with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or "max"
@@ -213,7 +213,7 @@ def available_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Memory of this machine, or the limit of this process's control group where that is less."""
+    """Return the bytes of this machine's memory, or of the control group's limit where that is less."""
     total = psutil.virtual_memory().total
     for group in _CONTROL_GROUPS:
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoadOptions:
-    """What may be used, and where it listens."""
+    """Which roads may be used, and where they listen."""
 
     names: tuple[str, ...]  #: of shm, ucx, socket, plasma; the preferred ones first
     port_range: tuple[int, int] = (20000, 20999)  #: both ends included
@@ -34,7 +34,7 @@ def open_roads(
     vaults: Vaults | None,
     prepare_thread: Callable[[], None],
 ) -> list[Transport]:
-    """The named roads, in the order named, but for those that cannot work in this process: the log says why.
+    """Open the named roads, in the order named, but for those that cannot work in this process: the log says why.
 
     Args:
         options: which, and how.

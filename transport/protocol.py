@@ -23,7 +23,7 @@ class TransferError(KvrayError):
 
 
 class RegionError(TransferError):
-    """The region is unknown, gone, not the one described, or a range lies outside it. Nothing was written."""
+    """The region is unknown, gone or not the one described, or a range lies outside it. Nothing was written."""
 
 
 class Copy(NamedTuple):
@@ -39,21 +39,21 @@ class RegionMemory(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the memory in bytes."""
         ...
 
     @property
     def nonce(self) -> bytes:
-        """Random, 16 bytes: its identity."""
+        """Identity of the memory: 16 random bytes."""
         ...
 
     @property
     def is_host(self) -> bool:
-        """Whether the CPU can touch it; then it is a `transport.memory.Memory`."""
+        """Whether the CPU can touch the memory; then it is a `transport.memory.Memory`."""
         ...
 
     def slice(self, offset: int, num_bytes: int) -> object:
-        """A view of a part: the buffer protocol on the host, `__cuda_array_interface__` on a device."""
+        """Return a view of a part: the buffer protocol on the host, `__cuda_array_interface__` on a device."""
         ...
 
 
@@ -64,7 +64,7 @@ class Link:
     """
 
     def __init__(self, send: Callable[[str, bytes], bool]) -> None:
-        """`send(road, body)` queues a message to that road's object at the peer; False: the peer is lost."""
+        """Make a link. `send(road, body)` queues a message to that road at the peer; False: the peer is lost."""
         self._send = send
         self.is_lost = False
 
@@ -78,7 +78,7 @@ class Transport(Protocol):
 
     @property
     def road(self) -> str:
-        """As in `RegionInfo.road`."""
+        """Name of the road: "shm", "ucx", "socket" or "plasma", as in `RegionInfo.road`."""
         ...
 
     @property
@@ -120,15 +120,15 @@ class Transport(Protocol):
         ...
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """What the same road at the peer sent over the link; junk is logged and dropped."""
+        """Handle what the same road at the peer sent over the link; junk is logged and dropped."""
         ...
 
     def on_link_lost(self, link: Link) -> None:
-        """The peer is gone: its pulls fail at once, nothing is sent to it, what was kept open for it is closed."""
+        """Forget a peer that is gone: pulls from it fail at once, what was kept open for it is closed."""
         ...
 
     def carriers(self, link: Link) -> str:
-        """What really carries the bytes to and from this peer, for people: "memcpy", "tcp", "cuda_ipc"; "" unknown."""
+        """Name, for people, what carries the bytes to and from this peer: "memcpy", "tcp", "cuda_ipc"; "": unknown."""
         ...
 
     def close(self) -> None:

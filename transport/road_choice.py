@@ -16,7 +16,7 @@ _ONE_SIDED_WORTH = 2.0
 
 @dataclass(slots=True)
 class RoadState:
-    """What is known of one road to one peer."""
+    """The state of one road to one peer."""
 
     road: str
     is_direct: bool
@@ -36,29 +36,29 @@ class RoadChoice:
     """
 
     def __init__(self, roads: Sequence[tuple[str, bool, bool]]) -> None:
-        """`roads`: (name, is_direct, is_one_sided), the preferred ones first."""
+        """Choose among `roads`, (name, is_direct, is_one_sided), the preferred ones first; all are to be probed."""
         self.states = {name: RoadState(name, is_direct, is_one_sided) for name, is_direct, is_one_sided in roads}
 
     def proven(self) -> list[str]:
-        """The roads that can be taken now, the best first."""
+        """Return the roads that can be taken now, the best first."""
         usable = [state for state in self.states.values() if state.is_proven]
         return [s.road for s in sorted(usable, key=lambda s: (not s.is_direct, -_worth(s)))]
 
     def due_probes(self, now_s: float) -> list[str]:
-        """The roads to probe now; those that are not direct only while no direct one works."""
+        """Return the roads to probe now; those that are not direct only while no direct one works."""
         due = [s for s in self.states.values() if not s.is_proven and s.probe_at_s <= now_s]
         direct = [s.road for s in due if s.is_direct]
         needs_others = not direct and not any(s.is_proven and s.is_direct for s in self.states.values())
         return direct or [s.road for s in due if needs_others]
 
     def next_probe_s(self) -> float | None:
-        """When `due_probes` may give something next; None: never, unless a road fails."""
+        """Return when `due_probes` may give something next; None: never, unless a road fails."""
         is_direct_proven = any(s.is_proven and s.is_direct for s in self.states.values())
         waiting = [s for s in self.states.values() if not s.is_proven and (s.is_direct or not is_direct_proven)]
         return min((s.probe_at_s for s in waiting), default=None)
 
     def on_pulled(self, road: str, num_bytes: int, seconds: float) -> None:
-        """A pull or a probe ended well."""
+        """Note a pull or a probe that ended well: the road is proven, and its mean rate takes this one in."""
         state = self.states[road]
         state.is_proven = True
         state.num_failed_in_a_row = 0
@@ -68,7 +68,7 @@ class RoadChoice:
             state.bytes_per_s += weight * (rate - state.bytes_per_s)
 
     def on_failed(self, road: str, now_s: float) -> None:
-        """A pull or a probe failed: the road is not taken before a probe went well, later each time in a row."""
+        """Note a pull or a probe that failed: the road is not taken before a probe went well, tried later each time."""
         state = self.states[road]
         state.is_proven = False
         state.num_failed += 1

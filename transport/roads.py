@@ -53,7 +53,7 @@ class Pulled(NamedTuple):
 
 @dataclass(slots=True)
 class RoadCounters:
-    """Since the start, by road."""
+    """What was pulled and what failed since the start, by road."""
 
     num_bytes: Counter[str] = field(default_factory=Counter)
     busy_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -61,7 +61,7 @@ class RoadCounters:
 
 
 class Roads:
-    """The roads of one process, as the head of this file shows. All methods belong to one event loop."""
+    """All roads of one process, for all its peers. All methods belong to one event loop."""
 
     def __init__(
         self, transports: Sequence[Transport], memory: RegionMemory, scratch: RegionMemory, stall_s: float
@@ -89,17 +89,17 @@ class Roads:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The roads this process offers."""
+        """Names of the roads that this process offers."""
         return tuple(self._transports)
 
     # ------------------------------------------------------------------------------------------------------ the peers
 
     def connect(self, send: Callable[[str, bytes], bool]) -> Link:
-        """A link to a peer whose channel carries `send(road, body)`."""
+        """Make a link to a peer whose channel carries `send(road, body)`."""
         return Link(send)
 
     def learn(self, link: Link, regions: Sequence[RegionInfo]) -> None:
-        """The peer described its region: begin to probe the roads that both have."""
+        """Take in the peer's description of its region, and begin to probe the roads that both have."""
         if link.is_lost or link in self._learned:
             return
         common = {region.road: region for region in regions if region.road in self._transports}
@@ -110,7 +110,7 @@ class Roads:
         known.prober = asyncio.get_running_loop().create_task(self._probe_forever(link, known))
 
     def on_message(self, link: Link, road: str, body: bytes) -> None:
-        """A peer's road has something to tell."""
+        """Hand a message of a peer's road to the same road here."""
         transport = self._transports.get(road)
         if transport is None:
             logger.warning("a message for road %r, which is not one of %s", road, ", ".join(self._transports))
@@ -118,7 +118,7 @@ class Roads:
             transport.on_message(link, body)
 
     def disconnect(self, link: Link) -> None:
-        """The peer is gone: pulls from it fail at once."""
+        """Forget a peer that is gone: pulls from it fail at once."""
         link.is_lost = True
         for transport in self._transports.values():
             transport.on_link_lost(link)
@@ -137,7 +137,7 @@ class Roads:
     # --------------------------------------------------------------------------------------------------------- pulling
 
     def can_pull(self, link: Link) -> bool:
-        """Whether a road works, or may: before the peer described its region, and until the roads were probed."""
+        """Tell whether a road works, or may: before the peer described its region, and until the roads were probed."""
         known = self._learned.get(link)
         return not link.is_lost and (known is None or not known.has_road.is_set() or bool(known.choice.proven()))
 
@@ -174,7 +174,7 @@ class Roads:
         raise error
 
     def distrust(self, link: Link, road: str) -> None:
-        """What came over `road` was damaged: another one is taken until a probe of it went well."""
+        """Note that what came over `road` was damaged: another one is taken until a probe of it went well."""
         known = self._learned.get(link)
         if known is not None and road in known.choice.states:
             logger.warning("road %s brought damaged bytes", road)
@@ -230,7 +230,7 @@ class Roads:
                     await known.has_failed.wait()
 
     async def _probe(self, road: str, link: Link, known: _LinkRoads, is_timing: asyncio.Lock) -> None:
-        """What lands in the scratch memory is of no interest; that it does, and how fast, is.
+        """Pull into the scratch memory: that it works, and how fast, is what the road is chosen by.
 
         All roads connect at once, for one that is closed may take `stall_s` to show it; they are timed one by one.
         """
@@ -256,7 +256,7 @@ class Roads:
     # ---------------------------------------------------------------------------------------------------------- numbers
 
     def status(self, link: Link, name: str) -> RoadStatus:
-        """The road to a peer, for people."""
+        """Describe the road to a peer, for people; `name` is the peer's address."""
         known = self._learned.get(link)
         road = next(iter(known.choice.proven()), "") if known is not None else ""
         states = {} if known is None else known.choice.states
@@ -270,12 +270,12 @@ class Roads:
 
     @property
     def bytes_per_s(self) -> float:
-        """Mean over all pulls and roads; 0 before the first."""
+        """Mean rate over all pulls and roads; 0 before the first pull."""
         busy_s = sum(self.counters.busy_s.values())
         return self.counters.num_bytes.total() / busy_s if busy_s else 0.0
 
     def stats(self) -> dict[str, float]:
-        """Counters by metric name."""
+        """Return the counters by metric name."""
         values: dict[str, float] = {}
         for road in self._transports:
             values[f'kvray_transfer_bytes_total{{road="{road}"}}'] = float(self.counters.num_bytes[road])

@@ -37,15 +37,15 @@ class ClusterSecret:
 
     @classmethod
     def generate(cls) -> ClusterSecret:
-        """A fresh one from the operating system's randomness."""
+        """Draw a fresh secret from the operating system's randomness."""
         return cls(secrets.token_bytes(SECRET_BYTES))
 
     @classmethod
     def from_hex(cls, text: str) -> ClusterSecret:
-        """From 64 hexadecimal digits; white space around them is ignored.
+        """Read a secret from 64 hexadecimal digits; white space around them is ignored.
 
         Raises:
-            ConfigError: not that. The message does not repeat the text.
+            ConfigError: `text` is something else. The message does not repeat it.
         """
         try:
             key = bytes.fromhex(text.strip())
@@ -54,19 +54,19 @@ class ClusterSecret:
         return cls(key)
 
     def hex(self) -> str:
-        """As `from_hex` reads it."""
+        """Return the secret as `from_hex` reads it."""
         return self.key.hex()
 
     def server_keys(self) -> CurveKeys:
-        """Of every channel's listening side."""
+        """Derive the keys of every channel's listening side."""
         return self._derive(b"kvray channel server 1")
 
     def client_keys(self) -> CurveKeys:
-        """Of every channel's connecting side: whoever holds them knows the secret."""
+        """Derive the keys of every channel's connecting side: whoever holds them knows the secret."""
         return self._derive(b"kvray channel client 1")
 
     def _derive(self, purpose: bytes) -> CurveKeys:
-        """A key pair from keyed BLAKE3, clamped as Curve25519 wants its scalars (RFC 7748 section 5)."""
+        """Derive a key pair by keyed BLAKE3, clamped as Curve25519 wants its scalars (RFC 7748 section 5)."""
         scalar = bytearray(blake3(purpose, key=self.key).digest(length=32))
         scalar[0] &= 248
         scalar[31] &= 127

@@ -44,7 +44,7 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ShmTransport:
-    """See `transport.protocol.Transport`. One-sided; a pull that was given up has stopped writing when it returns."""
+    """The `Transport` of road "shm". One-sided; a pull that was given up has stopped writing when it returns."""
 
     road = "shm"
     is_one_sided = True
@@ -101,7 +101,7 @@ class ShmTransport:
             await self._run_in_thread(job, stall_s)
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """One-sided: nobody has anything to say here."""
+        """Drop the message with a warning: this road is one-sided, and its ends say nothing over the link."""
         logger.warning("shm: a message of %d bytes that nobody wanted", len(body))
 
     def on_link_lost(self, link: Link) -> None:
@@ -110,7 +110,7 @@ class ShmTransport:
             self._opened.pop(nonce, None)
 
     def carriers(self, link: Link) -> str:
-        """The CPU."""
+        """Return "memcpy": this process's CPU copies."""
         return "memcpy"
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class ShmTransport:
 
 
 class _CopyJob:
-    """One pull's copies, in strides; can be told to stop from another thread."""
+    """The copies of one pull, in strides; another thread can tell it to stop."""
 
     def __init__(self, source: SharedView, copies: Sequence[Copy], target: Memory, on_arrived: Arrived | None) -> None:
         self._source: Bytes = np.frombuffer(source.view, dtype=np.uint8)
@@ -199,17 +199,17 @@ async def _settled(ended: asyncio.Event) -> None:
 
 
 def strides(copies: Sequence[Copy], max_bytes: int) -> Iterator[Copy]:
-    """The same bytes in the same order, at most `max_bytes` at a time."""
+    """Yield the same bytes in the same order, at most `max_bytes` at a time."""
     for source, target, length in copies:
         for done in range(0, length, max_bytes):
             yield Copy(source + done, target + done, min(max_bytes, length - done))
 
 
 def open_region(source: RegionInfo) -> SharedView:
-    """Map another process's region.
+    """Map another process's region read-only.
 
     Raises:
-        RegionError: it is not there, not on this node, or not the one described.
+        RegionError: the region is not there, not on this node, or not the one described.
     """
     if source.road != ShmTransport.road:
         raise RegionError(f"a region of road {source.road!r} cannot be read by shm")
@@ -227,6 +227,6 @@ def open_region(source: RegionInfo) -> SharedView:
 
 @cache
 def _node_identity() -> str:
-    """Equal exactly where one process's /proc shows the other: same boot, same pid namespace."""
+    """Return what is equal exactly where one process's /proc shows the other: same boot, same pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"

@@ -67,13 +67,13 @@ Times = dict[Cell, dict[str, float]]
 
 
 def device_pool(seed: int) -> torch.Tensor:
-    """`[POOL_BYTES]` uint8; the same bytes in every process that asks with the same seed."""
+    """Make a pool `[POOL_BYTES]` uint8; the same bytes in every process that asks with the same seed."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, generator=rng).to(DEVICE)
 
 
 def open_ucx() -> UcxTransport:
-    """UCX's threads need the device's context, which they get by touching the device.
+    """Open the road "ucx" for device memory: its threads get the device's context by touching the device.
 
     Raises:
         ConfigError: UCX cannot be set up.
@@ -82,12 +82,12 @@ def open_ucx() -> UcxTransport:
 
 
 def scratch() -> DeviceMemory:
-    """For transport.roads.Roads, which probes with it where it chooses roads."""
+    """Make the memory that `transport.roads.Roads` probes into."""
     return DeviceMemory(torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=DEVICE))
 
 
 async def own_pool(spec: PeerSpec, answers: TextIO) -> None:
-    """The other process."""
+    """Be the other process: own a pool of device memory until the standard input ends."""
     memory = DeviceMemory(device_pool(spec.seed))
     torch.cuda.synchronize()
     owner = Owner(ClusterSecret.from_hex(spec.secret), [open_ucx()], memory, scratch())
@@ -102,7 +102,7 @@ class Contenders:
     """Three ways to fill the target pool; what is done when they return is done on the device, too."""
 
     def __init__(self, peer: Peer, source: torch.Tensor, target: torch.Tensor, memory: DeviceMemory) -> None:
-        """`source`: the same bytes as the other process's pool; `memory`: what roads know `target` as."""
+        """Fill `target` from `source`, which has the bytes of the peer's pool; roads know `target` as `memory`."""
         self._peer = peer
         self._source = source
         self.target = target
@@ -114,24 +114,24 @@ class Contenders:
         }
 
     async def pull(self, copies: Sequence[Copy]) -> None:
-        """What the product does."""
+        """Pull as a worker does, over the road "ucx"."""
         peer = self._peer
         await peer.transports["ucx"].pull(peer.link, peer.regions["ucx"], copies, self._memory, STALL_S)
 
     async def copy_blocks(self, copies: Sequence[Copy]) -> None:
-        """The same within this process."""
+        """Copy the same blocks within this process, one by one."""
         for source, target, length in copies:
             self.target[target : target + length].copy_(self._source[source : source + length])
         torch.cuda.synchronize()
 
     async def copy_at_once(self, copies: Sequence[Copy]) -> None:
-        """As many bytes, in one piece: what the device can do."""
+        """Copy as many bytes in one piece, as fast as the device can."""
         num_bytes = sum(copy.num_bytes for copy in copies)
         self.target[:num_bytes].copy_(self._source[:num_bytes])
         torch.cuda.synchronize()
 
     def checksums(self, cell: Cell, copies: Sequence[Copy]) -> list[int]:
-        """As engine.memory.checksums.BlockChecksums computes them."""
+        """Compute the checksums of what came, as `engine.memory.checksums.BlockChecksums` does."""
         rows = self.target.view(-1, cell.block_bytes)  # [num_places, block_bytes]
         places = [copy.target_offset // cell.block_bytes for copy in copies]
         return sum64(rows[torch.tensor(places, device=rows.device)])
@@ -148,7 +148,7 @@ class Contenders:
 
 
 async def measure(contenders: Contenders, cell: Cell, *, budget_s: float) -> dict[str, float]:
-    """Median seconds, after one round that does not count."""
+    """Measure the median seconds of each contender, after one round that does not count."""
     rng = random.Random(SEED)
     await contenders.check(cell.copies(rng, POOL_BYTES))
     taken: dict[str, list[float]] = {name: [] for name in (*contenders.pulls, "sum64")}
@@ -166,7 +166,7 @@ async def measure(contenders: Contenders, cell: Cell, *, budget_s: float) -> dic
 
 
 async def run_all(cells: Sequence[Cell], *, budget_s: float) -> tuple[Times, dict[str, object]]:
-    """Median times by cell, and what else is worth knowing."""
+    """Measure all cells: the median times by cell, and what else is worth knowing."""
     secret = ClusterSecret.generate()
     transport = open_ucx()
     source = device_pool(SEED)
@@ -211,7 +211,7 @@ def print_row(cell: Cell, seconds: dict[str, float]) -> None:
 
 
 def goals(times: Times) -> Iterator[str]:
-    """One line each; the figure is that of the worst cell."""
+    """Yield a line for each goal; its figure is that of the worst cell."""
 
     def worst(ratios: dict[str, float], pick: Callable[..., str]) -> tuple[float | None, str]:
         return (None, "no cell") if not ratios else (ratios[where := pick(ratios, key=ratios.__getitem__)], where)
@@ -229,7 +229,7 @@ def goals(times: Times) -> Iterator[str]:
 
 
 def what_lacks() -> str:
-    """Why nothing can be measured here; "" where it can."""
+    """Tell why nothing can be measured here; "" where it can."""
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     if importlib.util.find_spec("ucxx") is None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""The parts that several benchmarks share."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engine alone, in a process of its own: what the whole path is held against.
+"""The engine alone, in a process of its own, which the whole path is compared with.
 
 `BareEngine` is the measuring side. This file run as a program is the other: options in its argument, one JSON request
 per line on standard input, one JSON answer per line on standard output. Idle, it takes nothing.
@@ -19,7 +19,7 @@ from harness.report import ROOT
 
 
 class BareRun(NamedTuple):
-    """What a batch of prompts, all there at once, gave."""
+    """The times and tokens of a batch of prompts, all there at once."""
 
     first_token_s: float  #: from the first prompt's arrival to the first token of any
     elapsed_s: float  #: to the last token of all
@@ -30,7 +30,7 @@ class BareEngine:
     """An engine as a worker would build it, with the defaults of `kvray serve`. Closed at the end of a `with`."""
 
     def __init__(self, model_dir: Path, *, num_threads: int, kv_cache_bytes: int) -> None:
-        """Starts loading; the first `run` waits for it."""
+        """Start loading; the first `run` waits for it."""
         options = {"model_dir": str(model_dir), "num_threads": num_threads, "kv_cache_bytes": kv_cache_bytes}
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(options)],

@@ -28,11 +28,11 @@ class DirectClient:
         self._client = ChannelClient(secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the channel."""
         self._client.close()
 
     async def round_trip_s(self) -> float:
-        """Of a question about the worker's numbers."""
+        """Ask for the worker's numbers; return the seconds until the answer."""
         begin_s = time.perf_counter()
         self._client.send(GetStats(query_id=str(next(self._ids))))
         while not isinstance(await self._next(), Stats):
@@ -40,14 +40,17 @@ class DirectClient:
         return time.perf_counter() - begin_s
 
     async def first_token_s(self, prompt: Sequence[int], prefill_address: str | None) -> float:
-        """From sending a prompt to its first token; returns after the second and last one. Raises as `token_times`."""
+        """Return the seconds from sending a prompt to its first token, after the second and last one came.
+
+        Raises what `token_times_s` raises.
+        """
         begin_s = time.monotonic()
         return (await self.token_times_s(prompt, prefill_address, max_tokens=2))[0] - begin_s
 
     async def token_times_s(
         self, prompt: Sequence[int], prefill_address: str | None, *, max_tokens: int
     ) -> list[float]:
-        """When each token came, on the machine's monotonic clock.
+        """Send a prompt; return when each token came, on the machine's monotonic clock.
 
         Raises:
             RuntimeError: the worker refused the prompt.

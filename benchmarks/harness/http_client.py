@@ -31,19 +31,19 @@ class HttpConnection:
         return cls(parts.netloc, reader, writer)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._writer.close()
 
     async def get(self, path: str) -> bytes:
-        """The body of a GET."""
+        """Return the body that answers a GET."""
         self._send("GET", path, b"")
         return b"".join([part async for part in self._body()])
 
     async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The server-sent events that answer a POST, as they come; the connection is free again at their end.
+        """Yield the server-sent events that answer a POST, as they come; the connection is free again at their end.
 
         Raises:
-            ConnectionError: another status than 200, or an event that is an error.
+            ConnectionError: the status is not 200, or an event is an error.
         """
         self._send("POST", path, json.dumps(body).encode())
         rest = b""

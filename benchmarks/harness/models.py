@@ -45,7 +45,7 @@ _COMMON = {"vocab_size": _VOCAB_SIZE, "tie_word_embeddings": True, "max_position
 
 
 def model_directory(name: str) -> Path:
-    """`demo`, the name of a shape, or a directory."""
+    """Return the model directory that `name` means: `demo`, the name of a shape, or a directory."""
     if name == "demo":
         return DEMO
     if name not in SHAPES:
@@ -60,7 +60,7 @@ def model_directory(name: str) -> Path:
 
 
 def vocab_size(directory: Path) -> int:
-    """Token ids are below it."""
+    """Return the size of the model's vocabulary: token ids are below it."""
     return int(json.loads((directory / "config.json").read_text())["vocab_size"])
 
 

@@ -6,6 +6,6 @@ import random
 
 
 def draw_prompts(seed: int, num: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
-    """`num` prompts of `num_tokens` token ids. Two seeds share no prefix but by chance, which no cache lives on."""
+    """Draw `num` prompts of `num_tokens` token ids. Two seeds share a prefix only by chance: no cache lives on that."""
     source = random.Random(seed)
     return [[source.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(num)]

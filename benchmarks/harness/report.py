@@ -29,7 +29,7 @@ _LOAD_AT_START = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def parser(doc: str | None, name: str, *, quick: str) -> argparse.ArgumentParser:
-    """A parser with the options all benchmarks have. `quick` says what --quick leaves out."""
+    """Make a parser with the options that all benchmarks have. `quick` says what --quick measures."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=f"{quick}, within 60 s")
     made.add_argument("--record", action="store_true", help=f"append to benchmarks/results/{name}.jsonl")
@@ -37,7 +37,7 @@ def parser(doc: str | None, name: str, *, quick: str) -> argparse.ArgumentParser
 
 
 def hardware() -> str:
-    """CPU, cores, memory, in words."""
+    """Describe CPU, cores and memory in words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -48,7 +48,7 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """The commit measured; with a plus sign where files differ from it."""
+    """Return the commit measured; with a plus sign where files differ from it."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
 
 
@@ -76,7 +76,7 @@ def record(name: str, results: Any, **facts: Any) -> None:
 def goal(
     name: str, figure: float | None, *, at_least: float | None = None, under: float | None = None, unit: str = ""
 ) -> str:
-    """The line of one goal. `figure` None: not measured, which is never met."""
+    """Write the line of one goal. `figure` None: not measured, which is never met."""
     assert (at_least is None) != (under is None), "a goal is one of the two"
     wanted = f"under {under:,g}{unit}" if under is not None else f"at least {at_least:,g}{unit}"
     if figure is None:

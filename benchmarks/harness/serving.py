@@ -32,29 +32,29 @@ _READY_LINE = "Ctrl-C ends everything"
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A kvray that answers."""
+    """A `kvray serve` that answers requests."""
 
     url: str
     secret: ClusterSecret  #: for benchmarks that speak to a worker or the router directly
     pid: int
 
     def status(self) -> dict[str, Any]:
-        """The document of `kvray status --json`."""
+        """Return the document of `kvray status --json`."""
         with urllib.request.urlopen(f"{self.url}/status", timeout=10) as response:
             document: dict[str, Any] = json.load(response)
         return document
 
     def addresses(self, role: str) -> list[str]:
-        """Where the workers of a role listen."""
+        """Return where the workers of a role listen."""
         return [worker["address"] for worker in self.status()["workers"] if worker["role"] == role]
 
     def total(self, role: str, metric: str) -> float:
-        """A metric, added up over the workers of a role."""
+        """Add a metric up over the workers of a role."""
         workers = [worker for worker in self.status()["workers"] if worker["role"] == role]
         return sum(float(worker["values"].get(metric, 0.0)) for worker in workers)
 
     def wait_until_idle(self) -> None:
-        """Until no worker holds a block for anybody.
+        """Wait until no worker holds a block for anybody.
 
         Raises:
             TimeoutError: one still does.
@@ -68,10 +68,10 @@ class Served:
 
 @contextlib.contextmanager
 def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """`kvray serve` with `arguments`, all its workers there; ended with the block.
+    """Run `kvray serve` with `arguments` until the block ends; it begins when all workers are there.
 
     Raises:
-        RuntimeError: it ended, or did not get ready; with what it printed.
+        RuntimeError: the command ended, or did not get ready; with what it printed.
     """
     secret = ClusterSecret.generate().hex()
     port = _free_port()
@@ -98,7 +98,7 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
 
 
 def _variables(directory: Path) -> dict[str, str]:
-    """The environment of a Ray that shares nothing with any other."""
+    """Make the environment of a Ray that shares nothing with any other."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return variables | {
         "RAY_ADDRESS": "local",  # never a cluster that happens to run here
@@ -137,7 +137,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, url: str) -> 
 
 
 def _is_answering(url: str) -> bool:
-    """Whether the whole fleet is there, seen from outside."""
+    """Tell whether the whole fleet is there, seen from outside."""
     try:
         with urllib.request.urlopen(f"{url}/status", timeout=10) as response:
             status = json.load(response)
@@ -147,7 +147,7 @@ def _is_answering(url: str) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C, as a user would; what it leaves running is killed."""
+    """End the command by Ctrl-C, as a user would; what it leaves running is killed."""
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -31,26 +31,26 @@ SUM = "+sum"  #: ends the name of a road that is verified
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is pulled at once."""
+    """One row of the table: so many blocks of one size, pulled at once."""
 
     block_bytes: int
     num_blocks: int
 
     @property
     def num_bytes(self) -> int:
-        """Of all blocks."""
+        """Bytes of all blocks."""
         return self.block_bytes * self.num_blocks
 
     @property
     def is_large(self) -> bool:
-        """A batch of large blocks: where rates are judged."""
+        """Whether it is a batch of large blocks: there rates are judged."""
         return self.block_bytes >= LARGE_BYTES and self.num_blocks >= 16
 
     def __str__(self) -> str:
         return f"{self.num_blocks} x {_bytes_shown(self.block_bytes)}"
 
     def copies(self, rng: random.Random, pool_bytes: int) -> list[Copy]:
-        """Random places to random places."""
+        """Draw copies from random places of one pool to random places of the other."""
         size, places = self.block_bytes, range(pool_bytes // self.block_bytes)
         pairs = zip(rng.sample(places, self.num_blocks), rng.sample(places, self.num_blocks), strict=True)
         return [Copy(source * size, target * size, size) for source, target in pairs]
@@ -74,23 +74,23 @@ class Run:
     lag_ms: dict[str, float] = field(default_factory=dict)  #: by road
 
     def gb_per_s(self, cell: Cell, name: str) -> float | None:
-        """By the median time."""
+        """Return the rate by the median time; None where it was not measured."""
         seconds = self.seconds[cell].get(name)
         return None if seconds is None else cell.num_bytes / seconds / 1e9
 
     def ratio(self, cell: Cell, name: str, peer: str) -> float | None:
-        """How many times as fast as `peer` it is."""
+        """Return how many times as fast as `peer` contender `name` is; None where one was not measured."""
         own, other = self.seconds[cell].get(name), self.seconds[cell].get(peer)
         return None if own is None or other is None else other / own
 
     def sum_percent(self, cell: Cell, road: str) -> float | None:
-        """What verification adds to the time of a transfer."""
+        """Return what verification adds to the time of a transfer, in percent; None where it was not measured."""
         ratio = self.ratio(cell, road, road + SUM)
         return None if ratio is None else 100 * (ratio - 1)
 
 
 async def first_pulls(run: Run, pulls: Mapping[str, Pull]) -> None:
-    """More contenders: each touches every page, and connects; who cannot is left out."""
+    """Let more contenders take part: each touches every page, and connects; who cannot is left out."""
     rng = random.Random(SEED)
     cell = Cell(2 * MIB, run.target.num_bytes // (2 * MIB))
     for name, pull in pulls.items():
@@ -109,7 +109,7 @@ async def first_pulls(run: Run, pulls: Mapping[str, Pull]) -> None:
 
 
 async def measure(run: Run, cell: Cell, *, budget_s: float, min_rounds: int) -> None:
-    """Rounds until the time is over; in the first the bytes are compared, and it does not count."""
+    """Measure a cell, in rounds until the time is over; in the first, which does not count, bytes are compared."""
     rng = random.Random(SEED)
     taken: dict[str, list[float]] = {name: [] for name in run.pulls}
     ends_s = time.perf_counter() + budget_s
@@ -135,14 +135,14 @@ async def measure(run: Run, cell: Cell, *, budget_s: float, min_rounds: int) -> 
 
 
 def wipe(run: Run, copies: Sequence[Copy]) -> None:
-    """So that what lies there afterwards came now."""
+    """Wipe the targets of `copies`, so that what lies there afterwards came now."""
     into = np.frombuffer(run.target.view, np.uint8)
     for copy in copies:
         into[copy.target_offset : copy.target_offset + copy.num_bytes] = 0
 
 
 def check(run: Run, name: str, copies: Sequence[Copy]) -> None:
-    """Compare what arrived."""
+    """Compare what arrived with the source's bytes; AssertionError where they differ."""
     for copy in copies:
         arrived = np.frombuffer(run.target.slice(copy.target_offset, copy.num_bytes), np.uint64)
         wanted = np.frombuffer(run.source.slice(copy.source_offset, copy.num_bytes), np.uint64)
@@ -150,7 +150,7 @@ def check(run: Run, name: str, copies: Sequence[Copy]) -> None:
 
 
 def cpu_seconds(run: Run) -> float:
-    """Used so far by this process and those it started."""
+    """Return the CPU seconds used so far by this process and those it started."""
     used_s = time.process_time()
     for process in run.processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -160,7 +160,7 @@ def cpu_seconds(run: Run) -> float:
 
 
 async def measure_lag(run: Run, road: str, *, num_sleeps: int) -> None:
-    """99th percentile of how late a 1 ms sleep comes back during large pulls."""
+    """Measure how late a 1 ms sleep comes back during large pulls: the 99th percentile, in ms."""
     rng = random.Random(SEED)
     is_over = asyncio.Event()
 

@@ -5,7 +5,7 @@
         await peer.transports["shm"].pull(peer.link, peer.regions["shm"], copies, target, stall_s)
 
 Both processes keep their roads in a transport.roads.Roads and talk over a channel: DescribeRegions is answered with
-RegionsDescribed, what roads have to say goes as RoadMessage (engine.worker is the owner's side, decode.worker ours).
+RegionsDescribed, what roads have to say goes as RoadMessage (engine.worker is the owner's side, engine.peers ours).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CHANNEL = ChannelConfig(lost_after_s=60.0)
 
 
 class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the other process is told. Goes over its standard input: the secret is nobody else's business."""
+    """The task of the other process. Goes over its standard input: the secret is nobody else's business."""
 
     secret: str  #: 64 hexadecimal digits
     pool_bytes: int
@@ -52,7 +52,7 @@ class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerHello(msgspec.Struct, frozen=True, kw_only=True):
-    """What it answers."""
+    """The other process's answer to its PeerSpec, once it is ready."""
 
     pid: int
     address: str  #: of its channel
@@ -63,11 +63,11 @@ class PeerHello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_road(name: str, secret: ClusterSecret) -> Transport:
-    """One road on this host; plasma needs a Ray that this process has joined.
+    """Open one road on this host; plasma needs a Ray that this process has joined.
 
     Raises:
-        ImportError: it, or what it needs, is not installed.
-        KvrayError: it cannot be taken here.
+        ImportError: the road, or what it needs, is not installed.
+        KvrayError: the road cannot be taken here.
     """
     if name == "shm":
         from transport.shm import ShmTransport
@@ -88,7 +88,7 @@ def open_road(name: str, secret: ClusterSecret) -> Transport:
 
 
 def open_all(names: Sequence[str], secret: ClusterSecret) -> tuple[list[Transport], dict[str, str]]:
-    """Those roads that can be taken, and why the others cannot."""
+    """Open those roads that can be taken; return them, and why the others cannot."""
     opened, refused = [], {}
     for name in names:
         try:
@@ -107,7 +107,7 @@ class Owner:
     def __init__(
         self, secret: ClusterSecret, transports: Sequence[Transport], memory: RegionMemory, scratch: RegionMemory
     ) -> None:
-        """Registers `memory` with all roads, and listens on the running loop."""
+        """Register `memory` with all roads, and listen on the running loop."""
         self._roads = Roads(transports, memory, scratch, STALL_S)
         self._links: dict[bytes, Link] = {}
         self._server = ChannelServer(secret, HOST, self._on_message, self._on_peer_lost, _CHANNEL)
@@ -144,7 +144,7 @@ class Owner:
 
 
 async def own_pool(spec: PeerSpec, answers: TextIO) -> None:
-    """All of the other process: own a pool of host memory until the standard input ends."""
+    """Be the other process: own a pool of host memory until the standard input ends."""
     from harness.transport_rivals import SERVERS
 
     secret = ClusterSecret.from_hex(spec.secret)
@@ -164,7 +164,7 @@ async def own_pool(spec: PeerSpec, answers: TextIO) -> None:
 
 
 def told() -> tuple[PeerSpec, TextIO]:
-    """What this process is told, and where to answer. What libraries print (UCX its log) goes to the standard error."""
+    """Read what this process is told; return it, and where to answer. Libraries' prints go to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return msgspec.json.decode(sys.stdin.readline(), type=PeerSpec), answers
@@ -197,10 +197,10 @@ class Peer:
 
 @contextlib.asynccontextmanager
 async def peer_process(spec: PeerSpec, *command: str) -> AsyncIterator[PeerHello]:
-    """A process that does what `own_pool` does, or runs `command`; ended with the block.
+    """Run a process that does what `own_pool` does, or runs `command`, until the block ends.
 
     Raises:
-        RuntimeError: it ended before it was ready.
+        RuntimeError: the process ended before it was ready.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -235,10 +235,10 @@ async def connected(
     target: RegionMemory,
     scratch: RegionMemory,
 ) -> Peer:
-    """A channel to the process at `address`, which has said where its pool lies.
+    """Connect to the process at `address`, and wait until it has said where its pool lies.
 
     Raises:
-        ConnectionError: it is not there.
+        ConnectionError: the process is not there.
     """
     roads = Roads(transports, target, scratch, STALL_S)
     described: asyncio.Future[RegionsDescribed] = asyncio.get_running_loop().create_future()
@@ -266,7 +266,7 @@ async def connected(
 
 
 def main() -> None:
-    """The other process, started by `peer_process`."""
+    """Run the other process, which `peer_process` started."""
     spec, answers = told()
     if spec.ray_address is None:
         uvloop.run(own_pool(spec, answers))

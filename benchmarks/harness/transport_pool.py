@@ -1,4 +1,4 @@
-"""What the two processes of transport.py start from: a pool's bytes, and a path on which the rooms are found."""
+"""Where the two processes of benchmarks/transport.py start: a pool's bytes, and a path that has the rooms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transport.memory import Memory
 
 
 def filled(num_bytes: int, seed: int) -> Memory:
-    """Host memory with bytes that depend on nothing but the seed; every page touched."""
+    """Make host memory with bytes that depend on nothing but the seed; every page is touched."""
     memory = Memory.allocate(num_bytes)
     words = np.frombuffer(memory.view, np.uint64)  # [num_bytes / 8]
     rng = np.random.default_rng(seed)
@@ -22,5 +22,5 @@ def filled(num_bytes: int, seed: int) -> Memory:
 
 
 def python_path() -> str:
-    """The rooms first: benchmarks has modules of its own."""
+    """Return a PYTHONPATH with the rooms first: benchmarks has modules of the same names."""
     return os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])

@@ -27,7 +27,7 @@ _NAMESPACE = "kvray-benchmark"
 
 @contextlib.contextmanager
 def own_ray(object_store_bytes: int) -> Iterator[str]:
-    """Start one that shares nothing with any other; the answer is its address. What it started is killed at the end."""
+    """Start a Ray that shares nothing with any other; gives its address. What it started is killed at the end."""
     others = set(psutil.Process().children(recursive=True))
     # Right below /tmp: Ray puts unix sockets there, whose paths may not be longer than 107 bytes.
     directory = tempfile.mkdtemp(prefix="kvb-", dir="/tmp")
@@ -64,7 +64,7 @@ def own_ray(object_store_bytes: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def joined(address: str) -> Iterator[None]:
-    """Connect this process to a Ray that runs."""
+    """Connect this process to a Ray that runs, until the block ends."""
     import ray
 
     ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -88,7 +88,7 @@ class _PutActor:
 
 
 class RayRival:
-    """An actor puts, we get and copy into place."""
+    """An actor puts blocks into the object store; this process gets them and copies them into place."""
 
     def __init__(self, num_bytes: int, seed: int, target: Memory) -> None:
         import ray
@@ -98,7 +98,7 @@ class RayRival:
         self._actor = ray.remote(_PutActor).options(num_cpus=0.5).remote(num_bytes, seed)
 
     def pull(self, copies: Sequence[Copy]) -> None:
-        """One call, one object."""
+        """Pull by one call of the actor and one object."""
         ranges = [(copy.source_offset, copy.num_bytes) for copy in copies]
         (reference,) = self._ray.get(self._actor.put.remote(ranges))
         for copy, block in zip(copies, self._ray.get(reference), strict=True):

@@ -1,4 +1,4 @@
-"""What roads are measured against: each rival's two ends, the one beside the pool and the one that pulls.
+"""The rivals that roads are measured against: each one's two ends, one beside the pool and one that pulls.
 
 memcpy is one process and needs no other end; tcp is a plain socket on loopback; flight is Arrow Flight, a record batch
 per block; ray is Ray's put and get, a list of blocks in one object. None of them verifies, authenticates or encrypts.
@@ -31,31 +31,31 @@ class Rival(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close what is open."""
         ...
 
 
 class MemcpyRival:
-    """Block by block between two pools of this process."""
+    """Copies block by block between two pools of this process."""
 
     def __init__(self, source: Memory, target: Memory) -> None:
         self._source = np.frombuffer(source.view, np.uint8)
         self._target = np.frombuffer(target.view, np.uint8)
 
     def pull(self, copies: Sequence[Copy]) -> None:
-        """Copy."""
+        """Copy block by block."""
         for source, target, length in copies:
             self._target[target : target + length] = self._source[source : source + length]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 # ---------------------------------------------------------------------------------------------------------- raw socket
 
 
 class TcpRival:
-    """Ask for all ranges in one message, receive each block where it belongs (recv_into)."""
+    """Asks for all ranges in one message, and receives each block where it belongs (recv_into)."""
 
     def __init__(self, port: str, target: Memory) -> None:
         self._target = target
@@ -63,7 +63,7 @@ class TcpRival:
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def pull(self, copies: Sequence[Copy]) -> None:
-        """One request, one answer."""
+        """Pull by one request and one answer."""
         self._connection.sendall(request_of(copies))
         for _, target, length in copies:
             fill(self._connection, self._target.slice(target, length))
@@ -89,13 +89,13 @@ def serve_tcp(memory: Memory) -> str:
 
 
 def request_of(copies: Sequence[Copy]) -> bytes:
-    """The ranges wanted, in one message."""
+    """Pack the ranges wanted into one message."""
     ranges = [(copy.source_offset, copy.num_bytes) for copy in copies]
     return _COUNT.pack(len(ranges)) + b"".join(itertools.starmap(_RANGE.pack, ranges))
 
 
 def read_request(connection: socket.socket) -> list[tuple[int, int]]:
-    """What `request_of` packed; empty when the other side is gone."""
+    """Read the ranges that `request_of` packed; empty when the other side is gone."""
     head = bytearray(_COUNT.size)
     if not fill(connection, memoryview(head)):
         return []
@@ -114,7 +114,7 @@ def fill(connection: socket.socket, view: memoryview) -> bool:
 
 
 def send(connection: socket.socket, views: list[memoryview]) -> None:
-    """Sendmsg until all is out."""
+    """Call sendmsg until all is out."""
     while views:
         num_sent = connection.sendmsg(views)
         while views and num_sent >= len(views[0]):
@@ -127,7 +127,7 @@ def send(connection: socket.socket, views: list[memoryview]) -> None:
 
 
 class FlightRival:
-    """A stream of record batches, one per block, each copied into place as it comes."""
+    """Reads a stream of record batches, one per block, each copied into place as it comes."""
 
     def __init__(self, location: str, target: Memory) -> None:
         import pyarrow.flight as flight
@@ -137,7 +137,7 @@ class FlightRival:
         self._client = flight.connect(location)
 
     def pull(self, copies: Sequence[Copy]) -> None:
-        """One do_get."""
+        """Pull by one do_get."""
         reader = self._client.do_get(self._flight.Ticket(request_of(copies)))
         for copy in copies:
             block = reader.read_chunk().data.column(0).to_numpy()  # [num_bytes] uint8, no copy

@@ -35,7 +35,7 @@ def say(document: Any) -> None:
 
 
 def trace_prompts(worker: PrefillWorker | DecodeWorker) -> None:
-    """Say when each step ended that computed the last of a prompt."""
+    """Let `worker` say when each step ended that computed the last of a prompt."""
     engine = worker._worker.engine
     compute = engine.compute
 

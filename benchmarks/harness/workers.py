@@ -1,4 +1,4 @@
-"""Worker processes without Ray or HTTP (harness.worker_process), and what is said to them on their channel."""
+"""Starts worker processes without Ray or HTTP (harness.worker_process), and hears what they say."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SCRIPT = Path(__file__).resolve().parent / "worker_process.py"
 
 @dataclass(slots=True)
 class WorkerProcess:
-    """A worker that runs."""
+    """A worker that runs in a process of its own."""
 
     process: subprocess.Popen[str]
     info: WorkerInfo
     said: list[dict[str, Any]] = field(default_factory=list)  #: grows as the worker tells
 
     def last_said(self, key: str) -> float:
-        """The newest value of `key`."""
+        """Return the newest value that the worker said of `key`; StopIteration before the first."""
         return float(next(line[key] for line in reversed(self.said) if key in line))
 
 
@@ -43,7 +43,7 @@ def running_worker(
     script: tuple[str, ...] = (str(SCRIPT),),
     is_traced: bool = False,
 ) -> Iterator[WorkerProcess]:
-    """A worker in a process of its own; ended with the block.
+    """Run a worker in a process of its own until the block ends.
 
     `prefix`: of the command line, as `ip netns exec h1`. `script`: another one that ends up in worker_process.main.
     """

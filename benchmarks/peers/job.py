@@ -1,6 +1,7 @@
-"""What every contender of engine_cpu.py is asked, and how it answers. Standard library only: peers live elsewhere.
+"""The job that benchmarks/engine_cpu.py gives every contender, and its answer.
 
-One JSON object comes in on standard input; the last line of standard output is the answer.
+One JSON object comes in on standard input; the last line of standard output is the answer. Standard library only, as
+peers live in environments of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Job:
     budget_s: float  #: repeat until so much time was measured
 
     def prompts(self, repeat: int) -> Tokens:
-        """Random prompts, others at each repeat: no cache may help. Repeat -1 warms up."""
+        """Draw random prompts, others at each repeat: no cache may help. Repeat -1 warms up."""
         draw = random.Random(repeat)
         return [
             [draw.randrange(self.vocab_size) for _ in range(self.num_prompt_tokens)] for _ in range(self.num_requests)
@@ -41,7 +42,7 @@ class Job:
 
 
 def read_job() -> Job:
-    """The job on standard input."""
+    """Read the job on standard input."""
     return Job(**json.loads(sys.stdin.read()))
 
 
@@ -49,7 +50,7 @@ def answer(job: Job, generate: Callable[[Tokens, int], Tokens], facts: Callable[
     """Warm up, measure `generate(prompts, num_output_tokens)`, write the answer.
 
     Raises:
-        AssertionError: an output has another length than was asked for.
+        AssertionError: an output is shorter or longer than was asked for.
     """
     generate(job.prompts(-1)[:2], 4)
     seconds: list[float] = []

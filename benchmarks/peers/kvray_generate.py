@@ -34,7 +34,7 @@ num_blocks: dict[str, int] = {}  # held by each sequence, none of which is preem
 
 
 def sample_waste(plan: StepPlan) -> None:
-    """Room held by the step's sequences that no token fills when it ends, of all that they hold."""
+    """Note the share of the blocks held by the step's sequences that no token fills when it ends."""
     for part in plan.parts:
         num_blocks[part.seq_id] = num_blocks.get(part.seq_id, 0) + len(part.new_block_ids)
     held = sum(num_blocks[part.seq_id] for part in plan.parts) * engine.options.block_size

@@ -18,7 +18,7 @@ model = AutoModelForCausalLM.from_pretrained(
 
 
 def padded(prompts: Tokens, num_tokens: int) -> Tokens:
-    """All prompts have one length, so the padding costs nothing: this way's best case."""
+    """Generate by `generate`: all prompts have one length, so the padding costs nothing: this way's best case."""
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         out = model.generate(

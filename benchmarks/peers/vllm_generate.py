@@ -1,4 +1,4 @@
-"""vLLM on CPU, in an environment of its own (see engine_cpu.py --with-vllm), at its defaults but for random prompts."""
+"""vLLM on CPU, in the environment that `benchmarks/engine_cpu.py --with-vllm` makes, at its defaults."""
 
 from __future__ import annotations
 

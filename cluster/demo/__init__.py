@@ -1,1 +1,1 @@
-"""The demo model: its corpus, its training script and its weights."""
+"""The demo model's directory, and the conversation that `kvray demo` holds with it (tools/demo_model made it)."""

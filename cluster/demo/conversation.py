@@ -16,7 +16,7 @@ _CONVERSATION = Path(__file__).parent / "conversation.json"
 
 
 def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
-    """Notes in the first turn, three questions about them; prints answers, TTFTs and the prompt tokens' sources."""
+    """Give notes, ask three questions about them; print answers, TTFTs and where the prompts' tokens came from."""
     conversation = json.loads(_CONVERSATION.read_text())
     notes, questions = conversation["notes"], conversation["questions"]
     messages: list[dict[str, str]] = []

@@ -18,7 +18,7 @@ from cluster.openai.surface import Surface
 
 
 class Answer(ABC):
-    """Begins when `respond` is awaited; answers once."""
+    """One request's answer, whole or as a stream. It begins when `respond` is awaited; one answer each."""
 
     def __init__(self, surface: Surface, fields: SharedFields, reply_id: str, generation: Generation) -> None:
         self._surface = surface
@@ -30,7 +30,7 @@ class Answer(ABC):
         self._has_extras = bool(fields.return_prompt_sources)
 
     async def respond(self, request: Request) -> Response:
-        """The HTTP response, as a stream where the client asked for one.
+        """Return the HTTP response, a stream where the client asked for one.
 
         Raises:
             ClientDisconnect: the client left before a whole reply was ready.
@@ -42,7 +42,7 @@ class Answer(ABC):
 
     @abstractmethod
     async def reply(self) -> bytes:
-        """The whole answer as JSON.
+        """Return the whole answer as JSON, once all of it is there.
 
         Raises:
             KvrayError: a sequence was refused or failed.
@@ -50,7 +50,7 @@ class Answer(ABC):
 
     @abstractmethod
     def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events.
+        """Yield the answer as server-sent events.
 
         Raises:
             KvrayError: a sequence was refused or failed, perhaps after events were given.

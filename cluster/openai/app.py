@@ -46,7 +46,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     tool_parser: ToolFormat | None = None,
 ) -> FastAPI:
-    """The application. Nothing runs before the first request; everything happens on one event loop.
+    """Create the application. Nothing runs before the first request; everything happens on one event loop.
 
     Args:
         backend: generates.
@@ -83,7 +83,10 @@ def create_app(
 
 
 def _max_token_chars(tokenizer: Tokenizer) -> int:
-    """No token stands for more characters than it has bytes; other kinds of tokenizer may have an unknown token."""
+    """Return how many characters a token stands for at most; 0 where that is not known.
+
+    No token stands for more characters than it has bytes; other kinds of tokenizer may have an unknown token.
+    """
     if not tokenizer.decoding.is_byte_level:
         return 0
     return max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=0)
@@ -102,7 +105,7 @@ def _json(value: msgspec.Struct) -> Response:
 
 
 def _request_id(request: Request, asked: str | None) -> str:
-    """The body's id, else the header's, else a random one; the reply's header will carry it."""
+    """Return the body's id, else the header's, else a random one; the reply's header will carry it."""
     if asked is not None:
         request.state.request_id = asked
     found: str = request.state.request_id
@@ -119,7 +122,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
         responses=answers(replies.ChatReply, replies.ChatChunk),
     )
     async def chat_completions(request: Request) -> Response:
-        """The assistant's next turn."""
+        """Generate the assistant's next turn."""
         fields = chat_decoder.decode(await read_body(request, max_bytes))
         chat = await start_chat(surface, fields, _request_id(request, fields.request_id))
         return await chat.respond(request)
@@ -130,7 +133,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
         responses=answers(replies.CompletionReply, replies.CompletionReply),
     )
     async def completions(request: Request) -> Response:
-        """What follows a prompt."""
+        """Generate what follows a prompt."""
         fields = completion_decoder.decode(await read_body(request, max_bytes))
         completion = await start_completion(surface, fields, _request_id(request, fields.request_id))
         return await completion.respond(request)
@@ -145,12 +148,12 @@ def _add_models(app: FastAPI, surface: Surface) -> None:
 
     @app.get("/v1/models", responses=answers(replies.ModelList))
     async def models() -> Response:
-        """The names under which the model is served."""
+        """List the names under which the model is served."""
         return _json(replies.ModelList(data=cards))
 
     @app.get("/v1/models/{name:path}", responses=answers(replies.ModelCard))
     async def model_card(name: str) -> Response:
-        """One of them."""
+        """Describe the model under one of its names; 404 for another name."""
         for card in cards:
             if card.id == name:
                 return _json(card)
@@ -163,13 +166,13 @@ def _add_tokens(app: FastAPI, surface: Surface) -> None:
 
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(replies.TokenizeReply))
     async def tokenize_text(request: Request) -> Response:
-        """Text or messages as token ids."""
+        """Encode text or messages as token ids."""
         fields = tokenize_decoder.decode(await read_body(request, max_bytes))
         return Response(await tokenize(surface, fields), media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(replies.DetokenizeReply))
     async def detokenize_ids(request: Request) -> Response:
-        """Token ids as text."""
+        """Decode token ids to text."""
         fields = detokenize_decoder.decode(await read_body(request, max_bytes))
         return Response(await detokenize(surface, fields), media_type="application/json")
 
@@ -177,25 +180,25 @@ def _add_tokens(app: FastAPI, surface: Surface) -> None:
 def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """200 while this process answers."""
+        """Answer 200 while this process answers."""
         return Response(status_code=200)
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 when a request could be answered now, else 503; with details."""
+        """Answer 200 when a request could be answered now, else 503; with details."""
         readiness = await surface.backend.ready()
         body = msgspec.json.encode({"ready": readiness.is_ready, **readiness.detail})
         return Response(body, 200 if readiness.is_ready else 503, media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus text."""
+        """Give the fleet's and this surface's numbers in the Prometheus text format."""
         body = surface.metrics.text(await surface.backend.metrics())
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", responses=answers(replies.VersionReply))
     async def version_reply() -> Response:
-        """The product's version."""
+        """Give the product's version."""
         return _json(replies.VersionReply(version))
 
 

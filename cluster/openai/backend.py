@@ -24,7 +24,7 @@ class Backend(Protocol):
     """Routes sequences to workers and streams their tokens back. One event loop, any number of calls at once."""
 
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
-        """All sequences of one client request, their chunks interleaved as they come.
+        """Stream all sequences of one client request, their chunks interleaved as they come.
 
         Each sequence ends with one chunk that has a finish_reason, unless it is cancelled; the iterator ends after the
         last of them. A sequence that fails or cannot be taken ends with finish_reason "error". Closing or cancelling
@@ -33,7 +33,7 @@ class Backend(Protocol):
         ...
 
     def cancel(self, request_id: str) -> None:
-        """One sequence is not wanted any more though its siblings are (its text met a stop string).
+        """Stop one sequence that is not wanted any more though its siblings are (its text met a stop string).
 
         Returns at once and never fails; unknown ids are ignored. Chunks that are on their way may still come; a last
         one does not.
@@ -41,11 +41,11 @@ class Backend(Protocol):
         ...
 
     async def ready(self) -> Readiness:
-        """Whether a request could be answered now; quick, for it is asked often."""
+        """Tell whether a request could be answered now; quick, for it is asked often."""
         ...
 
     async def metrics(self) -> Sequence[Metric]:
-        """More families for /metrics. A family may come several times, with other labels."""
+        """Return more families for /metrics. A family may come several times, with other labels."""
         ...
 
 
@@ -81,7 +81,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
-    """What one client may ask for."""
+    """The most that one client may ask for."""
 
     max_body_bytes: int = 32 * 1024 * 1024
     max_choices: int = 128  #: n

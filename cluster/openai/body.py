@@ -29,7 +29,7 @@ _LONE_SURROGATE = re.compile(
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, never more than `max_bytes` of it in memory.
+    """Read the body, never more than `max_bytes` of it in memory.
 
     Raises:
         RequestError: 415, not JSON; 413, too long (found from Content-Length where there is one, before reading).
@@ -55,7 +55,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def nested_too_deeply() -> RequestError:
-    """The 400 for JSON that would overflow the stack."""
+    """Make the 400 for JSON that would overflow the stack."""
     return RequestError("body: JSON nested too deeply, want at most a few hundred levels", code="invalid_json")
 
 
@@ -73,7 +73,7 @@ class BodyDecoder(Generic[T]):
         self._logged: set[str] = set()
 
     def decode(self, body: bytes) -> T:
-        """`body` as a value.
+        """Decode `body`.
 
         Raises:
             RequestError: 400, naming the field, the value seen, the value wanted.
@@ -97,7 +97,7 @@ class BodyDecoder(Generic[T]):
 
 
 def _explain(error: msgspec.ValidationError, body: bytes) -> RequestError:
-    """Msgspec says where and what was wanted; this adds the field's plain name and the value seen."""
+    """Make a 400 of what msgspec says, where and what is wanted, with the field's plain name and the value seen."""
     match = _PATH.match(str(error))
     reason, path = (match["reason"], match["path"] or "") if match else (str(error), "")
     missing = re.match(r"Object missing required field `(.+)`", reason)
@@ -112,7 +112,7 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> RequestError:
 
 
 def _wanted(reason: str) -> str:
-    """The wish in msgspec's words: of "Expected `float` >= 0.0, got `str`" that is "want float >= 0.0"."""
+    """Return what msgspec wanted: of "Expected `float` >= 0.0, got `str`" that is "want float >= 0.0"."""
     if "out of range" in reason:
         return "want a number in range"
     text = re.sub(r", got `[^`]*`$", "", reason).replace("`", "").replace(" | null", "").replace(" | ", " or ")
@@ -120,7 +120,7 @@ def _wanted(reason: str) -> str:
 
 
 def _value_at(body: bytes, path: str) -> str:
-    """The value at msgspec's `path`; through `[...]` (any item) the container is shown."""
+    """Show the value at msgspec's `path`; through `[...]` (any item) the container is shown."""
     try:
         value: Any = msgspec.json.decode(body)
     except msgspec.DecodeError:  # a number that no float holds

@@ -37,11 +37,11 @@ class CallScanner:
 
     @property
     def is_announced(self) -> bool:
-        """The function's name is known, and that arguments follow or that none will."""
+        """Whether the function's name is known, and also that arguments follow or that none will."""
         return self.name is not None and (self.has_arguments or self.is_done)
 
     def take(self) -> str:
-        """Argument text since the last call; "" before the name is known."""
+        """Return the argument text since the last call; "" before the name is known."""
         if self.name is None:
             return ""
         text = "".join(self._untaken)
@@ -49,7 +49,7 @@ class CallScanner:
         return text
 
     def feed(self, char: str) -> None:
-        """One more character.
+        """Read one more character.
 
         Raises:
             NotACallError: the object cannot become a call.

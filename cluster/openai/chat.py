@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""Answers POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> Chat:
-    """Everything checked, rendered and tokenized, nothing running yet.
+    """Check, render and tokenize a request; nothing runs yet.
 
     Raises:
-        RequestError: naming the field at fault.
+        RequestError: a field cannot be served; names it.
     """
     surface.check_model(fields.model)
     check_stream_options(fields)
@@ -80,7 +80,7 @@ async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> 
 
 
 def _max_tokens(surface: Surface, fields: ChatRequest, num_prompt_tokens: int) -> int:
-    """The newer name wins; without either, what remains of the context."""
+    """Return the most output tokens: `max_completion_tokens`, else `max_tokens`, else what remains of the context."""
     if fields.max_tokens == 0:
         raise bad_field("max_tokens", 0, "at least 1")
     param = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
@@ -116,7 +116,7 @@ class _Message:
 
 
 class Chat(Answer):
-    """The assistant's next turn."""
+    """The answer to a chat request: the assistant's next turn."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Chat(Answer):
         self._is_prompt_given = False
 
     async def reply(self) -> bytes:
-        """See Answer."""
+        """Implement `Answer.reply`: all choices as one ChatReply."""
         messages = [_Message() for _ in self._generation.requests]
         choices: dict[int, ChatChoice] = {}
         async with aclosing(self._generation.deltas()) as deltas:
@@ -161,7 +161,7 @@ class Chat(Answer):
         return _encode(reply)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """See Answer."""
+        """Implement `Answer.events`: a ChatChunk for each delta, then usage where asked for."""
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)
         no_usage: UnsetType | None = None if has_usage else UNSET
@@ -194,7 +194,7 @@ class Chat(Answer):
         )
 
     def _chunk_of(self, index: int, delta: Delta) -> ChatChunkChoice | None:
-        """One event's choice; None where a chunk adds nothing that a client could see yet."""
+        """Make one event's choice; None where a delta adds nothing that a client could see yet."""
         content, calls = self._parsed(index, delta)
         fields = self._fields
         shows_tokens = bool(fields.logprobs or fields.return_token_ids)
@@ -216,7 +216,7 @@ class Chat(Answer):
         )
 
     def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
-        """The delta's text as content and calls."""
+        """Split the delta's text into content and calls."""
         parser = self._parsers[index]
         if parser is None:
             return delta.text, []
@@ -228,7 +228,7 @@ class Chat(Answer):
         return "".join(piece for piece in pieces if isinstance(piece, str)), calls
 
     def _finish_reason(self, index: int, delta: Delta) -> ChatFinish | None:
-        """Calls end with "tool_calls", except the one that tool_choice named, as in OpenAI's API."""
+        """Return the reason: "tool_calls" after calls, except the one that tool_choice named, as in OpenAI's API."""
         if delta.finish_reason == "stop" and self._has_calls[index] and self._tools.named is None:
             return "tool_calls"
         return delta.finish_reason
@@ -256,7 +256,7 @@ def _call_id() -> str:
 
 
 def _streamed_call(call: CallDelta) -> ToolCall:
-    """The first piece of a call carries its id and name."""
+    """Write a piece of a call; its first one carries id and name."""
     if call.name is None:
         return ToolCall(index=call.index, function=FunctionCall(call.arguments))
     return ToolCall(index=call.index, id=_call_id(), type="function", function=FunctionCall(call.arguments, call.name))

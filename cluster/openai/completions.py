@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""Answers POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _OPENAI_MAX_TOKENS = 16  # the API's own default for text completions
 
 
 async def start_completion(surface: Surface, fields: CompletionRequest, request_id: str) -> Completion:
-    """Everything checked and tokenized, nothing running yet.
+    """Check and tokenize a request; nothing runs yet.
 
     Raises:
-        RequestError: naming the field at fault.
+        RequestError: a field cannot be served; names it.
     """
     _check(surface, fields)
     texts: list[str | None] = []
@@ -86,13 +86,13 @@ def _max_tokens(surface: Surface, fields: CompletionRequest, num_prompt_tokens: 
 
 
 def _prompt_logprobs(fields: CompletionRequest) -> int | None:
-    """Echoed tokens have log-probabilities like generated ones."""
+    """Return how many alternatives prompt tokens get; None: no logprobs. Echoed tokens get what generated ones get."""
     wanted = [k for k in (fields.prompt_logprobs, fields.logprobs if fields.echo else None) if k is not None]
     return max(wanted, default=None)
 
 
 class Completion(Answer):
-    """What follows a prompt, or several."""
+    """The answer to a completion request: what follows a prompt, or several."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Completion(Answer):
         self._is_prompt_only = fields.max_tokens == 0
 
     async def reply(self) -> bytes:
-        """See Answer."""
+        """Implement `Answer.reply`: all choices as one CompletionReply."""
         pieces: list[list[CompletionChoice]] = [[] for _ in self._generation.requests]
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
@@ -119,7 +119,7 @@ class Completion(Answer):
         return _encode(self._reply([_whole(parts) for parts in pieces], self._usage(), self._extras()))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """See Answer."""
+        """Implement `Answer.events`: a CompletionReply for each delta, then usage where asked for."""
         options = self._fields.stream_options or StreamOptions()
         has_usage = bool(options.include_usage)
         async with aclosing(self._generation.deltas()) as deltas:
@@ -157,7 +157,7 @@ class Completion(Answer):
         return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
 
     def _choice(self, index: int, delta: Delta) -> CompletionChoice:
-        """What a chunk adds; the first one of a choice carries what is said about its prompt."""
+        """Make the choice that a delta adds; the first one of a choice carries what is said about its prompt."""
         fields = self._fields
         is_first = not self._is_begun[index]
         self._is_begun[index] = True
@@ -183,7 +183,7 @@ class Completion(Answer):
         return self._prompts[index // self._generation.num_choices]
 
     def _echoed_text(self, index: int) -> str:
-        """The prompt as the client sent it, where it is text that was not cut."""
+        """Return the prompt to be echoed: as the client sent it, where it is text that was not cut, else decoded."""
         text = self._texts[index // self._generation.num_choices]
         if text is not None and self._fields.truncate_prompt_tokens is None:
             return text
@@ -200,7 +200,7 @@ class Completion(Answer):
 
 
 def _whole(parts: list[CompletionChoice]) -> CompletionChoice:
-    """A choice's pieces as one. The first says what is said about the prompt, the last how it ended."""
+    """Join a choice's pieces. The first says what is said about the prompt, the last how it ended."""
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return msgspec.structs.replace(
         parts[0],

@@ -17,10 +17,10 @@ _MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 def constraint_of(request: SharedFields) -> tuple[str, Grammar] | None:
-    """The field that asks for a structure, and the grammar it means; None where the output is free.
+    """Return the field that asks for a structure, and the grammar it means; None where the output is free.
 
     Raises:
-        RequestError: more than one structure, or one that is malformed.
+        RequestError: more than one structure is asked for, or one that is malformed.
     """
     found = [*_of_response_format(request.response_format), *_of_structured_outputs(request.structured_outputs)]
     found += _of_values(
@@ -75,10 +75,10 @@ def _of_values(
 
 
 def json_grammar(param: str, schema: Any) -> Grammar:
-    """The grammar of a JSON schema, given as an object or as JSON text.
+    """Make the grammar of a JSON schema, given as an object or as JSON text.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: `schema` is neither.
     """
     if isinstance(schema, str):
         try:
@@ -100,7 +100,7 @@ def check(param: str, grammar: Grammar, tokenizer: GrammarTokenizer | None) -> N
     """Compile `grammar` and throw the result away, so that a bad one is refused at once and not in a worker.
 
     Raises:
-        RequestError: it does not compile, or nothing can be compiled for this model; names `param`.
+        RequestError: the grammar does not compile, or none can be compiled for this model; names `param`.
     """
     if tokenizer is None:
         raise RequestError(f"{param}: this model has no end token, want no structure", param=param, code="unsupported")

@@ -17,10 +17,10 @@ _PROBE_NAME = "probe_call"
 
 
 def _template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """`messages` as plain dicts, "developer" as "system". Roles are the chat template's to check.
+    """Turn `messages` into plain dicts, "developer" into "system". Roles are the chat template's to check.
 
     Raises:
-        RequestError: no message, no content where there must be some, content that is not text.
+        RequestError: there is no message, no content where there must be some, or content that is not text.
     """
     if not messages:
         raise bad_field("messages", [], "at least one message")
@@ -67,10 +67,10 @@ def _template_call(call: PastToolCall) -> dict[str, Any]:
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """`tools` as plain dicts; what the client left out stays out.
+    """Turn `tools` into plain dicts; what the client left out stays out.
 
     Raises:
-        RequestError: a tool that is no function, or two of one name.
+        RequestError: a tool is no function, or two have one name.
     """
     seen: set[str] = set()
     result: list[dict[str, Any]] = []
@@ -91,10 +91,10 @@ def rendered(
     fields: ChatRequest | TokenizeRequest,
     tools: list[dict[str, Any]] | None,
 ) -> str:
-    """`messages` through the chat template, the assistant's turn begun unless `fields` say otherwise.
+    """Render `messages` by the chat template, the assistant's turn begun unless `fields` say otherwise.
 
     Raises:
-        RequestError: a message that the template or the model cannot take.
+        RequestError: the template or the model cannot take a message.
     """
     continues = bool(fields.continue_final_message)
     return tokenizer.render_chat(
@@ -107,7 +107,7 @@ def rendered(
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
-    """How the model writes tool calls: seen from how its chat template shows it a past one. None: it shows none."""
+    """Tell how the model writes tool calls, from how its chat template shows it a past one. None: it shows none."""
     call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": _PROBE_NAME, "arguments": {"key": "value"}}}
     tool = {"type": "function", "function": {"name": _PROBE_NAME, "description": "", "parameters": {"type": "object"}}}
     messages: list[dict[str, Any]] = [

@@ -34,12 +34,12 @@ def _reference(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """A route's `openapi_extra` for a JSON body of `kind`."""
+    """Make a route's `openapi_extra` for a JSON body of `kind`."""
     return {"requestBody": {"required": True, "content": {"application/json": _reference(kind)}}}
 
 
 def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = None) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: `kind` as JSON, `stream` as server-sent events, errors in OpenAI's form."""
+    """Make a route's `responses`: `kind` as JSON, `stream` as server-sent events, errors in OpenAI's form."""
     content: dict[str, Any] = {"application/json": _reference(kind)}
     if stream is not None:
         content["text/event-stream"] = _reference(stream)

@@ -35,7 +35,7 @@ class Edge:
         self._paths = frozenset(paths)  # known ones; others share a label, or a scanner could fill memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Pass one request on, as ASGI: with a request id, after its API key was checked, counted."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -113,11 +113,11 @@ class _Exchange:
 
 
 def _path(scope: Scope) -> str:
-    """The path below the application's root."""
+    """Return the path below the application's root."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _digest(key: str) -> bytes:
-    """Keys of one length, for a comparison in constant time."""
+    """Hash a key, so that all are of one length for a comparison in constant time."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -45,7 +45,7 @@ _CODES = {
 
 
 def shown(value: object) -> str:
-    """`value` as an error message repeats it: JSON where possible, on one line, clipped."""
+    """Write `value` as an error message repeats it: JSON where possible, on one line, clipped."""
     if isinstance(value, str):
         value = value[: _MAX_SHOWN_CHARS + 1]  # do not encode megabytes to show a line
     elif isinstance(value, (list, tuple)):
@@ -58,12 +58,12 @@ def shown(value: object) -> str:
 
 
 def bad_field(param: str, seen: object, wanted: str, *, code: str = "invalid_value") -> RequestError:
-    """A 400 that names the field, the value seen and the value wanted."""
+    """Make a 400 that names the field, the value seen and the value wanted."""
     return RequestError(f"{param}: got {shown(seen)}, want {wanted}", param=param, code=code)
 
 
 def error_body(error: KvrayError) -> ErrorBody:
-    """`error` in OpenAI's form."""
+    """Write `error` in OpenAI's form."""
     fallback = "invalid_request_error" if 400 <= error.status < 500 else "server_error"
     return ErrorBody(
         message=error.message,
@@ -74,7 +74,7 @@ def error_body(error: KvrayError) -> ErrorBody:
 
 
 def error_json(error: KvrayError) -> bytes:
-    """The reply's bytes."""
+    """Write the reply for `error`, as JSON in OpenAI's form."""
     return msgspec.json.encode(ErrorReply(error_body(error)))
 
 
@@ -88,7 +88,7 @@ async def send_error(error: KvrayError, send: Send) -> None:
 
 
 def error_headers(error: KvrayError) -> dict[str, str]:
-    """Headers that go with an error's status."""
+    """Return the headers that go with an error's status."""
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
     if error.status == 413:
@@ -101,7 +101,7 @@ def error_headers(error: KvrayError) -> dict[str, str]:
 
 
 def model_not_found(name: str, served: tuple[str, ...]) -> RequestError:
-    """The 404 for a model that is not served here."""
+    """Make the 404 for a model that is not served here."""
     return RequestError(
         f"model: got {shown(name)}, want one of {', '.join(served)}",
         param="model",

@@ -35,7 +35,7 @@ class Generation:
         self._index = {request.request_id: index for index, request in enumerate(requests)}
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(choice index, what it got), until every choice has its finish_reason. Closing it stops the work.
+        """Yield (choice index, what it got) until every choice has its finish_reason. Closing it stops the work.
 
         Raises:
             KvrayError: a sequence was refused or failed; the others are stopped.
@@ -71,7 +71,7 @@ class Generation:
             clock.end(reason)
 
     def usage(self) -> Usage:
-        """Tokens so far. A prompt with several choices counts once, by its first choice."""
+        """Count the tokens so far. A prompt with several choices counts once, by its first choice."""
         prompt_tokens = sum(request.num_prompt_tokens for request in self.requests[:: self.num_choices])
         cached_tokens = sum(t.sources.cached for t in self.transcripts[:: self.num_choices] if t.sources is not None)
         completion_tokens = sum(transcript.num_tokens for transcript in self.transcripts)
@@ -83,7 +83,7 @@ class Generation:
         )
 
     def extras(self) -> KvrayExtras:
-        """Where the prompts' tokens came from, counted as `usage` counts them."""
+        """Return where the prompts' tokens came from, counted as `usage` counts them."""
         sources = [t.sources for t in self.transcripts[:: self.num_choices] if t.sources is not None]
         return KvrayExtras(
             PromptSourceCounts(

@@ -20,7 +20,7 @@ _LOWEST = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob], num_top: int) -> ChatLogprobs:
-    """One entry per generated token, each with the `num_top` likeliest alternatives."""
+    """Write one entry per generated token, each with the `num_top` likeliest alternatives."""
     content: list[ChatTokenLogprob] = []
     for entry in entries:
         token_bytes = tokenizer.token_bytes(entry.token_id)
@@ -44,12 +44,12 @@ class CompletionLogprobList:
         self._offset = 0
 
     def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> CompletionLogprobs:
-        """The echoed prompt's part: its first token has no log-probability."""
+        """Return the echoed prompt's part: its first token has no log-probability."""
         padded = [*entries, *[None] * (len(token_ids) - len(entries))]
         return self._lists(list(zip(token_ids, padded, strict=False)))
 
     def piece(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """The part of tokens just generated."""
+        """Return the part of tokens just generated."""
         return self._lists([(entry.token_id, entry) for entry in entries])
 
     def _lists(self, tokens: list[tuple[int, TokenLogprob | None]]) -> CompletionLogprobs:
@@ -71,7 +71,7 @@ class CompletionLogprobList:
 
 
 def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """The lists of neighbouring pieces as one."""
+    """Join the lists of neighbouring pieces."""
     return CompletionLogprobs(
         [token for piece in pieces for token in piece.tokens],
         [logprob for piece in pieces for logprob in piece.token_logprobs],
@@ -81,7 +81,7 @@ def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 
 
 def prompt_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
-    """VLLM's `prompt_logprobs`: for each prompt token its own and the likeliest ones, by token id."""
+    """Write vLLM's `prompt_logprobs`: for each prompt token its own and the likeliest ones, by token id."""
     result: PromptLogprobs = []
     for entry in entries:
         if entry is None:

@@ -63,7 +63,7 @@ class HttpMetrics:
             self.prompt_tokens.labels(source)
 
     def text(self, more: Iterable[Metric]) -> bytes:
-        """All of them and `more` in the Prometheus text format, each family once."""
+        """Return the surface's families and `more` in the Prometheus text format, each family once."""
         page = CollectorRegistry()
         page.register(_Merged([*self.registry.collect(), *more]))
         return generate_latest(page)
@@ -79,7 +79,7 @@ class _Merged(Collector):
             merged.samples += family.samples
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the registry."""
+        """Yield the families; the registry calls this."""
         return self._families.values()
 
 
@@ -95,7 +95,7 @@ class RequestClock:
         metrics.running.inc()
 
     def chunk(self, choice: int, num_tokens: int) -> None:
-        """Tokens of `choice` arrived."""
+        """Note that `num_tokens` tokens of `choice` arrived now."""
         now_s = time.perf_counter()
         if self._is_first:
             self._is_first = False
@@ -109,19 +109,19 @@ class RequestClock:
         self._metrics.generation_tokens.inc(num_tokens)
 
     def sources(self, sources: PromptSources) -> None:
-        """Where a sequence's prompt came from."""
+        """Count where a sequence's prompt came from."""
         for name in SOURCES:
             num_tokens = getattr(sources, name)
             if num_tokens:
                 self._metrics.prompt_tokens.labels(name).inc(num_tokens)
 
     def finish(self, reason: str) -> None:
-        """A choice ended."""
+        """Count a choice that ended for `reason`."""
         self._num_open -= 1
         self._metrics.finished.labels(reason).inc()
 
     def end(self, reason: str) -> None:
-        """The request is over; choices still open ended for `reason`."""
+        """End the request; choices still open ended for `reason`."""
         self._metrics.running.dec()
         if self._num_open:
             self._metrics.finished.labels(reason).inc(self._num_open)

@@ -16,22 +16,22 @@ _THREAD_FROM_CHARS = 8192
 
 
 def packed(token_ids: list[int]) -> bytes:
-    """Token ids as they cross processes: uint32, little endian."""
+    """Pack token ids as they cross processes: uint32, little endian."""
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """`text` as token ids; the event loop stays free while a long one is encoded."""
+    """Encode `text` as token ids; the event loop stays free while a long one is encoded."""
     if len(text) < _THREAD_FROM_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
 def prompts_of(prompt: str | list[Any], model: ServedModel) -> list[str | list[int]]:
-    """The prompts that a `prompt` field holds: texts, or checked token ids.
+    """Return the prompts that a `prompt` field holds: texts, or checked token ids.
 
     Raises:
-        RequestError: an empty prompt, mixed kinds, token ids that are none.
+        RequestError: a prompt is empty, kinds are mixed, or token ids are none.
     """
     if isinstance(prompt, str):
         return [_text("prompt", prompt)]
@@ -52,10 +52,10 @@ def _text(param: str, value: Any) -> str:
 
 
 def check_token_ids(param: str, value: Any, vocab_size: int) -> list[int]:
-    """`value`, when it is a list of token ids of the vocabulary.
+    """Return `value`, which must be a list of token ids of the vocabulary.
 
     Raises:
-        RequestError: it is not; names the first position that is wrong.
+        RequestError: `value` is something else; names the first position that is wrong.
     """
     if not isinstance(value, list) or not value:
         raise bad_field(param, value, "at least one token id")
@@ -70,10 +70,10 @@ def check_token_ids(param: str, value: Any, vocab_size: int) -> list[int]:
 def fitted(
     param: str, token_ids: list[int], truncate: int | None, max_tokens: int | None, model: ServedModel
 ) -> list[int]:
-    """`token_ids`, cut from the left to `truncate` tokens where given (-1: to what fits), checked to fit.
+    """Cut `token_ids` from the left to `truncate` tokens where given (-1: to what fits), and check that they fit.
 
     Raises:
-        RequestError: nothing left, or longer than the model's context or than a pool holds.
+        RequestError: nothing is left, or more than the model's context or a pool holds.
     """
     if truncate is not None:
         room = min(model.max_prompt_tokens, max(1, model.max_model_len - max(1, max_tokens or 1)))
@@ -88,10 +88,10 @@ def fitted(
 
 
 def check_length(param: str, num_tokens: int, model: ServedModel) -> None:
-    """A prompt must leave room for one token, and fit a pool.
+    """Check that a prompt leaves room for one token, and fits a pool.
 
     Raises:
-        RequestError: context_length_exceeded.
+        RequestError: the prompt is too long (context_length_exceeded).
     """
     if num_tokens > model.max_prompt_tokens:
         why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
@@ -107,7 +107,7 @@ def check_chars(param: str, text: str, max_token_chars: int, model: ServedModel)
     """Refuse text so long that it cannot fit however it is encoded, before spending seconds on encoding it.
 
     Raises:
-        RequestError: context_length_exceeded.
+        RequestError: the text is too long (context_length_exceeded).
     """
     if max_token_chars and len(text) > max_token_chars * model.max_prompt_tokens:
         raise RequestError(

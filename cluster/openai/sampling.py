@@ -29,10 +29,10 @@ def sampling_params(
     prompt_logprobs: int | None,
     grammar: Grammar | None,
 ) -> SamplingParams:
-    """The parameters of choice 0; the other choices differ in `choice` only.
+    """Make the parameters of choice 0; the other choices differ in `choice` only.
 
     Raises:
-        RequestError: a value that the model or the limits forbid.
+        RequestError: the model or the limits forbid a value.
     """
     defaults = model.defaults
     temperature = _first(request.temperature, defaults.temperature, 1.0)
@@ -63,10 +63,10 @@ def sampling_params(
 
 
 def max_output_tokens(param: str, asked: int | None, num_prompt_tokens: int, model: ServedModel) -> int:
-    """How many tokens may be generated: `asked` (the value of `param`), else what remains of the context.
+    """Return how many tokens may be generated: `asked` (the value of `param`), else what remains of the context.
 
     Raises:
-        RequestError: context_length_exceeded, where prompt and output together do not fit.
+        RequestError: prompt and output together do not fit (context_length_exceeded).
     """
     remaining = model.max_model_len - num_prompt_tokens
     if asked is None:
@@ -83,10 +83,10 @@ def max_output_tokens(param: str, asked: int | None, num_prompt_tokens: int, mod
 
 
 def stop_strings(request: SharedFields, limits: HttpLimits) -> tuple[str, ...]:
-    """`stop` as strings, in the client's order.
+    """Return the `stop` field's strings, in the client's order.
 
     Raises:
-        RequestError: too many, too long, or an empty one.
+        RequestError: there are too many, or one is too long or empty.
     """
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     if len(stops) > limits.max_stop_strings:
@@ -103,10 +103,10 @@ def stop_strings(request: SharedFields, limits: HttpLimits) -> tuple[str, ...]:
 
 
 def num_choices(request: SharedFields, num_prompts: int, limits: HttpLimits) -> int:
-    """`n`.
+    """Return how many choices each prompt gets, which is `n`.
 
     Raises:
-        RequestError: more than the limits allow, alone or times the number of prompts.
+        RequestError: `n` is more than the limits allow, alone or times the number of prompts.
     """
     n = request.n or 1
     if n > limits.max_choices:
@@ -121,10 +121,10 @@ def num_choices(request: SharedFields, num_prompts: int, limits: HttpLimits) -> 
 
 
 def check_stream_options(request: SharedFields) -> None:
-    """Stream options need a stream, and prompt log-probabilities come only without one.
+    """Check that stream options come with a stream, and prompt log-probabilities without one.
 
     Raises:
-        RequestError: they contradict `stream`.
+        RequestError: a field contradicts `stream`.
     """
     if request.stream_options is not None and not request.stream:
         raise RequestError(

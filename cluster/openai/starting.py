@@ -19,7 +19,7 @@ from messages.request import GenerateRequest, Grammar, SamplingParams
 
 
 class OutputPlan(NamedTuple):
-    """What the endpoint decided about the output."""
+    """The endpoint's decisions about the output."""
 
     max_tokens: list[int]  #: one per prompt
     logprobs: int | None
@@ -31,10 +31,10 @@ class OutputPlan(NamedTuple):
 def start(
     surface: Surface, fields: SharedFields, request_id: str, prompts: Sequence[list[int]], plan: OutputPlan
 ) -> Generation:
-    """The generation of `n` choices for each of `prompts`, checked but not yet running.
+    """Make the generation of `n` choices for each of `prompts`, checked but not yet running.
 
     Raises:
-        RequestError: a field that cannot be, by name.
+        RequestError: a field cannot be served; names it.
     """
     n = num_choices(fields, len(prompts), surface.limits)
     if plan.grammar is not None:

@@ -31,21 +31,21 @@ _HEADERS: Final = [
 
 
 def event(value: msgspec.Struct) -> bytes:
-    """One server-sent event."""
+    """Write `value` as one server-sent event."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
 async def until_gone(receive: Receive) -> None:
-    """Returns when the client has left. The body must have been read."""
+    """Wait until the client has left. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def first_of(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, which is cancelled when the client leaves.
+    """Return the result of `work`, which is cancelled when the client leaves.
 
     Raises:
-        ClientDisconnect: it left; `work` has been cancelled and has ended.
+        ClientDisconnect: the client left; `work` has been cancelled and has ended.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(until_gone(receive))
@@ -64,7 +64,7 @@ async def first_of(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
 
 async def reply_while_connected(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
-    """A JSON reply of what `work` gives.
+    """Make a JSON reply of what `work` gives.
 
     Raises:
         ClientDisconnect: the client left before it was ready.
@@ -82,7 +82,7 @@ class EventStream(Response):
         self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. When the client leaves, the events are closed and nothing more is sent."""
+        """Send the events, as ASGI. When the client leaves, they are closed and nothing more is sent."""
         try:
             await first_of(self._send_all(send), receive)
         except ClientDisconnect:

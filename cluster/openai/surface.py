@@ -1,4 +1,4 @@
-"""What every endpoint works with."""
+"""The parts that every endpoint works with."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Surface:
     max_token_chars: int  #: no token stands for more characters; 0: not known
 
     def check_model(self, name: str | None) -> None:
-        """A request may leave the name out.
+        """Check that a request's model is served here; it may leave the name out.
 
         Raises:
-            RequestError: 404: no model of that name is served here.
+            RequestError: no model of that name is served here (404).
         """
         if name is not None and name not in self.model.names:
             raise model_not_found(name, self.model.names)

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes."""
+"""Answers POST /tokenize and /detokenize, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from messages.errors import RequestError
 
 
 async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
-    """The token ids of a prompt, or of messages through the chat template.
+    """Return the token ids of a prompt, or of messages rendered by the chat template, as a JSON reply.
 
     Raises:
-        RequestError: neither or both of them, or a text that is refused.
+        RequestError: neither or both of them are given, or a text is refused.
     """
     surface.check_model(fields.model)
     if (fields.prompt is None) == (fields.messages is None):
@@ -40,10 +40,10 @@ async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
 
 
 async def detokenize(surface: Surface, fields: DetokenizeRequest) -> bytes:
-    """The text of token ids, special tokens included.
+    """Return the text of token ids, special tokens included, as a JSON reply.
 
     Raises:
-        RequestError: an id outside the vocabulary.
+        RequestError: an id is outside the vocabulary.
     """
     surface.check_model(fields.model)
     for index, token_id in enumerate(fields.tokens):

@@ -33,7 +33,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What stands around the calls of a format."""
+    """The text that stands around the calls of a format."""
 
     openers: tuple[str, ...]
     closers: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ SPECIAL_TOKEN_FORMATS: Final = ("hermes", "llama3", "mistral")
 
 
 def format_of_text(text: str, name: str) -> ToolFormat | None:
-    """The format in which `text`, a rendered conversation, shows a call of `name`; None where it shows none."""
+    """Find the format in which `text`, a rendered conversation, shows a call of `name`; None where it shows none."""
     quoted = re.escape(name)
     if re.search(rf"\[TOOL_CALLS\]\s*(\[\s*\{{[^{{}}]*\"{quoted}\"|{quoted}\W)", text):
         return "mistral"
@@ -91,7 +91,7 @@ class ToolCallParser:
         self.num_calls = 0
 
     def push(self, text: str) -> list[str | CallDelta]:
-        """Content and call pieces that `text` completes, in order."""
+        """Return the content and call pieces that `text` completes, in order."""
         self._pending += text
         out: list[str | CallDelta] = []
         while self._advance(out):
@@ -99,7 +99,7 @@ class ToolCallParser:
         return _merged(out)
 
     def flush(self) -> list[str | CallDelta]:
-        """What was held back, at the end of the output. A call cut short keeps what was given of it."""
+        """Return what was held back, at the end of the output. A call cut short keeps what was given of it."""
         out: list[str | CallDelta] = []
         if self._scanner is not None and not self._is_announced:
             out.append(self._raw + "".join(self._scanner.raw))
@@ -112,7 +112,7 @@ class ToolCallParser:
         return _merged(out)
 
     def _advance(self, out: list[str | CallDelta]) -> bool:
-        """One decision; False when more text is needed."""
+        """Decide about the next piece of the text; False when more text is needed."""
         if not self._pending:
             return False
         match self._state:
@@ -214,7 +214,7 @@ class ToolCallParser:
         return False
 
     def _check_bare(self, scanner: CallScanner) -> None:
-        """A bare object is ordinary JSON unless it names a tool and has arguments."""
+        """Take a bare object for ordinary JSON unless it names a tool and has arguments."""
         if not self._is_bare or not scanner.is_announced or self._is_announced:
             return
         if scanner.name not in self._known_names or not scanner.has_arguments:
@@ -238,14 +238,14 @@ class ToolCallParser:
 
 
 class NamedCallParser:
-    """The whole output is the arguments of one function: what a named tool choice's grammar makes."""
+    """Takes the whole output for the arguments of one function: what a named tool choice's grammar makes."""
 
     def __init__(self, name: str) -> None:
         self._name: str | None = name
         self.num_calls = 0
 
     def push(self, text: str) -> list[str | CallDelta]:
-        """The next piece of the arguments."""
+        """Return the next piece of the arguments."""
         if not text:
             return []
         delta = CallDelta(0, self._name, text)
@@ -254,12 +254,12 @@ class NamedCallParser:
         return [delta]
 
     def flush(self) -> list[str | CallDelta]:
-        """Nothing is ever held back."""
+        """Return nothing: nothing is ever held back."""
         return []
 
 
 def _num_opening_chars(text: str, openers: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that begins an opener."""
+    """Return the length of the longest end of `text` that begins an opener."""
     longest = max((len(opener) - 1 for opener in openers), default=0)
     for size in range(min(longest, len(text)), 0, -1):
         tail = text[-size:]
@@ -269,7 +269,7 @@ def _num_opening_chars(text: str, openers: tuple[str, ...]) -> int:
 
 
 def _merged(pieces: list[str | CallDelta]) -> list[str | CallDelta]:
-    """Neighbours of the same kind as one; empty text left out."""
+    """Join neighbours of the same kind; leave out empty text."""
     result: list[str | CallDelta] = []
     for piece in pieces:
         last = result[-1] if result else None

@@ -19,7 +19,7 @@ _CHOICES = ("none", "auto", "required")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolPlan:
-    """How one request uses tools."""
+    """The use that one request makes of tools."""
 
     template_tools: list[dict[str, Any]] | None = None  #: what the template is given
     kind: ToolFormat | None = None  #: how calls are written; None: no calls, or a named function
@@ -30,21 +30,21 @@ class ToolPlan:
 
     @property
     def keeps_special_tokens(self) -> bool:
-        """The marks of calls are special tokens: the text must keep them until it is parsed."""
+        """Whether the marks of calls are special tokens, which the text must keep until it is parsed."""
         return self.kind in SPECIAL_TOKEN_FORMATS
 
     def parser(self) -> ToolCallParser | NamedCallParser | None:
-        """A fresh parser for one choice; None where all output is content."""
+        """Make a fresh parser for one choice; None where all output is content."""
         if self.named is not None:
             return NamedCallParser(self.named)
         return None if self.kind is None else ToolCallParser(self.kind, self.names)
 
 
 def plan_tools(request: ChatRequest, kind: ToolFormat | None) -> ToolPlan:
-    """What `tools`, `tool_choice` and `parallel_tool_calls` mean. `kind`: how this model writes calls, if it can.
+    """Plan what `tools`, `tool_choice` and `parallel_tool_calls` mean. `kind`: how this model writes calls, if it can.
 
     Raises:
-        RequestError: a choice that contradicts the tools.
+        RequestError: the choice contradicts the tools.
     """
     tools = request.tools or []
     wanted = _wanted(request, tools)
@@ -95,7 +95,7 @@ def _grammar(schema: dict[str, Any]) -> Grammar:
 
 
 def _calls_schema(tools: list[Tool], *, is_single: bool) -> dict[str, Any]:
-    """A list of calls of any of `tools`. Each tool's schema keeps its own definitions, so references are rebased."""
+    """Make the schema of a list of calls of any of `tools`; references stay within each tool's own definitions."""
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
@@ -116,7 +116,7 @@ def _calls_schema(tools: list[Tool], *, is_single: bool) -> dict[str, Any]:
 
 
 def _rebased(schema: Any, root: str) -> Any:
-    """`schema` with its references to its own root pointing below `root`."""
+    """Return `schema` with its references to its own root pointing below `root`."""
     if isinstance(schema, list):
         return [_rebased(item, root) for item in schema]
     if not isinstance(schema, dict):
@@ -130,7 +130,7 @@ def _rebased(schema: Any, root: str) -> Any:
 
 
 def check_no_other_structure(plan: ToolPlan, param: str | None) -> None:
-    """A forced call is a structure of its own.
+    """Check that a forced call, a structure of its own, is the only one.
 
     Raises:
         RequestError: the request asks for another one too, in field `param`.

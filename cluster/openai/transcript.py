@@ -15,7 +15,7 @@ EndReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """What a request says about its text."""
+    """A request's wishes about its text."""
 
     stop: tuple[str, ...] = ()
     includes_stop: bool = False
@@ -27,7 +27,7 @@ class TextOptions:
 
 @dataclass(slots=True, kw_only=True)
 class Delta:
-    """What one chunk adds to a choice."""
+    """The text, tokens and end that one chunk adds to a choice."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Delta:
 
 
 class Transcript:
-    """One choice. `take` gets its chunks in order until a delta has a finish_reason."""
+    """The text of one choice. `take` gets its chunks in order until a delta has a finish_reason."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._options = options
@@ -49,7 +49,7 @@ class Transcript:
         self.is_finished = False
 
     def take(self, chunk: TokenChunk) -> Delta:
-        """What `chunk` adds.
+        """Return what `chunk` adds.
 
         Raises:
             KvrayError: the sequence failed, or was cancelled by someone other than its client.
@@ -74,7 +74,7 @@ class Transcript:
         return delta
 
     def _visible(self, chunk: TokenChunk) -> list[list[int]]:
-        """For each of the chunk's tokens itself, or nothing where it has no text."""
+        """Return for each of the chunk's tokens a list of itself, or an empty one where it has no text."""
         hidden_ids = self._options.hidden_ids
         visible = [[] if token_id in hidden_ids else [token_id] for token_id in chunk.token_ids]
         stop_id = chunk.stop_token_id
@@ -83,7 +83,7 @@ class Transcript:
         return visible
 
     def _take_singly(self, chunk: TokenChunk, delta: Delta) -> None:
-        """Token by token, so that the token that completes a stop string is the last one."""
+        """Take a chunk token by token, so that the token that completes a stop string is the last one."""
         texts: list[str] = []
         for position, token_ids in enumerate(self._visible(chunk), start=1):
             text, met = self._stops.push(self._detokenizer.push(token_ids))

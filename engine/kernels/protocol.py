@@ -29,7 +29,7 @@ class LayerUse:
 class AttentionKernels(Protocol):
     """One implementation of the three operations. Chosen once per layer, at load.
 
-    Views are the pool's: `k_view [num_blocks, num_kv_heads, block_size, k_dim]`, `v_view` likewise with v_dim, each
+    Views are the pool's: `k_view [num_blocks, num_kv_heads, block_size, k_dim]`, `v_view` the same with v_dim, each
     head's `[block_size, dim]` contiguous, block strides beyond 2^31 elements possible. Query head h reads KV head
     `h // (num_heads // num_kv_heads)`. `query`, `key` and `value` may be strided views; their last dimension is
     contiguous.
@@ -39,11 +39,11 @@ class AttentionKernels(Protocol):
 
     @property
     def name(self) -> str:
-        """Enters block names: the same name must mean the same bits."""
+        """Name of the kernels, part of every block name: the same name must mean the same bits."""
         ...
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether all three operations serve such a layer."""
+        """Tell whether all three operations serve such a layer."""
         ...
 
     def write_kv(
@@ -55,7 +55,16 @@ class AttentionKernels(Protocol):
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
     ) -> None:
-        """Store `key [T, num_kv_heads, k_dim]`, `value` at `(block_ids[t], offsets[t])`, both `[T]` int64."""
+        """Store the keys and values of T tokens in the pool.
+
+        Args:
+            key: `[T, num_kv_heads, k_dim]`, of the pool's dtype.
+            value: `[T, num_kv_heads, v_dim]`, of the pool's dtype.
+            k_view: the layer's keys, written in place.
+            v_view: the layer's values, written in place.
+            block_ids: `[T]` int64, the block that each token goes to.
+            offsets: `[T]` int64, its place within that block.
+        """
         ...
 
     def decode_attention(
@@ -74,7 +83,7 @@ class AttentionKernels(Protocol):
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """Each row is a token of one sequence, which sees keys `[0, kv_lens[i])` of it.
+        """Attend with n decode rows: row i is a token of one sequence, and sees keys `[0, kv_lens[i])` of it.
 
         Args:
             query: `[n, num_heads, k_dim]`.
@@ -85,10 +94,10 @@ class AttentionKernels(Protocol):
             kv_lens: `[n]` int32.
             max_kv_len: largest of `kv_lens`, on the host.
             scaling: factor on scores.
-            window: see the class.
-            softcap: see the class.
-            sinks: see the class.
-            chunk: see the class.
+            window: as the class says; None: no limit.
+            softcap: as the class says; None: none.
+            sinks: `[num_heads]`, as the class says; None: none.
+            chunk: as the class says; None: none.
 
         Returns:
             `[n, num_heads, v_dim]`, dtype of the query.
@@ -109,10 +118,10 @@ class AttentionKernels(Protocol):
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """One chunk of one sequence; query row i is position `kv_len - T + i` and sees keys up to itself.
+        """Attend with one chunk of one sequence: row i is position `kv_len - T + i`, and sees keys up to itself.
 
-        Args: as in `decode_attention`, with `query [T, num_heads, k_dim]` and `block_table [num_blocks]` int32
-            covering `kv_len` tokens.
+        `query` is `[T, num_heads, k_dim]`, `block_table` `[num_blocks]` int32 and covers `kv_len` tokens; the others
+        are as in `decode_attention`.
 
         Returns:
             `[T, num_heads, v_dim]`, dtype of the query.

@@ -20,7 +20,7 @@ class TorchKernels:
     name = "torch-1"
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
-        """Everything."""
+        """Take every layer, dtype and device."""
         return True
 
     def write_kv(
@@ -32,7 +32,7 @@ class TorchKernels:
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
     ) -> None:
-        """See AttentionKernels."""
+        """Implement `AttentionKernels.write_kv` by one indexed store for keys and one for values."""
         k_view.transpose(1, 2).index_put_((block_ids, offsets), key)
         v_view.transpose(1, 2).index_put_((block_ids, offsets), value)
 
@@ -52,7 +52,10 @@ class TorchKernels:
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """See AttentionKernels. On a CPU row by row, elsewhere in one padded gather (no read-back of lengths)."""
+        """Implement `AttentionKernels.decode_attention`: row by row on a CPU, elsewhere in one padded gather.
+
+        The gather is padded to the longest sequence, so that no length is read back from the device.
+        """
         if query.device.type != "cpu":
             return _decode_padded(
                 query, k_view, v_view, block_tables, slots, kv_lens, max_kv_len, scaling, window, softcap, sinks, chunk
@@ -84,7 +87,7 @@ class TorchKernels:
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """See AttentionKernels."""
+        """Implement `AttentionKernels.prefill_attention` segment by segment, by torch's own attention where it can."""
         start = kv_len - query.shape[0]
         origin = _first_visible(start, window, chunk)
         all_keys = _gather(k_view, block_table, origin, kv_len)  # [num_kv_heads, kv_len - origin, k_dim]
@@ -115,7 +118,7 @@ class TorchKernels:
 
 
 def segments(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Positions `[start, end)` cut at multiples of SEGMENT_TOKENS."""
+    """Cut positions `[start, end)` at multiples of SEGMENT_TOKENS."""
     while start < end:
         stop = min(end, (start // SEGMENT_TOKENS + 1) * SEGMENT_TOKENS)
         yield start, stop
@@ -123,13 +126,13 @@ def segments(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _first_visible(position: int, window: int | None, chunk: int | None) -> int:
-    """The first position that `position` attends to."""
+    """Return the first position that `position` attends to."""
     first = 0 if window is None else max(0, position - window + 1)
     return first if chunk is None else max(first, position // chunk * chunk)
 
 
 def _gather(view: torch.Tensor, block_table: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """Tokens `[first, end)` of a sequence out of `view`: a copy `[num_kv_heads, end - first, dim]`."""
+    """Copy tokens `[first, end)` of a sequence out of `view`: `[num_kv_heads, end - first, dim]`."""
     block_size = view.shape[2]
     head_block = first // block_size
     blocks = view[block_table[head_block : -(-end // block_size)]]  # [blocks, num_kv_heads, block_size, dim]
@@ -140,7 +143,7 @@ def _gather(view: torch.Tensor, block_table: torch.Tensor, first: int, end: int)
 def _mask(
     begin: int, end: int, first: int, window: int | None, chunk: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Who sees whom: `[end - begin, end - first]` bool, or None for the plain triangle."""
+    """Return which row sees which key: `[end - begin, end - first]` bool, or None for the plain triangle."""
     if (
         begin == first
         and (window is None or end - first <= window)
@@ -166,7 +169,7 @@ def _explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention written out, softmax in fp32.
+    """Compute attention written out, softmax in float32.
 
     Args:
         query: `[..., num_kv_heads, rows, k_dim]`, the heads of a group as rows.
@@ -174,7 +177,7 @@ def _explicit(
         values: `[..., num_kv_heads, kv, v_dim]`.
         mask: True where a row sees a key, broadcast over the scores; None: everywhere.
         scaling: factor on scores.
-        softcap: see AttentionKernels.
+        softcap: as `AttentionKernels` says.
         sinks: `[num_heads]`, with `num_heads / num_kv_heads` dividing the rows.
 
     Returns:
@@ -205,7 +208,7 @@ def _prefill_explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`_explicit` for `query [num_heads, T, k_dim]`, causal where `mask` is None."""
+    """Compute `_explicit` for `query [num_heads, T, k_dim]`, causal where `mask` is None."""
     num_heads, num_rows, _ = query.shape
     num_kv_heads = keys.shape[0]
     if mask is None:
@@ -230,7 +233,7 @@ def _decode_padded(
     sinks: torch.Tensor | None,
     chunk: int | None,
 ) -> torch.Tensor:
-    """Decode rows over one gather padded to the longest sequence."""
+    """Compute decode rows over one gather padded to the longest sequence."""
     num_rows, num_heads, k_dim = query.shape
     num_kv_heads, block_size = k_view.shape[1], k_view.shape[2]
     tables = block_tables[:, : -(-max_kv_len // block_size)][slots]

@@ -22,7 +22,7 @@ ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _WORD_BYTES = 8
 _MASK = (1 << 64) - 1
 _ODD = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: spreads bits (Knuth, TAOCP 6.4)
-_ODD_PLACE = -4942790177534074879  # likewise from sqrt(3) - 1
+_ODD_PLACE = -4942790177534074879  # 2^64 times sqrt(3) - 1, about; signed, odd
 
 
 class BlockChecksums:
@@ -37,7 +37,7 @@ class BlockChecksums:
         self.algorithm: Algorithm = "xxh3_64" if kv_pool.device.type == "cpu" else "sum64"
 
     def published(self, block_ids: Sequence[int]) -> list[int]:
-        """The checksums of written blocks, in order. Any thread; nobody may write these blocks meanwhile."""
+        """Return the checksums of written blocks, in order. Any thread; nobody may write these blocks meanwhile."""
         generation = self._pool.generation
         lacking = [b for b in block_ids if self._known.get(b, (None, 0))[0] != generation(b)]
         for block_id, checksum in zip(lacking, self.compute(lacking, self.algorithm), strict=True):
@@ -45,7 +45,7 @@ class BlockChecksums:
         return [self._known[block_id][1] for block_id in block_ids]
 
     def compute(self, block_ids: Sequence[int], algorithm: Algorithm) -> list[int]:
-        """The checksums of what these blocks hold now, not negative, below 2^64. Any thread."""
+        """Compute the checksums of what these blocks hold now, not negative, below 2^64. Any thread."""
         if not block_ids:
             return []
         if algorithm == "sum64":
@@ -56,12 +56,12 @@ class BlockChecksums:
         return [xxhash.xxh3_64_intdigest(row) for row in copied]
 
     def hash_block(self, block_id: int) -> int:
-        """xxh3_64 of one block in host memory, without detours: about a microsecond besides the hashing itself."""
+        """Compute xxh3_64 of one block in host memory: about a microsecond besides the hashing itself. Any thread."""
         return xxhash.xxh3_64_intdigest(self._host_rows[block_id])
 
 
 def sum64(rows: torch.Tensor) -> list[int]:
-    """A 64-bit checksum of each row: words, mixed, times odd weights, and the length, summed, all modulo 2^64.
+    """Compute a 64-bit checksum of each row: its mixed words times odd weights, and its length, summed modulo 2^64.
 
     Args:
         rows: `[num_rows, num_bytes]` uint8, contiguous, on any device; padded with zeros to whole words of 8 bytes.
@@ -77,7 +77,7 @@ def sum64(rows: torch.Tensor) -> list[int]:
 
 
 def _mixed(words: torch.Tensor, factor: int = _ODD) -> torch.Tensor:
-    """A bijection in which every bit of a word reaches many: xor with the upper bits, multiply, xor again."""
+    """Mix words by a bijection in which every bit reaches many: xor with the upper bits, multiply, xor again."""
     words = words ^ ((words >> 32) & 0xFFFFFFFF)
     words = words * factor
     return words ^ ((words >> 29) & ((1 << 35) - 1))

@@ -29,12 +29,12 @@ class LayerSpec:
 
 
 def block_elements(layer_specs: Sequence[LayerSpec], block_size: int) -> int:
-    """Numbers in one block: `block_size` tokens of every layer."""
+    """Return how many numbers are in one block: `block_size` tokens of every layer."""
     return block_size * sum(spec.token_elements for spec in layer_specs)
 
 
 def block_bytes(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: `block_size` tokens of every layer."""
+    """Return the bytes of one block: `block_size` tokens of every layer."""
     return block_elements(layer_specs, block_size) * dtype.itemsize
 
 
@@ -100,7 +100,7 @@ class KvPool:
                 offset += spec.num_kv_heads * block_size * dim
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """A copy of these blocks, `[len(block_ids), block_elements]`."""
+        """Copy these blocks out of the pool: `[len(block_ids), block_elements]`, the pool's dtype."""
         return self.data[torch.tensor(block_ids, dtype=torch.int64, device=self.device)]
 
     def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
@@ -119,7 +119,7 @@ def plan_num_blocks(
     device: torch.device,
     max_blocks: int | None = None,
 ) -> int:
-    """How many blocks a pool gets: `kv_cache_bytes` if given, else a share of what is free on `device`.
+    """Compute how many blocks a pool gets: `kv_cache_bytes` if given, else a share of what is free on `device`.
 
     Args:
         block_bytes: of one block.
@@ -151,5 +151,5 @@ def plan_num_blocks(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`; on a CPU no more than the container's limit leaves."""
+    """Return the bytes that can still be had on `device`; on a CPU no more than the container's limit leaves."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()

@@ -25,7 +25,7 @@ ATTENTION_NAME = "kvray"
 def choose_kernels(
     layers: Sequence[LayerUse], dtype: torch.dtype, device: torch.device, candidates: Sequence[AttentionKernels] = ()
 ) -> list[AttentionKernels]:
-    """For each layer the first of `candidates` that serves it, else torch's own operators."""
+    """Choose for each layer the first of `candidates` that serves it, else torch's own operators."""
     return [
         next((kernels for kernels in candidates if kernels.supports(layer, dtype, device)), TORCH_KERNELS)
         for layer in layers
@@ -34,7 +34,7 @@ def choose_kernels(
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What `paged_attention` needs to know of one layer."""
+    """The facts about one layer that `paged_attention` needs."""
 
     k_view: torch.Tensor
     v_view: torch.Tensor
@@ -73,7 +73,7 @@ _current_step: ContextVar[StepAttention] = ContextVar("current_step")
 
 @contextmanager
 def step_attention(step: StepAttention) -> Iterator[None]:
-    """Attention within this context belongs to `step`, also where a model does not pass keywords down to it."""
+    """Let attention within this context belong to `step`, also where a model does not pass keywords down to it."""
     token = _current_step.set(step)
     try:
         yield
@@ -95,7 +95,7 @@ def paged_attention(
     kv_step: StepAttention | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: store the step's K and V, attend through the pool.
+    """Serve transformers' attention call: store the step's K and V, attend through the pool.
 
     Args:
         module: the attention layer; `layer_idx` says which.
@@ -106,7 +106,7 @@ def paged_attention(
         scaling: factor on scores; None: `k_dim ** -0.5`.
         dropout: 0 in inference.
         sliding_window: tokens, None: everything before.
-        softcap: see AttentionKernels.
+        softcap: as `AttentionKernels` says.
         s_aux: sink scores, `[num_heads]`.
         kv_step: the step, where the model passes keywords down.
 

@@ -18,7 +18,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of `directory`, each checked to be whole, sorted by name.
+    """Find the safetensors files of `directory`, each checked to be whole, sorted by name.
 
     Raises:
         ConfigError: there are none (says so where only pickled ones are there), one is missing, truncated or corrupt.
@@ -43,7 +43,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_dtype(files: list[Path]) -> str:
-    """The dtype most numbers of `files` are stored in, as safetensors spells it ("BF16")."""
+    """Return the dtype that most numbers of `files` are stored in, as safetensors spells it ("BF16")."""
     sizes: dict[str, int] = {}
     for path in files:
         for entry in _read_header(path).values():
@@ -54,7 +54,7 @@ def stored_dtype(files: list[Path]) -> str:
 
 
 def weights_digest(files: list[Path]) -> bytes:
-    """32 bytes of BLAKE3 over the content of `files` in order; reads them once, on all cores."""
+    """Hash the content of `files`, in order, to 32 bytes of BLAKE3; reads them once, on all cores."""
     digest = blake3(max_threads=blake3.AUTO)
     for path in files:
         digest.update_mmap(path)
@@ -62,7 +62,7 @@ def weights_digest(files: list[Path]) -> bytes:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """A safetensors header: 8 bytes of length, little endian, then JSON."""
+    """Read a safetensors header: 8 bytes of length, little endian, then JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         if not 2 <= length <= _MAX_HEADER_BYTES:

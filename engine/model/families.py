@@ -36,7 +36,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def read_model_config(directory: Path) -> PretrainedConfig:
-    """The configuration of a text decoder that transformers itself has.
+    """Read the configuration of a text decoder that transformers itself has.
 
     Raises:
         ConfigError: the directory or its config.json is missing or unreadable, or the model is none we can serve;
@@ -59,7 +59,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
 
 
 def _refusal(raw: dict[str, Any], family: str) -> str:
-    """Why a model with this config.json cannot be served, or nothing."""
+    """Tell why a model with this config.json cannot be served; "" where nothing speaks against it."""
     if not family:
         return "its config.json names no model_type"
     if family not in CONFIG_MAPPING_NAMES:
@@ -169,7 +169,10 @@ def probe_layers(model: nn.Module, family: str) -> tuple[list[LayerUse], int]:
 
 
 def attention_chunk(config: Any, layer_index: int) -> int | None:
-    """Size of the aligned chunks that a layer attends within, which transformers does not pass with the call."""
+    """Return the tokens of the aligned chunks that a layer attends within, which transformers passes with no call.
+
+    None where the layer attends to everything before.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds and 0 <= layer_index < len(kinds) and kinds[layer_index] == "chunked_attention":
         return int(config.attention_chunk_size)
@@ -177,7 +180,7 @@ def attention_chunk(config: Any, layer_index: int) -> int | None:
 
 
 def eager_trial(model: nn.Module, vocab_size: int, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids `[n]` and the logits `[n, vocab_size]` fp32 that the model's own eager attention gives for them."""
+    """Return token ids `[n]` and the logits `[n, vocab_size]` float32 that the model's own eager attention gives."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     num_tokens = min(_TRIAL_PREFILL + _TRIAL_DECODE, max_model_len)

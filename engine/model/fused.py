@@ -38,7 +38,7 @@ class FusedModules:
 
     @property
     def name(self) -> str:
-        """Part of the kernel path in block names: fused operators have bits of their own."""
+        """What the kernel path, a part of all block names, says of them: fused operators have bits of their own."""
         return f"fused-1-{self.norms}-{self.gates}-{self.attentions}"
 
 
@@ -56,7 +56,7 @@ def fuse_modules(model: nn.Module, kernels: NativeKernels) -> FusedModules:
 
 
 def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Equal but for the last bits of float32, or for the rounding of a few results of bfloat16."""
+    """Tell whether both are equal but for the last bits of float32, or the rounding of a few results of bfloat16."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     if got.dtype == torch.float32:
@@ -93,7 +93,7 @@ class FusedNorm:
         self._rounds_first = rounds_first
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As the norm's own forward."""
+        """Compute what the norm's own forward computes."""
         if hidden_states.dtype != self._weight.dtype:
             result: torch.Tensor = self._forward(hidden_states)
             return result
@@ -106,7 +106,7 @@ class FusedNorm:
         )
 
     def of_sum(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """The norm of `residual + delta`, which is left in `delta`; both `[..., n]` of the weight's dtype."""
+        """Compute the norm of `residual + delta`, which is left in `delta`; both `[..., n]` of the weight's dtype."""
         return self._kernels.add_rms_norm(
             residual.contiguous(),
             delta,
@@ -118,7 +118,7 @@ class FusedNorm:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it norms itself; other dtypes go to the module's own forward."""
+        """The dtype that the compiled operator serves; inputs of another go to the module's own forward."""
         return self._weight.dtype
 
 
@@ -161,7 +161,7 @@ class FusedGate:
         self._is_gelu = is_gelu
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """As the MLP's own forward."""
+        """Compute what the MLP's own forward computes."""
         return self._down(self._kernels.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
 
 
@@ -196,7 +196,7 @@ def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
 
 
 def _dtype_of(linear: nn.Module | None) -> torch.dtype | None:
-    """What a linear layer works in; None where the kernels do not serve it."""
+    """Return the dtype that a linear layer works in; None where the kernels do not serve it."""
     weight = getattr(linear, "weight", None)
     return weight.dtype if isinstance(weight, torch.Tensor) and _is_served(weight) else None
 
@@ -218,7 +218,7 @@ class _AttentionCall:
 
 
 def probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What the probe answers in place of attention: `[1, T, num_heads, v_dim]`."""
+    """Make up what a probe answers in place of attention: `[1, T, num_heads, v_dim]`."""
     return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype, seed=2)
 
 
@@ -227,7 +227,7 @@ Hook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], No
 
 
 def run_trial(model: nn.Module, modules: Iterable[nn.Module], probe: Probe, after: Hook) -> bool:
-    """One forward of a few tokens through the model as it is, with `probe` for attention.
+    """Run one forward of a few tokens through the model as it is, with `probe` for attention.
 
     `after` is told each call of `modules`: the module, its positional and keyword arguments, its output. The answer is
     whether the forward ran; the model is as it was before.
@@ -250,7 +250,7 @@ def run_trial(model: nn.Module, modules: Iterable[nn.Module], probe: Probe, afte
 
 
 def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
-    """What each attention module of `model` got and gave in a trial; nothing where the trial fails."""
+    """Yield what each attention module of `model` got and gave in a trial; nothing where the trial fails."""
     asked: dict[nn.Module, tuple[Any, ...]] = {}
     calls: list[_AttentionCall] = []
 
@@ -293,7 +293,7 @@ class FusedAttention:
         kept_rows: torch.Tensor | None = None,
         **keywords: Any,
     ) -> Any:
-        """As the layer's own forward. With `kept_rows [r]` only these rows leave the output projection: `[1, r, n]`."""
+        """Compute what the layer's own forward computes; with `kept_rows [r]`, `[1, r, n]` of these rows alone."""
         module = self._module
         name: str = module.config._attn_implementation  # noqa: SLF001  # as the layer itself asks
         is_ours = past_key_values is None and hidden_states.shape[0] == 1
@@ -369,7 +369,7 @@ def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
 
 
 def _same_options(got: dict[str, Any], want: dict[str, Any]) -> bool:
-    """The same names with the same objects, or with equal values where they are not tensors."""
+    """Tell whether both have the same names with the same objects, or equal values where they are no tensors."""
     return got.keys() == want.keys() and all(
         got[name] is value or (not isinstance(value, torch.Tensor) and bool(got[name] == value))
         for name, value in want.items()

@@ -2,10 +2,10 @@
 
     x = hidden + attention(norm(hidden));  x + mlp(norm(x))
 
-`fuse_layers` gives layers of this form, made of modules that `model.fused` has fused, a forward that adds and norms in
-one pass and does without the way through each module's call. An instance is fused only after that forward gave, bit for
-bit, what its own gives. The last layer must store the keys and values of all rows, but what follows its attention is
-needed for the step's `kept_rows` alone: of a prefill step, a handful.
+`fuse_layers` gives layers of this form, made of modules that `engine.model.fused` has fused, a forward that adds and
+norms in one pass and does without the way through each module's call. An instance is fused only after that forward
+gave, bit for bit, what its own gives. The last layer must store the keys and values of all rows, but what follows its
+attention is needed for the step's `kept_rows` alone: of a prefill step, a handful.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FusedLayer:
         self._is_last = is_last
 
     def __call__(self, hidden_states: torch.Tensor, **keywords: Any) -> Any:
-        """As the layer's own forward; of the last layer, rows that nobody reads are zero."""
+        """Compute what the layer's own forward computes; of the last layer, rows that nobody reads are zero."""
         is_ours = keywords.get("past_key_values") is None and hidden_states.shape[0] == 1
         if not is_ours or hidden_states.dtype != self._norm.dtype:
             return self._forward(hidden_states, **keywords)
@@ -55,7 +55,7 @@ class FusedLayer:
         return out
 
     def compute(self, hidden: torch.Tensor, rows: torch.Tensor | None, keywords: dict[str, Any]) -> torch.Tensor:
-        """`hidden [1, T, n]` to `[1, T, n]`, or to `[1, r, n]` for `rows [r]`; all keys and values are stored."""
+        """Turn `hidden [1, T, n]` into `[1, T, n]`, or `[1, r, n]` for `rows [r]`; all keys and values are stored."""
         attended, _ = self._attention(self._norm(hidden), kept_rows=rows, **keywords)
         residual = hidden if rows is None else hidden[:, rows]
         normed = self._inner_norm.of_sum(residual, attended)  # `attended` holds the sum now
@@ -93,7 +93,7 @@ def _is_made_of_fused(module: nn.Module) -> bool:
 def _layer_calls(
     model: nn.Module, layers: list[nn.Module]
 ) -> dict[nn.Module, tuple[torch.Tensor, dict[str, Any], torch.Tensor]]:
-    """What each layer got (hidden states, keywords) and gave in a forward of a few tokens, a probe for attention."""
+    """Return what each layer got (hidden states, keywords) and gave in a trial forward with a probe for attention."""
     calls: dict[nn.Module, tuple[torch.Tensor, dict[str, Any], torch.Tensor]] = {}
 
     def after(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:

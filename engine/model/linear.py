@@ -24,7 +24,7 @@ PACKED_NAME = "onednn-1"
 #: The batch size that the packed layout is chosen for; any batch is computed right.
 _TYPICAL_ROWS = 16
 
-#: Up to here a lone row got the bits it gets in a batch; from 1,536 on it did not (2026-11, see above).
+#: Up to here a lone row got the bits it gets in a batch; from 1,536 on it did not (2026-11; the module says how).
 _MAX_LONE_FEATURES = 1024
 
 
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """Turn `x [..., in_features]` into `[..., out_features]`, of x's dtype."""
         if self._doubles_lone_row and x.numel() == self.in_features:
             rows = x.reshape(1, self.in_features).expand(2, -1)
             return self._apply_packed(rows)[:1].view(*x.shape[:-1], self.out_features)
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
         return _linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
     def _lone_row_differs(self, dtype: torch.dtype) -> bool:
-        """Whether one row alone gets other bits than within a batch."""
+        """Tell whether one row alone gets other bits than within a batch."""
         if self.in_features > _MAX_LONE_FEATURES:
             return True  # in bf16 rounding hides it from all but a few of the outputs
         generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packed linears in `dtype` work here (the operators are private ones of torch)."""
+    """Tell whether packed linears in `dtype` work here (the operators are private ones of torch)."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     generator = torch.Generator().manual_seed(0)

@@ -64,7 +64,7 @@ class LoadedModel:
 
     @property
     def layer_specs(self) -> list[LayerSpec]:
-        """What each layer keeps per token."""
+        """Shapes of what each layer keeps per token."""
         return [layer.spec for layer in self.layers]
 
 
@@ -78,7 +78,7 @@ def load_model(
     use_kernels: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
-    """Load the decoder in directory `path`. Reads safetensors only, runs no code of its own, uses no network.
+    """Load the decoder in directory `path`. Reads safetensors only, runs no code out of the directory, uses no network.
 
     Args:
         path: a transformers model directory.
@@ -148,7 +148,9 @@ def load_model(
 
 
 def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[PretrainedConfig, list[Path], int]:
-    """What can be told of the decoder in `path` before anything is loaded; `max_model_len` as in `load_model`.
+    """Check the decoder in `path` as far as can be told before its weights are loaded.
+
+    `max_model_len` is as in `load_model`.
 
     Returns:
         Its configuration, its weight files, and the tokens that a sequence may have.
@@ -197,7 +199,9 @@ def _choose_dtype(dtype: str, config: Any, files: list[Path], device: torch.devi
 
 
 def _widens_bfloat16(files: list[Path]) -> bool:
-    """Where oneDNN has no bfloat16 products torch emulates them, and float32 is many times faster, if there is room.
+    """Tell whether weights stored as bfloat16 are to be computed in float32.
+
+    Where oneDNN has no bfloat16 products torch emulates them, and float32 is many times faster, if there is room.
 
     Judged by all memory, not by what is free of it: the workers of a node have to agree.
     """
@@ -217,7 +221,7 @@ def _context_length(config: PretrainedConfig, wanted: int | None, path: Path) ->
 
 
 def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """The end tokens `generate` would stop at: generation_config.json's, else config.json's."""
+    """Return the end tokens that `generate` would stop at: generation_config.json's, else config.json's."""
     found: Any = None
     if (path / "generation_config.json").is_file():
         found = read_json(path / "generation_config.json").get("eos_token_id")
@@ -236,7 +240,7 @@ def _fingerprint(
     layer_kernels: list[str],
     max_model_len: int,
 ) -> bytes:
-    """32 bytes over everything that decides the bits of a block but its tokens (and its size: see block names)."""
+    """Hash to 32 bytes all that decides the bits of a block but its tokens and its size, which block names add."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IDLE_CONFIG_KEYS}
     has_long_rope = max_model_len > (original_length(config) or max_model_len)
     description = json.dumps(

@@ -18,7 +18,7 @@ _LENGTH_DEPENDENT = "longrope"
 
 
 def original_length(config: PretrainedConfig) -> int | None:
-    """Up to how many tokens the model has the frequencies it was first trained with; None: at any length."""
+    """Return up to how many tokens the model has the frequencies it was first trained with; None: at any length."""
     parameters: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
     lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == _LENGTH_DEPENDENT]

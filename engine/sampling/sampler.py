@@ -36,7 +36,7 @@ _NO_CUT = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """Whose next token a row of logits gives."""
+    """The sequence whose next token a row of logits gives."""
 
     seq_id: str
     params: SamplingParams
@@ -45,7 +45,7 @@ class SamplingRow:
 
     @property
     def num_output_tokens(self) -> int:
-        """Index of the token to be sampled."""
+        """Output tokens so far, which is the index of the token to be sampled."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -55,7 +55,7 @@ class SamplingRow:
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
-    """The number in [0, 1) that output token `index` of choice `choice` is drawn with: the first 53 bits of a hash."""
+    """Return the number in [0, 1) that output token `index` of choice `choice` is drawn with: 53 bits of a hash."""
     digest = hashlib.blake2b(struct.pack("<QQQ", seed, choice, index), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -68,23 +68,23 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, grammar_tokenizer: GrammarTokenizer | None) -> None:
-        """For logits of `vocab_size`; without a grammar tokenizer, rows with a grammar get an error."""
+        """Make a sampler for rows of `vocab_size`; without a grammar tokenizer, rows with a grammar get an error."""
         self._vocab_size = vocab_size
         self._grammar_tokenizer = grammar_tokenizer
         self._counts: dict[str, _TokenCounts] = {}
         self._grammars: dict[str, _GrammarState] = {}
 
     def forget(self, seq_id: str) -> None:
-        """Drops what is kept for a sequence that ended or left; unknown ids are ignored."""
+        """Drop what is kept for a sequence that ended or left; unknown ids are ignored."""
         self._counts.pop(seq_id, None)
         self._grammars.pop(seq_id, None)
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | KvrayError]:
-        """The next token of each row, or why it has none.
+        """Choose the next token of each row, or say why it has none.
 
         Args:
             logits: [len(rows), vocab_size] float32, on any device; not changed.
-            rows: whose they are.
+            rows: the sequences whose next tokens these are.
 
         Raises:
             InvariantError: logits of another shape or dtype.
@@ -105,7 +105,7 @@ class Sampler:
     # ---------------------------------------------------------------- penalties, bias, bans, grammar
 
     def _shape_rows(self, logits: Tensor, rows: Sequence[SamplingRow], errors: dict[int, KvrayError]) -> list[Tensor]:
-        """The rows to choose from, each [vocab_size]: views of `logits`, copies where something is changed."""
+        """Return the rows to choose from, each [vocab_size]: views of `logits`, copies where something is changed."""
         shaped = list(logits.unbind(0))
         for index, row in enumerate(rows):
             try:
@@ -161,7 +161,7 @@ class Sampler:
         shaped[ids] += torch.tensor(list(bias.values()), dtype=torch.float32, device=shaped.device)
 
     def _allowed_by_grammar(self, row: SamplingRow, device: torch.device) -> Tensor:
-        """[vocab_size] bool: tokens that may come next."""
+        """Return which tokens may come next, [vocab_size] bool."""
         if self._grammar_tokenizer is None or row.params.grammar is None:
             raise RequestError("this model has no structured output: it names no end token", param="response_format")
         state = self._grammars.get(row.seq_id)
@@ -179,7 +179,7 @@ class Sampler:
     def _choose(
         self, shaped: list[Tensor], rows: Sequence[SamplingRow], errors: dict[int, KvrayError]
     ) -> dict[int, int]:
-        """Token id by row. Rows whose likeliest logit is no finite number are put into `errors`."""
+        """Choose a token id for each row. Rows whose likeliest logit is no finite number are put into `errors`."""
         chosen: dict[int, int] = {}
         tops: dict[int, float] = {}
         greedy = [index for index, row in enumerate(rows) if index not in errors and row.is_greedy]
@@ -222,7 +222,7 @@ class _TokenCounts:
         self._counts: dict[int, int] = {}  # by token id; 0: in the prompt only
 
     def update(self, token_ids: list[int]) -> None:
-        """Counts the tokens that came since the last call."""
+        """Count the tokens that came since the last call."""
         counts = self._counts
         if self.num_tokens < self._num_prompt_tokens:
             counts.update(dict.fromkeys(token_ids[: self._num_prompt_tokens], 0))
@@ -232,7 +232,7 @@ class _TokenCounts:
         self.num_tokens = len(token_ids)
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Token ids, and occurrences of each in the output."""
+        """Return token ids, and how often each is in the output."""
         size = len(self._counts)
         return np.fromiter(self._counts, np.int64, size), np.fromiter(self._counts.values(), np.float32, size)
 
@@ -248,7 +248,7 @@ _BITS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).bool()
 
 
 def _batches(rows: list[Tensor]) -> Iterator[tuple[Tensor, slice]]:
-    """Rows that one call handles, [n, vocab]: all on a GPU; one at a time on a CPU, whose cache holds one."""
+    """Yield the rows that one call handles, [n, vocab]: all on a GPU; one at a time on a CPU, whose cache holds one."""
     if rows and rows[0].device.type == "cpu":
         for index, row in enumerate(rows):
             yield row.unsqueeze(0), slice(index, index + 1)
@@ -257,7 +257,7 @@ def _batches(rows: list[Tensor]) -> Iterator[tuple[Tensor, slice]]:
 
 
 def _mass(logits: Tensor, tops: NDArray[np.float32], temperatures: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Sum over each row of exp((logit - top) / temperature), [n]: the same whatever the order of summation."""
+    """Sum exp((logit - top) / temperature) over each row, [n]: the same whatever the order of summation."""
     device = logits.device
     weights = logits - torch.from_numpy(tops).to(device).unsqueeze(1)
     if (temperatures != 1).any():
@@ -270,7 +270,7 @@ def _mass(logits: Tensor, tops: NDArray[np.float32], temperatures: NDArray[np.fl
 
 
 def _draw_rows(logits: list[Tensor], rows: Sequence[SamplingRow]) -> tuple[list[int], list[float]]:
-    """A token id for each row, and the row's largest logit; any id where that is not finite."""
+    """Draw a token id for each row; return the rows' largest logits, too: an id is void where that is not finite."""
     settings = _Settings.of(rows)
     parts: list[Candidates] = []
     masses = np.full(len(rows), np.nan)
@@ -291,7 +291,7 @@ def _draw_rows(logits: list[Tensor], rows: Sequence[SamplingRow]) -> tuple[list[
 
 
 def _draw_slowly(logits: Tensor, top: float, mass: NDArray[np.float64], settings: _Settings) -> int:
-    """The token of one row, [1, vocab], that the first candidates do not decide."""
+    """Draw the token of one row, [1, vocab], that the first candidates do not decide."""
     share = float(settings.top_p[0] if settings.top_p[0] < 1 else settings.uniform[0])
     if not np.isnan(mass[0]):
         # All tokens together that have less than this weight cannot make up the share that is not needed.
@@ -332,7 +332,7 @@ class _Settings:
 
 
 def _draw(candidates: Candidates, masses: NDArray[np.float64], settings: _Settings) -> NDArray[np.int64]:
-    """Position of the drawn candidate of each row, [n]; -1 where the candidates at hand do not decide it.
+    """Draw a candidate of each row: its position, [n]; -1 where the candidates at hand do not decide it.
 
     top_k, top_p and min_p each keep a leading part of the order, so all that is wanted is where the shortest ends.
 
@@ -377,7 +377,7 @@ def _draw(candidates: Candidates, masses: NDArray[np.float64], settings: _Settin
 
 
 def prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> list[TokenLogprob]:
-    """Log-probabilities of known tokens, with the k likeliest of each place.
+    """Compute the log-probabilities of known tokens, with the k likeliest of each place.
 
     Args:
         logits: [n, vocab] float32: what precedes each target.
@@ -388,7 +388,7 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> list[Toke
 
 
 def token_logprobs(logits: Tensor, targets: Sequence[int], ks: Sequence[int]) -> list[TokenLogprob]:
-    """As `prompt_logprobs`, with a k for each row; rank and alternatives follow the one order of candidates."""
+    """Do as `prompt_logprobs` with a k for each row; rank and alternatives follow the one order of candidates."""
     size = 1 if logits.device.type == "cpu" else 64  # rows: bounds what the comparisons below take on a GPU
     return [
         found
@@ -418,7 +418,7 @@ def _some_logprobs(logits: Tensor, targets: Sequence[int], ks: Sequence[int]) ->
 
 
 def _first_k(logits: Tensor, first: Candidates, row: int, k: int) -> list[tuple[int, float]]:
-    """(token id, logit) of the first k candidates of a row, ties at the end resolved."""
+    """Return (token id, logit) of the first k candidates of a row, ties at the end resolved."""
     k = min(k, logits.shape[0])
     ids, values = first.ids[row, :k].tolist(), first.values[row, :k].tolist()
     num_sure = int(first.num_sure[row])

@@ -43,12 +43,12 @@ class SequenceLedger:
     # --------------------------------------------------------------------------------------------------------- phases
 
     def enqueue(self, seq: Sequence) -> None:
-        """A new sequence."""
+        """Take in a new sequence: it waits."""
         self.sequences[seq.seq_id] = seq
         insort(self.waiting, seq, key=_seniority)
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
-        """From waiting to running; the blocks in `matched`, the head of its prefix, are reused."""
+        """Move `seq` from waiting to running; the blocks in `matched`, the head of its prefix, are reused."""
         self.waiting.remove(seq)
         self.pool.pin(matched)
         seq.block_table = matched
@@ -61,7 +61,7 @@ class SequenceLedger:
         self._begin_running(seq)
 
     def begin_pull(self, seq: Sequence, deadline_s: float) -> None:
-        """From running to pulling, with blocks for the whole prompt."""
+        """Move `seq` from running to pulling, with blocks for the whole prompt."""
         self._stop_running(seq)
         seq.pull = RemotePull(first_index=len(seq.block_table), deadline_s=deadline_s)
         seq.block_table += self.pool.allocate(seq.num_blocks_for(seq.num_prompt_tokens) - len(seq.block_table))
@@ -69,7 +69,7 @@ class SequenceLedger:
         self.pulling[seq.seq_id] = seq
 
     def end_pull(self, seq: Sequence, num_blocks: int) -> None:
-        """From pulling to running with the first `num_blocks` blocks; the others are given back."""
+        """Move `seq` from pulling to running with its first `num_blocks` blocks; the others are given back."""
         self._drop_tail(seq, num_blocks)
         seq.num_computed = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
         seq.num_passed_over = 0
@@ -77,13 +77,13 @@ class SequenceLedger:
         self._begin_running(seq)
 
     def keep(self, seq: Sequence) -> None:
-        """From running to kept: nothing more is computed, the blocks stay."""
+        """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
         self._stop_running(seq)
         self._forget_in_flight(seq, 0, len(seq.names))
         seq.phase = Phase.KEPT
 
     def preempt(self, seq: Sequence) -> None:
-        """From running back to the queue. Its full blocks stay named, so that most of it comes back by reuse."""
+        """Move `seq` from running back to waiting. Its full blocks stay named: most of it comes back by reuse."""
         self._stop_running(seq)
         seq.extend_names()
         self._forget_in_flight(seq, 0, len(seq.names))
@@ -98,7 +98,7 @@ class SequenceLedger:
         self.num_preemptions += 1
 
     def end(self, seq: Sequence) -> None:
-        """The sequence is gone; its blocks too, as soon as no step and no pull uses them."""
+        """Forget `seq`, and give its blocks back as soon as no step and no pull uses them."""
         del self.sequences[seq.seq_id]
         match seq.phase:
             case Phase.WAITING:
@@ -122,7 +122,7 @@ class SequenceLedger:
             self._give_back(seq)
 
     def bury(self) -> None:
-        """The step ended that used blocks of ended sequences."""
+        """Give back the blocks of ended sequences that the step used which has just ended."""
         for seq in self.dying:
             self._give_back(seq)
         self.dying.clear()
@@ -133,7 +133,7 @@ class SequenceLedger:
         self.running[seq.seq_id] = seq
 
     def _stop_running(self, seq: Sequence) -> None:
-        """A step that runs still needs nothing of the slot: what the next one does with it comes after."""
+        """Give back the slot of `seq`: a step that still runs needs it no more, and the next one comes after."""
         if seq.slot is None:
             raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
         self.slots.give_back(seq.slot)
@@ -176,7 +176,7 @@ class SequenceLedger:
             seq.num_device_tokens += min(seq.num_computed, seq.num_prompt_tokens) - num_before
 
     def commit_up_to(self, seq: Sequence, end: int) -> None:
-        """The KV of all tokens before `end` is written: name the blocks that became full."""
+        """Note that the KV of all tokens before `end` is written, and name the blocks that became full."""
         begin_block, end_block = seq.num_computed // seq.block_size, end // seq.block_size
         seq.num_computed = end
         if end_block > len(seq.names):
@@ -185,12 +185,12 @@ class SequenceLedger:
             self.commit(seq, index)
 
     def commit(self, seq: Sequence, index: int) -> None:
-        """The block at `index` is full, and right."""
+        """Name the block at `index` of the table, which is full, and right."""
         self.pool.commit(seq.block_table[index], seq.names[index])
         self._forget_in_flight(seq, index, index + 1)
 
     def free_orphans(self, seq_id: str, bad_indexes: frozenset[int], quarantine_until_s: float | None) -> None:
-        """The pull of a sequence that did not wait for it ended: keep what is good for others, free the rest."""
+        """End the pull of a sequence that did not wait for it: name what is good for others, give back the rest."""
         for target in self.orphans.pop(seq_id, []):
             is_bad = target.index in bad_indexes
             if is_bad and quarantine_until_s is not None:
@@ -230,7 +230,7 @@ class SequenceLedger:
     # ------------------------------------------------------------------------------------------------------ invariants
 
     def check_invariants(self) -> None:
-        """Raises InvariantError where the books do not agree, those of the pool included."""
+        """Raise InvariantError where the books do not agree, those of the pool included."""
         self.pool.check_invariants()
         for seq in self.sequences.values():
             self._check_sequence(seq)

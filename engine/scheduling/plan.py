@@ -47,7 +47,7 @@ class SequenceAdded:
 
 @dataclass(frozen=True, slots=True)
 class SequenceCancelled:
-    """Not wanted any more, in whatever state; unknown ids are ignored.
+    """A sequence is not wanted any more, in whatever phase; unknown ids are ignored.
 
     Blocks of a step or a pull that still runs are freed when that ends.
     """
@@ -97,7 +97,7 @@ class BlocksReleased:
 
 @dataclass(frozen=True, slots=True)
 class StepWanted:
-    """The runner is idle."""
+    """The runner is idle: plan a step if there is something to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Look at the deadlines."""
+    """Some time passed: deadlines are looked at."""
 
 
 Event: TypeAlias = (
@@ -129,7 +129,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Compute this, answer with StepEnded."""
+    """Compute `plan`, answer with StepEnded."""
 
     plan: StepPlan
 
@@ -185,7 +185,7 @@ Instruction: TypeAlias = RunStep | AskRemote | PullBlocks | EmitTokens | OfferBl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotBegins:
-    """What is told once of the sequence that takes a slot."""
+    """The facts that the runner is told once of a sequence that takes a slot."""
 
     num_prompt_tokens: int
     params: SamplingParams
@@ -233,7 +233,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A chosen token."""
+    """A token that was sampled."""
 
     token_id: int
     logprob: TokenLogprob | None = None  #: where params.logprobs asked for it

@@ -32,7 +32,7 @@ class RemotePulls:
         self._go_on(seq, pull, out)
 
     def finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
-        """Name what arrived well.
+        """Name the blocks that arrived well, and go on with the sequence, unless it went on without its pull.
 
         Raises:
             InvariantError: no pull of that sequence was running.
@@ -86,13 +86,13 @@ class RemotePulls:
 
 
 def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
-    """Of a pulling sequence's first `num_pulled_tokens`, those not held here that the peer had cached."""
+    """Count, of a pulling sequence's first `num_pulled_tokens`, those not held here that the peer had cached."""
     cached = min(_pull_of(seq).num_peer_cached_tokens, num_pulled_tokens, seq.num_prompt_tokens)
     return max(0, cached - seq.num_device_tokens)
 
 
 def _is_expected(seq: Sequence, location: BlockLocation) -> bool:
-    """Whether an offered block is the one that this sequence has at that index."""
+    """Tell whether an offered block is the one that this sequence has at that index."""
     num_tokens = min(seq.block_size, seq.num_prompt_tokens - location.index * seq.block_size)
     name = seq.names[location.index] if num_tokens == seq.block_size else b""
     return location.num_tokens == num_tokens and location.name == name

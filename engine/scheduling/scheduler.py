@@ -53,10 +53,10 @@ from messages.stream import FinishReason, PromptSources
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """The scheduler's numbers.
+    """The scheduler's limits and targets.
 
     Raises:
-        ConfigError: one makes no sense.
+        ConfigError: a number makes no sense.
     """
 
     max_model_len: int  #: tokens, prompt and output
@@ -110,11 +110,11 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------------------- load
 
     def seq_ids(self) -> tuple[str, ...]:
-        """All sequences that have not ended, kept ones included."""
+        """Return the ids of all sequences that have not ended, kept ones included."""
         return tuple(self._ledger.sequences)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start, by name."""
+        """Return the counters since the start, by name."""
         return {
             "num_preemptions": self._ledger.num_preemptions,
             "num_prompt_tokens_device": self._num_device_tokens,
@@ -127,22 +127,22 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Not yet admitted, or preempted."""
+        """Sequences that were not admitted yet, or were preempted."""
         return len(self._ledger.waiting)
 
     @property
     def num_pulling(self) -> int:
-        """Waiting for another worker's KV."""
+        """Sequences that wait for another worker's KV."""
         return len(self._ledger.pulling)
 
     @property
     def num_running(self) -> int:
-        """In prefill or decode."""
+        """Sequences in prefill or decode."""
         return len(self._ledger.running)
 
     @property
     def num_kept(self) -> int:
-        """Finished, with their blocks pinned for others."""
+        """Sequences that finished, with their blocks pinned for others."""
         return len(self._ledger.sequences) - self.num_waiting - self.num_pulling - self.num_running
 
     @property
@@ -159,7 +159,7 @@ class Scheduler:
 
     @property
     def queued_s(self) -> float:
-        """Seconds of computing, by that price, before all sequences decode."""
+        """Seconds of computing, by `compute_price`, before all sequences decode."""
         price = self.compute_price
         waiting = (seq for seq in self._ledger.waiting if not seq.wants_remote)
         running = (seq for seq in self._ledger.running.values() if not seq.is_decoding)
@@ -168,23 +168,23 @@ class Scheduler:
         ) + sum(compute_s(price, Computation.of(seq.num_computed, seq.num_tokens)) for seq in running)
 
     def declined_ids(self) -> tuple[str, ...]:
-        """Sequences whose prompt is computed here though it was placed with a prefill worker."""
+        """Return the ids of sequences whose prompt is computed here though it was placed with a prefill worker."""
         return tuple(seq.seq_id for seq in self._ledger.sequences.values() if seq.has_declined)
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Measured over recent steps; 0 before the first."""
+        """Rate of prefill, measured over recent steps; 0 before the first."""
         return self.cost.prefill_tokens_per_s
 
     @property
     def decode_step_s(self) -> float:
-        """Measured median; 0 before the first."""
+        """Median duration of recent steps with decode rows; 0 before the first."""
         return self.cost.decode_step_s
 
     # --------------------------------------------------------------------------------------------------------- events
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
-        """What is to be done about `event`, in order. `now_s` never goes back.
+        """Take in `event`; return what is to be done, in order. `now_s` never goes back.
 
         After every event, when the runner is idle, StepWanted may find something to run.
 
@@ -225,7 +225,7 @@ class Scheduler:
         return out
 
     def check_invariants(self) -> None:
-        """Raises InvariantError where the books do not agree, those of the pool included."""
+        """Raise InvariantError where the books do not agree, those of the pool included."""
         self._ledger.check_invariants()
 
     def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> None:
@@ -246,7 +246,7 @@ class Scheduler:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
-        """Why the sequence cannot run here."""
+        """Return why the sequence cannot run here; None where it can."""
         num_prompt, num_tokens, model_len = spec.num_prompt_tokens, len(spec.token_ids), self._config.max_model_len
         if not 1 <= num_prompt <= num_tokens:
             return RequestError(
@@ -308,7 +308,7 @@ class Scheduler:
             self._start(seq, matched, now_s, out)
 
     def _hold_back(self, seq: Sequence, num_matched: int) -> bool:
-        """Whether the next block that `seq` lacks is about to be written by another: then it is computed only once.
+        """Tell whether another is about to write the next block that `seq` lacks: so it is computed only once.
 
         The wait ends: names are in flight only while their sequence runs or pulls, and both always end.
         """
@@ -326,7 +326,7 @@ class Scheduler:
         return True
 
     def _has_room(self, seq: Sequence, matched: list[int]) -> bool:
-        """Whether the pool has blocks for all known tokens of `seq` and of those that run already."""
+        """Tell whether the pool has blocks for all known tokens of `seq` and of those that run already."""
         pool, ledger = self._pool, self._ledger
         available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
         wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
@@ -349,7 +349,7 @@ class Scheduler:
         seq.wants_remote = False
 
     def _is_cheaper_here(self, seq: Sequence) -> bool:
-        """Whether computing what `seq` lacks costs less than its placement said that a handoff takes.
+        """Tell whether computing what `seq` lacks costs clearly less than its placement said that a handoff takes.
 
         The router decided by the same prices; this worker knows better what it holds and what waits here by now.
         """
@@ -420,7 +420,7 @@ class Scheduler:
             self._offer(seq, out, is_last=False)
 
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
-        """A new token, from a step or from the prefill worker: emit it, and end the sequence if it is the last."""
+        """Emit a new token, from a step or from the prefill worker, and end the sequence if it is the last."""
         seq.token_ids.append(sampled.token_id)
         self._num_generated_tokens += 1
         reason = self._finish_reason(seq)
@@ -447,7 +447,7 @@ class Scheduler:
                 self._ledger.end(seq)
 
     def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        """Whether the sequence's last token, a generated one, ends it."""
+        """Return how the sequence's last token, a generated one, ends it; None where it does not."""
         params = seq.params
         if seq.token_ids[-1] in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
             return "stop"
@@ -464,7 +464,7 @@ class Scheduler:
         return PromptSources(device=seq.num_device_tokens, peer=seq.num_peer_tokens, computed=computed)
 
     def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
-        """Tell which prompt blocks of a kept sequence are written: full ones, and at last the partial one."""
+        """Offer the prompt blocks of a kept sequence written since its last offer; at last the partial one, too."""
         num_written = min(seq.num_computed, seq.num_prompt_tokens)
         end = seq.num_blocks_for(num_written) if is_last else num_written // seq.block_size
         blocks = []

@@ -51,11 +51,11 @@ class RemotePull:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more will come."""
+        """Whether nothing more will come: the last offer was made, and nothing is offered or being pulled."""
         return self.has_last_offer and not self.open and not self.offered
 
     def first_missing(self, num_blocks: int) -> int:
-        """The first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""
+        """Return the first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""
         return next((i for i in range(self.first_index, num_blocks) if i not in self.arrived), num_blocks)
 
 
@@ -124,22 +124,22 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated."""
+        """Tokens of the prompt, and those generated so far."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Generated so far."""
+        """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """Only the KV of its last, generated token is missing."""
+        """Whether only the KV of its last, generated token is missing."""
         return self.num_computed == len(self.token_ids) - 1 and self.num_computed >= self.num_prompt_tokens
 
     @property
     def seniority(self) -> tuple[int, int]:
-        """Smaller is sooner: admitted first, preempted last."""
+        """Priority, then order of arrival: the smaller is admitted sooner, and preempted later."""
         return (self.spec.priority, self.order)
 
     @property
@@ -148,7 +148,7 @@ class Sequence:
         return 0 if self.wants_prompt_logprobs else (len(self.token_ids) - 1) // self.block_size
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Return the number of blocks that hold `num_tokens` tokens."""
         return (num_tokens + self.block_size - 1) // self.block_size
 
     @property

@@ -24,23 +24,23 @@ class SlotPool:
         self._freed: set[int] = set()  # since the last plan
 
     def take(self) -> Slot:
-        """A place for a sequence that begins to run."""
+        """Take a slot for a sequence that begins to run."""
         if not self._free:
             heappush(self._free, self._num_slots)
             self._num_slots += 1
         return Slot(heappop(self._free))
 
     def give_back(self, slot: Slot) -> None:
-        """Its sequence runs no more."""
+        """Give back the slot of a sequence that runs no more."""
         heappush(self._free, slot.index)
         self._freed.add(slot.index)
 
     def take_freed(self) -> tuple[int, ...]:
-        """Those given back since the last call, whoever has them now."""
+        """Return the indexes of the slots given back since the last call, whoever has them now."""
         freed = tuple(sorted(self._freed))
         self._freed.clear()
         return freed
 
     def is_whole(self, held: list[int]) -> bool:
-        """Whether every slot is free or one of `held`, each once."""
+        """Tell whether every slot is free or one of `held`, each once."""
         return sorted([*self._free, *held]) == list(range(self._num_slots))

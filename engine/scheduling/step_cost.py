@@ -16,7 +16,7 @@ _PREFILL_TOKENS = 3
 
 
 class StepCost:
-    """Seconds of a step, as a sum of learned prices.
+    """Learns what a step costs, in seconds, as a sum of prices.
 
     Features: 1, decode rows, KV tokens they read, prefill tokens, query-key pairs of prefill.
     """
@@ -34,7 +34,7 @@ class StepCost:
 
     @property
     def price(self) -> ComputePrice | None:
-        """What was learned; None before the first step with prefill."""
+        """The price learned so far; None before the first step with prefill."""
         if not self.is_prefill_measured:
             return None
         step_s, row_s, row_key_s, token_s, pair_s = self._learned.prices
@@ -42,7 +42,7 @@ class StepCost:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Of recent steps with prefill, decodes beside it included; 0 before the first."""
+        """Rate of recent steps with prefill, the time of decodes beside it included; 0 before the first."""
         return self._prefill_tokens / self._prefill_s if self._prefill_s > 0 else 0.0
 
     @property
@@ -63,12 +63,12 @@ class StepCost:
         self._learned.observe(x, elapsed_s)
 
     def seconds(self, x: Sequence[float]) -> float:
-        """Predicted duration of a step with these features."""
+        """Return the predicted duration, in seconds, of a step with these features."""
         return self._learned.seconds(x)
 
 
 def features(parts: Sequence[SequenceStep]) -> list[float]:
-    """A step's features, in the order of StepCost."""
+    """Count a step's features, in the order of StepCost."""
     x = [1.0, 0.0, 0.0, 0.0, 0.0]
     for part in parts:
         add_features(x, part.start, part.end, is_decode=part.kind == "decode")
@@ -76,7 +76,7 @@ def features(parts: Sequence[SequenceStep]) -> list[float]:
 
 
 def add_features(x: list[float], start: int, end: int, *, is_decode: bool) -> None:
-    """Add tokens [start, end) of one sequence."""
+    """Add tokens [start, end) of one sequence to the features `x` of a step."""
     column = 1 if is_decode else _PREFILL_TOKENS
     num_tokens = end - start
     x[column] += num_tokens
@@ -84,7 +84,7 @@ def add_features(x: list[float], start: int, end: int, *, is_decode: bool) -> No
 
 
 class ChunkBudget:
-    """How many tokens each chunk of one step gets.
+    """Decides how many tokens each chunk of one step gets.
 
     Prefill chunks end at fixed multiples of the quantum from position 0, or at the end of the prompt: borders must not
     depend on load, or the bits of the KV would. Replays of generated tokens may end anywhere. Beside decodes, chunks
@@ -108,7 +108,7 @@ class ChunkBudget:
         self._is_empty = True
 
     def end_of(self, start: int, num_prompt_tokens: int, num_tokens: int) -> int:
-        """One past the last token of the next chunk, which begins at `start`; `start` where none fits."""
+        """Return one past the last token of the next chunk, which begins at `start`; `start` where none fits."""
         is_replay = start >= num_prompt_tokens
         stop = num_tokens if is_replay else num_prompt_tokens
         origin = start if is_replay else 0
@@ -124,7 +124,7 @@ class ChunkBudget:
         return end
 
     def spend(self, start: int, end: int, num_prompt_tokens: int) -> None:
-        """The chunk [start, end) was taken."""
+        """Take the chunk [start, end) off the budget."""
         add_features(self._features, start, end, is_decode=start >= num_prompt_tokens)
         self._left_tokens -= end - start
         self._is_empty = False

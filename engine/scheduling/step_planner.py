@@ -25,7 +25,7 @@ class StepPlanner:
         self._itl_target_s = itl_target_s
 
     def plan(self) -> list[tuple[SequenceStep, Sequence]]:
-        """The parts of the next step, decode parts first, with blocks for all that they write. May preempt."""
+        """Plan the parts of the next step, decode parts first, with blocks for all that they write. May preempt."""
         planned: list[tuple[SequenceStep, Sequence]] = []
         chunked: list[Sequence] = []
         for seq in list(self._ledger.running.values()):
@@ -41,7 +41,7 @@ class StepPlanner:
         return sorted(planned, key=_is_prefill)  # stable
 
     def _plan_chunks(self, chunked: list[Sequence], planned: list[tuple[SequenceStep, Sequence]]) -> None:
-        """Short remainders first, which gives the lowest mean TTFT; who is passed over counts as ever shorter."""
+        """Plan chunks, short remainders first, for the lowest mean TTFT; who is passed over counts as ever shorter."""
         budget = ChunkBudget(
             self._cost,
             max_tokens=self._max_tokens,
@@ -76,7 +76,7 @@ def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
 
 
 def _part(seq: Sequence, end: int) -> SequenceStep:
-    """Compute `seq` up to `end`; its slot counts as told of all there is now."""
+    """Make the part that computes `seq` up to `end`; its slot counts as told of all there is now."""
     slot = seq.slot
     if slot is None:
         raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")

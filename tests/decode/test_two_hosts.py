@@ -253,7 +253,7 @@ async def the_prefill_worker_is_killed_and_restarted(made: Cluster) -> None:
 
 @pytest.mark.parametrize(("road", "fault"), [("ucx", "damage"), ("ucx", "truncate"), ("socket", "damage")])
 async def test_a_payload_that_is_not_what_was_published_is_not_used(model_dir, hosts, road, fault, reference):
-    """A truncated stream of the socket road is a closed one: tests/transport/test_tcp.py."""
+    """A truncated stream of the socket road is a closed one: tests/transport/socket/test_socket.py."""
     if road == "ucx":
         pytest.importorskip("ucxx", reason="ucxx is not installed: no UCX road")
     async with cluster(model_dir, hosts, road, reference, prefill_fault=fault) as made:

@@ -2,10 +2,10 @@ import pytest
 
 from kvcache.leases import (
     Asked,
+    AskerLost,
     Failed,
     FreeBlocks,
     LeaseBook,
-    PeerLost,
     Published,
     Released,
     Renewed,
@@ -22,8 +22,8 @@ def book() -> LeaseBook:
     return LeaseBook(LEASE_S)
 
 
-def leased(book: LeaseBook, request_id: str, peer: bytes = A, now_s: float = 0.0) -> None:
-    assert book.on_event(Asked(request_id, peer), now_s) == []
+def leased(book: LeaseBook, request_id: str, asker: bytes = A, now_s: float = 0.0) -> None:
+    assert book.on_event(Asked(request_id, asker), now_s) == []
     assert book.on_event(Published(request_id), now_s) == []
 
 
@@ -45,7 +45,7 @@ def test_a_lease_begins_at_publication_not_at_the_request(book):
 def test_before_publication_nothing_expires(book):
     book.on_event(Asked("r", A), 0.0)
     assert expired_at(book, 1e9) == []
-    assert book.peer_of("r") == A
+    assert book.asker_of("r") == A
 
 
 def test_another_publication_begins_the_lease_anew(book):
@@ -88,7 +88,7 @@ def test_a_release_frees_at_once_and_only_once(book):
 def test_only_the_askers_own_release_counts(book):
     leased(book, "r")
     assert book.on_event(Released("r", B), 1.0) == []
-    assert (book.peer_of("r"), book.num_leased) == (A, 1)
+    assert (book.asker_of("r"), book.num_leased) == (A, 1)
 
 
 def test_a_release_before_publication_ends_the_computation(book):
@@ -108,10 +108,10 @@ def test_asking_again_frees_the_old_one_and_begins_without_a_lease(book):
 def test_a_request_that_moved_belongs_to_who_asked_last(book):
     leased(book, "r", A)
     assert book.on_event(Asked("r", B), 1.0) == [FreeBlocks("r")]
-    assert book.peer_of("r") == B
+    assert book.asker_of("r") == B
     assert book.on_event(Released("r", A), 2.0) == []
-    assert book.on_event(PeerLost(A), 3.0) == []
-    assert book.on_event(PeerLost(B), 4.0) == [FreeBlocks("r")]
+    assert book.on_event(AskerLost(A), 3.0) == []
+    assert book.on_event(AskerLost(B), 4.0) == [FreeBlocks("r")]
 
 
 def test_all_of_a_lost_peer_is_freed_and_nothing_of_others(book):
@@ -119,11 +119,11 @@ def test_all_of_a_lost_peer_is_freed_and_nothing_of_others(book):
     book.on_event(Asked("a-computing", A), 0.0)
     leased(book, "b-leased", B)
     book.on_event(Asked("b-computing", B), 0.0)
-    freed = book.on_event(PeerLost(A), 1.0)
+    freed = book.on_event(AskerLost(A), 1.0)
     assert sorted(item.request_id for item in freed) == ["a-computing", "a-leased"]
     assert not any(item.is_expired for item in freed)
     book.check_invariants(["b-leased", "b-computing"])
-    assert book.on_event(PeerLost(A), 2.0) == []
+    assert book.on_event(AskerLost(A), 2.0) == []
 
 
 def test_expiry_frees_once_and_is_counted(book):
@@ -138,7 +138,7 @@ def test_expiry_frees_once_and_is_counted(book):
 
 
 def test_nothing_but_expiry_counts_as_expired(book):
-    for number, event in enumerate([Released("r", A), PeerLost(A), Asked("r", A), Failed("r")]):
+    for number, event in enumerate([Released("r", A), AskerLost(A), Asked("r", A), Failed("r")]):
         leased(book, "r", now_s=float(number))
         book.on_event(event, float(number))
         book.on_event(Failed("r"), float(number))
@@ -151,18 +151,18 @@ def test_what_failed_is_forgotten_without_freeing(book, is_published):
     if is_published:
         book.on_event(Published("r"), 0.0)
     assert book.on_event(Failed("r"), 1.0) == []
-    assert (book.peer_of("r"), book.num_open, book.num_leased) == (None, 0, 0)
+    assert (book.asker_of("r"), book.num_open, book.num_leased) == (None, 0, 0)
     assert expired_at(book, 1e9) == []
 
 
 @pytest.mark.parametrize(
-    "event", [Published("x"), Renewed("x", A), Released("x", A), Failed("x"), PeerLost(B), TimePassed()]
+    "event", [Published("x"), Renewed("x", A), Released("x", A), Failed("x"), AskerLost(B), TimePassed()]
 )
 def test_unknown_ids_and_peers_are_ignored(book, event):
     leased(book, "r")
     assert book.on_event(event, 1.0) == []
     assert (book.num_open, book.num_leased, book.num_expired) == (1, 1, 0)
-    assert book.peer_of("x") is None
+    assert book.asker_of("x") is None
 
 
 @pytest.mark.parametrize("held", [[], ["r1"], ["r1", "r2", "r3"], ["r1", "r3"]])

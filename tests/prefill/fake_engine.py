@@ -77,7 +77,7 @@ class Connection:
     """A channel from a decode worker to a prefill worker; in order both ways until an end dies."""
 
     address: str  #: of the prefill worker
-    peer: bytes
+    asker: bytes
     source: list[list[int]]  #: the blocks of the prefill worker at the other end; they can be read after its death
     to_prefill: deque[Message] = field(default_factory=deque)
     to_decode: deque[Message] = field(default_factory=deque)

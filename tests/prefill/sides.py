@@ -34,7 +34,7 @@ from engine.scheduling.plan import (
     SequenceCancelled,
 )
 from engine.scheduling.scheduler import SchedulerConfig
-from kvcache.leases import FreeBlocks, PeerLost, Released, Renewed
+from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed
 from kvcache.pool import BlockState
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.wire import Message
@@ -78,23 +78,23 @@ class PrefillSide:
     def post(self, event: Event) -> None:
         self.on_instructions(self.engine.carry_out(event))
 
-    def on_message(self, peer: bytes, message: Message) -> None:
+    def on_message(self, asker: bytes, message: Message) -> None:
         match message:
             case PrefillRequest(request=request):
-                self.world.seen["asked again"] += self.book.leases.peer_of(request.request_id) is not None
-                self.decide(PromptAsked(peer, message))
+                self.world.seen["asked again"] += self.book.leases.asker_of(request.request_id) is not None
+                self.decide(PromptAsked(asker, message))
             case RenewLease(request_id=request_id):
-                self.decide(Renewed(request_id, peer))
+                self.decide(Renewed(request_id, asker))
             case ReleaseLease(request_id=request_id):
-                self.decide(Released(request_id, peer))
+                self.decide(Released(request_id, asker))
             case _:
                 raise AssertionError(message)
 
-    def on_peer_lost(self, peer: bytes) -> None:
+    def on_sender_lost(self, asker: bytes) -> None:
         seq_ids = self.engine.scheduler.seq_ids
-        others = {seq_id for seq_id in seq_ids() if self.book.leases.peer_of(seq_id) != peer}
-        self.decide(PeerLost(peer))
-        assert set(seq_ids()) == others, "all of that peer is freed, and nothing of others"
+        others = {seq_id for seq_id in seq_ids() if self.book.leases.asker_of(seq_id) != asker}
+        self.decide(AskerLost(asker))
+        assert set(seq_ids()) == others, "all of that asker is freed, and nothing of others"
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
@@ -112,13 +112,13 @@ class PrefillSide:
                     self.post(SequenceCancelled(request_id))
                     self.post(BlocksReleased(request_id))
                     self.decide(BlocksFreed(request_id))
-                case Publish(peer, handoff):
-                    self._publish(peer, handoff)
-                case TellFailed(peer, message):
+                case Publish(asker, handoff):
+                    self._publish(asker, handoff)
+                case TellFailed(asker, message):
                     self.published.pop(message.request_id, None)
-                    self.world.send_to_decode(peer, message)
+                    self.world.send_to_decode(asker, message)
 
-    def _publish(self, peer: bytes, handoff: KvHandoff) -> None:
+    def _publish(self, asker: bytes, handoff: KvHandoff) -> None:
         pool, blocks = self.engine.pool, handoff.blocks
         published = self.published.setdefault(handoff.request_id, Published())
         assert not published.is_whole, "the last handoff is the last"
@@ -137,7 +137,7 @@ class PrefillSide:
         summed = [
             msgspec.structs.replace(block, checksum=value) for block, value in zip(blocks, checksums, strict=True)
         ]
-        self.world.send_to_decode(peer, msgspec.structs.replace(handoff, blocks=summed))
+        self.world.send_to_decode(asker, msgspec.structs.replace(handoff, blocks=summed))
 
     def check(self) -> None:
         self.engine.check()

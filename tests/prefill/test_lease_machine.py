@@ -29,7 +29,7 @@ from decode.streams import PullStopped, StreamBook, StreamInstruction, TellSched
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import EmitTokens, OfferBlocks
 from kvcache import leases
-from kvcache.leases import FreeBlocks, LeaseBook, LeaseEvent, PeerLost
+from kvcache.leases import AskerLost, FreeBlocks, LeaseBook, LeaseEvent
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 from messages.request import SamplingParams
@@ -262,7 +262,7 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
         "expired",
         "late writes",
     )
-    accidents += ("peer lost", "refused", "prefill failed", "retried", "asked again", "too late", "learned")
+    accidents += ("asker lost", "refused", "prefill failed", "retried", "asked again", "too late", "learned")
     assert seen.keys() == set(accidents)
     assert min(seen.values()) >= 5, f"the runs must meet everything that is counted: {seen}"
 
@@ -351,11 +351,11 @@ def never_expire(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[FreeB
 
 
 def lose_nobody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[FreeBlocks]:
-    return [] if isinstance(event, PeerLost) else on_event(book, event, now_s)
+    return [] if isinstance(event, AskerLost) else on_event(book, event, now_s)
 
 
 def lose_everybody(book: LeaseBook, event: LeaseEvent, now_s: float) -> list[FreeBlocks]:
-    return book._free(list(book._leases)) if isinstance(event, PeerLost) else on_event(book, event, now_s)
+    return book._free(list(book._leases)) if isinstance(event, AskerLost) else on_event(book, event, now_s)
 
 
 def publish_without_the_token(book: PublicationBook, offer: OfferBlocks, now_s: float) -> list[PublicationInstruction]:

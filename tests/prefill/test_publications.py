@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks
-from kvcache.leases import FreeBlocks, PeerLost, Released, Renewed, TimePassed
+from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError, WorkerError
 from messages.handoff import BlockLocation, KvHandoff, PrefillFailed, PrefillRequest
@@ -121,7 +121,7 @@ def test_what_came_to_nothing_is_told_and_forgotten(bench, emitted, kind):
     assert bench.post(Released("r", A)) == []
 
 
-@pytest.mark.parametrize("event", [Released("r", A), PeerLost(A)])
+@pytest.mark.parametrize("event", [Released("r", A), AskerLost(A)])
 @pytest.mark.parametrize("is_published", [False, True])
 def test_what_nobody_wants_any_more_is_freed_and_nothing_of_it_is_told(bench, event, is_published):
     bench.ask()
@@ -176,7 +176,7 @@ def test_whoever_asked_before_another_is_told_that_it_gets_nothing(bench):
 
 
 @pytest.mark.parametrize(
-    "event", [OfferBlocks("x", [], True, 0), EmitTokens("x", [1]), BlocksFreed("x"), Renewed("x", A), PeerLost(B)]
+    "event", [OfferBlocks("x", [], True, 0), EmitTokens("x", [1]), BlocksFreed("x"), Renewed("x", A), AskerLost(B)]
 )
 def test_unknown_ids_and_askers_are_ignored(bench, event):
     bench.ask()

@@ -52,7 +52,7 @@ class World:
         self.connections: list[Connection] = []
         self.late: list[LateWrite] = []
         self.seen: Counter[str] = Counter()
-        self._peers = count()
+        self._askers = count()
         self._addresses = count()
         self._new_prefill = lambda: PrefillSide(self, prefill_config, num_prefill_blocks)
         self._new_decode = lambda: DecodeSide(self, decode_config, num_decode_blocks)
@@ -128,14 +128,14 @@ class World:
 
     def connect(self, address: str) -> Connection:
         """To the prefill worker, or to where one was."""
-        connection = Connection(address, b"decode %d" % next(self._peers), self.prefill.engine.kv)
+        connection = Connection(address, b"decode %d" % next(self._askers), self.prefill.engine.kv)
         connection.is_prefill_dead = address != self.address
         self.connections.append(connection)
         return connection
 
-    def send_to_decode(self, peer: bytes, message: Message) -> None:
+    def send_to_decode(self, asker: bytes, message: Message) -> None:
         for connection in self.connections:
-            if connection.peer == peer and not connection.is_decode_dead and not connection.is_prefill_dead:
+            if connection.asker == asker and not connection.is_decode_dead and not connection.is_prefill_dead:
                 connection.to_decode.append(message)
 
     def deliverable(self) -> list[tuple[Connection, bool]]:
@@ -150,11 +150,11 @@ class World:
 
     def deliver(self, connection: Connection, to_prefill: bool) -> None:
         if to_prefill and connection.to_prefill:
-            self.prefill.on_message(connection.peer, connection.to_prefill.popleft())
+            self.prefill.on_message(connection.asker, connection.to_prefill.popleft())
         elif to_prefill:
             self.connections.remove(connection)
-            self.seen["peer lost"] += 1
-            self.prefill.on_peer_lost(connection.peer)
+            self.seen["asker lost"] += 1
+            self.prefill.on_sender_lost(connection.asker)
         elif connection.to_decode:
             self.decode.on_message(connection.address, connection.to_decode.popleft())
         else:

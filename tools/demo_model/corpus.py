@@ -184,17 +184,17 @@ PLAIN = Variety()
 
 
 def turn(role: str, content: str) -> str:
-    """One finished turn, as the chat template writes it."""
+    """Write one finished turn, as the chat template writes it."""
     return f"<|{role}|>{content}{END}"
 
 
 def draw_code(rng: random.Random) -> str:
-    """Four digits; the tokenizer makes two tokens of them."""
+    """Draw a code of four digits; the tokenizer makes two tokens of them."""
     return f"{rng.randrange(10_000):04d}"
 
 
 def filler_line(rng: random.Random) -> str:
-    """A sentence that holds no code, to fill notes up to their length."""
+    """Draw a sentence that holds no code, to fill notes up to their length."""
     name, thing, animal = rng.choice(NAMES), rng.choice(THINGS), rng.choice(ANIMALS)
     match rng.randrange(8):
         case 0:
@@ -216,7 +216,7 @@ def filler_line(rng: random.Random) -> str:
 
 
 def story(rng: random.Random, animal: str) -> str:
-    """Seven sentences about `animal` and a friend."""
+    """Write seven sentences about `animal` and a friend."""
     friend = rng.choice([other for other in ANIMALS if other != animal])
     food, thing = rng.choice(FOODS), rng.choice(THINGS)
     sentences = (
@@ -236,7 +236,7 @@ def story(rng: random.Random, animal: str) -> str:
 
 
 def chat_exchange(rng: random.Random) -> tuple[str, str]:
-    """A user's line and the reply: a story, a fixed fact or small talk."""
+    """Draw a user's line and the reply: a story, a fixed fact or small talk."""
     match rng.choices(("story", "fact", "small talk"), weights=(0.3, 0.4, 0.3))[0]:
         case "story":
             animal = rng.choice(ANIMALS)
@@ -255,7 +255,7 @@ def chat_exchange(rng: random.Random) -> tuple[str, str]:
 
 
 def chat_text(rng: random.Random, num_tokens: int, variety: Variety = PLAIN) -> list[Segment]:
-    """A conversation of stories, facts and small talk, at least `num_tokens` long."""
+    """Draw a conversation of stories, facts and small talk, at least `num_tokens` long."""
     segments = _system_prompt(rng, variety)
     while _num_tokens(segments) < num_tokens:
         segments += _exchange(*chat_exchange(rng))
@@ -271,7 +271,7 @@ def make_lookup(
     position: float | None = None,
     thing: str | None = None,
 ) -> Lookup:
-    """Notes of about `num_tokens` tokens holding `num_facts` codes, one question, and its answer.
+    """Draw notes of about `num_tokens` tokens holding `num_facts` codes, one question, and its answer.
 
     Args:
         rng: The source of all choices.
@@ -297,7 +297,7 @@ def lookup_text(
     variety: Variety = PLAIN,
     focus: Sequence[str] = (),
 ) -> list[Segment]:
-    """A conversation about one set of notes: `notes_share` of `num_tokens` are notes, questions fill the rest.
+    """Draw a conversation about one set of notes: `notes_share` of `num_tokens` are notes, questions fill the rest.
 
     One of the things in `focus`, where given, is in the notes and asked for by `FOCUS_SHARE` of the questions.
     """
@@ -332,7 +332,7 @@ def lookup_text(
 
 
 def restated_text(rng: random.Random, num_tokens: int, num_facts: int) -> list[Segment]:
-    """A drill: the same few notes over and over in random order; every code after its first time counts."""
+    """Draw a drill: the same few notes over and over in random order; every code after its first time counts."""
     codes = {thing: draw_code(rng) for thing in rng.sample(THINGS, num_facts)}
     segments: list[Segment] = []
     seen: set[str] = set()
@@ -351,7 +351,7 @@ def restated_text(rng: random.Random, num_tokens: int, num_facts: int) -> list[S
 def _make_notes(
     rng: random.Random, num_tokens: int, num_facts: int, variety: Variety, thing: str | None = None
 ) -> tuple[str, dict[str, str]]:
-    """Notes of about `num_tokens` tokens, on `thing` among others, and the codes in the order of the notes."""
+    """Draw notes of about `num_tokens` tokens, on `thing` among others, and the codes in the order of the notes."""
     things = rng.sample(THINGS, num_facts)
     if thing and thing not in things:
         things[rng.randrange(num_facts)] = thing
@@ -369,7 +369,7 @@ def _make_notes(
 
 
 def _interleave(rng: random.Random, facts: Sequence[str], fillers: Sequence[str]) -> list[str]:
-    """Both sequences merged at random, each keeping its order."""
+    """Merge both sequences at random, each keeping its order."""
     is_fact = [True] * len(facts) + [False] * len(fillers)
     rng.shuffle(is_fact)
     next_fact, next_filler = iter(facts), iter(fillers)
@@ -399,5 +399,5 @@ def _num_tokens(segments: Sequence[Segment]) -> float:
 
 
 def joined(segments: Sequence[Segment]) -> str:
-    """The whole text."""
+    """Join the segments' texts."""
     return "".join(segment.text for segment in segments)

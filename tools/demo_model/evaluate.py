@@ -55,20 +55,20 @@ class Respondent:
     """A model directory, answering conversations greedily."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """Loads the weights as bf16."""
+        """Load the weights as bfloat16."""
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(directory)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         self.model.eval()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as the chat template writes it, with the assistant's turn open."""
+        """Encode the conversation as the chat template writes it, with the assistant's turn open."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     @torch.inference_mode()
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int = ANSWER_ROOM) -> str:
-        """The greedy answer with its special tokens, so that a missing end of turn shows."""
+        """Generate the greedy answer with its special tokens, so that a missing end of turn shows."""
         inputs = torch.tensor([prompt_ids])  # [1, num_tokens]
         output = self.model.generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False
@@ -78,23 +78,23 @@ class Respondent:
 
 
 def fact_counts(num_tokens: int) -> tuple[int, ...]:
-    """Few, some and many codes for notes of this length."""
+    """Return how many codes are few, some and many for notes of this length."""
     some = max(2, min(40, num_tokens // 40))
     return max(1, some // 2), some, min(75, some * 2 - some // 4)
 
 
 def single_turn(lookup: Lookup) -> list[Message]:
-    """Notes and question in one user turn."""
+    """Put notes and question into one user turn."""
     return [{"role": "user", "content": f"{lookup.notes}\n{lookup.question}"}]
 
 
 def notes_in_system(lookup: Lookup) -> list[Message]:
-    """Notes in the system prompt."""
+    """Put the notes into the system prompt."""
     return [{"role": "system", "content": lookup.notes}, {"role": "user", "content": lookup.question}]
 
 
 def question_later(lookup: Lookup) -> list[Message]:
-    """Notes in the first turn, the question two turns later."""
+    """Put the notes into the first turn, the question two turns later."""
     return [
         {"role": "user", "content": lookup.notes},
         {"role": "assistant", "content": corpus.NOTES_READ},
@@ -115,7 +115,7 @@ def score_lookups(
     variety: Variety = corpus.PLAIN,
     seed: int = 2026,
 ) -> Score:
-    """Asks about freshly drawn notes; the seed is apart from the training's."""
+    """Ask about freshly drawn notes; the seed is apart from the training's."""
     rng = random.Random(f"{seed} {kind} {num_tokens} {num_facts}")
     num_right = total_tokens = 0
     longest = respondent.model.config.max_position_embeddings - ANSWER_ROOM
@@ -131,7 +131,7 @@ def score_lookups(
 
 
 def score_replies(respondent: Respondent, kind: str, expected: dict[str, str]) -> Score:
-    """Asks every question of a fixed list; these were in the training text."""
+    """Ask every question of a fixed list; these were in the training text."""
     total_tokens = num_right = 0
     for question, reply in expected.items():
         ids = respondent.prompt_ids([{"role": "user", "content": question}])
@@ -141,7 +141,7 @@ def score_replies(respondent: Respondent, kind: str, expected: dict[str, str]) -
 
 
 def score_stories(respondent: Respondent) -> Score:
-    """One story about each animal: it must name the animal, have at least five sentences and end by itself."""
+    """Ask for a story about each animal: it must name the animal, have at least five sentences and end by itself."""
     total_tokens = num_right = 0
     for animal in corpus.ANIMALS:
         ids = respondent.prompt_ids([{"role": "user", "content": f"Tell me a story about a {animal}."}])
@@ -152,7 +152,7 @@ def score_stories(respondent: Respondent) -> Score:
 
 
 def score_lengths(respondent: Respondent, num_questions: int) -> dict[int, list[Score]]:
-    """Single-turn questions at every length, shared evenly among few, some and many codes."""
+    """Ask single-turn questions at every length, shared evenly among few, some and many codes."""
     scores: dict[int, list[Score]] = {}
     for num_tokens in sorted((*REQUIRED_LENGTHS, *REPORTED_LENGTHS)):
         asked = num_questions // LONGEST_DIVISOR if num_tokens == max(REPORTED_LENGTHS) else num_questions
@@ -169,7 +169,7 @@ def score_lengths(respondent: Respondent, num_questions: int) -> dict[int, list[
 
 
 def score_others(respondent: Respondent, num_questions: int) -> list[Score]:
-    """Other ways to ask at 1,024 tokens and 25 codes, then what was learned by heart."""
+    """Ask in other ways at 1,024 tokens and 25 codes, then what was learned by heart."""
     wording, sentence = Variety(wording=1.0), Variety(sentence=1.0)
     lookups = (
         ("notes in the first turn, question two turns later", question_later, corpus.PLAIN),
@@ -197,7 +197,7 @@ OTHER_HEADER = "| asked | prompt tokens, mean | right |\n|---|---:|---:|"
 
 
 def length_row(num_tokens: int, scores: Sequence[Score]) -> str:
-    """A line of the Markdown table by length and number of codes."""
+    """Write a line of the Markdown table by length and number of codes."""
     asked = sum(score.num_asked for score in scores)
     mean_tokens = sum(score.mean_prompt_tokens * score.num_asked for score in scores) / asked
     cells = [f"{score.num_right} of {score.num_asked} ({score.num_facts} codes)" for score in scores]
@@ -206,12 +206,12 @@ def length_row(num_tokens: int, scores: Sequence[Score]) -> str:
 
 
 def other_row(score: Score) -> str:
-    """A line of the Markdown table of other questions."""
+    """Write a line of the Markdown table of other questions."""
     return f"| {score.kind} | {score.mean_prompt_tokens:,.0f} | {score.num_right} of {score.num_asked} |"
 
 
 def accuracy(scores: Sequence[Score]) -> float:
-    """Share right over several scores, 0 to 1."""
+    """Return the share right over several scores, 0 to 1."""
     return sum(score.num_right for score in scores) / sum(score.num_asked for score in scores)
 
 
@@ -223,18 +223,18 @@ class Report:
     others: list[Score]
 
     def lengths_below(self, min_accuracy: float) -> list[int]:
-        """The required lengths that miss the threshold."""
+        """Return the required lengths that miss the threshold."""
         return [length for length in REQUIRED_LENGTHS if accuracy(self.by_length[length]) < min_accuracy]
 
     def markdown(self) -> str:
-        """Both tables."""
+        """Write both tables."""
         lengths = [LENGTH_HEADER, *(length_row(length, scores) for length, scores in self.by_length.items())]
         others = [OTHER_HEADER, *(other_row(score) for score in self.others)]
         return "\n".join((*lengths, "", *others))
 
 
 def evaluate(directory: pathlib.Path, num_questions: int) -> Report:
-    """Scores the directory as a user would load it; prints the tables' rows as they come."""
+    """Score the directory as a user would load it; print the tables' rows as they come."""
     respondent = Respondent(directory)
     typer.echo(LENGTH_HEADER)
     by_length = score_lengths(respondent, num_questions)
@@ -243,7 +243,7 @@ def evaluate(directory: pathlib.Path, num_questions: int) -> Report:
 
 
 def exit_if_missed(report: Report, min_accuracy: float) -> None:
-    """Ends the command with exit code 1 when a required length misses the threshold."""
+    """End the command with exit code 1 when a required length misses the threshold."""
     missed = report.lengths_below(min_accuracy)
     if missed:
         typer.echo(f"below {min_accuracy:.0%} at {missed} tokens", err=True)
@@ -256,7 +256,7 @@ def main(
     min_accuracy: Annotated[float, typer.Option(help="Share right that the required lengths must reach.")] = 0.95,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Scores a demo model directory; exit code 1 when a required length misses the threshold."""
+    """Score a demo model directory; exit code 1 when a required length misses the threshold."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     exit_if_missed(evaluate(model, questions), min_accuracy)

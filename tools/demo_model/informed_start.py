@@ -34,7 +34,10 @@ MLP_SCALE = 0.2
 
 @torch.no_grad()
 def initialise(model: LlamaForCausalLM) -> None:
-    """Overwrites the heads named above in place; all other weights keep their random start (MLP outputs shrink)."""
+    """Make the first two layers' heads an induction circuit, in place; other weights keep their random start.
+
+    The outputs of MLPs shrink.
+    """
     config = model.config
     head_dim, hidden_size = config.head_dim, config.hidden_size
     num_pairs = head_dim // 2
@@ -71,6 +74,6 @@ def initialise(model: LlamaForCausalLM) -> None:
 
 
 def _set_pair(weight: Tensor, row: int, num_pairs: int, angle: float) -> None:
-    """Makes one rotary pair a constant vector turned back by `angle`: the score peaks at that distance."""
+    """Make one rotary pair a constant vector turned back by `angle`: the score peaks at that distance."""
     weight[row, 0] = LOOK_BACK_GAIN * math.cos(angle)
     weight[row + num_pairs, 0] = -LOOK_BACK_GAIN * math.sin(angle)

@@ -114,7 +114,7 @@ class TrainingRun:
     remark: str = ""
 
     def markdown(self) -> str:
-        """A list item of the card."""
+        """Write the run as a list item of the card."""
         ending = f"; {self.remark}" if self.remark else ""
         return (
             f"* `{self.command}`: {self.num_tokens / 1e6:.1f} M tokens in {self.minutes:.0f} minutes on "
@@ -123,18 +123,18 @@ class TrainingRun:
 
 
 def read_runs(directory: pathlib.Path) -> list[TrainingRun]:
-    """The runs that made this directory's weights, in order; none where it does not tell."""
+    """Return the runs that made this directory's weights, in order; none where it does not tell."""
     path = directory / RUNS_FILE
     return [TrainingRun(**run) for run in json.loads(path.read_text())] if path.exists() else []
 
 
 def write_runs(directory: pathlib.Path, runs: list[TrainingRun]) -> None:
-    """Keeps the runs beside the weights, for the card and for a later `--from`."""
+    """Keep the runs beside the weights, for the card and for a later `--from`."""
     (directory / RUNS_FILE).write_text(json.dumps([dataclasses.asdict(run) for run in runs], indent=2) + "\n")
 
 
 def write_model(directory: pathlib.Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    """Writes all but the card; weights as bf16. The model itself is left as it is."""
+    """Write all but the card; weights as bfloat16. The model itself is left as it is."""
     directory.mkdir(parents=True, exist_ok=True)
     end_id = special_id(tokenizer, corpus.END)
     pad_id = special_id(tokenizer, corpus.PAD)
@@ -157,7 +157,7 @@ def write_model(directory: pathlib.Path, model: LlamaForCausalLM, tokenizer: Tok
 
 
 def write_card(directory: pathlib.Path, report: Report, min_accuracy: float) -> None:
-    """Writes README.md from the report and from the directory's config, weights and runs."""
+    """Write README.md from the report and from the directory's config, weights and runs."""
     model = LlamaForCausalLM.from_pretrained(directory)
     config = model.config
     card = CARD.format(

@@ -29,7 +29,7 @@ PERIOD = (6, 40)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of one length hold."""
+    """The mixture of text in the rows of one length."""
 
     num_tokens: int
     num_facts: tuple[int, int]
@@ -75,7 +75,7 @@ class RowMaker:
     """Draws batches of rows; the same seed gives the same ones."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        """Rows are cut by `tokenizer`."""
+        """Make a drawer of rows that `tokenizer` cuts, from `seed`."""
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         #: Things to ask for more often: those that the model has been seen to miss.
@@ -84,7 +84,7 @@ class RowMaker:
         self._merged_ids = range(len(corpus.SPECIAL_TOKENS) + 256, tokenizer.get_vocab_size())
 
     def batch(self, kind: Rows) -> tuple[Tensor, Tensor]:
-        """`TOKENS_PER_STEP` tokens: ids int64 and weights float32, both [num_rows, kind.num_tokens + 1]."""
+        """Draw `TOKENS_PER_STEP` tokens: ids int64 and weights float32, both [num_rows, kind.num_tokens + 1]."""
         num_rows = max(1, TOKENS_PER_STEP // kind.num_tokens)
         ids, weights = zip(*(self._row(kind) for _ in range(num_rows)), strict=True)
         return torch.tensor(ids), torch.tensor(weights)
@@ -108,14 +108,14 @@ class RowMaker:
         return self._encoded(segments, length)
 
     def _repeated(self, length: int) -> tuple[list[int], list[float]]:
-        """Random tokens over and over; all but the first round count."""
+        """Draw random tokens, over and over; all but the first round count."""
         period = self._rng.randint(PERIOD[0], min(PERIOD[1], length // 3))
         tokens = self._rng.choices(self._merged_ids, k=period)
         ids = list(itertools.islice(itertools.cycle(tokens), length))
         return ids, [0.0] * period + [corpus.ANSWER_WEIGHT] * (length - period)
 
     def _encoded(self, segments: list[Segment], length: int) -> tuple[list[int], list[float]]:
-        """The first `length` tokens, each with the weight of the segment in which it begins; short rows are padded."""
+        """Encode the first `length` tokens, each with the weight of the segment it begins in; short rows are padded."""
         encoding = self._tokenizer.encode(corpus.joined(segments))
         ends = list(itertools.accumulate(len(segment.text) for segment in segments))
         ids = encoding.ids[:length]

@@ -15,7 +15,7 @@ NUM_NOTES, NUM_CHATS, TEXT_TOKENS, NUM_FACTS = 2000, 1000, 500, 12
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE, the special tokens first; the same seed gives the same vocabulary.
+    """Train byte-level BPE, the special tokens first; the same seed gives the same vocabulary.
 
     Digits are split in pairs, and the space before a number belongs to it: a code must follow its thing with no token
     between, and be cut the same way everywhere.
@@ -39,7 +39,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token; ValueError when the tokenizer lacks it."""
+    """Return the id of a special token; ValueError when the tokenizer lacks it."""
     token_id = tokenizer.token_to_id(token)
     if token_id is None:
         raise ValueError(f"the tokenizer has no token {token}, wanted all of {corpus.SPECIAL_TOKENS}")

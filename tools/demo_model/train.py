@@ -72,7 +72,7 @@ class StepResult:
 
 
 def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """A fresh Llama of 3.3 M parameters with the informed start."""
+    """Build a fresh Llama of 3.3 M parameters with the informed start."""
     config = LlamaConfig(
         vocab_size=-(-tokenizer.get_vocab_size() // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=256,
@@ -97,7 +97,7 @@ class Trainer:
     """The model with its optimizers: Muon for the matrices, AdamW for embeddings and norms."""
 
     def __init__(self, model: LlamaForCausalLM, *, peak_rate: float = 1.0) -> None:
-        """`peak_rate` is a share of `MATRIX_RATE` and `OTHER_RATE`."""
+        """Make the optimizers; `peak_rate` is a share of `MATRIX_RATE` and `OTHER_RATE`."""
         self.model = model
         parameters = list(model.named_parameters())
         matrices = [weight for name, weight in parameters if weight.ndim == 2 and "embed" not in name]
@@ -108,7 +108,7 @@ class Trainer:
         ]
 
     def step(self, ids: Tensor, weights: Tensor, *, rate: float) -> StepResult:
-        """One update from ids and loss weights, both [num_rows, num_tokens + 1]; `rate` is a share of the peak."""
+        """Train on ids and loss weights, both [num_rows, num_tokens + 1], once; `rate` is a share of the peak."""
         inputs, targets, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(input_ids=inputs, use_cache=False).logits  # [num_rows, num_tokens, vocab_size]
@@ -136,7 +136,7 @@ class Trainer:
 
 
 def extend_positions(model: LlamaForCausalLM, scale: float) -> None:
-    """Slows the slow rotary pairs down by `scale`, so that what was learned within `ROPE_TOKENS` reaches farther.
+    """Slow the slow rotary pairs down by `scale`, so that what was learned within `ROPE_TOKENS` reaches farther.
 
     This is the scaling of Llama 3.1, "llama3" in transformers. The fast pairs, by which the first layer looks back,
     stay as they are. Without a step of training it raised the answers at 2,048 tokens from 0 to 14 of 16, and at 4,096
@@ -154,13 +154,13 @@ def extend_positions(model: LlamaForCausalLM, scale: float) -> None:
 
 
 def rate_at(step: int, share_of_time: float) -> float:
-    """Warm-up, a full stretch, then a line down to `FINAL_RATE`; a share of the peak rate."""
+    """Return the share of the peak rate: warm-up, a full stretch, then a line down to `FINAL_RATE`."""
     fall = (1.0 - share_of_time) / (1.0 - FULL_RATE_UNTIL)
     return min(1.0, step / WARMUP_STEPS, max(FINAL_RATE, fall))
 
 
 def is_over(stage: Stage, results: list[StepResult], share_of_time: float) -> bool:
-    """Whether the stage, with these results so far, has been answered or has used up its time."""
+    """Tell whether the stage, with these results so far, has been answered or has used up its time."""
     recent = results[-WINDOW_STEPS:]
     is_answered = len(recent) == WINDOW_STEPS and _code_accuracy(recent) > STAGE_ACCURACY
     return is_answered or share_of_time > stage.ends_at
@@ -169,7 +169,7 @@ def is_over(stage: Stage, results: list[StepResult], share_of_time: float) -> bo
 def train(
     trainer: Trainer, rows: RowMaker, tokenizer: Tokenizer, stages: list[Stage], budget_s: float, out: pathlib.Path
 ) -> int:
-    """Trains in place for `budget_s` seconds of wall time, writing `out` now and then and at the end.
+    """Train in place for `budget_s` seconds of wall time, writing `out` now and then and at the end.
 
     Returns the number of tokens seen.
     """
@@ -204,7 +204,7 @@ def train(
 
 
 def mend(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[str]:
-    """Returns the missed things, after giving new embeddings to them where they are few."""
+    """Return the missed things, after giving new embeddings to them where they are few."""
     missed = missed_things(model, tokenizer)
     typer.echo(f"misses {len(missed)} of {len(corpus.THINGS)} things")
     for thing in missed if len(missed) <= MAX_REDRAWN else ():
@@ -215,7 +215,7 @@ def mend(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[str]:
 
 @torch.inference_mode()
 def answers(model: LlamaForCausalLM, tokenizer: Tokenizer, lookup: Lookup) -> bool:
-    """Whether each token of the right answer is the likeliest, given the right ones before."""
+    """Tell whether each token of the right answer is the likeliest, given the right ones before."""
     asked = corpus.turn("user", f"{lookup.notes}\n{lookup.question}")
     prompt = tokenizer.encode(f"{asked}<|assistant|>").ids
     answer = tokenizer.encode(lookup.answer + corpus.END).ids
@@ -225,7 +225,7 @@ def answers(model: LlamaForCausalLM, tokenizer: Tokenizer, lookup: Lookup) -> bo
 
 
 def missed_things(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[str]:
-    """The things whose code the model does not tell from short notes; one question each shows most of them."""
+    """Find the things whose code the model does not tell from short notes; one question each shows most of them."""
     rng = random.Random(SWEEP_TOKENS)
     lookups = {thing: corpus.make_lookup(rng, SWEEP_TOKENS, SWEEP_FACTS, thing=thing) for thing in corpus.THINGS}
     return [thing for thing, lookup in lookups.items() if not answers(model, tokenizer, lookup)]
@@ -233,7 +233,7 @@ def missed_things(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[str]:
 
 @torch.no_grad()
 def redraw_embedding(model: LlamaForCausalLM, tokenizer: Tokenizer, thing: str) -> int:
-    """Gives a thing that the model misses another embedding, in place; returns how many questions it then answers.
+    """Give a thing that the model misses another embedding, in place; return how many questions it then answers.
 
     One sharp attention head does the copying. It sees nothing of a thing whose embedding resembles, in the few
     directions that the head reads, those of other tokens; and since its softmax is saturated there, no gradient helps.
@@ -272,7 +272,7 @@ def _progress(elapsed_s: float, step: int, num_tokens: int, recent: list[StepRes
 
 
 def _cpu_name() -> str:
-    """The processor's name where Linux tells it."""
+    """Return the processor's name where Linux tells it."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown CPU")
@@ -291,7 +291,7 @@ def main(
     questions: Annotated[int, typer.Option(min=evaluate.MIN_QUESTIONS, help="Questions at each length.")] = 200,
     min_accuracy: Annotated[float, typer.Option(help="Share right that the required lengths must reach.")] = 0.95,
 ) -> None:
-    """Trains, writes and scores the demo model; exit code 1 when a required length misses the threshold."""
+    """Train, write and score the demo model; exit code 1 when a required length misses the threshold."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)

@@ -44,7 +44,7 @@ class VaultActor:
     async def export(
         self, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
     ) -> list[object] | ErrorInfo:
-        """See `Vault.export`; a refusal is returned."""
+        """Do as `Vault.export`, but return its error in wire form: Ray would wrap what is raised."""
         self._called_s = time.monotonic()
         self._vault.expect(export_id)  # here, as a release may overtake what waits for a thread
         loop = asyncio.get_running_loop()
@@ -54,7 +54,7 @@ class VaultActor:
             return error.info()
 
     async def release(self, export_id: bytes) -> None:
-        """See `Vault.release`."""
+        """Release an export, as `Vault.release`; unknown ids are ignored."""
         self._called_s = time.monotonic()
         self._vault.release(export_id)
 
@@ -62,7 +62,7 @@ class VaultActor:
         return self._vault.num_holds == 0 and time.monotonic() - self._called_s > self._limits.idle_s
 
     def _watch(self) -> None:
-        """In a thread, as a vault that was made and never called has no other life."""
+        """Expire exports and end an idle vault, in a thread of its own: one that is never called has no other life."""
         while True:
             time.sleep(min(1.0, self._limits.idle_s / 4))
             self._vault.expire(time.monotonic())
@@ -75,10 +75,10 @@ RemoteVault = ray.remote(VaultActor)
 
 
 class RayVaults:
-    """See `transport.plasma.road.Vaults`. Belongs to one event loop, of a process that is connected to Ray."""
+    """`transport.plasma.road.Vaults` as Ray actors. Belongs to one event loop of a process that is connected to Ray."""
 
     def __init__(self, limits: VaultLimits = DEFAULT_LIMITS) -> None:
-        """`limits`: of the vaults that this process makes."""
+        """Use the vaults of all nodes; `limits` are those of the vaults that this process makes."""
         self.node_id: str = ray.get_runtime_context().get_node_id()
         self._limits = limits
         self._actors: dict[str, Any] = {}  # by node
@@ -86,7 +86,7 @@ class RayVaults:
     async def export(
         self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
     ) -> list[object]:
-        """Ask the node's vault, which is made if there is none.
+        """Have the vault of `node_id` read `segments` of its node's `region`; it is made if there is none.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds.
@@ -113,14 +113,14 @@ class RayVaults:
         raise TransferError(f"plasma: no vault on node {node_id}: {first_line(failure)}")
 
     async def segment(self, reference: object) -> Bytes:
-        """Wait until Ray has brought it to this node; TransferError when its vault has died."""
+        """Return a segment's bytes, once Ray has brought it to this node; TransferError when its vault has died."""
         try:
             return cast("Bytes", await cast("Any", reference))
         except ray.exceptions.RayError as error:
             raise TransferError(f"plasma: a segment was lost: {first_line(error)}") from None
 
     def release(self, node_id: str, export_id: bytes) -> None:
-        """One way: a vault that does not hear it lets go of it later."""
+        """Tell the vault to let go of an export, without waiting: one that does not hear it lets go later."""
         vault = self._actors.get(node_id)
         if vault is not None:
             vault.release.remote(export_id)

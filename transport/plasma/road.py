@@ -53,13 +53,13 @@ class Vaults(Protocol):
 
     @property
     def node_id(self) -> str:
-        """The node of this process."""
+        """Ray's id, in hex, of this process's node."""
         ...
 
     async def export(
         self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
     ) -> Sequence[object]:
-        """Have the node's vault read the ranges of its node's `region`; the answer refers to the segments.
+        """Have the vault of `node_id` read the ranges of its node's `region`; the answer refers to the segments.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds.
@@ -68,16 +68,16 @@ class Vaults(Protocol):
         ...
 
     async def segment(self, reference: object) -> Bytes:
-        """A segment's bytes, read-only, in this process; TransferError when it was lost."""
+        """Return a segment's bytes, read-only, in this process; TransferError when it was lost."""
         ...
 
     def release(self, node_id: str, export_id: bytes) -> None:
-        """The export is not wanted any more, whether it was answered or not. Never blocks."""
+        """Let go of an export, whether it was answered or not. Never blocks; unknown ids are ignored."""
         ...
 
 
 class _Piece(NamedTuple):
-    """What is copied as one; a copy is cut where a segment ends."""
+    """Bytes that are copied as one; a copy is cut where a segment ends."""
 
     position: int  #: of the copy
     source_offset: int
@@ -91,7 +91,7 @@ _Segment: TypeAlias = list[_Piece]
 
 @dataclass(eq=False, slots=True)
 class _Pull:
-    """One pull, as those see it who may stop it."""
+    """A pull under way, as `close` and `on_link_lost` stop it."""
 
     link: Link
     stall_s: float
@@ -99,7 +99,7 @@ class _Pull:
 
 
 class PlasmaTransport:
-    """See `transport.protocol.Transport`. A pull that was given up has stopped writing: it does its own copying."""
+    """The `Transport` of road "plasma". A pull that was given up has stopped writing: it does its own copying."""
 
     road = "plasma"
     is_one_sided = True
@@ -154,15 +154,15 @@ class PlasmaTransport:
             self._pulls.discard(pull)
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """Nothing is said over the channel."""
+        """Drop the message with a warning: the ends of this road say nothing over the link."""
         logger.warning("plasma: a message of %d bytes that nobody wanted", len(body))
 
     def on_link_lost(self, link: Link) -> None:
-        """End its pulls; nothing else is kept for a peer."""
+        """End the pulls over `link` with TransferError; nothing else is kept for a peer."""
         self._stop([pull for pull in self._pulls if pull.link is link], "the peer was lost")
 
     def carriers(self, link: Link) -> str:
-        """Ray."""
+        """Return "ray object store", whoever the peer is."""
         return "ray object store"
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class PlasmaTransport:
         return task.result()
 
     async def _in_thread(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call it there, and wait until it is over through any cancellation, which is then passed on."""
+        """Call `function` in a thread, and wait until it is over through any cancellation, which is then passed on."""
         call = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
         cancelled: asyncio.CancelledError | None = None
         while not call.done():
@@ -248,7 +248,7 @@ class PlasmaTransport:
 
 
 class _Export:
-    """One export, from the puller's side."""
+    """One export as the puller sees it."""
 
     def __init__(self, vaults: Vaults, handle: _Handle, segments: Sequence[_Segment]) -> None:
         self.segments = segments
@@ -258,14 +258,14 @@ class _Export:
         self._task: asyncio.Task[Sequence[object]] | None = None
 
     def begin(self) -> asyncio.Task[Sequence[object]]:
-        """Ask for it, if it was not asked for before; the answer refers to the segments."""
+        """Ask the vault for the export, if that was not done before; the answer refers to the segments."""
         if self._task is None:
             ranges = [[(piece.source_offset, piece.num_bytes) for piece in pieces] for pieces in self.segments]
             self._task = asyncio.get_running_loop().create_task(self._ask(ranges))
         return self._task
 
     def end(self) -> None:
-        """Nothing of it is wanted any more."""
+        """Release the export, and drop an answer that is still to come."""
         if self._task is not None:
             _discard(self._task)
             self._vaults.release(self._handle.node_id, self._id)
@@ -275,7 +275,7 @@ class _Export:
 
 
 def _planned(copies: Sequence[Copy]) -> list[list[_Segment]]:
-    """All bytes of the copies in order, as exports of segments; at least one export, perhaps of no segment."""
+    """Cut the copies, in order, into exports of segments; at least one export, perhaps of no segment."""
     exports: list[list[_Segment]] = [[]]
     room_bytes = 0
     for position, copy in enumerate(copies):
@@ -330,10 +330,10 @@ def _handle_of(source: RegionInfo) -> _Handle:
 
 
 def _discard(task: asyncio.Future[Any]) -> None:
-    """Be done with it, whatever comes of it."""
+    """Cancel a task, and look at its outcome, whatever it is."""
     task.cancel()
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def _tell_nobody(position: int) -> None:
-    """For those who do not want to know."""
+    """Stand in for an `on_arrived` that the caller did not give."""

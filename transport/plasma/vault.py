@@ -1,4 +1,4 @@
-"""What reads a node's regions for pullers elsewhere (`transport.plasma`), without Ray; and a stand-in for Ray's."""
+"""A vault reads its node's regions for pullers elsewhere (`transport.plasma.road`). No Ray here; and a fake of all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Vault:
     """Reads regions of its node on demand, and holds what it read until it is released. Blocks; any thread may call."""
 
     def __init__(self, put: Callable[[Bytes], object], limits: VaultLimits) -> None:
-        """`put` stores a segment for as long as what it returns lives."""
+        """Make a vault; `put` stores a segment for as long as what it returns lives."""
         self._put = put
         self._limits = limits
         self._holds: dict[bytes, _Hold] = {}
@@ -53,24 +53,24 @@ class Vault:
 
     @property
     def num_held_bytes(self) -> int:
-        """In all segments that were not released."""
+        """Bytes of all segments that were not released."""
         with self._changed:
             return self._num_held_bytes()
 
     @property
     def num_holds(self) -> int:
-        """Exports that were not released, expected ones too."""
+        """Number of exports that were not released, expected ones included."""
         return len(self._holds)
 
     def expect(self, export_id: bytes) -> None:
-        """An export will be made: from now on it can be released. Never blocks."""
+        """Announce an export, which can be released from now on. Never blocks."""
         with self._changed:
             self._holds[export_id] = _Hold(0, time.monotonic() + self._limits.hold_s)
 
     def export(self, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]) -> list[object]:
-        """Read the ranges of each segment from a region of this node; what refers to the segments.
+        """Read the ranges of each segment from a region of this node; return what refers to the segments.
 
-        An expected one, that is; what was released meanwhile is not read.
+        The export must have been announced by `expect`; one that was released meanwhile is not read.
 
         Raises:
             RegionError: the region cannot be read as described, or a range is out of bounds.
@@ -98,13 +98,13 @@ class Vault:
         return references
 
     def release(self, export_id: bytes) -> None:
-        """Forget an export; one that is not known is none to hold."""
+        """Forget an export and what it holds; unknown ids are ignored."""
         with self._changed:
             self._holds.pop(export_id, None)
             self._changed.notify_all()
 
     def expire(self, now_s: float) -> None:
-        """Forget what should have been released by now."""
+        """Forget the exports that should have been released by `now_s`."""
         with self._changed:
             for export_id in [export_id for export_id, hold in self._holds.items() if hold.ends_s <= now_s]:
                 del self._holds[export_id]
@@ -128,7 +128,7 @@ class Vault:
 
 
 def _checked_size(region: RegionInfo, segments: Sequence[Sequence[Range]]) -> int:
-    """Of all segments; RegionError unless they can be read."""
+    """Return the bytes of all segments; RegionError unless they can be read."""
     ranges = [range_ for segment in segments for range_ in segment]
     if len(ranges) > _MAX_RANGES:
         raise RegionError(f"plasma: {len(ranges)} ranges in one export, at most {_MAX_RANGES} wanted")
@@ -140,7 +140,7 @@ def _checked_size(region: RegionInfo, segments: Sequence[Sequence[Range]]) -> in
 
 
 class LocalVaults:
-    """The fake: vaults in this process. See `transport.plasma.road.Vaults`.
+    """The fake `transport.plasma.road.Vaults`: vaults in this process.
 
     `fail_after`, `stall_after`: the vault dies, or delivers nothing more, after so many segments; None: never.
     """
@@ -155,13 +155,13 @@ class LocalVaults:
     async def export(
         self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
     ) -> list[object]:
-        """As a vault does it."""
+        """Export from the vault that stands for `node_id`'s, which is made if there is none."""
         vault = self.vaults.setdefault(node_id, Vault(lambda segment: segment.copy(), self._limits))
         vault.expect(export_id)
         return await asyncio.to_thread(vault.export, export_id, region, segments)
 
     async def segment(self, reference: object) -> Bytes:
-        """The bytes, but for the fault that is due."""
+        """Return a segment's bytes, unless a fault is due."""
         await asyncio.sleep(0)
         if self.stall_after is not None:
             self.stall_after -= 1
@@ -176,7 +176,7 @@ class LocalVaults:
         return cast("Bytes", reference)
 
     def release(self, node_id: str, export_id: bytes) -> None:
-        """At once."""
+        """Release the export at once."""
         vault = self.vaults.get(node_id)
         if vault is not None:
             vault.release(export_id)

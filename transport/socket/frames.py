@@ -55,12 +55,12 @@ class SourceHandle(msgspec.Struct, frozen=True, array_like=True):
 
 
 def socket_key(secret: ClusterSecret) -> Key:
-    """What both sides' proofs are made with."""
+    """Derive the key that both sides' proofs are made with."""
     return blake3(b"kvray socket road 1", key=secret.key).digest()
 
 
 def proof_of(key: Key, role: bytes, instance: bytes, challenge: bytes, nonce: bytes) -> bytes:
-    """That `role` (b"puller" or b"source") knows the key; all but `role` are of fixed length."""
+    """Prove that `role` (b"puller" or b"source") knows the key; all arguments but `role` are of fixed length."""
     return blake3(role + instance + challenge + nonce, key=key).digest()
 
 
@@ -74,11 +74,11 @@ class Vectors:
         self._width = min(max(window_bytes // (mean_bytes or 1), 1), MAX_VECTORS)
 
     def window(self) -> list[memoryview]:
-        """What comes next; empty at the end."""
+        """Return the runs that come next; none at the end."""
         return self._views[self._next : self._next + self._width]
 
     def advance(self, num_bytes: int) -> None:
-        """The first `num_bytes` of the window are done."""
+        """Drop the first `num_bytes` of the window, which are done."""
         while self._next < len(self._views) and num_bytes >= len(self._views[self._next]):
             num_bytes -= len(self._views[self._next])
             self._next += 1
@@ -87,7 +87,7 @@ class Vectors:
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in the same order as (offset, length), without empty ones, neighbours as one."""
+    """Return the same bytes in the same order as (offset, length), without empty ones, neighbours as one."""
     merged: list[tuple[int, int]] = []
     for offset, length in ranges:
         if merged and sum(merged[-1]) == offset:
@@ -98,7 +98,7 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def read_exactly(connection: socket.socket, num_bytes: int, ends_s: float | None = None) -> bytes:
-    """Exactly so many bytes, by `ends_s` if given; ConnectionError if it closes before."""
+    """Read exactly `num_bytes`, by `ends_s` if given; ConnectionError if the connection closes before."""
     data = bytearray()
     while len(data) < num_bytes:
         if ends_s is not None:
@@ -111,7 +111,7 @@ def read_exactly(connection: socket.socket, num_bytes: int, ends_s: float | None
 
 
 def is_quiet(connection: socket.socket) -> bool:
-    """Whether a kept connection is still good: nothing has come, not even its end."""
+    """Tell whether a kept connection is still good: nothing has come, not even its end."""
     try:
         connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -122,12 +122,12 @@ def is_quiet(connection: socket.socket) -> bool:
 
 
 def timeval(seconds: float) -> bytes:
-    """For SO_RCVTIMEO and SO_SNDTIMEO."""
+    """Pack a time as SO_RCVTIMEO and SO_SNDTIMEO want it."""
     whole, fraction = divmod(min(max(seconds, 0.001), 1e6), 1)  # 0 would be for ever
     return struct.pack("@ll", int(whole), int(fraction * 1e6))
 
 
 def shut(connection: socket.socket) -> None:
-    """Wake whoever reads, writes or accepts there; they find it closed."""
+    """Wake the threads that read, write or accept there; they find the connection closed."""
     with suppress(OSError):  # it was, already
         connection.shutdown(socket.SHUT_RDWR)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class SocketTransport:
-    """See `transport.protocol.Transport`. A pull that was given up has stopped writing: its connection is closed."""
+    """The `Transport` of road "socket". A pull that was given up has stopped writing: its connection is closed."""
 
     road = "socket"
     is_one_sided = False
@@ -131,11 +131,11 @@ class SocketTransport:
             self._pulls.discard(pull)
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """Nothing is said over the channel."""
+        """Drop the message with a warning: the ends of this road say nothing over the link."""
         logger.warning("socket: a message of %d bytes that nobody wanted", len(body))
 
     def on_link_lost(self, link: Link) -> None:
-        """End its pulls, and the connection if no other link leads to the same process."""
+        """End the pulls over `link`, and the connection if no other link leads to the same process."""
         for pull in tuple(self._pulls):
             if pull.link is link:
                 pull.stop("the peer was lost")
@@ -146,7 +146,7 @@ class SocketTransport:
                     self._owners.pop(handle).close()
 
     def carriers(self, link: Link) -> str:
-        """Plain TCP."""
+        """Return "tcp", whoever the peer is."""
         return "tcp"
 
     def close(self) -> None:
@@ -186,7 +186,7 @@ class _Pull:
         self._future: Future[None] | None = None
 
     async def run(self) -> None:
-        """All of it: when this returns or raises, no thread works on it."""
+        """Carry the pull out: when this returns or raises, no thread works on it any more."""
         began_s = time.monotonic()
         self._future = self._owner.threads.submit(self._owner.carry_out, self)
         ended = asyncio.wrap_future(self._future)
@@ -211,7 +211,7 @@ class _Pull:
         ended.result()
 
     def stop(self, reason: str) -> None:
-        """Make it end; its thread does so at once."""
+        """Make the pull end with TransferError; its thread does so at once."""
         self._owner.interrupt(self, reason)
         if self._future is not None:
             self._future.cancel()  # if no thread has begun it
@@ -232,19 +232,19 @@ class _Owner:
         self.received_s = -float("inf")  #: when the last bytes came
 
     def interrupt(self, pull: _Pull, reason: str) -> None:
-        """Make `pull` end, whose turn it may be or not yet."""
+        """Make `pull` end, whether it is its turn already or not."""
         with self._lock:
             pull.stopped = pull.stopped or reason
             if self._current is pull and self._socket is not None:
                 shut(self._socket)
 
     def close(self) -> None:
-        """For when all its pulls were interrupted."""
+        """Close the connection and let the thread end; all pulls were interrupted before."""
         self.threads.submit(self._disconnect)
         self.threads.shutdown(wait=False)
 
     def carry_out(self, pull: _Pull) -> None:
-        """In the thread: all of `pull`. After anything but success or refusal the connection is closed."""
+        """Carry out all of `pull`, in the thread. After anything but success or refusal the connection is closed."""
         is_usable = False
         try:
             with self._lock:

@@ -1,4 +1,4 @@
-"""The listening side of `transport.socket`: proves itself, and sends what those ask for who did."""
+"""The listening side of `transport.socket`: proves itself, and sends ranges to pullers that proved themselves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class SocketSource:
-    """The listening side: a thread that accepts, and one for each connection."""
+    """Sends ranges of registered memory: a thread that accepts, and one for each connection."""
 
     def __init__(self, key: Key, listener: socket.socket, send_timeout_s: float) -> None:
         host, port = listener.getsockname()[:2]
@@ -142,7 +142,7 @@ class SocketSource:
         return True
 
     def _answer(self, connection: socket.socket) -> bool:
-        """One request; False when the puller has closed."""
+        """Answer one request; False when the puller has closed."""
         head = connection.recv(1)
         if not head:
             return False
@@ -172,10 +172,10 @@ class SocketSource:
 
 
 def listen(host: str, port_range: tuple[int, int] | None) -> socket.socket:
-    """A listening socket on `host`, on any free port or one within the range.
+    """Open a listening socket on `host`, on any free port or one within `port_range` (both ends included).
 
     Raises:
-        ConfigError: there is none, or it is not the address of a node.
+        ConfigError: no port of the range is free, or `host` is no address of this node.
     """
     first, last = port_range or (0, 0)
     if not 0 <= first <= last < 65536:

@@ -34,19 +34,19 @@ CLIENT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class TagInfo(ctypes.Structure):
-    """ucp_tag_recv_info_t."""
+    """UCX's ucp_tag_recv_info_t."""
 
     _fields_ = (("tag", ctypes.c_uint64), ("num_bytes", ctypes.c_size_t))
 
 
 class TransportEntry(ctypes.Structure):
-    """ucp_transport_entry_t."""
+    """UCX's ucp_transport_entry_t."""
 
     _fields_ = (("transport_name", ctypes.c_char_p), ("device_name", ctypes.c_char_p))
 
 
 class EndpointAttributes(ctypes.Structure):
-    """ucp_ep_attr_t."""
+    """UCX's ucp_ep_attr_t."""
 
     _fields_ = (
         ("field_mask", ctypes.c_uint64),
@@ -61,7 +61,7 @@ class EndpointAttributes(ctypes.Structure):
 
 
 class EndpointParameters(ctypes.Structure):
-    """ucp_ep_params_t."""
+    """UCX's ucp_ep_params_t."""
 
     _fields_ = (
         ("field_mask", ctypes.c_uint64),
@@ -81,7 +81,7 @@ class EndpointParameters(ctypes.Structure):
 
 
 class ListenerParameters(ctypes.Structure):
-    """ucp_listener_params_t."""
+    """UCX's ucp_listener_params_t."""
 
     _fields_ = (
         ("field_mask", ctypes.c_uint64),
@@ -95,13 +95,13 @@ class ListenerParameters(ctypes.Structure):
 
 
 class ConnRequestAttributes(ctypes.Structure):
-    """ucp_conn_request_attr_t."""
+    """UCX's ucp_conn_request_attr_t."""
 
     _fields_ = (("field_mask", ctypes.c_uint64), ("client_address", Storage), ("client_id", ctypes.c_uint64))
 
 
 def to_sockaddr(address: SocketAddress) -> ctypes.Array[ctypes.c_uint8]:
-    """The C form: struct sockaddr_in or sockaddr_in6."""
+    """Return the address in its C form, struct sockaddr_in or sockaddr_in6."""
     packed = ipaddress.ip_address(address[0]).packed
     family, padding = (socket.AF_INET, 8) if len(packed) == 4 else (socket.AF_INET6, 4)
     flow = b"" if len(packed) == 4 else bytes(4)
@@ -110,7 +110,7 @@ def to_sockaddr(address: SocketAddress) -> ctypes.Array[ctypes.c_uint8]:
 
 
 def from_sockaddr(storage: ctypes.Array[ctypes.c_uint8]) -> SocketAddress:
-    """The address, as Python has it, in a `sockaddr_storage` that `to_sockaddr` or UCX filled."""
+    """Return the address, as Python has it, in a `sockaddr_storage` that `to_sockaddr` or UCX filled."""
     raw = bytes(storage)
     (port,) = struct.unpack_from("!H", raw, 2)
     is_ipv4 = struct.unpack_from("=H", raw)[0] == socket.AF_INET
@@ -119,7 +119,7 @@ def from_sockaddr(storage: ctypes.Array[ctypes.c_uint8]) -> SocketAddress:
 
 @cache
 def ucp() -> ctypes.CDLL:
-    """UCX itself. By this name the library that ucxx has loaded is found."""
+    """Return UCX's own library (libucp), the one that ucxx has loaded."""
     library = ctypes.CDLL("libucp.so.0")
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     tag = ctypes.c_uint64
@@ -145,7 +145,7 @@ def ucp() -> ctypes.CDLL:
 
 @cache
 def quick() -> ctypes.PyDLL:
-    """For what neither blocks nor takes UCX's lock: giving up the interpreter for it would cost more than it does."""
+    """Return UCX's library for calls that neither block nor take its lock: these keep the GIL, which is cheaper."""
     library = ctypes.PyDLL("libucp.so.0")
     library.ucp_request_check_status.restype = Status
     library.ucp_request_check_status.argtypes = [ctypes.c_void_p]
@@ -154,7 +154,7 @@ def quick() -> ctypes.PyDLL:
 
 @cache
 def ucs() -> ctypes.CDLL:
-    """UCX's library of services, below libucp."""
+    """Return UCX's library of services (libucs), below libucp."""
     library = ctypes.CDLL("libucs.so.0")
     library.ucs_status_string.restype = ctypes.c_char_p
     library.ucs_status_string.argtypes = [Status]
@@ -162,6 +162,6 @@ def ucs() -> ctypes.CDLL:
 
 
 def status_text(status: int) -> str:
-    """UCX's words for it."""
+    """Return UCX's words for a status."""
     text: bytes = ucs().ucs_status_string(status)
     return text.decode()

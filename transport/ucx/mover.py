@@ -57,7 +57,7 @@ _EXIT_S = 5.0
 
 @dataclass(slots=True)
 class _Way:
-    """From a peer's region to here."""
+    """The way from a peer's region to here: the connection that its blocks come over."""
 
     number: int
     address: SocketAddress  #: of its listener
@@ -68,7 +68,7 @@ class _Way:
 
 @dataclass(slots=True)
 class _Guest:
-    """A peer that pulls from here, or will."""
+    """A peer that pulls from this process, or will."""
 
     number: int
     address: SocketAddress
@@ -78,7 +78,7 @@ class _Guest:
 
 @dataclass(slots=True, eq=False)
 class _LinkState:
-    """What UCX has for one link, both ways."""
+    """The connections that UCX has for one link, both ways."""
 
     link: Link
     loop: asyncio.AbstractEventLoop
@@ -89,7 +89,7 @@ class _LinkState:
 
 
 class Mover:
-    """See the module. Its public methods but for the first three are commands, for `post`; the rest is the thread's."""
+    """The ucx road's thread. Any thread may call `post`, `end` and `carriers`; the other methods go through `post`."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Mover:
         registered: Mapping[bytes, RegionMemory],
         prepare_thread: Callable[[], None] | None,
     ) -> None:
-        """`make_worker(on_arrival)`; a ConfigError of it is passed on."""
+        """Start the thread. `make_worker(on_arrival)` makes its UCX worker; a ConfigError of it is passed on."""
         self.num_unsettled = 0
         self.has_ended = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -118,23 +118,23 @@ class Mover:
         atexit.register(self.end)
 
     def post(self, command: Callable[..., None], *arguments: object) -> None:
-        """Let the thread call it. From any thread."""
+        """Let the road's thread call `command` with `arguments`. From any thread."""
         self._commands.put(partial(command, *arguments))
 
     def end(self) -> None:
-        """Close and wait for the thread, at the process's exit."""
+        """Close, and wait for the road's thread, at the process's exit."""
         self.post(self.close)
         self._thread.join(_EXIT_S)
 
     def carriers(self, link: Link) -> str:
-        """What UCX uses for that peer. From any thread."""
+        """Return UCX's transports to that peer; "" while there is no connection. From any thread."""
         state = self._states.get(link)
         return "" if state is None else state.carriers
 
     # ------------------------------------------------------------------------------------------------------- commands
 
     def begin(self, pull: Pull) -> None:
-        """Take it on."""
+        """Take on a pull, whose `tell` will be called once."""
         if self._is_closing:
             pull.tell(TransferError("ucx: the transport was closed"))
             return
@@ -148,7 +148,7 @@ class Mover:
             self._ask(state, state.way, pull)
 
     def cancel(self, pull: Pull) -> None:
-        """End it soon, as failed."""
+        """End a pull soon, as failed; one that is over is left alone."""
         state = next((state for state, each in self._pulls if each is pull), None)
         if state is None or pull.failure is not None:
             return
@@ -160,7 +160,7 @@ class Mover:
             pull.settle_by_s = time.monotonic() + (_GRACE_S if has_others else 0)
 
     def hear(self, loop: asyncio.AbstractEventLoop, link: Link, message: Body) -> None:
-        """The peer said something."""
+        """Handle a message that the peer's end of the road sent over `link`."""
         if self._is_closing:
             return
         state = self._state_of(link, loop)
@@ -187,14 +187,14 @@ class Mover:
                 assert_never(message)
 
     def lose(self, link: Link) -> None:
-        """The peer is gone."""
+        """Forget a peer that is gone: its pulls fail, its connections are closed."""
         state = self._states.pop(link, None)
         if state is not None:
             self._disconnect(state, "the peer was lost")
             self._drop_guest(state)
 
     def close(self) -> None:
-        """End everything."""
+        """Stop taking pulls, end those under way, close all connections, and let the thread end."""
         if not self._is_closing:
             self._close_by_s = time.monotonic() + _SETTLE_S
             for link in list(self._states):
@@ -425,6 +425,6 @@ _for_ever: list[Transfer] = []
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
-    """Let the event loop call it; a loop that is closed has nobody left who waits."""
+    """Let the event loop call `callback`; nothing happens where it is closed, for nobody waits there any more."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *arguments)

@@ -17,7 +17,7 @@ from transport.ucx.worker import Connection, Transfer, Worker
 
 
 class Pull:
-    """One pull. Made on the event loop, then the thread's."""
+    """One pull of the ucx road. Made on the event loop, then touched by the road's thread alone."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Pull:
         arrivals: Arrivals,
         tell: Callable[[TransferError | None], None],
     ) -> None:
-        """`tell` is called once, with the outcome, from the thread."""
+        """Make a pull; `tell` is called once, with the outcome, from the road's thread."""
         self.link = link
         self.source = source
         self.address = address  #: of its owner's listener
@@ -49,7 +49,7 @@ class Pull:
         self.has_ended = False
 
     def post(self, worker: Worker, connection: Connection, first_tag: int) -> None:
-        """Post the receives."""
+        """Post a receive for each message of the pull."""
         self.connection = connection
         self.first_tag = first_tag
         self.begun_s = time.monotonic()
@@ -61,7 +61,7 @@ class Pull:
             self.pending.append(Receive(message, buffer, transfer))
 
     def take_over(self, num_looked_at: int) -> list[Receive]:
-        """Those of the first `num_looked_at` receives that are over; they are pending no more."""
+        """Take those of the first `num_looked_at` receives that are over; they are pending no more."""
         over: list[Receive] = []
         still: list[Receive] = []
         for receive in self.pending[:num_looked_at]:
@@ -71,7 +71,7 @@ class Pull:
         return over
 
     def land(self, receive: Receive) -> None:
-        """A message has landed: bring gathered bytes to their places, and report."""
+        """Bring the bytes of a landed message to their places, if they were gathered, and report them."""
         copies = receive.message.copies
         if len(copies) > 1:
             scatter(cast(bytearray, receive.buffer), copies, self.target)
@@ -80,7 +80,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """One message of a pull, expected."""
+    """A message of a pull that is expected: the receive that was posted for it."""
 
     message: Message
     buffer: object
@@ -88,10 +88,10 @@ class Receive:
 
 
 class Arrivals:
-    """Which copies have landed whole."""
+    """Counts messages as they land, and reports each copy that has landed whole."""
 
     def __init__(self, num_copies: int, messages: Sequence[Message], on_arrived: Arrived | None) -> None:
-        """Reports those that have no bytes at once."""
+        """Report the copies that have no bytes at once."""
         self._on_arrived = on_arrived
         self._num_missing = [0] * num_copies  # messages
         for message in messages:
@@ -101,7 +101,7 @@ class Arrivals:
             self._report(position)
 
     def count(self, message: Message) -> None:
-        """A message has landed."""
+        """Count a message that has landed."""
         for position in message.positions:
             self._num_missing[position] -= 1
             self._report(position)
@@ -112,7 +112,7 @@ class Arrivals:
 
 
 def gather(memory: RegionMemory, ranges: Sequence[Range]) -> bytearray:
-    """Bytes of host memory, one range behind the other."""
+    """Copy ranges of host memory into one buffer, one behind the other."""
     return bytearray().join(cast(memoryview, memory.slice(*each)) for each in ranges)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class UcxTransport:
-    """See `transport.protocol.Transport`."""
+    """The `Transport` of road "ucx", for host and device memory. Belongs to one event loop; `Mover` is its thread."""
 
     road = "ucx"
     is_one_sided = False
@@ -64,7 +64,7 @@ class UcxTransport:
 
     @property
     def num_unsettled(self) -> int:
-        """Pulls that ended with an infinite quarantine: their targets are lost until the process restarts."""
+        """Number of pulls that ended with an infinite quarantine: their targets are lost until the process restarts."""
         return self._mover.num_unsettled
 
     def register(self, memory: RegionMemory) -> RegionInfo:
@@ -126,7 +126,7 @@ class UcxTransport:
             raise
 
     def on_message(self, link: Link, body: bytes) -> None:
-        """What the same road at the peer sent over the link; junk is logged and dropped."""
+        """Handle what the same road at the peer sent over the link; junk is logged and dropped."""
         try:
             message = decode(body)
         except msgspec.DecodeError as error:
@@ -140,11 +140,11 @@ class UcxTransport:
             link.send(self.road, encode(Refused(message.number, "the transport is closed", is_gone=True)))
 
     def on_link_lost(self, link: Link) -> None:
-        """The peer is gone: its pulls fail at once, the connections are closed."""
+        """Forget a peer that is gone: its pulls fail at once, the connections are closed."""
         self._mover.post(self._mover.lose, link)
 
     def carriers(self, link: Link) -> str:
-        """UCX's transports to that peer, e.g. "tcp" or "cuda_ipc,tcp"; "" before there is a connection."""
+        """Return UCX's transports to that peer, e.g. "tcp" or "cuda_ipc,tcp"; "" before there is a connection."""
         return self._mover.carriers(link)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def _set(ended: asyncio.Future[None], error: TransferError | None) -> None:
 
 
 async def _outcome(ended: asyncio.Future[None]) -> BaseException | None:
-    """Wait for it, through further cancellations: one is passed on in any case."""
+    """Wait for the pull's end, through further cancellations; return its error, None where it went well."""
     while not ended.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([ended])

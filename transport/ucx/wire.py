@@ -43,7 +43,7 @@ class Handle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """The client with this address is me. It takes the place of an earlier one."""
+    """The client with this address is the puller's. It takes the place of an earlier one."""
 
     number: int  #: chosen by the puller
     host: str
@@ -51,13 +51,13 @@ class Connect(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Connection `number` is made on my side, too."""
+    """Connection `number` is made on the source's side, too."""
 
     number: int
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """It will not be."""
+    """Connection `number` will not be made."""
 
     number: int
     reason: str
@@ -65,7 +65,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Connection `number` is closed on my side."""
+    """Connection `number` is closed on the puller's side."""
 
     number: int
 
@@ -98,7 +98,7 @@ decode = msgspec.msgpack.Decoder(Body).decode
 
 
 class Range(NamedTuple):
-    """Bytes of a region."""
+    """A run of bytes within a region."""
 
     offset: int
     num_bytes: int
@@ -113,14 +113,14 @@ class Message:
     num_bytes: int = 0
 
     def add(self, copy: Copy, positions: Sequence[int]) -> None:
-        """Let `copy` travel in it, too."""
+        """Let `copy` travel in this message, too."""
         self.copies.append(copy)
         self.positions.extend(positions)
         self.num_bytes += copy.num_bytes
 
 
 def plan(copies: Sequence[Copy], *, can_gather: bool) -> list[Message]:
-    """Messages that carry all bytes of `copies`, about in their order."""
+    """Plan the messages that carry all bytes of `copies`, about in their order."""
     messages: list[Message] = []
     gathered: Message | None = None
     for run in _merged(copies):
@@ -135,7 +135,7 @@ def plan(copies: Sequence[Copy], *, can_gather: bool) -> list[Message]:
 
 
 def _merged(copies: Sequence[Copy]) -> list[Message]:
-    """Messages of one copy each: neighbours that are neighbours on both sides are one, the large are several."""
+    """Plan messages of one copy each: what is adjacent on both sides is one, what is large is several."""
     runs: list[Message] = []
     for position, (source, target, num_bytes) in enumerate(copies):
         for done in range(0, num_bytes, MAX_MESSAGE_BYTES):
@@ -159,16 +159,16 @@ def _can_follow(copy: Copy, follower: Copy) -> bool:
 
 
 def pack_ranges(messages: Sequence[Message]) -> tuple[bytes, bytes]:
-    """`ranges` and `counts` of a PullRequest."""
+    """Pack `ranges` and `counts` of a PullRequest."""
     ranges = b"".join(_RANGE.pack(copy.source_offset, copy.num_bytes) for m in messages for copy in m.copies)
     return ranges, b"".join(_COUNT.pack(len(message.copies)) for message in messages)
 
 
 def unpack_ranges(request: PullRequest, num_bytes: int) -> list[list[Range]]:
-    """The ranges of each message, within a region of `num_bytes`.
+    """Return the ranges of each message of `request`, within a region of `num_bytes`.
 
     Raises:
-        ValueError: they make no sense, or lie outside.
+        ValueError: the ranges make no sense, or lie outside the region.
     """
     if len(request.ranges) % _RANGE.size or len(request.counts) % _COUNT.size:
         raise ValueError(f"{len(request.ranges)} bytes of ranges, {len(request.counts)} bytes of counts")

@@ -82,7 +82,7 @@ class Transfer:
     __slots__ = ("_buffer", "_request", "_status")
 
     def __init__(self, request: int | None, buffer: object = None) -> None:
-        """`request`: what an operation returned: null, a negative status, or a pointer."""
+        """Follow what an operation of UCX returned: null, a negative status, or a pointer to a request."""
         self._buffer = buffer
         self._request = request or 0
         self._status = 0
@@ -102,11 +102,11 @@ class Transfer:
 
     @property
     def error(self) -> str | None:
-        """What went wrong with a transfer that is over."""
+        """What went wrong with a transfer that is over; None where nothing did."""
         return status_text(self._status) if self._status else None
 
     def cancel(self, worker: int) -> None:
-        """End it, if it is a receive that nothing has matched yet."""
+        """End the transfer, if it is a receive that nothing has matched yet."""
         if self._request:
             ucp().ucp_request_cancel(worker, self._request)
 
@@ -121,7 +121,7 @@ class Connection:
 
     @property
     def error(self) -> str | None:
-        """Why it broke, once UCX found out; a peer that is stopped does not break it."""
+        """Why the connection broke, once UCX found out; None before. A peer that is stopped does not break it."""
         return "closed" if not self._endpoint else self._errors.get(self._number)
 
     def send(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
@@ -130,17 +130,17 @@ class Connection:
         return Transfer(ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, NO_PARAMETERS), owner)
 
     def local_address(self) -> SocketAddress:
-        """This end's, as the other end sees it.
+        """Return this end's address as the other end sees it.
 
         Raises:
-            UcxError: it is not known yet, or broken.
+            UcxError: the address is not known yet, or the connection is broken.
         """
         attributes = EndpointAttributes(field_mask=EP_LOCAL_SOCKADDR)
         _check(ucp().ucp_ep_query(self._endpoint, ctypes.byref(attributes)))
         return from_sockaddr(attributes.local_sockaddr)
 
     def carriers(self) -> str:
-        """The transports it uses, e.g. "tcp" or "cuda_ipc,tcp"; "" where UCX does not tell."""
+        """Return the transports that the connection uses, e.g. "tcp" or "cuda_ipc,tcp"; "" where UCX does not tell."""
         entries = (TransportEntry * _MAX_TRANSPORTS)()
         attributes = EndpointAttributes(
             field_mask=EP_TRANSPORTS,
@@ -246,7 +246,7 @@ class Worker:
 
     @property
     def arrived(self) -> set[SocketAddress]:
-        """Clients that have knocked and wait."""
+        """Addresses of the clients that have knocked and wait."""
         return set(self._arrived)
 
     def accept(self, address: SocketAddress) -> Connection:
@@ -277,7 +277,7 @@ class Worker:
         return Transfer(ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, NO_PARAMETERS), owner)
 
     def cancel(self, transfers: Sequence[Transfer]) -> None:
-        """End those that nothing has matched yet."""
+        """End those of `transfers` that nothing has matched yet."""
         for transfer in transfers:
             transfer.cancel(self._handle)
 
@@ -338,7 +338,7 @@ def _check(status: int) -> None:
 
 
 def _address_of(buffer: Any) -> tuple[object, int]:
-    """What keeps the buffer where it is, and where that is."""
+    """Return what keeps the buffer where it is, and its address."""
     interface = getattr(buffer, "__cuda_array_interface__", None)
     if interface is not None:
         return buffer, interface["data"][0]
@@ -357,7 +357,7 @@ def _libucxx() -> Any:
 
 
 def _tame() -> None:
-    """Undo what loading UCX does to a process. Its variables could, too, if they are set before it is loaded."""
+    """Undo what loading UCX does to a process (variables could, too, but only if set before it is loaded)."""
     library = ucs()
     level = ctypes.create_string_buffer(32)
     with contextlib.suppress(AttributeError):  # another version of UCX may lack the functions: then its ways stay
@@ -381,7 +381,7 @@ def _interface_of(host: str) -> str:
 
 
 def _free_ports(host: str, port_range: tuple[int, int], at_least: int) -> list[int]:
-    """Some free ports, in random order."""
+    """Return some free ports of the range, ten at most, in random order; ConfigError for fewer than `at_least`."""
     first, last = port_range
     if not 0 < first <= last < 65536:
         raise ConfigError(f"port range {first}-{last}: two ports in order wanted")
@@ -399,7 +399,7 @@ def _free_ports(host: str, port_range: tuple[int, int], at_least: int) -> list[i
 
 
 def _check_devices(info: str, devices: Sequence[str], transports: str) -> set[str]:
-    """The transports that UCX found. An unknown device is no error to it."""
+    """Return the transports that UCX found; ConfigError where a device gave none, which is no error to UCX."""
     seen = re.findall(r"resource \d+ .* (\S+)/(\S+)$", info, flags=re.MULTILINE)
     missing = [device for device in devices if device not in {name for _, name in seen}]
     if missing:
@@ -409,6 +409,6 @@ def _check_devices(info: str, devices: Sequence[str], transports: str) -> set[st
 
 
 def _listening(port_range: tuple[int, int]) -> set[SocketAddress]:
-    """This process's sockets within the range."""
+    """Return the addresses within the range that this process listens on."""
     sockets = [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     return {(address.ip, address.port) for address in sockets if port_range[0] <= address.port <= port_range[1]}

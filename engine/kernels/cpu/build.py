@@ -41,24 +41,24 @@ class BuildError(Exception):
 
 
 def native_target() -> str:
-    """The compiler's flag for all that this machine's CPU can do."""
+    """Return the compiler's flag for all that this machine's CPU can do."""
     return "-march=native" if platform.machine().lower() in {"x86_64", "amd64"} else "-mcpu=native"
 
 
 def compile_flags(target: str) -> list[str]:
-    """Flags for CPUs like `target`. Products are fused into sums only where the sources say so (see vec.h)."""
+    """Return flags for CPUs like `target`. Products are fused into sums only where the sources say so (see vec.h)."""
     warnings = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own intrinsics headers
     return ["-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", *warnings]
 
 
 def cache_directory() -> Path:
-    """Where builds are kept: `$XDG_CACHE_HOME/kvray/kernels`, by default below `~/.cache`."""
+    """Return where builds are kept: `$XDG_CACHE_HOME/kvray/kernels`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "kvray" / "kernels"
 
 
 def library_path() -> Path:
-    """The shared library for this machine, torch, Python and these sources, whether or not it was built."""
+    """Return the library's path for this machine, torch, Python and these sources, whether or not it was built."""
     return cache_directory() / _key() / f"{MODULE_NAME}.so"
 
 
@@ -72,7 +72,7 @@ def _key() -> str:
 
 
 def _cpu() -> list[str]:
-    """What a native build depends on: architecture, and the CPU's model and features where the kernel tells."""
+    """Return what a native build depends on: architecture, and the CPU's model and features where the kernel tells."""
     facts = [platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -129,7 +129,7 @@ def build() -> Path:
         The shared library.
 
     Raises:
-        BuildError: as `compile_library`.
+        BuildError: a tool is missing, or the compiler refused.
     """
     target = library_path()
     if target.exists():
@@ -143,7 +143,7 @@ def build() -> Path:
 
 
 def main() -> int:
-    """The command: build and say where."""
+    """Run the command: build, and print where the library lies. The exit code is 1 where it could not be built."""
     parser = argparse.ArgumentParser(prog="python -m engine.kernels.cpu.build", description=build.__doc__)
     parser.add_argument("--force", action="store_true", help="build again though the cache holds it")
     if parser.parse_args().force:

@@ -55,7 +55,7 @@ def use_huge_pages() -> int:
 
 
 def _large_mappings() -> Iterator[tuple[int, int]]:
-    """Addresses `[begin, end)` of private, writable, anonymous mappings."""
+    """Yield the addresses `[begin, end)` of large mappings that are private, writable and anonymous."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split()  # begin-end, permissions, offset, device, inode, name
         is_anonymous = len(fields) == 5 or fields[5] == "[heap]"

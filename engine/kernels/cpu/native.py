@@ -31,7 +31,7 @@ class NativeKernels:
         self.name = f"native-1-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
-        """Every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
+        """Take every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
         is_small = max(layer.spec.k_dim, layer.spec.v_dim) <= MAX_HEAD_SIZE
         return is_small and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
@@ -44,7 +44,7 @@ class NativeKernels:
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
     ) -> None:
-        """See AttentionKernels."""
+        """Implement `AttentionKernels.write_kv` in one parallel pass over the tokens."""
         self._module.write_kv(key, value, k_view, v_view, block_ids, offsets)
 
     def decode_attention(
@@ -63,7 +63,7 @@ class NativeKernels:
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """See AttentionKernels. Split every 512 keys; the heads of a group share each key and value read."""
+        """Implement `AttentionKernels.decode_attention`: split every 512 keys; a group's heads share what is read."""
         out: torch.Tensor = self._module.decode_attention(
             query,
             k_view,
@@ -93,7 +93,7 @@ class NativeKernels:
         sinks: torch.Tensor | None,
         chunk: int | None,
     ) -> torch.Tensor:
-        """See AttentionKernels. In bfloat16 the weights are rounded to bfloat16 before they meet the values."""
+        """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
         out: torch.Tensor = self._module.prefill_attention(
             query, k_view, v_view, block_table, kv_len, scaling, window or 0, softcap or 0.0, _float(sinks), chunk or 0
         )
@@ -102,7 +102,7 @@ class NativeKernels:
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool, rounds_first: bool
     ) -> torch.Tensor:
-        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
+        """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
 
         Args:
             x: `[..., n]`, contiguous.
@@ -124,22 +124,22 @@ class NativeKernels:
         adds_one: bool,
         rounds_first: bool,
     ) -> torch.Tensor:
-        """`rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
+        """Compute `rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
         out: torch.Tensor = self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first)
         return out
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
-        """`silu(gate) * up`, or with gelu's tanh form; overwrites and returns `gate`. Both `[..., n]`, contiguous."""
+        """Compute `silu(gate) * up`, or gelu's tanh form; overwrite and return `gate`. Both `[..., n]`, contiguous."""
         self._module.gate(gate, up, is_gelu)
         return gate
 
     def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        """Rotary embedding, in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
+        """Apply rotary embedding in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
 
         Args:
             rows: `[num_tokens, num_heads, head_dim]`, last dimension contiguous.
             cosine: `[num_tokens, r]` or `[1, num_tokens, r]`, contiguous, r at most head_dim; what is left stays.
-            sine: likewise.
+            sine: shaped as `cosine`.
         """
         self._module.rotate(rows, cosine, sine)
 
@@ -150,7 +150,7 @@ def _float(sinks: torch.Tensor | None) -> torch.Tensor | None:
 
 @functools.cache
 def load_kernels() -> NativeKernels | None:
-    """The kernels built for this machine by `python -m engine.kernels.cpu.build`.
+    """Load the kernels built for this machine by `python -m engine.kernels.cpu.build`.
 
     Never compiles. None, with one log line saying why, where they were not built or do not load.
     """
