@@ -115,12 +115,13 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_the_end(choose):
     assert choice.take("", finish_reason="length").text == "cd"
 
 
-def test_a_stop_string_may_be_completed_by_what_the_end_brings(choose):
+@pytest.mark.parametrize(("min_tokens", "ending"), [(1, ("", "stop", "a\ufffd")), (2, ("a\ufffd", "length", None))])
+def test_a_stop_string_may_be_completed_by_what_the_end_brings_which_is_no_token_more(choose, min_tokens, ending):
     """Half a character, which is known to be one only when nothing follows."""
-    choice = choose(stop=("a\ufffd",))
+    choice = choose(stop=("a\ufffd",), min_tokens=min_tokens)
     ids = choice.ids("aé")[:2]
     delta = choice.transcript.take(TokenChunk(request_id="r", token_ids=ids, finish_reason="length"))
-    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", "a\ufffd")
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ending
 
 
 def test_a_stop_string_counts_only_after_min_tokens_and_tokens_without_text_are_counted(choose, tokenizer):
