@@ -64,11 +64,11 @@ def test_replayed_tokens_go_with_the_decodes_behind_those_that_generate():
     bench.running("measured", 8)
     bench.cost.observe(bench.plan(), elapsed_s=1e-4)  # so that more than one chunk is tried beside decodes
     bench.ledger.end(bench.ledger.sequences["measured"])
-    moved = bench.running("moved", 4, generated=3)
+    moved = bench.running("moved", 4, generated=6)  # more is left of it than of the prompt
     bench.compute(moved, 4)
     bench.running("p", 4)
     bench.decoding("d", 3)
-    assert bench.spans() == [("d", "decode", 3, 4), ("moved", "decode", 4, 7), ("p", "prefill", 0, 4)]
+    assert bench.spans() == [("d", "decode", 3, 4), ("moved", "decode", 4, 10), ("p", "prefill", 0, 4)]
 
 
 def test_the_short_remainder_goes_first_however_long_the_prompt_was():
