@@ -20,13 +20,16 @@ demo: $(VENV)/.serving kernels ## start, hold a conversation of three turns, sho
 	@$(BIN)/kvray demo $(ARGS)
 
 # What only computes runs side by side, clusters and hosts one after the other. 5: ARGS select none of them.
-test: $(VENV)/.testing kernels ## everything that a machine without a GPU can run
-	@$(BIN)/python -m pytest -m "not alone" $(BESIDE) $(ARGS); beside=$$?; \
-	$(BIN)/python -m pytest -m alone $(ARGS); alone=$$?; \
+test: $(VENV)/.testing kernels ## one form of everything that a machine without a GPU can run
+	@$(BIN)/python -m pytest -m "not alone and not long" $(BESIDE) $(ARGS); beside=$$?; \
+	$(BIN)/python -m pytest -m "alone and not long" $(ARGS); alone=$$?; \
 	case $$beside,$$alone in 0,0|0,5|5,0) ;; *) exit 1;; esac
 
 test-fast: $(VENV)/.testing ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not alone" $(BESIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not alone and not long" $(BESIDE) $(ARGS)
+
+test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

@@ -47,7 +47,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprob] = []  #: one per token id where asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  #: on the first chunk where asked for; [0] is None
     sources: PromptSources | None = None  #: on the first chunk
-    stop_token_id: int | None = None  #: the stop token that ended it (also the last of token_ids)
+    stop_token_id: int | None = None  #: that ended it; also the last of token_ids, unless it came before a move
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None  #: with finish_reason "error"
 

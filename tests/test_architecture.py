@@ -63,6 +63,7 @@ def test_a_router_starts_without_torch_and_at_once():
     assert seconds < IMPORT_WITHIN_CPU_S
 
 
+@pytest.mark.slow
 def test_an_ingress_starts_without_torch():
     found = imported_by("import cluster.ingress")
     assert "fastapi" in found

@@ -142,7 +142,10 @@ def _compiled(grammar: Grammar) -> str:
             schema = _parsed(grammar)
             if not isinstance(schema, dict):
                 raise _refused(grammar, f"{_shown(schema)} is no JSON schema, wanted an object")
-            return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
+            try:
+                return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
+            except ValueError as error:  # Python's JSON has numbers that llguidance's has not
+                raise _refused(grammar, str(error)) from error
         case "json_object":
             return str(matcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS))
         case "choice":

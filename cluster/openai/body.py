@@ -23,9 +23,8 @@ _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 _VALUE_OF = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:\s*-?(?:"[^"]*)?\Z')  # a key whose value is being read
-_LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
+_WHOLE = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # escapes: \\, or a whole pair
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -121,10 +120,7 @@ def _wanted(reason: str) -> str:
 
 def _value_at(body: bytes, path: str) -> str:
     """Show the value at msgspec's `path`; through `[...]` (any item) the container is shown."""
-    try:
-        value: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:  # a number that no float holds
-        value = json.loads(body, parse_float=str, parse_int=str)
+    value = _whole_value(body)
     for index, name in _STEP.findall(path):
         try:
             if index == "...":
@@ -135,6 +131,23 @@ def _value_at(body: bytes, path: str) -> str:
     return shown(value)
 
 
+def _whole_value(body: bytes) -> Any:
+    """All of `body`, which was read only up to a field that will not do.
+
+    Raises:
+        RequestError: it is no JSON further on.
+    """
+    try:
+        try:
+            return msgspec.json.decode(body)
+        except msgspec.ValidationError:  # a number that no float holds
+            return json.loads(body, parse_float=str, parse_int=str)
+    except ValueError as error:
+        raise _broken(error, body) from None
+    except RecursionError:
+        raise nested_too_deeply() from None
+
+
 def _broken(error: Exception, body: bytes) -> RequestError:
     try:
         body.decode()
@@ -142,7 +155,7 @@ def _broken(error: Exception, body: bytes) -> RequestError:
         return RequestError("body: not UTF-8, want JSON in UTF-8", code="invalid_json")
     if not body.strip():
         return RequestError("body: empty, want a JSON object", code="invalid_json")
-    if _LONE_SURROGATE.search(body):
+    if _SURROGATE.search(_WHOLE.sub(b" ", body)):
         return RequestError("body: an escape is half of a surrogate pair, want whole characters", code="invalid_json")
     match = _BYTE.search(str(error))
     if match is None:

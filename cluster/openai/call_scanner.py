@@ -147,6 +147,7 @@ class CallScanner:
     def _end_string(self) -> None:
         try:
             text = json.loads("".join(self._value), strict=False)
+            text.encode()  # half a surrogate pair could not be sent on
         except ValueError as error:
             raise NotACallError(str(error)) from None
         if self._key is None:

@@ -35,7 +35,8 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob], num_top
 class CompletionLogprobList:
     """Builds a choice's four lists; text offsets run on from one piece to the next.
 
-    The chosen token is always among its `top_logprobs`, as in OpenAI's API.
+    The chosen token is always among its `top_logprobs`, as in OpenAI's API. Of several tokens with one text (parts of
+    characters) the chosen one is told, else the likeliest.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
@@ -64,8 +65,10 @@ class CompletionLogprobList:
                 result.top_logprobs.append(None)
                 continue
             result.token_logprobs.append(_finite(entry.logprob))
-            top = {self._tokenizer.token_text(i): _finite(logprob) for i, logprob in entry.top[: self._num_top]}
-            top.setdefault(text, _finite(entry.logprob))
+            top: dict[str, float] = {}
+            for top_id, logprob in entry.top[: self._num_top]:
+                top.setdefault(self._tokenizer.token_text(top_id), _finite(logprob))
+            top[text] = _finite(entry.logprob)
             result.top_logprobs.append(top)
         return result
 

@@ -78,7 +78,8 @@ class Transcript:
         hidden_ids = self._options.hidden_ids
         visible = [[] if token_id in hidden_ids else [token_id] for token_id in chunk.token_ids]
         stop_id = chunk.stop_token_id
-        if stop_id is not None and not (self._options.includes_stop and stop_id in self._options.stop_token_ids):
+        is_shown = self._options.includes_stop and stop_id in self._options.stop_token_ids
+        if stop_id is not None and visible and not is_shown:
             visible[-1] = []
         return visible
 

@@ -27,7 +27,12 @@ from tests.workers import CHANNEL, SECRET, engine_of, worker_options
 from text.tokenizer import Tokenizer
 from transport.secret import ClusterSecret
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(60),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 NUM_WORKERS = 3
 

@@ -43,6 +43,7 @@ def test_a_name_that_nobody_described_is_told_all_the_same():
     assert (family.name, family.documentation) == ("kvray_new", "Not described")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 async def test_everything_that_workers_and_the_router_count_is_described(tmp_path):
     model_dir = make_tiny_model(tmp_path)

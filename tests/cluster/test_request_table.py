@@ -804,4 +804,9 @@ class RequestTableMachine(RuleBasedStateMachine):
 
 
 TestRequestTableMachine = RequestTableMachine.TestCase
-TestRequestTableMachine.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestRequestTableMachine.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.long
+class TestRequestTableMachineAtLength(RequestTableMachine.TestCase):
+    settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

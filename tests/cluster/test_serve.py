@@ -232,8 +232,20 @@ def num_moved(served) -> float:
     return families["kvray_requests_moved"].samples[0].value
 
 
-@pytest.mark.parametrize("deployment", ["Prefill", "Router", "Decode", "Ingress"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("deployment", "number"),
+    [
+        *(
+            pytest.param(name, signal.SIGKILL, id=f"{name} killed")
+            for name in ("Prefill", "Router", "Decode", "Ingress")
+        ),
+        pytest.param("Decode", signal.SIGSTOP, id="Decode stopped"),
+        *(
+            pytest.param(name, signal.SIGSTOP, id=f"{name} stopped", marks=pytest.mark.long)
+            for name in ("Prefill", "Router", "Ingress")
+        ),
+    ],
+)
 async def test_a_replica_lost_under_load_costs_no_token_and_no_hang(served, client, reference, deployment, number):
     served.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
     asks = mixed_asks(60, seed=f"{deployment} {number.name}")

@@ -13,6 +13,8 @@ from cluster.status import fleet_status, status_table
 from messages.fleet import RoadStatus, Stats, WorkerInfo
 from tests.served import free_port, run_kvray
 
+pytestmark = pytest.mark.slow
+
 
 class FakeDispatcher:
     """A fleet of one decode worker, one prefill worker that does not answer, and maybe a router."""

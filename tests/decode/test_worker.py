@@ -16,7 +16,7 @@ from tests.workers import Steps, engine_of, running_pair, taken_in, until, worke
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
 from transport.protocol import Transport
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -390,6 +390,6 @@ class TestPoolMachine(PoolMachine.TestCase):
     settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestPoolMachineAtLength(PoolMachine.TestCase):
     settings = settings(max_examples=700, stateful_step_count=60, deadline=None)

@@ -184,7 +184,7 @@ class TestLeaseMachine(LeaseMachine.TestCase):
     settings = settings(max_examples=40, stateful_step_count=50, derandomize=True, **_SETTINGS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestLeaseMachineAtLength(LeaseMachine.TestCase):
     settings = settings(max_examples=200, stateful_step_count=80, **_SETTINGS)
 
@@ -248,6 +248,7 @@ def add_at_random(world: World, rng: random.Random) -> None:
     )
 
 
+@pytest.mark.slow
 def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     seen: Counter[str] = Counter()
     for seed in range(16):
@@ -267,7 +268,7 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     assert min(seen.values()) >= 5, f"the runs must meet everything that is counted: {seen}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_long_random_runs_end_clean() -> None:
     for seed in range(100, 200):
         drive_at_random(seed, 600).drain()

@@ -153,6 +153,7 @@ def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
         ("json_schema", "{", "is not JSON"),
         ("json_schema", "3", "wanted an object"),
         ("json_schema", '{"type": "objekt"}', "objekt"),
+        ("json_schema", '{"minimum": -100000000000000000000}', "-100000000000000000000"),
         ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "minimum"),
         ("json_schema", '{"$ref": "http://example.com/x"}', "example.com"),
         ("json_schema", '{"items":' * 100_000 + "{}" + "}" * 100_000, "nested too deep"),

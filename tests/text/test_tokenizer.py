@@ -130,6 +130,7 @@ def test_pieces_of_a_text_add_up_to_its_decoding(kind, text, cuts, skip):
     assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), cuts=st.lists(st.integers(1, 3), max_size=4), skip=st.booleans())

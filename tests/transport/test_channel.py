@@ -184,6 +184,7 @@ async def test_nobody_listening_is_lost_within_the_deadline(opened):
     assert not client.channel.send(Subscribe())
 
 
+@pytest.mark.slow
 async def test_lost_client_does_not_knock_again(opened):
     server = opened(Server())
     client = opened(Client(server.channel.address))
@@ -210,6 +211,7 @@ async def test_clients_that_leave_together_are_all_noticed_and_the_others_kept(o
     assert (await clients[30].ask("still here")).query_id == "still here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["", "tcp://", "nonsense", "tcp://host.invalid:99999"])
 async def test_address_that_is_none_is_lost_not_raised(opened, address):
     client = opened(Client(address))
@@ -272,6 +274,7 @@ async def test_peer_that_does_not_read_is_dropped_not_waited_for(opened):
     assert not server.channel.send(peer, stats("b"))
 
 
+@pytest.mark.slow
 async def test_own_pause_is_not_blamed_on_the_peers(opened):
     server = opened(Server())
     client = opened(Client(server.channel.address))
@@ -375,6 +378,7 @@ async def test_stopped_server_is_noticed_by_its_silence(opened, spawn):
     await asyncio.wait_for(client.lost, 3)
 
 
+@pytest.mark.slow
 async def test_stopped_client_is_noticed_by_its_silence(opened, spawn):
     server = opened(Server(config=ChannelConfig(heartbeat_s=0.25, lost_after_s=1.0)))
     process = spawn(CLIENT_PROCESS, server.channel.address)
@@ -384,6 +388,7 @@ async def test_stopped_client_is_noticed_by_its_silence(opened, spawn):
     assert server.channel.peers == ()
 
 
+@pytest.mark.slow
 async def test_stopped_server_does_not_hang_a_new_client(opened, spawn):
     process = spawn(SERVER_PROCESS)
     address = process.stdout.readline().strip()

@@ -98,6 +98,7 @@ async def nothing_more_lands(target):
 # ------------------------------------------------------------------------------------------------------------ the bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 1000, 4096, 100_000])
 async def test_scattered_copies_arrive_exactly_and_are_told_once(owner, puller, vaults, link, source, target, size):
     places = list(range(0, SIZE - size, size + 7))
@@ -275,6 +276,7 @@ async def test_a_vault_that_stalls_fails_the_pull_in_time(owner, puller, vaults,
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+@pytest.mark.slow
 async def test_a_cancelled_pull_has_stopped_when_it_is_over(owner, puller, vaults, link, source, target):
     region = owner.register(source)
     num_cancelled = 0

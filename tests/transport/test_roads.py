@@ -95,6 +95,7 @@ async def test_when_the_road_fails_the_other_one_brings_the_bytes(setting):
     assert setting.puller.stats()[f'kvray_transfers_failed_total{{road="{first}"}}'] == 1
 
 
+@pytest.mark.slow
 async def test_a_road_that_failed_comes_back_after_a_probe(setting):
     setting.learn("a")
     await setting.pull()
@@ -201,6 +202,7 @@ async def test_a_region_of_a_road_nobody_knows_is_ignored(setting):
     assert await setting.pull() in ("a", "b")
 
 
+@pytest.mark.slow
 async def test_it_is_known_whether_a_pull_has_a_road(setting):
     assert setting.puller.can_pull(setting.link), "nothing speaks against it yet"
     setting.pullers["a"].faults.append(Fail())

@@ -127,12 +127,14 @@ def source():
     memory.close()
 
 
+@pytest.mark.slow
 async def test_a_pull_that_sticks_has_stopped_writing_when_it_returns(shm, source, target, stuck_copies, link):
     with pytest.raises(TransferError, match="given up"):
         await shm.pull(link, shm.register(source), [Copy(0, 0, 64 << 20)], target, stall_s=0.1)
     await _assert_nothing_more_lands(target)
 
 
+@pytest.mark.slow
 async def test_a_slow_pull_that_goes_on_is_not_given_up(shm, source, target, slow_copies, link):
     await shm.pull(link, shm.register(source), [Copy(0, 0, 32 << 20)], target, stall_s=0.6)
     assert bytes(target.view[: 32 << 20]).count(0xFF) == 32 << 20

@@ -27,6 +27,8 @@ from transport.ucx import mover, wire
 from transport.ucx.road import UcxTransport
 from transport.ucx.worker import Worker
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 SMALL = 16 * MIB
 LARGE = 192 * MIB  #: takes 0.15 s or more: something can happen meanwhile

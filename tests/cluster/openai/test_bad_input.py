@@ -374,6 +374,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from([CHAT, TEXT, "/tokenize", "/detokenize"]), data=st.data())
 def test_no_json_whatsoever_is_a_500(server, path, data):

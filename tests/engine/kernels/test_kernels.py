@@ -164,6 +164,7 @@ def test_decode_and_prefill_equal_plain_attention_for_every_head_shape(kernels, 
     assert_near(case.decode(kernels, lens), want[[n - 1 for n in lens]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_decode_and_prefill_equal_plain_attention_under_every_option(kernels, dtype, name):
@@ -340,7 +341,9 @@ def test_without_a_build_there_are_no_kernels_and_one_log_line(tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86-64")
-@pytest.mark.parametrize(("target", "vector_floats"), [("x86-64-v3", 8), ("x86-64", 4)])
+@pytest.mark.parametrize(
+    ("target", "vector_floats"), [("x86-64-v3", 8), pytest.param("x86-64", 4, marks=pytest.mark.long)]
+)
 def test_the_twins_for_lesser_machines_pass_all_of_the_above(kernels, tmp_path, target, vector_floats):
     script = f"""
 import pathlib, sys
@@ -353,7 +356,7 @@ assert import_library(library_path()).vector_floats == {vector_floats}
     root = Path(__file__).parents[3]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=root)
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "not without_a_build", __file__]
+    tests = [sys.executable, "-m", "pytest", "-q", "-k", "not without_a_build and not twins", __file__]
     done = subprocess.run(tests, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout

@@ -126,7 +126,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "vaultgemma": ("vaultgemma", {"sliding_window": 12, "query_pre_attn_scalar": 16}),
     "solar_open": ("solar_open", {**MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}),
 }
-FAST = {"llama", "gemma2, soft caps", "deepseek_v3, MLA", "gpt_oss, sinks", "llama4_text, chunks"}
+DEMANDING = {"llama", "gemma2, soft caps", "deepseek_v3, MLA", "gpt_oss, sinks", "llama4_text, chunks"}
 
 #: family: (entries of its configuration, words of the reason)
 REFUSED: dict[str, tuple[dict, str]] = {
@@ -166,10 +166,10 @@ def _generate(directory, prompts):
     ]
 
 
-#: Every family with what load_model chooses; the fast ones, which ask the most of attention, in plain torch too.
+#: Every family with what load_model chooses; those that ask the most of attention in plain torch too.
 CASES = [
-    *(pytest.param(name, True, marks=() if name in FAST else pytest.mark.slow, id=name) for name in FAMILIES),
-    *(pytest.param(name, False, id=f"{name}, plain torch") for name in sorted(FAST)),
+    *(pytest.param(name, True, marks=() if name == "llama" else pytest.mark.slow, id=name) for name in FAMILIES),
+    *(pytest.param(name, False, id=f"{name}, plain torch", marks=pytest.mark.slow) for name in sorted(DEMANDING)),
 ]
 
 

@@ -125,6 +125,7 @@ shapes = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(shapes, all_params, tokens, st.data())
 def test_the_sampler_does_what_the_formula_says(shape, params, token_ids, data):
@@ -139,6 +140,7 @@ def test_the_sampler_does_what_the_formula_says(shape, params, token_ids, data):
     assert outcome.token_id == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(shapes, all_params, st.integers(1, 300), st.data())
 def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params, num_candidates, data):
@@ -196,6 +198,7 @@ def mixed_rows(count: int) -> list[SamplingRow]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [1_003, 40_001])
 @pytest.mark.parametrize("grain", [0.0, 0.125])
 def test_a_row_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(vocab_size, grain):

@@ -202,7 +202,7 @@ class TestSchedulerMachine(SchedulerMachine.TestCase):
     settings = settings(max_examples=30, stateful_step_count=40, derandomize=True, **_SETTINGS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestSchedulerMachineAtLength(SchedulerMachine.TestCase):
     settings = settings(max_examples=500, stateful_step_count=80, **_SETTINGS)
 
@@ -269,6 +269,7 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
         worker.add(spec)
 
 
+@pytest.mark.slow
 def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     seen: dict[str, int] = {}
     num_evicted = num_hits = num_quarantined = 0
@@ -285,7 +286,7 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     assert num_quarantined > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_long_random_runs_lose_nothing() -> None:
     for seed in range(100, 200):
         drive_at_random(seed, 600).drain()

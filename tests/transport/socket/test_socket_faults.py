@@ -22,6 +22,8 @@ from tests.transport.socket_peers import (
 from transport.protocol import Copy, Link, TransferError
 from transport.socket.frames import REPLY
 
+pytestmark = pytest.mark.slow
+
 
 async def test_a_payload_cut_short_is_a_failed_pull(fake, puller, link, source, target):
     def answer(connection, pull_id, num_bytes):

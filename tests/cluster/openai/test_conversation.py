@@ -1,0 +1,187 @@
+"""Messages and tools as a chat template sees them, and what is refused before it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from cluster.openai.conversation import rendered, template_tools, tool_format
+from cluster.openai.protocol import (
+    CalledFunction,
+    ChatMessage,
+    ContentPart,
+    FunctionSpec,
+    PastToolCall,
+    TokenizeRequest,
+    Tool,
+)
+from messages.errors import RequestError
+from text.chat_template import ChatTemplate
+from text.tokenizer import Tokenizer
+
+USER = ChatMessage("user", "Hi")
+ALL_IT_IS_GIVEN = "{{ [messages, tools, add_generation_prompt, extra] | tojson }}"
+
+
+@pytest.fixture
+def speaking(tokenizer: Tokenizer) -> Callable[[str], Tokenizer]:
+    """The tokenizer with another chat template."""
+    special = tokenizer.special_tokens
+    return lambda template: Tokenizer(tokenizer.backend, special, {"default": ChatTemplate(template, special)})
+
+
+@pytest.fixture
+def seen(speaking):
+    """What the template is given of messages and fields."""
+
+    def see(*messages: ChatMessage, tools: list | None = None, **fields: object) -> list:
+        fields = {"chat_template_kwargs": {"extra": None}, **fields}
+        return json.loads(
+            rendered(speaking(ALL_IT_IS_GIVEN), messages, TokenizeRequest(**fields), tools)  # type: ignore[arg-type]
+        )
+
+    return see
+
+
+def refusal(call: Callable[[], object]) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        call()
+    return caught.value
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def test_only_what_a_message_has_is_in_it_and_developers_are_the_system(seen):
+    [messages, *_] = seen(
+        ChatMessage("developer", "Be brief"),
+        ChatMessage("user", "Hi", name="Ann"),
+        ChatMessage("assistant", "Yes", reasoning_content="Hm"),
+        ChatMessage("tool", "3", tool_call_id="c1"),
+    )
+    assert messages[0] == {"role": "system", "content": "Be brief"}
+    assert messages[1] == {"role": "user", "content": "Hi", "name": "Ann"}
+    assert messages[2]["reasoning_content"] == "Hm"
+    assert messages[3] == {"role": "tool", "content": "3", "tool_call_id": "c1"}
+
+
+def test_parts_of_text_stay_parts_for_a_template_that_reads_them(speaking):
+    parts = "{% for p in m.content %}{{ p.text }}{{ '' if loop.last else '|' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}PARTS{% endif %}{% endfor %}"
+    )
+    message = ChatMessage("user", [ContentPart("text", "a"), ContentPart("text", "b")])
+    assert rendered(speaking(template.replace("PARTS", parts)), [message], TokenizeRequest(), None) == "a|b"
+
+
+def test_an_assistant_may_say_nothing_and_nobody_else(seen):
+    call = PastToolCall(CalledFunction("f", '{"a": 1}'), id="c1")
+    [messages, *_] = seen(USER, ChatMessage("assistant", tool_calls=[call]), ChatMessage("assistant"))
+    assert messages[1]["content"] == messages[2]["content"] == ""
+    assert "tool_calls" not in messages[2]
+    error = refusal(lambda: seen(USER, ChatMessage("tool")))
+    assert (error.param, error.code) == ("messages[1].content", "missing_required_field")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), (None, {}), ("", {}), ({}, {})]
+)
+def test_past_calls_have_arguments_that_a_template_can_index(seen, arguments, shown):
+    call = PastToolCall(CalledFunction("f", arguments), id="c1", type="whatever")
+    [messages, *_] = seen(USER, ChatMessage("assistant", tool_calls=[call]))
+    assert messages[1]["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": shown}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "param", "words"),
+    [
+        ([ContentPart("text", "a"), ContentPart("image_url")], "messages[1].content[1].type", "no images"),
+        ([ContentPart("text")], "messages[1].content[0].text", "missing"),
+    ],
+)
+def test_a_part_that_is_no_text_is_named_by_its_place(seen, parts, param, words):
+    error = refusal(lambda: seen(USER, ChatMessage("user", parts)))
+    assert error.param == param
+    assert words in error.message
+
+
+def test_a_conversation_has_a_message(seen):
+    assert refusal(seen).param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("fields", "opens"),
+    [
+        ({}, True),
+        ({"add_generation_prompt": True}, True),
+        ({"add_generation_prompt": False}, False),
+        ({"continue_final_message": False}, True),
+    ],
+)
+def test_the_assistants_turn_is_begun_unless_the_request_says_otherwise(seen, fields, opens):
+    assert seen(USER, **fields)[2] is opens
+
+
+def test_a_message_that_is_continued_opens_no_other_turn(speaking):
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<new>{% endif %}"
+    messages = [USER, ChatMessage("assistant", "I am")]
+    fields = TokenizeRequest(continue_final_message=True)
+    assert rendered(speaking(template), messages, fields, None) == "<user>Hi</><assistant>I am"
+
+
+def test_tools_and_variables_of_the_client_reach_the_template(seen):
+    tools = template_tools([Tool(FunctionSpec("f"))])
+    assert seen(USER, tools=tools, chat_template_kwargs={"extra": [1]})[1::2] == [tools, [1]]
+
+
+# --------------------------------------------------------------------------------------------------------------- tools
+
+
+def test_what_a_client_leaves_out_of_a_tool_stays_out():
+    schema = {"type": "object"}
+    assert template_tools([Tool(FunctionSpec("f")), Tool(FunctionSpec("g", "", schema, strict=False))]) == [
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "function", "function": {"name": "g", "description": "", "parameters": schema, "strict": False}},
+    ]
+    assert template_tools([]) == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "param"),
+    [
+        (Tool(FunctionSpec("g"), type="retrieval"), "tools[1].type"),
+        (Tool(FunctionSpec("f", "another")), "tools[1].function.name"),
+    ],
+)
+def test_a_tool_that_is_no_function_or_whose_name_is_taken_is_named(tool, param):
+    assert refusal(lambda: template_tools([Tool(FunctionSpec("f")), tool])).param == param
+
+
+ONE_CALL = "{% for m in messages %}{% for c in m.tool_calls or [] %}CALL{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ('<tool_call>{"name": "{{ c.function.name }}", "arguments": {}}</tool_call>', "hermes"),
+        ('{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}', "llama3"),
+        ('[TOOL_CALLS] [{"name": "{{ c.function.name }}"}]', "mistral"),
+        ("{{ c.function.name }}", None),
+        ("{{ raise_exception('no tools') }}", None),
+    ],
+)
+def test_how_a_model_writes_calls_is_seen_from_how_its_template_shows_them(speaking, call, kind):
+    assert tool_format(speaking(ONE_CALL.replace("CALL", call))) == kind
+
+
+def test_a_template_that_shows_only_the_tools_shows_no_way_to_call_them(speaking):
+    assert tool_format(speaking("{{ tools | tojson }}{{ messages[0].content }}")) is None
+
+
+def test_a_model_without_a_template_writes_no_calls(tokenizer):
+    assert tool_format(Tokenizer(tokenizer.backend)) is None

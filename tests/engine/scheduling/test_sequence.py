@@ -1,0 +1,133 @@
+"""A sequence's counts and names: which blocks may be reused, which tokens are left, who is sooner."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.scheduling.plan import SequenceSpec
+from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from kvcache.names import BlockNamer, block_names, pack_tokens, split_names
+from messages.request import SamplingParams
+
+
+def sequence(
+    num_prompt: int, num_generated: int = 0, *, order: int = 0, prompt_logprobs: int | None = None, **fields: object
+) -> Sequence:
+    spec = SequenceSpec(
+        seq_id="s",
+        token_ids=list(range(num_prompt + num_generated)),
+        num_prompt_tokens=num_prompt,
+        params=SamplingParams(max_tokens=9, prompt_logprobs=prompt_logprobs),
+        **fields,  # type: ignore[arg-type]
+    )
+    return Sequence(spec, order=order, namer=BlockNamer(b"model", b"", 4), block_size=4)
+
+
+def names(num_tokens: int) -> list[bytes]:
+    return split_names(block_names(b"model", b"", pack_tokens(range(num_tokens)), 4))
+
+
+def test_it_begins_waiting_with_nothing_computed_and_its_full_blocks_named():
+    seq = sequence(11)
+    assert (seq.phase, seq.num_computed, seq.block_table, seq.slot) == (Phase.WAITING, 0, [], None)
+    assert seq.names == names(11)
+    assert len(seq.names) == 2
+
+
+def test_a_block_has_one_name_whether_its_tokens_were_given_or_generated_at_once_or_one_by_one():
+    seq = sequence(6)
+    for token_id in range(6, 13):
+        seq.token_ids.append(token_id)
+        seq.extend_names()
+        assert seq.names == names(seq.num_tokens)
+    assert seq.names == sequence(13).names == sequence(2, 11).names
+
+
+def test_the_tokens_that_were_handed_over_stay_as_they_are():
+    seq = sequence(5)
+    seq.token_ids.append(99)
+    assert seq.spec.token_ids == list(range(5))
+    assert (seq.num_tokens, seq.num_output_tokens) == (6, 1)
+
+
+@pytest.mark.parametrize(("num_tokens", "blocks"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
+def test_reuse_leaves_a_token_to_compute(num_tokens, blocks):
+    assert sequence(num_tokens).max_match_blocks == blocks
+    assert sequence(1, num_tokens - 1).max_match_blocks == blocks
+    assert sequence(num_tokens, prompt_logprobs=0).max_match_blocks == 0, "logprobs want every token's logits"
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "num_generated", "num_computed", "is_decoding"),
+    [
+        (5, 0, 4, False),  # the prompt's last token is prefill
+        (5, 1, 4, False),
+        (5, 1, 5, True),
+        (5, 2, 5, False),  # the first generated token is replayed before
+        (5, 2, 6, True),
+        (1, 1, 1, True),
+    ],
+)
+def test_it_decodes_when_only_its_last_generated_tokens_kv_is_missing(
+    num_prompt, num_generated, num_computed, is_decoding
+):
+    seq = sequence(num_prompt, num_generated)
+    seq.num_computed = num_computed
+    assert seq.is_decoding is is_decoding
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_generated", "wants_logprobs", "wants_remote"),
+    [
+        ({}, 0, False, False),
+        ({"remote_s": 0.0}, 0, False, True),
+        ({"prompt_logprobs": 0}, 0, True, False),
+        ({"prompt_logprobs": 0, "remote_s": 0.0}, 0, True, False),  # nobody else's logits are here
+        ({"prompt_logprobs": 0, "remote_s": 0.0}, 1, False, True),  # it moved: they were told already
+    ],
+)
+def test_what_it_wants_follows_from_what_was_asked_and_whether_it_moved(
+    fields, num_generated, wants_logprobs, wants_remote
+):
+    seq = sequence(8, num_generated, **fields)
+    assert (seq.wants_prompt_logprobs, seq.wants_remote) == (wants_logprobs, wants_remote)
+
+
+def test_priority_comes_before_arrival():
+    late_urgent, early, late = sequence(1, order=2, priority=-1), sequence(1, order=0), sequence(1, order=1)
+    assert sorted([late, early, late_urgent], key=lambda seq: seq.seniority) == [late_urgent, early, late]
+
+
+def test_blocks_are_counted_whole_and_never_below_none():
+    seq = sequence(5)
+    assert [seq.num_blocks_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+    assert seq.num_lacking_blocks == 2
+    seq.block_table = [3]
+    assert seq.num_lacking_blocks == 1
+    seq.block_table = [3, 4, 5]
+    assert seq.num_lacking_blocks == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- pulls
+
+
+def test_the_first_missing_block_is_the_first_gap_after_what_was_held():
+    pull = RemotePull(first_index=2, deadline_s=0.0)
+    assert [pull.first_missing(n) for n in (2, 5)] == [2, 2]
+    pull.arrived |= {2, 4}
+    assert pull.first_missing(5) == 3
+    pull.arrived.add(3)
+    assert [pull.first_missing(n) for n in (4, 5, 6)] == [4, 5, 5]
+    assert pull.first_missing(0) == 0
+
+
+def test_a_pull_is_over_when_the_last_offer_came_and_nothing_of_it_is_left():
+    pull = RemotePull(first_index=0, deadline_s=0.0)
+    assert not pull.is_over
+    pull.has_last_offer = True
+    assert pull.is_over
+    for blocks in (pull.offered, pull.open):
+        blocks[0] = None  # type: ignore[assignment]
+        assert not pull.is_over
+        blocks.clear()
+    assert pull.is_over
