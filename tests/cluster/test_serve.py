@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(600), pytest.mark.usefixtur
 NUM_PREFILL = NUM_DECODE = 2
 MAX_MODEL_LEN = 4352
 WHOLE_AGAIN_S = 15.0
+DEPLOYMENTS = ("Prefill", "Router", "Decode", "Ingress")
 LOAD = 12  #: requests at a time while something is lost
 
 
@@ -242,7 +243,8 @@ def num_moved(served) -> float:
         pytest.param("Decode", signal.SIGSTOP, id="Decode stopped"),
         *(
             pytest.param(name, signal.SIGSTOP, id=f"{name} stopped", marks=pytest.mark.long)
-            for name in ("Prefill", "Router", "Ingress")
+            for name in DEPLOYMENTS
+            if name != "Decode"
         ),
     ],
 )
