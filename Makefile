@@ -26,7 +26,7 @@ test: $(VENV)/.testing kernels ## one form of everything that a machine without 
 	case $$beside,$$alone in 0,0|0,5|5,0) ;; *) exit 1;; esac
 
 test-fast: $(VENV)/.testing ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not alone and not long" $(BESIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not alone and not long" $(BESIDE) --dist worksteal $(ARGS)
 
 test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
 	$(BIN)/python -m pytest -m long $(ARGS)
