@@ -415,7 +415,7 @@ def forget_the_pull_of_who_left(book: StreamBook, stopped: PullStopped, now_s: f
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:
     monkeypatch.setattr(owner, name, wrong)
     enough = settings(
-        max_examples=300, stateful_step_count=50, derandomize=True, phases=[Phase.generate], database=None, **_SETTINGS
+        max_examples=2000, stateful_step_count=50, derandomize=True, phases=[Phase.generate], database=None, **_SETTINGS
     )
     with pytest.raises((AssertionError, InvariantError)):
         run_state_machine_as_test(LeaseMachine, settings=enough)
