@@ -91,7 +91,7 @@ async def main():
         link = linked(puller, owner)
         task = asyncio.create_task(puller.pull(link, region, copies, target, 5))
         await asyncio.sleep(random.choice([0.01, 0.02, 0.04]))
-        ends = [(puller, link), (owner, next(iter(owner._mover._peers)))]
+        ends = [(puller, link), (owner, next(iter(owner._mover._states)))]
         for transport, end in random.sample(ends, 2):
             transport.on_link_lost(end)
         await asyncio.gather(task, return_exceptions=True)
