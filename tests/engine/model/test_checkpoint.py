@@ -141,7 +141,7 @@ def test_a_tensor_that_is_not_described_makes_its_file_corrupt(tmp_path, entry):
 
 
 def test_the_dtype_of_most_bytes_is_the_stored_one_over_all_files(tmp_path):
-    few = write(tmp_path / "a", header_of(norm=("F32", 0, 12), gate=("I64", 12, 20)), 20)
+    few = write(tmp_path / "a", header_of(norm=("F32", 0, 6), gate=("F32", 6, 12), ids=("I64", 12, 20)), 20)
     many = write(
         tmp_path / "b", {"__metadata__": {"format": "pt"}, **header_of(x=("BF16", 0, 8), y=("BF16", 8, 14))}, 14
     )
