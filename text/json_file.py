@@ -23,6 +23,8 @@ def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid JSON: nested too deeply") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
     return value

@@ -1,7 +1,7 @@
 """What attention kernels do: the one interface that `engine.kernels.reference`, `cpu` and whatever comes implement.
 
-A kernel's reduction order may depend on the sequence's own length and position only, never on the rest of the batch:
-the same token computed twice then gives the same bits.
+A kernel's order of summation may depend on a row's own position and on the keys and values that it sees, never on the
+rest of the batch nor on how a prompt was cut into chunks: the same token computed twice then gives the same bits.
 """
 
 from __future__ import annotations

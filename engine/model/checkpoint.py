@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import msgspec
 from blake3 import blake3
 
 from messages.errors import ConfigError
@@ -15,6 +16,21 @@ _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_METADATA = "__metadata__"  # the one entry of a header that is no tensor
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    """What a header says of a tensor, as far as it matters here."""
+
+    dtype: str
+    data_offsets: tuple[int, int]  #: its bytes, from the header's end
+
+
+class _Header(NamedTuple):
+    """Of a safetensors file."""
+
+    num_bytes: int  #: with the length before it
+    tensors: list[_Tensor]
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -46,10 +62,9 @@ def stored_dtype(files: list[Path]) -> str:
     """Return the dtype that most numbers of `files` are stored in, as safetensors spells it ("BF16")."""
     sizes: dict[str, int] = {}
     for path in files:
-        for entry in _read_header(path).values():
-            if isinstance(entry, dict) and "data_offsets" in entry:
-                begin, end = entry["data_offsets"]
-                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+        for tensor in _read_header(path).tensors:
+            begin, end = tensor.data_offsets
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + end - begin
     return max(sizes, key=lambda name: sizes[name]) if sizes else "F32"
 
 
@@ -61,8 +76,17 @@ def weights_digest(files: list[Path]) -> bytes:
     return digest.digest()
 
 
+<<<<<<< HEAD
 def _read_header(path: Path) -> dict[str, Any]:
     """Read a safetensors header: 8 bytes of length, little endian, then JSON."""
+=======
+def _read_header(path: Path) -> _Header:
+    """A safetensors header: 8 bytes of length, little endian, then JSON.
+
+    Raises:
+        ConfigError: it is none.
+    """
+>>>>>>> mirror
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         if not 2 <= length <= _MAX_HEADER_BYTES:
@@ -70,23 +94,22 @@ def _read_header(path: Path) -> dict[str, Any]:
         text = file.read(length)
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is corrupt or truncated: its header is not valid JSON") from error
     if not isinstance(header, dict):
         raise ConfigError(f"{path} is corrupt: its header is not a JSON object")
-    header["__data_start__"] = _HEADER_LENGTH_BYTES + length
-    return header
+    entries = [entry for name, entry in header.items() if name != _METADATA]
+    try:
+        return _Header(_HEADER_LENGTH_BYTES + length, msgspec.convert(entries, list[_Tensor]))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path} is corrupt: a tensor in its header has no dtype or no offsets") from error
 
 
 def _check_whole(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{path.parent} lacks the weight file {path.name}")
     header = _read_header(path)
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if not name.startswith("__")]
-        wanted = header["__data_start__"] + max(ends, default=0)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path} is corrupt: a tensor in its header has no offsets") from error
+    wanted = header.num_bytes + max((tensor.data_offsets[1] for tensor in header.tensors), default=0)
     seen = path.stat().st_size
     if seen != wanted:
         raise ConfigError(f"{path} is truncated or corrupt: it has {seen} bytes, its header describes {wanted}")

@@ -11,9 +11,8 @@ import transport.plasma.road
 import transport.plasma.vault
 from transport.memory import Memory
 from transport.plasma.road import PlasmaTransport, _handle_of, _planned
-from transport.plasma.vault import LocalVaults, Vault, VaultLimits
+from transport.plasma.vault import LocalVaults, VaultLimits
 from transport.protocol import Copy, Link, RegionError, TransferError
-from transport.shm import ShmTransport
 
 SIZE = 1 << 20
 SEGMENT = 64 << 10
@@ -65,13 +64,6 @@ def target():
     memory = Memory.allocate(SIZE)
     yield memory
     memory.close()
-
-
-@pytest.fixture
-def shm():
-    road = ShmTransport()
-    yield road
-    road.close()
 
 
 def num_held_bytes(vaults):
@@ -359,78 +351,3 @@ def test_a_message_is_logged_and_dropped(owner, link, caplog):
 def test_says_what_it_is(owner, link):
     assert (owner.road, owner.is_one_sided, owner.is_direct) == ("plasma", True, False)
     assert owner.carriers(link) == "ray object store"
-
-
-# ----------------------------------------------------------------------------------------------------------- the vault
-
-
-def export(vault, export_id, *arguments):
-    vault.expect(export_id)
-    return vault.export(export_id, *arguments)
-
-
-def test_a_full_vault_refuses_when_nobody_releases(shm, source):
-    vault = Vault(lambda segment: segment.copy(), VaultLimits(max_bytes=2 * SEGMENT, max_wait_s=0.1))
-    region = shm.register(source)
-    export(vault, b"1", region, [[(0, SEGMENT)], [(0, SEGMENT - 1)]])
-    export(vault, b"2", region, [[(0, 1)]])
-    assert vault.num_held_bytes == 2 * SEGMENT
-    began_s = time.monotonic()
-    with pytest.raises(TransferError, match="the vault holds 131,072 of 131,072 bytes: no room for 1") as caught:
-        export(vault, b"3", region, [[(0, 1)]])
-    assert time.monotonic() - began_s >= 0.1
-    assert caught.value.code == "vault_full"
-    vault.release(b"1")
-    vault.release(b"unknown")
-    export(vault, b"3", region, [[(0, 1)]])
-    assert vault.num_held_bytes == 2
-
-
-def test_a_full_vault_waits_a_little_for_others_to_release(shm, source):
-    vault = Vault(lambda segment: segment.copy(), VaultLimits(max_bytes=SEGMENT, max_wait_s=5))
-    region = shm.register(source)
-    export(vault, b"1", region, [[(0, SEGMENT)]])
-    releasing = threading.Timer(0.1, vault.release, [b"1"])
-    releasing.start()
-    export(vault, b"2", region, [[(0, 1)]])
-    releasing.join()
-    assert vault.num_held_bytes == 1
-
-
-def test_what_nobody_releases_is_let_go_of(shm, source):
-    stored = []
-    vault = Vault(lambda segment: stored.append(segment.copy()) or len(stored) - 1, VaultLimits(hold_s=10))
-    assert export(vault, b"1", shm.register(source), [[(0, 10)], [(20, 5), (3, 2)]]) == [0, 1]
-    assert bytes(stored[0]) == source.view[:10]
-    assert bytes(stored[1]) == bytes(source.view[20:25]) + bytes(source.view[3:5])
-    vault.expire(time.monotonic() + 9)
-    assert vault.num_held_bytes == 17
-    vault.expire(time.monotonic() + 11)
-    assert vault.num_holds == vault.num_held_bytes == 0
-
-
-def test_what_is_released_before_it_is_read_is_not_held(shm, source):
-    vault = Vault(lambda segment: vault.release(b"1"), VaultLimits())
-    export(vault, b"1", shm.register(source), [[(0, 10)]])
-    assert vault.num_holds == vault.num_held_bytes == 0
-
-
-def test_what_is_released_before_it_begins_is_not_read(shm, source):
-    stored = []
-    vault = Vault(stored.append, VaultLimits())
-    vault.expect(b"1")
-    assert vault.num_holds == 1
-    vault.release(b"1")
-    assert vault.export(b"1", shm.register(source), [[(0, 10)]]) == []
-    assert stored == []
-    assert vault.num_holds == 0
-
-
-def test_a_failed_put_holds_nothing(shm, source):
-    def full(segment):
-        raise MemoryError
-
-    vault = Vault(full, VaultLimits())
-    with pytest.raises(MemoryError):
-        export(vault, b"1", shm.register(source), [[(0, 10)]])
-    assert vault.num_holds == vault.num_held_bytes == 0

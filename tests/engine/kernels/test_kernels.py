@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine.kernels.cpu.build import library_path
-from engine.kernels.cpu.native import MAX_HEAD_SIZE, NativeKernels, load_kernels
-from engine.kernels.protocol import LayerUse
+from engine.kernels.cpu.native import MAX_HEAD_SIZE, load_kernels
+from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.kernels.reference import TORCH_KERNELS
 from engine.memory.kv_pool import LayerSpec
 
@@ -21,9 +21,13 @@ BLOCK_SIZE = 16
 LENS = (1, 15, 16, 17, 511, 512, 513, 1100)
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    loaded = load_kernels()
+LOADERS = {"cpu": load_kernels}
+
+
+@pytest.fixture(scope="module", params=LOADERS)
+def kernels(request) -> AttentionKernels:
+    """Every implementation beside the reference, which keeps the same bits only where chunks end at its segments."""
+    loaded = LOADERS[request.param]()
     if loaded is None:
         pytest.skip("kernels not built: python -m engine.kernels.cpu.build")
     return loaded

@@ -1,0 +1,167 @@
+"""Which deployments a configuration makes, and with what. No Ray: an application is a value until it runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.app import APP_NAME, build, build_application
+from cluster.config import parse_config, with_secret
+from cluster.ingress import Ingress
+from decode.worker import DecodeWorker
+from engine.actor import WorkerActor
+from engine.worker import WorkerOptions
+from kvrouter.actor import RouterActor
+from messages.errors import ConfigError
+from prefill.worker import PrefillWorker
+
+SECRET = "0123456789abcdef" * 4
+
+
+def deployments(listener: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
+    """By name, the ingress first, then those it is given."""
+    config = with_secret(parse_config({**sections, "network": {"secret": SECRET, **sections.get("network", {})}}))
+    application = build_application(config, listener)
+    ingress = application._bound_deployment
+    inner = [handle._bound_deployment for handle in ingress.init_args[3]]
+    return {deployment.name: deployment for deployment in (ingress, *inner)}
+
+
+def options(**sections: dict[str, Any]) -> WorkerOptions:
+    """What a worker is started with: the same for both kinds."""
+    made = deployments(**sections)
+    for_decode, for_prefill = made["Decode"].init_args[1], made["Prefill"].init_args[1]
+    assert for_decode == for_prefill
+    return for_decode
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+
+# --------------------------------------------------------------------------------------------------------- deployments
+
+
+def test_there_are_four_and_each_runs_its_own_class():
+    made = deployments()
+    assert list(made) == ["Ingress", "Router", "Decode", "Prefill"]
+    classes = [made[name].func_or_class for name in made]
+    assert classes == [Ingress, RouterActor, WorkerActor, WorkerActor]
+    assert made["Decode"].init_args[0] is DecodeWorker
+    assert made["Prefill"].init_args[0] is PrefillWorker
+
+
+def test_a_fleet_without_prefill_workers_has_no_such_deployment_and_nobody_watches_it():
+    made = deployments(pools={"prefill": 0})
+    assert list(made) == ["Ingress", "Router", "Decode"]
+    assert made["Ingress"].init_args[2] == made["Router"].init_args[2] == ["Decode"]
+
+
+def test_ingress_and_router_watch_both_kinds_of_workers_of_this_application():
+    made = deployments()
+    assert made["Ingress"].init_args[1] == APP_NAME
+    assert made["Ingress"].init_args[2] == made["Router"].init_args[2] == ["Decode", "Prefill"]
+    assert made["Router"].init_args[1].args == (APP_NAME,)
+
+
+def test_replicas_are_as_many_as_the_configuration_says_and_the_router_is_one():
+    made = deployments(pools={"prefill": 3, "decode": 2, "ingress": 4})
+    assert {name: deployment.num_replicas for name, deployment in made.items()} == {
+        "Ingress": 4,
+        "Router": 1,
+        "Decode": 2,
+        "Prefill": 3,
+    }
+
+
+def test_only_workers_reserve_anything_and_each_kind_goes_to_the_nodes_that_are_labelled_for_it():
+    pools = {"cpus_per_worker": 2.0, "gpus_per_worker": 1.0, "decode_labels": {"zone": "a"}}
+    made = {name: deployment.ray_actor_options for name, deployment in deployments(pools=pools).items()}
+    assert made["Decode"] == {"num_cpus": 2.0, "num_gpus": 1.0, "label_selector": {"zone": "a"}}
+    assert made["Prefill"] == {"num_cpus": 2.0, "num_gpus": 1.0}
+    assert made["Router"] == made["Ingress"] == {"num_cpus": 0}
+
+
+@pytest.mark.parametrize(("listener", "ingress_s"), [(None, 77.0), ("a socket", 1.0)])
+def test_who_is_stopped_may_finish_but_an_ingress_whose_streams_serve_does_not_see_is_waited_for_no_longer_than_deaf(
+    listener, ingress_s
+):
+    made = deployments(listener, pools={"drain_timeout_s": 77.0})
+    waits = {name: deployment._deployment_config.graceful_shutdown_timeout_s for name, deployment in made.items()}
+    assert waits == {"Ingress": ingress_s, "Router": 77.0, "Decode": 77.0, "Prefill": 77.0}
+    assert made["Ingress"].init_args[4] == listener
+
+
+def test_the_replica_sets_of_all_but_the_ingress_are_watched_and_all_are_health_checked_alike():
+    made = {name: deployment._deployment_config for name, deployment in deployments().items()}
+    watched = [name for name in made if "FleetRouter" in str(made[name].request_router_config.request_router_class)]
+    assert watched == ["Router", "Decode", "Prefill"]
+    assert {(config.health_check_period_s, config.health_check_timeout_s) for config in made.values()} == {(1.0, 3.0)}
+
+
+# --------------------------------------------------------------------------------------------------- what each is told
+
+
+def test_a_workers_options_are_the_documents_in_the_engines_units():
+    found = options(
+        model={"path": "/models/x", "dtype": "float32", "max_model_len": 99},
+        engine={"kv_cache_memory": "1.5MiB", "itl_target_ms": 25.0, "kernels": "off", "num_threads": 3},
+        network={"prefill_timeout_s": 7.0, "roads": ["socket"], "port_range": [30000, 30001]},
+    )
+    assert (found.model_dir, found.dtype, found.max_model_len) == ("/models/x", "float32", 99)
+    assert (found.engine.kv_cache_bytes, found.engine.itl_target_s) == (3 * 2**19, 0.025)
+    assert found.engine.remote_timeout_s == 7.0
+    assert (found.use_kernels, found.num_threads) == (False, 3)
+    assert (found.roads.names, found.roads.port_range) == (("socket",), (30000, 30001))
+
+
+def test_without_a_size_the_pool_is_a_share_of_what_is_free():
+    found = options(engine={"kv_cache_share": 0.5})
+    assert (found.engine.kv_cache_bytes, found.engine.kv_cache_share, found.use_kernels) == (None, 0.5, True)
+
+
+def test_router_and_workers_share_one_secret_and_one_idea_of_silence():
+    made = deployments(network={"heartbeat_s": 0.25, "lost_after_s": 9.0, "host": "10.0.0.1"})
+    told = [made["Router"].init_args[0], made["Decode"].init_args[1]]
+    for each in told:
+        assert (each.secret, each.host) == (SECRET, "10.0.0.1")
+        assert (each.channel.heartbeat_s, each.channel.lost_after_s) == (0.25, 9.0)
+
+
+def test_an_application_from_a_document_has_a_secret_also_where_none_was_given(monkeypatch):
+    monkeypatch.delenv("KVRAY_SECRET", raising=False)
+    config = build({"model": "/models/x"})._bound_deployment.init_args[0]
+    assert config.model.path == "/models/x"
+    assert len(config.network.secret) == 64
+    with pytest.raises(ConfigError, match="no such key"):
+        build({"modle": "/models/x"})
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "threads"), [(1, 1, 4), (1, 2, 2), (3, 1, 2), (4, 4, 1), (5, 4, 1), (20, 20, 1)]
+)
+def test_a_nodes_workers_share_its_cores_and_each_has_one_at_least(eight_cores, prefill, decode, threads):
+    assert options(pools={"prefill": prefill, "decode": decode}).num_threads == threads
+
+
+def test_a_worker_alone_has_all_cores(eight_cores):
+    assert deployments(pools={"prefill": 0})["Decode"].init_args[1].num_threads == 8
+
+
+@pytest.mark.parametrize(("alive", "threads"), [([True], 2), ([True, True], 4), ([True, False], 2), ([True] * 3, 4)])
+def test_workers_are_spread_over_the_nodes_that_live(eight_cores, monkeypatch, alive, threads):
+    """Four workers on one node or more; where they do not divide evenly the fullest node counts."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": is_alive} for is_alive in alive])
+    assert options(pools={"prefill": 2, "decode": 2}).num_threads == threads
+
+
+def test_a_number_that_was_given_is_not_shared_out(eight_cores):
+    assert options(engine={"num_threads": 5}, pools={"prefill": 4, "decode": 4}).num_threads == 5
