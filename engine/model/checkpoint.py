@@ -76,17 +76,12 @@ def weights_digest(files: list[Path]) -> bytes:
     return digest.digest()
 
 
-<<<<<<< HEAD
-def _read_header(path: Path) -> dict[str, Any]:
-    """Read a safetensors header: 8 bytes of length, little endian, then JSON."""
-=======
 def _read_header(path: Path) -> _Header:
-    """A safetensors header: 8 bytes of length, little endian, then JSON.
+    """Read a safetensors header: 8 bytes of length, little endian, then JSON.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file has none.
     """
->>>>>>> mirror
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         if not 2 <= length <= _MAX_HEADER_BYTES:
