@@ -138,7 +138,7 @@ def test_an_application_from_a_document_has_a_secret_also_where_none_was_given(m
     assert config.model.path == "/models/x"
     assert len(config.network.secret) == 64
     with pytest.raises(ConfigError, match="no such key"):
-        build({"modle": "/models/x"})
+        build({"no_such_section": "/models/x"})
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
