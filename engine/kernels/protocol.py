@@ -26,6 +26,17 @@ class LayerUse:
     has_sinks: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How a layer attends. Of two limits on what a position sees both hold."""
+
+    scaling: float  #: factor on scores
+    window: int | None = None  #: position i sees j with `i - j < window`
+    softcap: float | None = None  #: scores become `tanh(s / softcap) * softcap`
+    sinks: torch.Tensor | None = None  #: `[num_heads]`, one more score per head in the softmax's sum
+    chunk: int | None = None  #: position i sees j with `i // chunk == j // chunk`
+
+
 class AttentionKernels(Protocol):
     """One implementation of the three operations. Chosen once per layer, at load.
 
@@ -33,8 +44,6 @@ class AttentionKernels(Protocol):
     head's `[block_size, dim]` contiguous, block strides beyond 2^31 elements possible. Query head h reads KV head
     `h // (num_heads // num_kv_heads)`. `query`, `key` and `value` may be strided views; their last dimension is
     contiguous.
-    `window`: position i sees j with `i - j < window`. `chunk`: with `i // chunk == j // chunk`. `softcap`: scores
-    become `tanh(s / softcap) * softcap`. `sinks [num_heads]`: one more score per head in the softmax's sum.
     """
 
     @property
@@ -75,13 +84,8 @@ class AttentionKernels(Protocol):
         block_tables: torch.Tensor,
         slots: torch.Tensor,
         kv_lens: torch.Tensor,
-        *,
         max_kv_len: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Attend with n decode rows: row i is a token of one sequence, and sees keys `[0, kv_lens[i])` of it.
 
@@ -93,11 +97,7 @@ class AttentionKernels(Protocol):
             slots: `[n]` int64, the table that each row reads. Rows may share tables, and tables blocks.
             kv_lens: `[n]` int32.
             max_kv_len: largest of `kv_lens`, on the host.
-            scaling: factor on scores.
-            window: as the class says; None: no limit.
-            softcap: as the class says; None: none.
-            sinks: `[num_heads]`, as the class says; None: none.
-            chunk: as the class says; None: none.
+            options: how the layer attends.
 
         Returns:
             `[n, num_heads, v_dim]`, dtype of the query.
@@ -111,12 +111,7 @@ class AttentionKernels(Protocol):
         v_view: torch.Tensor,
         block_table: torch.Tensor,
         kv_len: int,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Attend with one chunk of one sequence: row i is position `kv_len - T + i`, and sees keys up to itself.
 

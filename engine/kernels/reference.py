@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
 
 #: Torch's prefill attention works in segments cut at multiples of this many positions, counted from position 0,
 #: so that how the scheduler cut the chunks does not show in the result.
@@ -44,32 +44,25 @@ class TorchKernels:
         block_tables: torch.Tensor,
         slots: torch.Tensor,
         kv_lens: torch.Tensor,
-        *,
         max_kv_len: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.decode_attention`: row by row on a CPU, elsewhere in one padded gather.
 
         The gather is padded to the longest sequence, so that no length is read back from the device.
         """
         if query.device.type != "cpu":
-            return _decode_padded(
-                query, k_view, v_view, block_tables, slots, kv_lens, max_kv_len, scaling, window, softcap, sinks, chunk
-            )
+            return _decode_padded(query, k_view, v_view, block_tables, slots, kv_lens, max_kv_len, options)
         out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
         for row, (slot, kv_len) in enumerate(zip(slots.tolist(), kv_lens.tolist(), strict=True)):
-            first = _first_visible(kv_len - 1, window, chunk)
+            first = _first_visible(kv_len - 1, options)
             keys = _gather(k_view, block_tables[slot], first, kv_len)  # [num_kv_heads, kv_len - first, k_dim]
             values = _gather(v_view, block_tables[slot], first, kv_len)
             grouped = query[row].view(keys.shape[0], -1, query.shape[2])  # [num_kv_heads, group, k_dim]
-            if softcap is None and sinks is None:
-                rows = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], scale=scaling)[0]
+            if options.softcap is None and options.sinks is None:
+                rows = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], scale=options.scaling)[0]
             else:
-                rows = _explicit(grouped, keys, values, None, scaling, softcap, sinks)
+                rows = _explicit(grouped, keys, values, None, options)
             out[row] = rows.reshape(query.shape[1], -1)
         return out
 
@@ -80,27 +73,22 @@ class TorchKernels:
         v_view: torch.Tensor,
         block_table: torch.Tensor,
         kv_len: int,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention` segment by segment, by torch's own attention where it can."""
         start = kv_len - query.shape[0]
-        origin = _first_visible(start, window, chunk)
+        origin = _first_visible(start, options)
         all_keys = _gather(k_view, block_table, origin, kv_len)  # [num_kv_heads, kv_len - origin, k_dim]
         all_values = _gather(v_view, block_table, origin, kv_len)
         heads_first = query.transpose(0, 1)  # [num_heads, T, k_dim]
         out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
         for begin, end in segments(start, kv_len):
-            first = _first_visible(begin, window, chunk)
+            first = _first_visible(begin, options)
             keys = all_keys[:, first - origin : end - origin]
             values = all_values[:, first - origin : end - origin]
             rows = heads_first[:, begin - start : end - start]
-            mask = _mask(begin, end, first, window, chunk, query.device)
-            if softcap is None and sinks is None:
+            mask = _mask(begin, end, first, options, query.device)
+            if options.softcap is None and options.sinks is None:
                 # begin == first: the mask is the plain triangle, and the kernel need not read one
                 result = F.scaled_dot_product_attention(
                     rows[None],
@@ -108,11 +96,11 @@ class TorchKernels:
                     values[None],
                     attn_mask=mask,
                     is_causal=mask is None,
-                    scale=scaling,
+                    scale=options.scaling,
                     enable_gqa=rows.shape[0] != keys.shape[0],
                 )[0]
             else:
-                result = _prefill_explicit(rows, keys, values, mask, scaling, softcap, sinks)
+                result = _prefill_explicit(rows, keys, values, mask, options)
             out[begin - start : end - start] = result.transpose(0, 1)
         return out
 
@@ -125,8 +113,9 @@ def segments(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _first_visible(position: int, window: int | None, chunk: int | None) -> int:
+def _first_visible(position: int, options: AttentionOptions) -> int:
     """Return the first position that `position` attends to."""
+    window, chunk = options.window, options.chunk
     first = 0 if window is None else max(0, position - window + 1)
     return first if chunk is None else max(first, position // chunk * chunk)
 
@@ -140,10 +129,9 @@ def _gather(view: torch.Tensor, block_table: torch.Tensor, first: int, end: int)
     return tokens[:, first - head_block * block_size : end - head_block * block_size]
 
 
-def _mask(
-    begin: int, end: int, first: int, window: int | None, chunk: int | None, device: torch.device
-) -> torch.Tensor | None:
+def _mask(begin: int, end: int, first: int, options: AttentionOptions, device: torch.device) -> torch.Tensor | None:
     """Return which row sees which key: `[end - begin, end - first]` bool, or None for the plain triangle."""
+    window, chunk = options.window, options.chunk
     if (
         begin == first
         and (window is None or end - first <= window)
@@ -165,9 +153,7 @@ def _explicit(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Compute attention written out, softmax in float32.
 
@@ -176,14 +162,13 @@ def _explicit(
         keys: `[..., num_kv_heads, kv, k_dim]`.
         values: `[..., num_kv_heads, kv, v_dim]`.
         mask: True where a row sees a key, broadcast over the scores; None: everywhere.
-        scaling: factor on scores.
-        softcap: as `AttentionKernels` says.
-        sinks: `[num_heads]`, with `num_heads / num_kv_heads` dividing the rows.
+        options: scaling, softcap and sinks count, where `num_heads / num_kv_heads` divides the rows.
 
     Returns:
         `[..., num_kv_heads, rows, v_dim]`.
     """
-    scores = (query @ keys.transpose(-1, -2)) * scaling
+    softcap, sinks = options.softcap, options.sinks
+    scores = (query @ keys.transpose(-1, -2)) * options.scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float()
@@ -204,9 +189,7 @@ def _prefill_explicit(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Compute `_explicit` for `query [num_heads, T, k_dim]`, causal where `mask` is None."""
     num_heads, num_rows, _ = query.shape
@@ -215,7 +198,7 @@ def _prefill_explicit(
         mask = torch.ones(num_rows, num_rows, dtype=torch.bool, device=query.device).tril()
     group = num_heads // num_kv_heads
     grouped = query.reshape(num_kv_heads, group * num_rows, -1)
-    out = _explicit(grouped, keys, values, mask.repeat(group, 1), scaling, softcap, sinks)
+    out = _explicit(grouped, keys, values, mask.repeat(group, 1), options)
     return out.view(num_heads, num_rows, -1)
 
 
@@ -227,11 +210,7 @@ def _decode_padded(
     slots: torch.Tensor,
     kv_lens: torch.Tensor,
     max_kv_len: int,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    chunk: int | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Compute decode rows over one gather padded to the longest sequence."""
     num_rows, num_heads, k_dim = query.shape
@@ -242,13 +221,13 @@ def _decode_padded(
     j = torch.arange(keys.shape[2], device=query.device)[None]
     last = kv_lens[:, None] - 1
     mask = j <= last
-    if window is not None:
-        mask &= last - j < window
-    if chunk is not None:
-        mask &= last // chunk == j // chunk
+    if options.window is not None:
+        mask &= last - j < options.window
+    if options.chunk is not None:
+        mask &= last // options.chunk == j // options.chunk
     values.masked_fill_(~mask[:, None, :, None], 0)  # no weight hides a NaN of another sequence
     grouped = query.reshape(num_rows, num_kv_heads, -1, k_dim)
-    out = _explicit(grouped, keys, values, mask[:, None, None], scaling, softcap, sinks)
+    out = _explicit(grouped, keys, values, mask[:, None, None], options)
     return out.reshape(num_rows, num_heads, -1)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
 from engine.kernels.reference import TORCH_KERNELS
 
 #: Registered as an attention function but *not* as a mask function: transformers then builds no [T, T] mask.
@@ -106,7 +106,7 @@ def paged_attention(
         scaling: factor on scores; None: `k_dim ** -0.5`.
         dropout: 0 in inference.
         sliding_window: tokens, None: everything before.
-        softcap: as `AttentionKernels` says.
+        softcap: as `AttentionOptions` says.
         s_aux: sink scores, `[num_heads]`.
         kv_step: the step, where the model passes keywords down.
 
@@ -119,13 +119,9 @@ def paged_attention(
     kernels, k_view, v_view = layer.kernels, layer.k_view, layer.v_view
     rows = query[0].transpose(0, 1)  # [T, num_heads, k_dim]
     kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_view, v_view, step.block_ids, step.offsets)
-    options: dict[str, Any] = {
-        "scaling": rows.shape[2] ** -0.5 if scaling is None else scaling,
-        "window": sliding_window,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "chunk": layer.chunk,
-    }
+    options = AttentionOptions(
+        rows.shape[2] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, layer.chunk
+    )
     parts = []
     if step.num_decode_rows:
         parts.append(
@@ -136,12 +132,12 @@ def paged_attention(
                 step.block_tables,
                 step.slots,
                 step.kv_lens,
-                max_kv_len=step.max_kv_len,
-                **options,
+                step.max_kv_len,
+                options,
             )
         )
     parts.extend(
-        kernels.prefill_attention(rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, **options)
+        kernels.prefill_attention(rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, options)
         for span in step.spans
     )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)

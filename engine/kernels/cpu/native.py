@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from engine.kernels.cpu.build import import_library, library_path
-from engine.kernels.protocol import LayerUse
+from engine.kernels.protocol import AttentionOptions, LayerUse
 
 _log = logging.getLogger(__name__)
 
@@ -55,27 +55,12 @@ class NativeKernels:
         block_tables: torch.Tensor,
         slots: torch.Tensor,
         kv_lens: torch.Tensor,
-        *,
         max_kv_len: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.decode_attention`: split every 512 keys; a group's heads share what is read."""
         out: torch.Tensor = self._module.decode_attention(
-            query,
-            k_view,
-            v_view,
-            block_tables,
-            slots,
-            kv_lens,
-            scaling,
-            window or 0,
-            softcap or 0.0,
-            _float(sinks),
-            chunk or 0,
+            query, k_view, v_view, block_tables, slots, kv_lens, *_plain(options)
         )
         return out
 
@@ -86,17 +71,10 @@ class NativeKernels:
         v_view: torch.Tensor,
         block_table: torch.Tensor,
         kv_len: int,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        chunk: int | None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
-        out: torch.Tensor = self._module.prefill_attention(
-            query, k_view, v_view, block_table, kv_len, scaling, window or 0, softcap or 0.0, _float(sinks), chunk or 0
-        )
+        out: torch.Tensor = self._module.prefill_attention(query, k_view, v_view, block_table, kv_len, *_plain(options))
         return out
 
     def rms_norm(
@@ -144,8 +122,10 @@ class NativeKernels:
         self._module.rotate(rows, cosine, sine)
 
 
-def _float(sinks: torch.Tensor | None) -> torch.Tensor | None:
-    return None if sinks is None else sinks.detach().float().contiguous()
+def _plain(options: AttentionOptions) -> tuple[float, int, float, torch.Tensor | None, int]:
+    """The options as the C++ side takes them: 0 is none."""
+    sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
+    return options.scaling, options.window or 0, options.softcap or 0.0, sinks, options.chunk or 0
 
 
 @functools.cache

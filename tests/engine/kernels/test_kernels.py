@@ -12,11 +12,11 @@ import torch
 
 from engine.kernels.cpu.build import library_path
 from engine.kernels.cpu.native import MAX_HEAD_SIZE, load_kernels
-from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
 from engine.kernels.reference import TORCH_KERNELS
 from engine.memory.kv_pool import LayerSpec
 
-NO_OPTIONS = {"window": None, "softcap": None, "sinks": None, "chunk": None}
+PLAIN = AttentionOptions(scaling=0.25)
 BLOCK_SIZE = 16
 LENS = (1, 15, 16, 17, 511, 512, 513, 1100)
 
@@ -77,22 +77,21 @@ class Case:
             torch.stack([other, self.table]),
             torch.ones(len(lens), dtype=torch.int64),
             lens,
-            max_kv_len=int(lens.max()),
-            scaling=self.scaling,
-            **{**NO_OPTIONS, **options},
+            int(lens.max()),
+            AttentionOptions(self.scaling, **options),
         )
 
     def prefill(self, kernels, start=0, end=None, **options):
         end = self.kv_len if end is None else end
         table = self.table[: -(-end // BLOCK_SIZE)].contiguous()
         return kernels.prefill_attention(
-            self.query[start:end], self.k, self.v, table, end, scaling=self.scaling, **{**NO_OPTIONS, **options}
+            self.query[start:end], self.k, self.v, table, end, AttentionOptions(self.scaling, **options)
         )
 
 
 def exact(case: Case, lens=None, **options) -> torch.Tensor:
     """Attention of the rows at `lens` (all by default) in float64, without blocks, tiles or torch's fused operators."""
-    options = {**NO_OPTIONS, **options}
+    options = {"window": None, "softcap": None, "sinks": None, "chunk": None, **options}
     lens = range(1, case.kv_len + 1) if lens is None else lens
     keys, values = (
         view[case.table.long()].transpose(1, 2).flatten(0, 1)[: case.kv_len].double() for view in (case.k, case.v)
@@ -279,15 +278,15 @@ def test_blocks_beyond_two_to_the_31_elements_are_reached(kernels):
     kernels.write_kv(key, value, k, v, torch.full((5,), 39), torch.arange(5))
     assert torch.equal(k[39, 0, :5], key[:, 0])
     table = torch.tensor([39], dtype=torch.int32)
-    rows = kernels.prefill_attention(key, k, v, table, 5, scaling=0.25, **NO_OPTIONS)
+    rows = kernels.prefill_attention(key, k, v, table, 5, PLAIN)
     small = [torch.zeros(1, 1, BLOCK_SIZE, 16).bfloat16() for _ in range(2)]
     for view, new in zip(small, (key, value), strict=True):
         view[0, 0, :5] = new[:, 0]
     zero = torch.zeros(1, dtype=torch.int32)
-    assert torch.equal(rows, kernels.prefill_attention(key, *small, zero, 5, scaling=0.25, **NO_OPTIONS))
+    assert torch.equal(rows, kernels.prefill_attention(key, *small, zero, 5, PLAIN))
     lens, slots = torch.tensor([5], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     far, near = (
-        kernels.decode_attention(key[4:], *views, blocks[None], slots, lens, max_kv_len=5, scaling=0.25, **NO_OPTIONS)
+        kernels.decode_attention(key[4:], *views, blocks[None], slots, lens, 5, PLAIN)
         for views, blocks in (((k, v), table), (small, zero))
     )
     assert torch.equal(far, near)
@@ -310,15 +309,14 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_seen(kernels):
     case = Case()
     row = case.query[:1]
     tables = (case.table[None], torch.zeros(1, dtype=torch.int64), torch.tensor([5], dtype=torch.int32))
-    options = {"max_kv_len": 5, "scaling": 1.0, **NO_OPTIONS}
     with pytest.raises(RuntimeError, match="head size 24, keys 32"):
-        kernels.decode_attention(row[..., :24], case.k, case.v, *tables, **options)
+        kernels.decode_attention(row[..., :24], case.k, case.v, *tables, 5, PLAIN)
     with pytest.raises(RuntimeError, match="slot 1, want one of 1"):
-        kernels.decode_attention(row, case.k, case.v, tables[0], tables[1] + 1, tables[2], **options)
+        kernels.decode_attention(row, case.k, case.v, tables[0], tables[1] + 1, tables[2], 5, PLAIN)
     with pytest.raises(RuntimeError, match="covering 600 tokens"):
-        kernels.prefill_attention(case.query, case.k, case.v, case.table[:3], 600, scaling=1.0, **NO_OPTIONS)
+        kernels.prefill_attention(case.query, case.k, case.v, case.table[:3], 600, PLAIN)
     with pytest.raises(RuntimeError, match="want Float"):
-        kernels.decode_attention(row, case.k.half(), case.v, *tables, **options)
+        kernels.decode_attention(row, case.k.half(), case.v, *tables, 5, PLAIN)
 
 
 def test_layers_that_the_kernels_cannot_serve_are_left_to_torch(kernels):

@@ -6,7 +6,7 @@ from transformers import AutoConfig, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from engine.kernels import reference
-from engine.kernels.protocol import LayerUse
+from engine.kernels.protocol import AttentionOptions, LayerUse
 from engine.kernels.reference import SEGMENT_TOKENS, TORCH_KERNELS, segments
 from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.model.attention import (
@@ -84,50 +84,53 @@ def options_of(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_decode_rows_equal_attention_written_out(case):
-    shape, options = options_of(CASES[case])
+    shape, how = options_of(CASES[case])
+    options = AttentionOptions(**how)
     query, keys, values, pool, table = filled(45, **shape)
     lens = torch.tensor([1, 8, 9, 17, 33, 45], dtype=torch.int32)
     rows = query[lens.long() - 1]
     tables = (table[None], torch.zeros(len(lens), dtype=torch.int64))
-    got = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, max_kv_len=45, **options)
-    wanted = torch.stack([attend(query[n - 1], keys, values, n - 1, **options) for n in lens.tolist()])
+    got = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, 45, options)
+    wanted = torch.stack([attend(query[n - 1], keys, values, n - 1, **how) for n in lens.tolist()])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_padded_decode_of_other_devices_equals_the_row_by_row_one(case):
-    shape, options = options_of(CASES[case])
+    shape, how = options_of(CASES[case])
+    options = AttentionOptions(**how)
     query, _, _, pool, table = filled(45, **shape)
     lens = torch.tensor([1, 8, 9, 17, 33, 45], dtype=torch.int32)
     rows = query[lens.long() - 1]
     tables = (torch.stack([table.flip(0), table]), torch.ones(len(lens), dtype=torch.int64))
-    by_row = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, max_kv_len=45, **options)
-    given = [options[name] for name in ("scaling", "window", "softcap", "sinks", "chunk")]
-    padded = reference._decode_padded(rows, pool.k[0], pool.v[0], *tables, lens, 45, *given)
+    by_row = TORCH_KERNELS.decode_attention(rows, pool.k[0], pool.v[0], *tables, lens, 45, options)
+    padded = reference._decode_padded(rows, pool.k[0], pool.v[0], *tables, lens, 45, options)
     torch.testing.assert_close(padded, by_row, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 45), (0, 1), (13, 45), (16, 32), (44, 45)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_prefill_chunk_equals_attention_written_out(case, begin, end):
-    shape, options = options_of(CASES[case])
+    shape, how = options_of(CASES[case])
+    options = AttentionOptions(**how)
     query, keys, values, pool, table = filled(45, **shape)
-    got = TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, **options)
-    wanted = torch.stack([attend(query[i], keys, values, i, **options) for i in range(begin, end)])
+    got = TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, options)
+    wanted = torch.stack([attend(query[i], keys, values, i, **how) for i in range(begin, end)])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["plain", "window", "softcap", "v narrower than k"])
 def test_how_a_prompt_was_cut_at_multiples_of_the_segment_does_not_show(case, dtype):
-    shape, options = options_of(CASES[case])
+    shape, how = options_of(CASES[case])
+    options = AttentionOptions(**how)
     length = 3 * SEGMENT_TOKENS + 40
     query, _, _, pool, table = filled(length, dtype=dtype, **shape)
 
     def compute(*cuts):
         return torch.cat(
             [
-                TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, **options)
+                TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, options)
                 for begin, end in zip((0, *cuts), (*cuts, length), strict=True)
             ]
         )
@@ -147,17 +150,16 @@ def test_segments_end_at_multiples_counted_from_position_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["plain", "window", "sinks"])
 def test_a_decode_row_has_the_same_bits_alone_and_in_a_batch(case, dtype):
-    shape, options = options_of(CASES[case])
+    shape, how = options_of(CASES[case])
+    options = AttentionOptions(**how)
     query, _, _, pool, table = filled(300, dtype=dtype, **shape)
     lens = torch.tensor([300, 1, 257, 30], dtype=torch.int32)
     rows, slots = query[lens.long() - 1], torch.zeros(4, dtype=torch.int64)
     views = (pool.k[0], pool.v[0], table[None])
-    together = TORCH_KERNELS.decode_attention(rows, *views, slots, lens, max_kv_len=300, **options)
+    together = TORCH_KERNELS.decode_attention(rows, *views, slots, lens, 300, options)
     for row in range(4):
         one = slice(row, row + 1)
-        alone = TORCH_KERNELS.decode_attention(
-            rows[one], *views, slots[one], lens[one], max_kv_len=int(lens[row]), **options
-        )
+        alone = TORCH_KERNELS.decode_attention(rows[one], *views, slots[one], lens[one], int(lens[row]), options)
         assert torch.equal(alone, together[one])
 
 
