@@ -30,7 +30,7 @@ from engine.scheduling.plan import (
     SequenceCancelled,
     SequenceSpec,
 )
-from kvcache.names import TOKEN_BYTES, unpack_tokens
+from kvcache.names import unpack_tokens
 from messages.errors import InvariantError
 from messages.handoff import KvHandoff, PrefillRequest, ReleaseLease, RenewLease
 from messages.request import GenerateRequest
@@ -312,10 +312,7 @@ class StreamBook:
         address = request.prefill_address
         if address is None:
             return None
-        # It gives neither the prompt's logprobs nor the KV of what was generated already.
-        is_of_use = request.params.prompt_logprobs is None and (
-            len(request.token_ids) // TOKEN_BYTES == request.num_prompt_tokens
-        )
+        is_of_use = request.params.prompt_logprobs is None  # another worker's prefill does not give them
         is_avoided = self._avoided_until_s.get(address, now_s) > now_s
         return request.prefill_s if event.can_pull and is_of_use and not is_avoided else math.inf
 

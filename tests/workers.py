@@ -77,15 +77,15 @@ class Ingress:
             ClusterSecret.from_hex(SECRET), decode.address, self._take, lambda _reason: None, config=CHANNEL
         )
 
-    def send(self, request_id: str, prompt: Sequence[int], **params: object) -> Answer:
-        """Begin a request; greedy and 16 tokens unless told otherwise."""
+    def send(self, request_id: str, prompt: Sequence[int], generated: Sequence[int] = (), **params: object) -> Answer:
+        """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
         values = {"max_tokens": 16, "temperature": 0.0, **params}
         prefill = self.prefill
         self.answers[request_id] = Answer()
         self.client.send(
             GenerateRequest(
                 request_id=request_id,
-                token_ids=pack_tokens(list(prompt)),
+                token_ids=pack_tokens([*prompt, *generated]),
                 num_prompt_tokens=len(prompt),
                 params=SamplingParams(**values),
                 prefill_worker=None if prefill is None else prefill.worker_id,

@@ -130,9 +130,8 @@ def test_a_request_becomes_a_sequence_whose_deadline_counts_from_its_arrival(ben
     [
         {"can_pull": False},
         {"params": SamplingParams(max_tokens=4, prompt_logprobs=0)},
-        {"num_prompt_tokens": 11},
     ],
-    ids=["no road", "prompt logprobs", "it moved here with a token"],
+    ids=["no road", "prompt logprobs"],
 )
 def test_what_another_worker_cannot_give_is_computed_here(bench, fields):
     assert bench.spec(**fields).remote_s == math.inf

@@ -76,6 +76,20 @@ async def test_a_prefix_cached_by_prefill_counts_as_peer_when_decode_does_not_ho
     assert got == reference.greedy(shared + tail_b, 16)
 
 
+async def test_a_sequence_that_moved_here_pulls_its_prompt_and_goes_on_exactly(model_dir, reference):
+    (prompt,) = prompts(12, 300)
+    options = worker_options(model_dir)
+    wanted = reference.sampled(prompt, 16, temperature=0.9, seed=5)
+    async with running_pair(options, options) as pair:
+        for num_generated in (1, 5, 15):
+            engine_of(pair.decode).pool.clear()
+            answer = pair.ingress.send(f"m{num_generated}", prompt, wanted[:num_generated], temperature=0.9, seed=5)
+            (got,) = await pair.ingress.finish(answer)
+            assert wanted[:num_generated] + got == wanted
+            await pair.idle()
+        assert pair.decode._worker.roads.stats()['kvray_transfer_bytes_total{road="shm"}'] > 0
+
+
 async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
     (prompt,) = prompts(5, 400)
     options = worker_options(model_dir)
