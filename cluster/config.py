@@ -3,7 +3,8 @@
     model:   the model that is served
     engine:  how one worker computes
     pools:   how many workers of each kind, and what they reserve
-    http:    where clients are served, and within which limits
+    http:    where clients are served, and what a request may ask for
+    connections:  what clients may hold of an ingress
     network: the channels between processes, and the roads between pools
     log:     how much is logged, and in which form
 
@@ -89,7 +90,7 @@ class PoolsConfig(_Section, frozen=True):
 
 
 class HttpConfig(_Section, frozen=True):
-    """Where clients are served, and within which limits."""
+    """Where clients are served, and what a request may ask for."""
 
     host: str = "127.0.0.1"
     port: _Port = 8000
@@ -98,6 +99,18 @@ class HttpConfig(_Section, frozen=True):
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
     #: a request that has not ended by then is ended with an error
     request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0
+
+
+class ConnectionsConfig(_Section, frozen=True):
+    """What clients may hold of one ingress, where no proxy stands before it."""
+
+    max_connections: Annotated[int, Meta(ge=1, le=2**20)] = 4096
+    max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24)] = 64 * 2**10  #: of a request's first line and headers
+    #: of bodies that have begun to arrive and are not there as a whole, all together
+    max_receiving_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 64 * 2**20
+    header_timeout_s: Annotated[int, Meta(ge=1, le=3600)] = 10  #: from connecting, or a request's first byte
+    body_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 60  #: from the end of the headers
+    idle_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 90  #: after an answer; longer than clients keep theirs
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -133,6 +146,7 @@ class KvrayConfig(_Section, frozen=True):
     engine: EngineSection = EngineSection()
     pools: PoolsConfig = PoolsConfig()
     http: HttpConfig = HttpConfig()
+    connections: ConnectionsConfig = ConnectionsConfig()
     network: NetworkConfig = NetworkConfig()
     log: LogConfig = LogConfig()
 
@@ -258,6 +272,11 @@ def _check(config: KvrayConfig) -> None:
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")
+    if config.connections.max_receiving_bytes < config.http.max_body_bytes:
+        raise ConfigError(
+            f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "
+            f"saw {config.connections.max_receiving_bytes}"
+        )
     if config.network.lost_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "

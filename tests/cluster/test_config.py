@@ -62,7 +62,7 @@ def test_what_is_shown_can_be_read_again():
     ("document", "words"),
     [
         ({"engin": {}}, "engin: no such key; did you mean engine?"),
-        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, network, log"),
+        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, connections, network, log"),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
         ({"http": 3}, "http: wanted a mapping, saw int 3"),
@@ -160,6 +160,12 @@ def test_the_bounds_themselves_are_taken():
 def test_silence_must_outlast_two_heartbeats():
     assert refusal({"network": {"heartbeat_s": 2, "lost_after_s": 3}}) == (
         "network.lost_after_s: wanted at least twice heartbeat_s (2), saw 3"
+    )
+
+
+def test_one_body_of_full_length_must_fit():
+    assert refusal({"http": {"max_body_bytes": 2**30}}) == (
+        "connections.max_receiving_bytes: wanted at least http.max_body_bytes (1073741824), saw 67108864"
     )
 
 
