@@ -228,16 +228,26 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def prepare_environment() -> None:
-    """Set what Ray's processes need, before Ray is imported; what the operator has set stays."""
+def prepare_environment(*, is_own_cluster: bool) -> None:
+    """Set what Ray's processes need, before Ray is imported; what the operator has set stays.
+
+    A cluster of our own authenticates by a token that only its processes' environment holds, and listens on loopback.
+    """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",  # Ray asks on the terminal otherwise
-        "RAY_AUTH_MODE": "disabled",  # cluster-local
         "RAY_worker_niceness": "0",  # Ray runs its workers at niceness 15; ours are what the machine is for
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end must fail, not start another Ray
     }
+    if is_own_cluster:
+        defaults["RAY_AUTH_MODE"] = "token"
+        # What Ray has for Windows and macOS: a node's address is 127.0.0.1, where all of its servers then listen.
+        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            # Not the file in the home directory that other clusters share.
+            defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if not os.environ.get(name):
+            os.environ[name] = value
 
 
 def named_ray_address() -> str | None:
@@ -252,6 +262,36 @@ def named_ray_address() -> str | None:
     if address != "local" and not re.fullmatch(r"[^/]+:\d{1,5}", address):
         raise ConfigError(f"RAY_ADDRESS: wanted host:port of a Ray head, or local, saw {address!r}")
     return address
+
+
+def ray_auth_mode() -> str:
+    """Return what the operator wants of Ray's authentication: "token", "disabled", or "" where nothing is said."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower()
+
+
+def use_ray_token() -> None:
+    """Let Ray, which was not imported yet, send the token that `ray_token` finds."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def ray_token() -> tuple[str, str] | None:
+    """Return the token for a Ray cluster, looked for as Ray does, after where it was found; None without one.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return "RAY_AUTH_TOKEN", token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if named:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be read: {reason}") from None
+        return None
+    return (str(path), token) if token else None
 
 
 def recorded_ray_address() -> str | None:
