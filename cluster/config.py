@@ -97,6 +97,8 @@ class HttpConfig(_Section, frozen=True):
     api_keys: tuple[str, ...] = ()  #: none: open
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
+    #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
+    client_priority: Literal["ignore", "use"] = "ignore"
     #: a request that has not ended by then is ended with an error
     request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0
 

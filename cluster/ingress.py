@@ -97,7 +97,11 @@ class Ingress:
             tokenizer=self._tokenizer,
             version=package_version("kvray"),
             api_keys=http.api_keys,
-            limits=HttpLimits(max_body_bytes=http.max_body_bytes, max_choices=http.max_choices),
+            limits=HttpLimits(
+                max_body_bytes=http.max_body_bytes,
+                max_choices=http.max_choices,
+                uses_priority=http.client_priority == "use",
+            ),
             tool_parser=self._config.model.tool_parser,
         )
 
