@@ -3,7 +3,8 @@
     model:   the model that is served
     engine:  how one worker computes
     pools:   how many workers of each kind, and what they reserve
-    http:    where clients are served, and within which limits
+    http:    where clients are served, and what a request may ask for
+    connections:  what clients may hold of an ingress
     network: the channels between processes, and the roads between pools
     log:     how much is logged, and in which form
 
@@ -89,15 +90,29 @@ class PoolsConfig(_Section, frozen=True):
 
 
 class HttpConfig(_Section, frozen=True):
-    """Where clients are served, and within which limits."""
+    """Where clients are served, and what a request may ask for."""
 
     host: str = "127.0.0.1"
     port: _Port = 8000
     api_keys: tuple[str, ...] = ()  #: none: open
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
+    #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
+    client_priority: Literal["ignore", "use"] = "ignore"
     #: a request that has not ended by then is ended with an error
     request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0
+
+
+class ConnectionsConfig(_Section, frozen=True):
+    """What clients may hold of one ingress, where no proxy stands before it."""
+
+    max_connections: Annotated[int, Meta(ge=1, le=2**20)] = 4096
+    max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24)] = 64 * 2**10  #: of a request's first line and headers
+    #: of bodies that have begun to arrive and are not there as a whole, all together
+    max_receiving_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 64 * 2**20
+    header_timeout_s: Annotated[int, Meta(ge=1, le=3600)] = 10  #: from connecting, or a request's first byte
+    body_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 60  #: from the end of the headers
+    idle_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 90  #: after an answer; longer than clients keep theirs
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -133,6 +148,7 @@ class KvrayConfig(_Section, frozen=True):
     engine: EngineSection = EngineSection()
     pools: PoolsConfig = PoolsConfig()
     http: HttpConfig = HttpConfig()
+    connections: ConnectionsConfig = ConnectionsConfig()
     network: NetworkConfig = NetworkConfig()
     log: LogConfig = LogConfig()
 
@@ -214,16 +230,26 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def prepare_environment() -> None:
-    """Set what Ray's processes need, before Ray is imported; what the operator has set stays."""
+def prepare_environment(*, is_own_cluster: bool) -> None:
+    """Set what Ray's processes need, before Ray is imported; what the operator has set stays.
+
+    A cluster of our own authenticates by a token that only its processes' environment holds, and listens on loopback.
+    """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",  # Ray asks on the terminal otherwise
-        "RAY_AUTH_MODE": "disabled",  # cluster-local
         "RAY_worker_niceness": "0",  # Ray runs its workers at niceness 15; ours are what the machine is for
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end must fail, not start another Ray
     }
+    if is_own_cluster:
+        defaults["RAY_AUTH_MODE"] = "token"
+        # What Ray has for Windows and macOS: a node's address is 127.0.0.1, where all of its servers then listen.
+        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            # Not the file in the home directory that other clusters share.
+            defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if not os.environ.get(name):
+            os.environ[name] = value
 
 
 def named_ray_address() -> str | None:
@@ -238,6 +264,36 @@ def named_ray_address() -> str | None:
     if address != "local" and not re.fullmatch(r"[^/]+:\d{1,5}", address):
         raise ConfigError(f"RAY_ADDRESS: wanted host:port of a Ray head, or local, saw {address!r}")
     return address
+
+
+def ray_auth_mode() -> str:
+    """Return what the operator wants of Ray's authentication: "token", "disabled", or "" where nothing is said."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower()
+
+
+def use_ray_token() -> None:
+    """Let Ray, which was not imported yet, send the token that `ray_token` finds."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def ray_token() -> tuple[str, str] | None:
+    """Return the token for a Ray cluster, looked for as Ray does, after where it was found; None without one.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return "RAY_AUTH_TOKEN", token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if named:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be read: {reason}") from None
+        return None
+    return (str(path), token) if token else None
 
 
 def recorded_ray_address() -> str | None:
@@ -258,6 +314,11 @@ def _check(config: KvrayConfig) -> None:
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")
+    if config.connections.max_receiving_bytes < config.http.max_body_bytes:
+        raise ConfigError(
+            f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "
+            f"saw {config.connections.max_receiving_bytes}"
+        )
     if config.network.lost_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "

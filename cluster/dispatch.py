@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _STATS_TIMEOUT_S = 2.0
+_STATS_AGE_S = 1.0  #: for which an answer is given again: workers do not work for whoever asks for numbers
 _RECONNECT_S = 0.2  #: first pause before the router is tried again; doubles up to
 _RECONNECT_MAX_S = 2.0
 
@@ -95,6 +96,8 @@ class Dispatcher:
         self._router_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._query_ids = itertools.count()
+        self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
+        self._stats_end_s = 0.0  #: until when that answer is good
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -167,6 +170,8 @@ class Dispatcher:
         for timer in (self._router_timer, self._tick_timer):
             if timer is not None:
                 timer.cancel()
+        if self._fleet_stats is not None:
+            self._fleet_stats.cancel()
         connections = [*self._workers.values(), *([self._router] if self._router is not None else [])]
         self._workers.clear()
         self._router = None
@@ -253,11 +258,20 @@ class Dispatcher:
         return Readiness(is_ready=roles["decode"] > 0, detail=detail)
 
     async def fleet_stats(self) -> list[Stats]:
-        """Ask every worker and the router for their numbers; who does not answer within 2 s is left out."""
+        """Return every worker's and the router's numbers, at most 1 s old; who does not answer within 2 s is left out.
+
+        However many ask for them at once or in that second, workers are asked once.
+        """
+        if self._fleet_stats is None or (self._fleet_stats.done() and self._loop.time() >= self._stats_end_s):
+            self._fleet_stats = self._loop.create_task(self._ask_fleet())
+        return await asyncio.shield(self._fleet_stats)  # one who asks may leave, the others wait on
+
+    async def _ask_fleet(self) -> list[Stats]:
         connections = [self._worker(worker_id, info.address) for worker_id, info in self._fleet.items()]
         if self._router is not None:
             connections.append(self._router)
         answers = await asyncio.gather(*(self._ask_stats(one) for one in connections), return_exceptions=True)
+        self._stats_end_s = self._loop.time() + _STATS_AGE_S
         return [answer for answer in answers if isinstance(answer, Stats)]
 
     async def metrics(self) -> list[Metric]:

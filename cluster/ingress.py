@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import uvicorn
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import KvrayConfig
+from cluster.connections import http_server
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
@@ -33,16 +33,6 @@ from transport.channel import ChannelConfig
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
-#: As Serve's proxy has them where it matters: an idle connection is kept for longer than clients keep theirs.
-_UVICORN: dict[str, Any] = {
-    "http": "httptools",
-    "ws": "none",
-    "lifespan": "off",
-    "log_config": None,
-    "access_log": False,
-    "server_header": False,
-    "timeout_keep_alive": 90,
-}
 _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
 
 
@@ -87,7 +77,7 @@ class Ingress:
         self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
         self._serving: asyncio.Task[None] | None = None
         if listener is not None:
-            server = uvicorn.Server(uvicorn.Config(self._app, **_UVICORN))
+            server = http_server(self._app, config.connections)
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
 
     async def check_health(self) -> None:
@@ -107,7 +97,11 @@ class Ingress:
             tokenizer=self._tokenizer,
             version=package_version("kvray"),
             api_keys=http.api_keys,
-            limits=HttpLimits(max_body_bytes=http.max_body_bytes, max_choices=http.max_choices),
+            limits=HttpLimits(
+                max_body_bytes=http.max_body_bytes,
+                max_choices=http.max_choices,
+                uses_priority=http.client_priority == "use",
+            ),
             tool_parser=self._config.model.tool_parser,
         )
 

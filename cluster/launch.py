@@ -11,7 +11,6 @@ import http.client
 import logging
 import re
 import signal
-import socket
 import threading
 import time
 import urllib.request
@@ -24,16 +23,16 @@ from typing import Any
 import msgspec
 import psutil
 
-from cluster.config import KvrayConfig, named_ray_address, prepare_environment, recorded_ray_address
+from cluster.config import KvrayConfig, prepare_environment
+from cluster.joining import NicenessCheck, check_credentials, cluster_to_join
 from cluster.listener import SharedListener, bound_socket
-from messages.errors import ConfigError, WorkerError
+from messages.errors import ConfigError, WorkerError, first_line
 
 logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: only the road "plasma" goes through it, where no direct one works
 _POLL_S = 0.1
 _STATUS_POLL_S = 0.25
-_CONNECT_TIMEOUT_S = 3.0  #: for a Ray head to take a connection
 _ROUTE_TIMEOUT_S = 20.0  #: for Serve's proxy to know an application that runs
 _SHUTDOWN_S = 7.0  #: for all to end politely; then it is killed
 _KILL_S = 2.0
@@ -173,12 +172,14 @@ class _Keeper(threading.Thread):
         address = cluster_to_join()
         if address is None:
             self._listener = SharedListener(config.http.host, config.http.port)
+        else:
+            check_credentials(address)
         self._say("reading the model's configuration")
         # Imports torch, as the application does anyway: most mistakes show before Ray is started.
         from engine.model.load import check_model
 
         check_model(Path(config.model.path), max_model_len=config.model.max_model_len)
-        prepare_environment()
+        prepare_environment(is_own_cluster=address is None)
         # Imported late: Ray reads its environment when it is imported.
         import ray
         from ray import serve
@@ -193,7 +194,10 @@ class _Keeper(threading.Thread):
                 # One node, this one: the channels need not be seen by anybody else.
                 network = msgspec.structs.replace(config.network, host="127.0.0.1")
                 config = msgspec.structs.replace(config, network=network)
+        niceness = None if self._is_own_cluster else NicenessCheck(ray)
         self._deploy(config, serve)
+        if niceness is not None:
+            niceness.warn()
         self._launched = Launched(url=_url(config), is_own_cluster=self._is_own_cluster)
         self._is_up.set()
 
@@ -209,8 +213,9 @@ class _Keeper(threading.Thread):
                 store_bytes = _LOCAL_OBJECT_STORE_BYTES
                 ray.init(address="local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            verb = "start" if address is None else f"join the cluster at {address}"
-            raise ConfigError(f"Ray cannot {verb}: {error}") from error
+            raise ConfigError(f"Ray cannot {_verb(address)}: {error}") from error
+        except Exception as error:  # bare ones, after 30 s, where its processes are slow to start
+            raise WorkerError(f"Ray did not {_verb(address)}, this time: {first_line(error)}") from error
 
     def _deploy(self, config: KvrayConfig, serve: Any) -> None:
         from cluster.app import APP_NAME, build_application
@@ -307,27 +312,8 @@ class _Keeper(threading.Thread):
         ray.shutdown()
 
 
-def cluster_to_join() -> str | None:
-    """Return the address of the Ray cluster that is there, host:port; None: start one.
-
-    Raises:
-        ConfigError: the operator names a cluster that does not answer.
-    """
-    named = named_ray_address()
-    if named == "local":
-        return None
-    address = named or recorded_ray_address()
-    if address is None:
-        return None
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S):
-            return address
-    except (OSError, ValueError, OverflowError) as error:
-        if named is not None:
-            raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address}: {_reason(error)}") from None
-        logger.debug("the cluster that `ray start` recorded at %s is gone: %s", address, error)
-        return None
+def _verb(address: str | None) -> str:
+    return "start" if address is None else f"join the cluster at {address}"
 
 
 def config_error_in(text: str) -> str | None:
@@ -360,7 +346,3 @@ def _is_ready(url: str) -> bool:
             return bool(response.status == 200)
     except (OSError, http.client.HTTPException):
         return False
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

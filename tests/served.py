@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -36,7 +37,8 @@ def own_environment() -> Iterator[dict[str, str]]:
     variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     variables |= {
         "RAY_TMPDIR": str(directory),
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Caches (built kernels) stay where they are; Ray's token and the like go to a home of their own.
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),

@@ -103,7 +103,7 @@ def _variables(directory: Path) -> dict[str, str]:
     return variables | {
         "RAY_ADDRESS": "local",  # never a cluster that happens to run here
         "RAY_TMPDIR": str(directory),
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",  # as users have it
         # Built kernels stay where they are; what Ray writes into a home goes to one of its own.
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         "HOME": str(directory),

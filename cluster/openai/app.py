@@ -54,7 +54,7 @@ def create_app(
         tokenizer: of that model.
         version: of the product, for /version.
         limits: what one client may ask for.
-        api_keys: where there are any, every path but /health, /ready, /metrics and /version wants one of them.
+        api_keys: where there are any, every path but /health, /ready and /version wants one of them.
         tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
     """
     kind = tool_parser or tool_format(tokenizer)

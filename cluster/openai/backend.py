@@ -89,3 +89,4 @@ class HttpLimits:
     max_stop_strings: int = 32
     max_stop_chars: int = 1024  #: of one stop string
     max_logprobs: int = 20  #: alternatives per token
+    uses_priority: bool = False  #: a client's own; else it is ignored

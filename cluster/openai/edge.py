@@ -20,7 +20,7 @@ from messages.errors import KvrayError, RequestError
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = ("/health", "/ready", "/metrics", "/version")  # for probes and scrapers, which hold no key
+OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
 

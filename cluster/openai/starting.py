@@ -49,6 +49,8 @@ def start(
         stop_token_ids=frozenset(fields.stop_token_ids or ()),
     )
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
+    # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
+    priority = (fields.priority or 0) if surface.limits.uses_priority else 0
     requests: list[GenerateRequest] = []
     for token_ids, max_tokens in zip(prompts, plan.max_tokens, strict=True):
         params = sampling_params(
@@ -62,14 +64,21 @@ def start(
         )
         data = packed(token_ids)
         requests += [
-            _sequence(fields, f"{base}-{len(requests) + i}", data, len(token_ids), params, i) for i in range(n)
+            _sequence(fields, f"{base}-{len(requests) + i}", data, len(token_ids), params, i, priority)
+            for i in range(n)
         ]
     transcripts = [Transcript(surface.tokenizer, options) for _ in requests]
     return Generation(surface.backend, surface.metrics, requests, transcripts, n)
 
 
 def _sequence(
-    fields: SharedFields, sequence_id: str, data: bytes, num_tokens: int, params: SamplingParams, choice: int
+    fields: SharedFields,
+    sequence_id: str,
+    data: bytes,
+    num_tokens: int,
+    params: SamplingParams,
+    choice: int,
+    priority: int,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=sequence_id,
@@ -77,5 +86,5 @@ def _sequence(
         num_prompt_tokens=num_tokens,
         params=msgspec.structs.replace(params, choice=choice) if choice else params,
         salt=(fields.cache_salt or "").encode(),
-        priority=fields.priority or 0,
+        priority=priority,
     )

@@ -62,7 +62,7 @@ def test_what_is_shown_can_be_read_again():
     ("document", "words"),
     [
         ({"engin": {}}, "engin: no such key; did you mean engine?"),
-        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, network, log"),
+        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, connections, network, log"),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
         ({"http": 3}, "http: wanted a mapping, saw int 3"),
@@ -163,6 +163,12 @@ def test_silence_must_outlast_two_heartbeats():
     )
 
 
+def test_one_body_of_full_length_must_fit():
+    assert refusal({"http": {"max_body_bytes": 2**30}}) == (
+        "connections.max_receiving_bytes: wanted at least http.max_body_bytes (1073741824), saw 67108864"
+    )
+
+
 @pytest.mark.parametrize(
     "document", [{"network": {"secret": 5417041}}, {"http": {"api_keys": "5417041"}}, {"http": {"api_keys": [5417041]}}]
 )
@@ -254,12 +260,31 @@ def test_a_bad_secret_is_refused_by_its_source_and_not_repeated(monkeypatch, sec
         with_secret(parse_config({"network": {"secret": secret}}))
 
 
-def test_an_operators_choices_for_ray_are_kept(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "1"})
-    prepare_environment()
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+def test_what_the_operator_set_for_ray_stays(monkeypatch):
+    chosen = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t", "RAY_USAGE_STATS_ENABLED": "1"}
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    prepare_environment(is_own_cluster=True)
+    assert chosen.items() <= os.environ.items()
     assert os.environ["RAY_ENABLE_AUTO_CONNECT"] == "0"
+
+
+def test_a_ray_of_our_own_has_a_token_of_its_own(monkeypatch):
+    tokens = set()
+    for _ in range(2):
+        monkeypatch.setattr(os, "environ", {"RAY_AUTH_MODE": ""})
+        prepare_environment(is_own_cluster=True)
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        tokens.add(os.environ["RAY_AUTH_TOKEN"])
+    assert [len(token) for token in tokens] == [64, 64]
+    monkeypatch.setattr(os, "environ", {"RAY_AUTH_TOKEN_PATH": "/run/token"})
+    prepare_environment(is_own_cluster=True)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_the_credentials_of_a_cluster_that_is_joined_are_the_operators(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    prepare_environment(is_own_cluster=False)
+    assert not [name for name in os.environ if "AUTH" in name or "WINDOWS" in name]
 
 
 @pytest.mark.parametrize(

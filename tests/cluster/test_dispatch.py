@@ -19,6 +19,7 @@ from cluster.openai.backend import ServedModel
 from decode.worker import DecodeWorker
 from kvcache.names import pack_tokens
 from kvrouter.worker import RouterWorker
+from messages.fleet import Stats
 from messages.request import GenerateRequest, SamplingParams
 from messages.stream import TokenChunk
 from tests.models import EOS, VOCAB_SIZE, make_tiny_model
@@ -331,6 +332,28 @@ async def test_a_router_that_is_lost_is_done_without_and_found_again(fleet):
 async def test_workers_and_the_router_are_asked_for_their_numbers(fleet):
     stats = await fleet.dispatcher.fleet_stats()
     assert sorted(one.worker_id for one in stats) == ["decode-0", "decode-1", "decode-2", "router-1"]
+
+
+async def test_workers_are_asked_for_their_numbers_once_a_second_whoever_asks(fleet, http, monkeypatch):
+    asked = []
+    ask = fleet.dispatcher._ask_stats
+
+    async def counting(connection: object) -> Stats:
+        asked.append(connection)
+        return await ask(connection)
+
+    monkeypatch.setattr(fleet.dispatcher, "_ask_stats", counting)
+    fleet.dispatcher._stats_end_s = 0.0  # `fleet` asks too
+    one_who_leaves = asyncio.ensure_future(fleet.dispatcher.fleet_stats())
+    await asyncio.sleep(0)
+    pages = asyncio.gather(*(http.get("/metrics") for _ in range(10)))
+    one_who_leaves.cancel()
+    assert all("kvray_steps" in page.text for page in await pages)
+    await fleet.dispatcher.fleet_stats()
+    assert len(asked) == 4
+    fleet.dispatcher._stats_end_s = 0.0  # a second later
+    await fleet.dispatcher.fleet_stats()
+    assert len(asked) == 8
 
 
 async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatcher_counts(fleet, http):

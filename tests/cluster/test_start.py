@@ -17,11 +17,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.launch import cluster_to_join, config_error_in, stop_signals
-from messages.errors import ConfigError
+from cluster.config import KvrayConfig
+from cluster.joining import cluster_to_join
+from cluster.launch import _Keeper, config_error_in, stop_signals
+from messages.errors import ConfigError, WorkerError
 from tests.models import make_tiny_model
 from tests.served import free_port, kvray_command, own_environment, run_kvray, using
 
@@ -340,8 +343,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 @pytest.fixture
 def ray_head():
-    """The environment of a shell on a machine where `ray start --head` ran."""
+    """The environment of a shell on a machine where `ray start --head` ran, with a token in the home directory."""
     with own_environment() as environment:
+        token_file = Path(environment["HOME"]) / ".ray" / "auth_token"
+        token_file.parent.mkdir()
+        token_file.write_text(environment["RAY_AUTH_TOKEN"])
+        environment |= {"RAY_AUTH_TOKEN": ""}
         # The cluster's processes find our rooms here; on a real one the package is installed.
         environment |= {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
@@ -359,10 +366,12 @@ def ray_head():
 def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_model, tmp_path, ray_head):
     members = {process.pid for process in using(ray_head["RAY_TMPDIR"])}
     port = free_port()
-    starting = Starting(tiny_model, tmp_path, ray_head, port)
+    # Empty is unset: as the user's shell has it, where the file alone tells of the token.
+    starting = Starting(tiny_model, tmp_path, ray_head | {"RAY_AUTH_MODE": ""}, port)
     try:
         starting.wait_for("Ctrl-C ends everything")
         assert "on the Ray cluster that was there" in starting.log.read_text()
+        assert "runs workers at niceness 15" in starting.log.read_text()
         assert http_status(f"http://127.0.0.1:{port}/ready") == 200
 
         finished, _ = run_kvray("serve", str(tiny_model), "--port", str(port), extra_environment=ray_head)
@@ -382,6 +391,30 @@ def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_mod
     finally:
         if starting.process.poll() is None:
             starting.process.kill()
+
+
+@pytest.mark.alone
+def test_a_cluster_that_wants_another_token_is_one_line_that_says_what_to_set(tiny_model, tmp_path, ray_head):
+    address = (Path(ray_head["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").read_text()
+    environment = ray_head | {"RAY_AUTH_MODE": ""}
+    complaints = {
+        f"the Ray cluster at {address} wants a token: RAY_AUTH_MODE=disabled forbids one": {
+            "RAY_AUTH_MODE": "disabled"
+        },
+        f"the Ray cluster at {address} wants a token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH": {
+            "HOME": str(tmp_path)
+        },
+        f"the Ray cluster at {address} wants another token than the one in RAY_AUTH_TOKEN": {
+            "RAY_AUTH_TOKEN": "5ecre7"
+        },
+        "RAY_AUTH_TOKEN_PATH: /no/token cannot be read": {"RAY_AUTH_TOKEN_PATH": "/no/token"},
+    }
+    for complaint, changes in complaints.items():
+        finished, _ = run_kvray("serve", str(tiny_model), extra_environment=environment | changes)
+        assert finished.returncode == 2
+        (line,) = finished.stderr.splitlines()
+        assert line.startswith(f"kvray: {complaint}")
+        assert "5ecre7" not in line
 
 
 @pytest.mark.alone
@@ -450,6 +483,20 @@ def test_the_reason_is_found_in_what_serve_says_of_a_replica():
     )
     assert config_error_in(message) == "/m/model.safetensors is corrupt"
     assert config_error_in("RuntimeError: out of memory") is None
+
+
+def test_a_ray_that_is_slow_to_start_is_one_clear_error(monkeypatch):
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nDetails follow.")  # noqa: TRY002 - as Ray does
+
+    keeper = _Keeper(KvrayConfig(), lambda _: None)
+    monkeypatch.setattr("ray.init", slow)
+    for address, words in ((None, "start"), ("10.0.0.1:6379", "join the cluster at 10.0.0.1:6379")):
+        with pytest.raises(WorkerError) as caught:
+            keeper._connect(ray, address)
+        assert caught.value.message == (
+            f"Ray did not {words}, this time: Exception: The current node timed out during startup."
+        )
 
 
 def test_a_recorded_cluster_that_crashed_is_not_joined(tmp_path, monkeypatch):

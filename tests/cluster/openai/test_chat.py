@@ -7,6 +7,8 @@ import struct
 import msgspec
 import pytest
 
+from cluster.openai.backend import HttpLimits
+
 USER = [{"role": "user", "content": "Hi"}]
 
 
@@ -233,7 +235,14 @@ def test_sampling_fields_reach_the_worker(server):
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.1, 0.2, -0.3)
     assert (params.logit_bias, params.seed, params.min_tokens, params.max_tokens) == ({5: 1.5}, 2**64 - 3, 2, 20)
-    assert (request.priority, request.salt) == (-4, b"tenant")
+    assert (request.priority, request.salt) == (0, b"tenant")
+
+
+def test_a_priority_counts_only_where_the_operator_lets_it(serve):
+    server = serve(limits=HttpLimits(uses_priority=True))
+    for priority in (-4, None):
+        assert server.post("/v1/chat/completions", {"messages": USER, "priority": priority}).status_code == 200
+    assert [request.priority for request in server.backend.requests] == [-4, 0]
 
 
 def test_requests_without_a_seed_get_different_ones(server):

@@ -198,9 +198,9 @@ def test_errors_and_streams_carry_the_request_id_too(server):
 
 def test_api_keys_guard_all_but_probes(serve):
     server = serve(api_keys=("first", "sécond"))
-    for path in ("/health", "/ready", "/metrics", "/version"):
+    for path in ("/health", "/ready", "/version"):
         assert server.http.get(server.url + path).status_code == 200
-    for path in ("/v1/models", "/docs", "/openapi.json", "/nowhere"):
+    for path in ("/v1/models", "/metrics", "/status", "/docs", "/openapi.json", "/nowhere"):
         response = server.http.get(server.url + path)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
@@ -210,6 +210,8 @@ def test_api_keys_guard_all_but_probes(serve):
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
     assert server.client("first").models.list().data[0].id == "tiny"
+    scraped = server.http.get(f"{server.url}/metrics", headers={"Authorization": "Bearer first"})
+    assert "kvray_requests_running 0.0" in scraped.text
 
 
 def test_health_ready_and_version(server):

@@ -1,0 +1,225 @@
+"""What clients can hold of an ingress's HTTP server, over real sockets; the server is a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from cluster.config import ConnectionsConfig
+from cluster.connections import Connections
+
+#: As cluster/ingress.py runs it; argv: the limits, how long an answer's token takes.
+SERVER = """
+import asyncio, json, socket, sys
+from cluster.config import ConnectionsConfig
+from cluster.connections import http_server
+from cluster.openai.app import create_app
+from cluster.openai.backend import HttpLimits
+from tests.cluster.openai.conftest import FakeBackend, make_tokenizer, served
+backend = FakeBackend(make_tokenizer())
+backend.delay_s = float(sys.argv[2])
+backend.says("x" * 100)
+app = create_app(
+    backend, served(backend.tokenizer), backend.tokenizer, version="1", limits=HttpLimits(max_body_bytes=8 * 2**20)
+)
+listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+print(listener.getsockname()[1], flush=True)
+asyncio.run(http_server(app, ConnectionsConfig(**json.loads(sys.argv[1]))).serve(sockets=[listener]))
+"""
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+STREAM = json.dumps({"prompt": "a", "stream": True, "max_tokens": 40}).encode()
+MIB = 2**20
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = psutil.Process(process.pid)
+        self.address = ("127.0.0.1", int(process.stdout.readline()))
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+
+    def connect(self, sends: bytes = b"") -> socket.socket:
+        client = socket.create_connection(self.address, timeout=20)
+        client.sendall(sends)
+        return client
+
+    def resident_bytes(self) -> int:
+        return self.process.memory_info().rss
+
+    def is_well(self) -> bool:
+        """A request of usual size is answered, soon."""
+        body = {"prompt": "a" * 20_000, "max_tokens": 1}
+        return httpx.post(f"{self.url}/tokenize", json=body, timeout=5).status_code == 200
+
+
+@pytest.fixture
+def start():
+    with contextlib.ExitStack() as stack:
+
+        def start(delay_s: float = 0.0, **limits: int) -> Server:
+            arguments = [json.dumps(limits), str(delay_s)]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", SERVER, *arguments],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    cwd=Path(__file__).parent.parent.parent,
+                )
+            )
+            stack.callback(process.kill)
+            return Server(process)
+
+        yield start
+
+
+def closed_within(clients: list[socket.socket], timeout_s: float) -> Iterator[bytes]:
+    """What each client was told, by the time all are disconnected; fails where one is not."""
+    ends_s = time.monotonic() + timeout_s
+    told = dict.fromkeys(clients, b"")
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            selector.register(client, selectors.EVENT_READ)
+        while selector.get_map():
+            assert time.monotonic() < ends_s, f"{len(selector.get_map())} of {len(clients)} are still connected"
+            for key, _ in selector.select(0.1):
+                with contextlib.suppress(ConnectionError):
+                    if data := key.fileobj.recv(65536):
+                        told[key.fileobj] += data
+                        continue
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+    yield from told.values()
+
+
+def code_of(answer: bytes) -> tuple[int, str]:
+    """An answer's status and its error's code."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    return int(answer[9:12]), json.loads(body)["error"]["code"]
+
+
+def test_slow_senders_of_headers_are_told_and_closed_in_time(start):
+    server = start(header_timeout_s=2)
+    clients = [server.connect(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n") for _ in range(100)]
+    started_s = time.monotonic()
+    while time.monotonic() < started_s + 1.5:  # a byte now and then keeps nobody connected
+        for number, client in enumerate(clients):
+            client.sendall(b"x-%d: 1\r\n" % number)
+        time.sleep(0.3)
+    assert server.is_well()
+    assert {code_of(answer) for answer in closed_within(clients, 8)} == {(408, "request_timeout")}
+
+
+def test_connections_that_ask_nothing_or_nothing_more_are_closed(start):
+    server = start(header_timeout_s=1, idle_timeout_s=1)
+    silent = [server.connect() for _ in range(200)]
+    ask = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    used = [server.connect(ask) for _ in range(100)]
+    restless = server.connect(ask)
+    time.sleep(0.5)
+    restless.sendall(b"\r\n")  # begins no request, though it is a byte
+    assert all(answer == b"" for answer in closed_within(silent, 6))
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in closed_within([*used, restless], 6))
+
+
+def test_half_sent_bodies_are_bounded_all_together_and_keep_nobody_out(start):
+    server = start(max_receiving_bytes=16 * MIB, body_timeout_s=3)
+    assert server.is_well()
+    before_bytes = server.resident_bytes()
+    clients = [server.connect(HEAD % (8 * MIB)) for _ in range(48)]
+    for client in clients:
+        client.setblocking(False)
+    most_bytes = 0
+    left = {client: memoryview(bytes(7 * MIB)) for client in clients}
+    for _ in range(400):
+        for client in list(left):
+            try:
+                left[client] = left[client][client.send(left[client][: 256 * 1024]) :]
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                del left[client]
+        most_bytes = max(most_bytes, server.resident_bytes() - before_bytes)
+    assert most_bytes < 64 * MIB
+    assert server.is_well()
+    answers = [code_of(answer) for answer in closed_within(clients, 10) if answer]
+    assert set(answers) == {(503, "service_unavailable"), (408, "request_timeout")}
+    assert server.is_well()
+
+
+def test_headers_without_bound_are_431_and_streams_go_on(start):
+    server = start(delay_s=0.02)
+    stream = server.connect(HEAD % len(STREAM) + STREAM)
+    before_bytes = server.resident_bytes()
+    long_line = server.connect(b"GET /health HTTP/1.1\r\nx: ")
+    many_lines = server.connect(b"GET /health HTTP/1.1\r\n")
+    long_target = server.connect(b"GET /")
+    endless_trailer = server.connect(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nx: "
+    )
+    clients = {long_line: b"y" * 4096, many_lines: b"a: b\r\n" * 700, long_target: b"z" * 4096}
+    clients[endless_trailer] = clients[long_line]
+    for client, more in clients.items():
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2048):  # 8 MiB
+                client.sendall(more)
+    assert [code_of(answer) for answer in closed_within(list(clients), 10)] == [(431, "headers_too_large")] * 4
+    assert server.resident_bytes() - before_bytes < 8 * MIB
+    told = b""
+    while b"[DONE]" not in told:
+        told += stream.recv(65536)
+    assert told.count(b"data: ") == 41
+
+
+def test_a_full_server_closes_who_waits_longest_and_refuses_where_all_are_busy(start):
+    server = start(delay_s=0.1, max_connections=8)
+    waiting = [server.connect() for _ in range(8)]
+    streams = [server.connect(HEAD % len(STREAM) + STREAM) for _ in range(8)]
+    assert all(stream.recv(12) == b"HTTP/1.1 200" for stream in streams)
+    assert all(answer == b"" for answer in closed_within(waiting, 2))
+    assert [code_of(answer) for answer in closed_within([server.connect()], 5)] == [(503, "service_unavailable")]
+
+
+def test_too_many_requests_at_once_on_one_connection_are_cut(start):
+    server = start(delay_s=0.1)
+    client = server.connect(HEAD % len(STREAM) + STREAM + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    list(closed_within([client], 3))
+    assert server.is_well()
+
+
+def test_what_is_no_http_is_400_in_our_form(start):
+    server = start()
+    assert [code_of(answer) for answer in closed_within([server.connect(b"hello\r\n\r\n")], 5)] == [
+        (400, "invalid_http")
+    ]
+
+
+def test_a_usual_client_notices_nothing(start):
+    server = start()
+    with httpx.Client(timeout=30) as client:
+        for size in (10, 100_000, MIB, 10):
+            reply = client.post(f"{server.url}/tokenize", content=json.dumps({"prompt": "ab " * (size // 3)}))
+            assert reply.json()["count"] == size // 3 * 3
+        assert client.post(f"{server.url}/v1/completions", content=STREAM).text.endswith("[DONE]\n\n")
+
+
+def test_the_heaviest_body_gives_way_and_what_ended_is_not_counted():
+    book = Connections(ConnectionsConfig(max_receiving_bytes=1024))
+    light, heavy = object(), object()
+    assert book.add_body(heavy, 900) is None
+    assert book.add_body(light, 124) is None
+    assert book.add_body(light, 1) is heavy
+    book.end_body(heavy)
+    book.end_body(heavy)
+    assert book.add_body(light, 899) is None
+    assert book.add_body(light, 1) is light
