@@ -115,6 +115,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
+            vocab_size=min(loaded.vocab_size, loaded.num_embeddings),
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
         )
@@ -140,7 +141,7 @@ class Engine:
             return
         spec = SequenceSpec(
             seq_id="warm-up",
-            token_ids=[(7919 * i) % self.loaded.vocab_size for i in range(num_tokens)],
+            token_ids=[(7919 * i) % self._config.vocab_size for i in range(num_tokens)],
             num_prompt_tokens=num_tokens,
             params=SamplingParams(max_tokens=_WARM_UP_OUTPUT_TOKENS, temperature=0.0),
         )

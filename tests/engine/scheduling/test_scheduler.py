@@ -114,6 +114,49 @@ def test_an_empty_prompt_is_refused(bench: Bench) -> None:
     assert isinstance(emit.error, RequestError)
 
 
+def test_a_token_beyond_the_vocabulary_is_refused_by_number() -> None:
+    bench = Bench(vocab_size=100)
+    [emit] = emitted(bench.add("a", [1, 100, 2]))
+    assert isinstance(emit.error, RequestError)
+    assert "token 100; the model's vocabulary ends at 99" in emit.error.message
+    assert bench.add("b", [1, 99, 2]) == []
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("logit_bias", {100: 1.0}),
+        ("logit_bias", {7: float("nan")}),
+        ("temperature", float("nan")),
+        ("temperature", -1.0),
+        ("top_k", 2**63),
+        ("top_p", 0.0),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+    ],
+)
+def test_a_parameter_that_no_step_can_compute_with_is_refused_by_name(param: str, value: object) -> None:
+    bench = Bench(vocab_size=100)
+    [emit] = emitted(bench.add("a", [1, 2, 3], **{param: value}))
+    assert isinstance(emit.error, RequestError)
+    assert emit.error.param == param
+
+
+def test_a_generated_token_beyond_the_vocabulary_ends_only_its_sequence() -> None:
+    bench = Bench(vocab_size=8)
+    bench.add("a", [1, 2, 3])
+    bench.add("b", [1, 2, 4])
+    bench.start()
+    out = bench.post(StepEnded(StepResult(sampled={"a": Sampled(8), "b": Sampled(7)})))
+    assert [(one.seq_id, one.finish_reason) for one in emitted(out)] == [("a", "error"), ("b", None)]
+
+
 def test_an_id_in_use_is_refused_and_disturbs_nobody(bench: Bench) -> None:
     bench.add("a", 5)
     with pytest.raises(RequestError, match="'a' is in use"):
