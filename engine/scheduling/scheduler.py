@@ -213,7 +213,7 @@ class Scheduler:
                     self._take_offer(self._ledger.pulling[seq_id], event, out)
             case KvRefused(seq_id):
                 if seq_id in self._ledger.sequences:
-                    self._take_refusal(self._ledger.sequences[seq_id])
+                    self._take_refusal(self._ledger.sequences[seq_id], is_suspect=event.is_suspect)
             case PullEnded():
                 self._remote.finish_pull(event, out)
             case StepEnded(result):
@@ -360,8 +360,10 @@ class Scheduler:
         if seq.phase is Phase.PULLING:
             self._remote.take_offer(seq, event, out)
 
-    def _take_refusal(self, seq: Sequence) -> None:
+    def _take_refusal(self, seq: Sequence, *, is_suspect: bool) -> None:
         seq.wants_remote = False
+        if is_suspect:
+            seq.suspect()
         if seq.phase is Phase.PULLING:
             self._remote.fall_back(seq)
 
@@ -376,7 +378,10 @@ class Scheduler:
         self._step = step
         for _, seq in step:
             seq.is_in_step = True
-        out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed())))
+        is_suspect = step[0][1].is_suspect
+        if is_suspect:
+            out.append(EmitTokens(step[0][0].seq_id, is_alone=True))
+        out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed(), is_suspect)))
 
     def _finish_step(self, result: StepResult, out: list[Instruction]) -> None:
         if self._step is None:
@@ -388,6 +393,8 @@ class Scheduler:
             seq.is_in_step = False
             if seq.phase is Phase.ENDED:
                 continue
+            if seq.is_suspect:
+                out.append(EmitTokens(seq.seq_id))  # the step that it was alone in went well
             if seq.seq_id in result.errors:
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=result.errors[seq.seq_id]))
                 self._ledger.end(seq)

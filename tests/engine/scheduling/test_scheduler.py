@@ -445,3 +445,31 @@ def test_a_deadline_in_the_past_is_refused(bench: Bench) -> None:
     [emit] = emitted(bench.add("a", 5, deadline_s=4.0))
     assert emit.error is not None
     assert emit.error.status == 504
+
+
+# ---------------------------------------------------------------------------------------------------------- suspects
+
+
+def test_a_suspect_is_alone_in_its_steps_in_turns_with_the_others_until_it_gave_four_tokens(bench: Bench) -> None:
+    bench.add("a", 5, max_tokens=50)
+    bench.add("s", 5, max_tokens=50, is_suspect=True)
+    bench.add("t", 5, max_tokens=50, is_suspect=True)
+    bench.add("b", 5, max_tokens=50)
+    turns = ["".join(seq_id for seq_id, *_ in bench.step()) for _ in range(17)]
+    assert turns == ["s", "ab", "s", "ab", "s", "ab", "s", "asb", *["t", "asb"] * 3, "t", "astb", "astb"]
+
+
+def test_whoever_asked_is_told_before_a_suspects_step_begins_and_when_it_has_ended(bench: Bench) -> None:
+    bench.add("s", 100, is_suspect=True)
+    out = bench.post(StepWanted())
+    assert out[0] == EmitTokens("s", is_alone=True)
+    assert out[1].plan.is_suspect
+    bench.parts = list(bench.slots.take_in(out[1].plan, bench.scheduler).parts)
+    assert emitted(bench.finish()) == [EmitTokens("s")]  # its prompt is not at its end
+
+
+def test_what_a_lost_owner_computed_is_a_suspect_here(bench: Bench) -> None:
+    bench.add("r", 5, remote_s=0.0)
+    bench.add("a", 5)
+    bench.post(KvRefused("r", is_suspect=True))
+    assert [[seq_id for seq_id, *_ in bench.step()] for _ in range(2)] == [["r"], ["a"]]
