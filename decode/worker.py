@@ -151,7 +151,7 @@ class DecodeWorker:
                 self._decide(PullProgressed(pull.seq_id, num_arrived))
 
         outcome = PullOutcome(frozenset(location.index for location, _ in pull.pairs))
-        watching = asyncio.create_task(watch())
+        watching = self._worker.spawn(watch())
         try:
             outcome = await self._peers.pull(pull.source, pull.pairs, progress)
         finally:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.core import Engine
 from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
-
-logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1  #: how late a deadline may be noticed
 #: A step that may end the process begins so much later: until then the word of it has left the process.
@@ -27,7 +24,7 @@ class EngineDriver:
     """Feeds events in, hands instructions out, keeps steps running while there is work.
 
     `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called
-    once if a step raises: the engine's state is then unknown and the worker must end.
+    once if a step raises, whatever it is: the engine's state is then unknown and the worker must end.
     """
 
     def __init__(
@@ -81,8 +78,7 @@ class EngineDriver:
                         await self._wake.wait()
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # the edge: a worker that cannot step must not look alive
-            logger.exception("engine step failed")
+        except BaseException as error:  # noqa: BLE001 - the edge: a worker that cannot step must not look alive
             self._on_crash(error)
 
     def _carry_out(self, *events: Event) -> asyncio.Future[StepResult] | None:

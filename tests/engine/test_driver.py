@@ -27,7 +27,8 @@ WAIT_S = 2.0
 class ScriptedEngine:
     """Runs `num_steps` steps, each of which emits its number; records which have begun."""
 
-    def __init__(self, num_steps: int, failing_step: int | None = None) -> None:
+    def __init__(self, num_steps: int, failing_step: int | None = None, failure: BaseException | None = None) -> None:
+        self.failure = failure or RuntimeError("no such kernel")
         self.left = num_steps
         self.failing_step = failing_step
         self.num_ended = 0
@@ -50,7 +51,7 @@ class ScriptedEngine:
         number, self.num_begun = self.num_begun, self.num_begun + 1
         self.begun[number].set()
         if number == self.failing_step:
-            raise RuntimeError("no such kernel")
+            raise self.failure
         return StepResult(sampled={}, elapsed_s=0.001)
 
 
@@ -103,3 +104,14 @@ async def test_a_step_that_raises_is_reported_once_and_nothing_runs_after_it(cap
     crashes = await drive(engine, lambda _: None, lambda: False)
     assert [str(error) for error in crashes] == ["no such kernel"]
     assert engine.num_begun == 2
+
+
+class Panic(BaseException):
+    """As native libraries raise it."""
+
+
+async def test_a_panic_in_a_step_is_reported_like_an_error():
+    crashes = await drive(
+        ScriptedEngine(2, failing_step=1, failure=Panic("at src/lib.rs:7")), lambda _: None, lambda: False
+    )
+    assert [str(error) for error in crashes] == ["at src/lib.rs:7"]
