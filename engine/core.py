@@ -158,6 +158,10 @@ class Engine:
         """Give `event` to the scheduler; return its instructions. `now_s` defaults to the monotonic clock."""
         return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
 
+    def bound_s(self, plan: StepPlan) -> float:
+        """Return how many seconds the step of `plan` may take before it counts as one that will never end."""
+        return self.scheduler.cost.bound_s(plan.parts)
+
     def compute(self, plan: StepPlan) -> StepResult:
         """Carry out a planned step; blocks for as long as the forward pass takes.
 

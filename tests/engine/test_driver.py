@@ -15,11 +15,14 @@ from engine.scheduling.plan import (
     Instruction,
     RunStep,
     SequenceCancelled,
+    SequenceStep,
     StepEnded,
     StepPlan,
     StepResult,
     StepWanted,
+    TimePassed,
 )
+from tests.workers import until
 
 WAIT_S = 2.0
 
@@ -46,6 +49,9 @@ class ScriptedEngine:
             case SequenceCancelled(seq_id):
                 return [EmitTokens(seq_id, finish_reason="cancelled")]
         return []
+
+    def bound_s(self, plan: StepPlan) -> float:
+        return 0.05
 
     def compute(self, plan: StepPlan) -> StepResult:
         number, self.num_begun = self.num_begun, self.num_begun + 1
@@ -115,3 +121,44 @@ async def test_a_panic_in_a_step_is_reported_like_an_error():
         ScriptedEngine(2, failing_step=1, failure=Panic("at src/lib.rs:7")), lambda _: None, lambda: False
     )
     assert [str(error) for error in crashes] == ["at src/lib.rs:7"]
+
+
+# -------------------------------------------------------------------------------------------------------------- hangs
+
+
+class HangingEngine(ScriptedEngine):
+    """Its first step goes on until the test lets it end; whoever waits has a deadline."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.may_end = threading.Event()
+
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
+        match event:
+            case TimePassed():
+                return [EmitTokens("w", finish_reason="error")]
+            case StepWanted() if self.left:
+                self.left -= 1
+                part = SequenceStep(seq_id="s", slot=0, kind="prefill", start=0, num_tokens=5, is_sampled=True)
+                return [RunStep(StepPlan((part,)))]
+        return super().decide(event, now_s)
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        assert self.may_end.wait(WAIT_S)
+        return super().compute(plan)
+
+
+async def test_time_passes_while_a_step_hangs_which_is_told_with_what_is_in_it():
+    engine = HangingEngine()
+    seen: list[Instruction] = []
+    driver = EngineDriver(engine, seen.extend, lambda _: None)
+    driver.start()
+    await asyncio.sleep(0)
+    assert driver.overdue() is None
+    seen.clear()
+    await until(lambda: seen and driver.overdue())
+    assert seen[0] == EmitTokens("w", finish_reason="error")
+    assert "in it are: s prefill [0, 5)" in driver.overdue()
+    engine.may_end.set()
+    await until(lambda: driver.overdue() is None)
+    await driver.close()
