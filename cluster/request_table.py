@@ -24,6 +24,7 @@ from typing import assert_never
 
 import msgspec
 
+from cluster.request_errors import crash_error, is_retryable, nobody_there, timeout_error
 from cluster.request_events import (
     ChunksArrived,
     Deliver,
@@ -42,15 +43,16 @@ from cluster.request_events import (
     Warn,
     WorkerLost,
 )
+from cluster.suspects import Suspects, digest
 from kvcache.names import TOKEN_BYTES, block_names, pack_tokens
 from kvrouter.fallback import choose
-from messages.errors import CapacityError, ErrorInfo, InvariantError, KvrayError, WorkerError, error_from_info
+from messages.errors import CapacityError, InvariantError, KvrayError, WorkerError, error_from_info
 from messages.fleet import WorkerInfo
-from messages.request import CancelRequest, GenerateRequest
+from messages.request import SUSPECT_TOKENS, CancelRequest, GenerateRequest
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import TokenChunk
 
-#: Workers that one request is given to, at most: a prompt that kills workers kills no more than these.
+#: Workers that one request is given to, at most; one that crashes them is given to two, alone at the second one.
 MAX_PLACEMENTS = 3
 _ROUTE_TIMEOUT_S = 1.0  #: a router that answers later than this is as good as gone
 #: A request whose worker was lost waits so long for another one, where there is none: for a process to be started and
@@ -83,6 +85,8 @@ class _Sequence:
     token_ids: list[int] = field(default_factory=list)  #: delivered
     has_begun: bool = False  #: its first chunk, which tells about the prompt, was delivered
     placed_id: str | None = None  #: its id on the worker, while it runs
+    is_alone: bool = False  #: its worker computes a step of nothing else, as far as is known
+    suspect_until_tokens: int = 0  #: of a suspect: with so many delivered it is none any more
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +106,8 @@ class _Request:
     address: str = ""
     failed: list[str] = field(default_factory=list)  #: workers that were lost with it or failed it
     was_lost: bool = False  #: one of them was lost: another is started in its place
+    digest: bytes = b""  #: of what the client asked for
+    is_suspect: bool = False  #: a worker may have been lost by computing it
     error: KvrayError | None = None  #: what the last of them ended with
 
 
@@ -119,6 +125,7 @@ class RequestTable:
         self._num_sequences: Counter[str] = Counter()  #: running ones, by worker
         self._num_placed = {"router": 0, "hashing": 0}  #: requests, by who chose the worker
         self._num_moved = 0
+        self._suspects = Suspects()
 
     def stats(self) -> dict[str, float]:
         """Return the counters by metric name."""
@@ -198,6 +205,9 @@ class RequestTable:
         first = asked[0]
         request = _Request(first.request_id, now_s + (first.deadline_s or self._limits.request_timeout_s))
         request.sequences = {one.request_id: _Sequence(one, request) for one in asked}
+        request.digest = digest(asked)
+        if self._suspects.has(request.digest, now_s):
+            _suspect(request)
         self._requests[request.request_id] = request
         self._sequences |= request.sequences
         self._place(request, now_s, out)
@@ -241,14 +251,14 @@ class RequestTable:
             return
         if request.stage is _Stage.RUNNING:  # its worker ends it at the deadline, unless it does not even do that
             if now_s >= request.due_s:
-                self._fail(request, _timeout_error(request), out)
+                self._fail(request, timeout_error(request.stage.value), out)
         elif now_s >= request.deadline_s:
-            self._fail(request, _timeout_error(request), out)
+            self._fail(request, timeout_error(request.stage.value), out)
         elif request.stage is _Stage.ROUTING:
             out.append(Warn(f"the router did not answer within {_ROUTE_TIMEOUT_S:g} s: placing by rendezvous hashing"))
             self._place_by_hashing(request, now_s, out)
         else:
-            self._fail(request, request.error or _nobody_there(), out)
+            self._fail(request, request.error or nobody_there(), out)
 
     # ------------------------------------------------------------------------------------------------------ placement
 
@@ -373,6 +383,7 @@ class RequestTable:
                 prefill_address=placement.prefill_address,
                 prefill_s=placement.prefill_s,
                 deadline_s=max(0.0, request.deadline_s - now_s),
+                is_suspect=request.is_suspect,
             )
             out.append(SendToWorker(request.worker_id, request.address, message))
 
@@ -381,7 +392,7 @@ class RequestTable:
         if sequence.placed_id is None:
             return
         request, placed_id = sequence.request, sequence.placed_id
-        sequence.placed_id = None
+        sequence.placed_id, sequence.is_alone = None, False
         del self._placed[placed_id]
         self._num_sequences[request.worker_id] -= 1
         if not self._num_sequences[request.worker_id]:
@@ -396,21 +407,39 @@ class RequestTable:
         if sequence is None or sequence.request.worker_id != worker_id:
             return  # of a sequence that was cancelled, or has left that worker
         request = sequence.request
-        if chunk.error is not None and _is_retryable(chunk.error):
+        if chunk.error is not None and is_retryable(chunk.error):
             self._unplace(sequence, out, tells_worker=False)
             self._move(request, error_from_info(chunk.error), now_s, out, is_lost=False)
             return
+        sequence.is_alone = chunk.is_alone
+        if not chunk.token_ids and chunk.finish_reason is None:
+            return  # of a suspect: a step of its own begins or has ended
         sequence.token_ids += chunk.token_ids
         out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
         sequence.has_begun = True
         if chunk.finish_reason is not None:
             self._end_sequence(sequence, out, tells_worker=False)
+        if request.is_suspect and chunk.error is None:
+            self._clear_if_harmless(request)
+
+    def _clear_if_harmless(self, request: _Request) -> None:
+        if all(len(one.token_ids) >= one.suspect_until_tokens for one in request.sequences.values()):
+            request.is_suspect = False
+            self._suspects.discard(request.digest)
 
     def _lose_worker(self, worker_id: str, reason: str, now_s: float, out: list[Instruction]) -> None:
         error = WorkerError(f"the worker {worker_id} was lost: {reason}", code="worker_lost")
-        for request in self._at(_Stage.RUNNING):
-            if request.worker_id == worker_id:
-                self._move(request, error, now_s, out, is_lost=True)
+        lost = [request for request in self._at(_Stage.RUNNING) if request.worker_id == worker_id]
+        guilty = [request for request in lost if any(one.is_alone for one in request.sequences.values())]
+        for request in lost:
+            if request in guilty:
+                self._suspects.add(request.digest, now_s)
+                self._fail(request, crash_error(worker_id, reason), out)
+                continue
+            if not guilty:  # whoever it was is among these
+                self._suspects.add(request.digest, now_s)
+                _suspect(request)
+            self._move(request, error, now_s, out, is_lost=True)
 
     def _move(
         self, request: _Request, error: KvrayError, now_s: float, out: list[Instruction], *, is_lost: bool
@@ -430,6 +459,13 @@ class RequestTable:
         self._place(request, now_s, out)
 
 
+def _suspect(request: _Request) -> None:
+    """Have a request computed alone from its next placement on, until its sequences gave some tokens more."""
+    request.is_suspect = True
+    for sequence in request.sequences.values():
+        sequence.suspect_until_tokens = len(sequence.token_ids) + SUSPECT_TOKENS
+
+
 def _placed_id(sequence: _Sequence) -> str:
     """Make a sequence's id under the request's present route, never used before."""
     request_id, num_routes = sequence.asked.request_id, sequence.request.num_routes
@@ -442,22 +478,3 @@ def _as_asked(chunk: TokenChunk, sequence: _Sequence) -> TokenChunk:
     if sequence.has_begun and (chunk.sources is not None or chunk.prompt_logprobs is not None):
         return msgspec.structs.replace(chunk, request_id=request_id, sources=None, prompt_logprobs=None)
     return chunk if chunk.request_id == request_id else msgspec.structs.replace(chunk, request_id=request_id)
-
-
-def _is_retryable(error: ErrorInfo) -> bool:
-    """Tell whether another worker may do better: not where the request itself is at fault, nor at its deadline."""
-    return error.kind == WorkerError.__name__ and error.status != 504
-
-
-def _timeout_error(request: _Request) -> WorkerError:
-    return WorkerError(
-        f"the request did not end in time: it was {request.stage.value} when its deadline passed",
-        code="timeout",
-        status=504,
-    )
-
-
-def _nobody_there() -> CapacityError:
-    return CapacityError(
-        "no decode worker is there; one is being started", code="no_worker", status=503, retry_after_s=5.0
-    )

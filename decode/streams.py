@@ -260,7 +260,7 @@ class StreamBook:
                 self._avoided_until_s = {key: s for key, s in self._avoided_until_s.items() if s > now_s}
                 self._avoided_until_s[source] = now_s + _AVOID_S
                 lost = [key for key, lease in self._leases.items() if lease.source == source]
-                return [instruction for request_id in lost for instruction in self._compute_here(request_id)]
+                return [i for request_id in lost for i in self._compute_here(request_id, is_suspect=True)]
             case PullProgressed(request_id, num_arrived):
                 return self._renew(request_id, num_arrived)
             case PullStopped():
@@ -300,6 +300,7 @@ class StreamBook:
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             remote_s=self._remote_s(event, now_s),
+            is_suspect=request.is_suspect,
         )
         return [TellScheduler(request.request_id, SequenceAdded(spec))]
 
@@ -310,7 +311,7 @@ class StreamBook:
         """
         request = event.request
         address = request.prefill_address
-        if address is None:
+        if address is None or request.is_suspect:  # one worker at a time is enough for it
             return None
         is_of_use = request.params.prompt_logprobs is None  # another worker's prefill does not give them
         is_avoided = self._avoided_until_s.get(address, now_s) > now_s
@@ -332,6 +333,7 @@ class StreamBook:
             logprobs=emitted.logprobs,
             prompt_logprobs=emitted.prompt_logprobs,
             sources=emitted.sources,
+            is_alone=emitted.is_alone,
             stop_token_id=emitted.stop_token_id,
             finish_reason=emitted.finish_reason,
             error=None if emitted.error is None else emitted.error.info(),
@@ -374,13 +376,16 @@ class StreamBook:
         )
         return [TellScheduler(request_id, offered)]
 
-    def _compute_here(self, request_id: str) -> list[StreamInstruction]:
-        """Forget a lease that ended at its owner; the scheduler is to compute what was not offered whole."""
+    def _compute_here(self, request_id: str, *, is_suspect: bool = False) -> list[StreamInstruction]:
+        """Forget a lease that ended at its owner; the scheduler is to compute what was not offered whole.
+
+        `is_suspect`: the owner is gone, maybe by computing this prompt.
+        """
         lease = self._leases.pop(request_id)
         if lease.is_offered_whole or request_id not in self._streams:
             return []
         self.num_refused += 1
-        return [TellScheduler(request_id, KvRefused(request_id))]
+        return [TellScheduler(request_id, KvRefused(request_id, is_suspect))]
 
     def _renew(self, request_id: str, num_arrived: int) -> list[StreamInstruction]:
         """Keep the lease alive while blocks arrive: a while without any is for the lease to judge."""

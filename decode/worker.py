@@ -74,6 +74,14 @@ class DecodeWorker:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         return await self._worker.start(self)
 
+    def check_health(self) -> None:
+        """Check that steps end.
+
+        Raises:
+            WorkerError: one runs for so long that it will never end.
+        """
+        self._worker.check_health()
+
     async def drain(self) -> None:
         """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
@@ -151,7 +159,7 @@ class DecodeWorker:
                 self._decide(PullProgressed(pull.seq_id, num_arrived))
 
         outcome = PullOutcome(frozenset(location.index for location, _ in pull.pairs))
-        watching = asyncio.create_task(watch())
+        watching = self._worker.spawn(watch())
         try:
             outcome = await self._peers.pull(pull.source, pull.pairs, progress)
         finally:

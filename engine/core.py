@@ -115,6 +115,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=loaded.max_model_len,
+            vocab_size=min(loaded.vocab_size, loaded.num_embeddings),
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
         )
@@ -140,7 +141,7 @@ class Engine:
             return
         spec = SequenceSpec(
             seq_id="warm-up",
-            token_ids=[(7919 * i) % self.loaded.vocab_size for i in range(num_tokens)],
+            token_ids=[(7919 * i) % self._config.vocab_size for i in range(num_tokens)],
             num_prompt_tokens=num_tokens,
             params=SamplingParams(max_tokens=_WARM_UP_OUTPUT_TOKENS, temperature=0.0),
         )
@@ -156,6 +157,10 @@ class Engine:
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """Give `event` to the scheduler; return its instructions. `now_s` defaults to the monotonic clock."""
         return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+
+    def bound_s(self, plan: StepPlan) -> float:
+        """Return how many seconds the step of `plan` may take before it counts as one that will never end."""
+        return self.scheduler.cost.bound_s(plan.parts)
 
     def compute(self, plan: StepPlan) -> StepResult:
         """Carry out a planned step; blocks for as long as the forward pass takes.

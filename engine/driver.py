@@ -7,25 +7,30 @@ computes, the loop keeps answering heartbeats, cancels and pulls.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from engine.core import Engine
 from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
 
-logger = logging.getLogger(__name__)
-
 _TICK_S = 0.1  #: how late a deadline may be noticed
+#: A step that may end the process begins so much later: until then the word of it has left the process.
+_TOLD_S = 0.05
+
+
+class _RunningStep(NamedTuple):
+    plan: StepPlan
+    begun_s: float  #: of the monotonic clock
+    bound_s: float  #: a step that takes longer will never end
 
 
 class EngineDriver:
     """Feeds events in, hands instructions out, keeps steps running while there is work.
 
     `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called
-    once if a step raises: the engine's state is then unknown and the worker must end.
+    once if a step raises, whatever it is: the engine's state is then unknown and the worker must end.
     """
 
     def __init__(
@@ -40,20 +45,36 @@ class EngineDriver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._running: _RunningStep | None = None
         self.num_steps = 0
         self.busy_s = 0.0
 
     def start(self) -> None:
         """Begin stepping on the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._tick()
 
     def post(self, event: Event) -> None:
         """Give an event to the scheduler, on the loop's thread; its instructions are handed out before this returns."""
         self._carry_out(event)
         self._wake.set()
 
+    def overdue(self) -> str | None:
+        """Say what the step in progress computes, if it runs for so long that it will never end; None where it may."""
+        running = self._running
+        if running is None:
+            return None
+        age_s = time.monotonic() - running.begun_s
+        if age_s <= running.bound_s:
+            return None
+        parts = ", ".join(f"{part.seq_id} {part.kind} [{part.start}, {part.end})" for part in running.plan.parts)
+        return f"a step runs for {age_s:.1f} s, at most {running.bound_s:.1f} s were expected of it; in it are: {parts}"
+
     async def close(self) -> None:
         """Stop after the step in progress."""
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -61,26 +82,28 @@ class EngineDriver:
 
     async def _run(self) -> None:
         try:
-            next_tick_s = 0.0
             events: list[Event] = []
             while True:
-                now_s = time.monotonic()
-                if now_s >= next_tick_s:
-                    next_tick_s = now_s + _TICK_S
-                    events.append(TimePassed())
                 self._wake.clear()
                 step = self._carry_out(*events, StepWanted())
                 events = []
                 if step is not None:
                     events.append(StepEnded(await step))
+                    self._running = None
                     continue
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_TICK_S):
-                        await self._wake.wait()
+                await self._wake.wait()
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # the edge: a worker that cannot step must not look alive
-            logger.exception("engine step failed")
+        except BaseException as error:  # noqa: BLE001 - the edge: a worker that cannot step must not look alive
+            self._on_crash(error)
+
+    def _tick(self) -> None:
+        """Let time pass, whether a step runs or not: deadlines do not wait for one that hangs."""
+        self._tick_timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+        try:
+            self.post(TimePassed())
+        except BaseException as error:  # noqa: BLE001 - the edge, as above
+            self._tick_timer.cancel()
             self._on_crash(error)
 
     def _carry_out(self, *events: Event) -> asyncio.Future[StepResult] | None:
@@ -91,6 +114,7 @@ class EngineDriver:
         for event in events:
             for instruction in self.engine.decide(event, now_s):
                 if isinstance(instruction, RunStep):
+                    self._running = _RunningStep(instruction.plan, now_s, self.engine.bound_s(instruction.plan))
                     step = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, instruction.plan)
                 else:
                     others.append(instruction)
@@ -100,6 +124,8 @@ class EngineDriver:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         """Compute a step, on the engine's thread."""
+        if plan.is_suspect:
+            time.sleep(_TOLD_S)
         started_s = time.perf_counter()
         result = self.engine.compute(plan)
         self.num_steps += 1

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.crashing import Crash, guarded
 from engine.puller import REJECTIONS, BlockPuller, Pair, PeerPool, PullOutcome
 from kvcache.price import MoveCost
 from messages.fleet import RoadStatus
@@ -43,6 +44,7 @@ class Peers:
 
     `on_message(address, message)` gets what is not about regions and roads; `on_lost(address)` comes once for each
     connection that ends but by `close`: what the peer held for us is gone, pulls from it fail by themselves.
+    `crash` gets what any of it raises.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Peers:
         channel: ChannelConfig,
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
+        crash: Crash,
     ) -> None:
         self._puller = puller
         self._roads = roads
@@ -60,6 +63,7 @@ class Peers:
         self._channel = channel
         self._on_message = on_message
         self._on_lost = on_lost
+        self._crash = crash
         self._block_bytes = puller.block_bytes
         self._peers: dict[str, Peer] = {}
 
@@ -70,8 +74,8 @@ class Peers:
         client = ChannelClient(
             self._secret,
             address,
-            on_message=lambda message: self._take(address, message),
-            on_lost=lambda reason: self._lose(address, reason),
+            on_message=guarded(lambda message: self._take(address, message), self._crash),
+            on_lost=guarded(lambda reason: self._lose(address, reason), self._crash),
             config=self._channel,
         )
         link = self._roads.connect(lambda road, body: client.send(RoadMessage(road=road, body=body)))

@@ -13,19 +13,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from engine.core import Engine, EngineOptions
+from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
 from engine.model.load import load_model
 from engine.peers import Peers
 from engine.puller import BlockPuller
 from engine.scheduling.plan import Event, Instruction
+from messages.errors import WorkerError
 from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
@@ -138,7 +140,7 @@ class EngineWorker:
         )
         self._peers: Peers | None = None  #: of a role that pulls
         self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
-        self._on_crash = on_crash
+        self.crash = CrashOnce(on_crash)  #: for every fault that leaves the worker's state unknown
         self._role: WorkerRole | None = None
         self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
         self._tasks: set[asyncio.Task[None]] = set()
@@ -150,7 +152,7 @@ class EngineWorker:
         """Make the worker's peers, for a role that pulls; reported and closed with it. Arguments as of `Peers`."""
         engine = self.engine
         puller = BlockPuller(engine.layout, engine.memory, engine.checksums, self.roads)
-        self._peers = Peers(puller, self.roads, self._secret, self.options.channel, on_message, on_lost)
+        self._peers = Peers(puller, self.roads, self._secret, self.options.channel, on_message, on_lost, self.crash)
         return self._peers
 
     async def start(self, role: WorkerRole) -> WorkerInfo:
@@ -159,11 +161,11 @@ class EngineWorker:
         self.server = ChannelServer(
             self._secret,
             self._host,
-            on_message=self._on_message,
-            on_peer_lost=self._on_sender_lost,
+            on_message=guarded(self._on_message, self.crash),
+            on_peer_lost=guarded(self._on_sender_lost, self.crash),
             config=self.options.channel,
         )
-        self.driver = EngineDriver(self.engine, self._on_instructions, self._on_crash)
+        self.driver = EngineDriver(self.engine, self._on_instructions, self.crash)
         self.driver.start()
         self.spawn(self._report_forever())
         if isinstance(self.engine.memory, Memory):
@@ -194,16 +196,34 @@ class EngineWorker:
         self.driver.post(event)
         self._report_wanted.set()
 
+    def check_health(self) -> None:
+        """Check that steps end.
+
+        Raises:
+            WorkerError: one runs for so long that it will never end; says what is in it.
+        """
+        overdue = self.driver.overdue() if self.driver is not None else None
+        if overdue is not None:
+            logger.error("%s %s: %s", self.role, self.worker_id, overdue)
+            raise WorkerError(overdue, code="step_hangs")
+
     def send(self, receiver: bytes, message: Message) -> None:
         """Send a message to a sender; it is dropped if that one is gone."""
         if self.server is not None:
             self.server.send(receiver, message)
 
-    def spawn(self, coroutine: object) -> None:
-        """Run a coroutine until it ends or the worker closes."""
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine until it ends or the worker closes; what it raises ends the worker."""
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end_task)
+        return task
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.crash(error)
 
     async def close(self) -> None:
         """Stop stepping, hang up, give memory back."""

@@ -6,6 +6,10 @@ from typing import Literal
 
 import msgspec
 
+#: Tokens that a suspect gives, computed alone, before it is one among others again: the step that a worker crashed in
+#: was at most that far on from the last token that had come.
+SUSPECT_TOKENS = 4
+
 GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark"]
 
 
@@ -58,6 +62,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice
     prefill_address: str | None = None
     prefill_s: float = 0.0  #: predicted seconds until its KV lies here; computing it here is worth it below that
+    is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -1,6 +1,7 @@
-"""benchmarks/harness/worker_process.py with a fault: `faulty_worker.py damage|truncate`.
+"""benchmarks/harness/worker_process.py with a fault: `faulty_worker.py damage|truncate|die`.
 
 damage: one byte of every handoff's first block is another by the time it is pulled. truncate: UCX messages arrive half.
+die: the process is gone in the middle of a step that computes token 251.
 """
 
 import asyncio
@@ -33,8 +34,22 @@ elif fault == "truncate":
         return send(self, buffer, num_bytes // 2 if num_bytes > 4096 else num_bytes, tag)
 
     Connection.send = send_half
+elif fault == "die":
+    import os
+    import signal
+
+    from engine.runner import Runner
+
+    execute = Runner.execute
+
+    def execute_or_die(self, plan):
+        if any(part.seq_id != "warm-up" and 251 in part.new_token_ids for part in plan.parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return execute(self, plan)
+
+    Runner.execute = execute_or_die
 else:
-    sys.exit(f"fault {fault!r}: wanted damage or truncate")
+    sys.exit(f"fault {fault!r}: wanted damage, truncate or die")
 
 script = runpy.run_path(str(ROOT / "benchmarks" / "harness" / "worker_process.py"))
 asyncio.run(script["main"]())

@@ -73,7 +73,8 @@ def fitted(
     """Cut `token_ids` from the left to `truncate` tokens where given (-1: to what fits), and check that they fit.
 
     Raises:
-        RequestError: nothing is left, or more than the model's context or a pool holds.
+        RequestError: nothing is left, or more than the model's context or a pool holds, or a token is none of the
+            model's: a tokenizer may have some that its embedding has not.
     """
     if truncate is not None:
         room = min(model.max_prompt_tokens, max(1, model.max_model_len - max(1, max_tokens or 1)))
@@ -84,6 +85,13 @@ def fitted(
     if not token_ids:
         raise RequestError(f"{param}: got no tokens, want at least one", param=param, code="invalid_value")
     check_length(param, len(token_ids), model)
+    largest = max(token_ids)
+    if largest >= model.vocab_size:
+        raise RequestError(
+            f"{param}: got the token {largest}, want token ids from 0 to {model.vocab_size - 1}",
+            param=param,
+            code="invalid_value",
+        )
     return token_ids
 
 

@@ -56,6 +56,7 @@ class LoadedModel:
     dtype: torch.dtype  #: of weights and KV
     device: torch.device
     vocab_size: int  #: width of the logits
+    num_embeddings: int  #: token ids of inputs are below it
     max_model_len: int  #: tokens, prompt and output together
     eos_token_ids: tuple[int, ...]
     fingerprint: bytes  #: 32 bytes; equal only where KV blocks are interchangeable
@@ -139,12 +140,18 @@ def load_model(
         dtype=chosen,
         device=next(model.parameters()).device,
         vocab_size=vocab_size,
+        num_embeddings=_num_embeddings(model),
         max_model_len=length,
         eos_token_ids=_eos_token_ids(path, config),
         fingerprint=_fingerprint(digest, config, chosen, kernel_path, [k.name for k in kernels], length),
         num_parameters=num_parameters,
         kernel_path=kernel_path,
     )
+
+
+def _num_embeddings(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # transformers' method, not a tensor
+    return int(embedding.weight.shape[0])
 
 
 def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[PretrainedConfig, list[Path], int]:

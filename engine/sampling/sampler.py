@@ -8,6 +8,7 @@ and no number of threads, shows in the result. And candidates have one order: lo
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from engine.sampling.candidates import Candidates, all_in_order, argmax, at_least, leading
 from engine.scheduling.plan import Sampled
-from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
+from messages.errors import InvariantError, KvrayError, RequestError, WorkerError, first_line
 from messages.request import SamplingParams
 from messages.stream import TokenLogprob
 from text.grammar import GrammarMatcher, GrammarTokenizer
+
+logger = logging.getLogger(__name__)
 
 #: Candidates looked at before more of a row is sorted: they hold 95 % of the mass of most text.
 NUM_CANDIDATES = 256
@@ -112,6 +115,9 @@ class Sampler:
                 shaped[index] = self._shape_row(shaped[index], row)
             except KvrayError as error:
                 errors[index] = error
+            except Exception as error:  # the edge: one row's parameters must not end the others' step
+                logger.exception("the next token of sequence %s cannot be chosen", row.seq_id)
+                errors[index] = KvrayError(f"its next token cannot be chosen: {first_line(error)}")
         return shaped
 
     def _shape_row(self, logits: Tensor, row: SamplingRow) -> Tensor:

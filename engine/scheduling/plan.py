@@ -33,6 +33,7 @@ class SequenceSpec:
     #: Infinite: it was placed so, but that worker cannot be reached
     remote_s: float | None = None
     is_kept: bool = False  #: when it finishes, its blocks stay pinned until BlocksReleased
+    is_suspect: bool = False  #: a worker crashed with it: alone in its steps until it gave SUSPECT_TOKENS
 
 
 # ------------------------------------------------------------------------------------------------------------- events
@@ -73,6 +74,7 @@ class KvRefused:
     """No remote KV will come (worker lost, error, deadline): compute here what is missing."""
 
     seq_id: str
+    is_suspect: bool = False  #: the worker that computed it is gone: it may have been this sequence's doing
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ class EmitTokens:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     sources: PromptSources | None = None  #: on a sequence's first emission
+    is_alone: bool = False  #: of a suspect: the step that begins now computes nothing else; any later word ends that
     stop_token_id: int | None = None
     finish_reason: FinishReason | None = None
     error: KvrayError | None = None
@@ -229,6 +232,7 @@ class StepPlan:
 
     parts: tuple[SequenceStep, ...]
     freed_slots: tuple[int, ...] = ()  #: left by their sequences since the last plan, before `parts` begin in any
+    is_suspect: bool = False  #: its only part may end the process: whoever asked has to know by then
 
 
 @dataclass(frozen=True, slots=True)

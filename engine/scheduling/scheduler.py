@@ -38,6 +38,7 @@ from engine.scheduling.plan import (
     StepWanted,
     TimePassed,
 )
+from engine.scheduling.refusal import Bounds, refusal
 from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import StepCost
@@ -45,7 +46,7 @@ from engine.scheduling.step_planner import StepPlanner
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
 from kvcache.price import ASSUMED_COMPUTE, Computation, compute_s, harm_s, is_clearly_cheaper
-from messages.errors import CapacityError, ConfigError, InvariantError, KvrayError, RequestError, WorkerError
+from messages.errors import ConfigError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.handoff import BlockLocation
 from messages.price import ComputePrice
 from messages.stream import FinishReason, PromptSources
@@ -60,6 +61,7 @@ class SchedulerConfig:
     """
 
     max_model_len: int  #: tokens, prompt and output
+    vocab_size: int = 1 << 32  #: token ids are below it: what the embedding has, and what crosses processes at most
     max_num_seqs: int = 256  #: running or pulling at once
     max_num_batched_tokens: int = 2048  #: in one step; a row for each decode and one chunk fit in any case
     chunk_quantum_tokens: int = 256  #: prefill chunks end at multiples of it
@@ -68,7 +70,7 @@ class SchedulerConfig:
     watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
+        for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is wanted")
         if not 0 <= self.watermark < 1:
@@ -88,6 +90,7 @@ class Scheduler:
         self._pool = pool
         self._fingerprint = fingerprint
         self._max_model_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
+        self._bounds = Bounds(config.max_model_len, self._max_model_len, config.vocab_size)
         self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
         self._ledger = SequenceLedger(pool)
         self._remote = RemotePulls(self._ledger)
@@ -210,7 +213,7 @@ class Scheduler:
                     self._take_offer(self._ledger.pulling[seq_id], event, out)
             case KvRefused(seq_id):
                 if seq_id in self._ledger.sequences:
-                    self._take_refusal(self._ledger.sequences[seq_id])
+                    self._take_refusal(self._ledger.sequences[seq_id], is_suspect=event.is_suspect)
             case PullEnded():
                 self._remote.finish_pull(event, out)
             case StepEnded(result):
@@ -246,26 +249,10 @@ class Scheduler:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
-        """Return why the sequence cannot run here; None where it can."""
-        num_prompt, num_tokens, model_len = spec.num_prompt_tokens, len(spec.token_ids), self._config.max_model_len
-        if not 1 <= num_prompt <= num_tokens:
-            return RequestError(
-                f"num_prompt_tokens is {num_prompt}; from 1 to the {num_tokens} tokens given is wanted", param="prompt"
-            )
-        if num_prompt + 1 > model_len:
-            return RequestError(
-                f"the prompt has {num_prompt} tokens; at most {model_len - 1} fit beside one output token in the "
-                f"model's {model_len}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if num_prompt + 1 > self._max_model_len:
-            return CapacityError(
-                f"the prompt has {num_prompt} tokens; at most {self._max_model_len - 1} fit beside one output token in "
-                f"the KV pool's {self._max_model_len}",
-                code="context_length_exceeded",
-                status=400,
-            )
+        """Return why the sequence cannot run now; None where it can."""
+        error = refusal(spec, self._bounds)
+        if error is not None:
+            return error
         if spec.seq_id in self._ledger.orphans:
             return WorkerError(f"a pull for an earlier sequence {spec.seq_id!r} still runs")
         if spec.deadline_s is not None and spec.deadline_s <= now_s:
@@ -373,8 +360,10 @@ class Scheduler:
         if seq.phase is Phase.PULLING:
             self._remote.take_offer(seq, event, out)
 
-    def _take_refusal(self, seq: Sequence) -> None:
+    def _take_refusal(self, seq: Sequence, *, is_suspect: bool) -> None:
         seq.wants_remote = False
+        if is_suspect:
+            seq.suspect()
         if seq.phase is Phase.PULLING:
             self._remote.fall_back(seq)
 
@@ -389,7 +378,10 @@ class Scheduler:
         self._step = step
         for _, seq in step:
             seq.is_in_step = True
-        out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed())))
+        is_suspect = step[0][1].is_suspect
+        if is_suspect:
+            out.append(EmitTokens(step[0][0].seq_id, is_alone=True))
+        out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed(), is_suspect)))
 
     def _finish_step(self, result: StepResult, out: list[Instruction]) -> None:
         if self._step is None:
@@ -401,6 +393,8 @@ class Scheduler:
             seq.is_in_step = False
             if seq.phase is Phase.ENDED:
                 continue
+            if seq.is_suspect:
+                out.append(EmitTokens(seq.seq_id))  # the step that it was alone in went well
             if seq.seq_id in result.errors:
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=result.errors[seq.seq_id]))
                 self._ledger.end(seq)
@@ -421,6 +415,11 @@ class Scheduler:
 
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
         """Emit a new token, from a step or from the prefill worker, and end the sequence if it is the last."""
+        if sampled.token_id >= self._config.vocab_size:  # logits may be wider than the embedding
+            message = f"token {sampled.token_id} was generated; the vocabulary ends at {self._config.vocab_size - 1}"
+            out.append(EmitTokens(seq.seq_id, finish_reason="error", error=KvrayError(message)))
+            self._ledger.end(seq)
+            return
         seq.token_ids.append(sampled.token_id)
         self._num_generated_tokens += 1
         reason = self._finish_reason(seq)

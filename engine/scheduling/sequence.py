@@ -17,6 +17,7 @@ from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.slots import Slot
 from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
+from messages.request import SUSPECT_TOKENS
 from messages.stream import TokenLogprob
 
 
@@ -86,6 +87,7 @@ class Sequence:
         "seq_id",
         "slot",
         "spec",
+        "suspect_until_tokens",
         "token_ids",
         "wants_prompt_logprobs",
         "wants_remote",
@@ -119,6 +121,9 @@ class Sequence:
         self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
         self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.suspect_until_tokens = 0  #: while it has fewer, its steps compute nothing else
+        if spec.is_suspect:
+            self.suspect()
         self._namer = namer
         self.extend_names()
 
@@ -126,6 +131,15 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens of the prompt, and those generated so far."""
         return len(self.token_ids)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether no other sequence is to be computed in its steps."""
+        return self.num_tokens < self.suspect_until_tokens
+
+    def suspect(self) -> None:
+        """Compute it alone until it gave some tokens more."""
+        self.suspect_until_tokens = self.num_tokens + SUSPECT_TOKENS
 
     @property
     def num_output_tokens(self) -> int:

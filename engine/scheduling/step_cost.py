@@ -10,6 +10,10 @@ from engine.scheduling.plan import SequenceStep
 from kvcache.price import LearnedPrices
 from messages.price import ComputePrice
 
+# A step that takes so many times what it was predicted to, and so many seconds at least, hangs.
+_HANGS_FACTOR = 20.0
+_HANGS_FLOOR_S = 30.0
+_HANGS_UNMEASURED_S = 600.0  # before any step was measured
 _FORGET = 0.97  # weight of a step's rate against the one after it
 _NUM_FEATURES = 5
 _PREFILL_TOKENS = 3
@@ -65,6 +69,12 @@ class StepCost:
     def seconds(self, x: Sequence[float]) -> float:
         """Return the predicted duration, in seconds, of a step with these features."""
         return self._learned.seconds(x)
+
+    def bound_s(self, parts: Sequence[SequenceStep]) -> float:
+        """Return how many seconds a step may take before it counts as one that will never end."""
+        if not self.is_prefill_measured:
+            return _HANGS_UNMEASURED_S
+        return max(_HANGS_FLOOR_S, _HANGS_FACTOR * self.seconds(features(parts)))
 
 
 def features(parts: Sequence[SequenceStep]) -> list[float]:

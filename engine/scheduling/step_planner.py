@@ -1,4 +1,4 @@
-"""What goes into the next step: decodes first, one row each, then chunks of prefill and of replay."""
+"""What goes into the next step: decodes first, a row each, then chunks of prefill and of replay; a suspect alone."""
 
 from __future__ import annotations
 
@@ -23,12 +23,30 @@ class StepPlanner:
         self._max_tokens = max_tokens
         self._quantum_tokens = quantum_tokens
         self._itl_target_s = itl_target_s
+        self._was_suspects_turn = False
 
     def plan(self) -> list[tuple[SequenceStep, Sequence]]:
-        """Plan the parts of the next step, decode parts first, with blocks for all that they write. May preempt."""
+        """Plan the parts of the next step, decode parts first, with blocks for all that they write. May preempt.
+
+        Suspects take turns with all others: one of them alone, the oldest first, in every second step.
+        """
+        running = list(self._ledger.running.values())
+        suspects = [[seq] for seq in running if seq.is_suspect]
+        if not suspects:
+            return self._plan(running)
+        others = [seq for seq in running if not seq.is_suspect]
+        turns = [others, *suspects] if self._was_suspects_turn else [*suspects, others]
+        for turn in turns:  # the next where one finds no room: the most senior of all always does
+            planned = self._plan([seq for seq in turn if seq.phase is Phase.RUNNING])
+            if planned:
+                self._was_suspects_turn = turn is not others
+                return planned
+        return []
+
+    def _plan(self, running: list[Sequence]) -> list[tuple[SequenceStep, Sequence]]:
         planned: list[tuple[SequenceStep, Sequence]] = []
         chunked: list[Sequence] = []
-        for seq in list(self._ledger.running.values()):
+        for seq in running:
             if seq.phase is not Phase.RUNNING:
                 continue  # preempted by one before it
             if not seq.is_decoding:

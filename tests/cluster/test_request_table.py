@@ -93,6 +93,64 @@ def test_an_id_that_is_in_use_is_a_bug(ingress):
     ingress.table.check_invariants()
 
 
+# ----------------------------------------------------------------------------------------------- one ends its worker
+
+
+def test_all_that_ran_on_a_crashed_worker_are_suspects_until_they_gave_some_tokens(ingress):
+    ingress.run("d1")
+    ingress.tell(ChunksArrived("d1", [chunk("r", 1, 2)]))
+    ingress.tell(WorkerLost("d1", "disconnected"))
+    ingress.tell(placed("r#2", "d2", prefill_worker="p1", prefill_address="tcp://p1:1"))
+    ((_, message),) = ingress.sent()
+    assert message.is_suspect
+    ingress.tell(ChunksArrived("d2", [chunk("r#2", 3, 4, 5, 6)]))
+    ingress.tell(WorkerLost("d2", "disconnected"))
+    assert len(ingress.table._suspects) == 1  # once more, by another loss
+    ingress.tell(placed("r#3", "d3"))
+    ingress.tell(ChunksArrived("d3", [chunk("r#3", 7, finish_reason="length")]))
+    assert ingress.has_ended()
+
+
+def test_who_was_alone_in_the_step_of_the_second_crash_ends_and_the_others_move(ingress):
+    ingress.run("d1", ask("bad"))
+    ingress.run("d1", ask("good", seed=1))
+    ingress.tell(WorkerLost("d1", "disconnected"))
+    ingress.tell(placed("bad#2", "d2"))
+    ingress.tell(placed("good#2", "d2"))
+    assert ingress.tell(ChunksArrived("d2", [chunk("good#2", is_alone=True)])) == []
+    ingress.tell(ChunksArrived("d2", [chunk("good#2"), chunk("good#2", 5), chunk("bad#2", is_alone=True)]))
+    ingress.tell(WorkerLost("d2", "disconnected"))
+    (last,) = ingress.delivered()
+    assert (last.request_id, last.error.code, last.error.status) == ("bad", "worker_lost", 500)
+    ingress.tell(placed("good#3", "d3"))
+    ((worker_id, message),) = ingress.sent()
+    assert (worker_id, message.token_ids) == ("d3", pack_tokens([*PROMPT, 5]))
+
+
+def test_a_suspect_that_is_sent_again_within_ten_minutes_is_one_at_once(ingress):
+    ingress.run("d1", ask("bad", seed=1))
+    ingress.tell(WorkerLost("d1", "disconnected"))
+    ingress.tell(placed("bad#2", "d2"))
+    ingress.tell(ChunksArrived("d2", [chunk("bad#2", is_alone=True)]))
+    ingress.tell(WorkerLost("d2", "disconnected"))
+    for seed, waited_s, is_suspect in ((2, 0, True), (3, 590, True), (4, 20, False)):
+        ingress.now_s += waited_s
+        ingress.run("d3", ask(f"again{seed}", seed=seed))
+        assert [message.is_suspect for _, message in ingress.sent()] == [is_suspect]
+        ingress.tell(RequestLeft(f"again{seed}"))
+    ingress.run("d3", ask("other", max_tokens=11))
+    assert [message.is_suspect for _, message in ingress.sent()] == [False]
+
+
+def test_a_suspect_that_went_well_is_none_when_it_is_sent_again(ingress):
+    ingress.run("d1")
+    ingress.tell(WorkerLost("d1", "disconnected"))
+    ingress.tell(placed("r#2", "d2"))
+    ingress.tell(ChunksArrived("d2", [chunk("r#2", 1, 2, 3, 4, finish_reason="length")]))
+    ingress.run("d2", ask("again"))
+    assert [message.is_suspect for _, message in ingress.sent()] == [False]
+
+
 # --------------------------------------------------------------------------------------------------- the router fails
 
 

@@ -300,7 +300,7 @@ def test_a_lost_owners_prompts_are_computed_here_and_no_others(bench):
     bench.asked("c")
     bench.hand_off("c", is_last=True)
     bench.post(PullBlocks("c", P, PULL.pairs))
-    assert bench.post(OwnerLost(P)) == [TellScheduler("a", KvRefused("a"))]
+    assert bench.post(OwnerLost(P)) == [TellScheduler("a", KvRefused("a", is_suspect=True))]
     assert bench.book.num_refused == 1
     assert bench.post(PullStopped("c", frozenset({0, 1, 2}))) != []
     assert bench.post(SchedulerTold("c")) == []  # nobody is there to be told

@@ -15,11 +15,14 @@ from engine.scheduling.plan import (
     Instruction,
     RunStep,
     SequenceCancelled,
+    SequenceStep,
     StepEnded,
     StepPlan,
     StepResult,
     StepWanted,
+    TimePassed,
 )
+from tests.workers import until
 
 WAIT_S = 2.0
 
@@ -27,7 +30,8 @@ WAIT_S = 2.0
 class ScriptedEngine:
     """Runs `num_steps` steps, each of which emits its number; records which have begun."""
 
-    def __init__(self, num_steps: int, failing_step: int | None = None) -> None:
+    def __init__(self, num_steps: int, failing_step: int | None = None, failure: BaseException | None = None) -> None:
+        self.failure = failure or RuntimeError("no such kernel")
         self.left = num_steps
         self.failing_step = failing_step
         self.num_ended = 0
@@ -46,11 +50,14 @@ class ScriptedEngine:
                 return [EmitTokens(seq_id, finish_reason="cancelled")]
         return []
 
+    def bound_s(self, plan: StepPlan) -> float:
+        return 0.05
+
     def compute(self, plan: StepPlan) -> StepResult:
         number, self.num_begun = self.num_begun, self.num_begun + 1
         self.begun[number].set()
         if number == self.failing_step:
-            raise RuntimeError("no such kernel")
+            raise self.failure
         return StepResult(sampled={}, elapsed_s=0.001)
 
 
@@ -103,3 +110,55 @@ async def test_a_step_that_raises_is_reported_once_and_nothing_runs_after_it(cap
     crashes = await drive(engine, lambda _: None, lambda: False)
     assert [str(error) for error in crashes] == ["no such kernel"]
     assert engine.num_begun == 2
+
+
+class Panic(BaseException):
+    """As native libraries raise it."""
+
+
+async def test_a_panic_in_a_step_is_reported_like_an_error():
+    crashes = await drive(
+        ScriptedEngine(2, failing_step=1, failure=Panic("at src/lib.rs:7")), lambda _: None, lambda: False
+    )
+    assert [str(error) for error in crashes] == ["at src/lib.rs:7"]
+
+
+# -------------------------------------------------------------------------------------------------------------- hangs
+
+
+class HangingEngine(ScriptedEngine):
+    """Its first step goes on until the test lets it end; whoever waits has a deadline."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.may_end = threading.Event()
+
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
+        match event:
+            case TimePassed():
+                return [EmitTokens("w", finish_reason="error")]
+            case StepWanted() if self.left:
+                self.left -= 1
+                part = SequenceStep(seq_id="s", slot=0, kind="prefill", start=0, num_tokens=5, is_sampled=True)
+                return [RunStep(StepPlan((part,)))]
+        return super().decide(event, now_s)
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        assert self.may_end.wait(WAIT_S)
+        return super().compute(plan)
+
+
+async def test_time_passes_while_a_step_hangs_which_is_told_with_what_is_in_it():
+    engine = HangingEngine()
+    seen: list[Instruction] = []
+    driver = EngineDriver(engine, seen.extend, lambda _: None)
+    driver.start()
+    await asyncio.sleep(0)
+    assert driver.overdue() is None
+    seen.clear()
+    await until(lambda: seen and driver.overdue())
+    assert seen[0] == EmitTokens("w", finish_reason="error")
+    assert "in it are: s prefill [0, 5)" in driver.overdue()
+    engine.may_end.set()
+    await until(lambda: driver.overdue() is None)
+    await driver.close()

@@ -55,6 +55,7 @@ class Setting:
             CHANNEL,
             lambda address, message: self.told.append((address, message)),
             self.lost.append,
+            pytest.fail,
         )
 
     def owner(self, **options) -> Owner:
@@ -113,7 +114,7 @@ async def test_what_is_not_about_roads_is_told_with_the_address(setting):
 async def test_a_stranger_may_be_pulled_from_unless_there_is_no_road_at_all(setting):
     assert setting.peers.can_pull("tcp://127.0.0.1:1")
     roadless = SharedPool({})
-    peers = Peers(roadless.puller, roadless.roads, SECRET, CHANNEL, lambda *_: None, lambda _: None)
+    peers = Peers(roadless.puller, roadless.roads, SECRET, CHANNEL, lambda *_: None, lambda _: None, pytest.fail)
     assert not peers.can_pull("tcp://127.0.0.1:1")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from engine.scheduling.plan import EmitTokens, Instruction, SequenceAdded, SequenceSpec
 from engine.worker import EngineWorker
 from kvcache.names import split_names
+from messages.errors import InvariantError, WorkerError
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
 from messages.handoff import DescribeRegions, RegionsDescribed
 from messages.request import CancelRequest, SamplingParams
@@ -180,3 +183,98 @@ async def test_the_role_gets_what_is_not_the_workers_own_and_hears_who_is_gone(s
     assert setting.role.lost == setting.role.senders
     await setting.run("a", 10)  # nobody is told any more
     assert setting.worker._subscribers == {}
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+class Panic(BaseException):
+    """As native libraries raise it."""
+
+
+@pytest.fixture
+async def crashing(model_dir):
+    """A worker whose role raises what it is told to, a caller, and what `on_crash` got."""
+    crashes: list[BaseException] = []
+    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), crashes.append), Role()
+    info = await worker.start(role)
+    caller = Caller(info.address)
+    yield worker, role, caller, crashes
+    caller.client.close()
+    await worker.close()
+
+
+def raising(error: BaseException):
+    def call(*_args: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("error", [InvariantError("the books differ"), Panic("at src/lib.rs:7")])
+async def test_what_a_message_makes_raise_ends_the_worker(crashing, error):
+    _, role, caller, crashes = crashing
+    role.on_message = raising(error)
+    caller.client.send(CancelRequest(request_id="r"))
+    await until(lambda: crashes)
+    assert crashes == [error]
+
+
+async def test_what_a_lost_sender_makes_raise_ends_the_worker(crashing):
+    _, role, caller, crashes = crashing
+    caller.client.send(CancelRequest(request_id="r"))
+    await until(lambda: role.messages)
+    role.on_sender_lost = raising(InvariantError("the books differ"))
+    caller.client.close()
+    await until(lambda: crashes)
+
+
+@pytest.mark.parametrize("error", [InvariantError("the books differ"), Panic("at src/lib.rs:7")])
+async def test_what_a_task_raises_ends_the_worker(crashing, error):
+    worker, _, _, crashes = crashing
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    worker.spawn(fail())
+    worker.spawn(fail())
+    await until(lambda: crashes)
+    await asyncio.sleep(0.01)
+    assert crashes == [error]
+
+
+async def test_what_an_instruction_makes_raise_ends_the_worker(crashing):
+    worker, role, _, crashes = crashing
+    role.on_instructions = raising(InvariantError("not an instruction of this role"))
+    spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=SamplingParams(max_tokens=2))
+    worker.post(SequenceAdded(spec))
+    await until(lambda: crashes)
+
+
+async def test_what_a_step_raises_ends_the_worker(crashing, monkeypatch):
+    worker, _, _, crashes = crashing
+    monkeypatch.setattr(worker.driver, "_compute", raising(Panic("at src/lib.rs:7")))
+    spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=SamplingParams(max_tokens=2))
+    worker.post(SequenceAdded(spec))
+    await until(lambda: crashes)
+
+
+async def test_a_step_that_hangs_fails_the_check_of_health(crashing, monkeypatch):
+    worker, role, _, crashes = crashing
+    may_end = threading.Event()
+    compute = worker.driver._compute
+    monkeypatch.setattr(worker.driver, "_compute", lambda plan: compute(plan) if may_end.wait(20) else None)
+    monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FLOOR_S", 0.1)
+    monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FACTOR", 0.0)
+    worker.check_health()
+    params = SamplingParams(max_tokens=1)
+    spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=params)
+    worker.post(SequenceAdded(spec))
+    await until(lambda: worker.driver.overdue())
+    with pytest.raises(WorkerError, match=r"in it are: s prefill \[0, 2\)"):
+        worker.check_health()
+    may_end.set()
+    await until(lambda: role.ended == ["s"])
+    worker.check_health()
+    assert not crashes

@@ -149,3 +149,10 @@ def test_a_text_is_refused_unread_only_where_no_encoding_of_it_could_fit(model):
     with pytest.raises(RequestError, match="got 58 characters, want at most 19 tokens") as caught:
         check_chars("prompt", "x" * 58, 3, model())
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+def test_a_token_that_the_tokenizer_has_and_the_model_has_not_is_refused(model):
+    assert fitted("messages", [5, 263], None, None, model()) == [5, 263]
+    with pytest.raises(RequestError, match="messages: got the token 264, want token ids from 0 to 263") as caught:
+        fitted("messages", [5, 264, 7], None, None, model())
+    assert (caught.value.param, caught.value.code) == ("messages", "invalid_value")

@@ -477,3 +477,15 @@ def test_logits_of_another_shape_or_dtype_are_a_bug():
 
 def test_no_rows_give_nothing():
     assert Sampler(8, None).sample(torch.zeros(0, 8), []) == []
+
+
+def test_a_row_that_cannot_be_shaped_ends_alone(monkeypatch, caplog):
+    def refuse(*_args):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(Sampler, "_add_bias", refuse)
+    rows = [row_of(params_of(temperature=0.0, logit_bias=bias), seq_id=str(bias)) for bias in ({}, {1: 2.0}, {})]
+    first, second, third = Sampler(5, None).sample(torch.arange(15.0).view(3, 5), rows)
+    assert (first, third) == (Sampled(4), Sampled(4))
+    assert "RuntimeError: no such thing" in second.message
+    assert "cannot be chosen" in caplog.text

@@ -58,7 +58,7 @@ class Bench:
         if isinstance(prompt, int):
             prompt = [1000 * sum(seq_id.encode()) + i for i in range(prompt)]
         params = {"max_tokens": fields.pop("max_tokens", 4)}
-        for name in ("stop_token_ids", "min_tokens", "prompt_logprobs", "logprobs"):
+        for name in SamplingParams.__struct_fields__:
             if name in fields:
                 params[name] = fields.pop(name)
         spec = SequenceSpec(

@@ -114,6 +114,49 @@ def test_an_empty_prompt_is_refused(bench: Bench) -> None:
     assert isinstance(emit.error, RequestError)
 
 
+def test_a_token_beyond_the_vocabulary_is_refused_by_number() -> None:
+    bench = Bench(vocab_size=100)
+    [emit] = emitted(bench.add("a", [1, 100, 2]))
+    assert isinstance(emit.error, RequestError)
+    assert "token 100; the model's vocabulary ends at 99" in emit.error.message
+    assert bench.add("b", [1, 99, 2]) == []
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("logit_bias", {100: 1.0}),
+        ("logit_bias", {7: float("nan")}),
+        ("temperature", float("nan")),
+        ("temperature", -1.0),
+        ("top_k", 2**63),
+        ("top_p", 0.0),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+    ],
+)
+def test_a_parameter_that_no_step_can_compute_with_is_refused_by_name(param: str, value: object) -> None:
+    bench = Bench(vocab_size=100)
+    [emit] = emitted(bench.add("a", [1, 2, 3], **{param: value}))
+    assert isinstance(emit.error, RequestError)
+    assert emit.error.param == param
+
+
+def test_a_generated_token_beyond_the_vocabulary_ends_only_its_sequence() -> None:
+    bench = Bench(vocab_size=8)
+    bench.add("a", [1, 2, 3])
+    bench.add("b", [1, 2, 4])
+    bench.start()
+    out = bench.post(StepEnded(StepResult(sampled={"a": Sampled(8), "b": Sampled(7)})))
+    assert [(one.seq_id, one.finish_reason) for one in emitted(out)] == [("a", "error"), ("b", None)]
+
+
 def test_an_id_in_use_is_refused_and_disturbs_nobody(bench: Bench) -> None:
     bench.add("a", 5)
     with pytest.raises(RequestError, match="'a' is in use"):
@@ -402,3 +445,31 @@ def test_a_deadline_in_the_past_is_refused(bench: Bench) -> None:
     [emit] = emitted(bench.add("a", 5, deadline_s=4.0))
     assert emit.error is not None
     assert emit.error.status == 504
+
+
+# ---------------------------------------------------------------------------------------------------------- suspects
+
+
+def test_a_suspect_is_alone_in_its_steps_in_turns_with_the_others_until_it_gave_four_tokens(bench: Bench) -> None:
+    bench.add("a", 5, max_tokens=50)
+    bench.add("s", 5, max_tokens=50, is_suspect=True)
+    bench.add("t", 5, max_tokens=50, is_suspect=True)
+    bench.add("b", 5, max_tokens=50)
+    turns = ["".join(seq_id for seq_id, *_ in bench.step()) for _ in range(17)]
+    assert turns == ["s", "ab", "s", "ab", "s", "ab", "s", "asb", *["t", "asb"] * 3, "t", "astb", "astb"]
+
+
+def test_whoever_asked_is_told_before_a_suspects_step_begins_and_when_it_has_ended(bench: Bench) -> None:
+    bench.add("s", 100, is_suspect=True)
+    out = bench.post(StepWanted())
+    assert out[0] == EmitTokens("s", is_alone=True)
+    assert out[1].plan.is_suspect
+    bench.parts = list(bench.slots.take_in(out[1].plan, bench.scheduler).parts)
+    assert emitted(bench.finish()) == [EmitTokens("s")]  # its prompt is not at its end
+
+
+def test_what_a_lost_owner_computed_is_a_suspect_here(bench: Bench) -> None:
+    bench.add("r", 5, remote_s=0.0)
+    bench.add("a", 5)
+    bench.post(KvRefused("r", is_suspect=True))
+    assert [[seq_id for seq_id, *_ in bench.step()] for _ in range(2)] == [["r"], ["a"]]

@@ -50,6 +50,22 @@ def test_prices_are_learned_from_mixed_steps() -> None:
             assert cost.seconds(features(parts)) == pytest.approx(true_seconds(parts), rel=0.1)
 
 
+def test_a_step_hangs_past_a_multiple_of_what_it_costs_but_not_before_half_a_minute() -> None:
+    rng, cost = random.Random(1), StepCost()
+    assert cost.bound_s([part("prefill", 0, 256)]) == 600.0
+    for _ in range(300):
+        parts = random_step(rng)
+        cost.observe(parts, 1000 * true_seconds(parts))
+    assert cost.bound_s([part("decode", 9, 1)]) > 30.0
+    parts = [part("prefill", 0, 1024)]
+    assert cost.bound_s(parts) == pytest.approx(20_000 * true_seconds(parts), rel=0.1)
+    cost = StepCost()
+    for _ in range(300):
+        parts = random_step(rng)
+        cost.observe(parts, true_seconds(parts))
+    assert cost.bound_s(parts) == 30.0
+
+
 def test_a_long_decode_phase_does_not_forget_what_prefill_costs() -> None:
     rng, cost = random.Random(2), StepCost()
     for _ in range(200):
