@@ -17,7 +17,7 @@ from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepP
 
 _TICK_S = 0.1  #: how late a deadline may be noticed
 #: A step that may end the process begins so much later: until then the word of it has left the process.
-_TOLD_S = 0.05
+_TOLD_S = 0.02
 
 
 class _RunningStep(NamedTuple):
