@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 START_TIMEOUT_S = 120.0
+STATUS_AGE_S = 1.05  #: numbers of workers are that old at most
 
 
 def free_port() -> int:
@@ -58,6 +59,7 @@ class Served:
         self.process = process
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self._asked_s = 0.0
 
     def wait_until_ready(self) -> None:
         ends_s = time.monotonic() + START_TIMEOUT_S
@@ -82,8 +84,13 @@ class Served:
         return found
 
     def status(self) -> dict:
-        with urllib.request.urlopen(f"{self.url}/status", timeout=10) as response:
-            return json.load(response)
+        """The status as of now: waits until what it saw last is too old to be given again."""
+        time.sleep(max(0.0, self._asked_s + STATUS_AGE_S - time.monotonic()))
+        try:
+            with urllib.request.urlopen(f"{self.url}/status", timeout=10) as response:
+                return json.load(response)
+        finally:
+            self._asked_s = time.monotonic()
 
     def num_pinned(self) -> int:
         """Blocks pinned anywhere."""

@@ -28,6 +28,7 @@ _STOP_TIMEOUT_S = 30.0
 _IDLE_TIMEOUT_S = 30.0
 #: What the command prints when it answers requests.
 _READY_LINE = "Ctrl-C ends everything"
+_STATUS_AGE_S = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Served:
     pid: int
 
     def status(self) -> dict[str, Any]:
-        """Return the document of `kvray status --json`."""
+        """Return the document of `kvray status --json`, as of now: what was asked for last is given again for 1 s."""
+        time.sleep(_STATUS_AGE_S)
         with urllib.request.urlopen(f"{self.url}/status", timeout=10) as response:
             document: dict[str, Any] = json.load(response)
         return document
@@ -50,8 +52,7 @@ class Served:
 
     def total(self, role: str, metric: str) -> float:
         """Add a metric up over the workers of a role."""
-        workers = [worker for worker in self.status()["workers"] if worker["role"] == role]
-        return sum(float(worker["values"].get(metric, 0.0)) for worker in workers)
+        return _total([worker for worker in self.status()["workers"] if worker["role"] == role], metric)
 
     def wait_until_idle(self) -> None:
         """Wait until no worker holds a block for anybody.
@@ -60,10 +61,13 @@ class Served:
             TimeoutError: one still does.
         """
         ends_s = time.monotonic() + _IDLE_TIMEOUT_S
-        while self.total("prefill", "kvray_blocks_pinned") + self.total("decode", "kvray_blocks_pinned") > 0:
+        while _total(self.status()["workers"], "kvray_blocks_pinned") > 0:
             if time.monotonic() > ends_s:
                 raise TimeoutError(f"blocks are still pinned after {_IDLE_TIMEOUT_S:g} s")
-            time.sleep(0.05)
+
+
+def _total(workers: list[dict[str, Any]], metric: str) -> float:
+    return sum(float(worker["values"].get(metric, 0.0)) for worker in workers)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,11 @@ def test_rays_control_wants_a_token_on_loopback_too(served):
     assert [answer_without_token(port, NODES) for port in ports] == ["UNAUTHENTICATED"]
 
 
+def test_rays_agent_that_runs_commands_wants_a_token_too(served):
+    ports = [port for _, port, title in listening(served) if title.startswith("ray::RuntimeEnvAgent")]
+    assert [httpx.post(f"http://127.0.0.1:{port}/get_runtime_envs_info").status_code for port in ports] == [401]
+
+
 def test_no_other_user_can_write_to_a_unix_socket_of_the_cluster(served):
     paths = set()
     for process in served.descendants():
