@@ -44,6 +44,7 @@ HELP: Final = {
     "kvray_requests_placed_total": "Placements of requests by who chose: the router, or rendezvous hashing without it",
     "kvray_road_bytes_per_second": "Measured speed of the road from a peer",
     "kvray_router_declined_total": "Prompts that were placed with prefill and computed by the decode worker after all",
+    "kvray_router_forgotten_total": "Requests whose end nobody told the router, and no worker reported any more",
     "kvray_router_gaps_total": "Gaps in what workers reported, each healed by a snapshot",
     "kvray_router_index_names": "Block names that the router knows",
     "kvray_router_matched_tokens_total": "Prompt tokens that the router found on the workers it chose",

@@ -29,6 +29,7 @@ from engine.scheduling.plan import (
     SequenceAdded,
     SequenceCancelled,
     SequenceSpec,
+    StopRemote,
 )
 from kvcache.names import unpack_tokens
 from messages.errors import InvariantError
@@ -118,6 +119,7 @@ class SchedulerTold:
 StreamEvent: TypeAlias = (
     EmitTokens
     | AskRemote
+    | StopRemote
     | PullBlocks
     | Requested
     | Cancelled
@@ -242,6 +244,8 @@ class StreamBook:
                 return self._reply(event, now_s)
             case AskRemote(request_id, num_held_tokens):
                 return self._ask(request_id, num_held_tokens, now_s)
+            case StopRemote(request_id):
+                return self._give_up(request_id)
             case PullBlocks():
                 return self._begin_pull(event)
             case Requested():
@@ -386,6 +390,15 @@ class StreamBook:
             return []
         self.num_refused += 1
         return [TellScheduler(request_id, KvRefused(request_id, is_suspect))]
+
+    def _give_up(self, request_id: str) -> list[StreamInstruction]:
+        """Release the lease of a prompt that took too long, even under a pull: the owner is to stop computing."""
+        lease = self._leases.get(request_id)
+        if lease is None or lease.is_offered_whole:
+            return []
+        del self._leases[request_id]
+        self.num_refused += 1
+        return [TellOwner(lease.source, ReleaseLease(request_id=request_id))]
 
     def _renew(self, request_id: str, num_arrived: int) -> list[StreamInstruction]:
         """Keep the lease alive while blocks arrive: a while without any is for the lease to judge."""

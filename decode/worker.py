@@ -32,7 +32,16 @@ from decode.streams import (
     TellScheduler,
 )
 from engine.puller import PullOutcome
-from engine.scheduling.plan import AskRemote, EmitTokens, Event, Instruction, OfferBlocks, PullBlocks, RunStep
+from engine.scheduling.plan import (
+    AskRemote,
+    EmitTokens,
+    Event,
+    Instruction,
+    OfferBlocks,
+    PullBlocks,
+    RunStep,
+    StopRemote,
+)
 from engine.worker import EngineWorker, WorkerOptions
 from messages.errors import InvariantError, RequestError
 from messages.fleet import Role, WorkerInfo
@@ -114,7 +123,7 @@ class DecodeWorker:
         wanted: list[StreamEvent] = []
         for instruction in instructions:
             match instruction:
-                case EmitTokens() | AskRemote() | PullBlocks():
+                case EmitTokens() | AskRemote() | StopRemote() | PullBlocks():
                     wanted.append(instruction)
                 case OfferBlocks() | RunStep():
                     raise InvariantError(f"not a decode worker's instruction: {instruction}")

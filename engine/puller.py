@@ -128,7 +128,7 @@ class BlockPuller:
         error: TransferError | None = None
         pulled: Pulled | None = None
         try:
-            pulled = await self._roads.pull(link, copies, self._memory, take)
+            pulled = await self._roads.pull(link, copies, self._memory, take, found.clear)
         except TransferError as failure:
             error = failure
         if error is None and not is_hashed_at_once:

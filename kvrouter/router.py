@@ -28,6 +28,8 @@ from messages.fleet import KvEvents, LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
+#: A request that no worker reports for so long has ended: workers report every second.
+_UNSEEN_S = 30.0
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
 _USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
@@ -97,6 +99,7 @@ class _Placed:
     worker_ids: tuple[str, ...]  #: the decode worker, and the prefill worker while it is to compute
     placed_s: float
     expires_s: float  #: of its reservations, not of itself
+    seen_s: float  #: when a worker last reported it; the end of its reservations before that
 
 
 class Router:
@@ -121,7 +124,7 @@ class Router:
             case KvEvents():
                 return self._fold(event, now_s)
             case LoadReport():
-                self._take_report(event)
+                self._take_report(event, now_s)
                 return []
             case RequestEnded(request_id=request_id):
                 self._end(request_id, now_s)
@@ -145,6 +148,10 @@ class Router:
         decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
         prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
+
+    def has(self, request_id: str) -> bool:
+        """Tell whether a request was placed and has neither ended nor been forgotten."""
+        return request_id in self._placed
 
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges by metric name."""
@@ -250,7 +257,7 @@ class Router:
             best.prefill.reserve(request_id, Reserved(best.compute_s, num_blocks, request.num_sequences))
             worker_ids.append(best.prefill.info.worker_id)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
-        self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s)
+        self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s, expires_s)
 
     def _end(self, request_id: str, now_s: float) -> None:
         self._release(request_id)
@@ -268,13 +275,16 @@ class Router:
 
     # ----------------------------------------------------------------------------------------------- what workers say
 
-    def _take_report(self, report: LoadReport) -> None:
+    def _take_report(self, report: LoadReport, now_s: float) -> None:
         worker = self._workers.get(report.worker_id)
         if worker is None:
             return
         worker.report(report)
         self._note_compute(worker)
         self._moves_by_road |= {price.road: price for price in report.moves}
+        for request_id in report.request_ids:
+            if request_id in self._placed:
+                self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
         for request_id in report.declined_ids:
             placed = self._placed.get(request_id)
             if placed is None or placed.worker_ids == (report.worker_id,) or report.worker_id not in placed.worker_ids:
@@ -325,9 +335,13 @@ class Router:
         self._best_compute = {}
         for worker in self._workers.values():
             self._note_compute(worker)
-        for request_id, placed in self._placed.items():
+        for request_id, placed in list(self._placed.items()):
             if placed.expires_s < now_s:
                 self._release(request_id)
+            if placed.seen_s + _UNSEEN_S < now_s:  # it ended, or never began, and its ingress did not say so
+                self._release(request_id)
+                del self._placed[request_id]
+                self._counts["kvray_router_forgotten_total"] += 1
         instructions: list[Instruction] = []
         for worker_id, feed in self._feeds.items():
             if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:

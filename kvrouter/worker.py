@@ -159,6 +159,8 @@ class RouterWorker:
     def _tick(self) -> None:
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
         self._decide(TimePassed())
+        for peer, request_ids in list(self._requests.items()):
+            self._requests[peer] = {request_id for request_id in request_ids if self.router.has(request_id)}
 
     def _decide(self, event: Event, peer: PeerId | None = None) -> None:
         self._carry_out(self.router.on_event(event, time.monotonic()), peer)

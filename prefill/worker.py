@@ -24,6 +24,7 @@ from engine.scheduling.plan import (
     RunStep,
     SequenceAdded,
     SequenceCancelled,
+    StopRemote,
 )
 from engine.worker import EngineWorker, WorkerOptions
 from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
@@ -115,7 +116,7 @@ class PrefillWorker:
             match instruction:
                 case OfferBlocks() | EmitTokens():
                     self._decide(instruction)
-                case AskRemote() | PullBlocks() | RunStep():
+                case AskRemote() | StopRemote() | PullBlocks() | RunStep():
                     raise InvariantError(f"a prefill worker's sequences are local, saw {instruction}")
                 case _ as unreachable:
                     assert_never(unreachable)

@@ -31,6 +31,11 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class Tear:
+    """The pull writes part of each copy, with a byte that is another, tells none, and fails."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stall:
     """The pull waits this long before it begins; by default for longer than anyone waits."""
 
@@ -58,7 +63,7 @@ class WriteLate:
     delay_s: float = 0.05
 
 
-Fault: TypeAlias = Fail | Stall | Reorder | Corrupt | WriteLate
+Fault: TypeAlias = Fail | Tear | Stall | Reorder | Corrupt | WriteLate
 
 
 class LoopbackNetwork:
@@ -123,6 +128,12 @@ class LoopbackTransport:
             case Fail(num_copies):
                 _carry_out(memory, copies, order[:num_copies], host_target, on_arrived)
                 raise TransferError(f"{self.road}: failed on command")
+            case Tear():
+                for copy in copies:
+                    part = copy._replace(num_bytes=(copy.num_bytes + 1) // 2)
+                    _carry_out(memory, [part], [0], host_target)
+                    _flip_byte([part], host_target, 0)
+                raise TransferError(f"{self.road}: failed in the middle, on command")
             case Stall(delay_s):
                 await self._wait(link, min(delay_s, stall_s))
                 if delay_s >= stall_s:

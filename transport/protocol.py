@@ -16,10 +16,12 @@ class TransferError(KvrayError):
     """A pull did not happen or stopped. What the target ranges hold is undefined.
 
     `quarantine_s`: for so long after it was raised late bytes may still land in the target ranges, `inf` for ever.
+    `is_busy`: others had the road all the time, nothing was written; it says nothing against the road.
     """
 
     default_status = 503
     quarantine_s = 0.0
+    is_busy = False
 
 
 class RegionError(TransferError):

@@ -142,12 +142,17 @@ class Roads:
         return not link.is_lost and (known is None or not known.has_road.is_set() or bool(known.choice.proven()))
 
     async def pull(
-        self, link: Link, copies: Sequence[Copy], target: RegionMemory, on_arrived: Arrived | None = None
+        self,
+        link: Link,
+        copies: Sequence[Copy],
+        target: RegionMemory,
+        on_arrived: Arrived | None = None,
+        on_begun: Callable[[], None] | None = None,
     ) -> Pulled:
         """Carry out all copies from the peer's region over the best road, or the next best; the answer says which.
 
-        Each road is given up when nothing arrives for `stall_s`. `on_arrived` may tell a copy again where a second
-        road had to do it over.
+        Each road is given up when nothing arrives for `stall_s`. `on_begun` is called before each road writes: what
+        `on_arrived` told before is void, for the next road does all copies over.
 
         Raises:
             RegionError: the peer refuses: what was asked for is not there. Nothing was written.
@@ -161,6 +166,8 @@ class Roads:
                 await known.has_road.wait()
         error = TransferError(f"no road works: tried {', '.join(known.choice.states) or 'none, no road is common'}")
         for road in known.choice.proven()[:_MAX_TRIES]:
+            if on_begun is not None:
+                on_begun()
             try:
                 elapsed_s = await self._pull_over(road, link, known, copies, target, on_arrived)
             except RegionError:
@@ -202,7 +209,8 @@ class Roads:
             raise
         except TransferError as error:
             self.counters.num_failed[road] += 1
-            self._rest(known, road)
+            if not error.is_busy:
+                self._rest(known, road)
             logger.warning("road %s failed: %s", road, error.message)
             raise
         seconds = time.perf_counter() - started_s
@@ -249,6 +257,10 @@ class Roads:
             known.choice.on_failed(road, time.monotonic())
             if not link.is_lost:
                 logger.info("road %s does not work: %s", road, error.message)
+            return
+        except Exception:  # the edge: one road's fault must not end the probes of all
+            known.choice.on_failed(road, time.monotonic())
+            logger.exception("road %s failed in a way that it has no name for", road)
             return
         known.choice.on_pulled(road, num_bytes, seconds)
         known.has_road.set()

@@ -160,7 +160,9 @@ class ShmTransport:
         try:
             future.result()
         except CancelledError:
-            raise TransferError(f"shm: not begun within {stall_s:g} s, or closed") from None
+            error = TransferError(f"shm: not begun within {stall_s:g} s, or closed")
+            error.is_busy = not self._is_closed
+            raise error from None
 
 
 class _CopyJob:

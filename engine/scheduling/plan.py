@@ -145,6 +145,13 @@ class AskRemote:
 
 
 @dataclass(frozen=True, slots=True)
+class StopRemote:
+    """The prefill worker took too long: what it has not offered is computed here, it need not go on."""
+
+    seq_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PullBlocks:
     """Copy each block of the pool at `source` into the target block id of the own, verify, answer with PullEnded."""
 
@@ -181,7 +188,7 @@ class OfferBlocks:
     num_cached_tokens: int
 
 
-Instruction: TypeAlias = RunStep | AskRemote | PullBlocks | EmitTokens | OfferBlocks
+Instruction: TypeAlias = RunStep | AskRemote | StopRemote | PullBlocks | EmitTokens | OfferBlocks
 
 # --------------------------------------------------------------------------------------------------------------- step
 

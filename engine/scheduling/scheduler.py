@@ -36,6 +36,7 @@ from engine.scheduling.plan import (
     StepPlan,
     StepResult,
     StepWanted,
+    StopRemote,
     TimePassed,
 )
 from engine.scheduling.refusal import Bounds, refusal
@@ -271,6 +272,7 @@ class Scheduler:
                 self._ledger.end(seq)
             elif seq.pull is not None and seq.pull.deadline_s <= now_s:
                 self._remote.fall_back(seq)
+                out.append(StopRemote(seq.seq_id))
 
     # ------------------------------------------------------------------------------------------------------ admission
 

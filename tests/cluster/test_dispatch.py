@@ -365,3 +365,19 @@ async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatche
     assert found["kvray_requests_moved"].samples[0].value >= 1
     assert {sample.labels["by"] for sample in found["kvray_requests_placed"].samples} == {"router", "hashing"}
     assert "Not described" not in page
+
+
+async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet):
+    """Cancelled while they are placed, between the router's answer and the first token, and after it."""
+    rng = random.Random(5)
+    prompts = [prompt_of(20, seed) for seed in range(8)]
+
+    async def leave(delay_s: float, requests: list[GenerateRequest]) -> None:
+        task = asyncio.create_task(outputs(fleet, requests))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    for _ in range(12):
+        await asyncio.gather(*(leave(rng.uniform(0, 0.02), asks(rng.choice(prompts))) for _ in range(100)))
+    await fleet.settle()

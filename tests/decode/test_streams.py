@@ -34,6 +34,7 @@ from engine.scheduling.plan import (
     PullEnded,
     SequenceAdded,
     SequenceCancelled,
+    StopRemote,
 )
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError, WorkerError
@@ -292,6 +293,16 @@ def test_a_refusal_for_a_stream_that_ended_is_ignored(bench):
 
 
 # --------------------------------------------------------------------------------------------------------- lost owners
+
+
+def test_an_owner_that_took_too_long_is_told_to_stop_unless_it_offered_all(bench):
+    bench.asked("r")
+    assert bench.post(StopRemote("r")) == [RELEASE]
+    assert bench.post(StopRemote("r")) == []
+    bench.asked("s")
+    bench.hand_off("s", is_last=True)
+    bench.post(PullBlocks("s", P, PULL.pairs))
+    assert bench.post(StopRemote("s")) == []  # the pull goes on, for whoever comes next
 
 
 def test_a_lost_owners_prompts_are_computed_here_and_no_others(bench):

@@ -11,7 +11,7 @@ from engine.memory.kv_pool import LayerSpec
 from engine.puller import PullOutcome
 from messages.handoff import RegionInfo
 from tests.engine.shared_pools import NUM_BLOCKS, SharedPool
-from transport.loopback import Corrupt, Fail, LoopbackNetwork, WriteLate
+from transport.loopback import Corrupt, Fail, LoopbackNetwork, Tear, WriteLate
 from transport.protocol import RegionError
 
 
@@ -95,6 +95,16 @@ async def test_what_came_before_a_failure_is_used(setting):
     setting.fault(Fail(num_copies=2))
     assert await setting.pull(pairs) == PullOutcome(frozenset({2}))
     assert (setting.puller.num_failed, setting.rejected) == (1, Counter(transfer=1))
+
+
+async def test_what_a_second_road_wrote_over_in_part_is_bad_though_the_first_had_brought_it(setting):
+    pairs = list(zip(setting.owner.published(0, 1, 2), (0, 1, 2), strict=True))
+    first, second = setting.own.roads._learned[setting.link].choice.proven()
+    setting.fault(Fail(num_copies=2), roads=first)
+    setting.fault(Tear(), roads=second)
+    assert await setting.pull(pairs) == PullOutcome(frozenset({0, 1, 2}))
+    assert setting.own.row(0) != setting.owner.row(0)
+    assert setting.rejected == Counter(transfer=3)
 
 
 async def test_where_late_bytes_may_land_nothing_that_came_is_used(setting):

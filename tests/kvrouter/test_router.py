@@ -248,6 +248,28 @@ def test_reservation_ends_with_the_workers_report_the_end_or_its_deadline():
     assert queued() == pytest.approx(0.010)
 
 
+def test_request_whose_end_nobody_tells_is_forgotten_when_no_worker_reports_it_any_more():
+    fleet = Fleet(info("d"))
+    fleet.route(request_id="a")
+    fleet.route(request_id="b")
+
+    def num_requests():
+        fleet.tell(TimePassed())
+        return fleet.router.stats()["kvray_router_requests"]
+
+    for _ in range(100):
+        fleet.now_s += 1.0
+        fleet.tell(load("d", num_running=1, request_ids=("a",)))
+    assert num_requests() == 1
+    assert fleet.router.has("a")
+    fleet.tell(load("d"))
+    fleet.now_s += 29.0
+    assert num_requests() == 1
+    fleet.now_s += 2.0
+    assert num_requests() == 0
+    assert fleet.router.stats()["kvray_router_reservations"] == 0
+
+
 def test_report_from_before_a_placement_does_not_undo_it():
     fleet = Fleet(info("d"))
     fleet.route(request_id="a")

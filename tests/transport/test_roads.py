@@ -220,3 +220,34 @@ async def test_the_mean_rate_is_that_of_all_pulls(setting):
     setting.learn("a")
     await setting.pull()
     assert setting.puller.bytes_per_s > 0
+
+
+async def test_a_road_that_others_kept_busy_is_not_blamed(setting, monkeypatch):
+    setting.learn("a")
+    await setting.pull()
+
+    async def wait_in_vain(*_args):
+        error = TransferError("not begun")
+        error.is_busy = True
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setting.pullers["a"], "pull", wait_in_vain)
+        with pytest.raises(TransferError, match="not begun"):
+            await setting.pull()
+    assert await setting.pull() == "a"  # without a probe
+
+
+async def test_a_probe_that_fails_in_whatever_way_leaves_the_other_roads_and_comes_again(setting, monkeypatch, caplog):
+    async def fail(*_args):
+        raise ZeroDivisionError("in a library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setting.pullers["a"], "pull", fail)
+        setting.learn("a", "b")
+        assert await setting.pull() == "b"
+    assert "in a library" in caplog.text
+    choice = setting.puller._learned[setting.link].choice
+    async with asyncio.timeout(5):
+        while len(choice.proven()) < 2:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.02)

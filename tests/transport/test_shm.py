@@ -155,8 +155,9 @@ async def test_pull_waiting_behind_others_keeps_its_own_deadline(shm, source, ta
     others = [asyncio.create_task(shm.pull(link, region, [Copy(0, 0, 64 << 20)], target, 60)) for _ in range(2)]
     await asyncio.sleep(0.05)
     started = time.monotonic()
-    with pytest.raises(TransferError):
+    with pytest.raises(TransferError) as caught:
         await shm.pull(link, region, [Copy(0, 0, 16 << 20)], target, stall_s=0.1)
+    assert caught.value.is_busy
     assert time.monotonic() - started < 0.5
     shm.close()
     for outcome in await asyncio.gather(*others, return_exceptions=True):

@@ -16,6 +16,7 @@ from engine.scheduling.plan import (
     PullBlocks,
     PullEnded,
     SequenceCancelled,
+    StopRemote,
     TimePassed,
 )
 from kvcache.names import block_names, pack_tokens, split_names
@@ -360,3 +361,12 @@ def test_prompt_logprobs_take_one_quantum_a_step():
     bench = Bench(num_blocks=64)
     bench.add("p", 28, prompt_logprobs=0, max_tokens=1)
     assert [bench.step()[0][2:] for _ in range(4)] == [(0, 8), (8, 16), (16, 24), (24, 28)]
+
+
+def test_a_prefill_worker_that_took_too_long_is_told_to_stop(bench: Bench) -> None:
+    bench.add("a", PROMPT, remote_s=0.0)
+    bench.now_s += 29.9
+    assert bench.post(TimePassed()) == []
+    bench.now_s += 0.2
+    assert bench.post(TimePassed()) == [StopRemote("a")]
+    assert bench.run()["a"] == [7] * 4
