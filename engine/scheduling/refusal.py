@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from engine.scheduling.plan import SequenceSpec
-from messages.errors import CapacityError, KvrayError, RequestError
+from messages.errors import CapacityError, KvrayError, RequestError, WorkerError
 from messages.request import SamplingParams
 
 _U64 = 2**64
@@ -50,6 +50,13 @@ def refusal(spec: SequenceSpec, bounds: Bounds) -> KvrayError | None:
             code="invalid_value",
         )
     return _bad_param(spec.params, bounds.vocab_size)
+
+
+def deadline_error(seq_id: str, phase: str) -> WorkerError:
+    """Return what a sequence ends with that was in `phase` when its deadline passed."""
+    return WorkerError(
+        f"sequence {seq_id!r} was {phase} when its deadline passed", code="deadline_exceeded", status=504
+    )
 
 
 def _bad_param(params: SamplingParams, vocab_size: int) -> RequestError | None:

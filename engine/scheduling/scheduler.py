@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
@@ -39,7 +40,7 @@ from engine.scheduling.plan import (
     StopRemote,
     TimePassed,
 )
-from engine.scheduling.refusal import Bounds, refusal
+from engine.scheduling.refusal import Bounds, deadline_error, refusal
 from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import StepCost
@@ -105,7 +106,7 @@ class Scheduler:
         self._step: list[tuple[SequenceStep, Sequence]] | None = None
         self._blocked: Sequence | None = None  # the most senior one that could start but for the room
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
-        self._num_arrivals = count()
+        self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
         self._num_device_tokens = 0
         self._num_peer_tokens = 0
@@ -199,6 +200,7 @@ class Scheduler:
         if isinstance(event, SequenceAdded) and event.spec.seq_id in self._ledger.sequences:
             raise RequestError(f"sequence id {event.spec.seq_id!r} is in use", param="request_id")
         out: list[Instruction] = []
+        self._now_s = now_s
         self._pool.release_quarantined(now_s)
         self._check_deadlines(now_s, out)
         if not isinstance(event, SequenceAdded):
@@ -231,6 +233,11 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raise InvariantError where the books do not agree, those of the pool included."""
         self._ledger.check_invariants()
+        if self._ledger.running or self._blocked is not None or self.num_pulling >= self._config.max_num_seqs:
+            return
+        for seq in self._ledger.waiting:
+            if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
+                raise InvariantError(f"scheduler: sequence {seq.seq_id!r} waits beside an idle engine")
 
     def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> None:
         error = self._refusal(spec, now_s)
@@ -241,7 +248,11 @@ class Scheduler:
         seq = Sequence(spec, order=next(self._num_arrivals), namer=namer, block_size=self._pool.block_size)
         reason = self._finish_reason(seq) if seq.num_output_tokens else None
         if reason is not None:  # it moved here with all its tokens
-            out.append(EmitTokens(spec.seq_id, stop_token_id=_stop_token(seq, reason), finish_reason=reason))
+            out.append(
+                EmitTokens(
+                    spec.seq_id, stop_token_id=seq.token_ids[-1] if reason == "stop" else None, finish_reason=reason
+                )
+            )
             return
         self._ledger.enqueue(seq)
         if self._blocked is not None and seq.seniority < self._blocked.seniority:
@@ -257,7 +268,7 @@ class Scheduler:
         if spec.seq_id in self._ledger.orphans:
             return WorkerError(f"a pull for an earlier sequence {spec.seq_id!r} still runs")
         if spec.deadline_s is not None and spec.deadline_s <= now_s:
-            return _deadline_error(spec.seq_id, Phase.WAITING)
+            return deadline_error(spec.seq_id, Phase.WAITING.value)
         return None
 
     def _check_deadlines(self, now_s: float, out: list[Instruction]) -> None:
@@ -267,7 +278,7 @@ class Scheduler:
             if seq is None or seq.phase is Phase.KEPT:
                 continue
             if seq.spec.deadline_s is not None and seq.spec.deadline_s <= now_s:
-                error = _deadline_error(seq.seq_id, seq.phase)
+                error = deadline_error(seq.seq_id, seq.phase.value)
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
                 self._ledger.end(seq)
             elif seq.pull is not None and seq.pull.deadline_s <= now_s:
@@ -284,11 +295,11 @@ class Scheduler:
         position = 0
         while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
             seq = ledger.waiting[position]
-            if seq.held_for is not None and seq.held_for in ledger.in_flight:
+            if seq.held_for in ledger.in_flight and now_s < seq.held_until_s:
                 position += 1
                 continue
             matched = self._pool.match(seq.names[: seq.max_match_blocks])
-            if self._hold_back(seq, len(matched)):
+            if self._hold_back(seq, len(matched), now_s):
                 position += 1
                 continue
             if not self._has_room(seq, matched):
@@ -296,10 +307,11 @@ class Scheduler:
                 return
             self._start(seq, matched, now_s, out)
 
-    def _hold_back(self, seq: Sequence, num_matched: int) -> bool:
+    def _hold_back(self, seq: Sequence, num_matched: int, now_s: float) -> bool:
         """Tell whether another is about to write the next block that `seq` lacks: so it is computed only once.
 
-        The wait ends: names are in flight only while their sequence runs or pulls, and both always end.
+        Who runs is waited for until it ends. Who pulls is waited for by others that are to pull, and by those
+        that would need longer without it, as long as was predicted: nobody waits beside an idle engine.
         """
         in_flight = self._ledger.in_flight
         seq.held_for, seq.expected_match_tokens = None, 0
@@ -311,7 +323,15 @@ class Scheduler:
         end = num_matched
         while end < seq.max_match_blocks and (seq.names[end] in in_flight or self._pool.holds(seq.names[end])):
             end += 1
-        seq.held_for, seq.expected_match_tokens = seq.names[num_matched], end * seq.block_size
+        until_s = math.inf
+        if writer.pull is not None and not seq.wants_remote:
+            until_s = writer.pull.deadline_s - self._config.remote_timeout_s + (writer.spec.remote_s or 0.0)
+            computation = Computation.of(num_matched * seq.block_size, end * seq.block_size)
+            alone_s = self.queued_s + harm_s(compute_s(self.compute_price, computation), self.num_running)
+            if not 0 < until_s - now_s <= alone_s:
+                return False
+        seq.held_for, seq.held_until_s = seq.names[num_matched], until_s
+        seq.expected_match_tokens = end * seq.block_size
         return True
 
     def _has_room(self, seq: Sequence, matched: list[int]) -> bool:
@@ -418,8 +438,8 @@ class Scheduler:
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
         """Emit a new token, from a step or from the prefill worker, and end the sequence if it is the last."""
         if sampled.token_id >= self._config.vocab_size:  # logits may be wider than the embedding
-            message = f"token {sampled.token_id} was generated; the vocabulary ends at {self._config.vocab_size - 1}"
-            out.append(EmitTokens(seq.seq_id, finish_reason="error", error=KvrayError(message)))
+            error = KvrayError(f"token {sampled.token_id} was generated, past the end of the vocabulary")
+            out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
             self._ledger.end(seq)
             return
         seq.token_ids.append(sampled.token_id)
@@ -436,7 +456,7 @@ class Scheduler:
                 [] if sampled.logprob is None else [sampled.logprob],
                 prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
                 sources=self._sources(seq) if is_first else None,
-                stop_token_id=_stop_token(seq, reason),
+                stop_token_id=seq.token_ids[-1] if reason == "stop" else None,
                 finish_reason=reason,
             )
         )
@@ -477,13 +497,3 @@ class Scheduler:
         seq.num_offered_blocks = end
         if blocks or is_last:
             out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_device_tokens))
-
-
-def _stop_token(seq: Sequence, reason: FinishReason | None) -> int | None:
-    return seq.token_ids[-1] if reason == "stop" else None
-
-
-def _deadline_error(seq_id: str, phase: Phase) -> WorkerError:
-    return WorkerError(
-        f"sequence {seq_id!r} was {phase.value} when its deadline passed", code="deadline_exceeded", status=504
-    )

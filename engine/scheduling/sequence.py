@@ -71,6 +71,7 @@ class Sequence:
         "has_declined",
         "has_emitted",
         "held_for",
+        "held_until_s",
         "is_in_step",
         "names",
         "num_computed",
@@ -109,6 +110,7 @@ class Sequence:
         self.is_in_step = False
         self.has_emitted = False
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
+        self.held_until_s = 0.0  #: by then that block is predicted to be there; nobody waits longer
         self.expected_match_tokens = 0  #: while held back: what will be there already
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool

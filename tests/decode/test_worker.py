@@ -137,14 +137,14 @@ async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir
         generations = source.memory.view[: source.layout.num_blocks * 8].cast("Q")
         copied = []
 
-        async def reuse_then_pull(link, copies, target, on_arrived=None):
+        async def reuse_then_pull(link, copies, target, *told):
             if target is engine_of(pair.decode).memory and not copied:  # the owner moves on before the bytes travel
                 copied.extend(copies[::2])
                 for copy in copied:
                     source.memory.view[copy.source_offset] ^= 0xFF
                     block_id = (copy.source_offset - source.layout.data_offset) // source.layout.block_bytes
                     generations[block_id] += 1
-            return await pull(link, copies, target, on_arrived)
+            return await pull(link, copies, target, *told)
 
         monkeypatch.setattr(roads, "pull", reuse_then_pull)
         (got,) = await pair.ingress.finish(pair.ingress.send("r", prompt))

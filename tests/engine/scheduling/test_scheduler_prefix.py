@@ -113,3 +113,26 @@ def test_the_queue_counts_a_shared_prompt_once(bench: Bench) -> None:
     bench.add("a", PROMPT)
     bench.add("b", PROMPT)
     assert bench.scheduler.queued_tokens == 19 + 3
+
+
+def test_who_shares_blocks_with_a_slow_pull_waits_no_longer_than_computing_them_takes(bench: Bench) -> None:
+    for number in range(4):  # one more token costs 1 s
+        bench.add(f"w{number}", 20 + number)
+        bench.finish(elapsed_s=float(sum(part.num_tokens for part in bench.start())))
+        bench.run()
+    bench.add("slow", [*PROMPT[:8], *range(500, 590)], remote_s=50.0)
+    bench.add("a", [*PROMPT[:8], 1, 2, 3])
+    assert bench.step()[0][0] == "a"
+
+
+def test_who_shares_blocks_with_a_pull_waits_for_it_as_long_as_was_predicted(bench: Bench) -> None:
+    for number in range(4):
+        bench.add(f"w{number}", 20 + number)
+        bench.finish(elapsed_s=float(sum(part.num_tokens for part in bench.start())))
+        bench.run()
+    bench.add("quick", PROMPT, remote_s=3.0)
+    bench.add("a", [*PROMPT, 1, 2, 3])
+    bench.now_s += 2.9
+    assert bench.step() == []
+    bench.now_s += 0.2
+    assert bench.step()[0][0] == "a"
