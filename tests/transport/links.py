@@ -68,6 +68,14 @@ ROADS: dict[str, Callable[[], tuple[Transport, Transport]]] = {
 }
 
 
+async def ended(*transports: Transport) -> None:
+    """Close each and wait for its thread: a process has one UCX road, so none is to end while another begins."""
+    for transport in transports:
+        transport.close()
+        if isinstance(transport, UcxTransport):
+            await asyncio.to_thread(transport._mover._thread.join, 10)
+
+
 def wait_until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Until it does; blocks the thread."""
     ends_s = time.monotonic() + timeout_s

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from messages.handoff import RegionInfo
-from tests.transport.links import ROADS, linked
+from tests.transport.links import ROADS, ended, linked
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError, Transport
 
@@ -27,8 +27,7 @@ class Pair(NamedTuple):
 async def pair(request):
     owner, puller = ROADS[request.param]()
     yield Pair(owner, puller, linked(puller, owner))
-    for transport in (puller, owner):
-        transport.close()
+    await ended(puller, owner)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("ucxx", reason="ucxx is not installed: the extra kvray[ucx-cu12]")
 
 from messages.handoff import RegionInfo
-from tests.transport.links import linked, wait_until
+from tests.transport.links import ended, linked, wait_until
 from tests.transport.ucx_peer import HOST, PORTS, pattern, read_frame, write_frame
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
@@ -93,14 +93,14 @@ def peer():
 async def puller():
     transport = UcxTransport(HOST, port_range=PORTS)
     yield transport
-    transport.close()
+    await ended(transport)
 
 
 @pytest.fixture
 async def owner():
     transport = UcxTransport(HOST, port_range=PORTS)
     yield transport
-    transport.close()
+    await ended(transport)
 
 
 @pytest.fixture(scope="module")
