@@ -151,25 +151,27 @@ async def measure_alone(served: Served, bare: BareEngine, size: int, repeats: in
     connection = await HttpConnection.open(served.url)
     alone = Alone(served, bare, connection, size)
     seconds: dict[str, list[float]] = {name: [] for name in alone.stages}
+    prefill = DirectClient(served.secret, served.addresses("prefill")[0])
     num_prefilled = 0.0
     for number in range(-WARM_UP, repeats):
         for stage, (name, measure) in enumerate(alone.stages.items()):
-            before = await num_prefills(served)
+            before = await num_prefills(prefill)
             taken = await measure(SEEDS_PER_STAGE * (stage + 1) + number)
             await asyncio.sleep(AFTERMATH_S)
             if number >= 0:
                 seconds[name].append(taken)
                 if name == "http":
-                    num_prefilled += await num_prefills(served) - before
+                    num_prefilled += await num_prefills(prefill) - before
     await alone.close()
+    prefill.close()
     connection.close()
     stages_ms = {name: 1e3 * median(taken) for name, taken in seconds.items()}
     return {"stages_ms": stages_ms, "prefilled_share": num_prefilled / repeats}
 
 
-async def num_prefills(served: Served) -> float:
+async def num_prefills(prefill: DirectClient) -> float:
     """Count the prompts that the prefill worker was asked for so far."""
-    return await asyncio.to_thread(served.total, "prefill", "kvray_prefill_prompts_total")
+    return (await prefill.values())["kvray_prefill_prompts_total"]
 
 
 async def measure_streams(served: Served, bare: BareEngine, size: int, repeats: int) -> dict[str, Any]:

@@ -34,10 +34,15 @@ class DirectClient:
     async def round_trip_s(self) -> float:
         """Ask for the worker's numbers; return the seconds until the answer."""
         begin_s = time.perf_counter()
-        self._client.send(GetStats(query_id=str(next(self._ids))))
-        while not isinstance(await self._next(), Stats):
-            pass
+        await self.values()
         return time.perf_counter() - begin_s
+
+    async def values(self) -> dict[str, float]:
+        """Return the worker's numbers by metric name, as they are now."""
+        self._client.send(GetStats(query_id=str(next(self._ids))))
+        while not isinstance(message := await self._next(), Stats):
+            pass
+        return message.values
 
     async def first_token_s(self, prompt: Sequence[int], prefill_address: str | None) -> float:
         """Return the seconds from sending a prompt to its first token, after the second and last one came.

@@ -50,10 +50,6 @@ class Served:
         """Return where the workers of a role listen."""
         return [worker["address"] for worker in self.status()["workers"] if worker["role"] == role]
 
-    def total(self, role: str, metric: str) -> float:
-        """Add a metric up over the workers of a role."""
-        return _total([worker for worker in self.status()["workers"] if worker["role"] == role], metric)
-
     def wait_until_idle(self) -> None:
         """Wait until no worker holds a block for anybody.
 
