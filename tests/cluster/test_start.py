@@ -7,26 +7,19 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
-import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import KvrayConfig
-from cluster.joining import cluster_to_join
 from cluster.launch import _Keeper, config_error_in, stop_signals
-from messages.errors import ConfigError, WorkerError
+from messages.errors import WorkerError
+from tests.cluster.starting import Starting, wait_until
 from tests.models import make_tiny_model
-from tests.served import free_port, kvray_command, own_environment, run_kvray, using
+from tests.served import free_port, own_environment, run_kvray
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -244,37 +237,6 @@ def test_accelerators_that_the_node_lacks_are_not_waited_for(tiny_model, tmp_pat
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 
-class Starting:
-    """`kvray serve` while it starts."""
-
-    def __init__(self, model: Path, directory: Path, environment: dict[str, str], port: int | None = None) -> None:
-        self.log = directory / "log"
-        self._directory = environment["RAY_TMPDIR"]
-        with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                kvray_command("serve", str(model), "--port", str(port or free_port())),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=ROOT,
-                start_new_session=True,  # a process group of its own, as a shell gives it
-            )
-
-    def wait_for(self, text: str, timeout_s: float = 200.0) -> None:
-        ends_s = time.monotonic() + timeout_s
-        while text not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < ends_s, self.log.read_text()
-            time.sleep(0.02)
-
-    def survivors(self) -> list[psutil.Process]:
-        return using(self._directory)
-
-    def clean(self) -> None:
-        for process in self.survivors():
-            process.kill()
-
-
 @pytest.fixture
 def starting(tiny_model, tmp_path):
     with own_environment() as environment:
@@ -320,147 +282,6 @@ def test_a_sigkill_of_the_command_line_ends_everything_but_rays_own_agents(start
     wait_until(lambda: {process.name() for process in starting.survivors()} <= RAY_AGENTS, 20)
 
 
-# -------------------------------------------------------------------------------------------- a cluster that is there
-
-
-def http_status(url: str) -> int | None:
-    """None: nobody listens."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return None
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    ends_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_s, f"not so after {timeout_s} s"
-        time.sleep(0.2)
-
-
-@pytest.fixture
-def ray_head():
-    """The environment of a shell on a machine where `ray start --head` ran, with a token in the home directory."""
-    with own_environment() as environment:
-        token_file = Path(environment["HOME"]) / ".ray" / "auth_token"
-        token_file.parent.mkdir()
-        token_file.write_text(environment["RAY_AUTH_TOKEN"])
-        environment |= {"RAY_AUTH_TOKEN": ""}
-        # The cluster's processes find our rooms here; on a real one the package is installed.
-        environment |= {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
-        command += [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
-        command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={128 * 2**20}"]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-        try:
-            yield environment
-        finally:
-            for process in using(environment["RAY_TMPDIR"]):
-                process.kill()
-
-
-@pytest.mark.alone
-def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_model, tmp_path, ray_head):
-    members = {process.pid for process in using(ray_head["RAY_TMPDIR"])}
-    port = free_port()
-    # Empty is unset: as the user's shell has it, where the file alone tells of the token.
-    starting = Starting(tiny_model, tmp_path, ray_head | {"RAY_AUTH_MODE": ""}, port)
-    try:
-        starting.wait_for("Ctrl-C ends everything")
-        assert "on the Ray cluster that was there" in starting.log.read_text()
-        assert "runs workers at niceness 15" in starting.log.read_text()
-        assert http_status(f"http://127.0.0.1:{port}/ready") == 200
-
-        finished, _ = run_kvray("serve", str(tiny_model), "--port", str(port), extra_environment=ray_head)
-        assert finished.returncode == 2
-        assert finished.stderr.splitlines()[-1] == (
-            "kvray: the Ray cluster has an application kvray already: end that one first"
-        )
-        assert http_status(f"http://127.0.0.1:{port}/ready") == 200
-
-        began_s = time.monotonic()
-        starting.process.send_signal(signal.SIGINT)
-        assert starting.process.wait(STOPPED_WITHIN_S + 5) == 0
-        assert time.monotonic() - began_s < STOPPED_WITHIN_S
-        wait_until(lambda: http_status(f"http://127.0.0.1:{port}/ready") in (404, None), 15)
-        alive = {process.pid for process in using(ray_head["RAY_TMPDIR"])}
-        assert members <= alive
-    finally:
-        if starting.process.poll() is None:
-            starting.process.kill()
-
-
-@pytest.mark.alone
-def test_a_cluster_that_wants_another_token_is_one_line_that_says_what_to_set(tiny_model, tmp_path, ray_head):
-    address = (Path(ray_head["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").read_text()
-    environment = ray_head | {"RAY_AUTH_MODE": ""}
-    complaints = {
-        f"the Ray cluster at {address} wants a token: RAY_AUTH_MODE=disabled forbids one": {
-            "RAY_AUTH_MODE": "disabled"
-        },
-        f"the Ray cluster at {address} wants a token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH": {
-            "HOME": str(tmp_path)
-        },
-        f"the Ray cluster at {address} wants another token than the one in RAY_AUTH_TOKEN": {
-            "RAY_AUTH_TOKEN": "5ecre7"
-        },
-        "RAY_AUTH_TOKEN_PATH: /no/token cannot be read": {"RAY_AUTH_TOKEN_PATH": "/no/token"},
-    }
-    for complaint, changes in complaints.items():
-        finished, _ = run_kvray("serve", str(tiny_model), extra_environment=environment | changes)
-        assert finished.returncode == 2
-        (line,) = finished.stderr.splitlines()
-        assert line.startswith(f"kvray: {complaint}")
-        assert "5ecre7" not in line
-
-
-@pytest.mark.alone
-def test_serves_own_config_file_runs_the_same_application(tiny_model, tmp_path, ray_head):
-    port = free_port()
-    document = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "kvray",
-                "route_prefix": "/",
-                "import_path": "cluster.app:build",
-                "args": {
-                    "model": {"path": str(tiny_model), "served_names": ["tiny"]},
-                    "pools": {"prefill": 0, "decode": 1},
-                    "network": {"host": "127.0.0.1"},
-                },
-            }
-        ],
-    }
-    ServeDeploySchema.model_validate(document)
-    address = (Path(ray_head["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").read_text()
-    path = tmp_path / "serve.yaml"
-    path.write_text(yaml.safe_dump(document))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.serve.scripts", "run", "--blocking", str(path)],
-        env=ray_head | {"RAY_ADDRESS": address},
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_until(lambda: http_status(f"http://127.0.0.1:{port}/ready") == 200, 120)
-        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 3, "temperature": 0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            assert json.load(response)["usage"]["completion_tokens"] == 3
-    finally:
-        process.kill()
-        process.wait(10)
-
-
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -497,30 +318,3 @@ def test_a_ray_that_is_slow_to_start_is_one_clear_error(monkeypatch):
         assert caught.value.message == (
             f"Ray did not {words}, this time: Exception: The current node timed out during startup."
         )
-
-
-def test_a_recorded_cluster_that_crashed_is_not_joined(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    record = tmp_path / "ray" / "ray_current_cluster"
-    record.parent.mkdir()
-    record.write_text(f"127.0.0.1:{free_port()}")
-    assert cluster_to_join() is None
-
-
-def test_a_recorded_cluster_that_answers_is_joined_unless_a_local_one_is_wanted(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with socket.socket() as head:
-        head.bind(("127.0.0.1", 0))
-        head.listen()
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        record = tmp_path / "ray" / "ray_current_cluster"
-        record.parent.mkdir()
-        record.write_text(address)
-        assert cluster_to_join() == address
-        monkeypatch.setenv("RAY_ADDRESS", "local")
-        assert cluster_to_join() is None
-        monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-        with pytest.raises(ConfigError, match="wanted host:port of a Ray head"):
-            cluster_to_join()
