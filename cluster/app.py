@@ -18,10 +18,10 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import KvrayConfig, parse_config, parse_size, with_secret
+from cluster.config import KvrayConfig, num_ingresses, parse_config, parse_size, with_secret
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
-from cluster.logs import configure_logging
+from cluster.replica import prepare_replica
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.core import EngineOptions
@@ -56,7 +56,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
     requests come through Serve's proxies.
     """
     options = _worker_options(config)
-    prepare = functools.partial(configure_logging, config.log.level, config.log.format)
+    prepare = functools.partial(prepare_replica, config.log.level, config.log.format)
     life = {
         **_HEALTH,
         "graceful_shutdown_timeout_s": config.pools.drain_timeout_s,
@@ -95,7 +95,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         life["graceful_shutdown_timeout_s"] = _DEAF_S
     return serve.deployment(
         name="Ingress",
-        num_replicas=config.pools.ingress,
+        num_replicas=num_ingresses(config.pools),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
         **life,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -20,7 +19,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.config import KvrayConfig, load_config, with_secret
+from cluster.config import KvrayConfig, load_config, num_ingresses, with_secret
 from cluster.logs import configure_logging
 from messages.errors import ConfigError, KvrayError
 
@@ -205,10 +204,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
         except Exception:  # the edge: a bug ends with its traceback in the log and exit code 1
             logger.exception("unexpected")
             code = 1
-    # Ray's threads may linger in the interpreter; everything of ours has ended by now.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(code)
 
 
 def _complain(error: KvrayError) -> int:
@@ -226,12 +222,13 @@ def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
         f"  curl {launched.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
     )
     where = "Ray started here" if launched.is_own_cluster else "the Ray cluster that was there"
+    pools = config.pools
     _out.print(
-        f"  {config.pools.prefill} prefill, {config.pools.decode} decode, 1 router, {config.pools.ingress} ingress on "
-        f"{where}; `kvray status` says more. Ctrl-C ends everything.",
+        f"  {pools.prefill} prefill, {pools.decode} decode, 1 router, {num_ingresses(pools)} ingress on {where}; "
+        "`kvray status` says more. Ctrl-C ends everything.",
         markup=False,
     )
-    stop.wait()
+    launched.wait(stop)
     logger.info("ending what was started")
 
 

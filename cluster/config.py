@@ -30,6 +30,7 @@ from messages.errors import ConfigError
 DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"
 
 #: Values that are never printed.
+_CORES_FOR_TWO_INGRESSES = 4
 _PRIVATE = ("network.secret", "http.api_keys")
 
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
@@ -80,7 +81,7 @@ class PoolsConfig(_Section, frozen=True):
 
     prefill: Annotated[int, Meta(ge=0, le=4096)] = 1
     decode: Annotated[int, Meta(ge=1, le=4096)] = 1
-    ingress: Annotated[int, Meta(ge=1, le=4096)] = 1
+    ingress: Annotated[int, Meta(ge=1, le=4096)] | None = None  #: None: 2, so that one may be lost, or 1 on few cores
     cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0
     gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0
     #: a worker that is stopped may finish what it has for so long
@@ -228,6 +229,11 @@ def parse_size(text: str) -> int:
     if not 0 < value < 2**60:
         raise ConfigError(f"wanted a size such as 512MiB or 2GiB, saw {text!r}")
     return int(value)
+
+
+def num_ingresses(pools: PoolsConfig) -> int:
+    """Return how many ingresses there are: as configured, else 2 where this machine has cores for them."""
+    return pools.ingress or (2 if len(os.sched_getaffinity(0)) >= _CORES_FOR_TWO_INGRESSES else 1)
 
 
 def prepare_environment(*, is_own_cluster: bool) -> None:

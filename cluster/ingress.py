@@ -20,9 +20,9 @@ from cluster.connections import http_server
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
-from cluster.logs import configure_logging
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
+from cluster.replica import prepare_replica
 from cluster.status import fleet_status
 from messages.errors import WorkerError
 from messages.fleet import Role, WorkerInfo
@@ -53,7 +53,7 @@ class Ingress:
         `inner` ties the other deployments to this application; nothing is called on them. `listener` names a socket to
         accept requests from besides those that come through Serve.
         """
-        configure_logging(config.log.level, config.log.format)
+        prepare_replica(config.log.level, config.log.format)
         self._config = config
         assert config.network.secret is not None, "the application sets it"
         self._dispatcher = Dispatcher(

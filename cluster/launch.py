@@ -1,50 +1,49 @@
-"""Starts and ends an application on Ray, from the command line: joins the cluster that is there, or starts one.
+"""Starts and ends an application on Ray, from the command line, and starts a Ray of its own anew when parts of it die.
 
-Everything that was started is ended again, whatever happens: on Ctrl-C, on SIGTERM, on an error.
+The keeper (cluster/keeper.py) does it, in a process of its own, which this one starts, watches and ends. Everything
+that was started is ended again, whatever happens: on Ctrl-C, on SIGTERM, on an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import http.client
 import logging
-import re
+import os
+import selectors
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import msgspec
 import psutil
 
-from cluster.config import KvrayConfig, prepare_environment
-from cluster.joining import NicenessCheck, check_credentials, cluster_to_join
-from cluster.listener import SharedListener, bound_socket
-from messages.errors import ConfigError, WorkerError, first_line
+from cluster.config import KvrayConfig
+from cluster.joining import cluster_to_join
+from cluster.keeper_messages import Failed, KeeperTask, Progress, Report, Seen, Up
+from cluster.listener import SharedListener
+from messages.errors import KvrayError, WorkerError, error_from_info
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: only the road "plasma" goes through it, where no direct one works
 _POLL_S = 0.1
-_STATUS_POLL_S = 0.25
-_ROUTE_TIMEOUT_S = 20.0  #: for Serve's proxy to know an application that runs
+_LOOK_S = 0.5  #: between two looks at the processes, at most
+#: A process that stands still for so many is killed; not by the clock, which runs on while a machine sleeps.
+_FROZEN_LOOKS = 10
+_SILENCE_S = 30.0  #: after which Serve's controller is taken for lost; Ray replaces one that ended within seconds
+_SHORT_LIFE_S = 10.0
+_MAX_SHORT_LIVES = 3  #: in a row; then a further start is of no use
 _SHUTDOWN_S = 7.0  #: for all to end politely; then it is killed
 _KILL_S = 2.0
 _PR_SET_CHILD_SUBREAPER = 36  #: linux/prctl.h
 
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """An application that answers requests."""
-
-    url: str
-    is_own_cluster: bool  #: Ray was started here, and ends with us
+#: What a Ray of our own cannot do without, by process name; the raylet ends itself, at times late, without its agents.
+_PARTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "raylet", "gcs_server")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the user wants us to end
@@ -57,8 +56,6 @@ def stop_signals() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        # Where Ray's own SIGTERM handler (absl's, in C++) came first, it has set an alarm that aborts this process.
-        signal.alarm(0)
         stop.set()
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -80,62 +77,165 @@ def running(
         WorkerError: Ray or Serve failed.
         Stopped: `stop` was set while it started.
     """
-    keeper = _Keeper(config, on_progress)
+    launched = Launched(config, on_progress)
     try:
-        yield keeper.wait_until_up(stop)
+        launched.wait_until_up(stop)
+        yield launched
     finally:
-        keeper.end()
+        launched.end()
 
 
-class _Keeper(threading.Thread):
-    """The thread that brings the application up, keeps it, and takes it down.
-
-    Not the main thread, so that a signal is noticed at once whatever Ray waits for, and so that Ray leaves the signal
-    handlers alone. One thread all the way: Linux ends Ray's processes when the thread that started them ends
-    (PR_SET_PDEATHSIG), which is also why nothing survives a SIGKILL of this process.
-    """
+class Launched:
+    """An application that is kept answering requests, by a thread of its own."""
 
     def __init__(self, config: KvrayConfig, on_progress: Callable[[str], None]) -> None:
-        super().__init__(name="keeper", daemon=True)
+        self.url = ""
+        self.is_own_cluster = False  #: Ray is started here, and ends with us
         self._config = config
         self._on_progress = on_progress
-        self._others = set(psutil.Process().children(recursive=True))  #: not ours to end
-        self._launched: Launched | None = None
         self._error: BaseException | None = None
-        self._has_touched_ray = False
         self._is_up = threading.Event()
-        self._is_connected = threading.Event()
         self._ending = threading.Event()
-        self._is_own_cluster = False
-        self._has_deployed = False
-        self._listener: SharedListener | None = None
+        # One thread all the way: the keeper is killed when the thread that started it ends.
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
-    def wait_until_up(self, stop: threading.Event) -> Launched:
+    def wait_until_up(self, stop: threading.Event) -> None:
         """Start, and wait until requests are answered; raises what `running` raises."""
-        self.start()
-        has_handlers = False
+        self._thread.start()
         while not self._is_up.is_set():
             if stop.wait(_POLL_S):
                 raise Stopped
-            if self._is_connected.is_set() and not has_handlers:
-                # Ray has put a SIGTERM handler of its own under Python's, which prints a stack and aborts.
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.getsignal(number))
-                has_handlers = True
-            if not self.is_alive() and not self._is_up.is_set():
+            if not self._thread.is_alive() and not self._is_up.is_set():
                 assert self._error is not None, "it ends early with an error only"
                 raise self._error
-        assert self._launched is not None
-        return self._launched
+
+    def wait(self, stop: threading.Event) -> None:
+        """Wait until `stop` is set.
+
+        Raises:
+            KvrayError: the application was lost, and could not be started anew.
+        """
+        while not stop.wait(_POLL_S):
+            if self._error is not None:
+                raise self._error
 
     def end(self) -> None:
         """End all that was started; what does not end politely is killed."""
         self._ending.set()
-        if not self._has_touched_ray:
-            return
-        # Orphans come to us from now on: a worker process that the raylet was just starting is found too.
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            address = cluster_to_join()
+            self.is_own_cluster = address is None
+            listener = SharedListener(self._config.http.host, self._config.http.port) if address is None else None
+            with contextlib.closing(listener) if listener is not None else contextlib.nullcontext():
+                self._keep_up(address, listener)
+        except BaseException as error:  # noqa: BLE001 - carried to whoever waits
+            self._error = error
+
+    def _keep_up(self, address: str | None, listener: SharedListener | None) -> None:
+        """Bring the application up, and up again whenever it was lost, until its end is wanted."""
+        task = KeeperTask(config=self._config, address=address, listener=None if listener is None else listener.name)
+        lost = ""  #: what was lost, once something was
+        num_short = 0
+        while True:
+            life = _Life(task)
+            try:
+                lost = life.run(self._ending, self._on_progress, self._on_up)
+                if lost and listener is not None:
+                    listener.refuse()  # at once, while the rest of this life ends and the next one begins
+            except KvrayError as error:
+                if lost:
+                    error.message = f"{lost}; starting anew failed: {error.message}"
+                raise
+            finally:
+                life.end(is_polite=not lost)
+            if self._ending.is_set():
+                return
+            if not self._is_up.is_set():
+                raise WorkerError(f"{lost} while it started")
+            if listener is None:
+                raise WorkerError(f"{lost}; the Ray cluster at {address} is looked after by its operator")
+            num_short = num_short + 1 if life.up_s < _SHORT_LIFE_S else 0
+            if num_short == _MAX_SHORT_LIVES:
+                raise WorkerError(f"{lost}; {num_short} lives in a row ended within {_SHORT_LIFE_S:.0f} s")
+            logger.error("%s: starting Ray and the application anew", lost)
+
+    def _on_up(self, url: str, seconds: float) -> None:
+        if self._is_up.is_set():
+            logger.warning("serving again after %.0f s", seconds)
+        self.url = url
+        self._is_up.set()
+
+
+class _Life:
+    """One keeper and all processes that came of it, from its start to their end."""
+
+    def __init__(self, task: KeeperTask) -> None:
+        """Start the keeper with `task`; `end` is to be called, whatever happens."""
+        self._is_own_cluster = task.address is None
+        self._others = set(psutil.Process().children(recursive=True))  #: not ours to end
+        # Orphans come to us: whatever ends between us and them, we find all that was started.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self.join(_SHUTDOWN_S)
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "cluster.keeper", str(theirs.fileno()), str(os.getpid())]
+            self._keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self._line.sendall(msgspec.json.encode(task) + b"\n")
+        self._line.setblocking(False)
+        self._received = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._line, selectors.EVENT_READ)
+        self._up_since_s: float | None = None
+        self._parts: dict[psutil.Process, str] = {}  #: of Ray, by name
+        self._frozen: dict[psutil.Process, int] = {}  #: looks at which it stood still, without a break
+
+    @property
+    def up_s(self) -> float:
+        """For how long requests have been answered."""
+        return 0.0 if self._up_since_s is None else time.monotonic() - self._up_since_s
+
+    def run(
+        self, ending: threading.Event, on_progress: Callable[[str], None], on_up: Callable[[str, float], None]
+    ) -> str:
+        """Wait until something that cannot be replaced was lost; return what, "" where `ending` was set.
+
+        `on_up` is called with the URL at which requests are answered now, and the seconds that it took.
+
+        Raises:
+            KvrayError: the keeper says that requests cannot be answered, or not any more, as configured.
+        """
+        began_s = seen_s = time.monotonic()
+        while not ending.is_set():
+            for report in self._reports(_LOOK_S):
+                match report:
+                    case Progress(text):
+                        on_progress(text)
+                    case Up(url):
+                        self._up_since_s = seen_s = time.monotonic()
+                        on_up(url, self._up_since_s - began_s)
+                    case Seen():
+                        seen_s = time.monotonic()
+                    case Failed(error):
+                        raise error_from_info(error)
+            if self._is_own_cluster:
+                if (part := self._look()) is not None:
+                    return part
+                if self._up_since_s is not None and time.monotonic() - seen_s > _SILENCE_S:
+                    return f"Ray Serve's controller has not answered for {_SILENCE_S:.0f} s"
+            if self._keeper.poll() is not None:
+                return self._end_of_keeper()
+        return ""
+
+    def end(self, *, is_polite: bool) -> None:
+        """End all of it: by the keeper, which is given time for it if `is_polite`, and by force."""
+        self._selector.close()
+        self._line.close()
+        if is_polite:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.wait(_SHUTDOWN_S)
         ends_s = time.monotonic() + _KILL_S
         while (family := self._family()) and time.monotonic() < ends_s:
             for member in family:
@@ -143,206 +243,48 @@ class _Keeper(threading.Thread):
                     member.kill()
             psutil.wait_procs(family, timeout=_POLL_S)
 
-    def run(self) -> None:
-        """Bring the application up, keep it until its end is wanted, and take it down."""
+    def _reports(self, timeout_s: float) -> list[Report]:
+        """Return what the keeper reported; waits for `timeout_s`, less where there is something already."""
+        if not self._selector.select(timeout_s):
+            return []
         try:
-            self._bring_up()
-            self._ending.wait()
-        except Exception as error:  # noqa: BLE001 - carried to whoever waits
-            self._error = error
-        finally:
-            if self._listener is not None:
-                self._listener.close()
-            if self._has_touched_ray:
-                # Nothing is worth telling about the end of what is being ended.
-                with contextlib.suppress(Exception):
-                    self._take_down()
+            received = self._line.recv(2**16)
+        except OSError:
+            received = b""
+        if not received:  # the keeper ends
+            time.sleep(timeout_s)
+        *lines, self._received = (self._received + received).split(b"\n")
+        return [msgspec.json.decode(line, type=Report) for line in lines]
+
+    def _end_of_keeper(self) -> str:
+        code = self._keeper.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that Ray's driver runs in {how}"
+
+    def _look(self) -> str | None:
+        """Tell which parts that Ray cannot do without have ended; kill whoever stands still."""
+        frozen = {}
+        for member in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if member not in self._parts and (name := member.name()) in _PARTS:
+                    self._parts[member] = name
+                if member.status() == psutil.STATUS_STOPPED:  # SIGSTOP, and nobody to continue it
+                    frozen[member] = self._frozen.get(member, 0) + 1
+                    if frozen[member] == _FROZEN_LOOKS:
+                        logger.error("%s (process %d) stands still: killed", member.name(), member.pid)
+                        member.kill()
+                elif member.status() == psutil.STATUS_ZOMBIE and member.ppid() == os.getpid():
+                    member.wait(0)  # an orphan that came to us
+        self._frozen = frozen
+        lost = {name for part, name in self._parts.items() if not _is_alive(part)}
+        return f"Ray's {' and '.join(sorted(lost, key=_PARTS.index))} ended" if lost else None
 
     def _family(self) -> set[psutil.Process]:
         return set(psutil.Process().children(recursive=True)) - self._others
 
-    def _say(self, text: str) -> None:
-        """Report progress; raise Stopped where the start is no longer wanted."""
-        if self._ending.is_set():
-            raise Stopped
-        self._on_progress(text)
 
-    def _bring_up(self) -> None:
-        config = self._config
-        address = cluster_to_join()
-        if address is None:
-            self._listener = SharedListener(config.http.host, config.http.port)
-        else:
-            check_credentials(address)
-        self._say("reading the model's configuration")
-        # Imports torch, as the application does anyway: most mistakes show before Ray is started.
-        from engine.model.load import check_model
-
-        check_model(Path(config.model.path), max_model_len=config.model.max_model_len)
-        prepare_environment(is_own_cluster=address is None)
-        # Imported late: Ray reads its environment when it is imported.
-        import ray
-        from ray import serve
-
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        self._connect(ray, address)
-        self._is_connected.set()
-        if self._is_own_cluster:
-            _check_resources(config, ray.cluster_resources())
-            if config.network.host is None:
-                # One node, this one: the channels need not be seen by anybody else.
-                network = msgspec.structs.replace(config.network, host="127.0.0.1")
-                config = msgspec.structs.replace(config, network=network)
-        niceness = None if self._is_own_cluster else NicenessCheck(ray)
-        self._deploy(config, serve)
-        if niceness is not None:
-            niceness.warn()
-        self._launched = Launched(url=_url(config), is_own_cluster=self._is_own_cluster)
-        self._is_up.set()
-
-    def _connect(self, ray: Any, address: str | None) -> None:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-        self._say("starting Ray" if address is None else f"joining the Ray cluster at {address}")
-        self._has_touched_ray = True
-        self._is_own_cluster = address is None
-        try:
-            if address is not None:
-                ray.init(address=address, **quiet)
-            else:
-                store_bytes = _LOCAL_OBJECT_STORE_BYTES
-                ray.init(address="local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(f"Ray cannot {_verb(address)}: {error}") from error
-        except Exception as error:  # bare ones, after 30 s, where its processes are slow to start
-            raise WorkerError(f"Ray did not {_verb(address)}, this time: {first_line(error)}") from error
-
-    def _deploy(self, config: KvrayConfig, serve: Any) -> None:
-        from cluster.app import APP_NAME, build_application
-
-        self._say("placing workers")
-        if not self._is_own_cluster:
-            self._check_room(config, serve, APP_NAME)
-        logging_config = {"log_level": "ERROR", "enable_access_log": False}
-        if self._listener is not None:
-            serve.start(proxy_location="Disabled", logging_config=logging_config)
-        else:
-            serve.start(
-                http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": None},
-                proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
-                logging_config=logging_config,
-            )
-        application = build_application(config, None if self._listener is None else self._listener.name)
-        target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
-        self._say("placing workers")
-        self._has_deployed = True
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        while not self._is_running(serve.status().applications.get(APP_NAME)):
-            time.sleep(_STATUS_POLL_S)
-        self._wait_until_ready(_url(config))
-
-    def _check_room(self, config: KvrayConfig, serve: Any, app_name: str) -> None:
-        """Wait until a former application ended, on a cluster that was there.
-
-        Raises:
-            ConfigError: an application of that name lives there, or Serve listens on another host or port.
-        """
-        while (present := serve.status().applications.get(app_name)) is not None:
-            if str(present.status.value) != "DELETING":
-                raise ConfigError(f"the Ray cluster has an application {app_name} already: end that one first")
-            self._say(f"waiting for the former {app_name} to end")
-            time.sleep(_STATUS_POLL_S)
-        # The public status does not tell the port.
-        client = serve.context._get_global_client(raise_if_no_controller_running=False)  # noqa: SLF001
-        if client is None:
-            bound_socket(config.http.host, config.http.port).close()
-        elif (client.http_config.host, client.http_config.port) != (config.http.host, config.http.port):
-            seen = f"{client.http_config.host} port {client.http_config.port}"
-            raise ConfigError(
-                f"http: Ray Serve on this cluster listens on {seen} already, wanted {config.http.host} port "
-                f"{config.http.port}: give --host and --port as they are there"
-            )
-
-    def _is_running(self, application: Any) -> bool:
-        """Tell whether the application runs, and report progress.
-
-        Raises:
-            ConfigError: a replica says that it cannot start as configured.
-            WorkerError: Serve could not start the application.
-        """
-        if application is None:
-            return False
-        parts = []
-        for name, deployment in sorted(application.deployments.items()):
-            reason = config_error_in(deployment.message or "")
-            if reason is not None:
-                raise ConfigError(reason)
-            counts = {str(state): count for state, count in deployment.replica_states.items()}
-            parts.append(f"{name} {counts.get('RUNNING', 0)}/{sum(counts.values())}")
-        if parts:
-            self._say("starting " + ", ".join(parts))
-        status = application.status.value
-        if status == "DEPLOY_FAILED":
-            texts = [application.message, *(item.message for item in application.deployments.values())]
-            logger.error("what Ray Serve says: %s", "\n".join(text for text in texts if text))
-            raise WorkerError("Ray Serve could not start the application")
-        return bool(status == "RUNNING")
-
-    def _wait_until_ready(self, url: str) -> None:
-        """Wait until /ready answers: a proxy of Serve hears of an application only a moment after it runs."""
-        ends_s = time.monotonic() + _ROUTE_TIMEOUT_S
-        while not _is_ready(url):
-            self._say("waiting for HTTP")
-            if time.monotonic() > ends_s:
-                if self._is_own_cluster:
-                    raise WorkerError(f"the application runs, and {url}/ready does not answer")
-                logger.warning("%s does not answer on this node; the cluster's head has the proxy", url)
-                return
-            time.sleep(_POLL_S)
-
-    def _take_down(self) -> None:
-        import ray
-        from ray import serve
-
-        if not self._is_own_cluster and self._has_deployed:
-            from cluster.app import APP_NAME
-
-            serve.delete(APP_NAME, _blocking=False)
-        # With a cluster of our own nothing outlives it, and Ray ends its processes faster than Serve drains them.
-        ray.shutdown()
-
-
-def _verb(address: str | None) -> str:
-    return "start" if address is None else f"join the cluster at {address}"
-
-
-def config_error_in(text: str) -> str | None:
-    """Find the one line of a ConfigError in what Serve says of a replica that failed; None where there is none."""
-    found = re.search(r"ConfigError: (.+)", text)
-    return None if found is None else found.group(1).strip()
-
-
-def _check_resources(config: KvrayConfig, available: dict[str, float]) -> None:
-    """Raise ConfigError where Serve would wait for ever, on a cluster of our own, which never grows."""
-    num_workers = config.pools.prefill + config.pools.decode
-    wants = {"CPU": config.pools.cpus_per_worker, "GPU": config.pools.gpus_per_worker}
-    for name, each in wants.items():
-        if num_workers * each > available.get(name, 0.0):
-            raise ConfigError(
-                f"pools.{name.lower()}s_per_worker: {num_workers} workers with {each:g} each were asked for, "
-                f"this node has {available.get(name, 0.0):g}"
-            )
-
-
-def _url(config: KvrayConfig) -> str:
-    """Return the URL at which this machine reaches the application."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.http.port}"
-
-
-def _is_ready(url: str) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=2.0) as response:
-            return bool(response.status == 200)
-    except (OSError, http.client.HTTPException):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False

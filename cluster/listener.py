@@ -61,6 +61,11 @@ class SharedListener:
         self._door.listen()
         threading.Thread(target=self._give, name="listener", daemon=True).start()
 
+    def refuse(self) -> None:
+        """Refuse connections, those that wait included, until the socket is taken and listens again."""
+        with contextlib.suppress(OSError):  # it does not listen
+            self._bound.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Give the port back; who has the socket keeps it."""
         with contextlib.suppress(OSError):

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import socket
 import subprocess
@@ -112,3 +113,20 @@ def test_another_user_gets_nothing(listener):
         return int(subprocess.check_output([sys.executable, "-c", ASK, listener.name, str(user)]))
 
     assert [num_given(user) for user in (0, 65534, 0)] == [1, 0, 1]
+
+
+def test_connections_are_refused_at_once_while_nobody_serves():
+    port = free_port()
+    listener = SharedListener("127.0.0.1", port)
+    with contextlib.closing(listener):
+        listener.refuse()  # nobody has taken it: nothing to refuse
+        former = take_listener(listener.name)
+        with socket.create_connection(("127.0.0.1", port)) as waiting:
+            listener.refuse()
+            with contextlib.suppress(ConnectionResetError):
+                assert waiting.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        former.close()
+        with take_listener(listener.name) as taken, socket.create_connection(("127.0.0.1", port)):
+            taken.accept()[0].close()

@@ -15,7 +15,9 @@ import pytest
 import ray
 
 from cluster.config import KvrayConfig
-from cluster.launch import _Keeper, config_error_in, stop_signals
+from cluster.keeper import Keeper, config_error_in
+from cluster.keeper_messages import KeeperTask
+from cluster.launch import stop_signals
 from messages.errors import WorkerError
 from tests.cluster.starting import Starting, wait_until
 from tests.models import make_tiny_model
@@ -310,11 +312,13 @@ def test_a_ray_that_is_slow_to_start_is_one_clear_error(monkeypatch):
     def slow(**_: object) -> None:
         raise Exception("The current node timed out during startup.\nDetails follow.")  # noqa: TRY002 - as Ray does
 
-    keeper = _Keeper(KvrayConfig(), lambda _: None)
     monkeypatch.setattr("ray.init", slow)
-    for address, words in ((None, "start"), ("10.0.0.1:6379", "join the cluster at 10.0.0.1:6379")):
-        with pytest.raises(WorkerError) as caught:
-            keeper._connect(ray, address)
-        assert caught.value.message == (
-            f"Ray did not {words}, this time: Exception: The current node timed out during startup."
-        )
+    line, other = socket.socketpair()
+    with line, other:
+        for address, words in ((None, "start"), ("10.0.0.1:6379", "join the cluster at 10.0.0.1:6379")):
+            keeper = Keeper(KeeperTask(config=KvrayConfig(), address=address, listener=None), line)
+            with pytest.raises(WorkerError) as caught:
+                keeper._connect(ray)
+            assert caught.value.message == (
+                f"Ray did not {words}, this time: Exception: The current node timed out during startup."
+            )

@@ -1,0 +1,157 @@
+"""Parts that Ray Serve cannot replace: Ray's own processes, and replicas that stand still where there is no room."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster.starting import wait_until
+from tests.models import make_tiny_model
+from tests.reference import Reference
+from tests.served import Served, serving
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
+
+AGAIN_WITHIN_S = 60.0
+REPLACED_WITHIN_S = 30.0
+ERROR_WITHIN_S = 5.0  #: for a client of what was lost, once it is known to be
+PROMPT = [7, 8, 9, 10, 11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return Reference(model_dir)
+
+
+@pytest.fixture(scope="module")
+def served(model_dir, tmp_path_factory):
+    """A cluster on which each worker has a CPU of Ray's, and no further one is free."""
+    directory = tmp_path_factory.mktemp("served")
+    copy = Path(shutil.copytree(model_dir, directory / "model"))
+    config = directory / "kvray.yaml"
+    config.write_text(f"pools: {{cpus_per_worker: {psutil.cpu_count() / 2}, prefill: 1, decode: 1, ingress: 2}}")
+    arguments = [str(copy), "--config", str(config), "--dtype", "float32", "--kv-cache-memory", "8MiB"]
+    with serving(*arguments, log_dir=directory) as process:
+        yield process
+
+
+def answer(served: Served, timeout_s: float) -> list[int]:
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    reply = httpx.post(f"{served.url}/v1/completions", json=body, timeout=timeout_s)
+    reply.raise_for_status()
+    return reply.json()["choices"][0]["token_ids"]
+
+
+def answers_again(served: Served) -> list[int]:
+    """The next answer; until it comes, clients are refused at once."""
+    ends_s = time.monotonic() + AGAIN_WITHIN_S
+    while True:
+        began_s = time.monotonic()
+        try:
+            return answer(served, timeout_s=20)
+        except httpx.HTTPError:
+            assert time.monotonic() - began_s < 10 + ERROR_WITHIN_S, "a client was kept waiting"
+        assert served.process.poll() is None, served.log.read_text()
+        assert time.monotonic() < ends_s, served.log.read_text()
+        time.sleep(0.2)
+
+
+def part(served: Served, name: str) -> psutil.Process:
+    (found,) = [child for child in served.descendants() if child.name() == name]
+    return found
+
+
+def expected(reference: Reference) -> list[int]:
+    from messages.request import SamplingParams
+
+    return reference.generate(PROMPT, SamplingParams(max_tokens=20, temperature=0))
+
+
+@pytest.mark.parametrize("deployment", ["Decode", pytest.param("Prefill", marks=pytest.mark.long)])
+def test_a_worker_that_stands_still_makes_room_for_its_successor(served, reference, deployment):
+    (victim,) = served.replicas(deployment)
+    victim.suspend()
+    victim.wait(REPLACED_WITHIN_S)
+    served.wait_until_whole(1, 1, REPLACED_WITHIN_S)
+    assert answer(served, timeout_s=20) == expected(reference)
+
+
+def test_the_other_ingress_answers_while_one_stands_still(served, reference):
+    first, second = served.replicas("Ingress")
+    began_s = time.monotonic()
+    first.suspend()
+    with httpx.Client(timeout=0.5) as http:
+        while first.is_running() and first.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() - began_s < 10
+            httpx_answers = http.get(f"{served.url}/health").status_code
+            assert httpx_answers == 200
+    assert second.is_running()
+    assert answer(served, timeout_s=20) == expected(reference)
+    wait_until(lambda: len(served.replicas("Ingress")) == 2, REPLACED_WITHIN_S)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        pytest.param("raylet", signal.SIGKILL, "raylet ended", id="raylet killed"),
+        pytest.param("gcs_server", signal.SIGKILL, "gcs_server ended", id="GCS killed", marks=pytest.mark.long),
+        pytest.param(
+            "ray::DashboardAgent", signal.SIGKILL, "DashboardAgent", id="agent killed", marks=pytest.mark.long
+        ),
+        pytest.param("ray::RuntimeEnvAgent", signal.SIGKILL, "RuntimeEnvAgent", id="agent2", marks=pytest.mark.long),
+        pytest.param("raylet", signal.SIGSTOP, "raylet ended", id="raylet stopped", marks=pytest.mark.long),
+        pytest.param("gcs_server", signal.SIGSTOP, "gcs_server ended", id="GCS stopped"),
+    ],
+)
+def test_a_ray_of_our_own_is_started_anew(served, reference, name, number, words):
+    began = len(served.log.read_text())
+    family = served.descendants()
+    lost_s = time.monotonic()
+    part(served, name).send_signal(number)
+    wait_until(lambda: "starting Ray and the application anew" in served.log.read_text()[began:], 20)
+    assert answers_again(served) == expected(reference)
+    assert time.monotonic() - lost_s < AGAIN_WITHIN_S
+    (line,) = [line for line in served.log.read_text()[began:].splitlines() if "anew" in line]
+    assert words in line
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, "of the former life"
+    served.wait_until_whole(1, 1, 30)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP])
+def test_serves_controller_is_replaced_while_requests_go_on(served, reference, number):
+    controller = part(served, "ray::ServeController")
+    began = len(served.log.read_text())
+    controller.send_signal(number)
+    while controller.is_running() and controller.status() != psutil.STATUS_ZOMBIE:
+        assert answer(served, timeout_s=5) == expected(reference)
+    wait_until(lambda: [c for c in served.descendants() if c.name() == "ray::ServeController"] != [], 30)
+    (victim,) = served.replicas("Decode")
+    victim.kill()
+    served.wait_until_whole(1, 1, 60)
+    assert answer(served, timeout_s=20) == expected(reference)
+    assert "anew" not in served.log.read_text()[began:]
+
+
+def test_what_cannot_start_again_as_configured_ends_in_one_line(served):
+    """The last test of this module: there is no cluster after it."""
+    model = Path(served.log.parent / "model")
+    model.rename(model.with_name("elsewhere"))
+    for ingress in served.replicas("Ingress"):
+        ingress.kill()
+    assert served.process.wait(AGAIN_WITHIN_S) == 2
+    lines = served.log.read_text().splitlines()
+    assert re.fullmatch(rf"kvray: .*{re.escape(str(model))}.*", lines[-1]), lines[-1]
+    wait_until(lambda: not served.descendants(), 5)
