@@ -8,7 +8,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: chaos help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: $(VENV)/.testing kernels ## one form of everything that a machine without 
 
 test-fast: $(VENV)/.testing ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not alone and not long" $(BESIDE) --dist worksteal $(ARGS)
+
+chaos: $(VENV)/.testing kernels ## ten minutes of random faults under eight clients; KVRAY_CHAOS_SEED draws others
+	$(BIN)/python -m pytest -s -m long tests/cluster/test_chaos.py $(ARGS)
 
 test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable. Needs root and Debian's iproute2."""
+"""Several hosts on one machine: network namespaces joined by virtual cables. Needs root and Debian's iproute2."""
 
 from __future__ import annotations
 
@@ -46,11 +46,42 @@ def _ip(command: str) -> None:
     assert done.returncode == 0, f"ip {command}: {done.stderr}"
 
 
+def _skip_where_impossible() -> None:
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("hosts of their own need root and iproute2 (ip, tc)")
+
+
+@contextlib.contextmanager
+def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
+    """Hosts that reach each other; the test's own namespace reaches all. Skips where they cannot be made."""
+    _skip_where_impossible()
+    number = os.getpid() % 1000
+    net = f"10.{110 + number // 250}.{number % 250}"
+    switch = f"kvsw{number}"
+    hosts = [Host(f"kvh{number}-{index}", f"{net}.{index + 1}") for index in range(count)]
+    try:
+        _ip(f"link add {switch} type bridge")
+        _ip(f"addr add {net}.254/24 dev {switch}")
+        _ip(f"link set {switch} up")
+        for index, host in enumerate(hosts):
+            port = f"kvp{number}-{index}"
+            _ip(f"netns add {host.name}")
+            _ip(f"link add {port} type veth peer name eth0 netns {host.name}")
+            _ip(f"link set {port} master {switch} up")
+            _ip(f"-n {host.name} link set lo up")
+            _ip(f"-n {host.name} addr add {host.address}/24 dev eth0")
+            _ip(f"-n {host.name} link set eth0 up")
+        yield hosts
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", switch], check=False, capture_output=True)
+
+
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Hosts a and b; the test's own namespace reaches b, and a through it. Skips where they cannot be made."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
-        pytest.skip("two hosts need root and iproute2 (ip, tc)")
+    _skip_where_impossible()
     number = os.getpid() % 1000
     net = f"10.{100 + number // 250}.{number % 250}"  # tests may run beside each other
     a, b = Host(f"kva{number}", f"{net}.1"), Host(f"kvb{number}", f"{net}.2")
