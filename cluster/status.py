@@ -67,7 +67,7 @@ def status_table(status: dict[str, Any]) -> str:
 
 
 def _row(worker: dict[str, Any]) -> tuple[str, ...]:
-    name, address = worker["worker_id"], worker["address"].removeprefix("tcp://")
+    name, address = worker["worker_id"], worker["address"].removeprefix("tcp://").rpartition("@")[2]
     if not worker["is_answering"]:
         return (name, address, "no answer", "", "", "", "")
     values = worker["values"]

@@ -71,7 +71,7 @@ class RouterWorker:
 
     @property
     def address(self) -> str:
-        """Where ingresses connect, tcp://host:port."""
+        """Where ingresses connect, tcp://KEY_ID@host:port."""
         return self._server.address
 
     def set_fleet(self, workers: Iterable[WorkerInfo]) -> None:

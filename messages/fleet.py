@@ -16,7 +16,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: str
     role: Role
-    address: str  #: channel endpoint, tcp://host:port
+    address: str  #: channel endpoint, tcp://KEY_ID@host:port
     node_id: str
     fingerprint: bytes  #: of weights, dtype, KV layout, rope, kernel path: root of all its block names
     block_size: int  #: tokens

@@ -1,7 +1,8 @@
 """One authenticated, encrypted, multiplexed socket per pair of processes that talk.
 
 Messages are `messages.wire` documents over ZeroMQ with CURVE; both key pairs follow from the cluster secret, and the
-server admits no other client key. Nothing here blocks; everything runs on the event loop (asyncio's or uvloop) that
+server admits no other client key. Its address says by a key id which secret that is, as there may be two while one
+follows another. Nothing here blocks; everything runs on the event loop (asyncio's or uvloop) that
 was running when the object was made, and is to be called from there only.
 
     client                                    server
@@ -103,8 +104,8 @@ class ChannelServer:
         self._socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        #: tcp://host:port, for ChannelClient
-        self.address = self._bind(host)
+        #: tcp://KEY_ID@host:port, for ChannelClient
+        self.address = self._bind(host).replace("tcp://", f"tcp://{secret.key_id}@")
         self._inbox = _Inbox(self._loop, self._socket, self._receive)
         self._inboxes = [
             self._inbox,
@@ -259,7 +260,7 @@ class ChannelClient:
         on_ready: Callable[[], None] | None = None,
         config: ChannelConfig = ChannelConfig(),
     ) -> None:
-        """Begin to connect to `address` (tcp://host:port); messages may be sent at once."""
+        """Begin to connect to `address` (tcp://KEY_ID@host:port); messages may be sent at once."""
         self._loop = asyncio.get_running_loop()
         self.address = address
         self._on_message = on_message
@@ -270,8 +271,10 @@ class ChannelClient:
         self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         _configure(self._socket, config)
-        keys = secret.client_keys()
-        self._socket.setsockopt(zmq.CURVE_SERVERKEY, secret.server_keys().public)
+        key_id, _, endpoint = address.removeprefix("tcp://").rpartition("@")
+        common = secret.known_as(key_id)
+        keys = (common or secret).client_keys()
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, (common or secret).server_keys().public)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
@@ -287,8 +290,11 @@ class ChannelClient:
         self._monitor_inbox = _Inbox(self._loop, self._monitor, self._notice_event)
         self._connect_timer = self._loop.call_later(config.connect_timeout_s, self._give_up_connecting)
         self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
+        if common is None and key_id:
+            self._lose(f"it has another cluster secret (key id {key_id}, here {secret.key_id})")
+            return
         try:
-            self._socket.connect(address)
+            self._socket.connect(f"tcp://{endpoint}")
         except zmq.ZMQError as error:
             self._lose(f"no address to connect to: {address!r} ({error})")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from blake3 import blake3
 from messages.errors import ConfigError
 
 SECRET_BYTES = 32
+_KEY_ID_BYTES = 4
 
 
 class CurveKeys(NamedTuple):
@@ -27,13 +29,19 @@ class CurveKeys(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ClusterSecret:
-    """What every process of a cluster knows and nobody else: 32 random bytes. Never printed, never logged."""
+    """What every process of a cluster knows and nobody else: 32 random bytes. Never printed, never logged.
+
+    While one secret follows another a process knows both: it listens with `key`, and connects with whichever of the two
+    the other side listens with.
+    """
 
     key: bytes
+    other_key: bytes | None = None  #: of the secret before or after it
 
     def __post_init__(self) -> None:
-        if len(self.key) != SECRET_BYTES:
-            raise ConfigError(f"cluster secret: {len(self.key)} bytes seen, {SECRET_BYTES} wanted")
+        for key in (self.key, self.other_key):
+            if key is not None and len(key) != SECRET_BYTES:
+                raise ConfigError(f"cluster secret: {len(key)} bytes seen, {SECRET_BYTES} wanted")
 
     @classmethod
     def generate(cls) -> ClusterSecret:
@@ -42,20 +50,34 @@ class ClusterSecret:
 
     @classmethod
     def from_hex(cls, text: str) -> ClusterSecret:
-        """Read a secret from 64 hexadecimal digits; white space around them is ignored.
+        """Read a secret from 64 hexadecimal digits, or two from two lines or with a comma between.
 
         Raises:
             ConfigError: `text` is something else. The message does not repeat it.
         """
-        try:
-            key = bytes.fromhex(text.strip())
-        except ValueError:
-            raise ConfigError(f"cluster secret: wanted {2 * SECRET_BYTES} hexadecimal digits, saw other text") from None
-        return cls(key)
+        words = re.split(r"\s*[,\n]\s*", text.strip())
+        for word in words:
+            if not re.fullmatch(f"[0-9a-fA-F]{{{2 * SECRET_BYTES}}}", word):
+                raise ConfigError(
+                    f"wanted {2 * SECRET_BYTES} hexadecimal digits, saw {len(word)} characters that are not"
+                )
+        if len(words) > 2:
+            raise ConfigError(f"wanted one secret, or two while one follows another, saw {len(words)}")
+        return cls(*map(bytes.fromhex, words))
 
     def hex(self) -> str:
         """Return the secret as `from_hex` reads it."""
-        return self.key.hex()
+        return "\n".join(key.hex() for key in (self.key, self.other_key) if key is not None)
+
+    @property
+    def key_id(self) -> str:
+        """What tells others, without telling the secret, which one this process listens with: 8 hexadecimal digits."""
+        return blake3(b"kvray key id 1", key=self.key).hexdigest(length=_KEY_ID_BYTES)
+
+    def known_as(self, key_id: str) -> ClusterSecret | None:
+        """Return the one of the known secrets that has this id; None: a stranger's."""
+        known = [ClusterSecret(key) for key in (self.key, self.other_key) if key is not None]
+        return next((secret for secret in known if secret.key_id == key_id), None)
 
     def server_keys(self) -> CurveKeys:
         """Derive the keys of every channel's listening side."""

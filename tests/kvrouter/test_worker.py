@@ -133,7 +133,7 @@ async def test_worker_whose_channel_breaks_is_dropped_and_taken_back_when_it_ans
     await eventually(lambda: num_names(router) == 3)
     worker.channel.close()
     await eventually(lambda: num_workers(router) == 0)
-    host, port = worker.info.address.removeprefix("tcp://").split(":")
+    host, port = worker.info.address.rpartition("@")[2].split(":")
     relay_target = FakeWorker("w", held=4)
     closing.append(relay_target.channel)
     relay = await _relay(host, int(port), relay_target.info.address)
@@ -211,7 +211,7 @@ def test_worker_info_survives_as_metadata():
 
 async def _relay(host, port, target):
     """A plain TCP listener at host:port that passes bytes on to `target`: the worker came back at its old address."""
-    target_host, target_port = target.removeprefix("tcp://").split(":")
+    target_host, target_port = target.rpartition("@")[2].split(":")
 
     async def pass_on(reader, writer):
         try:

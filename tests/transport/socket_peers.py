@@ -110,6 +110,7 @@ class FakeSource:
         key: bytes | None = None,
     ) -> None:
         self._key = socket_key(secret) if key is None else key
+        self._key_id = secret.key_id
         self._answer = answer
         self._instance = secrets.token_bytes(16)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -120,7 +121,7 @@ class FakeSource:
 
     def describe(self, memory: Memory) -> RegionInfo:
         """A region of it that is not there."""
-        handle = SourceHandle("127.0.0.1", self._listener.getsockname()[1], self._instance)
+        handle = SourceHandle("127.0.0.1", self._listener.getsockname()[1], self._instance, self._key_id)
         return RegionInfo(
             road="socket", handle=msgspec.msgpack.encode(handle), num_bytes=memory.num_bytes, nonce=memory.nonce
         )

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -53,6 +54,11 @@ class Client:
         return await asyncio.wait_for(self.messages.get(), 5)
 
 
+def endpoint_of(server):
+    """As ZeroMQ takes it."""
+    return f"tcp://{server.channel.address.rpartition('@')[2]}"
+
+
 def stats(query_id):
     return Stats(query_id=query_id, worker_id="w", role="prefill", values={"a": 1.0})
 
@@ -103,14 +109,44 @@ async def test_large_message_crosses(opened):
     assert len(answer.query_id) == 20 << 20
 
 
-async def test_wrong_secret_gets_nothing(opened):
+@pytest.mark.parametrize("says_key_id", [True, False], ids=["honest", "sly"])
+async def test_wrong_secret_gets_nothing(opened, says_key_id):
     server = opened(Server())
-    client = opened(Client(server.channel.address, secret=ClusterSecret(b"\x08" * 32)))
+    address = server.channel.address if says_key_id else endpoint_of(server)
+    client = opened(Client(address, secret=ClusterSecret(b"\x08" * 32)))
     client.channel.send(GetStats(query_id="steal"))
     await asyncio.wait_for(client.lost, 5)
     assert client.messages.empty()
     assert not client.ready.is_set()
     assert server.messages == []
+
+
+async def test_another_secret_is_told_as_such_and_not_as_a_lost_connection(opened):
+    server = opened(Server())
+    other = ClusterSecret(b"\x08" * 32)
+    client = opened(Client(server.channel.address, secret=other))
+    reason = await asyncio.wait_for(client.lost, 5)
+    assert reason == f"it has another cluster secret (key id {SECRET.key_id}, here {other.key_id})"
+
+
+OLD, NEW = b"\x07" * 32, b"\x08" * 32
+#: How one secret follows another, process after process: neighbours are there at the same time.
+ROTATION = [ClusterSecret(OLD), ClusterSecret(OLD, NEW), ClusterSecret(NEW, OLD), ClusterSecret(NEW)]
+
+
+@pytest.mark.parametrize("step", range(3))
+async def test_while_one_secret_follows_another_every_process_talks_to_every_other(opened, step):
+    present = ROTATION[step : step + 2]
+    for listening, connecting in itertools.product(present, repeat=2):
+        server = opened(Server(listening))
+        client = opened(Client(server.channel.address, connecting))
+        assert (await client.ask("a")).query_id == "a"
+
+
+async def test_who_knows_only_the_secret_that_is_gone_is_a_stranger(opened):
+    server = opened(Server(ClusterSecret(NEW)))
+    client = opened(Client(server.channel.address, ClusterSecret(OLD)))
+    assert "another cluster secret" in await asyncio.wait_for(client.lost, 5)
 
 
 async def test_servers_public_key_alone_opens_nothing(opened):
@@ -120,7 +156,7 @@ async def test_servers_public_key_alone_opens_nothing(opened):
         stranger.curve_publickey, stranger.curve_secretkey = public, secret
         stranger.curve_serverkey = SECRET.server_keys().public
         stranger.linger = 0
-        stranger.connect(server.channel.address)
+        stranger.connect(endpoint_of(server))
         stranger.send(b"hello", zmq.DONTWAIT)
         await eventually(lambda: server.channel.num_refused > 0)
         await asyncio.sleep(0.1)
@@ -133,7 +169,7 @@ async def test_unencrypted_client_gets_nothing(opened):
     server = opened(Server())
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
-        stranger.connect(server.channel.address)
+        stranger.connect(endpoint_of(server))
         stranger.send(b"hello", zmq.DONTWAIT)
         await asyncio.sleep(0.3)
         assert stranger.poll(0) == 0
@@ -229,7 +265,7 @@ async def test_address_is_of_the_host_it_was_bound_to(opened, host, shown):
     client = opened(Client(channel.address))
     await asyncio.wait_for(client.ready.wait(), 3)
     channel.close()
-    assert channel.address.startswith(f"tcp://{shown}:")
+    assert channel.address.startswith(f"tcp://{SECRET.key_id}@{shown}:")
 
 
 async def test_closing_either_side_is_noticed_by_the_other(opened):

@@ -11,7 +11,26 @@ def test_text_form_gives_the_same_secret():
     assert ClusterSecret.from_hex(f" {secret.hex()}\n") == secret
 
 
-@pytest.mark.parametrize("text", ["", "ab", "zz" * 32, "ab" * 33])
+@pytest.mark.parametrize("between", ["\n", ",", " , ", "\r\n"])
+def test_two_secrets_are_one_with_another_one_that_is_known_too(between):
+    both = ClusterSecret.from_hex("01" * 32 + between + "02" * 32 + "\n")
+    assert both == ClusterSecret(b"\1" * 32, b"\2" * 32)
+    assert ClusterSecret.from_hex(both.hex()) == both
+
+
+def test_the_key_id_tells_secrets_apart_and_finds_those_that_are_known():
+    one, other, stranger = (ClusterSecret(bytes([number]) * 32) for number in (1, 2, 3))
+    both = ClusterSecret(one.key, other.key)
+    assert both.key_id == one.key_id != other.key_id
+    assert len(one.key_id) == 8
+    assert (both.known_as(one.key_id), both.known_as(other.key_id)) == (one, other)
+    assert both.known_as(stranger.key_id) is None
+    assert one.known_as(other.key_id) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ab", "zz" * 32, "ab" * 33, "ab " * 32, "ab" * 32 + ",", ",".join(["ab" * 32] * 3)]
+)
 def test_text_that_is_no_secret_is_refused_and_not_repeated(text):
     with pytest.raises(ConfigError) as refusal:
         ClusterSecret.from_hex(text)
@@ -35,6 +54,6 @@ def test_public_key_belongs_to_the_clamped_scalar():
 def test_nothing_secret_is_printed():
     secret = ClusterSecret(b"\1" * 32)
     keys = secret.server_keys()
-    assert "01" not in repr(secret)
+    assert repr(secret) == repr(ClusterSecret(b"\1" * 32, b"\2" * 32)) == "ClusterSecret(...)"
     assert keys.secret.decode() not in repr(keys)
     assert keys.secret.decode() not in f"{keys}"

@@ -47,11 +47,12 @@ Key: TypeAlias = bytes
 
 
 class SourceHandle(msgspec.Struct, frozen=True, array_like=True):
-    """Where the source listens, and which of those that listened there it is."""
+    """Where the source listens, with which secret, and which of those that listened there it is."""
 
     host: str
     port: Annotated[int, msgspec.Meta(gt=0, lt=65536)]
     instance: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    key_id: str  #: `ClusterSecret.key_id`
 
 
 def socket_key(secret: ClusterSecret) -> Key:

@@ -70,8 +70,8 @@ class SocketTransport:
         Raises:
             ConfigError: nothing can be bound there.
         """
-        self._key = socket_key(secret)
-        self._source = SocketSource(self._key, listen(host, port_range), send_timeout_s)
+        self._secret = secret
+        self._source = SocketSource(secret, listen(host, port_range), send_timeout_s)
         self._owners: dict[SourceHandle, _Owner] = {}
         self._pulls: set[_Pull] = set()
         self._ids = itertools.count()
@@ -121,7 +121,10 @@ class SocketTransport:
             raise TransferError("socket: the peer was lost")
         owner = self._owners.get(handle)
         if owner is None:
-            owner = self._owners[handle] = _Owner(self._key, handle)
+            common = self._secret.known_as(handle.key_id)
+            if common is None:
+                raise TransferError(f"socket: {handle.host} port {handle.port} has another cluster secret")
+            owner = self._owners[handle] = _Owner(socket_key(common), handle)
         owner.links.add(link)
         pull = _Pull(next(self._ids), link, owner, source, copies, memory, stall_s, on_arrived)
         self._pulls.add(pull)

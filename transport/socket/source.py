@@ -14,6 +14,7 @@ import time
 
 from messages.errors import ConfigError
 from transport.memory import Memory
+from transport.secret import ClusterSecret
 from transport.socket.frames import (
     ALIGNMENT,
     ANSWER,
@@ -26,12 +27,12 @@ from transport.socket.frames import (
     REPLY,
     REQUEST,
     WRITE_BYTES,
-    Key,
     SourceHandle,
     Vectors,
     proof_of,
     read_exactly,
     shut,
+    socket_key,
     timeval,
 )
 
@@ -41,12 +42,12 @@ logger = logging.getLogger(__name__)
 class SocketSource:
     """Sends ranges of registered memory: a thread that accepts, and one for each connection."""
 
-    def __init__(self, key: Key, listener: socket.socket, send_timeout_s: float) -> None:
+    def __init__(self, secret: ClusterSecret, listener: socket.socket, send_timeout_s: float) -> None:
         host, port = listener.getsockname()[:2]
-        self.handle = SourceHandle(host, port, secrets.token_bytes(16))
+        self.handle = SourceHandle(host, port, secrets.token_bytes(16), secret.key_id)
         self.regions: dict[bytes, Memory] = {}  #: by nonce
         self.num_refused = 0
-        self._key = key
+        self._key = socket_key(secret)
         self._listener = listener
         self._send_timeout_s = send_timeout_s
         self._lock = threading.Lock()

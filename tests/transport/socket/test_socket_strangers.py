@@ -1,9 +1,11 @@
 """Who does not know the secret gets nothing from the socket road, and keeps nobody out."""
 
 import contextlib
+import itertools
 import socket
 import time
 
+import msgspec
 import pytest
 
 import transport.socket.road
@@ -20,13 +22,41 @@ from transport.secret import ClusterSecret
 from transport.socket.frames import ANSWER, REQUEST, read_exactly
 
 
-async def test_a_puller_with_another_secret_gets_nothing_and_both_say_so(owner, make, link, source, target, caplog):
-    stranger = make(ClusterSecret.generate())
-    with pytest.raises(TransferError, match="another cluster secret"):
-        await stranger.pull(link, owner.register(source), [Copy(0, 0, 100)], target, 5)
+async def test_a_puller_with_another_secret_says_so_and_asks_nothing(owner, make, link, source, target):
+    with pytest.raises(TransferError, match="has another cluster secret"):
+        await make(ClusterSecret.generate()).pull(link, owner.register(source), [Copy(0, 0, 100)], target, 5)
+    assert owner._source._connections == set()
+
+
+async def test_a_puller_that_only_knows_the_key_id_gets_nothing_and_both_say_so(
+    owner, make, link, source, target, caplog
+):
+    stranger = ClusterSecret.generate()
+    region = owner.register(source)
+    sly = msgspec.structs.replace(handle_of(region), key_id=stranger.key_id)
+    with pytest.raises(TransferError, match="closed at our proof: another cluster secret"):
+        await make(stranger).pull(
+            link,
+            msgspec.structs.replace(region, handle=msgspec.msgpack.encode(sly)),
+            [Copy(0, 0, 100)],
+            target,
+            5,
+        )
     assert bytes(target.view[:100]) == bytes(100)
     wait_until(lambda: owner.num_refused == 1)
     assert "refused 127.0.0.1, without the cluster secret" in caplog.text
+
+
+async def test_while_one_secret_follows_another_every_process_pulls_from_every_other(make, link, source, target):
+    old, new = ClusterSecret.generate().key, ClusterSecret.generate().key
+    steps = [make(ClusterSecret(*keys)) for keys in ((old,), (old, new), (new, old), (new,))]
+    for neighbours in itertools.pairwise(steps):
+        for owner, puller in itertools.product(neighbours, repeat=2):
+            target.view[:100] = bytes(100)
+            await puller.pull(link, owner.register(source), [Copy(0, 0, 100)], target, 5)
+            assert target.view[:100] == source.view[:100]
+    with pytest.raises(TransferError, match="another cluster secret"):
+        await steps[0].pull(link, steps[-1].register(source), [Copy(0, 0, 100)], target, 5)
 
 
 async def test_refusals_are_counted_and_seldom_logged(owner, source, caplog):
