@@ -37,7 +37,7 @@ NUM_TOKENS_OUT = 10
 AFTERMATH_S = 0.1  #: of a request: release, report
 
 
-def options_of(model: str, secret: ClusterSecret, roads: tuple[str, ...]) -> WorkerOptions:
+def options_of(model: str, roads: tuple[str, ...]) -> WorkerOptions:
     return WorkerOptions(
         model_dir=str(model_directory(model)),
         dtype="float32",
@@ -46,7 +46,6 @@ def options_of(model: str, secret: ClusterSecret, roads: tuple[str, ...]) -> Wor
         num_threads=1,
         engine=EngineOptions(kv_cache_bytes=1 << 30, max_num_seqs=8),
         use_kernels=True,
-        secret=secret.hex(),
         channel=ChannelConfig(),
         lease_s=60.0,
         stall_s=10.0,
@@ -69,11 +68,11 @@ async def measure(
 async def compare(model: str, num_tokens: int, roads: tuple[str, ...], repeats: int) -> dict[str, Any]:
     """Measure both ways in turns; the medians in ms."""
     secret = ClusterSecret.generate()
-    options = options_of(model, secret, roads)
+    options = options_of(model, roads)
     vocabulary = vocab_size(model_directory(model))
     with (
-        running_worker("prefill", options, is_traced=True) as prefill,
-        running_worker("decode", options, is_traced=True) as decode,
+        running_worker("prefill", options, secret, is_traced=True) as prefill,
+        running_worker("decode", options, secret, is_traced=True) as decode,
     ):
         client = DirectClient(secret, decode.info.address)
         for prompt in draw_prompts(1, 2, 600, vocabulary):  # connects, probes roads

@@ -18,7 +18,8 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import KvrayConfig, num_ingresses, parse_config, parse_size, with_secret
+from cluster.config import KvrayConfig, num_ingresses, parse_config, parse_size
+from cluster.credentials import cluster_secret
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
 from cluster.replica import prepare_replica
@@ -27,6 +28,7 @@ from engine.actor import WorkerActor
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor, RouterOptions
+from messages.errors import ConfigError
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
@@ -46,17 +48,27 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises:
         ConfigError: the document is refused; says where, what was seen, what is wanted.
     """
-    return build_application(with_secret(parse_config(args)))
+    return build_application(parse_config(args))
 
 
 def build_application(config: KvrayConfig, listener: str | None = None) -> serve.Application:
-    """Build an application from a whole configuration (its secret set).
+    """Build an application from a whole configuration.
 
-    `listener` names a socket on this machine that the ingresses accept from themselves (cluster/listener.py); without,
-    requests come through Serve's proxies.
+    Ray hands on what is built, and Serve shows it: it says where each process finds the cluster secret and the API keys
+    (cluster/credentials.py). `listener` names a socket on this machine that the ingresses accept from themselves
+    (cluster/listener.py); without, requests come through Serve's proxies.
+
+    Raises:
+        ConfigError: the configuration itself holds API keys.
     """
+    if config.http.api_keys:
+        raise ConfigError(
+            "API keys in the configuration: Ray Serve would show them; wanted a file that every node has "
+            "(http.api_key_file), or KVRAY_API_KEY in the environment of every node's Ray"
+        )
     options = _worker_options(config)
     prepare = functools.partial(prepare_replica, config.log.level, config.log.format)
+    read_secret = functools.partial(cluster_secret, config.network.secret_file)
     life = {
         **_HEALTH,
         "graceful_shutdown_timeout_s": config.pools.drain_timeout_s,
@@ -69,7 +81,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         num_replicas=config.pools.decode,
         ray_actor_options=_placed(resources, config.pools.decode_labels),
         **common,
-    )(WorkerActor).bind(DecodeWorker, options, prepare)
+    )(WorkerActor).bind(DecodeWorker, options, read_secret, prepare)
     inner = [decode]
     if config.pools.prefill > 0:
         inner.append(
@@ -78,14 +90,14 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
                 num_replicas=config.pools.prefill,
                 ray_actor_options=_placed(resources, config.pools.prefill_labels),
                 **common,
-            )(WorkerActor).bind(PrefillWorker, options, prepare)
+            )(WorkerActor).bind(PrefillWorker, options, read_secret, prepare)
         )
     roles = ["Decode", "Prefill"] if config.pools.prefill > 0 else ["Decode"]
-    assert config.network.secret is not None, "with_secret comes first"
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
         RouterActor
     ).bind(
-        RouterOptions(secret=config.network.secret, channel=_channel(config), host=config.network.host),
+        RouterOptions(channel=_channel(config), host=config.network.host),
+        read_secret,
         functools.partial(FleetWatch, APP_NAME),
         roles,
         prepare,
@@ -111,7 +123,6 @@ def _channel(config: KvrayConfig) -> ChannelConfig:
 
 
 def _worker_options(config: KvrayConfig) -> WorkerOptions:
-    assert config.network.secret is not None, "with_secret comes first"
     section = config.engine
     return WorkerOptions(
         model_dir=config.model.path,
@@ -129,7 +140,6 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
             remote_timeout_s=config.network.prefill_timeout_s,
         ),
         use_kernels=section.kernels == "auto",
-        secret=config.network.secret,
         host=config.network.host,
         channel=_channel(config),
         lease_s=config.network.lease_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import logging
@@ -19,7 +20,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.config import KvrayConfig, load_config, num_ingresses, with_secret
+from cluster.config import KvrayConfig, load_config, num_ingresses
+from cluster.credentials import api_keys
 from cluster.logs import configure_logging
 from messages.errors import ConfigError, KvrayError
 
@@ -35,6 +37,9 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _STATUS_TIMEOUT_S = 10.0
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
+_ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="API keys, one a line; default: KVRAY_API_KEY, if that is set.")
+]
 _Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
 
 
@@ -58,7 +63,8 @@ def serve(
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda.")] = None,
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Tokens, prompt and output.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option("--served-model-name")] = None,
-    api_key: Annotated[list[str] | None, typer.Option("--api-key")] = None,
+    api_key: Annotated[list[str] | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
+    api_key_file: _ApiKeyFile = None,
     block_size: Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")] = None,
     kv_cache_memory: Annotated[
         str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
@@ -89,11 +95,12 @@ def serve(
             ("http", "host"): host,
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
+            ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
             ("log", "level"): log_level,
             ("log", "format"): log_format,
         }
     )
-    _run(with_secret(load_config(config, chosen)), _serve_until_stopped)
+    _run(load_config(config, chosen), _serve_until_stopped)
 
 
 @app.command()
@@ -104,16 +111,19 @@ def demo(
 ) -> None:
     """Start, hold a conversation of three turns, show where each prompt's tokens came from, and exit."""
     overrides = {"http": {"port": port}, "pools": {"prefill": prefill, "decode": decode}}
-    _run(with_secret(load_config(None, overrides)), _hold_conversation)
+    _run(load_config(None, overrides), functools.partial(_hold_conversation, api_key=next(iter(api_keys(None)), None)))
 
 
 @app.command()
 def status(
     url: _Url = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
+    api_key_file: _ApiKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
     """Show what is running where."""
+    if api_key is None:
+        api_key = next(iter(api_keys(None if api_key_file is None else str(api_key_file))), None)
     document = _fetch_status(url.rstrip("/"), api_key)
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
@@ -131,10 +141,8 @@ def version() -> None:
 
 @config_app.command("show")
 def config_show(config: _ConfigFile = None) -> None:
-    """Print the whole configuration, defaults filled in; secrets and keys are masked."""
+    """Print the whole configuration, defaults filled in; keys are masked."""
     document = msgspec.to_builtins(load_config(config, {}))
-    if document["network"]["secret"]:
-        document["network"]["secret"] = "***"
     document["http"]["api_keys"] = ["***" for _ in document["http"]["api_keys"]]
     print(yaml.safe_dump(_plain(document), sort_keys=False), end="")  # noqa: T201
 
@@ -159,7 +167,7 @@ def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as response:
             document = json.load(response)
     except urllib.error.HTTPError as error:
-        hint = ": wanted the right --api-key" if error.code in (401, 403) else ""
+        hint = ": wanted the right API key (--api-key-file, KVRAY_API_KEY)" if error.code in (401, 403) else ""
         raise ConfigError(f"no status from {url}: it answers HTTP {error.code}{hint}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -217,7 +225,7 @@ def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
     name = config.model.names[0]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)
-    key = " -H 'Authorization: Bearer ...'" if config.http.api_keys else ""
+    key = " -H 'Authorization: Bearer ...'" if launched.wants_api_key else ""
     _out.print(
         f"  curl {launched.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
     )
@@ -232,10 +240,10 @@ def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
     logger.info("ending what was started")
 
 
-def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any) -> None:
+def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any, *, api_key: str | None) -> None:
     from cluster.demo.conversation import hold_conversation
 
-    hold_conversation(launched.url, _out, stop)
+    hold_conversation(launched.url, api_key, _out, stop)
 
 
 def check_model_files(path: Path) -> None:

@@ -29,9 +29,9 @@ from messages.errors import ConfigError
 #: Shipped with the package; the default of `kvray serve`.
 DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"
 
-#: Values that are never printed.
 _CORES_FOR_TWO_INGRESSES = 4
-_PRIVATE = ("network.secret", "http.api_keys")
+#: Never printed: the one value that may hold credentials. Everything else names where they are found.
+_PRIVATE = "http.api_keys"
 
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
@@ -41,6 +41,12 @@ _Port = Annotated[int, Meta(ge=1, le=65535)]
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A part of the document; an unknown key in it is an error."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, "***" if name == "api_keys" else getattr(self, name)) for name in self.__struct_fields__]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
 
 class ModelConfig(_Section, frozen=True):
@@ -95,7 +101,10 @@ class HttpConfig(_Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: _Port = 8000
-    api_keys: tuple[str, ...] = ()  #: none: open
+    #: on a Ray of our own only: elsewhere a file, or KVRAY_API_KEY; none at all: open
+    api_keys: tuple[str, ...] = ()
+    api_key_file: str | None = None  #: one key a line, read where an ingress runs; None: KVRAY_API_KEY of its node
+    requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
     #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
@@ -119,7 +128,9 @@ class ConnectionsConfig(_Section, frozen=True):
 class NetworkConfig(_Section, frozen=True):
     """The channels between processes, and the roads between pools."""
 
-    secret: str | None = None  #: 64 hex digits; None: from KVRAY_SECRET, else drawn at start
+    #: of 64 hex digits, or two such lines while one secret follows another, read by each process on its node; None:
+    #: KVRAY_SECRET_FILE or KVRAY_SECRET of the node, else drawn at start on a Ray of our own
+    secret_file: str | None = None
     host: str | None = None  #: where channels listen; None: the node's address, or loopback on a Ray of our own
     heartbeat_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     lost_after_s: Annotated[float, Meta(ge=0.2, le=600)] = 3.0  #: of silence
@@ -201,18 +212,18 @@ def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def with_secret(config: KvrayConfig) -> KvrayConfig:
-    """Return `config` with a cluster secret: its own, else KVRAY_SECRET's, else a fresh one.
+_Credential = Literal["KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY"]
 
-    Raises:
-        ConfigError: the secret is not 64 hex digits.
-    """
-    secret = config.network.secret or os.environ.get("KVRAY_SECRET") or secrets.token_hex(32)
-    if not re.fullmatch("[0-9a-fA-F]{64}", secret):
-        source = "network.secret" if config.network.secret else "KVRAY_SECRET"
-        # Never the text itself: it is likely a secret with a slip in it.
-        raise ConfigError(f"{source}: wanted 64 hexadecimal digits, saw {len(secret)} characters that are not")
-    return msgspec.structs.replace(config, network=msgspec.structs.replace(config.network, secret=secret))
+
+def environment_credential(name: _Credential) -> str | None:
+    """Return what the environment of this process holds under `name`; None where it is unset or empty."""
+    return os.environ.get(name) or None
+
+
+def forget_credentials() -> None:
+    """Take the credentials out of the environment, so that no process that is started from now on inherits them."""
+    for name in get_args(_Credential):
+        os.environ.pop(name, None)
 
 
 def parse_size(text: str) -> int:
@@ -320,6 +331,10 @@ def _check(config: KvrayConfig) -> None:
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")
+    if not all(re.fullmatch(r"[^\s,]+", key) for key in config.http.api_keys):
+        raise ConfigError("http.api_keys: wanted keys without white space and commas, saw another, or an empty one")
+    if config.http.api_keys and config.http.api_key_file is not None:
+        raise ConfigError("http.api_key_file: wanted either it or http.api_keys, saw both")
     if config.connections.max_receiving_bytes < config.http.max_body_bytes:
         raise ConfigError(
             f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "
@@ -351,7 +366,7 @@ def _refusal(document: dict[str, Any], complaint: str) -> str:
         near = difflib.get_close_matches(unknown[1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"{place + '.' if place else ''}{unknown[1]}: no such key; {hint}"
-    shown = "something else" if place in _PRIVATE else _shown(seen)
+    shown = "something else" if place == _PRIVATE else _shown(seen)
     if what.startswith("Invalid enum value"):
         section, _, name = place.rpartition(".")
         choices = re.findall(r"'([^']*)'", str(get_type_hints(_section_at(section))[name]))

@@ -61,7 +61,7 @@ _RECONNECT_MAX_S = 2.0
 class DispatchOptions:
     """The settings of a Dispatcher."""
 
-    secret: str  #: 64 hex digits
+    secret: ClusterSecret
     channel: ChannelConfig
     request_timeout_s: float
 
@@ -79,7 +79,6 @@ class Dispatcher:
 
     def __init__(self, options: DispatchOptions) -> None:
         self._options = options
-        self._secret = ClusterSecret.from_hex(options.secret)
         self._loop = asyncio.get_running_loop()
         self.table = RequestTable(
             RequestLimits(
@@ -241,7 +240,7 @@ class Dispatcher:
         self, address: str, on_message: Callable[[Message], None], on_lost: Callable[[str], None]
     ) -> _Connection:
         client = ChannelClient(
-            self._secret, address, on_message=on_message, on_lost=on_lost, config=self._options.channel
+            self._options.secret, address, on_message=on_message, on_lost=on_lost, config=self._options.channel
         )
         return _Connection(client)
 

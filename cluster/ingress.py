@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import KvrayConfig
 from cluster.connections import http_server
+from cluster.credentials import api_keys, cluster_secret
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
@@ -55,10 +56,9 @@ class Ingress:
         """
         prepare_replica(config.log.level, config.log.format)
         self._config = config
-        assert config.network.secret is not None, "the application sets it"
         self._dispatcher = Dispatcher(
             DispatchOptions(
-                secret=config.network.secret,
+                secret=cluster_secret(config.network.secret_file),
                 channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
                 request_timeout_s=config.http.request_timeout_s,
             )
@@ -96,7 +96,7 @@ class Ingress:
             model=model,
             tokenizer=self._tokenizer,
             version=package_version("kvray"),
-            api_keys=http.api_keys,
+            api_keys=api_keys(http.api_key_file, is_required=http.requires_api_key),
             limits=HttpLimits(
                 max_body_bytes=http.max_body_bytes,
                 max_choices=http.max_choices,

@@ -23,7 +23,8 @@ from types import FrameType
 import msgspec
 import psutil
 
-from cluster.config import KvrayConfig
+from cluster.config import KvrayConfig, forget_credentials
+from cluster.credentials import CredentialFiles, for_joined_cluster
 from cluster.joining import cluster_to_join
 from cluster.keeper_messages import Failed, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import SharedListener
@@ -91,7 +92,9 @@ class Launched:
     def __init__(self, config: KvrayConfig, on_progress: Callable[[str], None]) -> None:
         self.url = ""
         self.is_own_cluster = False  #: Ray is started here, and ends with us
+        self.wants_api_key = False
         self._config = config
+        self._credentials = CredentialFiles()
         self._on_progress = on_progress
         self._error: BaseException | None = None
         self._is_up = threading.Event()
@@ -129,11 +132,20 @@ class Launched:
         try:
             address = cluster_to_join()
             self.is_own_cluster = address is None
+            if address is None:
+                self._config = self._credentials.keep(self._config)
+                forget_credentials()
+            else:
+                self._config = for_joined_cluster(self._config)
+            http = self._config.http
+            self.wants_api_key = http.requires_api_key or http.api_key_file is not None
             listener = SharedListener(self._config.http.host, self._config.http.port) if address is None else None
             with contextlib.closing(listener) if listener is not None else contextlib.nullcontext():
                 self._keep_up(address, listener)
         except BaseException as error:  # noqa: BLE001 - carried to whoever waits
             self._error = error
+        finally:
+            self._credentials.close()
 
     def _keep_up(self, address: str | None, listener: SharedListener | None) -> None:
         """Bring the application up, and up again whenever it was lost, until its end is wanted."""

@@ -50,6 +50,7 @@ from messages.request import CancelRequest, GenerateRequest
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.plasma.road import Vaults
+from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class DecodeWorker:
         worker_id: str,
         host: str,
         options: WorkerOptions,
+        secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class DecodeWorker:
         Raises:
             ConfigError: the model or the memory will not do.
         """
-        self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults)
         self._peers = self._worker.open_peers(self._on_peer_message, self._on_peer_lost)
         self._book = StreamBook()
         self._progress_s = options.lease_s / 4  #: between two looks at a pull

@@ -15,6 +15,7 @@ from engine.worker import WorkerOptions
 from messages.fleet import Role, WorkerInfo
 from transport.plasma.actor import RayVaults
 from transport.plasma.road import Vaults
+from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Worker(Protocol):
         worker_id: str,
         host: str,
         options: WorkerOptions,
+        secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
@@ -60,12 +62,17 @@ class WorkerActor:
     """One replica: one worker for as long as the process lives."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, worker_class: type[Worker], options: WorkerOptions, prepare: Callable[[], None]
+        self,
+        worker_class: type[Worker],
+        options: WorkerOptions,
+        read_secret: Callable[[], ClusterSecret],
+        prepare: Callable[[], None],
     ) -> None:
         prepare()
+        secret = read_secret()
         self._worker_id = f"{worker_class.role}-{serve.get_replica_context().replica_id.unique_id}"
         host = options.host or ray.util.get_node_ip_address()
-        self._worker = worker_class(self._worker_id, host, options, self._on_crash, RayVaults())
+        self._worker = worker_class(self._worker_id, host, options, secret, self._on_crash, RayVaults())
         self._info = await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, Any]:

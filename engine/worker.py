@@ -68,7 +68,6 @@ class WorkerOptions:
     num_threads: int | None
     engine: EngineOptions
     use_kernels: bool
-    secret: str  #: 64 hex digits
     host: str | None = None  #: where the channel listens; None: the node's address
     channel: ChannelConfig
     lease_s: float
@@ -105,6 +104,7 @@ class EngineWorker:
         worker_id: str,
         host: str,
         options: WorkerOptions,
+        secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
@@ -131,7 +131,7 @@ class EngineWorker:
         )
         self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
         self.engine.warm_up()
-        self._secret = ClusterSecret.from_hex(options.secret)
+        self._secret = secret
         self.roads = Roads(
             open_roads(options.roads, self._secret, host, vaults, functools.partial(_prepare_thread, self.engine)),
             self.engine.memory,

@@ -21,7 +21,6 @@ from transport.secret import ClusterSecret
 class RouterOptions:
     """The settings that a router is told at its start."""
 
-    secret: str  #: 64 hex digits
     channel: ChannelConfig
     host: str | None = None  #: where the channel listens; None: the node's address
 
@@ -40,6 +39,7 @@ class RouterActor:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         options: RouterOptions,
+        read_secret: Callable[[], ClusterSecret],
         make_watch: Callable[[], ReplicaWatch],
         deployments: Sequence[str],
         prepare: Callable[[], None],
@@ -47,7 +47,7 @@ class RouterActor:
         prepare()
         self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
         host = options.host or ray.util.get_node_ip_address()
-        self._router = RouterWorker(self._id, ClusterSecret.from_hex(options.secret), host, options.channel)
+        self._router = RouterWorker(self._id, read_secret(), host, options.channel)
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()

@@ -42,6 +42,7 @@ from prefill.publications import (
     TellFailed,
 )
 from transport.plasma.road import Vaults
+from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class PrefillWorker:
         worker_id: str,
         host: str,
         options: WorkerOptions,
+        secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
     ) -> None:
@@ -66,7 +68,7 @@ class PrefillWorker:
         Raises:
             ConfigError: the model or the memory will not do.
         """
-        self._worker = EngineWorker(self.role, worker_id, host, options, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults)
         self._book = PublicationBook(options.lease_s, self._worker.engine.options.block_size)
 
     async def start(self) -> WorkerInfo:

@@ -26,7 +26,7 @@ from transport.opening import RoadOptions, open_roads
 from transport.protocol import Transport
 from transport.secret import ClusterSecret
 
-SECRET = "5a" * 32
+SECRET = ClusterSecret(b"\x5a" * 32)
 CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=0.6)
 
 
@@ -46,7 +46,6 @@ def worker_options(model_dir: Path, **overrides: object) -> WorkerOptions:
         "num_threads": 1,
         "engine": EngineOptions(**engine),
         "use_kernels": True,
-        "secret": SECRET,
         "channel": CHANNEL,
         "lease_s": 5.0,
         "stall_s": 2.0,
@@ -73,9 +72,7 @@ class Ingress:
         self.prefill = prefill
         self.answers: dict[str, Answer] = {}
         self._stats: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self.client = ChannelClient(
-            ClusterSecret.from_hex(SECRET), decode.address, self._take, lambda _reason: None, config=CHANNEL
-        )
+        self.client = ChannelClient(SECRET, decode.address, self._take, lambda _reason: None, config=CHANNEL)
 
     def send(self, request_id: str, prompt: Sequence[int], generated: Sequence[int] = (), **params: object) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
@@ -231,8 +228,8 @@ async def running_pair(
     crashes: list[BaseException] = []
     opened = open_roads if fake_roads is None else lambda *_: fake_roads()
     with unittest.mock.patch("engine.worker.open_roads", opened):
-        prefill = PrefillWorker("prefill-1", "127.0.0.1", prefill_options, crashes.append)
-        decode = DecodeWorker("decode-1", "127.0.0.1", decode_options, crashes.append)
+        prefill = PrefillWorker("prefill-1", "127.0.0.1", prefill_options, SECRET, crashes.append)
+        decode = DecodeWorker("decode-1", "127.0.0.1", decode_options, SECRET, crashes.append)
     prefill_info, decode_info = await prefill.start(), await decode.start()
     pair = Pair(prefill, decode, Ingress(decode_info, prefill_info))
     try:

@@ -2,9 +2,9 @@
 
     python benchmarks/harness/worker_process.py < job.json
 
-One JSON line comes in: {"role": "prefill", "worker_id": ..., "host": ..., "options": engine.worker.WorkerOptions}. Out
-comes one line with its WorkerInfo, then, with "is_traced", one for each step that ends a prompt: when it ended (seconds
-of the machine's monotonic clock). It ends with its standard input.
+One JSON line comes in: {"role": "prefill", "worker_id": ..., "host": ..., "options": engine.worker.WorkerOptions,
+"secret": 64 hexadecimal digits}. Out comes one line with its WorkerInfo, then, with "is_traced", one for each step that
+ends a prompt: when it ended (seconds of the machine's monotonic clock). It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from decode.worker import DecodeWorker
 from engine.scheduling.plan import StepPlan, StepResult
 from engine.worker import WorkerOptions
 from prefill.worker import PrefillWorker
+from transport.secret import ClusterSecret
 
 WORKERS: dict[str, type[PrefillWorker | DecodeWorker]] = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
@@ -54,7 +55,8 @@ def trace_prompts(worker: PrefillWorker | DecodeWorker) -> None:
 async def main() -> None:
     job = json.loads(sys.stdin.readline())
     options = msgspec.convert(job["options"], WorkerOptions)
-    worker = WORKERS[job["role"]](job["worker_id"], job["host"], options, lambda _error: os._exit(70))
+    secret = ClusterSecret.from_hex(job["secret"])
+    worker = WORKERS[job["role"]](job["worker_id"], job["host"], options, secret, lambda _error: os._exit(70))
     if job.get("is_traced"):
         trace_prompts(worker)
     say(msgspec.to_builtins(await worker.start()))

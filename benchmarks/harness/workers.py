@@ -16,6 +16,7 @@ import msgspec
 
 from engine.worker import WorkerOptions
 from messages.fleet import WorkerInfo
+from transport.secret import ClusterSecret
 
 SCRIPT = Path(__file__).resolve().parent / "worker_process.py"
 
@@ -37,6 +38,7 @@ class WorkerProcess:
 def running_worker(
     role: str,
     options: WorkerOptions,
+    secret: ClusterSecret,
     *,
     host: str = "127.0.0.1",
     prefix: tuple[str, ...] = (),
@@ -52,6 +54,7 @@ def running_worker(
         "worker_id": f"{role}-{host}",
         "host": host,
         "options": msgspec.to_builtins(options),
+        "secret": secret.hex(),
         "is_traced": is_traced,
     }
     process = subprocess.Popen(

@@ -15,7 +15,7 @@ from rich.console import Console
 _CONVERSATION = Path(__file__).parent / "conversation.json"
 
 
-def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
+def hold_conversation(url: str, api_key: str | None, out: Console, stop: threading.Event) -> None:
     """Give notes, ask three questions about them; print answers, TTFTs and where the prompts' tokens came from."""
     conversation = json.loads(_CONVERSATION.read_text())
     notes, questions = conversation["notes"], conversation["questions"]
@@ -26,7 +26,7 @@ def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
             return
         text = f"{notes}\n{question}" if turn == 0 else question
         messages.append({"role": "user", "content": text})
-        answer, ttft_s, usage = _ask(url, messages)
+        answer, ttft_s, usage = _ask(url, api_key, messages)
         messages.append({"role": "assistant", "content": answer})
         sources = usage["prompt_sources"]
         where = ", ".join(f"{count} {source}" for source, count in sources.items() if count)
@@ -36,7 +36,7 @@ def hold_conversation(url: str, out: Console, stop: threading.Event) -> None:
         out.print(f"       first token after {1000 * ttft_s:.0f} ms; {usage['prompt_tokens']} prompt tokens: {where}\n")
 
 
-def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str, Any]]:
+def _ask(url: str, api_key: str | None, messages: list[dict[str, str]]) -> tuple[str, float, dict[str, Any]]:
     body = {
         "messages": messages,
         "temperature": 0,
@@ -50,6 +50,8 @@ def _ask(url: str, messages: list[dict[str, str]]) -> tuple[str, float, dict[str
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
+    if api_key is not None:
+        request.add_header("Authorization", f"Bearer {api_key}")
     started_s = time.perf_counter()
     ttft_s = 0.0
     answer = ""

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 
 from cluster.app import APP_NAME, build, build_application
-from cluster.config import parse_config, with_secret
+from cluster.config import parse_config
 from cluster.ingress import Ingress
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
@@ -17,14 +18,12 @@ from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor
 from messages.errors import ConfigError
 from prefill.worker import PrefillWorker
-
-SECRET = "0123456789abcdef" * 4
+from transport.secret import ClusterSecret
 
 
 def deployments(listener: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
     """By name, the ingress first, then those it is given."""
-    config = with_secret(parse_config({**sections, "network": {"secret": SECRET, **sections.get("network", {})}}))
-    application = build_application(config, listener)
+    application = build_application(parse_config(sections), listener)
     ingress = application._bound_deployment
     inner = [handle._bound_deployment for handle in ingress.init_args[3]]
     return {deployment.name: deployment for deployment in (ingress, *inner)}
@@ -58,14 +57,14 @@ def test_there_are_four_and_each_runs_its_own_class():
 def test_a_fleet_without_prefill_workers_has_no_such_deployment_and_nobody_watches_it():
     made = deployments(pools={"prefill": 0})
     assert list(made) == ["Ingress", "Router", "Decode"]
-    assert made["Ingress"].init_args[2] == made["Router"].init_args[2] == ["Decode"]
+    assert made["Ingress"].init_args[2] == made["Router"].init_args[3] == ["Decode"]
 
 
 def test_ingress_and_router_watch_both_kinds_of_workers_of_this_application():
     made = deployments()
     assert made["Ingress"].init_args[1] == APP_NAME
-    assert made["Ingress"].init_args[2] == made["Router"].init_args[2] == ["Decode", "Prefill"]
-    assert made["Router"].init_args[1].args == (APP_NAME,)
+    assert made["Ingress"].init_args[2] == made["Router"].init_args[3] == ["Decode", "Prefill"]
+    assert made["Router"].init_args[2].args == (APP_NAME,)
 
 
 def test_replicas_are_as_many_as_the_configuration_says_and_the_router_is_one():
@@ -124,21 +123,35 @@ def test_without_a_size_the_pool_is_a_share_of_what_is_free():
     assert (found.engine.kv_cache_bytes, found.engine.kv_cache_share, found.use_kernels) == (None, 0.5, True)
 
 
-def test_router_and_workers_share_one_secret_and_one_idea_of_silence():
-    made = deployments(network={"heartbeat_s": 0.25, "lost_after_s": 9.0, "host": "10.0.0.1"})
-    told = [made["Router"].init_args[0], made["Decode"].init_args[1]]
-    for each in told:
-        assert (each.secret, each.host) == (SECRET, "10.0.0.1")
+def test_router_and_workers_share_one_secret_and_one_idea_of_silence(tmp_path):
+    secret = ClusterSecret.generate()
+    path = tmp_path / "secret"
+    path.write_text(secret.hex())
+    path.chmod(0o600)
+    network = {"heartbeat_s": 0.25, "lost_after_s": 9.0, "host": "10.0.0.1", "secret_file": str(path)}
+    made = deployments(network=network)
+    told = [made["Router"].init_args[:2], made["Decode"].init_args[1:3], made["Prefill"].init_args[1:3]]
+    for each, read_secret in told:
+        assert each.host == "10.0.0.1"
+        assert read_secret() == secret
         assert (each.channel.heartbeat_s, each.channel.lost_after_s) == (0.25, 9.0)
 
 
-def test_an_application_from_a_document_has_a_secret_also_where_none_was_given(monkeypatch):
-    monkeypatch.delenv("KVRAY_SECRET", raising=False)
-    config = build({"model": "/models/x"})._bound_deployment.init_args[0]
-    assert config.model.path == "/models/x"
-    assert len(config.network.secret) == 64
+def test_an_application_from_a_document_reads_no_credential_where_it_is_built(monkeypatch):
+    secret = ClusterSecret.generate().hex()
+    monkeypatch.setenv("KVRAY_SECRET", secret)
+    monkeypatch.setenv("KVRAY_API_KEY", "5417041")
+    ingress = build({"model": "/models/x"})._bound_deployment
+    assert ingress.init_args[0].model.path == "/models/x"
+    inner = [handle._bound_deployment.init_args for handle in ingress.init_args[3]]
+    for handed_on in (ingress.init_args[:3], *inner):
+        assert secret.encode() not in cloudpickle.dumps(handed_on)
+        assert b"5417041" not in cloudpickle.dumps(handed_on)
     with pytest.raises(ConfigError, match="no such key"):
         build({"no_such_section": "/models/x"})
+    with pytest.raises(ConfigError, match=r"wanted a file that every node has \(http\.api_key_file\)") as caught:
+        build({"http": {"api_keys": ["5417041"]}})
+    assert "5417041" not in caught.value.message
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

@@ -39,7 +39,7 @@ async def fleet(tmp_path) -> AsyncGenerator[Fleet, None]:
     with contextlib.ExitStack() as stack:
 
         def start():
-            return stack.enter_context(running_worker("decode", options, script=(str(FAULTY), "die")))
+            return stack.enter_context(running_worker("decode", options, SECRET, script=(str(FAULTY), "die")))
 
         workers = await asyncio.gather(*(asyncio.to_thread(start) for _ in range(NUM_WORKERS)))
         infos = [

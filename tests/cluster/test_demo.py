@@ -74,7 +74,7 @@ def test_the_demo_command_converses_and_ends():
             kvray_command("demo", "--port", str(free_port())),
             capture_output=True,
             text=True,
-            env=variables,
+            env=variables | {"KVRAY_API_KEY": "key-one"},  # as a user may have it
             timeout=180,
             cwd=Path(__file__).parent.parent.parent,
             check=False,

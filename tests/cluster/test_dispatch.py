@@ -103,9 +103,11 @@ def reference(model_dir):
 async def started(model_dir):
     crashes: list[BaseException] = []
     options = worker_options(model_dir)
-    workers = [DecodeWorker(f"decode-{number}", "127.0.0.1", options, crashes.append) for number in range(NUM_WORKERS)]
+    workers = [
+        DecodeWorker(f"decode-{number}", "127.0.0.1", options, SECRET, crashes.append) for number in range(NUM_WORKERS)
+    ]
     infos = [await worker.start() for worker in workers]
-    router = RouterWorker("router-1", ClusterSecret.from_hex(SECRET), "127.0.0.1", CHANNEL)
+    router = RouterWorker("router-1", SECRET, "127.0.0.1", CHANNEL)
     router.set_fleet(infos)
     dispatcher = Dispatcher(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=60.0))
     dispatcher.set_workers("decode", infos)
@@ -381,3 +383,22 @@ async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet
     for _ in range(12):
         await asyncio.gather(*(leave(rng.uniform(0, 0.02), asks(rng.choice(prompts))) for _ in range(100)))
     await fleet.settle()
+
+
+# ----------------------------------------------------------------------------------------------------- another secret
+
+
+async def test_an_ingress_with_another_secret_tells_its_clients_so(fleet, caplog):
+    stranger = Dispatcher(DispatchOptions(secret=ClusterSecret.generate(), channel=CHANNEL, request_timeout_s=5.0))
+    stranger.set_workers("decode", list(fleet.dispatcher.fleet.values()))
+    stranger.set_routers([fleet.router.address])
+    chunks = [chunk async for chunk in stranger.generate(asks(prompt_of(10)))]
+    stranger.close()
+    assert chunks[-1].error is not None
+    assert "it has another cluster secret (key id" in chunks[-1].error.message
+    assert "router lost (it has another cluster secret" in caplog.text
+    assert "worker decode-0 lost: it has another cluster secret" in caplog.text
+
+
+async def test_options_show_no_secret(fleet):
+    assert SECRET.hex() not in repr(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=5.0))

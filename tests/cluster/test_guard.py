@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import secrets
 import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.served import Served, serving
+from tests.served import Served, run_kvray, serving
+from transport.secret import ClusterSecret
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -23,6 +27,23 @@ SECURITY = Path(__file__).parent.parent.parent / "docs" / "SECURITY.md"
 ON_ALL_ADDRESSES = "ray::ServeReplica"
 HANDLES = "/ray.serve.ASGIService/HandleRequest"
 NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+SECRET = ClusterSecret.generate()
+API_KEY = f"key-{secrets.token_hex(16)}"
+#: Run beside the cluster: which of the words on its standard input Ray and Serve give out about the application.
+ASK_RAY = """
+import sys, ray
+from ray import serve
+words = sys.stdin.read().split()
+ray.init(address=sys.argv[1], log_to_driver=False)
+controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+deployments = ray.get(controller.list_deployments_internal.remote())
+configs = [info.replica_config for info, _ in deployments.values()]
+arguments = b"".join(config.serialized_init_args + config.serialized_deployment_def for config in configs)
+assert b"KvrayConfig" in arguments
+shown = [ray.get(controller.get_serve_instance_details.remote()), serve.status(), ray._private.state.jobs()]
+told = arguments + repr([*shown, ray._private.state.actors()]).encode()
+print([word for word in words if word.encode() in told])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +52,8 @@ def served(tmp_path_factory):
     config = directory / "kvray.yaml"
     config.write_text("connections: {header_timeout_s: 1}\n")
     # As where nothing is set: empty is unset, and tests/served.py sets both.
-    as_a_user_has_it = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": ""}
-    with serving("--config", str(config), log_dir=directory, extra_environment=as_a_user_has_it) as process:
+    environment = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "KVRAY_SECRET": SECRET.hex(), "KVRAY_API_KEY": API_KEY}
+    with serving("--config", str(config), log_dir=directory, extra_environment=environment) as process:
         yield process
 
 
@@ -92,6 +113,59 @@ def test_no_other_user_can_write_to_a_unix_socket_of_the_cluster(served):
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             assert not Path(path).stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
+
+
+def test_the_secret_and_the_key_are_in_use(served):
+    assert httpx.get(f"{served.url}/status").status_code == 401
+    answer = httpx.get(f"{served.url}/status", headers={"Authorization": f"Bearer {API_KEY}"})
+    assert [worker["address"][: len("tcp://12345678@")] for worker in answer.json()["workers"]] == [
+        f"tcp://{SECRET.key_id}@"
+    ] * 2
+
+
+def test_the_status_command_takes_its_key_from_the_environment_or_a_file(served, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"{API_KEY}\n")
+    file.chmod(0o600)
+    of_file, _ = run_kvray("status", "--url", served.url, "--api-key-file", str(file))
+    of_environment, _ = run_kvray("status", "--url", served.url, extra_environment={"KVRAY_API_KEY": API_KEY})
+    assert (of_file.returncode, of_environment.returncode) == (0, 0)
+    without, _ = run_kvray("status", "--url", served.url)
+    assert without.returncode == 2
+    assert "HTTP 401: wanted the right API key (--api-key-file, KVRAY_API_KEY)" in without.stderr
+
+
+def test_no_credential_is_in_a_command_line_an_environment_or_a_file_of_ray(served):
+    words = [SECRET.hex().encode(), API_KEY.encode()]
+    command = psutil.Process(served.process.pid)
+    for process in [command, *served.descendants()]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen = " ".join(process.cmdline())
+            if process != command:  # there the operator has put it
+                seen += repr(process.environ())
+            assert not any(word in seen.encode() for word in words), process
+    assert not any(word in served.log.read_bytes() for word in words)
+    directory = Path(command.environ()["RAY_TMPDIR"])
+    paths = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any("serve" in path.parts for path in paths)
+    for path in paths:
+        assert not any(word in path.read_bytes() for word in words), path
+
+
+def test_ray_and_serve_give_out_no_credential(served):
+    (raylet,) = [process for process in served.descendants() if process.name() == "raylet"]
+    (address,) = [word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--gcs-address=")]
+    finished = subprocess.run(
+        [sys.executable, "-c", ASK_RAY, address],
+        input=f"{SECRET.hex()} {API_KEY}",
+        env=raylet.environ() | {"RAY_TMPDIR": served.log.parent.as_posix()},
+        cwd=SECURITY.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (finished.stdout, finished.returncode) == ("[]\n", 0), finished.stderr
 
 
 def test_an_ingress_outlives_headers_without_bound_and_closes_who_is_slow(served):

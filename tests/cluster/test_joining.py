@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from messages.errors import ConfigError
 from tests.cluster.starting import Starting, wait_until
 from tests.models import make_tiny_model
 from tests.served import free_port, own_environment, run_kvray, using
+from transport.secret import ClusterSecret
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -45,13 +47,19 @@ def http_status(url: str) -> int | None:
 
 
 @pytest.fixture
-def ray_head():
+def credentials():
+    """What the environment of the node has of ours."""
+    return {"KVRAY_SECRET": ClusterSecret.generate().hex()}
+
+
+@pytest.fixture
+def ray_head(credentials):
     """The environment of a shell on a machine where `ray start --head` ran, with a token in the home directory."""
     with own_environment() as environment:
         token_file = Path(environment["HOME"]) / ".ray" / "auth_token"
         token_file.parent.mkdir()
         token_file.write_text(environment["RAY_AUTH_TOKEN"])
-        environment |= {"RAY_AUTH_TOKEN": ""}
+        environment |= {"RAY_AUTH_TOKEN": ""} | credentials
         # The cluster's processes find our rooms here; on a real one the package is installed.
         environment |= {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
@@ -118,6 +126,32 @@ def test_a_cluster_that_wants_another_token_is_one_line_that_says_what_to_set(ti
         (line,) = finished.stderr.splitlines()
         assert line.startswith(f"kvray: {complaint}")
         assert "5ecre7" not in line
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("credentials", [{}])
+def test_a_node_without_credentials_is_one_line_that_names_it_and_what_to_set(tiny_model, ray_head):
+    """The command line has them in its own environment; nothing carries them to where they are not."""
+    arguments = ("serve", str(tiny_model), "--prefill", "0", "--port", str(free_port()))
+    secret = ClusterSecret.generate().hex()
+    finished, _ = run_kvray(*arguments, extra_environment=ray_head | {"RAY_AUTH_MODE": "", "KVRAY_SECRET": secret})
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].startswith(
+        f"kvray: no cluster secret on node {os.uname().nodename}: set KVRAY_SECRET or KVRAY_SECRET_FILE"
+    )
+    assert secret not in finished.stderr
+
+    file = Path(ray_head["HOME"]) / "secret"
+    file.write_text(secret)
+    file.chmod(0o600)
+    config = Path(ray_head["HOME"]) / "kvray.yaml"
+    config.write_text(f"network: {{secret_file: {file}}}")
+    keyed = ray_head | {"RAY_AUTH_MODE": "", "KVRAY_API_KEY": "5417041"}
+    finished, _ = run_kvray(*arguments, "--config", str(config), extra_environment=keyed)
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].startswith(
+        f"kvray: no API key on node {os.uname().nodename}, and http.requires_api_key is set: set KVRAY_API_KEY"
+    )
 
 
 @pytest.mark.alone

@@ -20,7 +20,7 @@ import pytest
 from tests.hosts import two_hosts
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import Ingress, worker_options
+from tests.workers import SECRET, Ingress, worker_options
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
 
@@ -150,12 +150,14 @@ async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = "")
 
         def start_prefill():
             return stack.enter_context(
-                running_worker("prefill", prefill_options, host=a.address, prefix=a.prefix, **script)
+                running_worker("prefill", prefill_options, SECRET, host=a.address, prefix=a.prefix, **script)
             )
 
         def start_decode():
             decode_options = worker_options(model_dir, **options, kv_cache_bytes=70 * BLOCK_BYTES)
-            return stack.enter_context(running_worker("decode", decode_options, host=b.address, prefix=b.prefix))
+            return stack.enter_context(
+                running_worker("decode", decode_options, SECRET, host=b.address, prefix=b.prefix)
+            )
 
         prefill, decode = await asyncio.gather(asyncio.to_thread(start_prefill), asyncio.to_thread(start_decode))
         made = Cluster(prefill, decode, hosts, reference, start_prefill)

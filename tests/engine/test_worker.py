@@ -19,7 +19,6 @@ from messages.wire import Message
 from tests.models import make_tiny_model
 from tests.workers import CHANNEL, SECRET, until, worker_options
 from transport.channel import ChannelClient
-from transport.secret import ClusterSecret
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,9 +51,7 @@ class Caller:
 
     def __init__(self, address: str) -> None:
         self.got: list[Message] = []
-        self.client = ChannelClient(
-            ClusterSecret.from_hex(SECRET), address, self.got.append, lambda _: None, config=CHANNEL
-        )
+        self.client = ChannelClient(SECRET, address, self.got.append, lambda _: None, config=CHANNEL)
 
     def of(self, kind: type) -> list:
         return [message for message in self.got if isinstance(message, kind)]
@@ -94,7 +91,7 @@ class Setting:
 @pytest.fixture
 async def setting(model_dir):
     crashes: list[BaseException] = []
-    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), crashes.append), Role()
+    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), SECRET, crashes.append), Role()
     made = Setting(worker, role, await worker.start(role))
     yield made
     for caller in made.callers:
@@ -196,7 +193,7 @@ class Panic(BaseException):
 async def crashing(model_dir):
     """A worker whose role raises what it is told to, a caller, and what `on_crash` got."""
     crashes: list[BaseException] = []
-    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), crashes.append), Role()
+    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), SECRET, crashes.append), Role()
     info = await worker.start(role)
     caller = Caller(info.address)
     yield worker, role, caller, crashes
