@@ -17,7 +17,7 @@ from messages.request import GenerateRequest, SamplingParams
 from tests.decode.test_two_hosts import FAULTY, harness_workers
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import CHANNEL, SECRET, worker_options
+from tests.workers import CHANNEL, SECRET, until, worker_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -75,6 +75,8 @@ async def test_a_prompt_that_ends_workers_ends_two_and_harms_no_other_request(fl
     bad = asyncio.create_task(answer(asked("bad", [7, 8, DEADLY, 9], 60)))
     got = await asyncio.gather(*answers)
     assert await bad == ([], "worker_lost")
+    # Its connections end a moment before a killed process does.
+    await until(lambda: sum(worker.process.poll() is not None for worker in fleet.workers) >= 2)
     assert sum(worker.process.poll() is not None for worker in fleet.workers) == 2
     expected = await asyncio.to_thread(lambda: [fleet.reference.greedy(prompt, 60) for prompt in prompts])
     assert got == [(token_ids, None) for token_ids in expected]
