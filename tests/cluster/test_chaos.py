@@ -87,7 +87,10 @@ def served(model_dir, tmp_path):
     arguments = [str(model_dir), "--config", str(config), "--dtype", "float32", "--max-model-len", "4352"]
     with serving(*arguments, "--kv-cache-memory", "16MiB", log_dir=tmp_path) as process:
         process.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)
-        yield process
+        try:
+            yield process
+        finally:
+            print(process.log.read_text())  # pytest shows it where the test failed
 
 
 SHORT = (
@@ -106,13 +109,14 @@ async def test_whatever_is_lost_no_answer_is_wrong_and_no_client_hangs(served, m
     rng = random.Random(SEED)
     load = Load(served.url, SEED)
     losses: list[tuple[float, float]] = []
-    whole_s: dict[str, float] = {}
+    whole_s: list[float] = []
     pending = list(SHORT) if seconds == 0 else []
     ends_s = time.monotonic() + seconds
     async with load.running():
         await asyncio.sleep(2)
         while pending or time.monotonic() < ends_s:
             fault = pending.pop(0) if pending else random_fault(rng)
+            print(f"{len(whole_s) + 1:3}. {fault}: ", end="", flush=True)
             began_s = time.monotonic()
             await inflict(served, fault, rng)
             # What is lost is noticed first: until then all looks whole.
@@ -120,13 +124,11 @@ async def test_whatever_is_lost_no_answer_is_wrong_and_no_client_hangs(served, m
             await asyncio.to_thread(wait_until_whole, served, GIVEN_UP_S)
             if fault.costs_ingress:
                 losses.append((began_s, time.monotonic()))
-            whole_s[f"{len(whole_s) + 1:3}. {fault}"] = time.monotonic() - began_s
-            print(f"{fault}: whole again after {time.monotonic() - began_s:.1f} s", flush=True)
+            whole_s.append(time.monotonic() - began_s)
+            print(f"whole again after {whole_s[-1]:.1f} s", flush=True)
             await asyncio.sleep(rng.uniform(0, 3))
     verdict = load.verdict(Reference(model_dir), losses)
-    print(
-        f"{len(whole_s)} faults, seed {SEED}; whole again after {max(whole_s.values()):.1f} s at most; {load.summary()}"
-    )
+    print(f"{len(whole_s)} faults, seed {SEED}; whole again after {max(whole_s):.1f} s at most; {load.summary()}")
     assert not verdict.wrong
     assert not verdict.hung
     assert not verdict.failed
