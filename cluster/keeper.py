@@ -316,6 +316,17 @@ def _leave_signals_alone() -> None:
         signal.signal(number, nothing)  # not SIG_IGN, which Ray's processes would inherit
 
 
+def _keep_ray_off_the_terminal(config: KvrayConfig) -> None:
+    """Log to the terminal, and let only us: Ray tells it of each process that was lost, with pages of its logs."""
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding="utf-8")
+    with contextlib.redirect_stderr(terminal):
+        configure_logging(config.log.level, config.log.format)
+    if config.log.level != "debug":
+        with open(os.devnull, "w") as nothing:  # noqa: PTH123 - a descriptor is wanted
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+            os.dup2(nothing.fileno(), sys.stderr.fileno())
+
+
 def main() -> None:
     """Keep the application that the command line asks for, until it hangs up."""
     descriptor, parent = (int(argument) for argument in sys.argv[1:])
@@ -326,10 +337,9 @@ def main() -> None:
     line = socket.socket(fileno=descriptor)
     with line.makefile("rb", buffering=0) as lines:
         task = msgspec.json.decode(lines.readline(), type=KeeperTask)
-    configure_logging(task.config.log.level, task.config.log.format)
+    _keep_ray_off_the_terminal(task.config)
     Keeper(task, line).run()
     # Ray's threads may linger in the interpreter; everything of ours has ended by now.
-    sys.stderr.flush()
     os._exit(0)
 
 

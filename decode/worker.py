@@ -85,14 +85,6 @@ class DecodeWorker:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
         return await self._worker.start(self)
 
-    def check_health(self) -> None:
-        """Check that steps end.
-
-        Raises:
-            WorkerError: one runs for so long that it will never end.
-        """
-        self._worker.check_health()
-
     async def drain(self) -> None:
         """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path

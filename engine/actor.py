@@ -41,14 +41,6 @@ class Worker(Protocol):
         """Listen, and begin to step; the answer is what the rest of the fleet needs to know."""
         ...
 
-    def check_health(self) -> None:
-        """Check that steps end.
-
-        Raises:
-            WorkerError: one runs for so long that it will never end.
-        """
-        ...
-
     async def drain(self) -> None:
         """Wait until nothing is under way any more."""
         ...
@@ -83,10 +75,6 @@ class WorkerActor:
     async def identify(self) -> str:
         """Return the worker's id; the only method that is ever called over a handle."""
         return self._worker_id
-
-    async def check_health(self) -> None:
-        """Raise when a step hangs: the loop still answers, but Serve is to put another replica in this one's place."""
-        self._worker.check_health()
 
     def _on_crash(self, error: BaseException) -> None:
         """End the process: a step raised, the pool's state is unknown. Peers notice at once, Serve starts another."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from engine.core import Engine
 from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
+from messages.errors import WorkerError
 
 _TICK_S = 0.1  #: how late a deadline may be noticed
 #: A step that may end the process begins so much later: until then the word of it has left the process.
@@ -29,8 +30,8 @@ class _RunningStep(NamedTuple):
 class EngineDriver:
     """Feeds events in, hands instructions out, keeps steps running while there is work.
 
-    `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called
-    once if a step raises, whatever it is: the engine's state is then unknown and the worker must end.
+    `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called if
+    a step raises, whatever it is, or never ends: the engine's state is then unknown and the worker must end.
     """
 
     def __init__(
@@ -59,17 +60,6 @@ class EngineDriver:
         """Give an event to the scheduler, on the loop's thread; its instructions are handed out before this returns."""
         self._carry_out(event)
         self._wake.set()
-
-    def overdue(self) -> str | None:
-        """Say what the step in progress computes, if it runs for so long that it will never end; None where it may."""
-        running = self._running
-        if running is None:
-            return None
-        age_s = time.monotonic() - running.begun_s
-        if age_s <= running.bound_s:
-            return None
-        parts = ", ".join(f"{part.seq_id} {part.kind} [{part.start}, {part.end})" for part in running.plan.parts)
-        return f"a step runs for {age_s:.1f} s, at most {running.bound_s:.1f} s were expected of it; in it are: {parts}"
 
     async def close(self) -> None:
         """Stop after the step in progress."""
@@ -101,10 +91,23 @@ class EngineDriver:
         """Let time pass, whether a step runs or not: deadlines do not wait for one that hangs."""
         self._tick_timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         try:
+            self._check_step()
             self.post(TimePassed())
         except BaseException as error:  # noqa: BLE001 - the edge, as above
             self._tick_timer.cancel()
             self._on_crash(error)
+
+    def _check_step(self) -> None:
+        """Raise WorkerError if the step in progress runs for so long that it will never end; says what is in it."""
+        running = self._running
+        if running is None:
+            return
+        age_s = time.monotonic() - running.begun_s
+        if age_s > running.bound_s:
+            parts = ", ".join(f"{part.seq_id} {part.kind} [{part.start}, {part.end})" for part in running.plan.parts)
+            raise WorkerError(
+                f"a step runs for {age_s:.1f} s, at most {running.bound_s:.1f} s were expected; in it are: {parts}"
+            )
 
     def _carry_out(self, *events: Event) -> asyncio.Future[StepResult] | None:
         """Decide, begin the step that follows, and only then hand out the rest: it runs while peers are told."""

@@ -27,7 +27,6 @@ from engine.model.load import load_model
 from engine.peers import Peers
 from engine.puller import BlockPuller
 from engine.scheduling.plan import Event, Instruction
-from messages.errors import WorkerError
 from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
@@ -195,17 +194,6 @@ class EngineWorker:
         assert self.driver is not None, "start() comes first"
         self.driver.post(event)
         self._report_wanted.set()
-
-    def check_health(self) -> None:
-        """Check that steps end.
-
-        Raises:
-            WorkerError: one runs for so long that it will never end; says what is in it.
-        """
-        overdue = self.driver.overdue() if self.driver is not None else None
-        if overdue is not None:
-            logger.error("%s %s: %s", self.role, self.worker_id, overdue)
-            raise WorkerError(overdue, code="step_hangs")
 
     def send(self, receiver: bytes, message: Message) -> None:
         """Send a message to a sender; it is dropped if that one is gone."""

@@ -77,14 +77,6 @@ class PrefillWorker:
         self._worker.spawn(self._expire_forever())
         return info
 
-    def check_health(self) -> None:
-        """Check that steps end.
-
-        Raises:
-            WorkerError: one runs for so long that it will never end.
-        """
-        self._worker.check_health()
-
     async def drain(self) -> None:
         """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path

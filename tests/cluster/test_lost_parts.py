@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
+import os
 import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,8 +24,10 @@ from tests.served import Served, serving
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207  # linux/ptrace.h
 AGAIN_WITHIN_S = 60.0
 REPLACED_WITHIN_S = 30.0
+HUNG_WITHIN_S = 60.0  #: half of it is what a step may take
 ERROR_WITHIN_S = 5.0  #: for a client of what was lost, once it is known to be
 PROMPT = [7, 8, 9, 10, 11, 12, 13]
 
@@ -86,6 +93,45 @@ def test_a_worker_that_stands_still_makes_room_for_its_successor(served, referen
     victim.wait(REPLACED_WITHIN_S)
     served.wait_until_whole(1, 1, REPLACED_WITHIN_S)
     assert answer(served, timeout_s=20) == expected(reference)
+
+
+@pytest.mark.long
+async def test_a_step_that_hangs_is_noticed_and_its_worker_replaced(served, reference):
+    (victim,) = served.replicas("Decode")
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(timeout=120) as http:
+            reply = await http.post(f"{served.url}/v1/completions", json=body)
+            return reply.raise_for_status().json()["choices"][0]["token_ids"]
+
+    loads = [asyncio.create_task(ask()) for _ in range(4)]
+    with stopped_thread(victim, await asyncio.to_thread(busiest_thread, victim)):
+        # A zombie for as long as its thread is held.
+        await asyncio.to_thread(wait_until, lambda: victim.status() == psutil.STATUS_ZOMBIE, HUNG_WITHIN_S)
+    answers = await asyncio.gather(*loads)
+    assert answers == 4 * [reference.greedy(PROMPT, 900)]
+    await asyncio.to_thread(served.wait_until_whole, 1, 1, REPLACED_WITHIN_S)
+
+
+def busiest_thread(process: psutil.Process) -> int:
+    """The thread that computed most within a moment: the one that steps."""
+    before = {thread.id: thread.user_time for thread in process.threads()}
+    time.sleep(0.5)
+    return max(process.threads(), key=lambda thread: thread.user_time - before.get(thread.id, 0.0)).id
+
+
+@contextlib.contextmanager
+def stopped_thread(process: psutil.Process, thread: int) -> Iterator[None]:
+    """One thread stands still while the others go on, as a debugger holds it; it is let go at the end."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    attached = libc.ptrace(PTRACE_SEIZE, thread, None, None)
+    assert attached == 0, os.strerror(ctypes.get_errno())
+    try:
+        assert libc.ptrace(PTRACE_INTERRUPT, thread, None, None) == 0
+        yield
+    finally:
+        libc.ptrace(PTRACE_DETACH, thread, None, None)  # unless it has ended
 
 
 def test_the_other_ingress_answers_while_one_stands_still(served, reference):

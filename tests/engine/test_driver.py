@@ -148,17 +148,17 @@ class HangingEngine(ScriptedEngine):
         return super().compute(plan)
 
 
-async def test_time_passes_while_a_step_hangs_which_is_told_with_what_is_in_it():
+async def test_time_passes_while_a_step_hangs_which_ends_the_worker_with_what_is_in_it():
     engine = HangingEngine()
     seen: list[Instruction] = []
-    driver = EngineDriver(engine, seen.extend, lambda _: None)
+    crashes: list[BaseException] = []
+    driver = EngineDriver(engine, seen.extend, crashes.append)
     driver.start()
     await asyncio.sleep(0)
-    assert driver.overdue() is None
     seen.clear()
-    await until(lambda: seen and driver.overdue())
+    await until(lambda: seen)
     assert seen[0] == EmitTokens("w", finish_reason="error")
-    assert "in it are: s prefill [0, 5)" in driver.overdue()
+    await until(lambda: crashes)
+    assert "in it are: s prefill [0, 5)" in crashes[0].message
     engine.may_end.set()
-    await until(lambda: driver.overdue() is None)
     await driver.close()

@@ -11,7 +11,7 @@ import pytest
 from engine.scheduling.plan import EmitTokens, Instruction, SequenceAdded, SequenceSpec
 from engine.worker import EngineWorker
 from kvcache.names import split_names
-from messages.errors import InvariantError, WorkerError
+from messages.errors import InvariantError
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
 from messages.handoff import DescribeRegions, RegionsDescribed
 from messages.request import CancelRequest, SamplingParams
@@ -257,21 +257,16 @@ async def test_what_a_step_raises_ends_the_worker(crashing, monkeypatch):
     await until(lambda: crashes)
 
 
-async def test_a_step_that_hangs_fails_the_check_of_health(crashing, monkeypatch):
-    worker, role, _, crashes = crashing
+async def test_a_step_that_hangs_ends_the_worker(crashing, monkeypatch):
+    worker, _, _, crashes = crashing
     may_end = threading.Event()
     compute = worker.driver._compute
     monkeypatch.setattr(worker.driver, "_compute", lambda plan: compute(plan) if may_end.wait(20) else None)
     monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FLOOR_S", 0.1)
     monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FACTOR", 0.0)
-    worker.check_health()
-    params = SamplingParams(max_tokens=1)
-    spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=params)
+    spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=SamplingParams(max_tokens=1))
     worker.post(SequenceAdded(spec))
-    await until(lambda: worker.driver.overdue())
-    with pytest.raises(WorkerError, match=r"in it are: s prefill \[0, 2\)"):
-        worker.check_health()
+    await until(lambda: crashes)
+    (error,) = crashes
+    assert "in it are: s prefill [0, 2)" in error.message
     may_end.set()
-    await until(lambda: role.ended == ["s"])
-    worker.check_health()
-    assert not crashes
