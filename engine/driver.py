@@ -91,8 +91,8 @@ class EngineDriver:
         """Let time pass, whether a step runs or not: deadlines do not wait for one that hangs."""
         self._tick_timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         try:
-            self._check_step()
             self.post(TimePassed())
+            self._check_step()
         except BaseException as error:  # noqa: BLE001 - the edge, as above
             self._tick_timer.cancel()
             self._on_crash(error)
