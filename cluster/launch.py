@@ -169,7 +169,7 @@ class Launched:
             if not self._is_up.is_set():
                 raise WorkerError(f"{lost} while it started")
             if listener is None:
-                raise WorkerError(f"{lost}; the Ray cluster at {address} is looked after by its operator")
+                raise WorkerError(f"lost the Ray cluster at {address}: {lost}; the application lives on where Ray does")
             num_short = num_short + 1 if life.up_s < _SHORT_LIFE_S else 0
             if num_short == _MAX_SHORT_LIVES:
                 raise WorkerError(f"{lost}; {num_short} lives in a row ended within {_SHORT_LIFE_S:.0f} s")
