@@ -27,7 +27,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from engine.sampling.sampler import Sampler, SamplingRow
 from messages.request import Grammar, SamplingParams
-from text.grammar import GrammarMatcher, GrammarTokenizer
+from text.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarTokenizer
 
 NUM_ROWS = 16
 KINDS: dict[str, dict[str, Any]] = {
@@ -119,14 +119,15 @@ def grammar_us(vocab_size: int) -> dict[str, float]:
     tokenizer = GrammarTokenizer.from_tokenizer_json(backend, vocab_size, [vocab_size - 1])
     setup_s = time.process_time() - start
     grammar = Grammar(kind="json_schema", spec=json.dumps(SCHEMA))
-    build = best_ms(lambda: GrammarMatcher(tokenizer, grammar), 5) * 1e3
-    matcher, masks, accepts = GrammarMatcher(tokenizer, grammar), [], []
+    build = best_ms(lambda: CompiledGrammar(tokenizer, grammar), 5) * 1e3
+    compiler = GrammarCompiler(tokenizer)
+    matcher, masks, accepts = GrammarMatcher(compiler.compile(grammar)), [], []
     for token_id in backend.encode(TEXT).ids:
         masks.append(best_ms(matcher.mask, 1) * 1e3)
         start = time.process_time()
         matcher.accept([token_id])
         accepts.append((time.process_time() - start) * 1e6)
-    sampler, logits = Sampler(vocab_size, tokenizer), some_logits(vocab_size)[:1]
+    sampler, logits = Sampler(vocab_size, compiler), some_logits(vocab_size)[:1]
     row_us = {}
     for name, value in (("without", None), ("with", grammar)):
         row = SamplingRow(name, SamplingParams(max_tokens=9, top_p=0.95, grammar=value), [1], 1)

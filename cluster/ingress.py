@@ -100,6 +100,7 @@ class Ingress:
             limits=HttpLimits(
                 max_body_bytes=http.max_body_bytes,
                 max_choices=http.max_choices,
+                grammar_timeout_s=http.grammar_timeout_s,
                 uses_priority=http.client_priority == "use",
             ),
             tool_parser=self._config.model.tool_parser,

@@ -34,6 +34,7 @@ from decode.streams import (
 from engine.puller import PullOutcome
 from engine.scheduling.plan import (
     AskRemote,
+    CompileGrammar,
     EmitTokens,
     Event,
     Instruction,
@@ -119,7 +120,7 @@ class DecodeWorker:
             match instruction:
                 case EmitTokens() | AskRemote() | StopRemote() | PullBlocks():
                     wanted.append(instruction)
-                case OfferBlocks() | RunStep():
+                case OfferBlocks() | RunStep() | CompileGrammar():
                     raise InvariantError(f"not a decode worker's instruction: {instruction}")
                 case _ as unreachable:
                     assert_never(unreachable)

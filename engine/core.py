@@ -25,8 +25,10 @@ from engine.model.load import LoadedModel
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import (
+    CompileGrammar,
     EmitTokens,
     Event,
+    GrammarCompiled,
     Instruction,
     RunStep,
     SequenceAdded,
@@ -40,8 +42,9 @@ from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from engine.scheduling.step_cost import StepCost
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
-from messages.request import SamplingParams
-from text.grammar import GrammarTokenizer
+from messages.errors import RequestError
+from messages.request import Grammar, SamplingParams
+from text.grammar import GrammarCompiler, GrammarTokenizer
 from transport.memory import Memory
 
 _WARM_UP_PROMPT_TOKENS = 512
@@ -73,6 +76,7 @@ class Engine:
     pool: BlockPool
     runner: Runner
     scheduler: Scheduler
+    grammars: GrammarCompiler | None  #: None: no structured output
     _config: SchedulerConfig
     _pending: list[Instruction] = field(default_factory=list)
 
@@ -105,12 +109,13 @@ class Engine:
             pool = BlockPool(num_blocks, options.block_size)
             kv_pool = KvPool(*shape, num_blocks=num_blocks)
             memory = DeviceMemory(kv_pool.data)
-        grammar_tokenizer = None
+        grammars = None
         if model_dir is not None and loaded.eos_token_ids:
-            grammar_tokenizer = GrammarTokenizer.from_tokenizer_json(
-                model_dir / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids
+            grammars = GrammarCompiler(
+                GrammarTokenizer.from_tokenizer_json(
+                    model_dir / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids
+                )
             )
-        sampler = Sampler(loaded.vocab_size, grammar_tokenizer)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -126,7 +131,8 @@ class Engine:
             memory=memory,
             checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
-            runner=Runner(loaded, kv_pool, sampler),
+            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars)),
+            grammars=grammars,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
             _config=config,
         )
@@ -162,6 +168,19 @@ class Engine:
         """Return how many seconds the step of `plan` may take before it counts as one that will never end."""
         return self.scheduler.cost.bound_s(plan.parts)
 
+    def is_compiled(self, grammar: Grammar) -> bool:
+        """Tell whether `compile` would give this grammar at once."""
+        return self.grammars is None or self.grammars.find(grammar) is not None
+
+    def compile(self, wanted: CompileGrammar) -> GrammarCompiled:
+        """Compile a sequence's grammar; may take a while, on any thread beside the steps."""
+        if self.grammars is None:
+            return GrammarCompiled(wanted.seq_id, RequestError("this model names no end token: want free output"))
+        try:
+            return GrammarCompiled(wanted.seq_id, self.grammars.compile(wanted.grammar))
+        except RequestError as error:
+            return GrammarCompiled(wanted.seq_id, error)
+
     def compute(self, plan: StepPlan) -> StepResult:
         """Carry out a planned step; blocks for as long as the forward pass takes.
 
@@ -185,7 +204,11 @@ class Engine:
 
     def post(self, event: Event) -> None:
         """Give `event` to the scheduler; what follows comes out of the next `step`."""
-        self._pending += self.decide(event)
+        for instruction in self.decide(event):
+            if isinstance(instruction, CompileGrammar):
+                self.post(self.compile(instruction))
+            else:
+                self._pending.append(instruction)
 
     def step(self) -> list[EmitTokens]:
         """Run one step if there is one to run; return all tokens emitted since the last call."""

@@ -13,7 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from engine.core import Engine
-from engine.scheduling.plan import Event, Instruction, RunStep, StepEnded, StepPlan, StepResult, StepWanted, TimePassed
+from engine.scheduling.plan import (
+    CompileGrammar,
+    Event,
+    Instruction,
+    RunStep,
+    StepEnded,
+    StepPlan,
+    StepResult,
+    StepWanted,
+    TimePassed,
+)
 from messages.errors import WorkerError
 
 _TICK_S = 0.1  #: how late a deadline may be noticed
@@ -30,8 +40,9 @@ class _RunningStep(NamedTuple):
 class EngineDriver:
     """Feeds events in, hands instructions out, keeps steps running while there is work.
 
-    `on_instructions` is called on the loop with what events led to, in order, RunStep left out. `on_crash` is called if
-    a step raises, whatever it is, or never ends: the engine's state is then unknown and the worker must end.
+    `on_instructions` is called on the loop with what events led to, in order, RunStep and CompileGrammar left out.
+    `on_crash` is called if a step raises, whatever it is, or never ends: the engine's state is then unknown and the
+    worker must end. Grammars are compiled on a thread beside the steps, which only those that want them wait for.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class EngineDriver:
         self._on_instructions = on_instructions
         self._on_crash = on_crash
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
+        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
@@ -68,6 +80,7 @@ class EngineDriver:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _run(self) -> None:
@@ -119,11 +132,28 @@ class EngineDriver:
                 if isinstance(instruction, RunStep):
                     self._running = _RunningStep(instruction.plan, now_s, self.engine.bound_s(instruction.plan))
                     step = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, instruction.plan)
+                elif isinstance(instruction, CompileGrammar):
+                    self._compile(instruction)
                 else:
                     others.append(instruction)
         if others:
             self._on_instructions(others)
         return step
+
+    def _compile(self, wanted: CompileGrammar) -> None:
+        """Have a grammar compiled, and the scheduler told: soon, where it was compiled before."""
+        loop = asyncio.get_running_loop()
+        if self.engine.is_compiled(wanted.grammar):
+            loop.call_soon(self._tell, lambda: self.engine.compile(wanted))
+            return
+        future = loop.run_in_executor(self._compiler, self.engine.compile, wanted)
+        future.add_done_callback(lambda done: None if done.cancelled() else self._tell(done.result))
+
+    def _tell(self, outcome: Callable[[], Event]) -> None:
+        try:
+            self.post(outcome())
+        except BaseException as error:  # noqa: BLE001 - the edge, as above
+            self._on_crash(error)
 
     def _compute(self, plan: StepPlan) -> StepResult:
         """Compute a step, on the engine's thread."""

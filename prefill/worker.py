@@ -17,6 +17,7 @@ import msgspec
 from engine.scheduling.plan import (
     AskRemote,
     BlocksReleased,
+    CompileGrammar,
     EmitTokens,
     Instruction,
     OfferBlocks,
@@ -110,7 +111,7 @@ class PrefillWorker:
             match instruction:
                 case OfferBlocks() | EmitTokens():
                     self._decide(instruction)
-                case AskRemote() | StopRemote() | PullBlocks() | RunStep():
+                case AskRemote() | StopRemote() | PullBlocks() | RunStep() | CompileGrammar():
                     raise InvariantError(f"a prefill worker's sequences are local, saw {instruction}")
                 case _ as unreachable:
                     assert_never(unreachable)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import llguidance
 import numpy as np
@@ -21,6 +24,8 @@ _LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fue
 #: Whitespace between JSON's tokens: enough to indent, too little for a small model to get lost in.
 _JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n\r\t]{1,64}"}
 _REGEX_SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
+_NUM_KEPT = 64  #: compiled grammars that nobody holds, of some 100 KiB each as a rule
+_NUM_WALKS, _WALK_TOKENS = 4, 8  #: beginnings of outputs that a check looks at
 
 
 class GrammarTokenizer:
@@ -60,22 +65,71 @@ class GrammarTokenizer:
         return cls(backend, vocab_size, tuple(eos_ids))
 
 
+class CompiledGrammar:
+    """A grammar made ready for any number of sequences. Frozen; any thread."""
+
+    __slots__ = ("__weakref__", "beginning", "tokenizer")
+
+    def __init__(self, tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+        """Compile `grammar`: some milliseconds as a rule, without the interpreter's lock; nothing can interrupt it.
+
+        Raises:
+            RequestError: it is not well formed, or larger than the limits allow.
+        """
+        self.tokenizer = tokenizer
+        self.beginning = llguidance.LLMatcher(tokenizer.backend, _compiled(grammar), log_level=0, limits=_LIMITS)
+        if self.beginning.is_error():
+            raise _refused(grammar, self.beginning.get_error())
+
+
+class GrammarCompiler:
+    """Compiles each grammar once, and keeps those that somebody holds, or that were asked for last. Any thread."""
+
+    def __init__(self, tokenizer: GrammarTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: WeakValueDictionary[Grammar, CompiledGrammar] = WeakValueDictionary()
+        self._last: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, grammar: Grammar) -> CompiledGrammar | None:
+        """Return the compiled grammar if it is kept."""
+        with self._lock:
+            found = self._held.get(grammar)
+            if found is not None:
+                self._keep(grammar, found)
+            return found
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Return the compiled grammar, which may take as long as `CompiledGrammar` says.
+
+        Raises:
+            RequestError: `CompiledGrammar` refuses it.
+        """
+        found = self.find(grammar)
+        if found is None:
+            found = CompiledGrammar(self._tokenizer, grammar)
+            with self._lock:
+                self._held[grammar] = found
+                self._keep(grammar, found)
+        return found
+
+    def _keep(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
+        self._last[grammar] = compiled
+        self._last.move_to_end(grammar)
+        if len(self._last) > _NUM_KEPT:
+            self._last.popitem(last=False)
+
+
 class GrammarMatcher:
     """Follows one sequence's output through its grammar.
 
     A sequence that moves gets a new one, fed with the tokens generated so far. One thread at a time.
     """
 
-    def __init__(self, tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
-        """Build the grammar, which takes about 1 ms.
-
-        Raises:
-            RequestError: `check_grammar` refuses the grammar, too.
-        """
-        self._tokenizer = tokenizer
-        self._matcher = llguidance.LLMatcher(tokenizer.backend, _compiled(grammar), log_level=0, limits=_LIMITS)
-        if self._matcher.is_error():
-            raise _refused(grammar, self._matcher.get_error())
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        """Stand at the beginning of the output; takes no time worth mentioning."""
+        self._tokenizer = grammar.tokenizer
+        self._matcher = grammar.beginning.deep_copy()
 
     @property
     def is_complete(self) -> bool:
@@ -111,27 +165,39 @@ class GrammarMatcher:
         return words
 
 
-def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar, *, param: str = "response_format") -> None:
-    """Refuse a grammar that no output can satisfy or that is not well formed, in about 1 ms.
+def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+    """Refuse a grammar that no output can satisfy, that is not well formed, or too complex for its first tokens.
 
-    Args:
-        tokenizer: the model's.
-        grammar: what the client asks for.
-        param: the request field it came in, for the message.
+    Takes as long as compiling it and some masks: `text.grammar_process` bounds that.
 
     Raises:
-        RequestError: the grammar is refused; names `param`, what was seen and what is wanted.
+        RequestError: the grammar is refused: what was seen and what is wanted.
     """
+    compiled = CompiledGrammar(tokenizer, grammar)
+    for seed in range(_NUM_WALKS):
+        _walk(GrammarMatcher(compiled), grammar, np.random.default_rng(seed))
+
+
+def _walk(matcher: GrammarMatcher, grammar: Grammar, rng: np.random.Generator) -> None:
+    """Begin an output at random: what a row of the first tokens costs shows only there."""
     try:
-        matcher = GrammarMatcher(tokenizer, grammar)
-        try:
-            has_output = bool(matcher.mask().any())
-        except RequestError:
-            has_output = False
-        if not has_output:
-            raise _refused(grammar, "no output satisfies it, or finding its first token takes too long")
+        allowed = _allowed(matcher)
+    except RequestError:
+        allowed = np.empty(0, np.int64)
+    if not len(allowed):
+        raise _refused(grammar, "no output satisfies it, or finding its first token takes too long")
+    try:
+        for _ in range(_WALK_TOKENS):
+            matcher.accept([int(rng.choice(allowed))])
+            if matcher.is_complete:
+                return
+            allowed = _allowed(matcher)
     except RequestError as error:
-        raise RequestError(f"{param}: {error.message}", param=param, code="bad_grammar") from error
+        raise _refused(grammar, f"too complex for its first tokens: {error.message}") from error
+
+
+def _allowed(matcher: GrammarMatcher) -> NDArray[np.int64]:
+    return np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
 
 
 def _compiled(grammar: Grammar) -> str:

@@ -22,13 +22,13 @@ from cluster.openai.conversation import tool_format
 from cluster.openai.docs_schema import answers, body_of, describe
 from cluster.openai.edge import CLIENT_LEFT, Edge
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
+from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.openai.surface import Surface
 from cluster.openai.tokens import detokenize, tokenize
 from cluster.openai.tool_calls import MARKS, ToolFormat
-from messages.errors import ConfigError, KvrayError, RequestError
-from text.grammar import GrammarTokenizer
+from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,13 @@ def create_app(
     """
     kind = tool_parser or tool_format(tokenizer)
     marks = MARKS[kind] if kind else ()
+    limits = limits or HttpLimits()
     surface = Surface(
         backend=backend,
         model=model,
         tokenizer=tokenizer,
-        grammar_tokenizer=_grammar_tokenizer(model, tokenizer),
-        limits=limits or HttpLimits(),
+        grammars=GrammarChecks(model, tokenizer, limits),
+        limits=limits,
         metrics=HttpMetrics(),
         tool_format=kind,
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
@@ -90,14 +91,6 @@ def _max_token_chars(tokenizer: Tokenizer) -> int:
     if not tokenizer.decoding.is_byte_level:
         return 0
     return max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=0)
-
-
-def _grammar_tokenizer(model: ServedModel, tokenizer: Tokenizer) -> GrammarTokenizer | None:
-    try:
-        return GrammarTokenizer.from_tokenizer_json(tokenizer.backend, model.vocab_size, model.eos_token_ids)
-    except ConfigError as error:
-        logger.warning("structured output and forced tool calls are refused: %s", error)
-        return None
 
 
 def _json(value: msgspec.Struct) -> Response:

@@ -89,4 +89,6 @@ class HttpLimits:
     max_stop_strings: int = 32
     max_stop_chars: int = 1024  #: of one stop string
     max_logprobs: int = 20  #: alternatives per token
+    grammar_timeout_s: float = 2.0  #: of processor time, to compile a grammar
+    max_grammar_bytes: int = 256 * 1024 * 1024  #: of memory, to compile a grammar
     uses_priority: bool = False  #: a client's own; else it is ignored

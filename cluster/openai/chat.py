@@ -62,10 +62,10 @@ async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> 
         max_tokens=[_max_tokens(surface, fields, len(token_ids))],
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         prompt_logprobs=fields.prompt_logprobs,
-        grammar=structure if tools.grammar is None else ("tools", tools.grammar),
+        grammar=structure if tools.grammar is None else (tools.grammar_param, tools.grammar),
         keeps_special_tokens=tools.keeps_special_tokens,
     )
-    generation = start(surface, fields, request_id, [token_ids], plan)
+    generation = await start(surface, fields, request_id, [token_ids], plan)
     return Chat(surface, fields, f"chatcmpl-{request_id}", token_ids, tools, generation)
 
 

@@ -52,7 +52,7 @@ async def start_completion(surface: Surface, fields: CompletionRequest, request_
         prompt_logprobs=_prompt_logprobs(fields),
         grammar=constraint_of(fields),
     )
-    generation = start(surface, fields, request_id, prompts, plan)
+    generation = await start(surface, fields, request_id, prompts, plan)
     return Completion(surface, fields, f"cmpl-{request_id}", prompts, texts, generation)
 
 

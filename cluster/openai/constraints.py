@@ -10,10 +10,8 @@ from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ResponseFormat, SharedFields, StructuredOutputs
 from messages.errors import RequestError
 from messages.request import Grammar
-from text.grammar import GrammarTokenizer, check_grammar
 
 _MAX_CHOICES = 4096
-_MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 def constraint_of(request: SharedFields) -> tuple[str, Grammar] | None:
@@ -94,20 +92,3 @@ def _choice_grammar(param: str, choices: list[str]) -> Grammar:
     if not 1 <= len(choices) <= _MAX_CHOICES or not all(choices):
         raise bad_field(param, choices, f"1 to {_MAX_CHOICES} strings, none empty")
     return Grammar(kind="choice", spec=msgspec.json.encode(choices).decode())
-
-
-def check(param: str, grammar: Grammar, tokenizer: GrammarTokenizer | None) -> None:
-    """Compile `grammar` and throw the result away, so that a bad one is refused at once and not in a worker.
-
-    Raises:
-        RequestError: the grammar does not compile, or none can be compiled for this model; names `param`.
-    """
-    if tokenizer is None:
-        raise RequestError(f"{param}: this model has no end token, want no structure", param=param, code="unsupported")
-    if len(grammar.spec) > _MAX_GRAMMAR_CHARS:
-        raise RequestError(
-            f"{param}: got {len(grammar.spec)} characters, want at most {_MAX_GRAMMAR_CHARS}",
-            param=param,
-            code="invalid_value",
-        )
-    check_grammar(tokenizer, grammar, param=param)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from cluster.openai.constraints import check
 from cluster.openai.generation import Generation
 from cluster.openai.prompts import packed
 from cluster.openai.protocol import SharedFields
@@ -28,17 +27,18 @@ class OutputPlan(NamedTuple):
     keeps_special_tokens: bool = False  #: those that mark tool calls; the others stay hidden
 
 
-def start(
+async def start(
     surface: Surface, fields: SharedFields, request_id: str, prompts: Sequence[list[int]], plan: OutputPlan
 ) -> Generation:
     """Make the generation of `n` choices for each of `prompts`, checked but not yet running.
 
     Raises:
         RequestError: a field cannot be served; names it.
+        CapacityError: too many grammars wait to be checked.
     """
     n = num_choices(fields, len(prompts), surface.limits)
     if plan.grammar is not None:
-        check(*plan.grammar, surface.grammar_tokenizer)
+        await surface.grammars.check(*plan.grammar)
     skips_special = fields.skip_special_tokens is not False
     options = TextOptions(
         stop=stop_strings(fields, surface.limits),

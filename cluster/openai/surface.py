@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
 from cluster.openai.errors import model_not_found
+from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.tool_calls import ToolFormat
-from text.grammar import GrammarTokenizer
 from text.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ class Surface:
     backend: Backend
     model: ServedModel
     tokenizer: Tokenizer
-    grammar_tokenizer: GrammarTokenizer | None  #: None: no structured output with this model
+    grammars: GrammarChecks
     limits: HttpLimits
     metrics: HttpMetrics
     tool_format: ToolFormat | None  #: how the model writes tool calls

@@ -26,6 +26,7 @@ class ToolPlan:
     named: str | None = None  #: the function that must be called
     names: frozenset[str] = frozenset()
     grammar: Grammar | None = None  #: what the output must be
+    grammar_param: str = "tools"  #: the field that the grammar is made of
     is_single: bool = False  #: the client takes one call at most
 
     @property
@@ -55,8 +56,14 @@ def plan_tools(request: ChatRequest, kind: ToolFormat | None) -> ToolPlan:
     is_single = request.parallel_tool_calls is False
     if isinstance(wanted, NamedToolChoice):
         name = wanted.function.name
-        schema = next(_parameters(tool) for tool in tools if tool.function.name == name)
-        return ToolPlan(template_tools=shown_tools, named=name, names=names, grammar=_grammar(schema))
+        index = next(index for index, tool in enumerate(tools) if tool.function.name == name)
+        return ToolPlan(
+            template_tools=shown_tools,
+            named=name,
+            names=names,
+            grammar=_grammar(_parameters(tools[index])),
+            grammar_param=f"tools[{index}].function.parameters",
+        )
     if wanted == "required":
         return ToolPlan(
             template_tools=shown_tools,

@@ -22,9 +22,9 @@ from torch import Tensor
 from engine.sampling.candidates import Candidates, all_in_order, argmax, at_least, leading
 from engine.scheduling.plan import Sampled
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError, first_line
-from messages.request import SamplingParams
+from messages.request import Grammar, SamplingParams
 from messages.stream import TokenLogprob
-from text.grammar import GrammarMatcher, GrammarTokenizer
+from text.grammar import GrammarCompiler, GrammarMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,10 @@ class Sampler:
     from the row's tokens when they are missing or ahead of them, so that nothing has to move with a sequence.
     """
 
-    def __init__(self, vocab_size: int, grammar_tokenizer: GrammarTokenizer | None) -> None:
-        """Make a sampler for rows of `vocab_size`; without a grammar tokenizer, rows with a grammar get an error."""
+    def __init__(self, vocab_size: int, grammars: GrammarCompiler | None) -> None:
+        """Make a sampler for rows of `vocab_size`; a row whose grammar is not compiled in `grammars` gets an error."""
         self._vocab_size = vocab_size
-        self._grammar_tokenizer = grammar_tokenizer
+        self._known_grammars = grammars
         self._counts: dict[str, _TokenCounts] = {}
         self._grammars: dict[str, _GrammarState] = {}
 
@@ -131,7 +131,7 @@ class Sampler:
             self._penalize(shaped, row)
         if params.logit_bias:
             self._add_bias(shaped, params.logit_bias)
-        allowed = None if params.grammar is None else self._allowed_by_grammar(row, shaped.device)
+        allowed = None if params.grammar is None else self._allowed_by_grammar(row, params.grammar, shaped.device)
         if allowed is not None:
             shaped.masked_fill_(~allowed, -torch.inf)
         if banned:
@@ -166,14 +166,14 @@ class Sampler:
         ids = torch.tensor(list(bias), dtype=torch.int64, device=shaped.device)
         shaped[ids] += torch.tensor(list(bias.values()), dtype=torch.float32, device=shaped.device)
 
-    def _allowed_by_grammar(self, row: SamplingRow, device: torch.device) -> Tensor:
+    def _allowed_by_grammar(self, row: SamplingRow, grammar: Grammar, device: torch.device) -> Tensor:
         """Return which tokens may come next, [vocab_size] bool."""
-        if self._grammar_tokenizer is None or row.params.grammar is None:
-            raise RequestError("this model has no structured output: it names no end token", param="response_format")
         state = self._grammars.get(row.seq_id)
         if state is None or state.num_output_tokens > row.num_output_tokens:
-            matcher = GrammarMatcher(self._grammar_tokenizer, row.params.grammar)
-            state = self._grammars[row.seq_id] = _GrammarState(matcher)
+            compiled = None if self._known_grammars is None else self._known_grammars.find(grammar)
+            if compiled is None:
+                raise KvrayError("its grammar is not compiled: its sequence has ended, or never waited for it")
+            state = self._grammars[row.seq_id] = _GrammarState(GrammarMatcher(compiled))
         output = row.token_ids[row.num_prompt_tokens + state.num_output_tokens :]
         state.matcher.accept(output)
         state.num_output_tokens += len(output)

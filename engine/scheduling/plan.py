@@ -12,8 +12,9 @@ from typing import Literal, TypeAlias
 
 from messages.errors import KvrayError
 from messages.handoff import BlockLocation
-from messages.request import SamplingParams
+from messages.request import Grammar, SamplingParams
 from messages.stream import FinishReason, PromptSources, TokenLogprob
+from text.grammar import CompiledGrammar
 
 # --------------------------------------------------------------------------------------------------------- sequences
 
@@ -91,6 +92,17 @@ class PullEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarCompiled:
+    """A CompileGrammar was carried out: the grammar, or why there is none. Unknown ids are ignored.
+
+    Whoever samples finds the grammar for as long as the scheduler keeps it (`text.grammar.GrammarCompiler`).
+    """
+
+    seq_id: str
+    outcome: CompiledGrammar | KvrayError
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksReleased:
     """The lease on a kept sequence's blocks ended; unknown ids are ignored."""
 
@@ -120,6 +132,7 @@ Event: TypeAlias = (
     | KvOffered
     | KvRefused
     | PullEnded
+    | GrammarCompiled
     | BlocksReleased
     | StepWanted
     | StepEnded
@@ -134,6 +147,14 @@ class RunStep:
     """Compute `plan`, answer with StepEnded."""
 
     plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CompileGrammar:
+    """A sequence waits for its grammar: compile it beside the steps, answer with GrammarCompiled."""
+
+    seq_id: str
+    grammar: Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +209,7 @@ class OfferBlocks:
     num_cached_tokens: int
 
 
-Instruction: TypeAlias = RunStep | AskRemote | StopRemote | PullBlocks | EmitTokens | OfferBlocks
+Instruction: TypeAlias = RunStep | CompileGrammar | AskRemote | StopRemote | PullBlocks | EmitTokens | OfferBlocks
 
 # --------------------------------------------------------------------------------------------------------------- step
 

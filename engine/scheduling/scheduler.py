@@ -20,8 +20,10 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import (
     AskRemote,
     BlocksReleased,
+    CompileGrammar,
     EmitTokens,
     Event,
+    GrammarCompiled,
     Instruction,
     KvOffered,
     KvRefused,
@@ -52,6 +54,7 @@ from messages.errors import ConfigError, InvariantError, KvrayError, RequestErro
 from messages.handoff import BlockLocation
 from messages.price import ComputePrice
 from messages.stream import FinishReason, PromptSources
+from text.grammar import CompiledGrammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,12 +214,8 @@ class Scheduler:
             case SequenceCancelled(seq_id) | BlocksReleased(seq_id):
                 if seq_id in self._ledger.sequences:
                     self._ledger.end(self._ledger.sequences[seq_id])
-            case KvOffered(seq_id):
-                if seq_id in self._ledger.pulling:
-                    self._take_offer(self._ledger.pulling[seq_id], event, out)
-            case KvRefused(seq_id):
-                if seq_id in self._ledger.sequences:
-                    self._take_refusal(self._ledger.sequences[seq_id], is_suspect=event.is_suspect)
+            case KvOffered() | KvRefused() | GrammarCompiled():
+                self._take_answer(event, out)
             case PullEnded():
                 self._remote.finish_pull(event, out)
             case StepEnded(result):
@@ -236,6 +235,8 @@ class Scheduler:
         if self._ledger.running or self._blocked is not None or self.num_pulling >= self._config.max_num_seqs:
             return
         for seq in self._ledger.waiting:
+            if seq.lacks_grammar:
+                continue
             if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
                 raise InvariantError(f"scheduler: sequence {seq.seq_id!r} waits beside an idle engine")
 
@@ -255,10 +256,28 @@ class Scheduler:
             )
             return
         self._ledger.enqueue(seq)
+        if spec.params.grammar is not None:
+            out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         if self._blocked is not None and seq.seniority < self._blocked.seniority:
             self._blocked = None
         if spec.deadline_s is not None:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
+
+    def _take_answer(self, event: KvOffered | KvRefused | GrammarCompiled, out: list[Instruction]) -> None:
+        """Take in what a sequence waited for, unless it waits no more."""
+        seq = self._ledger.sequences.get(event.seq_id)
+        if seq is None:
+            return
+        match event:
+            case KvOffered() if seq.phase is Phase.PULLING:
+                self._take_offer(seq, event, out)
+            case KvRefused():
+                self._take_refusal(seq, is_suspect=event.is_suspect)
+            case GrammarCompiled(_, KvrayError() as error) if seq.lacks_grammar:
+                out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
+                self._ledger.end(seq)
+            case GrammarCompiled(_, CompiledGrammar() as grammar):
+                seq.grammar = grammar
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
         """Return why the sequence cannot run now; None where it can."""
@@ -295,6 +314,9 @@ class Scheduler:
         position = 0
         while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
             seq = ledger.waiting[position]
+            if seq.lacks_grammar:
+                position += 1
+                continue
             if seq.held_for in ledger.in_flight and now_s < seq.held_until_s:
                 position += 1
                 continue

@@ -19,6 +19,7 @@ from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
 from messages.request import SUSPECT_TOKENS
 from messages.stream import TokenLogprob
+from text.grammar import CompiledGrammar
 
 
 class Phase(Enum):
@@ -68,6 +69,7 @@ class Sequence:
         "block_size",
         "block_table",
         "expected_match_tokens",
+        "grammar",
         "has_declined",
         "has_emitted",
         "held_for",
@@ -123,11 +125,19 @@ class Sequence:
         self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
         self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.grammar: CompiledGrammar | None = (
+            None  #: of its params, kept for whoever samples; without it, it is not admitted
+        )
         self.suspect_until_tokens = 0  #: while it has fewer, its steps compute nothing else
         if spec.is_suspect:
             self.suspect()
         self._namer = namer
         self.extend_names()
+
+    @property
+    def lacks_grammar(self) -> bool:
+        """Whether its grammar is not compiled yet."""
+        return self.params.grammar is not None and self.grammar is None
 
     @property
     def num_tokens(self) -> int:

@@ -10,11 +10,15 @@ import pytest
 
 from engine.driver import EngineDriver
 from engine.scheduling.plan import (
+    CompileGrammar,
     EmitTokens,
     Event,
+    GrammarCompiled,
     Instruction,
     RunStep,
+    SequenceAdded,
     SequenceCancelled,
+    SequenceSpec,
     SequenceStep,
     StepEnded,
     StepPlan,
@@ -22,6 +26,8 @@ from engine.scheduling.plan import (
     StepWanted,
     TimePassed,
 )
+from messages.errors import RequestError
+from messages.request import Grammar, SamplingParams
 from tests.workers import until
 
 WAIT_S = 2.0
@@ -161,4 +167,67 @@ async def test_time_passes_while_a_step_hangs_which_ends_the_worker_with_what_is
     await until(lambda: crashes)
     assert "in it are: s prefill [0, 5)" in crashes[0].message
     engine.may_end.set()
+    await driver.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- grammars
+
+
+class CompilingEngine(ScriptedEngine):
+    """Wants a grammar when a sequence is added; compiling it goes on until the test lets it end."""
+
+    def __init__(self, num_steps: int, failure: BaseException | None = None) -> None:
+        super().__init__(num_steps)
+        self.compiling_failure = failure
+        self.known: set[Grammar] = set()
+        self.may_end = threading.Event()
+        self.compiled: list[str] = []
+
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
+        match event:
+            case SequenceAdded(spec):
+                return [CompileGrammar(spec.seq_id, spec.params.grammar)]
+            case GrammarCompiled(seq_id):
+                self.compiled.append(seq_id)
+        return super().decide(event, now_s)
+
+    def is_compiled(self, grammar: Grammar) -> bool:
+        return grammar in self.known
+
+    def compile(self, wanted: CompileGrammar) -> GrammarCompiled:
+        if not self.is_compiled(wanted.grammar):
+            assert self.may_end.wait(WAIT_S)
+            if self.compiling_failure is not None:
+                raise self.compiling_failure
+        self.known.add(wanted.grammar)
+        return GrammarCompiled(wanted.seq_id, RequestError("any outcome"))
+
+
+def asking(seq_id: str, pattern: str) -> SequenceAdded:
+    params = SamplingParams(max_tokens=1, grammar=Grammar(kind="regex", spec=pattern))
+    return SequenceAdded(SequenceSpec(seq_id=seq_id, token_ids=[1], num_prompt_tokens=1, params=params))
+
+
+async def test_steps_and_known_grammars_do_not_wait_for_one_that_is_compiled():
+    engine = CompilingEngine(num_steps=20)
+    engine.known.add(Grammar(kind="regex", spec="known"))
+    driver = EngineDriver(engine, lambda _: None, lambda _: None)
+    driver.post(asking("slow", "new"))
+    driver.start()
+    driver.post(asking("quick", "known"))
+    await until(lambda: engine.num_ended == 20 and engine.compiled == ["quick"])
+    engine.may_end.set()
+    await until(lambda: engine.compiled == ["quick", "slow"])
+    await driver.close()
+
+
+async def test_a_panic_of_the_compiler_is_reported_like_one_in_a_step():
+    engine = CompilingEngine(num_steps=0, failure=Panic("at src/compiler.rs:7"))
+    crashes: list[BaseException] = []
+    driver = EngineDriver(engine, lambda _: None, crashes.append)
+    driver.start()
+    driver.post(asking("s", "new"))
+    engine.may_end.set()
+    await until(lambda: crashes)
+    assert [str(error) for error in crashes] == ["at src/compiler.rs:7"]
     await driver.close()

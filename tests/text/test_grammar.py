@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
-from text.grammar import GrammarMatcher, GrammarTokenizer, check_grammar
+from text.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarTokenizer, check_grammar
 
 SCHEMA = {
     "type": "object",
@@ -49,13 +49,17 @@ def grammar_tokenizer(vocab_size: int | None = None) -> GrammarTokenizer:
     return GrammarTokenizer.from_tokenizer_json(backend, vocab_size or backend.get_vocab_size(), [EOS])
 
 
+def matcher_of(grammar: Grammar, tokenizer: GrammarTokenizer | None = None) -> GrammarMatcher:
+    return GrammarMatcher(CompiledGrammar(tokenizer or grammar_tokenizer(), grammar))
+
+
 def allowed(matcher: GrammarMatcher) -> list[int]:
     return np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist()
 
 
 def walk(grammar: Grammar, seed: int, max_tokens: int = 400) -> str | None:
     """A random output that the masks allow, fed token by token; None if it does not end."""
-    matcher, rng, output = GrammarMatcher(grammar_tokenizer(), grammar), np.random.default_rng(seed), []
+    matcher, rng, output = matcher_of(grammar), np.random.default_rng(seed), []
     for _ in range(max_tokens):
         choices = allowed(matcher)
         # end where possible, else a walk through strings is long
@@ -97,7 +101,7 @@ def test_a_lark_grammar_is_followed():
 def test_every_choice_can_be_written_and_nothing_else(choices):
     grammar = Grammar(kind="choice", spec=json.dumps(choices))
     for choice in choices:
-        matcher = GrammarMatcher(grammar_tokenizer(), grammar)
+        matcher = matcher_of(grammar)
         matcher.accept(bpe().encode(choice).ids)
         assert matcher.is_complete
         assert EOS in allowed(matcher)
@@ -105,7 +109,7 @@ def test_every_choice_can_be_written_and_nothing_else(choices):
 
 
 def test_where_nothing_can_follow_only_the_end_is_allowed():
-    matcher = GrammarMatcher(grammar_tokenizer(), Grammar(kind="choice", spec='["ab"]'))
+    matcher = matcher_of(Grammar(kind="choice", spec='["ab"]'))
     matcher.accept(bpe().encode("ab").ids)
     assert allowed(matcher) == [EOS]
     matcher.accept([EOS])
@@ -115,7 +119,7 @@ def test_where_nothing_can_follow_only_the_end_is_allowed():
 def test_a_matcher_fed_with_the_tokens_so_far_continues_as_the_first_would():
     grammar = Grammar(kind="json_schema", spec=json.dumps(SCHEMA))
     ids = bpe().encode('{"name": "x", "age": 4').ids
-    one, other = (GrammarMatcher(grammar_tokenizer(), grammar) for _ in range(2))
+    one, other = (matcher_of(grammar) for _ in range(2))
     for token in ids:
         one.mask()
         one.accept([token])
@@ -126,7 +130,7 @@ def test_a_matcher_fed_with_the_tokens_so_far_continues_as_the_first_would():
 @pytest.mark.parametrize("extra", [1, 31, 32, 37])
 def test_ids_that_only_the_model_has_are_never_allowed(extra):
     size = bpe().get_vocab_size() + extra
-    matcher = GrammarMatcher(grammar_tokenizer(size), Grammar(kind="regex", spec="(.|\n)*"))
+    matcher = matcher_of(Grammar(kind="regex", spec="(.|\n)*"), grammar_tokenizer(size))
     assert matcher.mask().shape == ((size + 31) // 32,)
     assert max(allowed(matcher)) < bpe().get_vocab_size()
     assert PAD not in allowed(matcher)
@@ -134,13 +138,13 @@ def test_ids_that_only_the_model_has_are_never_allowed(extra):
 
 def test_ids_that_only_the_tokenizer_has_are_cut_off():
     size = bpe().get_vocab_size() - 5
-    matcher = GrammarMatcher(grammar_tokenizer(size), Grammar(kind="regex", spec="(.|\n)*"))
+    matcher = matcher_of(Grammar(kind="regex", spec="(.|\n)*"), grammar_tokenizer(size))
     assert matcher.mask().shape == ((size + 31) // 32,)
     assert max(allowed(matcher)) == size - 1
 
 
 def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
-    matcher = GrammarMatcher(grammar_tokenizer(), Grammar(kind="regex", spec="a+"))
+    matcher = matcher_of(Grammar(kind="regex", spec="a+"))
     with pytest.raises(RequestError, match="cannot follow its grammar"):
         matcher.accept(bpe().encode("b").ids)
 
@@ -165,10 +169,9 @@ def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
         ("regex", r"[^\x00-\x{10ffff}]", "no output"),
     ],
 )
-def test_a_bad_grammar_is_refused_at_once_and_by_name(kind, spec, message):
+def test_a_bad_grammar_is_refused_at_once(kind, spec, message):
     with pytest.raises(RequestError, match=re.escape(message)) as caught:
-        check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec), param="guided_json")
-    assert caught.value.param == "guided_json"
+        check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec))
     assert caught.value.status == 400
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 600
@@ -188,6 +191,50 @@ def test_a_good_grammar_passes(kind, spec):
     check_grammar(grammar_tokenizer(), Grammar(kind=kind, spec=spec))
 
 
+def optional_properties(count: int) -> Grammar:
+    properties = {f"p{index}": {"type": "integer"} for index in range(count)}
+    return Grammar(kind="json_schema", spec=json.dumps({"type": "object", "properties": properties}))
+
+
+def test_what_is_too_complex_only_after_its_first_token_is_refused_by_the_check():
+    grammar = optional_properties(600)
+    matcher = matcher_of(grammar)
+    matcher.mask()
+    with pytest.raises(RequestError, match="items"):
+        matcher.accept(bpe().encode("{").ids)
+    with pytest.raises(RequestError, match=r"too complex for its first tokens: .*items"):
+        check_grammar(grammar_tokenizer(), grammar)
+    check_grammar(grammar_tokenizer(), optional_properties(100))
+
+
+def test_a_grammar_is_compiled_once_and_its_sequences_are_apart():
+    compiler, grammar = GrammarCompiler(grammar_tokenizer()), Grammar(kind="choice", spec='["ab", "cd"]')
+    assert compiler.find(grammar) is None
+    compiled = compiler.compile(grammar)
+    assert compiler.compile(Grammar(kind="choice", spec='["ab", "cd"]')) is compiled
+    one, other = GrammarMatcher(compiled), GrammarMatcher(compiled)
+    one.accept(bpe().encode("ab").ids)
+    assert one.is_complete
+    assert not other.is_complete
+    other.accept(bpe().encode("cd").ids)
+    assert other.is_complete
+
+
+def test_only_grammars_that_nobody_holds_or_asks_for_are_given_up():
+    compiler = GrammarCompiler(grammar_tokenizer())
+    grammars = [Grammar(kind="choice", spec=json.dumps([f"a{index}"])) for index in range(65)]
+    for grammar in grammars[:64]:
+        compiler.compile(grammar)
+    held = compiler.compile(grammars[1])
+    compiler.compile(grammars[0])
+    compiler.compile(grammars[64])
+    assert compiler.find(grammars[2]) is None
+    assert compiler.find(grammars[0]) is not None
+    for grammar in grammars[3:]:
+        compiler.compile(grammar)
+    assert compiler.find(grammars[1]) is held
+
+
 def test_a_tokenizer_json_may_be_given_by_its_path(tmp_path):
     backend = tokenizers.Tokenizer.from_str(bpe().to_str())
     backend.enable_truncation(3)
@@ -204,5 +251,5 @@ def test_a_model_without_an_end_token_has_no_structured_output():
 
 def test_any_of_several_end_tokens_may_end_it():
     tokenizer = GrammarTokenizer.from_tokenizer_json(bpe(), bpe().get_vocab_size(), [EOS, PAD])
-    matcher = GrammarMatcher(tokenizer, Grammar(kind="regex", spec=""))
+    matcher = matcher_of(Grammar(kind="regex", spec=""), tokenizer)
     assert allowed(matcher) == [EOS, PAD]

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from cluster.openai.constraints import check, constraint_of, json_grammar
+from cluster.openai.constraints import constraint_of, json_grammar
 from cluster.openai.protocol import JsonSchemaFormat, ResponseFormat, SharedFields, StructuredOutputs
 from messages.errors import RequestError
 from messages.request import Grammar
-from text.grammar import GrammarTokenizer
 
 SCHEMA = {"type": "object", "properties": {"z": {"type": "integer"}, "a": {}}, "title": "é"}
 SCHEMA_FORMAT = ResponseFormat("json_schema", JsonSchemaFormat("n", SCHEMA))
@@ -115,41 +114,3 @@ def test_so_many_choices_can_be_given(choices, is_fine):
         return
     with pytest.raises(RequestError, match="1 to 4096 strings"):
         constraint_of(fields)
-
-
-# ---------------------------------------------------------------------------------------------------------- compiling
-
-
-@pytest.fixture(scope="module")
-def grammar_tokenizer(tokenizer) -> GrammarTokenizer:
-    return GrammarTokenizer.from_tokenizer_json(tokenizer.backend, 264, (tokenizer.eos_token_id,))
-
-
-def test_a_grammar_that_compiles_passes(grammar_tokenizer):
-    check("p", Grammar(kind="regex", spec="a+"), grammar_tokenizer)
-
-
-@pytest.mark.parametrize(
-    "grammar",
-    [Grammar(kind="regex", spec="(["), Grammar(kind="lark", spec="start: ("), Grammar(kind="json_schema", spec="1")],
-)
-def test_a_grammar_that_does_not_compile_is_refused_under_its_name(grammar_tokenizer, grammar):
-    with pytest.raises(RequestError) as caught:
-        check("the_field", grammar, grammar_tokenizer)
-    assert caught.value.param == "the_field"
-    assert caught.value.status == 400
-
-
-def test_a_grammar_is_measured_before_it_is_compiled(grammar_tokenizer):
-    longest = 256 * 1024
-    with pytest.raises(RequestError, match=f"got {longest + 1} characters, want at most {longest}"):
-        check("p", Grammar(kind="regex", spec="(" * (longest + 1)), grammar_tokenizer)
-    with pytest.raises(RequestError) as caught:
-        check("p", Grammar(kind="regex", spec="(" * longest), grammar_tokenizer)
-    assert "characters" not in caught.value.message.partition("(")[0]
-
-
-def test_a_model_without_an_end_token_can_keep_to_no_structure():
-    with pytest.raises(RequestError) as caught:
-        check("the_field", Grammar(kind="json_object"), None)
-    assert (caught.value.param, caught.value.code) == ("the_field", "unsupported")

@@ -116,14 +116,15 @@ def test_required_schemas_keep_their_own_references(tokenizer):
 
     from cluster.openai.protocol import ChatRequest
     from cluster.openai.tools import plan_tools
-    from text.grammar import GrammarMatcher, GrammarTokenizer
+    from text.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
 
     body = {"messages": USER, "tools": [WEATHER, TREE], "tool_choice": "required"}
     plan = plan_tools(msgspec.convert(body, ChatRequest), "hermes")
     grammars = GrammarTokenizer.from_tokenizer_json(tokenizer.backend, 264, [tokenizer.eos_token_id])
+    compiled = CompiledGrammar(grammars, plan.grammar)
 
     def accepts(text: str) -> bool:
-        matcher = GrammarMatcher(grammars, plan.grammar)
+        matcher = GrammarMatcher(compiled)
         for token_id in tokenizer.encode(text, add_special_tokens=False):
             if not matcher.mask()[token_id // 32] >> (token_id % 32) & 1:
                 return False

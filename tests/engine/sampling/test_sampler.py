@@ -16,9 +16,9 @@ from engine.sampling import candidates
 from engine.sampling import sampler as sampler_module
 from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs, uniform
 from engine.scheduling.plan import Sampled
-from messages.errors import InvariantError, RequestError, WorkerError
+from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
 from messages.request import Grammar, SamplingParams
-from text.grammar import GrammarTokenizer
+from text.grammar import GrammarCompiler, GrammarTokenizer
 
 INF = float("inf")
 
@@ -32,6 +32,8 @@ def one_thread():
 
 
 def row_of(params: SamplingParams, tokens=(1, 2, 3), num_prompt=2, seq_id="s") -> SamplingRow:
+    if params.grammar is not None:
+        compiler().compile(params.grammar)
     return SamplingRow(seq_id, params, list(tokens), num_prompt)
 
 
@@ -380,8 +382,9 @@ SCHEMA = {
 }
 
 
-def grammar_sampler() -> Sampler:
-    return Sampler(VOCAB, GrammarTokenizer.from_tokenizer_json(byte_tokenizer(), VOCAB, [EOS]))
+@functools.cache
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(GrammarTokenizer.from_tokenizer_json(byte_tokenizer(), VOCAB, [EOS]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -392,10 +395,10 @@ def test_output_follows_its_grammar_also_after_a_move(temperature):
         logit_bias={byte_tokenizer().token_to_id("Ġ"): -100.0, byte_tokenizer().token_to_id("Ċ"): -100.0},
         seed=3,
     )
-    sampler, token_ids = grammar_sampler(), [1, 2]
+    sampler, token_ids = Sampler(VOCAB, compiler()), [1, 2]
     for step in range(100):
         if step == 7:
-            sampler = grammar_sampler()  # another worker
+            sampler = Sampler(VOCAB, compiler())  # another worker
         if step == 9:
             sampler.forget("s")
         logits = torch.from_numpy(some_logits(VOCAB, step, 1.0, 0.0))[None]
@@ -413,7 +416,7 @@ def test_a_complete_grammar_ends_even_before_min_tokens():
     params = params_of(
         grammar=Grammar(kind="choice", spec='["a"]'), min_tokens=10, stop_token_ids=(EOS,), temperature=0
     )
-    sampler, letter = grammar_sampler(), byte_tokenizer().token_to_id("a")
+    sampler, letter = Sampler(VOCAB, compiler()), byte_tokenizer().token_to_id("a")
     logits = torch.zeros(1, VOCAB)
     assert sampler.sample(logits, [row_of(params, [1], 1)]) == [Sampled(letter)]
     assert sampler.sample(logits, [row_of(params, [1, letter], 1)]) == [Sampled(EOS)]
@@ -421,7 +424,7 @@ def test_a_complete_grammar_ends_even_before_min_tokens():
 
 def test_min_tokens_still_holds_where_the_grammar_can_go_on():
     params = params_of(grammar=Grammar(kind="regex", spec="a*"), min_tokens=2, stop_token_ids=(EOS,), temperature=0)
-    sampler, letter = grammar_sampler(), byte_tokenizer().token_to_id("a")
+    sampler, letter = Sampler(VOCAB, compiler()), byte_tokenizer().token_to_id("a")
     logits = torch.zeros(1, VOCAB)
     logits[0, EOS] = 9.0
     assert sampler.sample(logits, [row_of(params, [1], 1)]) == [Sampled(letter)]
@@ -447,25 +450,28 @@ def test_a_row_without_finite_logits_fails_alone(monkeypatch, temperature, bad, 
 
 
 def test_a_row_that_asks_for_the_impossible_fails_alone():
-    logits = torch.zeros(4, VOCAB)
-    bad_schema = Grammar(kind="regex", spec="(")
+    logits = torch.zeros(3, VOCAB)
     rows = [
         row_of(params_of(logit_bias={VOCAB: 1.0})),
         row_of(params_of(temperature=0)),
-        row_of(params_of(grammar=bad_schema)),
         row_of(params_of(grammar=Grammar(kind="choice", spec='["a"]')), [1, 2, 5, 5], 2),  # 5 was never allowed
     ]
-    found = grammar_sampler().sample(logits, [dataclasses.replace(row, seq_id=str(i)) for i, row in enumerate(rows)])
+    found = Sampler(VOCAB, compiler()).sample(
+        logits, [dataclasses.replace(row, seq_id=str(i)) for i, row in enumerate(rows)]
+    )
     assert isinstance(found[0], RequestError)
     assert found[0].param == "logit_bias"
     assert found[1] == Sampled(0)
     assert isinstance(found[2], RequestError)
-    assert isinstance(found[3], RequestError)
 
 
-def test_a_grammar_without_a_grammar_tokenizer_is_refused():
-    (outcome,) = Sampler(8, None).sample(torch.zeros(1, 8), [row_of(params_of(grammar=Grammar(kind="json_object")))])
-    assert isinstance(outcome, RequestError)
+def test_a_row_whose_grammar_was_not_compiled_before_fails_alone(monkeypatch):
+    params = params_of(grammar=Grammar(kind="regex", spec="never compiled"))
+    found = Sampler(VOCAB, compiler()).sample(
+        torch.zeros(2, VOCAB), [SamplingRow("a", params, [1], 1), row_of(params_of(temperature=0), seq_id="b")]
+    )
+    assert isinstance(found[0], KvrayError)
+    assert found[1] == Sampled(0)
 
 
 def test_logits_of_another_shape_or_dtype_are_a_bug():

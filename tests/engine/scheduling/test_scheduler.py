@@ -6,7 +6,9 @@ import pytest
 
 from engine.scheduling.plan import (
     BlocksReleased,
+    CompileGrammar,
     EmitTokens,
+    GrammarCompiled,
     KvOffered,
     KvRefused,
     Sampled,
@@ -17,8 +19,10 @@ from engine.scheduling.plan import (
     TimePassed,
 )
 from messages.errors import CapacityError, ConfigError, InvariantError, RequestError, WorkerError
+from messages.request import Grammar
 from messages.stream import PromptSources, TokenLogprob
 from tests.engine.scheduling.scheduler_bench import PROMPT, Bench, emitted
+from text.grammar import CompiledGrammar
 
 # ------------------------------------------------------------------------------------------------------ a plain life
 
@@ -473,3 +477,44 @@ def test_what_a_lost_owner_computed_is_a_suspect_here(bench: Bench) -> None:
     bench.add("a", 5)
     bench.post(KvRefused("r", is_suspect=True))
     assert [[seq_id for seq_id, *_ in bench.step()] for _ in range(2)] == [["r"], ["a"]]
+
+
+# ----------------------------------------------------------------------------------------------------------- grammars
+
+YES = Grammar(kind="choice", spec='["yes"]')
+
+
+def compiled() -> CompiledGrammar:
+    """A grammar that nobody here follows."""
+    return CompiledGrammar.__new__(CompiledGrammar)
+
+
+def test_a_sequence_waits_for_its_grammar_and_later_ones_do_not(bench: Bench) -> None:
+    assert bench.add("a", 5, grammar=YES) == [CompileGrammar("a", YES)]
+    bench.add("b", 5, max_tokens=2)
+    assert bench.step() == [("b", "prefill", 0, 5)]
+    bench.post(GrammarCompiled("a", compiled()))
+    assert bench.step() == [("b", "decode", 5, 6), ("a", "prefill", 0, 5)]
+
+
+def test_a_grammar_that_does_not_compile_ends_its_sequence_alone(bench: Bench) -> None:
+    bench.add("a", 5, grammar=YES)
+    bench.add("b", 5, max_tokens=1)
+    error = RequestError("too dear")
+    assert bench.post(GrammarCompiled("a", error)) == [EmitTokens("a", finish_reason="error", error=error)]
+    assert bench.run() == {"a": [], "b": [7]}
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_dropped(bench: Bench) -> None:
+    bench.add("a", 5, grammar=YES)
+    bench.post(SequenceCancelled("a"))
+    assert bench.post(GrammarCompiled("a", compiled())) == []
+    assert bench.start() == []
+
+
+def test_a_deadline_does_not_wait_for_a_grammar(bench: Bench) -> None:
+    bench.add("a", 5, grammar=YES, deadline_s=bench.now_s + 1)
+    bench.now_s += 2
+    [ended] = emitted(bench.post(TimePassed()))
+    assert (ended.seq_id, ended.finish_reason) == ("a", "error")
+    assert bench.scheduler.seq_ids() == ()
