@@ -96,7 +96,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
         RouterActor
     ).bind(
-        RouterOptions(channel=_channel(config), host=config.network.host),
+        RouterOptions(channel=_channel(config), host=config.network.host, max_ttft_s=config.http.max_ttft_s),
         read_secret,
         functools.partial(FleetWatch, APP_NAME),
         roles,

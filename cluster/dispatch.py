@@ -64,6 +64,7 @@ class DispatchOptions:
     secret: ClusterSecret
     channel: ChannelConfig
     request_timeout_s: float
+    max_ttft_s: float  #: predicted; new requests beyond it are refused
 
 
 @dataclass(slots=True)
@@ -84,6 +85,7 @@ class Dispatcher:
             RequestLimits(
                 request_timeout_s=options.request_timeout_s,
                 lost_after_s=options.channel.lost_after_s,
+                max_ttft_s=options.max_ttft_s,
             )
         )
         self._queues: dict[str, asyncio.Queue[TokenChunk | None]] = {}  #: by request; None: it has ended

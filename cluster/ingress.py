@@ -61,6 +61,7 @@ class Ingress:
                 secret=cluster_secret(config.network.secret_file),
                 channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
                 request_timeout_s=config.http.request_timeout_s,
+                max_ttft_s=config.http.max_ttft_s,
             )
         )
         self._has_worker = asyncio.Event()

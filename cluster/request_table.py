@@ -16,6 +16,7 @@ were sent: RequestEnded after a RouteRequest ends the reservation, whether or no
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ from cluster.request_events import (
 )
 from cluster.suspects import Suspects, digest
 from kvcache.names import TOKEN_BYTES, block_names, pack_tokens
-from kvrouter.fallback import choose
+from kvrouter.fallback import OwnQueues, choose
 from messages.errors import CapacityError, InvariantError, KvrayError, WorkerError, error_from_info
 from messages.fleet import WorkerInfo
 from messages.request import SUSPECT_TOKENS, CancelRequest, GenerateRequest
@@ -68,6 +69,7 @@ class RequestLimits:
     #: how long a new request waits where no decode worker is there; a worker that does not even end a request at its
     #: deadline is given twice as long before the request is ended here
     lost_after_s: float
+    max_ttft_s: float  #: predicted; a new request beyond it is refused where there is no router to do so
 
 
 class _Stage(Enum):
@@ -123,6 +125,7 @@ class RequestTable:
         self._placed: dict[str, _Sequence] = {}  #: running ones, by their id on the worker
         self._routes: dict[str, _Request] = {}  #: those that the router knows of, by its id
         self._num_sequences: Counter[str] = Counter()  #: running ones, by worker
+        self._queues = OwnQueues()
         self._num_placed = {"router": 0, "hashing": 0}  #: requests, by who chose the worker
         self._num_moved = 0
         self._suspects = Suspects()
@@ -236,6 +239,7 @@ class RequestTable:
             self._unplace(sequence, out, tells_worker=True)
             del self._sequences[sequence.asked.request_id]
         self._end_route(request, out)
+        self._queues.end(request.request_id)
         del self._requests[request.request_id]
         out.append(End(request.request_id))
 
@@ -267,6 +271,7 @@ class RequestTable:
 
     def _change_fleet(self, workers: Mapping[str, WorkerInfo], now_s: float, out: list[Instruction]) -> None:
         self._fleet = workers
+        self._queues.set_fleet(workers.values())
         for request in self._at(_Stage.WAITING):
             if self._has_candidate(request):
                 self._place(request, now_s, out)
@@ -339,7 +344,8 @@ class RequestTable:
             self._wait(request, now_s, out)
             return
         try:
-            placement = choose(request.route, list(self._fleet.values()), self._num_sequences)
+            max_ttft_s = math.inf if request.num_placements else self._limits.max_ttft_s
+            placement = choose(request.route, list(self._fleet.values()), self._num_sequences, self._queues, max_ttft_s)
         except KvrayError as error:
             self._fail(request, error, out)
             return
@@ -372,6 +378,8 @@ class RequestTable:
         request.stage, request.due_s = _Stage.RUNNING, request.deadline_s + 2 * self._limits.lost_after_s
         request.worker_id, request.address = placement.decode_worker, placement.decode_address
         self._num_sequences[request.worker_id] += len(request.sequences)
+        assert request.route is not None
+        self._queues.add(msgspec.structs.replace(request.route, request_id=request.request_id), placement)
         for sequence in request.sequences.values():
             sequence.placed_id = _placed_id(sequence)
             self._placed[sequence.placed_id] = sequence
@@ -417,6 +425,7 @@ class RequestTable:
         sequence.token_ids += chunk.token_ids
         out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
         sequence.has_begun = True
+        self._queues.end(request.request_id)
         if chunk.finish_reason is not None:
             self._end_sequence(sequence, out, tells_worker=False)
         if request.is_suspect and chunk.error is None:

@@ -311,6 +311,8 @@ class EngineWorker:
         return LoadReport(
             worker_id=self.worker_id,
             queued_s=scheduler.queued_s,
+            queued_short_s=scheduler.queued_short_s,
+            num_short=scheduler.num_short,
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             free_blocks=pool.num_free,

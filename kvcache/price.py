@@ -23,6 +23,12 @@ _NUM_HANDOFFS = 8  #: the least of so many counts: others' work and first times 
 
 #: What a second that another sequence stalls is worth, in seconds of time to first token.
 HARM_WEIGHT = 0.2
+#: A prompt of which no more tokens are to be computed is short: workers keep a share for such.
+SHORT_TOKENS = 256
+#: A worker gives short prompts every second step first, so that they wait about so many times their own queue.
+SHORT_WAITS = 2.0
+#: Of a worker's slots and blocks, what no other prompt may take.
+SHORT_SHARE = 1 / 16
 #: A worker computes what was placed elsewhere only where that is so much cheaper: predictions are no better.
 _CLEARLY = 0.75
 

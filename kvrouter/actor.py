@@ -11,6 +11,7 @@ import msgspec
 import ray.util
 from ray import serve
 
+from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
 from transport.channel import ChannelConfig
@@ -22,6 +23,7 @@ class RouterOptions:
     """The settings that a router is told at its start."""
 
     channel: ChannelConfig
+    max_ttft_s: float  #: predicted; requests beyond it are refused
     host: str | None = None  #: where the channel listens; None: the node's address
 
 
@@ -47,7 +49,8 @@ class RouterActor:
         prepare()
         self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
         host = options.host or ray.util.get_node_ip_address()
-        self._router = RouterWorker(self._id, read_secret(), host, options.channel)
+        config = RouterConfig(max_ttft_s=options.max_ttft_s)
+        self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()

@@ -6,10 +6,19 @@ worker gets more than its share and a quarter (consistent hashing with bounded l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, Computation, compute_s, handoff_s, harm_s
-from kvrouter.policy import affinity_key, can_ever_hold, can_hand_over, rendezvous
+from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, SHORT_TOKENS, Computation, compute_s, handoff_s, harm_s
+from kvrouter.policy import (
+    Assumptions,
+    Reserved,
+    WorkerState,
+    affinity_key,
+    can_ever_hold,
+    can_hand_over,
+    check_ttft,
+    rendezvous,
+)
 from messages.errors import CapacityError, RequestError, WorkerError
 from messages.fleet import WorkerInfo
 from messages.route import Placement, RouteRequest
@@ -17,11 +26,54 @@ from messages.route import Placement, RouteRequest
 _MAX_SHARE = 1.25  #: of the mean number of sequences
 
 
-def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: Mapping[str, int]) -> Placement:
+class OwnQueues:
+    """The prefill that waits for whoever computes it, of the requests that one ingress placed itself."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, WorkerState] = {}
+        self._placed: dict[str, str] = {}  #: worker id, by request
+
+    def set_fleet(self, workers: Iterable[WorkerInfo]) -> None:
+        """Take in which workers are there."""
+        self._workers = {info.worker_id: self._workers.get(info.worker_id) or WorkerState(info) for info in workers}
+
+    def add(self, request: RouteRequest, placement: Placement) -> None:
+        """Count a request that was placed, by whomever, until it ends here."""
+        self.end(request.request_id)
+        worker_id = placement.prefill_worker or placement.decode_worker
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        start = max(placement.decode_match_tokens, placement.prefill_match_tokens)
+        start = min(start, request.num_prompt_tokens - 1)
+        computing_s = _computed_s(request, worker.info, start)
+        short_s = computing_s if request.num_prompt_tokens - start <= SHORT_TOKENS else 0.0
+        worker.reserve(request.request_id, Reserved(computing_s, 0, 0, short_s))
+        self._placed[request.request_id] = worker_id
+
+    def end(self, request_id: str) -> None:
+        """Count a request no longer: its first token came, or nothing will; unknown ids are ignored."""
+        worker = self._workers.get(self._placed.pop(request_id, ""))
+        if worker is not None:
+            worker.release(request_id)
+
+    def wait_s(self, worker_id: str, num_tokens: int) -> float:
+        """Return the seconds that a prompt of so many tokens waits for those before it."""
+        worker = self._workers.get(worker_id)
+        return 0.0 if worker is None else worker.queue_s(num_tokens)
+
+
+def choose(
+    request: RouteRequest,
+    workers: Sequence[WorkerInfo],
+    num_sequences: Mapping[str, int],
+    queues: OwnQueues,
+    max_ttft_s: float,
+) -> Placement:
     """Choose where `request` runs. `num_sequences`: by worker id, as far as the caller knows; absent means none.
 
     Raises:
-        CapacityError: there is no decode worker (503).
+        CapacityError: there is no decode worker (503), or the predicted time to first token is beyond `max_ttft_s`.
         WorkerError: all decode workers are excluded.
         RequestError: the prompt fits none of them.
     """
@@ -53,20 +105,27 @@ def choose(request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: 
         here_s = _computed_s(request, decode)
         if here_s + harm_s(here_s, num_sequences.get(decode.worker_id, 0)) <= there_s:
             prefill = None
+    computing = prefill or decode
+    own_s = there_s if prefill else _computed_s(request, decode)
+    queue_s = queues.wait_s(computing.worker_id, request.num_prompt_tokens)
+    excess = num_sequences.get(decode.worker_id, 0) + request.num_sequences - decode.max_num_seqs
+    delay_s = queue_s + max(0, excess) / decode.max_num_seqs * Assumptions().sequence_s
+    check_ttft(delay_s, own_s, max_ttft_s)
     return Placement(
         request_id=request.request_id,
         decode_worker=decode.worker_id,
         decode_address=decode.address,
         prefill_worker=prefill.worker_id if prefill else None,
         prefill_address=prefill.address if prefill else None,
-        prefill_s=there_s if prefill else 0.0,
+        prefill_s=there_s + queue_s if prefill else 0.0,
+        predicted_ttft_s=delay_s + own_s,
         reason="no router: rendezvous hashing of the first blocks",
     )
 
 
-def _computed_s(request: RouteRequest, worker: WorkerInfo) -> float:
-    """Return the seconds that the whole prompt takes, by what the worker measured at its start."""
-    return compute_s(worker.compute or ASSUMED_COMPUTE, Computation.of(0, request.num_prompt_tokens))
+def _computed_s(request: RouteRequest, worker: WorkerInfo, start: int = 0) -> float:
+    """Return the seconds that the prompt takes from token `start` on, by what the worker measured at its start."""
+    return compute_s(worker.compute or ASSUMED_COMPUTE, Computation.of(start, request.num_prompt_tokens))
 
 
 def _handed_over_s(request: RouteRequest, prefill: WorkerInfo, decode: WorkerInfo) -> float:

@@ -8,6 +8,8 @@ For one request, each decode worker d, alone or with a prefill worker p that can
     cost                = time to first token
                         + harm to the sequences on d: one more beside them, and its prefill where d does that
 
+Workers keep a share of steps, slots and blocks for short prompts: one that has little to compute waits for such alone.
+
 Prices are those that workers learn about themselves and about each source that they pull from (kvcache.price); before
 their first measurement, and for what nobody measures, those of `Assumptions`.
 """
@@ -23,7 +25,19 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, HARM_WEIGHT, Computation, compute_s, handoff_s, harm_s
+from kvcache.price import (
+    ASSUMED_COMPUTE,
+    ASSUMED_MOVE,
+    HARM_WEIGHT,
+    SHORT_SHARE,
+    SHORT_TOKENS,
+    SHORT_WAITS,
+    Computation,
+    compute_s,
+    handoff_s,
+    harm_s,
+)
+from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import RouteRequest
@@ -52,6 +66,8 @@ class Reserved(NamedTuple):
     compute_s: float
     blocks: int
     sequences: int
+    short_s: float = 0.0  #: of a short prompt: compute_s
+    short_sequences: int = 0  #: of a short prompt: sequences
 
 
 @dataclass(slots=True)
@@ -61,9 +77,11 @@ class WorkerState:
     info: WorkerInfo
     load: LoadReport | None = None
     reserved: dict[str, Reserved] = field(default_factory=dict)  #: by request id
-    reserved_s: float = 0.0  #: the three are sums over `reserved`
+    reserved_s: float = 0.0  #: the five are sums over `reserved`
     reserved_blocks: int = 0
     reserved_sequences: int = 0
+    reserved_short_s: float = 0.0
+    reserved_short_sequences: int = 0
     moves: dict[str, MovePrice] = field(default_factory=dict)  #: by the source's address
     least_move: MovePrice | None = None  #: each part the least of `moves`
 
@@ -74,6 +92,8 @@ class WorkerState:
         self.reserved_s += reserved.compute_s
         self.reserved_blocks += reserved.blocks
         self.reserved_sequences += reserved.sequences
+        self.reserved_short_s += reserved.short_s
+        self.reserved_short_sequences += reserved.short_sequences
 
     def release(self, request_id: str) -> None:
         """Count a placement no longer; unknown ids are ignored."""
@@ -82,8 +102,10 @@ class WorkerState:
             self.reserved_s -= reserved.compute_s
             self.reserved_blocks -= reserved.blocks
             self.reserved_sequences -= reserved.sequences
+            self.reserved_short_s -= reserved.short_s
+            self.reserved_short_sequences -= reserved.short_sequences
             if not self.reserved:
-                self.reserved_s = 0.0  # what rounding left
+                self.reserved_s = self.reserved_short_s = 0.0  # what rounding left
 
     def report(self, load: LoadReport) -> None:
         """Take in the worker's report: the requests that it lists need no prediction any more."""
@@ -94,10 +116,17 @@ class WorkerState:
         for request_id in self.reserved.keys() & set(load.request_ids):
             self.release(request_id)
 
+    def queue_s(self, num_tokens: int) -> float:
+        """Return the seconds of prefill, reported and promised, that a prompt with so much to compute waits for."""
+        queue_s = self.reserved_s + (self.load.queued_s if self.load else 0.0)
+        if num_tokens > SHORT_TOKENS:
+            return queue_s
+        return min(queue_s, SHORT_WAITS * (self.reserved_short_s + (self.load.queued_short_s if self.load else 0.0)))
+
     @property
-    def queue_s(self) -> float:
-        """Seconds of prefill, reported and promised, that a new prompt waits for."""
-        return self.reserved_s + (self.load.queued_s if self.load else 0.0)
+    def num_short(self) -> int:
+        """Sequences with short prompts, running, waiting and promised."""
+        return self.reserved_short_sequences + (self.load.num_short if self.load else 0)
 
     @property
     def compute_price(self) -> ComputePrice | None:
@@ -142,8 +171,13 @@ class Candidate(NamedTuple):
 
     @property
     def delay_s(self) -> float:
-        """The part of the time to first token that is others' work: what admission looks at."""
+        """The part of the time to first token that is others' work."""
         return self.wait_s + self.queue_s
+
+    @property
+    def is_short(self) -> bool:
+        """Whether little of the prompt is to be computed."""
+        return self.num_computed_tokens <= SHORT_TOKENS
 
     def reason(self) -> str:
         """Say in a few words what the placement is worth, for people."""
@@ -265,7 +299,7 @@ class Pricing:
             prefill_match_tokens=0,
             num_computed_tokens=num_computed,
             wait_s=part.wait_s,
-            queue_s=decode.queue_s,
+            queue_s=decode.queue_s(num_computed),
             compute_s=computing_s,
             pull_s=0.0,
             harm_s=part.crowding_s + harm_s(computing_s, part.num_sequences),
@@ -302,7 +336,7 @@ class Pricing:
             num_held * info.block_size,
             (num_blocks - num_held) * info.block_bytes,
             num_sequences,
-            self._wait_s(decode, num_blocks - num_held, num_sequences),
+            self._wait_s(decode, num_held, num_blocks - num_held, num_sequences),
             HARM_WEIGHT * step_s * num_sequences,
         )
 
@@ -312,8 +346,8 @@ class Pricing:
         num_lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - num_held
         match_tokens = num_held * info.block_size
         num_computed = self._num_computed(match_tokens)
-        wait_s = self._wait_s(prefill, num_lacking, prefill.num_sequences)
-        queue_s, computing_s = prefill.queue_s, self._compute_s(prefill, num_computed)
+        wait_s = self._wait_s(prefill, num_held, num_lacking, prefill.num_sequences)
+        queue_s, computing_s = prefill.queue_s(num_computed), self._compute_s(prefill, num_computed)
         cost_s = wait_s + queue_s + computing_s
         return _PrefillPart(prefill, match_tokens, num_computed, wait_s, queue_s, computing_s, cost_s)
 
@@ -362,9 +396,15 @@ class Pricing:
             self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
         return self._road_moves[kind]
 
-    def _wait_s(self, worker: WorkerState, num_lacking_blocks: int, num_sequences: int) -> float:
+    def _wait_s(self, worker: WorkerState, num_held: int, num_lacking_blocks: int, num_sequences: int) -> float:
         """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""
         info, num_new = worker.info, self._request.num_sequences
+        if (
+            self._num_computed(num_held * info.block_size) <= SHORT_TOKENS
+            and worker.num_short + num_new <= int(SHORT_SHARE * info.max_num_seqs)
+            and num_lacking_blocks + num_new <= int(SHORT_SHARE * info.num_blocks)
+        ):
+            return 0.0
         missing_blocks = num_lacking_blocks + num_new - worker.free_blocks  # each choice writes a block of its own
         missing_slots = num_sequences + num_new - info.max_num_seqs
         if missing_blocks <= 0 and missing_slots <= 0:
@@ -398,6 +438,24 @@ def _least(prices: Iterable[MovePrice]) -> MovePrice:
     columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
     fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
     return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)
+
+
+def check_ttft(delay_s: float, own_s: float, max_ttft_s: float) -> None:
+    """Refuse a request that would wait too long: others' work, and its own, which counts up to half of the limit.
+
+    A prompt that takes longer than that by itself would else be refused even where nearly nobody waits.
+
+    Raises:
+        CapacityError: it passes the limit (429); says when to come again.
+    """
+    excess_s = delay_s + min(own_s, max_ttft_s / 2) - max_ttft_s
+    if excess_s > 0 and delay_s > 0:
+        raise CapacityError(
+            f"all workers are busy: the first token would come after {delay_s + own_s:.1f} s, "
+            f"{max_ttft_s:g} s are allowed",
+            code="overloaded",
+            retry_after_s=max(1.0, float(math.ceil(excess_s))),
+        )
 
 
 def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:

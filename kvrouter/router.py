@@ -22,6 +22,7 @@ from kvrouter.policy import (
     WorkerState,
     blocks_wanted,
     can_ever_hold,
+    check_ttft,
 )
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, WorkerInfo
@@ -40,7 +41,7 @@ class RouterConfig:
     """The router's own limits."""
 
     assumed: Assumptions = field(default_factory=Assumptions)
-    max_delay_s: float = 60.0  #: predicted wait and queue beyond which a request is refused (429)
+    max_ttft_s: float = 20.0  #: predicted time to first token beyond which a request is refused (429)
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
 
@@ -170,9 +171,15 @@ class Router:
         if self._workers.keys() != self._feeds.keys():
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         for worker_id, worker in self._workers.items():
-            sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0)
-            seen = (worker.reserved_s, worker.reserved_blocks, worker.reserved_sequences)
-            if sums[1:] != seen[1:] or abs(sums[0] - seen[0]) > 1e-6 * max(1.0, sums[0]):
+            sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0, 0, 0)
+            seen = (
+                worker.reserved_s,
+                worker.reserved_blocks,
+                worker.reserved_sequences,
+                worker.reserved_short_s,
+                worker.reserved_short_sequences,
+            )
+            if any(abs(a - b) > 1e-6 * max(1.0, a) for a, b in zip(sums, seen, strict=True)):
                 raise InvariantError(f"router: {worker_id} has {seen} reserved, its reservations add up to {sums}")
             strangers = [
                 request_id
@@ -224,13 +231,7 @@ class Router:
             )
         prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
         best = self._pricing(request).best(decodes, prefills)
-        excess_s = best.delay_s - self._config.max_delay_s
-        if excess_s > 0:
-            raise CapacityError(
-                f"all workers are busy for {best.delay_s:.1f} s, {self._config.max_delay_s:g} s are allowed",
-                code="overloaded",
-                retry_after_s=max(1.0, round(excess_s)),
-            )
+        check_ttft(best.delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
         return best
 
     def _candidates(self, role: str, request: RouteRequest) -> list[WorkerState]:
@@ -250,11 +251,11 @@ class Router:
         block_size = best.decode.info.block_size
         num_blocks = blocks_wanted(request, block_size) - best.decode_match_tokens // block_size
         here_s = best.compute_s if best.prefill is None else 0.0
-        best.decode.reserve(request_id, Reserved(here_s, num_blocks, request.num_sequences))
+        best.decode.reserve(request_id, _reserved(best, here_s, num_blocks, request.num_sequences))
         worker_ids = [best.decode.info.worker_id]
         if best.prefill is not None:
             num_blocks = blocks_wanted(request, block_size) - best.prefill_match_tokens // block_size
-            best.prefill.reserve(request_id, Reserved(best.compute_s, num_blocks, request.num_sequences))
+            best.prefill.reserve(request_id, _reserved(best, best.compute_s, num_blocks, request.num_sequences))
             worker_ids.append(best.prefill.info.worker_id)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
         self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s, expires_s)
@@ -347,3 +348,9 @@ class Router:
             if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:
                 instructions += self._ask_snapshot(worker_id, now_s)
         return instructions
+
+
+def _reserved(best: Candidate, computing_s: float, num_blocks: int, num_sequences: int) -> Reserved:
+    if best.is_short:
+        return Reserved(computing_s, num_blocks, num_sequences, computing_s, num_sequences)
+    return Reserved(computing_s, num_blocks, num_sequences)

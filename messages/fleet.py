@@ -51,6 +51,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     worker_id: str
     queued_s: float  #: of computing the prompt tokens that wait, by its own price
+    queued_short_s: float = 0.0  #: of that, for short prompts
+    num_short: int = 0  #: sequences, waiting or running, whose prompts were short
     num_waiting: int
     num_running: int
     free_blocks: int  #: free or evictable

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
@@ -49,7 +51,15 @@ from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
-from kvcache.price import ASSUMED_COMPUTE, Computation, compute_s, harm_s, is_clearly_cheaper
+from kvcache.price import (
+    ASSUMED_COMPUTE,
+    SHORT_SHARE,
+    SHORT_TOKENS,
+    Computation,
+    compute_s,
+    harm_s,
+    is_clearly_cheaper,
+)
 from messages.errors import ConfigError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.handoff import BlockLocation
 from messages.price import ComputePrice
@@ -108,6 +118,7 @@ class Scheduler:
         )
         self._step: list[tuple[SequenceStep, Sequence]] | None = None
         self._blocked: Sequence | None = None  # the most senior one that could start but for the room
+        self._is_full = False  # no short prompt finds room either
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
@@ -168,12 +179,27 @@ class Scheduler:
     @property
     def queued_s(self) -> float:
         """Seconds of computing, by `compute_price`, before all sequences decode."""
+        return sum(self._queue())
+
+    @property
+    def queued_short_s(self) -> float:
+        """Seconds of `queued_s` that are for prompts of which little is to be computed."""
+        return sum(self._queue(SHORT_TOKENS))
+
+    @property
+    def num_short(self) -> int:
+        """Sequences that wait or were admitted as short prompts, which long ones leave a share to."""
+        admitted = (*self._ledger.running.values(), *self._ledger.pulling.values())
+        return sum(not seq.is_long for seq in admitted) + sum(map(self._is_short, self._ledger.waiting))
+
+    def _queue(self, max_tokens: int = sys.maxsize) -> Iterator[float]:
+        """Yield the seconds of each prompt of which at most `max_tokens` are to be computed here."""
         price = self.compute_price
-        waiting = (seq for seq in self._ledger.waiting if not seq.wants_remote)
-        running = (seq for seq in self._ledger.running.values() if not seq.is_decoding)
-        return sum(
-            compute_s(price, Computation.of(seq.expected_match_tokens, seq.num_tokens)) for seq in waiting
-        ) + sum(compute_s(price, Computation.of(seq.num_computed, seq.num_tokens)) for seq in running)
+        spans = [(seq.expected_match_tokens, seq) for seq in self._ledger.waiting if not seq.wants_remote]
+        spans += [(seq.num_computed, seq) for seq in self._ledger.running.values() if not seq.is_decoding]
+        for start, seq in spans:
+            if seq.num_tokens - start <= max_tokens:
+                yield compute_s(price, Computation.of(start, seq.num_tokens))
 
     def declined_ids(self) -> tuple[str, ...]:
         """Return the ids of sequences whose prompt is computed here though it was placed with a prefill worker."""
@@ -258,7 +284,9 @@ class Scheduler:
         self._ledger.enqueue(seq)
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
-        if self._blocked is not None and seq.seniority < self._blocked.seniority:
+        if self._blocked is not None and (
+            seq.seniority < self._blocked.seniority or (not self._is_full and self._is_short(seq))
+        ):
             self._blocked = None
         if spec.deadline_s is not None:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
@@ -307,27 +335,36 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ admission
 
     def _admit(self, now_s: float, out: list[Instruction]) -> None:
-        """Take sequences out of the queue, by seniority, until one finds no room."""
+        """Take sequences out of the queue, by seniority, until one finds no room; then short ones, to their share."""
         if self._blocked is not None:
             return
         ledger = self._ledger
         position = 0
         while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
             seq = ledger.waiting[position]
-            if seq.lacks_grammar:
-                position += 1
-                continue
-            if seq.held_for in ledger.in_flight and now_s < seq.held_until_s:
+            is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
+            is_short = self._is_short(seq)
+            if seq.lacks_grammar or is_held_back or (self._blocked is not None and not is_short):
                 position += 1
                 continue
             matched = self._pool.match(seq.names[: seq.max_match_blocks])
             if self._hold_back(seq, len(matched), now_s):
                 position += 1
                 continue
-            if not self._has_room(seq, matched):
-                self._blocked = seq
+            if self._has_room(seq, matched, is_short=is_short):
+                seq.is_long = not is_short
+                self._start(seq, matched, now_s, out)
+                continue
+            self._blocked = self._blocked or seq
+            self._is_full = is_short
+            if is_short:
                 return
-            self._start(seq, matched, now_s, out)
+            position += 1
+
+    def _is_short(self, seq: Sequence) -> bool:
+        """Tell whether little of a waiting sequence is to be computed, by what the pool holds now."""
+        last_index = (seq.num_tokens - SHORT_TOKENS - 1) // seq.block_size
+        return last_index < 0 or (last_index < seq.max_match_blocks and self._pool.holds(seq.names[last_index]))
 
     def _hold_back(self, seq: Sequence, num_matched: int, now_s: float) -> bool:
         """Tell whether another is about to write the next block that `seq` lacks: so it is computed only once.
@@ -356,14 +393,23 @@ class Scheduler:
         seq.expected_match_tokens = end * seq.block_size
         return True
 
-    def _has_room(self, seq: Sequence, matched: list[int]) -> bool:
-        """Tell whether the pool has blocks for all known tokens of `seq` and of those that run already."""
+    def _has_room(self, seq: Sequence, matched: list[int], *, is_short: bool) -> bool:
+        """Tell whether the pool has blocks for all known tokens of `seq` and of those that run already.
+
+        A long prompt leaves a share of slots and blocks to short ones, unless it is alone.
+        """
         pool, ledger = self._pool, self._ledger
+        share = 0.0 if is_short else SHORT_SHARE
+        num_slots = self._config.max_num_seqs - int(share * self._config.max_num_seqs)
+        if self.num_running + self.num_pulling >= num_slots:
+            admitted = (*ledger.running.values(), *ledger.pulling.values())
+            if sum(other.is_long for other in admitted) >= num_slots:
+                return False
         available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
         wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
         if ledger.running or ledger.pulling:
             wanted += sum(other.num_lacking_blocks for other in ledger.running.values())
-            wanted += max(1, int(self._config.watermark * pool.num_blocks))
+            wanted += max(1, int(self._config.watermark * pool.num_blocks)) + int(share * pool.num_blocks)
         return wanted <= available
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:

@@ -75,6 +75,7 @@ class Sequence:
         "held_for",
         "held_until_s",
         "is_in_step",
+        "is_long",
         "names",
         "num_computed",
         "num_device_tokens",
@@ -119,6 +120,7 @@ class Sequence:
         self.num_peer_tokens = 0  #: prompt tokens that a peer had cached
         self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
         self.pull: RemotePull | None = None
+        self.is_long = False  #: since it was admitted: more of it was to be computed than of a short prompt
         self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (
             spec.num_prompt_tokens
         )

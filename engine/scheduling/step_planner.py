@@ -1,4 +1,7 @@
-"""What goes into the next step: decodes first, a row each, then chunks of prefill and of replay; a suspect alone."""
+"""What goes into the next step: decodes first, a row each, then chunks of prefill and of replay; a suspect alone.
+
+In every second step those of which little is left go first, whoever waits longer.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import SequenceStep, SlotBegins
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import ChunkBudget, StepCost
+from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError
 
 # A prefill that got nothing for so many steps goes before all others, whatever their priority.
@@ -24,6 +28,7 @@ class StepPlanner:
         self._quantum_tokens = quantum_tokens
         self._itl_target_s = itl_target_s
         self._was_suspects_turn = False
+        self._was_shorts_turn = False
 
     def plan(self) -> list[tuple[SequenceStep, Sequence]]:
         """Plan the parts of the next step, decode parts first, with blocks for all that they write. May preempt.
@@ -59,7 +64,12 @@ class StepPlanner:
         return sorted(planned, key=_is_prefill)  # stable
 
     def _plan_chunks(self, chunked: list[Sequence], planned: list[tuple[SequenceStep, Sequence]]) -> None:
-        """Plan chunks, short remainders first, for the lowest mean TTFT; who is passed over counts as ever shorter."""
+        """Plan chunks, short remainders first, for the lowest mean TTFT; who is passed over counts as ever shorter.
+
+        Where many wait all of them have been passed over for long: then short prompts have every second step to
+        themselves, or each would wait for a chunk of everybody else.
+        """
+        self._was_shorts_turn = not self._was_shorts_turn
         budget = ChunkBudget(
             self._cost,
             max_tokens=self._max_tokens,
@@ -67,7 +77,7 @@ class StepPlanner:
             decode_parts=[part for part, _ in planned],
             target_s=self._itl_target_s,
         )
-        for seq in sorted(chunked, key=_chunk_order):
+        for seq in sorted(chunked, key=_short_order if self._was_shorts_turn else _chunk_order):
             if seq.phase is not Phase.RUNNING:
                 continue
             self._ledger.extend_match(seq)
@@ -87,6 +97,10 @@ def _chunk_order(seq: Sequence) -> tuple[bool, int, int, int]:
     is_patient = seq.num_passed_over < _MAX_PASSED_OVER
     remaining = (seq.num_tokens - seq.num_computed) >> seq.num_passed_over
     return (is_patient, seq.spec.priority if is_patient else 0, remaining, seq.order)
+
+
+def _short_order(seq: Sequence) -> tuple[int, bool, tuple[bool, int, int, int]]:
+    return (seq.spec.priority, seq.num_tokens - seq.num_computed > SHORT_TOKENS, _chunk_order(seq))
 
 
 def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:

@@ -63,8 +63,8 @@ def placed(request_id: str, worker_id: str, **fields: object) -> Placement:
 class Ingress:
     """A table that is checked after every event, and what it said last."""
 
-    def __init__(self, *worker_ids: str, has_router: bool = True) -> None:
-        self.table = RequestTable(RequestLimits(request_timeout_s=600.0, lost_after_s=3.0))
+    def __init__(self, *worker_ids: str, has_router: bool = True, max_ttft_s: float = 20.0) -> None:
+        self.table = RequestTable(RequestLimits(request_timeout_s=600.0, lost_after_s=3.0, max_ttft_s=max_ttft_s))
         self.now_s = 100.0
         self.said: list[object] = []
         self.set_fleet(*worker_ids)

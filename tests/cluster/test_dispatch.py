@@ -109,7 +109,7 @@ async def started(model_dir):
     infos = [await worker.start() for worker in workers]
     router = RouterWorker("router-1", SECRET, "127.0.0.1", CHANNEL)
     router.set_fleet(infos)
-    dispatcher = Dispatcher(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=60.0))
+    dispatcher = Dispatcher(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0))
     dispatcher.set_workers("decode", infos)
     dispatcher.set_routers([router.address])
     yield Fleet(workers, router, dispatcher)

@@ -49,7 +49,10 @@ async def test_everything_that_workers_and_the_router_count_is_described(tmp_pat
     model_dir = make_tiny_model(tmp_path)
     router = Router()
     router.on_event(RouteRequest(request_id="r", names=b"", num_prompt_tokens=1, max_tokens=1), 0.0)
-    sources = [router.stats(), RequestTable(RequestLimits(request_timeout_s=1.0, lost_after_s=1.0)).stats()]
+    sources = [
+        router.stats(),
+        RequestTable(RequestLimits(request_timeout_s=1.0, lost_after_s=1.0, max_ttft_s=1.0)).stats(),
+    ]
     async with running_pair(worker_options(model_dir), worker_options(model_dir)) as pair:
         await pair.ingress.finish(pair.ingress.send("r", list(range(5, 105))))
         sources += [worker._worker._stats("q").values for worker in (pair.prefill, pair.decode)]

@@ -86,6 +86,31 @@ def test_without_a_router_workers_share_what_comes():
     assert max(counts.values()) <= 5  # a share and a quarter
 
 
+def test_without_a_router_who_would_wait_too_long_for_those_before_is_refused_and_a_first_token_makes_room():
+    ingress = Ingress("d1", has_router=False, max_ttft_s=0.19)  # 40 tokens at an assumed millisecond each
+    for request_id in ("a", "b", "c", "d", "x"):
+        ingress.tell(RequestAdded((ask(request_id),)))
+    [refused, ended] = ingress.said
+    assert (refused.chunk.error.status, refused.chunk.error.retry_after_s, ended) == (429, 1.0, End("x"))
+    ingress.tell(ChunksArrived("d1", [chunk("a", 7)]))
+    ingress.tell(RequestAdded((ask("e"),)))
+    assert [worker_id for worker_id, _ in ingress.sent()] == ["d1"]
+    ingress.tell(RequestLeft("b"))
+    ingress.tell(RequestAdded((ask("f"),)))
+    assert [worker_id for worker_id, _ in ingress.sent()] == ["d1"]
+
+
+def test_without_a_router_a_request_that_moves_is_not_refused_for_its_wait():
+    ingress = Ingress("d1", "d2", has_router=False, max_ttft_s=0.05)
+    for request_id in ("a", "b"):
+        ingress.tell(RequestAdded((ask(request_id),)))
+        [(worker_id, _)] = ingress.sent()
+    ingress.tell(WorkerLost(worker_id, "gone"))
+    [(other_id, message)] = ingress.sent()
+    assert other_id != worker_id
+    assert message.request_id == "b#2"
+
+
 def test_an_id_that_is_in_use_is_a_bug(ingress):
     ingress.run("d1")
     with pytest.raises(InvariantError, match="in use"):

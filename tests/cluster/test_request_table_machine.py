@@ -92,7 +92,7 @@ class RequestTableMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.table = RequestTable(RequestLimits(request_timeout_s=50.0, lost_after_s=3.0))
+        self.table = RequestTable(RequestLimits(request_timeout_s=50.0, lost_after_s=3.0, max_ttft_s=20.0))
         self.now_s = 0.0
         self.workers: dict[str, FakeWorker] = {}  #: that can be reached
         self.router: Router | None = None

@@ -1,5 +1,6 @@
 import random
 
+import msgspec
 import pytest
 
 from kvrouter.policy import (
@@ -11,8 +12,10 @@ from kvrouter.policy import (
     affinity_key,
     can_ever_hold,
     can_hand_over,
+    check_ttft,
     rendezvous,
 )
+from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import RouteRequest
@@ -75,9 +78,9 @@ def best(route, matches, decodes, prefills=()):
 
 def test_warm_worker_wins_until_its_queue_outweighs_its_cache():
     cold, warm = WorkerState(info("cold"), load("cold")), WorkerState(info("warm"))
-    warm.load = load("warm", queued_s=1.0)
+    warm.load = load("warm", queued_s=1.0, queued_short_s=0.5)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is warm
-    warm.load = load("warm", queued_s=2.0)
+    warm.load = load("warm", queued_s=2.0, queued_short_s=1.0)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is cold
 
 
@@ -253,10 +256,48 @@ def test_reservations_add_up_and_go_when_the_worker_reports_the_request():
     state.reserve("a", Reserved(compute_s=10.0, blocks=3, sequences=1))
     state.reserve("b", Reserved(compute_s=20.0, blocks=4, sequences=2))
     state.reserve("b", Reserved(compute_s=21.0, blocks=4, sequences=2))
-    assert (round(state.queue_s, 3), state.num_sequences, state.free_blocks) == (36, 4, 93)
+    assert (round(state.queue_s(999), 3), state.num_sequences, state.free_blocks) == (36, 4, 93)
     state.report(load("d", queued_s=7.0, num_running=3, free_blocks=90, request_ids=("b", "x")))
-    assert (round(state.queue_s, 3), state.num_sequences, state.free_blocks) == (17, 4, 87)
+    assert (round(state.queue_s(999), 3), state.num_sequences, state.free_blocks) == (17, 4, 87)
     assert list(state.reserved) == ["a"]
+
+
+def test_a_short_prompt_waits_for_short_ones_alone():
+    state = WorkerState(info("d"), load("d", queued_s=30.0, queued_short_s=1.0, num_short=3))
+    state.reserve("long", Reserved(10.0, 3, 1))
+    state.reserve("short", Reserved(0.5, 4, 2, 0.5, 2))
+    assert (state.queue_s(257), state.queue_s(256), state.num_short) == (40.5, 3.0, 5)
+    state.report(load("d", queued_s=1.0, queued_short_s=1.0, request_ids=("long", "short")))
+    assert (state.queue_s(257), state.queue_s(256), state.num_short) == (1.0, 1.0, 0)
+
+
+def test_a_short_prompt_finds_a_slot_where_long_ones_have_taken_all_of_theirs():
+    full = load("d", num_running=240, num_waiting=500, num_short=0)
+    state = WorkerState(info("d"), full)
+    assert best(request(4000), {}, [state], []).wait_s > 10
+    assert best(request(200), {}, [state], []).wait_s == 0
+    state.load = msgspec.structs.replace(full, num_short=16)
+    assert best(request(200), {}, [state], []).wait_s > 10
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "own_s", "retry_after_s"),
+    [
+        (15.0, 5.0, None),
+        (15.0, 5.1, 1.0),
+        (30.0, 2.0, 12.0),
+        (9.0, 500.0, None),
+        (13.5, 500.0, 4.0),
+        (0.0, 500.0, None),
+    ],
+)
+def test_a_first_token_beyond_the_limit_is_refused_until_it_is_within(delay_s, own_s, retry_after_s):
+    if retry_after_s is None:
+        check_ttft(delay_s, own_s, 20.0)
+        return
+    with pytest.raises(CapacityError, match=f"after {delay_s + own_s:.1f} s, 20 s are allowed") as caught:
+        check_ttft(delay_s, own_s, 20.0)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, retry_after_s)
 
 
 def test_rendezvous_moves_only_the_keys_of_the_worker_that_left():

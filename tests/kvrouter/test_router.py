@@ -228,7 +228,7 @@ def test_reservation_ends_with_the_workers_report_the_end_or_its_deadline():
     fleet = Fleet(info("d"), config=RouterConfig(reservation_grace_s=2.0))
 
     def queued():
-        (candidate,) = fleet.router.explain(request())
+        (candidate,) = fleet.router.explain(request(num_blocks=20))
         return candidate.queue_s
 
     fleet.route(request_id="a")
@@ -274,7 +274,7 @@ def test_report_from_before_a_placement_does_not_undo_it():
     fleet = Fleet(info("d"))
     fleet.route(request_id="a")
     fleet.tell(load("d"))
-    assert fleet.router.explain(request())[0].queue_s > 0
+    assert fleet.router.explain(request(num_blocks=20))[0].queue_s > 0
 
 
 def test_request_routed_anew_is_reserved_once():
@@ -299,20 +299,31 @@ def test_nobody_there_is_503_all_excluded_is_a_worker_error_and_too_long_is_the_
 
 
 def test_saturated_fleet_is_429_with_a_time_to_come_back_and_counts_nothing():
-    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
     fleet.tell(load("d", queued_s=20.0))
-    failed = fleet.route()
-    assert (failed.error.kind, failed.error.status, failed.error.retry_after_s) == ("CapacityError", 429, 15.0)
+    failed = fleet.route(num_blocks=20)
+    assert (failed.error.kind, failed.error.status, failed.error.retry_after_s) == ("CapacityError", 429, 16.0)
     assert fleet.router.stats()["kvray_router_reservations"] == 0
 
 
+def test_short_requests_have_a_share_that_long_ones_do_not_fill():
+    fleet = Fleet(info("d"), info("p", "prefill"), config=RouterConfig(max_ttft_s=5.0))
+    answers = [fleet.route(request_id=f"long{i}", chain=i, num_blocks=100) for i in range(20)]
+    assert isinstance(answers[-1], RouteFailed)
+    short = fleet.route(request_id="short", chain=99, num_blocks=2)
+    assert isinstance(short, Placement)
+    assert short.predicted_ttft_s < 0.1
+    answers = [fleet.route(request_id=f"short{i}", chain=99, num_blocks=10) for i in range(100)]
+    assert isinstance(answers[-1], RouteFailed)  # their share has an end, too
+
+
 def test_huge_prompt_on_an_idle_fleet_is_not_refused_for_its_own_length():
-    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
     assert isinstance(fleet.route(num_blocks=500), Placement)
 
 
 def test_burst_beyond_what_is_allowed_to_wait_is_refused_early():
-    fleet = Fleet(info("d"), config=RouterConfig(max_delay_s=5.0))
+    fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
     answers = [fleet.route(request_id=f"r{i}", num_blocks=20) for i in range(40)]
     kinds = [isinstance(answer, Placement) for answer in answers]
     assert kinds == sorted(kinds, reverse=True)

@@ -518,3 +518,59 @@ def test_a_deadline_does_not_wait_for_a_grammar(bench: Bench) -> None:
     [ended] = emitted(bench.post(TimePassed()))
     assert (ended.seq_id, ended.finish_reason) == ("a", "error")
     assert bench.scheduler.seq_ids() == ()
+
+
+# ------------------------------------------------------------------------------------------- the share of short prompts
+
+
+def running(bench: Bench) -> set[str]:
+    return set(bench.scheduler._ledger.running)
+
+
+def test_long_prompts_leave_slots_to_short_ones() -> None:
+    bench = Bench(num_blocks=4000, max_model_len=2000, max_num_seqs=32)
+    long_ids = ["l" * number for number in range(1, 34)]
+    for seq_id in long_ids:
+        bench.add(seq_id, 300)
+    assert running(bench) == set(long_ids[:30])
+    bench.add("short", 20)
+    bench.add("other", 256)
+    assert running(bench) == {*long_ids[:30], "short", "other"}
+    bench.add("one too many", 20)
+    assert len(running(bench)) == 32
+    assert (bench.scheduler.num_short, bench.scheduler.num_waiting) == (3, 4)
+    bench.post(SequenceCancelled("l"))  # the senior one gets its slot
+    assert long_ids[30] in running(bench)
+    bench.post(SequenceCancelled("short"))  # and a short one that of a short one
+    assert "one too many" in running(bench)
+
+
+def test_a_long_prompt_whose_head_is_held_is_a_short_one() -> None:
+    bench = Bench(num_blocks=4000, max_model_len=2000, max_num_seqs=16)
+    head = list(range(5000, 5300))
+    bench.add("before", head, max_tokens=1)
+    bench.run()
+    for number in range(1, 17):
+        bench.add("l" * number, 300)
+    assert len(running(bench)) == 15
+    bench.add("next turn", [*head, 1, 2, 3])
+    assert "next turn" in running(bench)
+
+
+def test_long_prompts_leave_blocks_to_short_ones() -> None:
+    bench = Bench(num_blocks=160, max_model_len=640)
+    bench.add("a", 300)
+    bench.add("b", 300)  # 75 blocks each: together they would take 150 of 160, of which 10 are kept free
+    assert running(bench) == {"a"}
+    bench.add("short", 20)
+    assert running(bench) == {"a", "short"}
+    bench.post(SequenceCancelled("a"))
+    bench.post(SequenceCancelled("short"))
+    assert running(bench) == {"b"}
+
+
+def test_the_queue_of_short_prompts_is_told_apart(bench: Bench) -> None:
+    bench = Bench(num_blocks=4000, max_model_len=2000)
+    bench.add("long", 1000)
+    bench.add("short", 200)
+    assert (bench.scheduler.queued_s, bench.scheduler.queued_short_s) == pytest.approx((1.2, 0.2))

@@ -120,6 +120,20 @@ def test_who_was_passed_over_sixteen_times_goes_before_the_most_urgent():
     assert (patient.num_passed_over, urgent.num_passed_over) == (0, 1)
 
 
+def test_a_short_prompt_does_not_wait_for_a_chunk_of_each_long_one():
+    bench = Planner(max_tokens=8, num_blocks=4096)
+    for number in range(20):
+        bench.running(f"long{number}", 300).num_passed_over = 16 + number
+    bench.running("short", 64)
+    turns = []
+    for _ in range(4):
+        [part] = bench.plan()
+        bench.finish(part)
+        turns.append(part.seq_id)
+    assert turns.count("short") == 2  # every second step is its own, the others' turn is not lost
+    assert len(set(turns)) == 3
+
+
 # -------------------------------------------------------------------------------------------------------------- chunks
 
 
