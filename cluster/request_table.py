@@ -10,8 +10,9 @@ one client asked for: one sequence per choice, all on one worker. Tokens are del
 often the request moves: a worker goes on after the tokens it is given, exactly as the one before would have.
 
 Each time a request is routed its sequences get ids that were not used before, so that what comes late, from a router
-that was given up or a worker that was left, meets no id. Messages to one process arrive in the order in which they
-were sent: RequestEnded after a RouteRequest ends the reservation, whether or not the answer is there yet.
+that was given up or a worker that was left, meets no id; and a chunk says which output token it begins with, so that
+none is delivered twice and none is missing. Messages to one process arrive in the order in which they were sent:
+RequestEnded after a RouteRequest ends the reservation, whether or not the answer is there yet.
 """
 
 from __future__ import annotations
@@ -419,6 +420,9 @@ class RequestTable:
             self._unplace(sequence, out, tells_worker=False)
             self._move(request, error_from_info(chunk.error), now_s, out, is_lost=False)
             return
+        if chunk.token_ids and chunk.position != len(sequence.token_ids):
+            self._take_strange_chunk(sequence, chunk, now_s, out)
+            return
         sequence.is_alone = chunk.is_alone
         if not chunk.token_ids and chunk.finish_reason is None:
             return  # of a suspect: a step of its own begins or has ended
@@ -430,6 +434,18 @@ class RequestTable:
             self._end_sequence(sequence, out, tells_worker=False)
         if request.is_suspect and chunk.error is None:
             self._clear_if_harmless(request)
+
+    def _take_strange_chunk(self, sequence: _Sequence, chunk: TokenChunk, now_s: float, out: list[Instruction]) -> None:
+        """Drop tokens that were delivered already; where some are missing another worker goes on with what there is."""
+        request, num_delivered = sequence.request, len(sequence.token_ids)
+        if chunk.position < num_delivered:
+            out.append(Warn(f"{request.worker_id} sent output token {chunk.position} of {chunk.request_id} again"))
+            return
+        error = WorkerError(
+            f"the worker {request.worker_id} sent output token {chunk.position}, wanted {num_delivered}",
+            code="stream_broken",
+        )
+        self._move(request, error, now_s, out, is_lost=False)
 
     def _clear_if_harmless(self, request: _Request) -> None:
         if all(len(one.token_ids) >= one.suspect_until_tokens for one in request.sequences.values()):

@@ -189,10 +189,11 @@ StreamInstruction: TypeAlias = Reply | TellScheduler | AskOwner | TellOwner | Be
 # ----------------------------------------------------------------------------------------------------------- the book
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Stream:
     ingress: bytes
     request: GenerateRequest
+    position: int  #: output tokens so far, those given with the request included
 
 
 @dataclass(slots=True)
@@ -294,10 +295,11 @@ class StreamBook:
         request = event.request
         if request.request_id in self._streams:
             return []  # it came twice
-        self._streams[request.request_id] = _Stream(event.ingress, request)
+        token_ids = unpack_tokens(request.token_ids)
+        self._streams[request.request_id] = _Stream(event.ingress, request, len(token_ids) - request.num_prompt_tokens)
         spec = SequenceSpec(
             seq_id=request.request_id,
-            token_ids=unpack_tokens(request.token_ids),
+            token_ids=token_ids,
             num_prompt_tokens=request.num_prompt_tokens,
             params=request.params,
             salt=request.salt,
@@ -333,6 +335,7 @@ class StreamBook:
             return []
         chunk = TokenChunk(
             request_id=emitted.seq_id,
+            position=stream.position,
             token_ids=emitted.token_ids,
             logprobs=emitted.logprobs,
             prompt_logprobs=emitted.prompt_logprobs,
@@ -342,6 +345,7 @@ class StreamBook:
             finish_reason=emitted.finish_reason,
             error=None if emitted.error is None else emitted.error.info(),
         )
+        stream.position += len(emitted.token_ids)
         if emitted.finish_reason is None:
             return [Reply(stream.ingress, chunk)]
         del self._streams[emitted.seq_id]

@@ -43,6 +43,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step yields for one sequence. `finish_reason` is set on its last chunk, and only there."""
 
     request_id: str
+    position: int = 0  #: of the first of token_ids in the output, of which a worker may have been given the beginning
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []  #: one per token id where asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  #: on the first chunk where asked for; [0] is None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from cluster.request_events import (
+    ChunksArrived,
     Deliver,
     End,
     FleetChanged,
@@ -76,9 +79,21 @@ class Ingress:
         self.tell(FleetChanged({one.worker_id: one for one in infos}))
 
     def tell(self, event: object) -> list[object]:
+        """Chunks that say no position go on where the last one ended."""
+        if isinstance(event, ChunksArrived):
+            event = ChunksArrived(event.worker_id, self._in_place(event.chunks))
         self.said = self.table.on_event(event, self.now_s)
         self.table.check_invariants()
         return self.said
+
+    def _in_place(self, chunks: list[TokenChunk]) -> list[TokenChunk]:
+        ends = {placed_id: len(sequence.token_ids) for placed_id, sequence in self.table._placed.items()}
+        found = []
+        for one in chunks:
+            position = one.position or ends.get(one.request_id, 0)
+            found.append(msgspec.structs.replace(one, position=position))
+            ends[one.request_id] = position + len(one.token_ids)
+        return found
 
     def wait(self, seconds: float) -> list[object]:
         self.now_s += seconds

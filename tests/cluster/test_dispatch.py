@@ -83,6 +83,7 @@ class Fleet:
                 and not self.router.router.stats()["kvray_router_requests"]
             )
         )
+        assert self.router.router.stats().get("kvray_router_forgotten_total", 0) == 0, "told, not only swept"
         assert len(self.dispatcher.table) == 0
         assert self.dispatcher._queues == {}
         self.dispatcher.table.check_invariants()

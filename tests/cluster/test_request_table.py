@@ -48,6 +48,7 @@ def test_a_request_goes_to_the_router_then_to_the_worker_it_names_and_its_chunks
     assert (message.prefill_worker, message.prefill_address) == ("p1", "tcp://p1:1")
     assert message.deadline_s == pytest.approx(599.5)
     chunks = [chunk("r", 1, sources=SOURCES), chunk("r", 2), chunk("r", 3, finish_reason="length")]
+    chunks = [msgspec.structs.replace(one, position=index) for index, one in enumerate(chunks)]
     assert ingress.tell(ChunksArrived("d2", chunks[:2])) == [Deliver("r", chunks[0]), Deliver("r", chunks[1])]
     assert ingress.tell(ChunksArrived("d2", chunks[2:])) == [
         Deliver("r", chunks[2]),
@@ -286,7 +287,7 @@ def test_a_request_whose_worker_is_lost_goes_on_elsewhere_after_the_tokens_that_
     logprob = TokenLogprob(3, -1.0, 1)
     again = chunk(message.request_id, 3, sources=SOURCES, logprobs=[logprob], finish_reason="stop", stop_token_id=3)
     ingress.tell(ChunksArrived("d2", [again]))
-    assert ingress.delivered() == [chunk("r", 3, logprobs=[logprob], finish_reason="stop", stop_token_id=3)]
+    assert ingress.delivered() == [chunk("r", 3, position=2, logprobs=[logprob], finish_reason="stop", stop_token_id=3)]
     assert ingress.told_ended() == [route.request_id]
     assert ingress.has_ended()
 
@@ -324,6 +325,29 @@ def test_what_comes_late_from_a_worker_that_was_left_is_dropped(ingress):
     ingress.tell(placed(route.request_id, "d2"))
     assert ingress.tell(ChunksArrived("d1", [chunk("r", 1), chunk(route.request_id, 1)])) == []
     assert ingress.tell(WorkerLost("d1", "silent")) == []
+
+
+def test_a_token_that_comes_again_is_not_delivered_again(ingress):
+    ingress.tell(RequestAdded((ask(),)))
+    ingress.tell(placed("r", "d1"))
+    ingress.tell(ChunksArrived("d1", [chunk("r", 5, 6, 7)]))
+    ingress.tell(ChunksArrived("d1", [chunk("r", 6, position=1)]))
+    assert [type(one) for one in ingress.said] == [Warn]
+    ingress.tell(ChunksArrived("d1", [chunk("r", 8, position=3, finish_reason="length")]))
+    assert ingress.said[0] == Deliver("r", chunk("r", 8, position=3, finish_reason="length"))
+
+
+def test_where_tokens_are_missing_another_worker_goes_on_after_those_that_came(ingress):
+    ingress.tell(RequestAdded((ask(),)))
+    ingress.tell(placed("r", "d1"))
+    ingress.tell(ChunksArrived("d1", [chunk("r", 5)]))
+    ingress.tell(ChunksArrived("d1", [chunk("r", 7, position=2)]))
+    assert ingress.cancelled() == [("d1", "r")]
+    (route,) = ingress.asked()
+    assert (route.request_id, route.exclude) == ("r#2", ("d1",))
+    ingress.tell(placed("r#2", "d2"))
+    ((_, message),) = ingress.sent()
+    assert unpack_tokens(message.token_ids)[40:] == [5]
 
 
 def test_when_a_worker_fails_one_choice_its_siblings_move_with_it(ingress):

@@ -75,6 +75,7 @@ class FakeWorker:
             chunk(
                 request_id,
                 output[-1],
+                position=len(output) - 1,
                 sources=SOURCES if is_first else None,
                 finish_reason="length" if is_last else None,
             )
