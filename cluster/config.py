@@ -126,6 +126,8 @@ class ConnectionsConfig(_Section, frozen=True):
     header_timeout_s: Annotated[int, Meta(ge=1, le=3600)] = 10  #: from connecting, or a request's first byte
     body_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 60  #: from the end of the headers
     idle_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 90  #: after an answer; longer than clients keep theirs
+    #: for which a client reads nothing of an answer that waits for it; then its request is cancelled
+    unread_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 30
 
 
 class NetworkConfig(_Section, frozen=True):

@@ -1,14 +1,15 @@
 """The HTTP server of an ingress: uvicorn's, and what one client, or all of them together, may hold of it.
 
 An ingress stands alone on its port. uvicorn bounds idle connections, and buffers of a body that nobody reads; the rest
-is here: the size of a request's head, the time for head and body, bodies that arrive, connections in all. Who is beyond
-a limit gets an error in OpenAI's form and is disconnected, in time and without a trace in the others' latency: one look
-at all connections per second, no timer per request.
+is here: the size of a request's head, the time for head and body, bodies that arrive, connections in all, answers that
+nobody reads. Who is beyond a limit gets an error in OpenAI's form and is disconnected, in time, counted, and without a
+trace in the others' latency: one look at all connections per second, no timer per request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,9 @@ from messages.errors import CapacityError, KvrayError, RequestError
 
 _LOOK_S: Final = 1.0  #: between two looks at all connections
 _LINGER_S: Final = 2.0  #: for a refused client to read why: with bytes of its own unread, closing would reset it
+#: Of an answer, in our buffer, and in the kernel's before it is sent: what is beyond waits for the client. How much
+#: lies unread at the client's end is its own affair, and not seen here.
+_MAX_UNSENT_BYTES: Final = 16 * 2**10
 _MAX_PIPELINED: Final = 16  #: requests on one connection behind the one being answered
 _UVICORN: Final[dict[str, Any]] = {
     "ws": "none",
@@ -37,17 +41,23 @@ _UVICORN: Final[dict[str, Any]] = {
 }
 
 
-def http_server(app: ASGIApp, limits: ConnectionsConfig) -> uvicorn.Server:
-    """Make the server that answers with `app`; `serve(sockets=[...])` runs it."""
-    protocol: Any = partial(Connection, Connections(limits))
+def http_server(app: ASGIApp, limits: ConnectionsConfig, count: Callable[[str], None]) -> uvicorn.Server:
+    """Make the server that answers with `app`; `serve(sockets=[...])` runs it.
+
+    `count` is told of each connection that is ended, why: what was beyond its limit, or "invalid_http".
+    """
+    protocol: Any = partial(Connection, Connections(limits, count))
     return uvicorn.Server(uvicorn.Config(app, http=protocol, timeout_keep_alive=limits.idle_timeout_s, **_UVICORN))
 
 
 class Connections:
     """All connections of one server, what they hold together, and who has to go. One event loop."""
 
-    def __init__(self, limits: ConnectionsConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: ConnectionsConfig, count: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limits = limits
+        self.count = count
         self.clock = clock
         self._all: set[Connection] = set()
         self._receiving: dict[Connection, int] = {}  #: bytes so far of bodies that are not there as a whole
@@ -63,6 +73,7 @@ class Connections:
                 # Whoever fills the server with connections loses the oldest of them, and keeps nobody out.
                 oldest = min(waiting)[2]
                 self._all.discard(oldest)
+                self.count("too_many_connections")
                 oldest.drop()
                 is_full = False
         self._all.add(connection)
@@ -121,16 +132,25 @@ class Connection(HttpToolsProtocol):
         self._has_begun = False  #: a request whose end is not there yet
         self._num_field_bytes = 0  #: of the request's target, headers and trailers
         self._num_raw_bytes = 0  #: that came since the request's begin or the last piece of its body
+        self._unread: tuple[int, float] | None = None  #: bytes that wait for the client to read, and since when
         self._refusal: KvrayError | None = None
         self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Wait for a request, if there is room for one more connection."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_MAX_UNSENT_BYTES)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            connected = transport.get_extra_info("socket")
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
         self.waits_since_s = self._connections.clock()
         self._ends_s = self.waits_since_s + self._limits.header_timeout_s
         if not self._connections.add(self):
-            self.refuse(CapacityError("too many connections, want fewer", status=503, retry_after_s=1))
+            self.refuse(
+                CapacityError(
+                    "too many connections, want fewer", status=503, code="too_many_connections", retry_after_s=1
+                )
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back all that was held."""
@@ -170,7 +190,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Run the request, and expect its body within the time for it."""
         if len(self.pipeline) >= _MAX_PIPELINED:
-            self._refuse_here(CapacityError("too many requests at once on one connection", status=503))
+            error = CapacityError("too many requests at once on one connection", status=503, code="too_many_pipelined")
+            self._refuse_here(error)
         super().on_headers_complete()
         self.waits_since_s = None
         self._num_raw_bytes = 0
@@ -185,7 +206,9 @@ class Connection(HttpToolsProtocol):
         heaviest = self._connections.add_body(self, len(body))
         if heaviest is None:
             return
-        refusal = CapacityError("too many bytes of bodies arrive at once, want fewer", status=503, retry_after_s=1)
+        refusal = CapacityError(
+            "too many bytes of bodies arrive at once, want fewer", status=503, code="too_many_bytes", retry_after_s=1
+        )
         if heaviest is self:
             self._refuse_here(refusal)
         heaviest.refuse(refusal)
@@ -208,7 +231,11 @@ class Connection(HttpToolsProtocol):
                 self._expect(self._limits.idle_timeout_s)
 
     def look(self, now_s: float) -> None:
-        """Refuse the client if what it owes is late. Twice seen late, for the loop itself may have been."""
+        """Refuse the client if what it owes is late, or if it does not read what it asked for.
+
+        Twice seen late, for the loop itself may have been.
+        """
+        self._look_for_reader(now_s)
         if self._ends_s is None or self.transport.is_closing():
             return
         if self.flow.read_paused:
@@ -218,15 +245,33 @@ class Connection(HttpToolsProtocol):
         elif not self._is_late:
             self._is_late = True
         elif self._is_refused or not self._has_begun:
+            if not self._is_refused:
+                self._connections.count("idle")
             self.drop()  # a client that asked nothing would take an answer for that to its next request
         else:
             self.refuse(RequestError("the request did not arrive in time", code="request_timeout", status=408))
 
+    def resume_writing(self) -> None:
+        """Go on with an answer: the client has read what waited for it."""
+        self._unread = None
+        super().resume_writing()
+
+    def _look_for_reader(self, now_s: float) -> None:
+        if not self.flow.write_paused or self.transport.is_closing():
+            return
+        num_bytes = self.transport.get_write_buffer_size()  # nothing is added while it is paused
+        if self._unread is None or num_bytes < self._unread[0]:
+            self._unread = (num_bytes, now_s)
+        elif now_s - self._unread[1] >= self._limits.unread_timeout_s:
+            self._connections.count("unread")
+            self.drop()  # what runs for it hears that the client left
+
     def refuse(self, error: KvrayError) -> None:
-        """Answer with `error`, unless another answer has begun, and disconnect."""
+        """Answer with `error`, unless another answer has begun, and disconnect; counted by the error's code."""
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
+        self._connections.count(error.code or type(error).__name__)
         self.waits_since_s = self._connections.clock()
         self._unset_keepalive_if_required()
         self._connections.end_body(self)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -61,6 +61,7 @@ _RECONNECT_MAX_S = 2.0
 class DispatchOptions:
     """The settings of a Dispatcher."""
 
+    ingress_id: str  #: by which its numbers are told apart from others'
     secret: ClusterSecret
     channel: ChannelConfig
     request_timeout_s: float
@@ -78,8 +79,10 @@ class _Connection:
 class Dispatcher:
     """A `cluster.openai.backend.Backend` over a fleet of workers. All methods belong to the running event loop."""
 
-    def __init__(self, options: DispatchOptions) -> None:
+    def __init__(self, options: DispatchOptions, values: Callable[[], Mapping[str, float]] = dict) -> None:
+        """Make it ready on the running loop. `values`: what else this ingress counts, to be shown by the others too."""
         self._options = options
+        self._values = values
         self._loop = asyncio.get_running_loop()
         self.table = RequestTable(
             RequestLimits(
@@ -99,6 +102,7 @@ class Dispatcher:
         self._query_ids = itertools.count()
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
+        self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -168,7 +172,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Hang up on the router and all workers; no request may be under way."""
-        for timer in (self._router_timer, self._tick_timer):
+        for timer in (self._router_timer, self._tick_timer, self._tell_timer):
             if timer is not None:
                 timer.cancel()
         if self._fleet_stats is not None:
@@ -276,9 +280,20 @@ class Dispatcher:
         return [answer for answer in answers if isinstance(answer, Stats)]
 
     async def metrics(self) -> list[Metric]:
-        """Return the fleet's numbers, each with the worker and role it comes from, and this dispatcher's own."""
-        fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in await self.fleet_stats()]
-        return families([({}, self.table.stats()), *fleet])
+        """Return the fleet's numbers, each with whom it comes from, and of this ingress what the dispatcher counts."""
+        stats = await self.fleet_stats()
+        own = ({"ingress": self._options.ingress_id}, self.table.stats())
+        others = [({"ingress": told.worker_id}, told.values) for one in stats for told in one.ingresses]
+        fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in stats]
+        return families([own, *others, *fleet])
+
+    def _tell_stats(self) -> None:
+        """Tell the router what this ingress counts, for whoever is asked for the numbers of all."""
+        self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
+        if self._router is not None:
+            values = {**self.table.stats(), **self._values()}
+            stats = Stats(query_id="", worker_id=self._options.ingress_id, role="ingress", values=values)
+            self._router.client.send(stats)
 
     async def _ask_stats(self, connection: _Connection) -> Stats:
         query_id = f"{os.getpid()}-{next(self._query_ids)}"

@@ -1,7 +1,7 @@
-"""The numbers of workers, routers and the dispatcher as Prometheus knows them: families with a help text and a type.
+"""The numbers of workers, routers and ingresses as Prometheus knows them: families with a help text and a type.
 
-Workers count under names with labels, `name{label="value"}` (messages.fleet.Stats); this is the one place that takes
-them apart. Names that end in _total are counters, all others gauges.
+They count under names with labels, `name{label="value"}` (messages.fleet.Stats); this is the one place that takes them
+apart. Names that end in _total are counters, in _bucket, _sum or _count parts of a histogram, all others gauges.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 #: By the name of the family; units are in the names.
 HELP: Final = {
@@ -27,15 +27,14 @@ HELP: Final = {
     "kvray_blocks_recomputed_total": "KV blocks that were computed because they did not arrive whole and verified",
     "kvray_blocks_rejected_total": "Pulled KV blocks that were not used, by what was wrong with them",
     "kvray_decode_step_seconds": "Median time of a step that only decodes",
-    "kvray_generated_tokens_total": "Tokens that the worker generated",
+    "kvray_generated_tokens_total": "Tokens that the worker sampled",
     "kvray_leases": "Prompts whose KV blocks are held for decode workers",
     "kvray_leases_expired_total": "Leases that ended because nobody renewed them",
     "kvray_preemptions_total": "Sequences whose blocks were taken for more senior ones",
     "kvray_prefill_prompts_total": "Prompts that decode workers asked for",
     "kvray_prefill_refused_total": "Prompts that a prefill worker refused or was lost with",
-    "kvray_prefill_tokens_per_s": "Measured speed of prefill",
+    "kvray_prefill_tokens_per_second": "Measured speed of prefill",
     "kvray_process_cpu_seconds_total": "Processor time of the worker's process",
-    "kvray_prompt_tokens_total": "Prompt tokens by where their KV came from",
     "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
     "kvray_pulls_running": "Pulls of KV blocks in progress",
     "kvray_queued_tokens": "Tokens to be computed before all sequences decode",
@@ -63,8 +62,10 @@ HELP: Final = {
     "kvray_transfer_bytes_total": "Bytes pulled, by road",
     "kvray_transfer_seconds_total": "Time in which something was pulled, by road",
     "kvray_transfers_failed_total": "Transfers that failed, by road",
+    "kvray_worker_prompt_tokens_total": "Prompt tokens at a worker by where it had their KV from",
 }
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+_PART_OF_HISTOGRAM: Final = re.compile("(.*)_(bucket|sum|count)")
 
 
 def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -> list[Metric]:
@@ -74,16 +75,15 @@ def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -
         sources: for each the labels that all of its numbers get, and the numbers by name with labels.
 
     Returns:
-        One family for each name and set of labels; one whose name is not in HELP says only that.
+        One family for each name; one whose name is not in HELP says only that.
     """
-    found: dict[tuple[str, tuple[str, ...]], CounterMetricFamily | GaugeMetricFamily] = {}
+    found: dict[str, Metric] = {}
     for common, values in sources:
         for full_name, value in values.items():
             name, _, text = full_name.partition("{")
-            labels = {**common, **dict(_LABEL.findall(text))}
-            key = (name, tuple(labels))
-            if key not in found:
-                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                found[key] = kind(name, HELP.get(name, "Not described"), labels=key[1])
-            found[key].add_metric(list(labels.values()), value)
+            part = _PART_OF_HISTOGRAM.fullmatch(name)
+            kind = "histogram" if part else "counter" if name.endswith("_total") else "gauge"
+            family_name = part[1] if part else name.removesuffix("_total")
+            family = found.setdefault(family_name, Metric(family_name, HELP.get(name, "Not described"), kind))
+            family.add_sample(name, {**common, **dict(_LABEL.findall(text))}, value)
     return list(found.values())

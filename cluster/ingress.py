@@ -23,6 +23,7 @@ from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
+from cluster.openai.metrics import HttpMetrics
 from cluster.replica import prepare_replica
 from cluster.status import fleet_status
 from messages.errors import WorkerError
@@ -56,13 +57,17 @@ class Ingress:
         """
         prepare_replica(config.log.level, config.log.format)
         self._config = config
+        ingress_id = serve.get_replica_context().replica_id.unique_id
+        self._metrics = HttpMetrics(ingress_id)
         self._dispatcher = Dispatcher(
             DispatchOptions(
+                ingress_id=ingress_id,
                 secret=cluster_secret(config.network.secret_file),
                 channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
                 request_timeout_s=config.http.request_timeout_s,
                 max_ttft_s=config.http.max_ttft_s,
-            )
+            ),
+            self._metrics.values,
         )
         self._has_worker = asyncio.Event()
         watch = FleetWatch(app_name)
@@ -78,7 +83,8 @@ class Ingress:
         self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
         self._serving: asyncio.Task[None] | None = None
         if listener is not None:
-            server = http_server(self._app, config.connections)
+            ended = self._metrics.connections_ended
+            server = http_server(self._app, config.connections, lambda reason: ended.labels(reason).inc())
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
 
     async def check_health(self) -> None:
@@ -105,6 +111,7 @@ class Ingress:
                 uses_priority=http.client_priority == "use",
             ),
             tool_parser=self._config.model.tool_parser,
+            metrics=self._metrics,
         )
 
         @app.get("/status", summary="What is running where, for `kvray status`")

@@ -77,7 +77,7 @@ def _row(worker: dict[str, Any]) -> tuple[str, ...]:
         f"{values.get('kvray_blocks_free', 0):.0f}/{worker['num_blocks']}",
         f"{values.get('kvray_sequences_running', 0):.0f}",
         f"{values.get('kvray_sequences_waiting', 0):.0f}",
-        f"{values.get('kvray_prefill_tokens_per_s', 0):.0f}",
+        f"{values.get('kvray_prefill_tokens_per_second', 0):.0f}",
         f"{1000 * values.get('kvray_decode_step_seconds', 0):.1f}",
     )
 

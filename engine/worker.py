@@ -47,9 +47,9 @@ _REPORT_MIN_S = 0.02  #: and at most this often
 #: the scheduler's counters as operators see them
 _METRICS = {
     "num_preemptions": "kvray_preemptions_total",
-    "num_prompt_tokens_device": 'kvray_prompt_tokens_total{source="device"}',
-    "num_prompt_tokens_peer": 'kvray_prompt_tokens_total{source="peer"}',
-    "num_prompt_tokens_computed": 'kvray_prompt_tokens_total{source="computed"}',
+    "num_prompt_tokens_device": 'kvray_worker_prompt_tokens_total{source="device"}',
+    "num_prompt_tokens_peer": 'kvray_worker_prompt_tokens_total{source="peer"}',
+    "num_prompt_tokens_computed": 'kvray_worker_prompt_tokens_total{source="computed"}',
     "num_generated_tokens": "kvray_generated_tokens_total",
     "num_rejected_blocks": "kvray_blocks_recomputed_total",
     "num_remote_fallbacks": "kvray_remote_fallbacks_total",
@@ -349,7 +349,7 @@ class EngineWorker:
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
             "kvray_sequences_running": float(engine.scheduler.num_running),
             "kvray_queued_tokens": float(engine.scheduler.queued_tokens),
-            "kvray_prefill_tokens_per_s": float(engine.scheduler.prefill_tokens_per_s),
+            "kvray_prefill_tokens_per_second": float(engine.scheduler.prefill_tokens_per_s),
             "kvray_decode_step_seconds": float(engine.scheduler.decode_step_s),
             "kvray_steps_total": float(self.driver.num_steps),
             "kvray_step_seconds_total": self.driver.busy_s,

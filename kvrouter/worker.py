@@ -65,6 +65,7 @@ class RouterWorker:
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, _Link] = {}
         self._requests: dict[PeerId, set[str]] = {}  # placed and not ended, by ingress
+        self._ingresses: dict[PeerId, Stats] = {}  # what each told last
         self.router = Router(config or RouterConfig())
         self._server = ChannelServer(secret, host, self._on_ingress_message, self._on_ingress_lost, self._channel)
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
@@ -143,14 +144,21 @@ class RouterWorker:
                 self._requests.get(peer, set()).discard(message.request_id)
                 self._decide(message)
             case GetStats(query_id=query_id):
-                values = self.router.stats()
-                self._server.send(
-                    peer, Stats(query_id=query_id, worker_id=self._worker_id, role="router", values=values)
+                stats = Stats(
+                    query_id=query_id,
+                    worker_id=self._worker_id,
+                    role="router",
+                    values=self.router.stats(),
+                    ingresses=tuple(told for other, told in self._ingresses.items() if other != peer),
                 )
+                self._server.send(peer, stats)
+            case Stats():
+                self._ingresses[peer] = message
             case _:
                 logger.warning("router: unexpected %s from an ingress", type(message).__name__)
 
     def _on_ingress_lost(self, peer: PeerId) -> None:
+        self._ingresses.pop(peer, None)
         for request_id in self._requests.pop(peer, ()):
             self._decide(RequestEnded(request_id=request_id))
 

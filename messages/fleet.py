@@ -80,10 +80,14 @@ class RoadStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Counters and gauges by metric name; labels as `name{a="b"}`."""
+    """Counters and gauges by metric name; labels as `name{a="b"}`.
+
+    An ingress tells the router its own every second, unasked: a scrape of one of them shows all.
+    """
 
     query_id: str
     worker_id: str
     role: str
     values: dict[str, float]
     roads: tuple[RoadStatus, ...] = ()
+    ingresses: tuple[Stats, ...] = ()  #: of the router: what other ingresses than the one that asks told last

@@ -45,6 +45,7 @@ def create_app(
     limits: HttpLimits | None = None,
     api_keys: Sequence[str] = (),
     tool_parser: ToolFormat | None = None,
+    metrics: HttpMetrics | None = None,
 ) -> FastAPI:
     """Create the application. Nothing runs before the first request; everything happens on one event loop.
 
@@ -56,6 +57,7 @@ def create_app(
         limits: what one client may ask for.
         api_keys: where there are any, every path but /health, /ready and /version wants one of them.
         tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
+        metrics: where to count; None: in ones of its own.
     """
     kind = tool_parser or tool_format(tokenizer)
     marks = MARKS[kind] if kind else ()
@@ -66,7 +68,7 @@ def create_app(
         tokenizer=tokenizer,
         grammars=GrammarChecks(model, tokenizer, limits),
         limits=limits,
-        metrics=HttpMetrics(),
+        metrics=metrics or HttpMetrics(),
         tool_format=kind,
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
         max_token_chars=_max_token_chars(tokenizer),

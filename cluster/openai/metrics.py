@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,9 +19,13 @@ SOURCES: Final = ("device", "host", "peer", "disk", "computed")
 
 
 class HttpMetrics:
-    """One registry per application, so that several can live in a process."""
+    """What one ingress counts, in a registry of its own, so that several can live in a process.
 
-    def __init__(self) -> None:
+    A page shows several ingresses: the own numbers get the label `ingress` where it has a name.
+    """
+
+    def __init__(self, ingress: str = "") -> None:
+        self._labels = {"ingress": ingress} if ingress else {}
         self.registry = CollectorRegistry()
         registry = self.registry
         self.http_requests = Counter(
@@ -33,6 +37,12 @@ class HttpMetrics:
         self.disconnects = Counter(
             "kvray_client_disconnects_total", "Requests whose client left before the end", registry=registry
         )
+        self.connections_ended = Counter(
+            "kvray_connections_ended_total",
+            "Connections that were ended because the client was beyond a limit, by which",
+            ["reason"],
+            registry=registry,
+        )
         self.running = Gauge("kvray_requests_running", "Generation requests not yet answered", registry=registry)
         self.finished = Counter(
             "kvray_choices_finished_total",
@@ -41,9 +51,14 @@ class HttpMetrics:
             registry=registry,
         )
         self.prompt_tokens = Counter(
-            "kvray_prompt_tokens_total", "Prompt tokens by where their KV came from", ["source"], registry=registry
+            "kvray_prompt_tokens_total",
+            "Prompt tokens of answered requests, by where their KV came from",
+            ["source"],
+            registry=registry,
         )
-        self.generation_tokens = Counter("kvray_generation_tokens_total", "Tokens generated", registry=registry)
+        self.generation_tokens = Counter(
+            "kvray_generation_tokens_total", "Tokens generated for clients", registry=registry
+        )
         self.time_to_first_token = Histogram(
             "kvray_time_to_first_token_seconds",
             "To the first token",
@@ -62,11 +77,32 @@ class HttpMetrics:
         for source in SOURCES:
             self.prompt_tokens.labels(source)
 
+    def values(self) -> dict[str, float]:
+        """Return the samples by name with labels, as `messages.fleet.Stats` has them."""
+        return {
+            sample.name + (_written(sample.labels) if sample.labels else ""): sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
     def text(self, more: Iterable[Metric]) -> bytes:
         """Return the surface's families and `more` in the Prometheus text format, each family once."""
         page = CollectorRegistry()
-        page.register(_Merged([*self.registry.collect(), *more]))
+        page.register(_Merged([*self._labelled(), *more]))
         return generate_latest(page)
+
+    def _labelled(self) -> Iterator[Metric]:
+        for family in self.registry.collect():
+            own = Metric(family.name, family.documentation, family.type)
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    own.add_sample(sample.name, {**self._labels, **sample.labels}, sample.value)
+            yield own
+
+
+def _written(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
 
 
 class _Merged(Collector):

@@ -499,6 +499,7 @@ class Scheduler:
             sampled = result.sampled.get(seq.seq_id)
             if sampled is None:
                 raise InvariantError(f"the step gave neither a token nor an error for sequence {seq.seq_id!r}")
+            self._num_generated_tokens += 1
             self._append(seq, sampled, out)
         elif seq.spec.is_kept:
             self._offer(seq, out, is_last=False)
@@ -511,7 +512,6 @@ class Scheduler:
             self._ledger.end(seq)
             return
         seq.token_ids.append(sampled.token_id)
-        self._num_generated_tokens += 1
         reason = self._finish_reason(seq)
         if seq.spec.is_kept:
             self._offer(seq, out, is_last=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ConnectionsConfig
 from cluster.connections import Connections
@@ -26,16 +27,20 @@ from cluster.config import ConnectionsConfig
 from cluster.connections import http_server
 from cluster.openai.app import create_app
 from cluster.openai.backend import HttpLimits
+from cluster.openai.metrics import HttpMetrics
 from tests.cluster.openai.conftest import FakeBackend, make_tokenizer, served
 backend = FakeBackend(make_tokenizer())
 backend.delay_s = float(sys.argv[2])
-backend.says("x" * 100)
+backend.says("x" * int(sys.argv[3]))
+metrics = HttpMetrics()
 app = create_app(
-    backend, served(backend.tokenizer), backend.tokenizer, version="1", limits=HttpLimits(max_body_bytes=8 * 2**20)
+    backend, served(backend.tokenizer, max_model_len=10**6), backend.tokenizer, version="1", metrics=metrics,
+    limits=HttpLimits(max_body_bytes=8 * 2**20),
 )
 listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
 print(listener.getsockname()[1], flush=True)
-asyncio.run(http_server(app, ConnectionsConfig(**json.loads(sys.argv[1]))).serve(sockets=[listener]))
+count = lambda reason: metrics.connections_ended.labels(reason).inc()
+asyncio.run(http_server(app, ConnectionsConfig(**json.loads(sys.argv[1])), count).serve(sockets=[listener]))
 """
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 STREAM = json.dumps({"prompt": "a", "stream": True, "max_tokens": 40}).encode()
@@ -56,6 +61,16 @@ class Server:
     def resident_bytes(self) -> int:
         return self.process.memory_info().rss
 
+    def metric(self, name: str, label: str = "") -> dict[str, float]:
+        """The values of a family by one of its labels."""
+        page = httpx.get(f"{self.url}/metrics", timeout=5).text
+        (family,) = [one for one in text_string_to_metric_families(page) if one.name == name]
+        return {one.labels.get(label, ""): one.value for one in family.samples if not one.name.endswith("_created")}
+
+    def counted(self) -> dict[str, float]:
+        """Connections that were ended, by why."""
+        return self.metric("kvray_connections_ended", "reason")
+
     def is_well(self) -> bool:
         """A request of usual size is answered, soon."""
         body = {"prompt": "a" * 20_000, "max_tokens": 1}
@@ -66,8 +81,8 @@ class Server:
 def start():
     with contextlib.ExitStack() as stack:
 
-        def start(delay_s: float = 0.0, **limits: int) -> Server:
-            arguments = [json.dumps(limits), str(delay_s)]
+        def start(delay_s: float = 0.0, num_tokens: int = 100, **limits: int) -> Server:
+            arguments = [json.dumps(limits), str(delay_s), str(num_tokens)]
             process = stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", SERVER, *arguments],
@@ -153,7 +168,7 @@ def test_half_sent_bodies_are_bounded_all_together_and_keep_nobody_out(start):
     assert most_bytes < 64 * MIB
     assert server.is_well()
     answers = [code_of(answer) for answer in closed_within(clients, 10) if answer]
-    assert set(answers) == {(503, "service_unavailable"), (408, "request_timeout")}
+    assert set(answers) == {(503, "too_many_bytes"), (408, "request_timeout")}
     assert server.is_well()
 
 
@@ -187,7 +202,42 @@ def test_a_full_server_closes_who_waits_longest_and_refuses_where_all_are_busy(s
     streams = [server.connect(HEAD % len(STREAM) + STREAM) for _ in range(8)]
     assert all(stream.recv(12) == b"HTTP/1.1 200" for stream in streams)
     assert all(answer == b"" for answer in closed_within(waiting, 2))
-    assert [code_of(answer) for answer in closed_within([server.connect()], 5)] == [(503, "service_unavailable")]
+    assert [code_of(answer) for answer in closed_within([server.connect()], 5)] == [(503, "too_many_connections")]
+    for stream in streams:
+        stream.close()
+    ends_s = time.monotonic() + 5
+    while not server.is_well():
+        assert time.monotonic() < ends_s
+    assert server.counted()["too_many_connections"] >= 9
+
+
+def test_who_does_not_read_gives_its_slot_up_and_who_reads_slowly_does_not(start):
+    server = start(num_tokens=3000, unread_timeout_s=3)
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 3000}).encode()
+    clients = []
+    for _ in range(11):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else much fits into the kernel
+        client.connect(server.address)
+        client.settimeout(20)
+        client.sendall(HEAD % len(body) + body)
+        clients.append(client)
+    slow, *unread = clients
+    ends_s = time.monotonic() + 20
+    while server.counted() != {"unread": 10.0}:
+        assert time.monotonic() < ends_s, server.counted()
+        assert slow.recv(16384)
+        time.sleep(0.2)
+    assert server.metric("kvray_requests_running") == {"": 1.0}
+    for client in unread:
+        with contextlib.suppress(ConnectionError):
+            while client.recv(65536):
+                pass
+        client.close()
+    told = b""
+    while b"[DONE]" not in told[-200:]:
+        told = told[-200:] + slow.recv(65536)
+    assert server.counted() == {"unread": 10.0}
 
 
 def test_too_many_requests_at_once_on_one_connection_are_cut(start):
@@ -214,7 +264,7 @@ def test_a_usual_client_notices_nothing(start):
 
 
 def test_the_heaviest_body_gives_way_and_what_ended_is_not_counted():
-    book = Connections(ConnectionsConfig(max_receiving_bytes=1024))
+    book = Connections(ConnectionsConfig(max_receiving_bytes=1024), lambda _: None)
     light, heavy = object(), object()
     assert book.add_body(heavy, 900) is None
     assert book.add_body(light, 124) is None

@@ -46,7 +46,9 @@ async def fleet(tmp_path) -> AsyncGenerator[Fleet, None]:
             msgspec.structs.replace(worker.info, worker_id=f"decode-{number}") for number, worker in enumerate(workers)
         ]
         dispatcher = Dispatcher(
-            DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0)
+            DispatchOptions(
+                ingress_id="ingress-1", secret=SECRET, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0
+            )
         )
         dispatcher.set_workers("decode", infos)
         yield Fleet(dispatcher, Reference(model_dir), workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import random
@@ -11,11 +12,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import httpx
 import pytest
 import pytest_asyncio
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.openai.app import create_app
 from cluster.openai.backend import ServedModel
+from cluster.openai.metrics import HttpMetrics
 from decode.worker import DecodeWorker
 from kvcache.names import pack_tokens
 from kvrouter.worker import RouterWorker
@@ -110,7 +113,9 @@ async def started(model_dir):
     infos = [await worker.start() for worker in workers]
     router = RouterWorker("router-1", SECRET, "127.0.0.1", CHANNEL)
     router.set_fleet(infos)
-    dispatcher = Dispatcher(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0))
+    dispatcher = Dispatcher(
+        DispatchOptions(ingress_id="ingress-1", secret=SECRET, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0)
+    )
     dispatcher.set_workers("decode", infos)
     dispatcher.set_routers([router.address])
     yield Fleet(workers, router, dispatcher)
@@ -368,6 +373,41 @@ async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatche
     assert found["kvray_requests_moved"].samples[0].value >= 1
     assert {sample.labels["by"] for sample in found["kvray_requests_placed"].samples} == {"router", "hashing"}
     assert "Not described" not in page
+
+
+async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, http):
+    (router_address,) = fleet.dispatcher._router_addresses
+    count = HttpMetrics("ingress-2")
+    count.generation_tokens.inc(7)
+    other = Dispatcher(dataclasses.replace(fleet.dispatcher._options, ingress_id="ingress-2"), count.values)
+    other.set_routers([router_address])
+    await complete(http)
+
+    async def page() -> dict[str, Metric]:
+        fleet.dispatcher._stats_end_s = 0.0
+        text = (await http.get("/metrics")).text
+        names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")]
+        assert len(names) == len(set(names))
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
+    async def page_with(*ingresses: str) -> dict[str, Metric]:
+        async with asyncio.timeout(10):
+            while True:
+                found = await page()
+                if {sample.labels["ingress"] for sample in found["kvray_requests_moved"].samples} == set(ingresses):
+                    return found
+                await asyncio.sleep(0.1)
+
+    found = await page_with("ingress-1", "ingress-2")
+    ingresses = {sample.labels.get("ingress") for sample in found["kvray_requests_placed"].samples}
+    assert ingresses == {"ingress-1", "ingress-2"}
+    tokens = {sample.labels.get("ingress", "own"): sample.value for sample in found["kvray_generation_tokens"].samples}
+    assert tokens["ingress-2"] == 7.0
+    latency = found["kvray_request_latency_seconds"]
+    assert latency.type == "histogram"
+    assert {sample.labels.get("ingress", "own") for sample in latency.samples} == {"own", "ingress-2"}
+    other.close()
+    await page_with("ingress-1")
 
 
 async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet):

@@ -28,7 +28,7 @@ class FakeDispatcher:
             "kvray_blocks_free": 1200.0,
             "kvray_sequences_running": 3.0,
             "kvray_sequences_waiting": 1.0,
-            "kvray_prefill_tokens_per_s": 15321.4,
+            "kvray_prefill_tokens_per_second": 15321.4,
             "kvray_decode_step_seconds": 0.0123,
         }
         roads = (

@@ -262,7 +262,10 @@ def test_the_surfaces_families_and_the_fleets_are_one_page_with_each_family_once
         assert len(names) == len(set(names))
     found = {family.name: family for family in text_string_to_metric_families(text)}
     tokens = found["kvray_prompt_tokens"]
-    assert (tokens.type, tokens.documentation) == ("counter", "Prompt tokens by where their KV came from")
+    assert (tokens.type, tokens.documentation) == (
+        "counter",
+        "Prompt tokens of answered requests, by where their KV came from",
+    )
     peers = [sample.labels for sample in tokens.samples if sample.labels["source"] == "peer"]
     assert peers == [{"source": "peer"}, {"worker": "d1", "source": "peer"}]
     assert all(family.documentation for family in found.values())
