@@ -24,6 +24,7 @@ from kvcache.names import pack_tokens
 from kvrouter.worker import RouterWorker
 from messages.fleet import Stats
 from messages.request import GenerateRequest, SamplingParams
+from messages.route import RouteRequest
 from messages.stream import TokenChunk
 from tests.models import EOS, VOCAB_SIZE, make_tiny_model
 from tests.reference import Reference
@@ -426,11 +427,47 @@ async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet
     await fleet.settle()
 
 
+# --------------------------------------------------------------------------------------------------- more than enough
+
+
+@pytest.mark.parametrize("has_router", [True, False])
+async def test_who_would_wait_too_long_is_told_when_to_come_again_and_a_short_request_is_served(
+    fleet, http, monkeypatch, has_router
+):
+    alone_s = fleet.router.router.explain(RouteRequest(request_id="r", names=b"", num_prompt_tokens=600, max_tokens=1))[
+        0
+    ].ttft_s
+    router, table = fleet.router.router, fleet.dispatcher.table
+    monkeypatch.setattr(router, "_config", dataclasses.replace(router._config, max_ttft_s=4 * alone_s))
+    monkeypatch.setattr(table, "_limits", dataclasses.replace(table._limits, max_ttft_s=4 * alone_s))
+    if not has_router:
+        fleet.dispatcher.set_routers([])
+        fleet.dispatcher._router.client._lose("cut by the test")
+        await eventually(lambda: not table._has_router)
+
+    async def ask(prompt: list[int]) -> httpx.Response:
+        return await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2, "ignore_eos": True})
+
+    asked = [asyncio.create_task(ask(prompt_of(600, seed=1000 + number))) for number in range(60)]
+    await eventually(lambda: any(task.done() and task.result().status_code == 429 for task in asked))
+    short = await ask(prompt_of(20, seed=2000))
+    replies = await asyncio.gather(*asked)
+    if not has_router:
+        fleet.dispatcher.set_routers([fleet.router.address])
+        await eventually(lambda: table._has_router)
+    assert short.status_code == 200, short.text
+    assert {reply.status_code for reply in replies} == {200, 429}
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+    assert {reply.json()["error"]["code"] for reply in refused} == {"overloaded"}
+    assert len(replies) - len(refused) >= 3, "every worker has some"
+
+
 # ----------------------------------------------------------------------------------------------------- another secret
 
 
 async def test_an_ingress_with_another_secret_tells_its_clients_so(fleet, caplog):
-    stranger = Dispatcher(DispatchOptions(secret=ClusterSecret.generate(), channel=CHANNEL, request_timeout_s=5.0))
+    stranger = Dispatcher(dataclasses.replace(fleet.dispatcher._options, secret=ClusterSecret.generate()))
     stranger.set_workers("decode", list(fleet.dispatcher.fleet.values()))
     stranger.set_routers([fleet.router.address])
     chunks = [chunk async for chunk in stranger.generate(asks(prompt_of(10)))]
@@ -442,4 +479,4 @@ async def test_an_ingress_with_another_secret_tells_its_clients_so(fleet, caplog
 
 
 async def test_options_show_no_secret(fleet):
-    assert SECRET.hex() not in repr(DispatchOptions(secret=SECRET, channel=CHANNEL, request_timeout_s=5.0))
+    assert SECRET.hex() not in repr(fleet.dispatcher._options)
