@@ -5,7 +5,8 @@
        |  '-preempt--|---'
        '---> pulling-'        (remote: another worker computes the prompt; falls back to computing here)
 
-`ledger` keeps the books, `step_planner` fills the steps, `remote_pulls` leads pulls to their end.
+`ledger` keeps the books, `room` tells who finds room, `step_planner` fills the steps, `remote_pulls` leads pulls to
+their end.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
 from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
+from engine.scheduling.room import Room
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
@@ -53,7 +55,6 @@ from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
 from kvcache.price import (
     ASSUMED_COMPUTE,
-    SHORT_SHARE,
     SHORT_TOKENS,
     Computation,
     compute_s,
@@ -108,6 +109,7 @@ class Scheduler:
         self._bounds = Bounds(config.max_model_len, self._max_model_len, config.vocab_size)
         self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
         self._ledger = SequenceLedger(pool)
+        self._room = Room(self._ledger, config.max_num_seqs, config.watermark)
         self._remote = RemotePulls(self._ledger)
         self._planner = StepPlanner(
             self._ledger,
@@ -189,8 +191,7 @@ class Scheduler:
     @property
     def num_short(self) -> int:
         """Sequences that wait or were admitted as short prompts, which long ones leave a share to."""
-        admitted = (*self._ledger.running.values(), *self._ledger.pulling.values())
-        return sum(not seq.is_long for seq in admitted) + sum(map(self._is_short, self._ledger.waiting))
+        return self._room.num_short
 
     def _queue(self, max_tokens: int = sys.maxsize) -> Iterator[float]:
         """Yield the seconds of each prompt of which at most `max_tokens` are to be computed here."""
@@ -285,7 +286,7 @@ class Scheduler:
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         if self._blocked is not None and (
-            seq.seniority < self._blocked.seniority or (not self._is_full and self._is_short(seq))
+            seq.seniority < self._blocked.seniority or (not self._is_full and self._room.is_short(seq))
         ):
             self._blocked = None
         if spec.deadline_s is not None:
@@ -343,7 +344,7 @@ class Scheduler:
         while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
             seq = ledger.waiting[position]
             is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
-            is_short = self._is_short(seq)
+            is_short = self._room.is_short(seq)
             if seq.lacks_grammar or is_held_back or (self._blocked is not None and not is_short):
                 position += 1
                 continue
@@ -351,7 +352,7 @@ class Scheduler:
             if self._hold_back(seq, len(matched), now_s):
                 position += 1
                 continue
-            if self._has_room(seq, matched, is_short=is_short):
+            if self._room.has(seq, matched, is_short=is_short):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 continue
@@ -360,11 +361,6 @@ class Scheduler:
             if is_short:
                 return
             position += 1
-
-    def _is_short(self, seq: Sequence) -> bool:
-        """Tell whether little of a waiting sequence is to be computed, by what the pool holds now."""
-        last_index = (seq.num_tokens - SHORT_TOKENS - 1) // seq.block_size
-        return last_index < 0 or (last_index < seq.max_match_blocks and self._pool.holds(seq.names[last_index]))
 
     def _hold_back(self, seq: Sequence, num_matched: int, now_s: float) -> bool:
         """Tell whether another is about to write the next block that `seq` lacks: so it is computed only once.
@@ -392,25 +388,6 @@ class Scheduler:
         seq.held_for, seq.held_until_s = seq.names[num_matched], until_s
         seq.expected_match_tokens = end * seq.block_size
         return True
-
-    def _has_room(self, seq: Sequence, matched: list[int], *, is_short: bool) -> bool:
-        """Tell whether the pool has blocks for all known tokens of `seq` and of those that run already.
-
-        A long prompt leaves a share of slots and blocks to short ones, unless it is alone.
-        """
-        pool, ledger = self._pool, self._ledger
-        share = 0.0 if is_short else SHORT_SHARE
-        num_slots = self._config.max_num_seqs - int(share * self._config.max_num_seqs)
-        if self.num_running + self.num_pulling >= num_slots:
-            admitted = (*ledger.running.values(), *ledger.pulling.values())
-            if sum(other.is_long for other in admitted) >= num_slots:
-                return False
-        available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
-        wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
-        if ledger.running or ledger.pulling:
-            wanted += sum(other.num_lacking_blocks for other in ledger.running.values())
-            wanted += max(1, int(self._config.watermark * pool.num_blocks)) + int(share * pool.num_blocks)
-        return wanted <= available
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched)
