@@ -310,7 +310,7 @@ class EngineWorker:
         scheduler, pool = self.engine.scheduler, self.engine.pool
         return LoadReport(
             worker_id=self.worker_id,
-            queued_s=scheduler.queued_s,
+            queued_s=scheduler.queued_s * scheduler.lateness.factor,
             queued_short_s=scheduler.queued_short_s,
             num_short=scheduler.num_short,
             num_waiting=scheduler.num_waiting,

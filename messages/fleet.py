@@ -50,8 +50,9 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A worker's load and measured rates, about once a second and after each admission or end."""
 
     worker_id: str
-    queued_s: float  #: of computing the prompt tokens that wait, by its own price
-    queued_short_s: float = 0.0  #: of that, for short prompts
+    #: until the prompts that wait are computed, by its own price and by how much longer that took lately
+    queued_s: float
+    queued_short_s: float = 0.0  #: of computing those of them that are short, by its price alone
     num_short: int = 0  #: sequences, waiting or running, whose prompts were short
     num_waiting: int
     num_running: int

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
 
+from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import (
     AskRemote,
@@ -108,6 +109,7 @@ class Scheduler:
         self._max_model_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
         self._bounds = Bounds(config.max_model_len, self._max_model_len, config.vocab_size)
         self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
+        self.lateness = Lateness()
         self._ledger = SequenceLedger(pool)
         self._room = Room(self._ledger, config.max_num_seqs, config.watermark)
         self._remote = RemotePulls(self._ledger)
@@ -283,6 +285,8 @@ class Scheduler:
             )
             return
         self._ledger.enqueue(seq)
+        if not seq.wants_remote and not self._room.is_short(seq):
+            seq.arrived_s, seq.expected_s = now_s, self.queued_s
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         if self._blocked is not None and (
@@ -493,6 +497,8 @@ class Scheduler:
         if seq.spec.is_kept:
             self._offer(seq, out, is_last=True)
         is_first = not seq.has_emitted
+        if is_first:
+            self.lateness.observe(seq.expected_s, self._now_s - seq.arrived_s)
         seq.has_emitted = True
         out.append(
             EmitTokens(

@@ -66,9 +66,11 @@ class Sequence:
 
     __slots__ = (
         "_namer",
+        "arrived_s",
         "block_size",
         "block_table",
         "expected_match_tokens",
+        "expected_s",
         "grammar",
         "has_declined",
         "has_emitted",
@@ -115,6 +117,8 @@ class Sequence:
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
         self.held_until_s = 0.0  #: by then that block is predicted to be there; nobody waits longer
         self.expected_match_tokens = 0  #: while held back: what will be there already
+        self.arrived_s = 0.0
+        self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool
         self.num_peer_tokens = 0  #: prompt tokens that a peer had cached
