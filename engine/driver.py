@@ -55,6 +55,7 @@ class EngineDriver:
         self._on_instructions = on_instructions
         self._on_crash = on_crash
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
+        self._is_closed = False
         self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -75,6 +76,7 @@ class EngineDriver:
 
     async def close(self) -> None:
         """Stop after the step in progress."""
+        self._is_closed = True
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         if self._task is not None:
@@ -150,6 +152,8 @@ class EngineDriver:
         future.add_done_callback(lambda done: None if done.cancelled() else self._tell(done.result))
 
     def _tell(self, outcome: Callable[[], Event]) -> None:
+        if self._is_closed:
+            return  # a compiler cannot be interrupted
         try:
             self.post(outcome())
         except BaseException as error:  # noqa: BLE001 - the edge, as above

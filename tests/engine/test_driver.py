@@ -221,6 +221,18 @@ async def test_steps_and_known_grammars_do_not_wait_for_one_that_is_compiled():
     await driver.close()
 
 
+async def test_a_grammar_that_is_ready_after_the_end_is_told_to_nobody():
+    engine = CompilingEngine(num_steps=0)
+    driver = EngineDriver(engine, lambda _: None, lambda _: None)
+    driver.start()
+    driver.post(asking("s", "new"))
+    await driver.close()
+    engine.may_end.set()
+    await until(lambda: engine.known)
+    await asyncio.sleep(0)
+    assert engine.compiled == []
+
+
 async def test_a_panic_of_the_compiler_is_reported_like_one_in_a_step():
     engine = CompilingEngine(num_steps=0, failure=Panic("at src/compiler.rs:7"))
     crashes: list[BaseException] = []
