@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from messages.handoff import KvHandoff, ReleaseLease
-from messages.request import CancelRequest
+from messages.request import CancelRequest, Grammar
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import Steps, engine_of, running_pair, taken_in, until, worker_options
+from text.tokenizer import Tokenizer
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
 from transport.protocol import Transport
 
@@ -88,6 +89,22 @@ async def test_a_sequence_that_moved_here_pulls_its_prompt_and_goes_on_exactly(m
             assert wanted[:num_generated] + got == wanted
             await pair.idle()
         assert pair.decode._worker.roads.stats()['kvray_transfer_bytes_total{road="shm"}'] > 0
+
+
+async def test_an_output_follows_its_grammar_from_prefills_first_token_on(model_dir):
+    options = worker_options(model_dir)
+    tokenizer = Tokenizer.load(model_dir)
+    async with running_pair(options, options) as pair:
+        grammar = Grammar(kind="choice", spec='["yes and no"]')
+        first, second, third = prompts(4, 100, 101, 50)
+        answers = [pair.ingress.send(f"r{len(prompt)}", prompt, grammar=grammar) for prompt in (first, second)]
+        bad = pair.ingress.send("bad", third, grammar=Grammar(kind="regex", spec="(["))
+        found = await pair.ingress.finish(*answers)
+        await until(bad.is_done.is_set)
+    assert [tokenizer.decode(token_ids)[:10] for token_ids in found] == ["yes and no"] * 2
+    assert bad.last is not None
+    assert bad.last.error is not None
+    assert "invalid regex" in bad.last.error.message
 
 
 async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
