@@ -7,11 +7,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "attention.h"
 #include "elementwise.h"
+#include "linear.h"
 
 namespace {
 
@@ -282,6 +285,155 @@ void rotate(const Tensor& rows, const Tensor& cosine, const Tensor& sine) {
   });
 }
 
+kvray::LinearPath linear_path(const std::string& name) {
+  if (name == "tiles" && kvray::may_use_tiles()) return kvray::LinearPath::kTiles;
+  if (name == "dot" && kvray::kHasBf16Dot) return kvray::LinearPath::kDot;
+  TORCH_CHECK(name == "fma", "linear path is ", name, ", want one of linear_paths()");
+  return kvray::LinearPath::kFma;
+}
+
+// Those that this machine can take, the fastest first.
+std::vector<std::string> linear_paths() {
+  std::vector<std::string> names;
+  if (kvray::may_use_tiles()) names.emplace_back("tiles");
+  if (kvray::kHasBf16Dot) names.emplace_back("dot");
+  names.emplace_back("fma");
+  return names;
+}
+
+int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// weights [num_groups, width, depth] to words [num_groups, blocks, panels, kPanelWords].
+Tensor pack_weights(const Tensor& weights, const std::string& path_name) {
+  const kvray::LinearPath path = linear_path(path_name);
+  TORCH_CHECK(weights.scalar_type() == at::kBFloat16 && weights.dim() == 3 && weights.is_contiguous(),
+              "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
+  const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
+  const int64_t blocks = ceil_div(width, kvray::kBlockColumns), panels = ceil_div(depth, kvray::kPanelDepth);
+  Tensor words = at::empty({groups, blocks, panels, kvray::kPanelWords}, weights.options().dtype(at::kInt));
+  const auto* from = pointer<const bf16>(weights);
+  auto* to = static_cast<uint32_t*>(words.data_ptr());
+  for_each(groups * blocks, [&](int64_t i) {
+    const int64_t group = i / blocks;
+    kvray::pack_weights(path, from + group * width * depth, width, depth, i % blocks,
+                        to + group * blocks * panels * kvray::kPanelWords);
+  });
+  return words;
+}
+
+Tensor unpack_weights(const Tensor& words, int64_t width, int64_t depth, const std::string& path_name) {
+  const kvray::LinearPath path = linear_path(path_name);
+  const int64_t groups = words.size(0), blocks = words.size(1), panels = words.size(2);
+  Tensor weights = at::empty({groups, width, depth}, words.options().dtype(at::kBFloat16));
+  const auto* from = static_cast<const uint32_t*>(words.const_data_ptr());
+  auto* to = pointer<bf16>(weights);
+  for_each(groups * blocks, [&](int64_t i) {
+    const int64_t group = i / blocks;
+    kvray::unpack_weights(path, from + group * blocks * panels * kvray::kPanelWords, width, depth, i % blocks,
+                          to + group * width * depth);
+  });
+  return weights;
+}
+
+// Memory of the calling thread, aligned to a page, kept between calls.
+char* scratch(size_t bytes) {
+  constexpr size_t kPage = 4096;
+  static thread_local std::vector<char> memory;
+  if (memory.size() < bytes + kPage) memory.resize(bytes + kPage);
+  return memory.data() + (kPage - reinterpret_cast<uintptr_t>(memory.data()) % kPage);
+}
+
+// y = x w' + bias, group g for the next counts[g] rows of x; y [num_rows, width].
+Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>& bias, int64_t width,
+              const std::vector<int64_t>& counts, const std::string& path_name) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
+              "x: want bfloat16 [num_rows, in_features]");
+  const int64_t num_rows = x.size(0), depth = x.size(1), groups = static_cast<int64_t>(counts.size());
+  const int64_t panels = ceil_div(depth, kvray::kPanelDepth), blocks = ceil_div(width, kvray::kBlockColumns);
+  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 4 &&
+                  words.size(0) == groups && words.size(1) == blocks && words.size(2) == panels &&
+                  words.size(3) == kvray::kPanelWords,
+              "weights packed as ", words.sizes(), ", want [", groups, ", ", blocks, ", ", panels, ", ",
+              kvray::kPanelWords, "]");
+  TORCH_CHECK(std::accumulate(counts.begin(), counts.end(), int64_t{0}) == num_rows &&
+                  std::all_of(counts.begin(), counts.end(), [](int64_t count) { return count >= 0; }),
+              "counts: want ", num_rows, " in all");
+  if (bias)
+    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() && bias->numel() == groups * width,
+                "bias: want contiguous bfloat16 [", groups, ", ", width, "]");
+  Tensor y = at::empty({num_rows, width}, x.options());
+  kvray::Linear job{};
+  job.path = linear_path(path_name);
+  job.x_row = x.stride(0);
+  job.width = width;
+  job.depth = depth;
+
+  struct Part {
+    kvray::Linear job;
+    kvray::LinearTasks tasks;
+    int64_t first_unit, first_task;
+  };
+  std::vector<Part> parts;
+  int64_t units = 0, tasks = 0, bytes = 0;
+  // Which part an item of all parts together belongs to.
+  const auto part_of = [&](int64_t item, int64_t Part::*first) -> const Part& {
+    return *(std::upper_bound(parts.begin(), parts.end(), item,
+                              [&](int64_t i, const Part& part) { return i < part.*first; }) -
+             1);
+  };
+  const auto multiply = [&] {
+    char* memory = scratch(bytes);
+    for (Part& part : parts) {
+      part.job.packed_rows = memory;
+      memory += part.job.num_units * part.job.unit_bytes;
+    }
+    at::parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const Part& part = part_of(i, &Part::first_unit);
+        kvray::pack_row_unit(part.job, i - part.first_unit);
+      }
+    });
+    for_each(tasks, [&](int64_t i) {
+      const Part& part = part_of(i, &Part::first_task);
+      kvray::linear_task(part.job, part.tasks, i - part.first_task);
+    });
+    parts.clear();
+    units = tasks = bytes = 0;
+  };
+  constexpr int64_t kMaxBytes = 32 << 20;  // of packed rows at a time
+  const int64_t pass = kvray::rows_per_pass(job.path, depth);
+  int64_t row = 0;
+  for (int64_t group = 0; group < groups; group++) {
+    job.weights = static_cast<const uint32_t*>(words.const_data_ptr()) + group * blocks * panels * kvray::kPanelWords;
+    job.bias = bias ? pointer<const bf16>(*bias) + group * width : nullptr;
+    for (const int64_t end = row + counts[group]; row < end; row += job.num_rows) {
+      job.x = pointer<const bf16>(x) + row * x.stride(0);
+      job.y = pointer<bf16>(y) + row * width;
+      job.num_rows = std::min(pass, end - row);
+      job.lay_out();
+      parts.push_back({job, kvray::cut_linear(job), units, tasks});
+      units += job.num_units;
+      tasks += parts.back().tasks.count;
+      bytes += job.num_units * job.unit_bytes;
+      if (bytes >= kMaxBytes) multiply();
+    }
+  }
+  if (!parts.empty()) multiply();
+  return y;
+}
+
+Tensor linear_by_definition(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.is_contiguous() &&
+                  weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.is_contiguous() &&
+                  weight.size(1) == x.size(1),
+              "want contiguous bfloat16 x [num_rows, in_features] and weight [out_features, in_features]");
+  Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+  kvray::linear_by_definition(pointer<const bf16>(x), pointer<const bf16>(weight),
+                              bias ? pointer<const bf16>(*bias) : nullptr, x.size(0), weight.size(0), x.size(1),
+                              pointer<bf16>(y));
+  return y;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -293,6 +445,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("add_rms_norm", &add_rms_norm, call_guard<gil_scoped_release>());
   m.def("gate", &gate, call_guard<gil_scoped_release>());
   m.def("rotate", &rotate, call_guard<gil_scoped_release>());
+  m.def("linear_paths", &linear_paths);
+  m.def("pack_weights", &pack_weights, call_guard<gil_scoped_release>());
+  m.def("unpack_weights", &unpack_weights, call_guard<gil_scoped_release>());
+  m.def("linear", &linear, call_guard<gil_scoped_release>());
+  m.def("linear_by_definition", &linear_by_definition, call_guard<gil_scoped_release>());
   m.attr("vector_floats") = kvray::W;
   m.attr("has_bf16_dot") = kvray::kHasBf16Dot;
 }

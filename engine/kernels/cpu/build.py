@@ -28,10 +28,12 @@ _SOURCE_DIRECTORY = Path(__file__).parent
 _SOURCES = (
     "attention.h",
     "elementwise.h",
+    "linear.h",
     "vec.h",
     "binding.cpp",
     "decode.cpp",
     "elementwise.cpp",
+    "linear.cpp",
     "prefill.cpp",
 )
 

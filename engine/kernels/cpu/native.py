@@ -1,4 +1,4 @@
-"""The compiled kernels as the engine sees them: attention over the paged pool for CPUs, in C++.
+"""The compiled kernels as the engine sees them: attention over the paged pool and linears for CPUs, in C++.
 
 A row's result depends on its own position, keys and values only: never on the batch it is in, on how its prompt was cut
 into chunks, on what of it was reused, or on the number of threads.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -28,7 +29,9 @@ class NativeKernels:
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self.name = f"native-1-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
+        self.name = f"native-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
+        #: How bfloat16 linears are computed; None where no way of this machine gives the bits that it should.
+        self.linear_path = _choose_linear_path(module)
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
         """Take every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
@@ -75,6 +78,42 @@ class NativeKernels:
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
         out: torch.Tensor = self._module.prefill_attention(query, k_view, v_view, block_table, kv_len, *_plain(options))
+        return out
+
+    def pack_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Pack `weights [num_groups, out_features, in_features]` bfloat16 for `linear`; valid in this process only."""
+        words: torch.Tensor = self._module.pack_weights(weights.contiguous(), self.linear_path)
+        return words
+
+    def unpack_weights(self, words: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+        """Return what `pack_weights` was given."""
+        weights: torch.Tensor = self._module.unpack_weights(words, out_features, in_features, self.linear_path)
+        return weights
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        words: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_features: int,
+        counts: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Multiply rows by packed weights, bfloat16: a row has the same bits in any batch and on every path.
+
+        The order of summation is in `linear.h`. NaN comes out as one NaN, subnormal numbers count as zeros.
+
+        Args:
+            x: `[num_rows, in_features]`.
+            words: as `pack_weights` returned them.
+            bias: `[num_groups, out_features]` contiguous, or None.
+            out_features: width of the result.
+            counts: so many rows, one after the other, go to each group; None: all go to the one group.
+
+        Returns:
+            `[num_rows, out_features]`.
+        """
+        counts = [len(x)] if counts is None else counts
+        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path)
         return out
 
     def rms_norm(
@@ -126,6 +165,35 @@ def _plain(options: AttentionOptions) -> tuple[float, int, float, torch.Tensor |
     """The options as the C++ side takes them: 0 is none."""
     sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
     return options.scaling, options.window or 0, options.softcap or 0.0, sinks, options.chunk or 0
+
+
+def _choose_linear_path(module: ModuleType) -> str | None:
+    """Choose the fastest path for bfloat16 linears whose bits are those of the definition; takes some milliseconds."""
+    generator = torch.Generator().manual_seed(0)
+    for path in module.linear_paths():
+        if all(_is_as_defined(module, path, depth, generator) for depth in (96, 100)):
+            return str(path)
+        _log.warning("linears by %r give other bits here than they should: not used", path)
+    return None
+
+
+def _is_as_defined(module: ModuleType, path: str, depth: int, generator: torch.Generator) -> bool:
+    """Tell whether some products, of which rounding is all that is left, are those of the definition."""
+    half = torch.randn(41, depth // 2, generator=generator)
+    rows = torch.cat([half, -half], 1).bfloat16()
+    half = torch.randn(40, depth // 2, generator=generator)
+    weight = torch.cat([half, half], 1).bfloat16()
+    bias = (torch.randn(40, generator=generator) * 1e-6).bfloat16()
+    rows[:2, :3] = torch.tensor([[float("inf"), float("nan"), 1.0], [1e-39, 1e-39, 1e38]])  # 1e-39 is subnormal
+    wanted = module.linear_by_definition(rows, weight, bias)
+    words = module.pack_weights(weight[None], path)
+    return all(
+        torch.equal(
+            module.linear(rows[:count], words, bias, len(weight), [count], path).view(torch.int16),
+            wanted[:count].view(torch.int16),
+        )
+        for count in (1, 3, 16, len(rows))
+    )
 
 
 @functools.cache
