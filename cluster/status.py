@@ -24,6 +24,7 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
             "address": info.address,
             "node": info.node_id,
             "roads": list(info.roads),
+            "kernel_path": info.kernel_path,
             "num_blocks": info.num_blocks,
             "block_bytes": info.block_bytes,
             "block_size_tokens": info.block_size,
@@ -44,7 +45,7 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 def status_table(status: dict[str, Any]) -> str:
-    """Write `fleet_status` for people: one line per worker, a line about routing; nothing is cut off.
+    """Write `fleet_status` for people: a line per worker, what computes it, about routing; nothing is cut off.
 
     TOK/S is the measured speed of prefill, STEP MS the time of a decode step.
     """
@@ -53,6 +54,7 @@ def status_table(status: dict[str, Any]) -> str:
     lines = [_line(row, widths) for row in rows]
     if not status["workers"]:
         lines = ["no workers"]
+    lines += [f"{worker['worker_id']} by {worker['kernel_path']}" for worker in status["workers"]]
     lines += [_road_line(worker["worker_id"], road) for worker in status["workers"] for road in worker["pulls_from"]]
     for router in status["routers"]:
         values = router["values"]

@@ -186,6 +186,7 @@ class EngineWorker:
             max_model_len=engine.loaded.max_model_len,
             max_num_seqs=engine.options.max_num_seqs,
             roads=self.roads.names,
+            kernel_path=engine.loaded.kernel_path,
             compute=engine.scheduler.cost.price,
         )
 

@@ -18,13 +18,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     address: str  #: channel endpoint, tcp://KEY_ID@host:port
     node_id: str
-    fingerprint: bytes  #: of weights, dtype, KV layout, rope, kernel path: root of all its block names
+    fingerprint: bytes  #: of weights, dtype, KV layout, rope, the bits it computes: root of all its block names
     block_size: int  #: tokens
     num_blocks: int
     block_bytes: int
     max_model_len: int  #: tokens
     max_num_seqs: int
     roads: tuple[str, ...]  #: transports it offers
+    kernel_path: str = ""  #: what computes its model, for people
     compute: ComputePrice | None = None  #: as it measured itself at the start
 
 

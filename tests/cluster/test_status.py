@@ -57,6 +57,7 @@ def _info(worker_id: str) -> WorkerInfo:
         max_model_len=4096,
         max_num_seqs=256,
         roads=("shm",),
+        kernel_path="cpu/dot/fused-73-36-36-36/native-16-bf16dot",
     )
 
 
@@ -96,12 +97,14 @@ async def test_a_worker_that_does_not_answer_is_listed_without_numbers():
     json.dumps(status)
 
 
-async def test_the_table_is_one_line_per_worker_within_eighty_columns():
+async def test_the_table_says_what_each_worker_does_and_by_what_within_eighty_columns():
     lines = status_table(await fleet_status(FakeDispatcher(has_router=True))).splitlines()
     assert lines == [
         "WORKER            ADDRESS                FREE/BLOCKS  RUN  WAIT  TOK/S  STEP MS",
         "decode-e5f6g7h8   192.168.100.200:65535  1200/131072    3     1  15321     12.3",
         "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
+        "decode-e5f6g7h8 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
+        "prefill-a1b2c3d4 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "decode-e5f6g7h8 <- prefill-a1b2c3d4: ucx (tcp), 1.23 GB/s, 2 transfers failed",
         "decode-e5f6g7h8 <- tcp://10.0.0.9:1: no road works",
         "router-i9j0k1l2: 2 workers, 4321 block names known, 3 requests under way",
