@@ -48,7 +48,7 @@ class AttentionKernels(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the kernels, part of every block name: the same name must mean the same bits."""
+        """Name of the kernels, for people; block names go by the bits that come out (`engine/model/bits.py`)."""
         ...
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ and when its logits through a paged pool equal those of its own eager attention.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,47 +202,27 @@ def check_against_eager(
     kernels: list[AttentionKernels],
     dtype: torch.dtype,
     trial: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+) -> PagedTrial:
     """Compute `trial` through a small pool, its last tokens as decode rows packed in front, and compare.
 
     Leaves the model with our attention set.
+
+    Returns:
+        What was found on the way.
 
     Raises:
         ConfigError: the logits differ by more than rounding explains.
     """
     tokens, wanted = trial
-    device = tokens.device
-    block_size = 16
     num_tokens = len(tokens)
     num_decodes = min(_TRIAL_DECODE, num_tokens - 1)
-    num_blocks = -(-num_tokens // block_size)
-    pool = KvPool([layer.spec for layer in layers], block_size, dtype, device, num_blocks=num_blocks)
-    table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32, device=device)
-    positions = torch.arange(num_tokens, device=device).roll(num_decodes)  # decode rows come first
-    step = StepAttention(
-        layers=[
-            LayerAttention(k, v, kernel, layer.chunk)
-            for k, v, kernel, layer in zip(pool.k, pool.v, kernels, layers, strict=True)
-        ],
-        block_ids=table[positions // block_size].long(),
-        offsets=positions % block_size,
-        num_decode_rows=num_decodes,
-        block_tables=table[None],
-        slots=torch.zeros(num_decodes, dtype=torch.int64, device=device),
-        kv_lens=(positions[:num_decodes] + 1).int(),
-        max_kv_len=num_tokens,
-        spans=[PrefillSpan(num_decodes, num_tokens, num_tokens - num_decodes, table)],
-    )
-    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    pool = _TrialPool(model, layers, kernels, dtype, tokens)
+    positions = torch.arange(num_tokens, device=tokens.device).roll(num_decodes)  # decode rows come first
     try:
-        with torch.inference_mode(), step_attention(step):
-            got = model(
-                input_ids=tokens[positions][None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=torch.arange(num_tokens, device=device),
-                kv_step=step,
-            ).logits[0]
+        got = pool.logits(positions, num_decodes)
+        bits = [got, *pool.kv()]
+        rows = [(begin, size) for begin, size in ((0, 1), (1, 2), (3, 3)) if begin + size <= num_decodes]
+        alone = [pool.logits(positions[begin : begin + size], size) for begin, size in rows]
     except _MODEL_ERRORS as error:
         raise ConfigError(f"{family} cannot be served: its forward fails here: {first_line(error)}") from error
     expected = wanted[positions]
@@ -252,3 +233,75 @@ def check_against_eager(
             f"{family} cannot be served: its logits through the paged pool differ from its own attention's "
             f"by {float(distance.median()):.2g} of their size, at most {_TOLERANCE[dtype]:.2g} is rounding"
         )
+    return PagedTrial(
+        bits=tuple(bits),
+        is_row_invariant=all(
+            torch.equal(logits, got[begin : begin + size]) for (begin, size), logits in zip(rows, alone, strict=True)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PagedTrial:
+    """What a trial through the paged pool tells beside that the model is served right."""
+
+    bits: tuple[torch.Tensor, ...]  #: logits, keys and values: the same wherever blocks may be shared
+    is_row_invariant: bool  #: decode rows had the same bits alone, in twos and threes, and beside a prompt
+
+
+class _TrialPool:
+    """A model over a small pool of its own that holds one sequence."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[LayerUse],
+        kernels: list[AttentionKernels],
+        dtype: torch.dtype,
+        tokens: torch.Tensor,
+    ) -> None:
+        block_size = 16
+        num_blocks = -(-len(tokens) // block_size)
+        self._model: Any = model
+        self._tokens = tokens
+        self._block_size = block_size
+        self._pool = KvPool([layer.spec for layer in layers], block_size, dtype, tokens.device, num_blocks=num_blocks)
+        self._table = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32, device=tokens.device)
+        self._layers = [
+            LayerAttention(k, v, kernel, layer.chunk)
+            for k, v, kernel, layer in zip(self._pool.k, self._pool.v, kernels, layers, strict=True)
+        ]
+        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+
+    def logits(self, positions: torch.Tensor, num_decodes: int) -> torch.Tensor:
+        """Return logits `[n, vocab_size]` of `positions [n]`: decode rows first, then one chunk from position 0."""
+        num_rows, device = len(positions), positions.device
+        num_prefills = num_rows - num_decodes
+        kv_lens = (positions[:num_decodes] + 1).int()
+        step = StepAttention(
+            layers=self._layers,
+            block_ids=self._table[positions // self._block_size].long(),
+            offsets=positions % self._block_size,
+            num_decode_rows=num_decodes,
+            block_tables=self._table[None],
+            slots=torch.zeros(num_decodes, dtype=torch.int64, device=device),
+            kv_lens=kv_lens,
+            max_kv_len=int(kv_lens.max()) if num_decodes else 0,
+            spans=[PrefillSpan(num_decodes, num_rows, num_prefills, self._table)] if num_prefills else [],
+        )
+        with torch.inference_mode(), step_attention(step):
+            logits: torch.Tensor = self._model(
+                input_ids=self._tokens[positions][None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=torch.arange(num_rows, device=device),
+                kv_step=step,
+            ).logits[0]
+        return logits
+
+    def kv(self) -> list[torch.Tensor]:
+        """Return the keys, then the values of each layer, `[num_tokens, num_kv_heads, dim]`."""
+        return [
+            view[self._table.long()].transpose(1, 2).flatten(0, 1)[: len(self._tokens)]
+            for view in (*self._pool.k, *self._pool.v)
+        ]

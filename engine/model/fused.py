@@ -38,8 +38,8 @@ class FusedModules:
 
     @property
     def name(self) -> str:
-        """What the kernel path, a part of all block names, says of them: fused operators have bits of their own."""
-        return f"fused-1-{self.norms}-{self.gates}-{self.attentions}"
+        """What the kernel path says of them."""
+        return f"fused-{self.norms}-{self.gates}-{self.attentions}"
 
 
 def fuse_modules(model: nn.Module, kernels: NativeKernels) -> FusedModules:

@@ -15,17 +15,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from engine.kernels.cpu.instruction_set import cap_onednn
 from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.cpu.native import load_kernels
 from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.model.attention import choose_kernels
+from engine.model.bits import path_digest
 from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
+from engine.model.experts import pack_experts
 from engine.model.families import check_against_eager, eager_trial, probe_layers, read_model_config
 from engine.model.fused import fuse_modules
 from engine.model.fused_layer import fuse_layers
-from engine.model.linear import PACKED_NAME, can_pack, pack_linears
+from engine.model.linear import can_pack, linear_name, pack_linears
 from engine.model.rope import fix_frequencies, original_length
 from messages.errors import ConfigError
 from text.json_file import read_json
@@ -61,7 +62,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: bytes  #: 32 bytes; equal only where KV blocks are interchangeable
     num_parameters: int
-    kernel_path: str  #: which linears and attention compute it, e.g. "cpu/onednn-1/torch-1"
+    kernel_path: str  #: which linears and attention compute it, e.g. "cpu/dot/fused-9-4-4-4/native-16-bf16dot"
 
     @property
     def layer_specs(self) -> list[LayerSpec]:
@@ -114,23 +115,25 @@ def load_model(
     fix_frequencies(model, length)
     layers, vocab_size = probe_layers(model, family)
     trial = eager_trial(model, vocab_size, length)
-    linear_name = "torch"
-    if target.type == "cpu" and can_pack(chosen):
-        cap = cap_onednn()
-        if cap is not None:
-            say(f"keeping oneDNN to {cap}: with AMX the bits of a row would depend on its batch")
-        say("packing linear layers")
-        pack_linears(model)
-        linear_name = PACKED_NAME
     native = load_kernels() if use_kernels and target.type == "cpu" else None
+    linears = linear_name(chosen, native) if target.type == "cpu" else "torch"
+    names = [target.type, linears]
+    if linears != "torch":
+        say("packing linear layers")
+        pack_linears(model, native)
+        pack_experts(model, native)
     if native:
-        linear_name += f"+{fuse_modules(model, native).name}-{fuse_layers(model, native)}"
+        names.append(f"{fuse_modules(model, native).name}-{fuse_layers(model, native)}")
     if target.type == "cpu":
         use_huge_pages()
         keep_freed_buffers()
     kernels = choose_kernels(layers, chosen, target, [native] if native else [])
-    check_against_eager(model, family, layers, kernels, chosen, trial)
-    kernel_path = "/".join([target.type, linear_name, *sorted({kernel.name for kernel in kernels})])
+    found = check_against_eager(model, family, layers, kernels, chosen, trial)
+    names += sorted({kernel.name for kernel in kernels})
+    if not found.is_row_invariant:
+        names.append("batch-dependent")
+        say(f"{family}: a token's bits depend on its batch here, so a request may get other tokens beside others")
+    kernel_path = "/".join(names)
     say(f"{family} ready: {num_parameters / 1e6:,.1f} M parameters, {kernel_path}")
     return LoadedModel(
         model=model,
@@ -143,7 +146,9 @@ def load_model(
         num_embeddings=_num_embeddings(model),
         max_model_len=length,
         eos_token_ids=_eos_token_ids(path, config),
-        fingerprint=_fingerprint(digest, config, chosen, kernel_path, [k.name for k in kernels], length),
+        fingerprint=_fingerprint(
+            digest, config, chosen, path_digest(found.bits, layers, kernels, chosen, target, native), length
+        ),
         num_parameters=num_parameters,
         kernel_path=kernel_path,
     )
@@ -240,17 +245,10 @@ def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def _fingerprint(
-    weights: bytes,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    kernel_path: str,
-    layer_kernels: list[str],
-    max_model_len: int,
+    weights: bytes, config: PretrainedConfig, dtype: torch.dtype, path: bytes, max_model_len: int
 ) -> bytes:
     """Hash to 32 bytes all that decides the bits of a block but its tokens and its size, which block names add."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IDLE_CONFIG_KEYS}
     has_long_rope = max_model_len > (original_length(config) or max_model_len)
-    description = json.dumps(
-        [facts, str(dtype), LAYOUT_VERSION, kernel_path, layer_kernels, has_long_rope], sort_keys=True, default=str
-    )
-    return blake3(weights + description.encode()).digest()
+    description = json.dumps([facts, str(dtype), LAYOUT_VERSION, has_long_rope], sort_keys=True, default=str)
+    return blake3(weights + path + description.encode()).digest()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.core import Engine, EngineOptions
+from engine.kernels.cpu.native import load_kernels
 from engine.memory.kv_pool import KvPool
 from engine.model.load import load_model
 from engine.runner import Runner
@@ -147,3 +148,105 @@ def test_nothing_is_kept_for_sampling_a_sequence_that_is_over(engine):
     add_at_random(engine, rng, 12)
     engine.step()
     assert engine.runner._sampler._counts.keys() <= {"s12"}
+
+
+# ------------------------------------------------------------------------------------ the same request, the same tokens
+
+#: Wide enough that one rounding differently shows: family, entries of its configuration.
+SHAPES = {
+    "dense": ("llama", {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 32}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"hidden_size": 256, "intermediate_size": 704, "num_local_experts": 8, "num_experts_per_tok": 4},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"hidden_size": 256, "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
+    "mixtral": ("mixtral", {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}),
+    "qwen2_moe, shared": (
+        "qwen2_moe",
+        {
+            "hidden_size": 256,
+            "moe_intermediate_size": 704,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "hidden_size": 256,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 704,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
+}
+NUM_REQUESTS = 10
+
+
+def seeded(number: int) -> SequenceSpec:
+    """A sampled request; every other one begins as one before it does, so that blocks of it are there already."""
+    rng = random.Random(number // 2)
+    prompt = [rng.randrange(4, VOCAB_SIZE) for _ in range(40 + 9 * number)]
+    params = SamplingParams(max_tokens=24, temperature=0.8, seed=number, logprobs=1)
+    return SequenceSpec(seq_id=f"s{number}", token_ids=prompt, num_prompt_tokens=len(prompt), params=params)
+
+
+def answers(engine: Engine, numbers: list[int]) -> dict[int, list]:
+    """Tokens and logprobs of these requests, all of which are there at once."""
+    found: dict[str, list] = {}
+    for number in numbers:
+        engine.post(SequenceAdded(seeded(number)))
+    while engine.has_work():
+        for emitted in engine.step():
+            assert emitted.error is None
+            found.setdefault(emitted.seq_id, []).extend(zip(emitted.token_ids, emitted.logprobs, strict=True))
+    return {number: found[f"s{number}"] for number in numbers}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_seeded_request_gives_the_same_alone_beside_others_and_on_blocks_cached_by_either(tmp_path, shape, dtype):
+    if load_kernels() is None:
+        pytest.skip("kernels not built: python -m engine.kernels.cpu.build")
+    family, entries = SHAPES[shape]
+    loaded = load_model(
+        make_tiny_model(tmp_path, family, eos_token_id=None, num_hidden_layers=3, **entries), dtype=dtype
+    )
+    assert "batch-dependent" not in loaded.kernel_path
+    engine = Engine.build(loaded, EngineOptions(kv_cache_bytes=1 << 25, max_num_batched_tokens=512))
+    numbers = list(range(NUM_REQUESTS))
+    try:
+        alone: dict[int, list] = {}
+        for number in numbers:
+            engine.pool.clear()
+            alone |= answers(engine, [number])
+        assert all(len(tokens) == 24 for tokens in alone.values())
+        assert all(
+            answers(engine, [number])[number] == alone[number] for number in numbers
+        )  # on blocks of others alone
+        engine.pool.clear()
+        assert answers(engine, numbers) == alone
+        assert answers(engine, numbers[::-1]) == alone  # on blocks that were computed beside others
+        torch.set_num_threads(2)
+        engine.pool.clear()
+        assert answers(engine, numbers[3:]) == {number: alone[number] for number in numbers[3:]}
+        assert answers(engine, [5]) == {5: alone[5]}
+        assert engine.scheduler.stats()["num_prompt_tokens_device"] > 500
+    finally:
+        torch.set_num_threads(1)
+        engine.close()

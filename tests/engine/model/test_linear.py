@@ -3,7 +3,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.model.linear import PackedLinear, can_pack, pack_linears
+from engine.kernels.cpu.native import load_kernels
+from engine.model import linear as linear_module
+from engine.model.linear import GroupedLinear, NativeLinear, PackedLinear, can_pack, pack_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +50,63 @@ def test_a_packed_layer_computes_what_the_original_does(dtype):
 def test_the_weight_can_still_be_read():
     linear = nn.Linear(48, 101)
     assert torch.equal(PackedLinear(linear.weight, None).weight, linear.weight)
+
+
+@pytest.fixture
+def kernels():
+    loaded = load_kernels()
+    if loaded is None or loaded.linear_path is None:
+        pytest.skip("kernels not built: python -m engine.kernels.cpu.build")
+    return loaded
+
+
+def test_bfloat16_goes_to_the_kernels_and_float32_to_onednn(kernels):
+    model = nn.Sequential(nn.Linear(48, 101), nn.Linear(48, 101).bfloat16())
+    weight = model[1].weight.detach().clone()
+    x = torch.randn(2, 3, 48).bfloat16()
+    wanted = model[1](x)
+    assert pack_linears(model, kernels) == 2
+    assert [type(layer) for layer in model] == [PackedLinear, NativeLinear]
+    assert torch.equal(model[1].weight, weight)
+    for shape in ((2, 3, 48), (6, 48), (1, 1, 48), (48,), (0, 48)):
+        assert model[1](torch.zeros(shape).bfloat16()).shape == (*shape[:-1], 101)
+    torch.testing.assert_close(model[1](x), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_linears_are_those_of_each_group(dtype):
+    needs_packing(dtype)
+    counts = [2, 0, 5, 1]
+    weights, biases = torch.randn(4, 40, 64, dtype=dtype), torch.randn(4, 40, dtype=dtype)
+    rows = torch.randn(8, 64, dtype=dtype)
+    groups = zip(rows.split(counts), weights, biases, strict=True)
+    wanted = torch.cat([nn.functional.linear(*group) for group in groups])
+    for kernels in (None, load_kernels()):
+        got = GroupedLinear(weights, biases, kernels)(rows, counts)
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4)
+        assert GroupedLinear(weights, None, kernels)(rows[:0], [0] * 4).shape == (0, 40)
+
+
+def test_where_onednn_has_amx_bfloat16_goes_to_it_in_calls_of_one_size(monkeypatch):
+    needs_packing(torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    torch.manual_seed(0)
+    linear = nn.Linear(768, 65).bfloat16()
+    layer = PackedLinear(linear.weight, linear.bias)
+    sizes = []
+    multiply = linear_module._linear_pointwise
+
+    def spy(x, *args):
+        sizes.append(len(x))
+        return multiply(x, *args)
+
+    monkeypatch.setattr(linear_module, "_linear_pointwise", spy)
+    x = torch.randn(1, 70, 768).bfloat16()
+    whole = layer(x)
+    torch.testing.assert_close(whole, linear(x), rtol=2e-2, atol=2e-2)
+    for begin, end in ((0, 1), (5, 37), (33, 70)):
+        assert torch.equal(layer(x[:, begin:end]), whole[:, begin:end])
+    assert set(sizes) == {32}
 
 
 def test_float16_is_left_to_torch():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.model.load
+from engine.kernels.cpu.native import NativeKernels, load_kernels
 from engine.memory.kv_pool import LayerSpec
 from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
 from engine.model.load import load_model
@@ -65,7 +66,7 @@ def test_auto_takes_the_stored_dtype_where_the_cpu_computes_in_it(
     tmp_path, monkeypatch, stored, has_bfloat16, share, auto
 ):
     monkeypatch.setattr(engine.model.load, "can_pack", lambda dtype: dtype is torch.float32 or has_bfloat16)
-    monkeypatch.setattr(engine.model.load, "pack_linears", lambda model: 0)  # where this CPU has none
+    monkeypatch.setattr(engine.model.load, "linear_name", lambda *_: "torch")  # where this CPU packs none
     monkeypatch.setattr(engine.model.load, "_WIDENED_SHARE", share)
     directory = make_tiny_model(tmp_path, dtype=getattr(torch, stored))
     assert load_model(directory).dtype is auto
@@ -111,9 +112,28 @@ def test_a_fingerprint_tells_weights_dtype_rope_and_kernel_path_apart(copy, tiny
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     found.add(load_model(copy).fingerprint)
-    monkeypatch.setattr("engine.model.load.can_pack", lambda dtype: False)
+    monkeypatch.setattr("engine.model.load.linear_name", lambda *_: "torch")
     found.add(load_model(tiny, use_kernels=False).fingerprint)
     assert len(found) == 5
+
+
+def test_paths_share_a_fingerprint_exactly_where_their_bits_are_equal(tiny, monkeypatch):
+    kernels = load_kernels()
+    if kernels is None or kernels.linear_path is None:
+        pytest.skip("kernels not built: python -m engine.kernels.cpu.build")
+    first = load_model(tiny, dtype="bfloat16")
+    monkeypatch.setattr(kernels, "linear_path", "fma")
+    second = load_model(tiny, dtype="bfloat16")
+    assert f"/{first.kernel_path.split('/')[1]}/" != "/fma/" or first.kernel_path == second.kernel_path
+    assert second.fingerprint == first.fingerprint
+    linear = NativeKernels.linear
+
+    def off_by_a_bit(self, x, *args):
+        out = linear(self, x, *args)
+        return torch.nextafter(out, torch.full_like(out, 1.0)) if x.shape[-1] > 4000 else out
+
+    monkeypatch.setattr(NativeKernels, "linear", off_by_a_bit)  # nowhere but where a product is long
+    assert load_model(tiny, dtype="bfloat16").fingerprint != first.fingerprint
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
