@@ -144,7 +144,7 @@ def test_nothing_listening_is_one_line_and_exit_code_2():
 @pytest.mark.parametrize(
     ("code", "body", "words"),
     [
-        (401, b"{}", "it answers HTTP 401: wanted the right --api-key"),
+        (401, b"{}", "it answers HTTP 401: wanted the right API key (--api-key-file, KVRAY_API_KEY)"),
         (404, b"", "it answers HTTP 404"),
         (200, b"<html>", "Expecting value"),
         (200, b"[1]", "what answers there is not kvray"),
