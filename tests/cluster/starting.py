@@ -1,15 +1,17 @@
-"""A `kvray serve` that is looked at while it starts, and what it leaves behind."""
+"""A `kvray serve` that is looked at while it starts, and what it leaves behind; a Ray that it finds there."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
-from tests.served import free_port, kvray_command, using
+from tests.served import free_port, kvray_command, own_environment, using
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,3 +52,27 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < ends_s, f"not so after {timeout_s} s"
         time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def started_ray(credentials: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The environment of a shell on a machine where `ray start --head` ran, with a token in the home directory.
+
+    `credentials`: what the environment of the node has of ours.
+    """
+    with own_environment() as environment:
+        token_file = Path(environment["HOME"]) / ".ray" / "auth_token"
+        token_file.parent.mkdir()
+        token_file.write_text(environment["RAY_AUTH_TOKEN"])
+        environment |= {"RAY_AUTH_TOKEN": ""} | credentials
+        # The cluster's processes find our rooms here; on a real one the package is installed.
+        environment |= {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
+        command += [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={128 * 2**20}"]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        try:
+            yield environment
+        finally:
+            for process in using(environment["RAY_TMPDIR"]):
+                process.kill()

@@ -19,9 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.joining import cluster_to_join
 from messages.errors import ConfigError
-from tests.cluster.starting import Starting, wait_until
+from tests.cluster.starting import Starting, started_ray, wait_until
 from tests.models import make_tiny_model
-from tests.served import free_port, own_environment, run_kvray, using
+from tests.served import free_port, run_kvray, using
 from transport.secret import ClusterSecret
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
@@ -54,23 +54,8 @@ def credentials():
 
 @pytest.fixture
 def ray_head(credentials):
-    """The environment of a shell on a machine where `ray start --head` ran, with a token in the home directory."""
-    with own_environment() as environment:
-        token_file = Path(environment["HOME"]) / ".ray" / "auth_token"
-        token_file.parent.mkdir()
-        token_file.write_text(environment["RAY_AUTH_TOKEN"])
-        environment |= {"RAY_AUTH_TOKEN": ""} | credentials
-        # The cluster's processes find our rooms here; on a real one the package is installed.
-        environment |= {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2"]
-        command += [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
-        command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={128 * 2**20}"]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-        try:
-            yield environment
-        finally:
-            for process in using(environment["RAY_TMPDIR"]):
-                process.kill()
+    with started_ray(credentials) as environment:
+        yield environment
 
 
 @pytest.mark.alone
