@@ -36,7 +36,8 @@ _POLL_S = 0.1
 _LOOK_S = 0.5  #: between two looks at the processes, at most
 #: A process that stands still for so many is killed; not by the clock, which runs on while a machine sleeps.
 _FROZEN_LOOKS = 10
-_SILENCE_S = 30.0  #: after which Serve's controller is taken for lost; Ray replaces one that ended within seconds
+#: Likewise, without a word of Serve's controller: then it is taken for lost; Ray replaces one that ended within seconds.
+_SILENT_LOOKS = 60
 _SHORT_LIFE_S = 10.0
 _MAX_SHORT_LIVES = 3  #: in a row; then a further start is of no use
 _SHUTDOWN_S = 7.0  #: for all to end politely; then it is killed
@@ -219,24 +220,27 @@ class _Life:
         Raises:
             KvrayError: the keeper says that requests cannot be answered, or not any more, as configured.
         """
-        began_s = seen_s = time.monotonic()
+        began_s = time.monotonic()
+        num_silent = 0
         while not ending.is_set():
-            for report in self._reports(_LOOK_S):
+            reports = self._reports(_LOOK_S)
+            num_silent = 0 if reports else num_silent + 1
+            for report in reports:
                 match report:
                     case Progress(text):
                         on_progress(text)
                     case Up(url):
-                        self._up_since_s = seen_s = time.monotonic()
+                        self._up_since_s = time.monotonic()
                         on_up(url, self._up_since_s - began_s)
                     case Seen():
-                        seen_s = time.monotonic()
+                        pass
                     case Failed(error):
                         raise error_from_info(error)
             if self._is_own_cluster:
                 if (part := self._look()) is not None:
                     return part
-                if self._up_since_s is not None and time.monotonic() - seen_s > _SILENCE_S:
-                    return f"Ray Serve's controller has not answered for {_SILENCE_S:.0f} s"
+                if self._up_since_s is not None and num_silent >= _SILENT_LOOKS:
+                    return f"Ray Serve's controller has not answered for {_SILENT_LOOKS * _LOOK_S:.0f} s"
             if self._keeper.poll() is not None:
                 return self._end_of_keeper()
         return ""
