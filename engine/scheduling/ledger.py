@@ -39,6 +39,9 @@ class SequenceLedger:
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
         self.num_preemptions = 0
+        self.num_device_tokens = 0  #: the three are prompt tokens by where their KV came from: `count_prompt`
+        self.num_pulled_tokens = 0
+        self.num_computed_tokens = 0
 
     # --------------------------------------------------------------------------------------------------------- phases
 
@@ -72,6 +75,9 @@ class SequenceLedger:
         """Move `seq` from pulling to running with its first `num_blocks` blocks; the others are given back."""
         self._drop_tail(seq, num_blocks)
         seq.num_computed = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
+        seq.num_pulled_tokens = max(0, seq.num_computed - seq.num_device_tokens)
+        if seq.has_emitted:
+            self.count_prompt(seq)
         seq.num_passed_over = 0
         del self.pulling[seq.seq_id]
         self._begin_running(seq)
@@ -91,11 +97,17 @@ class SequenceLedger:
         seq.num_computed = 0
         seq.num_offered_blocks = 0
         if not seq.has_emitted:
-            seq.num_device_tokens = seq.num_peer_tokens = 0
+            seq.num_device_tokens = seq.num_peer_tokens = seq.num_pulled_tokens = 0
             seq.prompt_logprobs = [None]
         seq.phase = Phase.WAITING
         insort(self.waiting, seq, key=_seniority)
         self.num_preemptions += 1
+
+    def count_prompt(self, seq: Sequence) -> None:
+        """Count where the KV of a prompt came from: once, when all of it is there, or about to be computed."""
+        self.num_device_tokens += seq.num_device_tokens
+        self.num_pulled_tokens += seq.num_pulled_tokens
+        self.num_computed_tokens += seq.num_prompt_tokens - seq.num_device_tokens - seq.num_pulled_tokens
 
     def end(self, seq: Sequence) -> None:
         """Forget `seq`, and give its blocks back as soon as no step and no pull uses them."""

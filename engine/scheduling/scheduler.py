@@ -126,9 +126,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
-        self._num_device_tokens = 0
-        self._num_peer_tokens = 0
-        self._num_computed_tokens = 0
 
     # ----------------------------------------------------------------------------------------------------------- load
 
@@ -140,9 +137,9 @@ class Scheduler:
         """Return the counters since the start, by name."""
         return {
             "num_preemptions": self._ledger.num_preemptions,
-            "num_prompt_tokens_device": self._num_device_tokens,
-            "num_prompt_tokens_peer": self._num_peer_tokens,
-            "num_prompt_tokens_computed": self._num_computed_tokens,
+            "num_prompt_tokens_device": self._ledger.num_device_tokens,
+            "num_prompt_tokens_peer": self._ledger.num_pulled_tokens,
+            "num_prompt_tokens_computed": self._ledger.num_computed_tokens,
             "num_generated_tokens": self._num_generated_tokens,
             "num_rejected_blocks": self._remote.num_rejected_blocks,
             "num_remote_fallbacks": self._remote.num_fallbacks,
@@ -499,6 +496,8 @@ class Scheduler:
         is_first = not seq.has_emitted
         if is_first:
             self.lateness.observe(seq.expected_s, self._now_s - seq.arrived_s)
+            if seq.phase is not Phase.PULLING:
+                self._ledger.count_prompt(seq)
         seq.has_emitted = True
         out.append(
             EmitTokens(
@@ -530,9 +529,6 @@ class Scheduler:
 
     def _sources(self, seq: Sequence) -> PromptSources:
         computed = seq.num_prompt_tokens - seq.num_device_tokens - seq.num_peer_tokens
-        self._num_device_tokens += seq.num_device_tokens
-        self._num_peer_tokens += seq.num_peer_tokens
-        self._num_computed_tokens += computed
         return PromptSources(device=seq.num_device_tokens, peer=seq.num_peer_tokens, computed=computed)
 
     def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:

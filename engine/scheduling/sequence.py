@@ -85,6 +85,7 @@ class Sequence:
         "num_passed_over",
         "num_peer_tokens",
         "num_prompt_tokens",
+        "num_pulled_tokens",
         "order",
         "params",
         "phase",
@@ -122,6 +123,7 @@ class Sequence:
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool
         self.num_peer_tokens = 0  #: prompt tokens that a peer had cached
+        self.num_pulled_tokens = 0  #: prompt tokens whose KV a peer gave, cached or computed there
         self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
         self.pull: RemotePull | None = None
         self.is_long = False  #: since it was admitted: more of it was to be computed than of a short prompt

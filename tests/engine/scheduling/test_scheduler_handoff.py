@@ -356,6 +356,41 @@ def test_prompt_tokens_are_counted_by_where_they_came_from(bench: Bench) -> None
     assert stats["num_generated_tokens"] == 3
 
 
+def counted_prompt_tokens(bench: Bench) -> tuple[int, int, int]:
+    stats = bench.scheduler.stats()
+    device, peer, computed = (stats[f"num_prompt_tokens_{source}"] for source in ("device", "peer", "computed"))
+    return device, peer, computed
+
+
+def test_a_worker_counts_what_it_pulled_as_a_peers_whoever_computed_it(bench: Bench) -> None:
+    bench.add("a", PROMPT[:9], max_tokens=1)
+    bench.run()
+    remote(bench, max_tokens=2)
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 12))
+    assert counted_prompt_tokens(bench) == (0, 0, 9), "what is not there yet is not counted"
+    bench.post(PullEnded("r", frozenset()))
+    assert counted_prompt_tokens(bench) == (8, 11, 9)
+    bench.run()
+    assert counted_prompt_tokens(bench) == (8, 11, 9)
+
+
+def test_a_worker_counts_what_did_not_arrive_as_computed(bench: Bench) -> None:
+    remote(bench, max_tokens=2)
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT), True, 42, None, 12))
+    bench.post(PullEnded("r", frozenset({3})))
+    bench.run()
+    assert counted_prompt_tokens(bench) == (0, 12, 7)
+
+
+def test_a_worker_counts_what_came_before_a_refusal_as_pulled(bench: Bench) -> None:
+    remote(bench, max_tokens=1)
+    bench.post(KvOffered("r", "owner", bench.locations(PROMPT, end=3), False, None, None, 8))
+    bench.post(PullEnded("r", frozenset()))
+    bench.post(KvRefused("r"))
+    bench.run()
+    assert counted_prompt_tokens(bench) == (0, 12, 7)
+
+
 def test_prompt_logprobs_take_one_quantum_a_step():
     """A chunk of them keeps logits of [chunk, vocabulary]: 2,048 tokens of a large vocabulary would be gigabytes."""
     bench = Bench(num_blocks=64)
