@@ -36,7 +36,7 @@ _POLL_S = 0.1
 _LOOK_S = 0.5  #: between two looks at the processes, at most
 #: A process that stands still for so many is killed; not by the clock, which runs on while a machine sleeps.
 _FROZEN_LOOKS = 10
-#: Likewise, without a word of Serve's controller: then it is taken for lost; Ray replaces one that ended within seconds.
+#: Likewise without a word of Serve's controller, which is lost then; Ray replaces one that ended within seconds.
 _SILENT_LOOKS = 60
 _SHORT_LIFE_S = 10.0
 _MAX_SHORT_LIVES = 3  #: in a row; then a further start is of no use

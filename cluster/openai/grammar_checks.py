@@ -18,7 +18,8 @@ from text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MAX_CHARS: Final = 256 * 1024
-_MAX_PENDING: Final = 16  #: grammars that wait to be checked; each takes as long as the limit at most
+_MAX_PENDING: Final = 128  #: grammars that wait to be checked, most of them for milliseconds
+_MAX_WAIT_S: Final = 20.0  #: for its turn, behind others that may each take as long as the limit
 _NUM_KEPT: Final = 4096  #: answers, of some 100 bytes each
 
 
@@ -75,20 +76,27 @@ class GrammarChecks:
         task = self._running.get(digest)
         if task is None:
             if len(self._running) >= _MAX_PENDING:
-                raise CapacityError(
-                    f"{len(self._running)} grammars wait to be compiled, want this one later", retry_after_s=1
-                )
+                raise self._too_many()
             task = self._running[digest] = asyncio.create_task(self._run(digest, grammar))
         return await asyncio.shield(task)  # one who asks may leave, the others wait on
 
     async def _run(self, digest: bytes, grammar: Grammar) -> str | None:
         assert self._process is not None
         try:
-            async with self._turn:
+            async with asyncio.timeout(_MAX_WAIT_S):
+                await self._turn.acquire()
+            try:
                 answer = await asyncio.to_thread(self._process.check, grammar)
+            finally:
+                self._turn.release()
+        except TimeoutError:
+            raise self._too_many() from None
         finally:
             del self._running[digest]
         self._answers[digest] = answer
         if len(self._answers) > _NUM_KEPT:
             self._answers.popitem(last=False)
         return answer
+
+    def _too_many(self) -> CapacityError:
+        return CapacityError(f"{len(self._running)} grammars wait to be compiled, want this one later", retry_after_s=1)

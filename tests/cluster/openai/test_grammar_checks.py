@@ -68,12 +68,25 @@ async def test_who_leaves_does_not_take_the_answer_from_the_others(checks):
     assert leaving.cancelled()
 
 
-async def test_only_so_many_grammars_wait_to_be_checked(checks):
-    asked = [asyncio.create_task(checks.check("p", Grammar(kind="regex", spec=f"a{{{n}}}"))) for n in range(1, 18)]
-    outcomes = await asyncio.gather(*asked, return_exceptions=True)
-    assert outcomes[:16] == [None] * 16
-    assert isinstance(outcomes[16], CapacityError)
-    assert (outcomes[16].status, outcomes[16].retry_after_s) == (429, 1)
+async def ask_for(checks: GrammarChecks, num: int) -> list[BaseException | None]:
+    asked = [checks.check("p", Grammar(kind="regex", spec=f"a{{{n}}}")) for n in range(1, num + 1)]
+    return await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_as_many_grammars_as_clients_send_at_once_are_checked_up_to_a_limit(checks):
+    outcomes = await ask_for(checks, 129)
+    assert outcomes[:128] == [None] * 128
+    assert isinstance(outcomes[128], CapacityError)
+    assert (outcomes[128].status, outcomes[128].retry_after_s) == (429, 1)
+
+
+async def test_who_would_wait_too_long_behind_grammars_that_are_dear_is_told_to_come_again(checks, monkeypatch):
+    monkeypatch.setattr("cluster.openai.grammar_checks._MAX_WAIT_S", 0.0)
+    async with checks._turn:
+        outcomes = await ask_for(checks, 2)
+    assert [(outcome.status, outcome.retry_after_s) for outcome in outcomes] == [(429, 1)] * 2
+    assert checks._running == {}
+    assert await ask_for(checks, 1) == [None]
 
 
 @pytest.mark.parametrize(
