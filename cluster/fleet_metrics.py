@@ -62,7 +62,7 @@ HELP: Final = {
     "kvray_transfer_bytes_total": "Bytes pulled, by road",
     "kvray_transfer_seconds_total": "Time in which something was pulled, by road",
     "kvray_transfers_failed_total": "Transfers that failed, by road",
-    "kvray_worker_prompt_tokens_total": "Prompt tokens by where the worker had their KV: in its pool, from a peer, computed",
+    "kvray_worker_prompt_tokens_total": "Prompt tokens by where the worker had their KV from: pool, peer or computed",
 }
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _PART_OF_HISTOGRAM: Final = re.compile("(.*)_(bucket|sum|count)")

@@ -289,11 +289,17 @@ class _Life:
                     if frozen[member] == _FROZEN_LOOKS:
                         logger.error("%s (process %d) stands still: killed", member.name(), member.pid)
                         member.kill()
-                elif member.status() == psutil.STATUS_ZOMBIE and member.ppid() == os.getpid():
-                    member.wait(0)  # an orphan that came to us
+                elif self._is_dead_orphan(member):
+                    with contextlib.suppress(psutil.TimeoutExpired):  # other threads of it are still ending
+                        member.wait(0)
         self._frozen = frozen
         lost = {name for part, name in self._parts.items() if not _is_alive(part)}
         return f"Ray's {' and '.join(sorted(lost, key=_PARTS.index))} ended" if lost else None
+
+    def _is_dead_orphan(self, member: psutil.Process) -> bool:
+        """Tell whether it came to us and has ended; how the keeper ended is asked for elsewhere."""
+        is_ours = member.ppid() == os.getpid() and member.pid != self._keeper.pid
+        return is_ours and bool(member.status() == psutil.STATUS_ZOMBIE)
 
     def _family(self) -> set[psutil.Process]:
         return set(psutil.Process().children(recursive=True)) - self._others
