@@ -119,11 +119,14 @@ def _read(path: str, source: str) -> str:
     Others may be able to read it where a Kubernetes Secret is mounted; no one but its owner may be able to change it.
 
     Raises:
-        ConfigError: it cannot be read, is not text, or everybody may write it.
+        ConfigError: it cannot be read, is not text, or everybody may write it; or it is a pipe or the like, which gives
+            its text once, where every process of ours reads for itself, or never.
     """
     file = Path(path)
     try:
         mode = file.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a directory, reading tells
+            raise ConfigError(f"{source}: {path} is no regular file on node {os.uname().nodename}")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"

@@ -103,6 +103,12 @@ def test_a_file_that_cannot_be_read_is_named_with_its_node(monkeypatch, tmp_path
     assert complaint(cluster_secret, str(tmp_path / "bytes")).endswith("not text")
 
 
+def test_a_pipe_that_nobody_fills_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    assert complaint(api_keys, str(pipe)) == f"http.api_key_file: {pipe} is no regular file on node {NODE}"
+
+
 def test_a_file_that_everybody_may_read_is_warned_of_and_one_that_everybody_may_write_is_refused(file, caplog):
     cluster_secret(file(ONE.hex(), 0o440))  # as Kubernetes mounts for a group
     assert not caplog.records
