@@ -193,6 +193,7 @@ class Connection(HttpToolsProtocol):
             error = CapacityError("too many requests at once on one connection", status=503, code="too_many_pipelined")
             self._refuse_here(error)
         super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]  # all that a cycle does with one
         self.waits_since_s = None
         self._num_raw_bytes = 0
         self._expect(self._limits.body_timeout_s)
@@ -290,13 +291,28 @@ class Connection(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self._expect(_LINGER_S)
+        self._end_writing()
+
+    def close(self) -> None:
+        """Disconnect after an answer; first discard the rest of its request for a while if that still arrives.
+
+        Closing would reset the connection, and a client that sends on would not get to read why it was refused.
+        """
+        if not self._has_begun or self.pipeline or self.transport.is_closing():
+            self.transport.close()
+            return
+        self._is_refused = True
+        self._end_writing()
 
     def drop(self) -> None:
         """Disconnect at once, without a word."""
         self.transport.abort()
+
+    def _end_writing(self) -> None:
+        """Say nothing more, and give the client a while to read what was said."""
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._expect(_LINGER_S)
 
     def _expect(self, within_s: float) -> None:
         self._ends_s = self._connections.clock() + within_s
@@ -315,3 +331,12 @@ class Connection(HttpToolsProtocol):
     def _too_large(self) -> RequestError:
         want = f"want at most {self._limits.max_header_bytes} bytes"
         return RequestError(f"headers: too large, {want}", code="headers_too_large", status=431)
+
+
+class _AnswerTransport:
+    """What uvicorn writes an answer to, and closes after it: a connection, which knows how to close."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.close = connection.close
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing

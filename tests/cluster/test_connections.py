@@ -254,6 +254,32 @@ def test_what_is_no_http_is_400_in_our_form(start):
     ]
 
 
+def test_who_sends_all_of_a_body_that_is_too_long_gets_to_read_so(start):
+    server = start()
+    head = HEAD % (20 * MIB)
+    client = server.connect(head)
+    for _ in range(20):
+        client.sendall(b"a" * MIB)
+    (answer,) = closed_within([client], 5)
+    assert code_of(answer) == (413, "request_too_large")
+
+
+def test_who_never_ends_a_body_that_is_too_long_is_disconnected(start):
+    server = start()
+    before_bytes = server.resident_bytes()
+    client = server.connect(HEAD % 10**15)
+    ends_s = time.monotonic() + 10
+
+    def send_on() -> None:
+        while time.monotonic() < ends_s:
+            client.sendall(b"a" * MIB)
+
+    with pytest.raises(ConnectionError):
+        send_on()
+    assert server.resident_bytes() - before_bytes < 16 * MIB
+    assert server.is_well()
+
+
 def test_a_usual_client_notices_nothing(start):
     server = start()
     with httpx.Client(timeout=30) as client:
