@@ -74,7 +74,7 @@ async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> 
     if fields.truncate_prompt_tokens is None:
         prompts.check_chars("messages", text, surface.max_token_chars, surface.model)
     # The template writes the special tokens itself.
-    token_ids = await prompts.encode(surface.tokenizer, text, add_special_tokens=bool(fields.add_special_tokens))
+    token_ids = await surface.encode(text, add_special_tokens=bool(fields.add_special_tokens))
     asked = fields.max_completion_tokens or fields.max_tokens
     return prompts.fitted("messages", token_ids, fields.truncate_prompt_tokens, asked, surface.model)
 

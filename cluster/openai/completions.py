@@ -71,9 +71,7 @@ async def _token_ids(surface: Surface, fields: CompletionRequest, prompt: str | 
     if isinstance(prompt, str):
         if fields.truncate_prompt_tokens is None:
             prompt_checks.check_chars("prompt", prompt, surface.max_token_chars, surface.model)
-        prompt = await prompt_checks.encode(
-            surface.tokenizer, prompt, add_special_tokens=fields.add_special_tokens is not False
-        )
+        prompt = await surface.encode(prompt, add_special_tokens=fields.add_special_tokens is not False)
     return prompt_checks.fitted("prompt", prompt, fields.truncate_prompt_tokens, fields.max_tokens, surface.model)
 
 

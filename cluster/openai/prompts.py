@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from typing import Any
 
 from cluster.openai.backend import ServedModel
 from cluster.openai.errors import bad_field, shown
 from messages.errors import RequestError
-from text.tokenizer import Tokenizer
-
-# Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
-_THREAD_FROM_CHARS = 8192
 
 
 def packed(token_ids: list[int]) -> bytes:
     """Pack token ids as they cross processes: uint32, little endian."""
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
-
-
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Encode `text` as token ids; the event loop stays free while a long one is encoded."""
-    if len(text) < _THREAD_FROM_CHARS:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
 def prompts_of(prompt: str | list[Any], model: ServedModel) -> list[str | list[int]]:

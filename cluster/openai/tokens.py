@@ -6,7 +6,6 @@ import asyncio
 
 import msgspec
 
-from cluster.openai import prompts
 from cluster.openai.conversation import rendered, template_tools
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import DetokenizeRequest, TokenizeRequest
@@ -30,8 +29,10 @@ async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
         tools = template_tools(fields.tools) if fields.tools else None
         text = rendered(surface.tokenizer, fields.messages, fields, tools)
         adds_special = bool(fields.add_special_tokens)
-    token_ids = await prompts.encode(surface.tokenizer, text, add_special_tokens=adds_special)
-    token_strs = [surface.tokenizer.token_text(i) for i in token_ids] if fields.return_token_strs else None
+    token_ids = await surface.encode(text, add_special_tokens=adds_special)
+    token_strs = None
+    if fields.return_token_strs:
+        token_strs = await asyncio.to_thread(lambda: [surface.tokenizer.token_text(i) for i in token_ids])
     return msgspec.json.encode(
         TokenizeReply(
             count=len(token_ids), max_model_len=surface.model.max_model_len, tokens=token_ids, token_strs=token_strs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import selectors
 import socket
 import subprocess
@@ -278,6 +279,23 @@ def test_who_never_ends_a_body_that_is_too_long_is_disconnected(start):
         send_on()
     assert server.resident_bytes() - before_bytes < 16 * MIB
     assert server.is_well()
+
+
+@pytest.mark.slow
+def test_huge_texts_hold_nobody_up(start):
+    server = start()
+    body = json.dumps({"prompt": "é漢" * MIB}, ensure_ascii=False).encode()
+    head = HEAD.replace(b"/v1/completions", b"/tokenize") % len(body)
+    clients = [server.connect(head + body) for _ in range(6)]
+    waits_s: list[float] = []
+    while not waits_s or not select.select(clients, [], [], 0)[0]:
+        began_s = time.monotonic()
+        assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
+        waits_s.append(time.monotonic() - began_s)
+    assert max(waits_s) < 2
+    for client in clients:
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        client.close()
 
 
 def test_a_usual_client_notices_nothing(start):

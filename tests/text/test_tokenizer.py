@@ -2,6 +2,8 @@ import functools
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -206,6 +208,18 @@ def test_token_text_shows_an_incomplete_character_as_replacement():
     assert tokenizer.token_text(token) == "\ufffd"
     assert tokenizer.token_text(tokenizer.backend.token_to_id("<eos>")) == "<eos>"
     assert tokenizer.token_bytes(tokenizer.vocab_size + 7) == b""
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer, encoded = tokenizer_of("byte_level"), []
+    encoding = threading.Thread(target=lambda: encoded.append(tokenizer.encode("le café " * 200_000)))
+    num_turns = 0
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert len(encoded) == 1
+    assert num_turns > 20
 
 
 def test_half_a_surrogate_pair_is_the_clients_fault():

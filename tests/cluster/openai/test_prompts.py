@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable
 
 import pytest
 
 from cluster.openai.backend import ServedModel
-from cluster.openai.prompts import check_chars, check_length, check_token_ids, encode, fitted, packed, prompts_of
+from cluster.openai.prompts import check_chars, check_length, check_token_ids, fitted, packed, prompts_of
 from messages.errors import RequestError
-from text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -25,21 +23,6 @@ def test_token_ids_cross_processes_as_four_bytes_little_endian():
     assert packed([]) == b""
     with pytest.raises(struct.error):
         packed([2**32])
-
-
-async def test_a_long_text_is_encoded_beside_the_event_loop_and_a_short_one_on_it(tokenizer):
-    class Watched(Tokenizer):
-        threads: list[int] = []  # noqa: RUF012
-
-        def encode(self, text, *, add_special_tokens=True):
-            self.threads.append(threading.get_ident())
-            return super().encode(text, add_special_tokens=add_special_tokens)
-
-    watched = Watched(tokenizer.backend)
-    for text in ("a" * 8191, "a" * 8192):
-        assert await encode(watched, text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
-    here = threading.get_ident()
-    assert [thread == here for thread in watched.threads] == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------------------- kinds

@@ -1,0 +1,61 @@
+"""What every endpoint works with: texts are encoded where they hold nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from cluster.openai.backend import HttpLimits
+from cluster.openai.grammar_checks import GrammarChecks
+from cluster.openai.metrics import HttpMetrics
+from cluster.openai.surface import Surface
+from tests.cluster.openai.conftest import FakeBackend
+from text.tokenizer import Tokenizer
+
+
+class Watched(Tokenizer):
+    """Notes on which threads it encodes, and how many texts at once."""
+
+    def __init__(self, backend):
+        super().__init__(backend)
+        self.threads: list[int] = []
+        self.num_running = self.most_running = 0
+
+    def encode(self, text, *, add_special_tokens=True):
+        self.threads.append(threading.get_ident())
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        ids = super().encode(text, add_special_tokens=add_special_tokens)
+        self.num_running -= 1
+        return ids
+
+
+@pytest.fixture
+def surface(served_model, tokenizer) -> Surface:
+    model = served_model(tokenizer)
+    return Surface(
+        backend=FakeBackend(tokenizer),
+        model=model,
+        tokenizer=Watched(tokenizer.backend),
+        grammars=GrammarChecks(model, tokenizer, HttpLimits()),
+        limits=HttpLimits(),
+        metrics=HttpMetrics(),
+        tool_format=None,
+        hidden_ids=frozenset(),
+        max_token_chars=0,
+    )
+
+
+async def test_a_long_text_is_encoded_beside_the_event_loop_and_a_short_one_on_it(surface, tokenizer):
+    for text in ("a" * 8191, "a" * 8192):
+        ids = await surface.encode(text, add_special_tokens=False)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+    here = threading.get_ident()
+    assert [thread == here for thread in surface.tokenizer.threads] == [True, False]
+
+
+async def test_huge_texts_are_encoded_one_at_a_time(surface):
+    await asyncio.gather(*(surface.encode("ab " * 2**17, add_special_tokens=False) for _ in range(3)))
+    assert surface.tokenizer.most_running == 1
