@@ -57,7 +57,7 @@ class ScriptedEngine:
         return []
 
     def bound_s(self, plan: StepPlan) -> float:
-        return 0.05
+        return WAIT_S
 
     def compute(self, plan: StepPlan) -> StepResult:
         number, self.num_begun = self.num_begun, self.num_begun + 1
@@ -148,6 +148,9 @@ class HangingEngine(ScriptedEngine):
                 part = SequenceStep(seq_id="s", slot=0, kind="prefill", start=0, num_tokens=5, is_sampled=True)
                 return [RunStep(StepPlan((part,)))]
         return super().decide(event, now_s)
+
+    def bound_s(self, plan: StepPlan) -> float:
+        return 0.05
 
     def compute(self, plan: StepPlan) -> StepResult:
         assert self.may_end.wait(WAIT_S)
