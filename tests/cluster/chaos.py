@@ -15,6 +15,8 @@ import httpx
 from tests.cluster.asking import Ask, mixed_asks
 from tests.reference import Reference
 
+#: Nothing is refused, however slow the machine is.
+CONFIG = {"http": {"max_ttft_s": 600}}
 NUM_CLIENTS = 8
 NUM_ASKS = 40
 HUNG_S = 90.0

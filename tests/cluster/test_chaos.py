@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
+import yaml
 
-from tests.cluster.chaos import Load
+from tests.cluster.chaos import CONFIG, Load
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.served import Served, serving
@@ -83,7 +84,8 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def served(model_dir, tmp_path):
     config = tmp_path / "kvray.yaml"
-    config.write_text(f"pools: {{prefill: {NUM_PREFILL}, decode: {NUM_DECODE}, ingress: {NUM_INGRESS}}}")
+    pools = {"prefill": NUM_PREFILL, "decode": NUM_DECODE, "ingress": NUM_INGRESS}
+    config.write_text(yaml.safe_dump(CONFIG | {"pools": pools}))
     arguments = [str(model_dir), "--config", str(config), "--dtype", "float32", "--max-model-len", "4352"]
     with serving(*arguments, "--kv-cache-memory", "16MiB", log_dir=tmp_path) as process:
         process.wait_until_whole(NUM_PREFILL, NUM_DECODE, 60)

@@ -39,13 +39,17 @@ def reference(model_dir):
 
 @pytest.fixture(scope="module")
 def served(model_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("served")
+    config = directory / "kvray.yaml"
+    config.write_text("http: {max_ttft_s: 600}")  # nothing is refused, however slow the machine is
     # The pool holds one sequence of full length and little more: it evicts and preempts all the time.
     arguments = [
         str(model_dir),
+        *("--config", str(config)),
         *("--prefill", str(NUM_PREFILL), "--decode", str(NUM_DECODE)),
         *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory", "5MiB"),
     ]
-    with serving(*arguments, log_dir=tmp_path_factory.mktemp("log")) as process:
+    with serving(*arguments, log_dir=directory) as process:
         yield process
 
 

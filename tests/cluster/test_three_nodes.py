@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from tests.cluster.chaos import Load
+from tests.cluster.chaos import CONFIG, Load
 from tests.hosts import Host, hosts_on_a_switch
 from tests.models import make_tiny_model
 from tests.reference import Reference
@@ -86,7 +87,8 @@ def model_dir(tmp_path_factory):
 def cluster(model_dir, tmp_path_factory) -> Iterator[tuple[Served, list[Node]]]:
     directory = tmp_path_factory.mktemp("served")
     config = directory / "kvray.yaml"
-    config.write_text(f"pools: {{prefill: {NUM_PREFILL}, decode: {NUM_DECODE}, ingress: 2, cpus_per_worker: 1}}")
+    pools = {"prefill": NUM_PREFILL, "decode": NUM_DECODE, "ingress": 2, "cpus_per_worker": 1}
+    config.write_text(yaml.safe_dump(CONFIG | {"pools": pools}))
     with hosts_on_a_switch(3) as hosts, own_environment() as environment:
         environment |= {"HEAD": hosts[0].address, "RAY_worker_niceness": "0", "KVRAY_SECRET": os.urandom(32).hex()}
         nodes = [Node(host, environment, is_head=host is hosts[0]) for host in hosts]
