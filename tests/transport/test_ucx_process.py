@@ -53,6 +53,7 @@ def test_full_port_range_is_a_config_error():
 
 _USER = """
 import asyncio, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started us (nohup) may have it ignored
 from tests.transport.links import linked, wait_until
 from transport.memory import Memory
 from transport.protocol import Copy
