@@ -19,7 +19,7 @@ import ray
 from ray import serve
 
 from cluster.config import KvrayConfig, num_ingresses, parse_config, parse_size
-from cluster.credentials import cluster_secret
+from cluster.credentials import cluster_secret, refuse_keys
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
 from cluster.replica import prepare_replica
@@ -28,7 +28,6 @@ from engine.actor import WorkerActor
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor, RouterOptions
-from messages.errors import ConfigError
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
@@ -61,11 +60,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
     Raises:
         ConfigError: the configuration itself holds API keys.
     """
-    if config.http.api_keys:
-        raise ConfigError(
-            "API keys in the configuration: Ray Serve would show them; wanted a file that every node has "
-            "(http.api_key_file), or KVRAY_API_KEY in the environment of every node's Ray"
-        )
+    refuse_keys(config)
     options = _worker_options(config)
     prepare = functools.partial(prepare_replica, config.log.level, config.log.format)
     read_secret = functools.partial(cluster_secret, config.network.secret_file)

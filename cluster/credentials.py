@@ -71,10 +71,28 @@ def api_keys(path: str | None, *, is_required: bool = False) -> tuple[str, ...]:
 
 
 def for_joined_cluster(config: KvrayConfig) -> KvrayConfig:
-    """Return `config` for nodes that have credentials of their own: where we know API keys, ingresses must, too."""
+    """Return `config` for nodes that have credentials of their own: where we know API keys, ingresses must, too.
+
+    Raises:
+        ConfigError: the configuration itself holds API keys.
+    """
+    refuse_keys(config)
     if environment_credential("KVRAY_API_KEY") is None:
         return config
     return msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, requires_api_key=True))
+
+
+def refuse_keys(config: KvrayConfig) -> None:
+    """Refuse API keys that Ray would hand on with the configuration.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if config.http.api_keys:
+        raise ConfigError(
+            "API keys in the configuration: Ray Serve would show them; wanted a file that every node has "
+            "(http.api_key_file), or KVRAY_API_KEY in the environment of every node's Ray"
+        )
 
 
 class CredentialFiles:

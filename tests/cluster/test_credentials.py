@@ -142,6 +142,8 @@ def test_keys_that_are_required_and_not_there_are_one_line_that_names_the_node()
 
 def test_an_ingress_elsewhere_must_have_keys_where_the_command_line_has_some(monkeypatch):
     assert not for_joined_cluster(KvrayConfig()).http.requires_api_key
+    with pytest.raises(ConfigError, match="API keys in the configuration"):  # before anything is started
+        for_joined_cluster(parse_config({"http": {"api_keys": ["k"]}}))
     monkeypatch.setenv("KVRAY_API_KEY", "5417041")
     told = for_joined_cluster(KvrayConfig())
     assert told.http.requires_api_key
