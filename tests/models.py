@@ -20,6 +20,24 @@ CHAT_TEMPLATE = (
 _SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 _TEXT = ["the quick brown fox jumps over the lazy dog. What is the code of the red lantern? It is 4821."] * 4
 
+#: What a tiny model with DeepSeek's attention and experts has.
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
 #: What every family is built with where its configuration has the name.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

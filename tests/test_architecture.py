@@ -84,8 +84,7 @@ def environment_readers(tree: ast.AST) -> list[int]:
 def test_only_the_configuration_reads_the_environment():
     found = {name: environment_readers(ast.parse((ROOT / name).read_text())) for name in NAMES}
     # The cache's place is the desktop's convention, and the build is a command of its own (`make kernels`).
-    # oneDNN has no other way to be told, and an engine in a notebook must be exact too: a bound, not a setting.
-    allowed = {"cluster/config.py", "engine/kernels/cpu/build.py", "engine/kernels/cpu/instruction_set.py"}
+    allowed = {"cluster/config.py", "engine/kernels/cpu/build.py"}
     assert {name: lines for name, lines in found.items() if lines and name not in allowed} == {}
 
 

@@ -287,12 +287,11 @@ def test_huge_texts_hold_nobody_up(start):
     body = json.dumps({"prompt": "é漢" * MIB}, ensure_ascii=False).encode()
     head = HEAD.replace(b"/v1/completions", b"/tokenize") % len(body)
     clients = [server.connect(head + body) for _ in range(6)]
-    waits_s: list[float] = []
-    while not waits_s or not select.select(clients, [], [], 0)[0]:
-        began_s = time.monotonic()
+    num_others = 0
+    while not select.select(clients, [], [], 0)[0]:
         assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
-        waits_s.append(time.monotonic() - began_s)
-    assert max(waits_s) < 2
+        num_others += 1
+    assert num_others >= 20  # before the first of them: a second's work or more, beside some milliseconds
     for client in clients:
         assert client.recv(15) == b"HTTP/1.1 200 OK"
         client.close()

@@ -25,7 +25,7 @@ from engine.scheduling.plan import (
     StepResult,
 )
 from messages.request import SamplingParams
-from tests.models import VOCAB_SIZE, make_tiny_model
+from tests.models import DEEPSEEK, VOCAB_SIZE, make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -176,23 +176,7 @@ SHAPES = {
     ),
     "deepseek_v3": (
         "deepseek_v3",
-        {
-            "hidden_size": 256,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 704,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "n_group": 2,
-            "topk_group": 1,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-            "head_dim": 8,
-            "num_key_value_heads": 4,
-        },
+        DEEPSEEK | {"hidden_size": 256, "n_routed_experts": 8, "moe_intermediate_size": 704},
     ),
 }
 NUM_REQUESTS = 10

@@ -8,28 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from engine.model.load import load_model
 from messages.errors import ConfigError
-from tests.models import VOCAB_SIZE, make_tiny_model
+from tests.models import DEEPSEEK, VOCAB_SIZE, make_tiny_model
 from tests.steps import Bench
 
 NUM_OUTPUT = 20
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 12,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-}
 SLIDING_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
 PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
 GPT = {"num_key_value_heads": None, "head_dim": None}
