@@ -8,7 +8,10 @@ import msgspec
 
 from messages.price import ComputePrice, MovePrice
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "cache"]
+
+#: Where a block lies: in a worker's pool; in the arena, on the disk or in the remote store of a node cache.
+Tier = Literal["device", "host", "disk", "remote"]
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +45,7 @@ class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     worker_id: str
     seq: int
+    tier: Tier = "device"  #: of `stored` and `removed`; a snapshot of a node cache begins with one, and others follow
     cleared: bool = False
     stored: bytes = b""
     removed: bytes = b""

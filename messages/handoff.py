@@ -1,10 +1,11 @@
-"""Decode asks prefill for KV; prefill publishes it under a lease; decode pulls and releases."""
+"""Who lacks KV asks an owner, which computes it or has it and publishes it under a lease; the asker pulls, releases."""
 
 from __future__ import annotations
 
 import msgspec
 
 from messages.errors import ErrorInfo
+from messages.fleet import Tier
 from messages.request import GenerateRequest
 from messages.stream import TokenLogprob
 
@@ -63,11 +64,24 @@ class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
     checksum: int = 0  #: of all its bytes, 64 bits
 
 
+class BlocksRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Whoever lacks blocks to an owner that may have them: offer what you hold of these, under a lease.
+
+    The answer is one KvHandoff or more, without a token; blocks that none of them has are not there. An owner that
+    reads them from a slower tier offers them as they come, in the order wanted.
+    """
+
+    request_id: str  #: of this question; the asker gives each another one
+    first_index: int  #: position in the asker's sequence of the first name
+    names: bytes  #: 16 bytes each, concatenated, of consecutive blocks
+    is_tail_first: bool = False  #: the last ones are wanted first: the head is being computed meanwhile
+
+
 class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Prefill to decode: these blocks are readable until the lease ends. The last one carries the first token.
+    """Owner to asker: these blocks are readable until the lease ends. Prefill's last one carries the first token.
 
     Handoffs of one request come in order; each adds blocks; all share one lease. `is_last` is False on those
-    that are published while prefill still runs.
+    that are published while prefill still runs, or slower tiers are read.
     """
 
     request_id: str
@@ -78,22 +92,48 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     first_logprob: TokenLogprob | None = None
     num_cached_tokens: int = 0  #: prompt tokens that prefill found in its own cache
     elapsed_s: float = 0.0  #: at the owner, from the question to this
+    tier: Tier = "device"  #: where the owner had these blocks
+
+
+class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to the node cache of its node: I could write these blocks into your arena."""
+
+    request_id: str  #: of this question; the asker gives each another one
+    names: bytes  #: 16 bytes each, concatenated, in any order
+
+
+class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Node cache to worker: write these, and only these, where they are to lie, and say so with BlocksWritten.
+
+    A location's index is the position in RoomRequest.names; its generation is the one to be named with BlocksWritten.
+    What is not among them is held already, or not worth its room.
+    """
+
+    request_id: str
+    blocks: list[BlockLocation]
+
+
+class BlocksWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to node cache: these granted blocks hold their bytes, of these checksums; the others are given back."""
+
+    request_id: str
+    blocks: list[BlockLocation]
 
 
 class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Prefill to decode: no handoff will come for this request; nothing is held for it."""
+    """Owner to asker: no handoff will come for this request; nothing is held for it."""
 
     request_id: str
     error: ErrorInfo
 
 
 class RenewLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Decode to prefill: the pull makes progress, so the lease starts anew. Unknown ids are ignored."""
+    """Asker to owner: the pull makes progress, so the lease starts anew. Unknown ids are ignored."""
 
     request_id: str
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Decode to prefill: the blocks were pulled, or are not wanted any more. Also cancels a prefill that still runs."""
+    """Asker to owner: the blocks were pulled, or are not wanted any more. Also cancels what is still being made."""
 
     request_id: str

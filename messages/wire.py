@@ -8,6 +8,8 @@ import msgspec
 
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
 from messages.handoff import (
+    BlocksRequest,
+    BlocksWritten,
     DescribeRegions,
     KvHandoff,
     PrefillFailed,
@@ -16,6 +18,8 @@ from messages.handoff import (
     ReleaseLease,
     RenewLease,
     RoadMessage,
+    RoomGranted,
+    RoomRequest,
 )
 from messages.request import CancelRequest, GenerateRequest
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -37,6 +41,10 @@ Message: TypeAlias = (
     | CancelRequest
     | TokenBatch
     | PrefillRequest
+    | BlocksRequest
+    | RoomRequest
+    | RoomGranted
+    | BlocksWritten
     | KvHandoff
     | PrefillFailed
     | RenewLease

@@ -1,0 +1,70 @@
+"""The contract of a tier below host memory: whole blocks, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from messages.errors import KvrayError
+
+
+class StoreError(KvrayError):
+    """A store cannot do what was asked: it is full, read-only, gone, or slower than the deadline. Others may try."""
+
+    default_status = 503
+
+
+class StoredBlock(NamedTuple):
+    """What a store keeps of a block besides its bytes."""
+
+    name: bytes  #: 16 bytes
+    num_tokens: int
+    checksum: int  #: of the plain bytes, 64 bits (transport.checksum)
+
+
+class BlockStore(Protocol):
+    """A tier below host memory. Any thread may call; every call that does IO ends by its deadline at the latest.
+
+    A store holds blocks of one model fingerprint, layout version and size in bytes, which it was opened with.
+    """
+
+    def find(self, name: bytes) -> StoredBlock | None:
+        """Return what is kept of a block; None where it is not there. Does no IO."""
+        ...
+
+    def names(self) -> Iterable[bytes]:
+        """Return the names of all blocks that it holds, for a snapshot. Does no IO."""
+        ...
+
+    def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
+        """Read each block into its target, `block_bytes` writable bytes, and verify its checksum there.
+
+        The answer tells of each whether it came whole; a block that did not is dropped, and counted. `deadline_s`:
+        seconds from now.
+
+        Raises:
+            StoreError: the store as a whole does not answer; what the targets hold is undefined.
+        """
+        ...
+
+    def write(self, blocks: Sequence[StoredBlock], sources: Sequence[memoryview], deadline_s: float) -> list[bytes]:
+        """Keep these blocks, of one chain, head first; return the names of those that were dropped to make room.
+
+        When it returns, they survive the end of the process; see the store for what survives the loss of power.
+
+        Raises:
+            StoreError: it could not; none of these blocks is found afterwards.
+        """
+        ...
+
+    def remove(self, names: Sequence[bytes]) -> None:
+        """Forget blocks; unknown names are ignored. Their room comes back by and by."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters and gauges by metric name."""
+        ...
+
+    def close(self) -> None:
+        """End what it does in the background, and let another process open it."""
+        ...
