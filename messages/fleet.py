@@ -7,11 +7,9 @@ from typing import Literal
 import msgspec
 
 from messages.price import ComputePrice, MovePrice
+from messages.tier import Tier
 
 Role = Literal["prefill", "decode", "cache"]
-
-#: Where a block lies: in a worker's pool; in the arena, on the disk or in the remote store of a node cache.
-Tier = Literal["device", "host", "disk", "remote"]
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from messages.errors import ErrorInfo
-from messages.fleet import Tier
 from messages.request import GenerateRequest
 from messages.stream import TokenLogprob
+from messages.tier import Tier
 
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True):

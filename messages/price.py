@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from messages.tier import Tier
+
 
 class ComputePrice(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of an engine step, as a sum: what each of its parts adds. All are at least 0."""
@@ -19,6 +21,7 @@ class MovePrice(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds to bring blocks from one source to the worker that reports it, over the road that it takes from there."""
 
     source: str  #: the owner's channel endpoint
+    tier: Tier = "device"  #: where the owner has the blocks
     road: str  #: "shm", "ucx", ...
     fixed_s: float  #: of a pull of any size
     byte_s: float  #: of a byte more

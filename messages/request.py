@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from messages.tier import Tier
+
 #: Tokens that a suspect gives, computed alone, before it is one among others again: the step that a worker crashed in
 #: was at most that far on from the last token that had come.
 SUSPECT_TOKENS = 4
@@ -46,6 +48,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: Grammar | None = None
 
 
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """An owner that was said to hold a run of blocks, and in which of its tiers."""
+
+    address: str  #: the owner's channel endpoint
+    tier: Tier
+
+
+class HeldRun(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks [begin, end) of a prompt lie at each of `copies`, the cheapest to reach first. A hint, as a placement."""
+
+    begin: int
+    end: int
+    copies: tuple[Copy, ...]
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One sequence to generate (one choice of a client's request).
 
@@ -62,6 +79,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice
     prefill_address: str | None = None
     prefill_s: float = 0.0  #: predicted seconds until its KV lies here; computing it here is worth it below that
+    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first, as the router saw it
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
 
 

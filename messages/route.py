@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from messages.errors import ErrorInfo
+from messages.request import HeldRun
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -34,6 +35,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_s: float = 0.0  #: predicted seconds until the prefill worker's KV lies on the decode worker
     decode_match_tokens: int = 0
     prefill_match_tokens: int = 0
+    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first; as far as anybody holds them
     predicted_ttft_s: float = 0.0
     reason: str = ""
 

@@ -21,22 +21,23 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptSources(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where the KV of a prompt's tokens came from; the five add up to the prompt's length.
+    """Where the KV of a prompt's tokens came from; all add up to the prompt's length.
 
-    `device`: already in the decode worker's pool; `peer`: already cached by the prefill worker and pulled;
-    `computed`: computed for this request, wherever.
+    `device`: already in the decode worker's pool; `peer`: already in another worker's pool; `host`, `disk`, `remote`:
+    in that tier of a node cache; `computed`: computed for this request, wherever.
     """
 
     device: int = 0
     host: int = 0
     peer: int = 0
     disk: int = 0
+    remote: int = 0
     computed: int = 0
 
     @property
     def cached(self) -> int:
         """Prompt tokens that nobody had to compute."""
-        return self.device + self.host + self.peer + self.disk
+        return self.device + self.host + self.peer + self.disk + self.remote
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

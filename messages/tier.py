@@ -1,0 +1,8 @@
+"""Where a block can lie."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+#: In a worker's pool; in the arena, on the disk or in the remote store of a node cache.
+Tier: TypeAlias = Literal["device", "host", "disk", "remote"]
