@@ -123,6 +123,7 @@ class Engine:
             vocab_size=min(loaded.vocab_size, loaded.num_embeddings),
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
+            block_bytes=num_bytes_per_block,
         )
         return cls(
             loaded=loaded,

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.crashing import Crash, guarded
+from engine.loans import LearnHandoff
 from engine.puller import REJECTIONS, BlockPuller, Pair, PeerPool, PullOutcome
-from kvcache.price import MoveCost
+from kvcache.price import ASSUMED_MOVE, MoveCost
 from messages.fleet import RoadStatus
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
+from messages.request import Copy
+from messages.tier import Tier
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig
 from transport.protocol import Link, RegionError
@@ -32,8 +35,8 @@ class Peer:
 
     client: ChannelClient
     link: Link  #: what roads say to it
-    cost: MoveCost
-    told: MovePrice | None = None  #: the price that was last reported
+    costs: dict[Tier, MoveCost]  #: of its blocks, by where it has them
+    told: dict[Tier, MovePrice] = field(default_factory=dict)  #: the prices that were last reported
     pulled_s: float | None = None  #: when the first pull had ended
     pool: PeerPool | None = None  #: once it described it
     is_misfit: bool = False  #: its blocks cannot be pulled into ours
@@ -65,6 +68,7 @@ class Peers:
         self._on_lost = on_lost
         self._crash = crash
         self._block_bytes = puller.block_bytes
+        self.own_address = ""  #: of this worker's own channel, once it listens: nothing is pulled from there
         self._peers: dict[str, Peer] = {}
 
     def connect(self, address: str) -> None:
@@ -79,7 +83,7 @@ class Peers:
             config=self._channel,
         )
         link = self._roads.connect(lambda road, body: client.send(RoadMessage(road=road, body=body)))
-        self._peers[address] = Peer(client, link, MoveCost(address))
+        self._peers[address] = Peer(client, link, {"device": MoveCost(address, "device")})
         client.send(DescribeRegions())
 
     def send(self, address: str, message: Message) -> None:
@@ -95,6 +99,14 @@ class Peers:
             return self._roads.names != ()
         return not peer.is_misfit and self._roads.can_pull(peer.link)
 
+    def price_of(self, copy: Copy) -> MovePrice | None:
+        """Return what bringing blocks from a copy costs, as far as is known; None where they cannot come from there."""
+        if copy.address == self.own_address or not self.can_pull(copy.address):
+            return None
+        peer = self._peers.get(copy.address)
+        cost = None if peer is None else peer.costs.get(copy.tier)
+        return (None if cost is None else cost.price) or ASSUMED_MOVE
+
     async def pull(self, source: str, pairs: Sequence[Pair], on_progress: Callable[[], None]) -> PullOutcome:
         """Bring each pair's block from the pool at `source` here, and verify it; all are bad if it is not connected.
 
@@ -107,31 +119,36 @@ class Peers:
         if peer.pulled_s is None:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
-            peer.cost.observe_pull(outcome.pulled.road, len(pairs) * self._block_bytes, outcome.pulled.elapsed_s)
+            num_bytes = len(pairs) * self._block_bytes
+            peer.costs["device"].observe_pull(outcome.pulled.road, num_bytes, outcome.pulled.elapsed_s)
         return outcome
 
-    def observe_handoff(self, source: str, elapsed_s: float, source_s: float, num_blocks: int) -> None:
-        """Learn from a prompt whose KV came whole from `source`: as `MoveCost.observe_handoff`, in blocks.
+    def observe_handoff(self, learned: LearnHandoff) -> None:
+        """Learn from KV that came whole: as `MoveCost.observe_handoff`, in blocks.
 
         What was asked before the first pull waited until the roads were tried, and says nothing of later ones.
         """
-        peer = self._peers.get(source)
-        if peer is not None and peer.pulled_s is not None and time.monotonic() - elapsed_s >= peer.pulled_s:
-            peer.cost.observe_handoff(elapsed_s, source_s, num_blocks * self._block_bytes)
+        peer = self._peers.get(learned.source)
+        if peer is None or peer.pulled_s is None or time.monotonic() - learned.elapsed_s < peer.pulled_s:
+            return
+        num_bytes = learned.num_blocks * self._block_bytes
+        peer.costs["device"].observe_handoff(learned.elapsed_s, learned.source_s, num_bytes)
 
     def changed_prices(self) -> tuple[MovePrice, ...]:
         """Return the prices of those peers whose price differs by a tenth or so from what was told last."""
         changed = []
         for peer in self._peers.values():
-            price = peer.cost.price
-            if price is not None and (peer.told is None or _rounded(price) != _rounded(peer.told)):
-                peer.told = price
-                changed.append(price)
+            for tier, cost in peer.costs.items():
+                price, told = cost.price, peer.told.get(tier)
+                if price is not None and (told is None or _rounded(price) != _rounded(told)):
+                    peer.told[tier] = price
+                    changed.append(price)
         return tuple(changed)
 
     def prices(self) -> tuple[MovePrice, ...]:
         """Return the prices of all peers that were pulled from."""
-        return tuple(price for price in (peer.cost.price for peer in self._peers.values()) if price is not None)
+        prices = (cost.price for peer in self._peers.values() for cost in peer.costs.values())
+        return tuple(price for price in prices if price is not None)
 
     def statuses(self) -> tuple[RoadStatus, ...]:
         """Return the road from each peer."""

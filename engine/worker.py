@@ -16,19 +16,43 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, assert_never
 
 import torch
 
+from engine.borrower import Borrower
 from engine.core import Engine, EngineOptions
 from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
+from engine.lending import Lender
+from engine.loans import SequenceOver
 from engine.model.load import load_model
-from engine.peers import Peers
 from engine.puller import BlockPuller
-from engine.scheduling.plan import Event, Instruction
-from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
-from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
+from engine.scheduling.plan import (
+    AskBlocks,
+    AskRemote,
+    CompileGrammar,
+    EmitTokens,
+    Event,
+    Instruction,
+    LendBlocks,
+    OfferBlocks,
+    PullBlocks,
+    RunStep,
+    SequenceCancelled,
+    StopAsking,
+    StopRemote,
+)
+from messages.errors import InvariantError
+from messages.fleet import GetStats, KvEvents, LoadReport, Role, Stats, Subscribe, WorkerInfo
+from messages.handoff import (
+    BlocksRequest,
+    DescribeRegions,
+    RegionsDescribed,
+    ReleaseLease,
+    RenewLease,
+    RoadMessage,
+)
 from messages.price import MovePrice
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
@@ -49,6 +73,9 @@ _METRICS = {
     "num_preemptions": "kvray_preemptions_total",
     "num_prompt_tokens_device": 'kvray_worker_prompt_tokens_total{source="device"}',
     "num_prompt_tokens_peer": 'kvray_worker_prompt_tokens_total{source="peer"}',
+    "num_prompt_tokens_host": 'kvray_worker_prompt_tokens_total{source="host"}',
+    "num_prompt_tokens_disk": 'kvray_worker_prompt_tokens_total{source="disk"}',
+    "num_prompt_tokens_remote": 'kvray_worker_prompt_tokens_total{source="remote"}',
     "num_prompt_tokens_computed": 'kvray_worker_prompt_tokens_total{source="computed"}',
     "num_generated_tokens": "kvray_generated_tokens_total",
     "num_rejected_blocks": "kvray_blocks_recomputed_total",
@@ -74,6 +101,10 @@ class WorkerOptions:
     roads: RoadOptions
 
 
+#: What a scheduler wants done that is its role's business.
+RoleInstruction: TypeAlias = EmitTokens | OfferBlocks | AskRemote
+
+
 class WorkerRole(Protocol):
     """The part of a worker that differs between prefill and decode. A sender is known by its channel's id."""
 
@@ -85,7 +116,7 @@ class WorkerRole(Protocol):
         """Handle the loss of a sender, which comes once for each."""
         ...
 
-    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+    def on_instructions(self, instructions: Sequence[RoleInstruction]) -> None:
         """Carry out what the scheduler wants done, in order."""
         ...
 
@@ -137,22 +168,20 @@ class EngineWorker:
             self.engine.scratch(PROBE_BYTES),
             options.stall_s,
         )
-        self._peers: Peers | None = None  #: of a role that pulls
-        self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
+        puller = BlockPuller(self.engine.layout, self.engine.memory, self.engine.checksums, self.roads)
         self.crash = CrashOnce(on_crash)  #: for every fault that leaves the worker's state unknown
+        self.borrower = Borrower(
+            puller, self.roads, secret, options.channel, options.lease_s, self.post, self.spawn, self.crash
+        )
+        self.engine.scheduler.price_of = self.borrower.peers.price_of
+        self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
+        self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None
         self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
         self.server: ChannelServer | None = None
         self.driver: EngineDriver | None = None
-
-    def open_peers(self, on_message: Callable[[str, Message], None], on_lost: Callable[[str], None]) -> Peers:
-        """Make the worker's peers, for a role that pulls; reported and closed with it. Arguments as of `Peers`."""
-        engine = self.engine
-        puller = BlockPuller(engine.layout, engine.memory, engine.checksums, self.roads)
-        self._peers = Peers(puller, self.roads, self._secret, self.options.channel, on_message, on_lost, self.crash)
-        return self._peers
 
     async def start(self, role: WorkerRole) -> WorkerInfo:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
@@ -164,9 +193,11 @@ class EngineWorker:
             on_peer_lost=guarded(self._on_sender_lost, self.crash),
             config=self.options.channel,
         )
+        self.borrower.peers.own_address = self.server.address
         self.driver = EngineDriver(self.engine, self._on_instructions, self.crash)
         self.driver.start()
         self.spawn(self._report_forever())
+        self.spawn(self._expire_forever())
         if isinstance(self.engine.memory, Memory):
             threading.Thread(target=self.engine.memory.populate, name="populate", daemon=True).start()
         return self.info(self.server.address)
@@ -194,6 +225,8 @@ class EngineWorker:
         """Give an event to the scheduler; its instructions are handed out before this returns."""
         assert self.driver is not None, "start() comes first"
         self.driver.post(event)
+        if isinstance(event, SequenceCancelled):
+            self.borrower.decide(SequenceOver(event.seq_id))
         self._report_wanted.set()
 
     def send(self, receiver: bytes, message: Message) -> None:
@@ -221,8 +254,7 @@ class EngineWorker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.driver is not None:
             await self.driver.close()
-        if self._peers is not None:
-            self._peers.close()
+        self.borrower.peers.close()
         if self.server is not None:
             self.server.close()
         self.roads.close()
@@ -237,7 +269,7 @@ class EngineWorker:
                 self._subscribers[sender] = 1
                 names = b"".join(self.engine.pool.snapshot())
                 self.send(sender, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
-                self.send(sender, self._report(self._peers.prices() if self._peers is not None else ()))
+                self.send(sender, self._report(self.borrower.peers.prices()))
             case GetStats(query_id=query_id):
                 self.send(sender, self._stats(query_id))
             case DescribeRegions():
@@ -253,6 +285,8 @@ class EngineWorker:
                 )
             case RoadMessage(road=road, body=body):
                 self.roads.on_message(self._link(sender), road, body)
+            case BlocksRequest() | RenewLease() | ReleaseLease() if self._lender.take(sender, message):
+                pass
             case _:
                 assert self._role is not None
                 self._role.on_message(sender, message)
@@ -272,14 +306,37 @@ class EngineWorker:
         link = self._links.pop(sender, None)
         if link is not None:
             self.roads.disconnect(link)
+        self._lender.lose(sender)
         assert self._role is not None
         self._role.on_sender_lost(sender)
 
     def _on_instructions(self, instructions: Sequence[Instruction]) -> None:
         assert self._role is not None
-        self._role.on_instructions(instructions)
+        of_role: list[RoleInstruction] = []
+        for instruction in instructions:
+            match instruction:
+                case EmitTokens() | OfferBlocks() | AskRemote():
+                    of_role.append(instruction)
+                case AskBlocks() | StopAsking() | StopRemote() | PullBlocks():
+                    self.borrower.decide(instruction)
+                case LendBlocks():
+                    self._lender.lend(instruction)
+                case RunStep() | CompileGrammar():
+                    raise InvariantError(f"the driver's instruction came out of it: {instruction}")
+                case _ as unreachable:
+                    assert_never(unreachable)
+        self._role.on_instructions(of_role)
+        for emitted in of_role:
+            if isinstance(emitted, EmitTokens) and emitted.finish_reason is not None:
+                self.borrower.decide(SequenceOver(emitted.seq_id))
         self._flush_events()
         self._report_wanted.set()
+
+    async def _expire_forever(self) -> None:
+        """Look for ended leases time and again: one that ends frees its blocks even when nobody says anything."""
+        while True:
+            await asyncio.sleep(min(0.2, self.options.lease_s / 4))
+            self._lender.pass_time()
 
     # --------------------------------------------------------------------------------------- what the router is told
 
@@ -302,7 +359,7 @@ class EngineWorker:
                     await self._report_wanted.wait()
             self._report_wanted.clear()
             self._flush_events()
-            report = self._report(self._peers.changed_prices() if self._peers is not None else ())
+            report = self._report(self.borrower.peers.changed_prices())
             for subscriber in list(self._subscribers):
                 self.send(subscriber, report)
             await asyncio.sleep(_REPORT_MIN_S)
@@ -329,15 +386,13 @@ class EngineWorker:
         assert self.driver is not None
         engine = self.engine
         values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
-        values |= self._role.stats() | self.roads.stats()
-        roads: tuple[RoadStatus, ...] = ()
-        if self._peers is not None:
-            values |= self._peers.stats()
-            roads = self._peers.statuses()
+        values |= self._role.stats() | self.roads.stats() | self.borrower.stats()
+        roads = self.borrower.peers.statuses()
         for road in roads:
             labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
+            "kvray_blocks_lent": float(self._lender.num_lent_blocks),
             "kvray_blocks": float(engine.layout.num_blocks),
             "kvray_blocks_free": float(engine.pool.num_free),
             "kvray_blocks_pinned": float(engine.pool.num_used),

@@ -154,6 +154,10 @@ class BlockPool:
         """Tell whether a block is committed under `name`."""
         return name in self._by_name
 
+    def find(self, name: bytes) -> int | None:
+        """Return the block that is committed under `name`; None where there is none."""
+        return self._by_name.get(name)
+
     def pin(self, block_ids: Sequence[int]) -> None:
         """Forbid eviction, once more for each call, of blocks that `match` gave."""
         for block_id in block_ids:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from messages.price import ComputePrice, MovePrice
+from messages.tier import Tier
 
 _FORGET = 0.97  #: weight of an observation against the one after it: the last hundred or so count
 _SWEEPS = 3
@@ -74,8 +75,8 @@ class LearnedPrices:
 class MoveCost:
     """Learns what blocks from one source cost: each pull and each handoff is observed."""
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    def __init__(self, source: str, tier: Tier = "device") -> None:
+        self._source, self._tier = source, tier
         self._road = ""
         self._pulls = LearnedPrices(2)  # 1, bytes
         self._handoffs_s: deque[float] = deque(maxlen=_NUM_HANDOFFS)
@@ -103,7 +104,14 @@ class MoveCost:
             return None
         fixed_s, byte_s = self._pulls.prices
         handoff_s = min(self._handoffs_s, default=ASSUMED_MOVE.handoff_s)
-        return MovePrice(source=self._source, road=self._road, fixed_s=fixed_s, byte_s=byte_s, handoff_s=handoff_s)
+        return MovePrice(
+            source=self._source,
+            tier=self._tier,
+            road=self._road,
+            fixed_s=fixed_s,
+            byte_s=byte_s,
+            handoff_s=handoff_s,
+        )
 
 
 class Computation(NamedTuple):

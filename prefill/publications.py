@@ -145,6 +145,7 @@ class PublicationBook:
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             is_kept=True,
+            held=request.held,
         )
         before = self.leases.asker_of(request_id)
         freed = self.leases.on_event(Asked(request_id, event.asker), now_s)

@@ -14,20 +14,8 @@ from typing import ClassVar, assert_never
 
 import msgspec
 
-from engine.scheduling.plan import (
-    AskRemote,
-    BlocksReleased,
-    CompileGrammar,
-    EmitTokens,
-    Instruction,
-    OfferBlocks,
-    PullBlocks,
-    RunStep,
-    SequenceAdded,
-    SequenceCancelled,
-    StopRemote,
-)
-from engine.worker import EngineWorker, WorkerOptions
+from engine.scheduling.plan import BlocksReleased, EmitTokens, OfferBlocks, SequenceAdded, SequenceCancelled
+from engine.worker import EngineWorker, RoleInstruction, WorkerOptions
 from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
 from messages.errors import InvariantError
 from messages.fleet import Role, WorkerInfo
@@ -105,16 +93,12 @@ class PrefillWorker:
         """Free what is made or held for an asker that is gone: nobody will pull it."""
         self._decide(AskerLost(sender))
 
-    def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+    def on_instructions(self, instructions: Sequence[RoleInstruction]) -> None:
         """Take in which blocks became readable and which prompts ended or failed, and tell their askers."""
         for instruction in instructions:
-            match instruction:
-                case OfferBlocks() | EmitTokens():
-                    self._decide(instruction)
-                case AskRemote() | StopRemote() | PullBlocks() | RunStep() | CompileGrammar():
-                    raise InvariantError(f"a prefill worker's sequences are local, saw {instruction}")
-                case _ as unreachable:
-                    assert_never(unreachable)
+            if not isinstance(instruction, OfferBlocks | EmitTokens):
+                raise InvariantError(f"not a prefill worker's instruction: {instruction}")
+            self._decide(instruction)
 
     def stats(self) -> dict[str, float]:
         """Return prefill's own numbers, by metric name."""

@@ -45,7 +45,7 @@ class SlotMirror:
             mirrored.block_table += part.new_block_ids
             seq = scheduler._ledger.running[part.seq_id]
             assert mirrored.token_ids == seq.token_ids
-            assert mirrored.block_table == seq.block_table
+            assert mirrored.block_table == seq.block_table[: seq.num_blocks_for(part.end)]
             assert mirrored.begins == SlotBegins(num_prompt_tokens=seq.num_prompt_tokens, params=seq.params)
         running = {seq.slot.index: seq for seq in scheduler._ledger.running.values()}
         assert max(running, default=0) < self._max_num_seqs

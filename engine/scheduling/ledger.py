@@ -7,6 +7,7 @@ it ends, whatever became of the sequence meanwhile.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -14,6 +15,7 @@ from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
+from messages.tier import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,11 @@ class SequenceLedger:
         self.running: dict[str, Sequence] = {}
         self.dying: list[Sequence] = []  #: ended, with blocks that the running step uses
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
+        self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
         self.num_preemptions = 0
-        self.num_device_tokens = 0  #: the three are prompt tokens by where their KV came from: `count_prompt`
+        self.num_device_tokens = 0  #: the four are prompt tokens by where their KV came from: `count_prompt`
+        self.num_loaded_tokens: Counter[Tier] = Counter()
         self.num_pulled_tokens = 0
         self.num_computed_tokens = 0
 
@@ -63,24 +67,90 @@ class SequenceLedger:
             self.in_flight.setdefault(name, seq)
         self._begin_running(seq)
 
-    def begin_pull(self, seq: Sequence, deadline_s: float) -> None:
-        """Move `seq` from running to pulling, with blocks for the whole prompt."""
+    def begin_pull(
+        self, seq: Sequence, deadline_s: float, num_blocks: int | None = None, *, is_mixed: bool = False
+    ) -> RemotePull:
+        """Give a running `seq` blocks for what others have: its first `num_blocks`, full ones, or (None) its prompt.
+
+        What the pool has beyond the head is reused. It is pulling then, or, where it `is_mixed`, computes its head.
+        """
+        begin = len(seq.block_table)
+        end_tokens = seq.num_prompt_tokens if num_blocks is None else num_blocks * seq.block_size
+        end = seq.num_blocks_for(end_tokens)
+        found = {
+            index: block_id
+            for index in range(begin, end_tokens // seq.block_size)
+            if (block_id := self.pool.find(seq.names[index])) is not None
+        }
+        self.pool.pin(list(found.values()))
+        fresh = iter(self.pool.allocate(end - begin - len(found)))
+        seq.block_table += [found[index] if index in found else next(fresh) for index in range(begin, end)]
+        seq.pull = RemotePull(
+            first_index=begin,
+            end_tokens=end_tokens,
+            deadline_s=deadline_s,
+            is_mixed=is_mixed,
+            found=frozenset(found),
+            arrived=set(found),
+        )
+        if not is_mixed:
+            self.pause(seq)
+        return seq.pull
+
+    def pause(self, seq: Sequence) -> None:
+        """Move `seq` from running to pulling: what it would compute next is on its way."""
         self._stop_running(seq)
-        seq.pull = RemotePull(first_index=len(seq.block_table), deadline_s=deadline_s)
-        seq.block_table += self.pool.allocate(seq.num_blocks_for(seq.num_prompt_tokens) - len(seq.block_table))
         seq.phase = Phase.PULLING
         self.pulling[seq.seq_id] = seq
 
-    def end_pull(self, seq: Sequence, num_blocks: int) -> None:
-        """Move `seq` from pulling to running with its first `num_blocks` blocks; the others are given back."""
-        self._drop_tail(seq, num_blocks)
-        seq.num_computed = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
-        seq.num_pulled_tokens = max(0, seq.num_computed - seq.num_device_tokens)
-        if seq.has_emitted:
-            self.count_prompt(seq)
-        seq.num_passed_over = 0
+    def resume(self, seq: Sequence) -> None:
+        """Move a mixed `seq` from pulling to running: there is something to compute before more arrives."""
         del self.pulling[seq.seq_id]
+        seq.num_passed_over = 0
         self._begin_running(seq)
+
+    def pass_arrived(self, seq: Sequence) -> None:
+        """Go on over blocks that arrived, where the computing of a mixed `seq` has come to them."""
+        pull = _pull_of(seq)
+        index, rest = divmod(seq.num_computed, seq.block_size)
+        while not rest and index in pull.arrived:
+            self._count_arrived(seq, pull, index)
+            index += 1
+            seq.num_computed = index * seq.block_size
+            self._forget_in_flight(seq, index - 1, index)
+
+    def forget_pull(self, seq: Sequence) -> None:
+        """Note that a running, mixed `seq` wants nothing more: nothing is on its way, it came to all that arrived."""
+        seq.pull = None
+
+    def end_pull(self, seq: Sequence, num_blocks: int) -> None:
+        """End the pull of `seq`, which then runs with its first `num_blocks` blocks; the others are given back.
+
+        A mixed one keeps the blocks that it came to, computed or passed.
+        """
+        pull = _pull_of(seq)
+        if pull.is_mixed:
+            self._drop_tail(seq, seq.num_blocks_for(max(seq.num_computed, seq.planned_end)))
+        else:
+            self._drop_tail(seq, num_blocks)
+            seq.num_computed = min(num_blocks * seq.block_size, pull.end_tokens)
+            for index in range(pull.first_index, num_blocks):
+                self._count_arrived(seq, pull, index)
+            seq.num_pulled_tokens = max(0, min(seq.num_computed, seq.num_prompt_tokens) - seq.num_cached_tokens)
+            if seq.has_emitted:
+                self.count_prompt(seq)
+        if seq.phase is Phase.PULLING:
+            self.resume(seq)
+
+    def _count_arrived(self, seq: Sequence, pull: RemotePull, index: int) -> None:
+        """Count the prompt tokens of a block that was found, or came from a holder."""
+        if seq.is_counted:
+            return
+        num_tokens = min(seq.block_size, max(0, seq.num_prompt_tokens - index * seq.block_size))
+        if index in pull.found:
+            seq.num_device_tokens += num_tokens
+        elif index in pull.asked:
+            seq.num_loaded_tokens[pull.asked[index].tier] += num_tokens
 
     def keep(self, seq: Sequence) -> None:
         """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
@@ -90,14 +160,17 @@ class SequenceLedger:
 
     def preempt(self, seq: Sequence) -> None:
         """Move `seq` from running back to waiting. Its full blocks stay named: most of it comes back by reuse."""
+        if seq.pull is not None:
+            self._drop_tail(seq, seq.num_blocks_for(seq.num_computed))
         self._stop_running(seq)
         seq.extend_names()
         self._forget_in_flight(seq, 0, len(seq.names))
         self._give_back(seq)
-        seq.num_computed = 0
+        seq.num_computed = seq.planned_end = 0
         seq.num_offered_blocks = 0
         if not seq.has_emitted:
             seq.num_device_tokens = seq.num_peer_tokens = seq.num_pulled_tokens = 0
+            seq.num_loaded_tokens.clear()
             seq.prompt_logprobs = [None]
         seq.phase = Phase.WAITING
         insort(self.waiting, seq, key=_seniority)
@@ -105,18 +178,23 @@ class SequenceLedger:
 
     def count_prompt(self, seq: Sequence) -> None:
         """Count where the KV of a prompt came from: once, when all of it is there, or about to be computed."""
+        if seq.is_counted:
+            return
+        seq.is_counted = True
         self.num_device_tokens += seq.num_device_tokens
+        self.num_loaded_tokens += seq.num_loaded_tokens
         self.num_pulled_tokens += seq.num_pulled_tokens
-        self.num_computed_tokens += seq.num_prompt_tokens - seq.num_device_tokens - seq.num_pulled_tokens
+        self.num_computed_tokens += seq.num_prompt_tokens - seq.num_cached_tokens - seq.num_pulled_tokens
 
     def end(self, seq: Sequence) -> None:
         """Forget `seq`, and give its blocks back as soon as no step and no pull uses them."""
         del self.sequences[seq.seq_id]
+        if seq.pull is not None:
+            self._drop_tail(seq, seq.num_blocks_for(max(seq.num_computed, seq.planned_end)) if seq.is_in_step else 0)
         match seq.phase:
             case Phase.WAITING:
                 self.waiting.remove(seq)
             case Phase.PULLING:
-                self._drop_tail(seq, 0)
                 del self.pulling[seq.seq_id]
             case Phase.RUNNING:
                 self._stop_running(seq)
@@ -212,16 +290,24 @@ class SequenceLedger:
                 self.pool.commit(target.block_id, target.name)
             self.pool.unpin([target.block_id])
 
+    def lend(self, lease_id: str, block_ids: list[int]) -> None:
+        """Pin blocks of the pool, head first, for whoever reads them; what was lent under that lease is given back."""
+        self.end_lending(lease_id)
+        if block_ids:
+            self.pool.pin(block_ids)
+            self.lent[lease_id] = block_ids
+
+    def end_lending(self, lease_id: str) -> None:
+        """Give back what was lent under this lease; unknown ids are ignored."""
+        self.pool.unpin(self.lent.pop(lease_id, []))
+
     def _drop_tail(self, seq: Sequence, num_blocks: int) -> None:
         """Give back a pulling sequence's blocks from index `num_blocks` on; those being written are orphans first."""
-        if seq.pull is None:
-            raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no pull")
+        pull = _pull_of(seq)
         targets = [
-            PullTarget(
-                i, seq.block_table[i], seq.names[i] if (i + 1) * seq.block_size <= seq.num_prompt_tokens else b""
-            )
-            for i in seq.pull.open
-            if i not in seq.pull.arrived
+            PullTarget(i, seq.block_table[i], seq.names[i] if (i + 1) * seq.block_size <= pull.end_tokens else b"")
+            for i in pull.open
+            if i not in pull.arrived
         ]
         if targets:
             self.orphans[seq.seq_id] = targets
@@ -262,9 +348,12 @@ class SequenceLedger:
         for targets in self.orphans.values():
             for target in targets:
                 pins[target.block_id] += 1
+        for block_ids in self.lent.values():
+            for block_id in block_ids:
+                pins[block_id] += 1
         _require(
             pins == [self.pool.num_pins(block_id) for block_id in range(self.pool.num_blocks)],
-            "a block is pinned once for each table that holds it",
+            "a block is pinned once for each table that holds it, and each lease",
         )
         _require(
             all(seq.phase in (Phase.RUNNING, Phase.PULLING) for seq in self.in_flight.values()),
@@ -277,7 +366,7 @@ class SequenceLedger:
             case Phase.WAITING:
                 _require(not table and not seq.num_computed and not seq.is_in_step, "who waits holds nothing")
             case Phase.PULLING:
-                _require(len(table) == seq.num_blocks_for(seq.num_prompt_tokens), "a pull has all its targets")
+                _require(seq.pull is not None, "who waits for blocks has a pull")
             case Phase.RUNNING:
                 _require(seq.num_computed < seq.num_tokens, "who runs has something to compute")
             case Phase.KEPT:
@@ -292,7 +381,9 @@ class SequenceLedger:
                 seq.slot.num_told_tokens <= seq.num_tokens and seq.slot.num_told_blocks <= len(table),
                 "the runner was told of nothing that is not so",
             )
-        _require((seq.pull is not None) == (seq.phase is Phase.PULLING), "who pulls, and nobody else, has a pull")
+        if seq.pull is not None:
+            _require(seq.pull.is_mixed or seq.phase is Phase.PULLING, "who pulls, and nobody else, has a pull")
+            _require(len(table) >= seq.num_blocks_for(seq.pull.end_tokens), "a pull has all its targets")
         _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
         num_full = seq.num_computed // seq.block_size
         _require(
@@ -304,6 +395,12 @@ class SequenceLedger:
             all(pool.name(block_id) is None and pool.num_pins(block_id) == 1 for block_id in unfinished),
             "what is still to be written is nobody else's",
         )
+
+
+def _pull_of(seq: Sequence) -> RemotePull:
+    if seq.pull is None:
+        raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no pull")
+    return seq.pull
 
 
 def _seniority(seq: Sequence) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from messages.errors import KvrayError
 from messages.handoff import BlockLocation
-from messages.request import Grammar, SamplingParams
+from messages.request import Grammar, HeldRun, SamplingParams
 from messages.stream import FinishReason, PromptSources, TokenLogprob
 from text.grammar import CompiledGrammar
 
@@ -33,7 +33,9 @@ class SequenceSpec:
     #: predicted seconds until a prefill worker's KV of the prompt, and its first token, lie here; None: nobody's will.
     #: Infinite: it was placed so, but that worker cannot be reached
     remote_s: float | None = None
+    remote_source: str = ""  #: that prefill worker's address
     is_kept: bool = False  #: when it finishes, its blocks stay pinned until BlocksReleased
+    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt are said to lie, head first
     is_suspect: bool = False  #: a worker crashed with it: alone in its steps until it gave SUSPECT_TOKENS
 
 
@@ -79,6 +81,31 @@ class KvRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksOffered:
+    """Blocks that an AskBlocks named are readable at `source`, which holds them; `is_last`: it will offer no more.
+
+    The last offer may be empty: also of a holder that was lost.
+    """
+
+    seq_id: str
+    source: str
+    blocks: list[BlockLocation]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksWanted:
+    """Another worker wants those of these blocks that the pool has: LendBlocks is the answer.
+
+    They stay pinned until BlocksReleased of the same id, which no sequence has.
+    """
+
+    lease_id: str
+    first_index: int  #: position in the asker's sequence
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PullEnded:
     """A PullBlocks was carried out. `bad_indexes`: positions of blocks that did not arrive whole and verified.
 
@@ -104,7 +131,7 @@ class GrammarCompiled:
 
 @dataclass(frozen=True, slots=True)
 class BlocksReleased:
-    """The lease on a kept sequence's blocks ended; unknown ids are ignored."""
+    """The lease on a kept sequence's blocks, or on blocks that were lent, ended; unknown ids are ignored."""
 
     seq_id: str
 
@@ -131,6 +158,8 @@ Event: TypeAlias = (
     | SequenceCancelled
     | KvOffered
     | KvRefused
+    | BlocksOffered
+    | BlocksWanted
     | PullEnded
     | GrammarCompiled
     | BlocksReleased
@@ -163,6 +192,36 @@ class AskRemote:
 
     seq_id: str
     num_held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskBlocks:
+    """Blocks of the pool are reserved: ask the holder at `source` for those with these names.
+
+    The answer is BlocksOffered, once or more. A second question to the same holder ends the first.
+    """
+
+    seq_id: str
+    source: str
+    first_index: int  #: position in the sequence of the first name
+    names: tuple[bytes, ...]
+    is_tail_first: bool  #: the head is computed meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsking:
+    """Nothing more of what AskBlocks asked for is wanted of the holder at `source`."""
+
+    seq_id: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class LendBlocks:
+    """Blocks that BlocksWanted named, those that are here; they stay pinned until BlocksReleased, if there are any."""
+
+    lease_id: str
+    blocks: list[BlockLocation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +268,18 @@ class OfferBlocks:
     num_cached_tokens: int
 
 
-Instruction: TypeAlias = RunStep | CompileGrammar | AskRemote | StopRemote | PullBlocks | EmitTokens | OfferBlocks
+Instruction: TypeAlias = (
+    RunStep
+    | CompileGrammar
+    | AskRemote
+    | StopRemote
+    | AskBlocks
+    | StopAsking
+    | PullBlocks
+    | EmitTokens
+    | OfferBlocks
+    | LendBlocks
+)
 
 # --------------------------------------------------------------------------------------------------------------- step
 

@@ -1,34 +1,64 @@
-"""KV from another worker: what is offered, pulled, refused; and what to do about what did not arrive."""
+"""KV that others have: what is asked for, offered, pulled, refused; and what to do about what did not arrive.
+
+Blocks come from the worker that computes the rest of a prompt (KvOffered), and from holders that were asked for them by
+name (BlocksOffered): another worker's pool, or a node cache. For what a holder does not give the next one is asked,
+then it is computed here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
 from engine.scheduling.ledger import SequenceLedger
-from engine.scheduling.plan import Instruction, KvOffered, PullBlocks, PullEnded
+from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, KvOffered, PullBlocks, PullEnded, StopAsking
 from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
+from kvcache.load_plan import Load
 from messages.errors import InvariantError
 from messages.handoff import BlockLocation
 
 
 class RemotePulls:
-    """Moves sequences of `ledger` through the pulling phase and out of it."""
+    """Moves sequences of `ledger` through their pulls.
 
-    def __init__(self, ledger: SequenceLedger) -> None:
+    `replan(seq)` says what of a pulling sequence to load from whom, now that what it had asked for will not come.
+    """
+
+    def __init__(self, ledger: SequenceLedger, replan: Callable[[Sequence], Items[Load]]) -> None:
         self._ledger = ledger
+        self._replan = replan
         self.num_rejected_blocks = 0
         self.num_fallbacks = 0
+
+    def ask(self, seq: Sequence, loads: Items[Load], out: list[Instruction]) -> None:
+        """Ask holders for what `loads` says: each once, for all between its first block and its last."""
+        pull = _pull_of(seq)
+        spans: dict[str, tuple[int, int]] = {}
+        for load in loads:
+            pull.asked |= dict.fromkeys(range(load.begin, load.end), load.copy)
+            begin, end = spans.get(load.copy.address, (load.begin, load.end))
+            spans[load.copy.address] = (min(begin, load.begin), max(end, load.end))
+        for address, (begin, end) in spans.items():
+            pull.holders.add(address)
+            out.append(AskBlocks(seq.seq_id, address, begin, tuple(seq.names[begin:end]), pull.is_mixed))
 
     def take_offer(self, seq: Sequence, event: KvOffered, out: list[Instruction]) -> None:
         """Pull what is lacking of a pulling sequence; a block that came badly before is tried again."""
         pull = _pull_of(seq)
-        for location in event.blocks:
-            index = location.index
-            if not pull.first_index <= index < len(seq.block_table) or index in pull.arrived or index in pull.open:
-                continue
-            if _is_expected(seq, location):
-                pull.offered[index] = OfferedBlock(event.source, location)
-            else:
-                self.num_rejected_blocks += 1
+        if seq.phase is not Phase.PULLING:
+            raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, not pulling")
+        self._note_offered(seq, pull, event.source, event.blocks)
         pull.has_last_offer = event.is_last
+        self._go_on(seq, pull, out)
+
+    def take_blocks(self, seq: Sequence, event: BlocksOffered, out: list[Instruction]) -> None:
+        """Pull what a holder offers; ask another for what it does not. Nothing happens where no pull waits for it."""
+        pull = seq.pull
+        if pull is None or event.source not in pull.holders:
+            return
+        self._note_offered(seq, pull, event.source, event.blocks)
+        if event.is_last:
+            pull.holders.discard(event.source)
         self._go_on(seq, pull, out)
 
     def finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
@@ -40,7 +70,7 @@ class RemotePulls:
         if event.seq_id in self._ledger.orphans:
             self._ledger.free_orphans(event.seq_id, event.bad_indexes, event.quarantine_until_s)
             return
-        seq = self._ledger.pulling.get(event.seq_id)
+        seq = self._ledger.sequences.get(event.seq_id)
         if seq is None or seq.pull is None or not seq.pull.open:
             raise InvariantError(f"a pull of sequence {event.seq_id!r} ended that was not running")
         pull = seq.pull
@@ -49,56 +79,121 @@ class RemotePulls:
                 self.num_rejected_blocks += 1
                 continue
             pull.arrived.add(index)
-            if (index + 1) * seq.block_size <= seq.num_prompt_tokens:
+            if (index + 1) * seq.block_size <= pull.end_tokens:
                 self._ledger.commit(seq, index)
         if event.quarantine_until_s is not None and len(pull.arrived.intersection(pull.open)) < len(pull.open):
-            self.fall_back(seq)  # the bad targets become orphans, and from there go to quarantine
+            self.fall_back(seq, out)  # the bad targets become orphans, and from there go to quarantine
             self._ledger.free_orphans(event.seq_id, event.bad_indexes, event.quarantine_until_s)
             return
         pull.open = {}
         self._go_on(seq, pull, out)
 
-    def fall_back(self, seq: Sequence) -> None:
+    def fall_back(self, seq: Sequence, out: list[Instruction]) -> None:
         """Keep what arrived before the first gap; the rest is computed here, tokens emitted already are replayed."""
         pull = _pull_of(seq)
         self.num_fallbacks += 1
-        num_blocks = pull.first_missing(len(seq.block_table))
+        out += [StopAsking(seq.seq_id, address) for address in sorted(pull.holders)]
+        num_blocks = pull.first_missing(seq.num_blocks_for(pull.end_tokens))
         if seq.num_output_tokens == 0:
             num_blocks = min(num_blocks, seq.max_match_blocks)  # the last token's logits are wanted
         if not seq.has_emitted:
             seq.num_peer_tokens = count_peer_tokens(seq, num_blocks * seq.block_size)
         self._ledger.end_pull(seq, num_blocks)
 
+    def go_on(self, seq: Sequence, out: list[Instruction]) -> None:
+        """Go on with a mixed sequence that computed some more: over what arrived; it waits where more is on its way."""
+        self._go_on(seq, _pull_of(seq), out)
+
+    def _note_offered(self, seq: Sequence, pull: RemotePull, source: str, blocks: Items[BlockLocation]) -> None:
+        num_blocks = seq.num_blocks_for(pull.end_tokens)
+        for location in blocks:
+            index = location.index
+            if not pull.first_index <= index < num_blocks or pull.is_coming(index):
+                continue
+            if _is_expected(seq, pull, location):
+                pull.offered[index] = OfferedBlock(source, location)
+            else:
+                self.num_rejected_blocks += 1
+
     def _go_on(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what was offered meanwhile; else decode when everything is there, or compute what is not."""
+        if pull.is_mixed:
+            come_to = seq.num_blocks_for(max(seq.num_computed, seq.planned_end))
+            pull.offered = {index: block for index, block in pull.offered.items() if index >= come_to}
+        if not pull.open and not pull.offered and pull.asked:
+            self._ask_others(seq, pull, out)
         if pull.offered and not pull.open:
-            source = next(iter(pull.offered.values())).source  # the others' turn comes when this pull has ended
-            pull.open = {index: block for index, block in pull.offered.items() if block.source == source}
-            pull.offered = {index: block for index, block in pull.offered.items() if block.source != source}
-            pairs = [(block.location, seq.block_table[index]) for index, block in pull.open.items()]
-            out.append(PullBlocks(seq.seq_id, source, pairs))
-        if not pull.is_over:
+            self._pull_next(seq, pull, out)
+        if pull.is_mixed:
+            self._meet(seq, pull, out)
+        elif pull.is_over:
+            num_blocks = seq.num_blocks_for(pull.end_tokens)
+            if pull.first_missing(num_blocks) < num_blocks:
+                self.fall_back(seq, out)
+            else:
+                self._ledger.end_pull(seq, num_blocks)
+
+    def _ask_others(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
+        """Ask other holders for what those that have no more to offer did not bring."""
+        first = seq.num_computed // seq.block_size
+        lacking = [
+            index
+            for index, copy in pull.asked.items()
+            if index >= first and copy.address not in pull.holders and index not in pull.arrived
+        ]
+        if lacking:
+            pull.failed |= {pull.asked.pop(index) for index in lacking}
+            self.ask(seq, self._replan(seq), out)
+
+    def _pull_next(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
+        """Pull what one source offers: all of it, or, beside the computing of the head, a portion from the tail."""
+        indexes = list(pull.offered)
+        if pull.is_mixed:
+            indexes = sorted(indexes, reverse=True)
+        source = pull.offered[indexes[0]].source  # the others' turn comes when this pull has ended
+        taken = [index for index in indexes if pull.offered[index].source == source][: pull.portion_blocks]
+        pull.open = {index: pull.offered.pop(index) for index in taken}
+        pairs = [(block.location, seq.block_table[index]) for index, block in pull.open.items()]
+        out.append(PullBlocks(seq.seq_id, source, pairs))
+
+    def _meet(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
+        """Let a mixed sequence compute what is not on its way, and wait where it has come to what is."""
+        if seq.is_in_step:
             return
-        if pull.first_missing(len(seq.block_table)) < len(seq.block_table):
-            self.fall_back(seq)
-        else:
-            self._ledger.end_pull(seq, len(seq.block_table))
+        self._ledger.pass_arrived(seq)
+        index = seq.num_blocks_for(seq.num_computed)
+        is_waiting = seq.phase is Phase.PULLING
+        if (index in pull.open) is not is_waiting:
+            (self._ledger.resume if is_waiting else self._ledger.pause)(seq)
+        if (
+            not pull.open
+            and all(arrived < index for arrived in pull.arrived)
+            and (pull.is_over or index >= seq.num_blocks_for(pull.end_tokens))
+        ):
+            out += [StopAsking(seq.seq_id, address) for address in sorted(pull.holders)]
+            self._ledger.forget_pull(seq)
 
 
 def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
-    """Count, of a pulling sequence's first `num_pulled_tokens`, those not held here that the peer had cached."""
-    cached = min(_pull_of(seq).num_peer_cached_tokens, num_pulled_tokens, seq.num_prompt_tokens)
-    return max(0, cached - seq.num_device_tokens)
+    """Count, of a pulling sequence's first `num_pulled_tokens`, those that only the worker asked for the rest had."""
+    pull = _pull_of(seq)
+    cached = min(pull.num_peer_cached_tokens, num_pulled_tokens, seq.num_prompt_tokens)
+    others = sum(
+        min(seq.block_size, cached - index * seq.block_size)
+        for index in {*pull.found, *pull.asked}
+        if index * seq.block_size < cached
+    )
+    return max(0, cached - seq.num_device_tokens - others)
 
 
-def _is_expected(seq: Sequence, location: BlockLocation) -> bool:
+def _is_expected(seq: Sequence, pull: RemotePull, location: BlockLocation) -> bool:
     """Tell whether an offered block is the one that this sequence has at that index."""
-    num_tokens = min(seq.block_size, seq.num_prompt_tokens - location.index * seq.block_size)
+    num_tokens = min(seq.block_size, pull.end_tokens - location.index * seq.block_size)
     name = seq.names[location.index] if num_tokens == seq.block_size else b""
     return location.num_tokens == num_tokens and location.name == name
 
 
 def _pull_of(seq: Sequence) -> RemotePull:
-    if seq.pull is None or seq.phase is not Phase.PULLING:
-        raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, not pulling")
+    if seq.pull is None:
+        raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and does not pull")
     return seq.pull

@@ -14,7 +14,8 @@ from __future__ import annotations
 import heapq
 import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
@@ -23,7 +24,9 @@ from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import (
     AskRemote,
+    BlocksOffered,
     BlocksReleased,
+    BlocksWanted,
     CompileGrammar,
     EmitTokens,
     Event,
@@ -31,6 +34,7 @@ from engine.scheduling.plan import (
     Instruction,
     KvOffered,
     KvRefused,
+    LendBlocks,
     OfferBlocks,
     PullEnded,
     RunStep,
@@ -52,6 +56,7 @@ from engine.scheduling.room import Room
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
+from kvcache.load_plan import LoadPlan, lacking_runs, plan_loads
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
 from kvcache.price import (
@@ -64,9 +69,16 @@ from kvcache.price import (
 )
 from messages.errors import ConfigError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.handoff import BlockLocation
-from messages.price import ComputePrice
+from messages.price import ComputePrice, MovePrice
+from messages.request import Copy
 from messages.stream import FinishReason, PromptSources
 from text.grammar import CompiledGrammar
+
+#: Loading may take so many times what was predicted, and so many seconds, before what did not come is computed.
+_LOAD_PATIENCE = 4.0
+_LOAD_PATIENCE_S = 5.0
+#: A portion of blocks takes about so long to load, where the head is computed meanwhile: two steps of a busy worker.
+_PORTION_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +97,7 @@ class SchedulerConfig:
     itl_target_s: float = 0.1  #: steps with decodes take no more prefill than fits in it, but always one chunk
     remote_timeout_s: float = 30.0  #: from AskRemote to the end of the last pull
     watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
+    block_bytes: int = 0  #: of a block, by which loading is priced
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
@@ -97,11 +110,17 @@ class SchedulerConfig:
 class Scheduler:
     """Decides for one worker. It is the only one who pins blocks of `pool`. One thread.
 
-    `fingerprint` is the model's: root of all block names.
+    `fingerprint` is the model's: root of all block names. `price_of` tells what bringing blocks from a copy costs this
+    worker, None where they cannot come from there.
     """
 
     def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, fingerprint: bytes, cost: StepCost | None = None
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        fingerprint: bytes,
+        cost: StepCost | None = None,
+        price_of: Callable[[Copy], MovePrice | None] = lambda _: None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -112,7 +131,8 @@ class Scheduler:
         self.lateness = Lateness()
         self._ledger = SequenceLedger(pool)
         self._room = Room(self._ledger, config.max_num_seqs, config.watermark)
-        self._remote = RemotePulls(self._ledger)
+        self.price_of = price_of
+        self._remote = RemotePulls(self._ledger, lambda seq: self._plan_loads(seq).loads)
         self._planner = StepPlanner(
             self._ledger,
             self.cost,
@@ -138,7 +158,10 @@ class Scheduler:
         return {
             "num_preemptions": self._ledger.num_preemptions,
             "num_prompt_tokens_device": self._ledger.num_device_tokens,
-            "num_prompt_tokens_peer": self._ledger.num_pulled_tokens,
+            "num_prompt_tokens_peer": self._ledger.num_pulled_tokens + self._ledger.num_loaded_tokens["device"],
+            "num_prompt_tokens_host": self._ledger.num_loaded_tokens["host"],
+            "num_prompt_tokens_disk": self._ledger.num_loaded_tokens["disk"],
+            "num_prompt_tokens_remote": self._ledger.num_loaded_tokens["remote"],
             "num_prompt_tokens_computed": self._ledger.num_computed_tokens,
             "num_generated_tokens": self._num_generated_tokens,
             "num_rejected_blocks": self._remote.num_rejected_blocks,
@@ -238,12 +261,16 @@ class Scheduler:
             case SequenceAdded(spec):
                 self._add(spec, now_s, out)
             case SequenceCancelled(seq_id) | BlocksReleased(seq_id):
+                self._ledger.end_lending(seq_id)
                 if seq_id in self._ledger.sequences:
                     self._ledger.end(self._ledger.sequences[seq_id])
-            case KvOffered() | KvRefused() | GrammarCompiled():
+            case KvOffered() | KvRefused() | BlocksOffered() | GrammarCompiled():
                 self._take_answer(event, out)
+            case BlocksWanted():
+                self._lend(event, out)
             case PullEnded():
                 self._remote.finish_pull(event, out)
+                self._publish(event.seq_id, out)
             case StepEnded(result):
                 self._finish_step(result, out)
             case StepWanted() | TimePassed():
@@ -293,7 +320,9 @@ class Scheduler:
         if spec.deadline_s is not None:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
 
-    def _take_answer(self, event: KvOffered | KvRefused | GrammarCompiled, out: list[Instruction]) -> None:
+    def _take_answer(
+        self, event: KvOffered | KvRefused | BlocksOffered | GrammarCompiled, out: list[Instruction]
+    ) -> None:
         """Take in what a sequence waited for, unless it waits no more."""
         seq = self._ledger.sequences.get(event.seq_id)
         if seq is None:
@@ -302,7 +331,10 @@ class Scheduler:
             case KvOffered() if seq.phase is Phase.PULLING:
                 self._take_offer(seq, event, out)
             case KvRefused():
-                self._take_refusal(seq, is_suspect=event.is_suspect)
+                self._take_refusal(seq, event, out)
+            case BlocksOffered():
+                self._remote.take_blocks(seq, event, out)
+                self._publish(seq.seq_id, out)
             case GrammarCompiled(_, KvrayError() as error) if seq.lacks_grammar:
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
                 self._ledger.end(seq)
@@ -331,8 +363,10 @@ class Scheduler:
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
                 self._ledger.end(seq)
             elif seq.pull is not None and seq.pull.deadline_s <= now_s:
-                self._remote.fall_back(seq)
-                out.append(StopRemote(seq.seq_id))
+                self._remote.fall_back(seq, out)
+                self._publish(seq.seq_id, out)
+                if seq.spec.remote_s is not None:
+                    out.append(StopRemote(seq.seq_id))
 
     # ------------------------------------------------------------------------------------------------------ admission
 
@@ -380,8 +414,8 @@ class Scheduler:
         while end < seq.max_match_blocks and (seq.names[end] in in_flight or self._pool.holds(seq.names[end])):
             end += 1
         until_s = math.inf
-        if writer.pull is not None and not seq.wants_remote:
-            until_s = writer.pull.deadline_s - self._config.remote_timeout_s + (writer.spec.remote_s or 0.0)
+        if writer.pull is not None and not writer.pull.is_mixed and not seq.wants_remote:
+            until_s = writer.pull.expected_s
             computation = Computation.of(num_matched * seq.block_size, end * seq.block_size)
             alone_s = self.queued_s + harm_s(compute_s(self.compute_price, computation), self.num_running)
             if not 0 < until_s - now_s <= alone_s:
@@ -393,26 +427,113 @@ class Scheduler:
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
-        if seq.wants_remote and not self._is_cheaper_here(seq):
-            deadline_s = now_s + self._config.remote_timeout_s
-            self._ledger.begin_pull(seq, deadline_s)
-            heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
-            out.append(AskRemote(seq.seq_id, seq.num_computed))
-        elif seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
-            self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
-        seq.has_declined = seq.spec.remote_s is not None and seq.phase is not Phase.PULLING
+        loads = self._plan_loads(seq)
+        if seq.wants_remote and not self._is_cheaper_here(seq, loads):
+            self._ask_remote(seq, now_s, out)
+            seq.has_declined = False
+        else:
+            seq.has_declined = seq.spec.remote_s is not None
+            if seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
+                self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
+            if loads.loads:
+                self._load(seq, loads, now_s, out)
         seq.wants_remote = False
 
-    def _is_cheaper_here(self, seq: Sequence) -> bool:
-        """Tell whether computing what `seq` lacks costs clearly less than its placement said that a handoff takes.
+    def _is_cheaper_here(self, seq: Sequence, loads: LoadPlan) -> bool:
+        """Tell whether getting what `seq` lacks costs clearly less than its placement said that a handoff takes.
 
         The router decided by the same prices; this worker knows better what it holds and what waits here by now.
         """
         if seq.spec.remote_s is None or seq.num_computed >= seq.num_prompt_tokens:
             return True
-        computing_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_prompt_tokens))
-        here_s = self.queued_s + harm_s(computing_s, self.num_running - 1)  # it runs already, and counts in both
+        start = loads.loads[-1].end * seq.block_size if loads.loads else seq.num_computed
+        computing_s = compute_s(self.compute_price, Computation.of(start, max(start + 1, seq.num_prompt_tokens)))
+        # it runs already, and counts in both
+        here_s = self.queued_s + harm_s(computing_s, self.num_running - 1)
+        if loads.loads:
+            alone_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_prompt_tokens))
+            here_s = here_s - alone_s + computing_s + loads.seconds
         return is_clearly_cheaper(here_s, seq.spec.remote_s)
+
+    # ---------------------------------------------------------------------------------------------------------- loads
+
+    def _plan_loads(self, seq: Sequence, *, beside: str = "") -> LoadPlan:
+        """Decide what of the blocks that `seq` lacks comes from the holders that its request names.
+
+        `beside`: the address of a worker that was asked for all that follows the head, and is not asked for more.
+        """
+        if not seq.spec.held or seq.max_match_blocks == 0:
+            return LoadPlan()
+        pull, pool = seq.pull, self._pool
+        refused = {beside} if pull is None else {beside, *pull.holders}
+        end = seq.num_prompt_tokens // seq.block_size if beside else seq.max_match_blocks
+
+        def is_here(index: int) -> bool:
+            if pull is not None:
+                return pull.is_coming(index) or index in pull.offered or index in pull.asked
+            return pool.holds(seq.names[index])
+
+        def price_of(copy: Copy) -> MovePrice | None:
+            if copy.address in refused or (pull is not None and copy in pull.failed):
+                return None
+            return self.price_of(copy)
+
+        begin = seq.num_blocks_for(seq.num_computed)
+        if pull is not None:
+            end = min(end, pull.end_tokens // seq.block_size)
+        computing_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_tokens))
+        return plan_loads(
+            lacking_runs(seq.spec.held, begin, end, is_here),
+            price_of,
+            block_size=seq.block_size,
+            block_bytes=self._config.block_bytes,
+            compute=self.compute_price,
+            queue_s=max(0.0, self.queued_s - computing_s),
+            num_beside=self.num_running - 1,
+        )
+
+    def _load(self, seq: Sequence, plan: LoadPlan, now_s: float, out: list[Instruction]) -> None:
+        """Load what `plan` says, and compute the rest: at once where it is mixed, else when all has come."""
+        deadline_s = now_s + min(self._config.remote_timeout_s, _LOAD_PATIENCE * plan.seconds + _LOAD_PATIENCE_S)
+        pull = self._ledger.begin_pull(seq, deadline_s, plan.loads[-1].end, is_mixed=plan.is_mixed)
+        heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
+        pull.has_last_offer = True
+        pull.expected_s = now_s + plan.seconds
+        if plan.is_mixed:
+            pull.portion_blocks = max(
+                1, int(_PORTION_S / plan.load_s * sum(load.end - load.begin for load in plan.loads))
+            )
+        self._remote.ask(seq, plan.loads, out)
+
+    def _ask_remote(self, seq: Sequence, now_s: float, out: list[Instruction]) -> None:
+        """Have the prefill worker compute what `seq` lacks; a head that others hold comes from them."""
+        plan = self._plan_loads(seq, beside=seq.spec.remote_source)
+        deadline_s = now_s + self._config.remote_timeout_s
+        pull = self._ledger.begin_pull(seq, deadline_s)
+        heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
+        pull.expected_s = now_s + (seq.spec.remote_s or 0.0)
+        self._remote.ask(seq, plan.loads, out)
+        end, last = pull.first_index, (seq.num_prompt_tokens - 1) // seq.block_size
+        while end < last and (end in pull.arrived or end in pull.asked):
+            end += 1
+        out.append(AskRemote(seq.seq_id, end * seq.block_size))
+
+    def _lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
+        """Pin what the pool has of the blocks that another worker wants, and say where they lie."""
+        blocks = []
+        for index, name in enumerate(wanted.names, wanted.first_index):
+            block_id = self._pool.find(name)
+            if block_id is not None:
+                generation = self._pool.generation(block_id)
+                blocks.append(BlockLocation(index, block_id, generation, name, self._pool.block_size))
+        self._ledger.lend(wanted.lease_id, [location.block_id for location in blocks])
+        out.append(LendBlocks(wanted.lease_id, blocks))
+
+    def _publish(self, seq_id: str, out: list[Instruction]) -> None:
+        """Offer what came of a sequence that is kept: others wait for it."""
+        seq = self._ledger.sequences.get(seq_id)
+        if seq is not None and seq.spec.is_kept and seq.phase in (Phase.RUNNING, Phase.PULLING):
+            self._offer(seq, out, is_last=False)
 
     # --------------------------------------------------------------------------------------------------------- remote
 
@@ -421,19 +542,19 @@ class Scheduler:
             seq.pull.num_peer_cached_tokens = event.num_peer_cached_tokens
         if event.is_last and seq.num_output_tokens == 0:
             if event.first_token is None:  # then nobody has its logits
-                self._remote.fall_back(seq)
+                self._remote.fall_back(seq, out)
                 return
             seq.num_peer_tokens = count_peer_tokens(seq, seq.num_prompt_tokens)
             self._append(seq, Sampled(event.first_token, event.first_logprob), out)
         if seq.phase is Phase.PULLING:
             self._remote.take_offer(seq, event, out)
 
-    def _take_refusal(self, seq: Sequence, *, is_suspect: bool) -> None:
+    def _take_refusal(self, seq: Sequence, event: KvRefused, out: list[Instruction]) -> None:
         seq.wants_remote = False
-        if is_suspect:
+        if event.is_suspect:
             seq.suspect()
         if seq.phase is Phase.PULLING:
-            self._remote.fall_back(seq)
+            self._remote.fall_back(seq, out)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -444,8 +565,8 @@ class Scheduler:
         if not step:
             return
         self._step = step
-        for _, seq in step:
-            seq.is_in_step = True
+        for part, seq in step:
+            seq.is_in_step, seq.planned_end = True, part.end
         is_suspect = step[0][1].is_suspect
         if is_suspect:
             out.append(EmitTokens(step[0][0].seq_id, is_alone=True))
@@ -471,6 +592,8 @@ class Scheduler:
 
     def _advance(self, seq: Sequence, part: SequenceStep, result: StepResult, out: list[Instruction]) -> None:
         self._ledger.commit_up_to(seq, part.end)
+        if seq.pull is not None:
+            self._remote.go_on(seq, out)
         if part.wants_prompt_logprobs:
             seq.prompt_logprobs += result.prompt_logprobs.get(seq.seq_id, [])
         if part.is_sampled:
@@ -479,8 +602,8 @@ class Scheduler:
                 raise InvariantError(f"the step gave neither a token nor an error for sequence {seq.seq_id!r}")
             self._num_generated_tokens += 1
             self._append(seq, sampled, out)
-        elif seq.spec.is_kept:
-            self._offer(seq, out, is_last=False)
+        else:
+            self._publish(seq.seq_id, out)
 
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
         """Emit a new token, from a step or from the prefill worker, and end the sequence if it is the last."""
@@ -528,8 +651,19 @@ class Scheduler:
         return None
 
     def _sources(self, seq: Sequence) -> PromptSources:
-        computed = seq.num_prompt_tokens - seq.num_device_tokens - seq.num_peer_tokens
-        return PromptSources(device=seq.num_device_tokens, peer=seq.num_peer_tokens, computed=computed)
+        device, loaded = seq.num_device_tokens, Counter(seq.num_loaded_tokens)
+        if seq.pull is not None:  # the first token came before the last block: as it is expected
+            device += len(seq.pull.found) * seq.block_size
+            for copy in seq.pull.asked.values():
+                loaded[copy.tier] += seq.block_size
+        return PromptSources(
+            device=device,
+            peer=seq.num_peer_tokens + loaded["device"],
+            host=loaded["host"],
+            disk=loaded["disk"],
+            remote=loaded["remote"],
+            computed=seq.num_prompt_tokens - device - seq.num_peer_tokens - loaded.total(),
+        )
 
     def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
         """Offer the prompt blocks of a kept sequence written since its last offer; at last the partial one, too."""
@@ -543,4 +677,4 @@ class Scheduler:
             blocks.append(BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens))
         seq.num_offered_blocks = end
         if blocks or is_last:
-            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_device_tokens))
+            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_cached_tokens))

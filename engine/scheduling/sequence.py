@@ -9,6 +9,9 @@ block_table  block ids that cover at least [0, num_computed); while it runs noth
 
 from __future__ import annotations
 
+import math
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -17,8 +20,9 @@ from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.slots import Slot
 from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
-from messages.request import SUSPECT_TOKENS
+from messages.request import SUSPECT_TOKENS, Copy
 from messages.stream import TokenLogprob
+from messages.tier import Tier
 from text.grammar import CompiledGrammar
 
 
@@ -41,20 +45,39 @@ class OfferedBlock(NamedTuple):
 
 @dataclass(slots=True)
 class RemotePull:
-    """The KV that other workers have for a sequence. One pull at a time, so that its end needs no number."""
+    """The KV that others have for a sequence. One pull at a time, so that its end needs no number.
+
+    While nothing can be computed before more arrives the sequence is PULLING. Where its head is computed meanwhile
+    (`is_mixed`) it is RUNNING until it comes to a block that is on its way:
+
+        block_table  [ computed | being computed | to compute or to pull | arrived or open ]
+                                                 computing --->     <--- pulling, portion by portion
+    """
 
     first_index: int  #: blocks before it were held already
+    end_tokens: int  #: that the blocks of the table hold when all arrived: all full, or the whole prompt
     deadline_s: float  #: of the whole phase
-    arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified
+    expected_s: float = math.inf  #: by then it is predicted to be over
+    is_mixed: bool = False
+    portion_blocks: int = sys.maxsize  #: in one pull, where the head is computed meanwhile
+    found: frozenset[int] = frozenset()  #: indexes from `first_index` on that were held, too
+    arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified; those found, too
     offered: dict[int, OfferedBlock] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, OfferedBlock] = field(default_factory=dict)  #: being pulled, all from one source
+    asked: dict[int, Copy] = field(default_factory=dict)  #: the holder that each index is to come, or came, from
+    holders: set[str] = field(default_factory=set)  #: that were asked for blocks by name, and may offer more
+    failed: set[Copy] = field(default_factory=set)  #: that did not give what they were asked for
     num_peer_cached_tokens: int = 0
-    has_last_offer: bool = False
+    has_last_offer: bool = False  #: of the worker that computes the rest; True where there is none
 
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come: the last offer was made, and nothing is offered or being pulled."""
-        return self.has_last_offer and not self.open and not self.offered
+        return self.has_last_offer and not self.holders and not self.open and not self.offered
+
+    def is_coming(self, index: int) -> bool:
+        """Tell whether the block is here by this pull, or being pulled."""
+        return index in self.arrived or index in self.open
 
     def first_missing(self, num_blocks: int) -> int:
         """Return the first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""
@@ -76,11 +99,13 @@ class Sequence:
         "has_emitted",
         "held_for",
         "held_until_s",
+        "is_counted",
         "is_in_step",
         "is_long",
         "names",
         "num_computed",
         "num_device_tokens",
+        "num_loaded_tokens",
         "num_offered_blocks",
         "num_passed_over",
         "num_peer_tokens",
@@ -89,6 +114,7 @@ class Sequence:
         "order",
         "params",
         "phase",
+        "planned_end",
         "prompt_logprobs",
         "pull",
         "seq_id",
@@ -113,7 +139,9 @@ class Sequence:
         self.names: list[bytes] = []
         self.phase = Phase.WAITING
         self.slot: Slot | None = None  #: while it runs
+        self.is_counted = False  #: where the KV of its prompt came from
         self.is_in_step = False
+        self.planned_end = 0  #: one past the last token of its part in the step that was planned last
         self.has_emitted = False
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
         self.held_until_s = 0.0  #: by then that block is predicted to be there; nobody waits longer
@@ -122,7 +150,8 @@ class Sequence:
         self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool
-        self.num_peer_tokens = 0  #: prompt tokens that a peer had cached
+        self.num_loaded_tokens: Counter[Tier] = Counter()  #: prompt tokens that holders had, by tier
+        self.num_peer_tokens = 0  #: prompt tokens that the worker which computed the rest had cached
         self.num_pulled_tokens = 0  #: prompt tokens whose KV a peer gave, cached or computed there
         self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
         self.pull: RemotePull | None = None
@@ -184,6 +213,11 @@ class Sequence:
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""
         return (num_tokens + self.block_size - 1) // self.block_size
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV this worker found in its pool or got from holders."""
+        return self.num_device_tokens + self.num_loaded_tokens.total()
 
     @property
     def num_lacking_blocks(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import SequenceStep, SlotBegins
-from engine.scheduling.sequence import Phase, Sequence
+from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.step_cost import ChunkBudget, StepCost
 from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError
@@ -83,6 +83,8 @@ class StepPlanner:
             self._ledger.extend_match(seq)
             start = seq.num_computed
             end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
+            if seq.pull is not None:
+                end = _before_arrivals(seq, seq.pull, end)
             if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
                 end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
             if end > start and self._ledger.reserve(seq, end):
@@ -91,6 +93,13 @@ class StepPlanner:
                 seq.num_passed_over = 0
             else:
                 seq.num_passed_over += 1
+
+
+def _before_arrivals(seq: Sequence, pull: RemotePull, end: int) -> int:
+    """Return where a chunk of a mixed sequence ends that would end at `end`: at the first block that is on its way."""
+    size = seq.block_size
+    coming = (index for index in range(seq.num_blocks_for(seq.num_computed), end // size + 1) if pull.is_coming(index))
+    return min(end, next(coming, end) * size)
 
 
 def _chunk_order(seq: Sequence) -> tuple[bool, int, int, int]:
@@ -112,6 +121,7 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
     slot = seq.slot
     if slot is None:
         raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
+    num_blocks = seq.num_blocks_for(end)  # what is still to be pulled lies behind them, and may yet change
     begins = None
     if not slot.num_told_tokens:
         begins = SlotBegins(num_prompt_tokens=seq.num_prompt_tokens, params=seq.params)
@@ -123,10 +133,10 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
         start=seq.num_computed,
         num_tokens=end - seq.num_computed,
         new_token_ids=tuple(seq.token_ids[slot.num_told_tokens :]),
-        new_block_ids=tuple(seq.block_table[slot.num_told_blocks :]),
+        new_block_ids=tuple(seq.block_table[slot.num_told_blocks : num_blocks]),
         is_sampled=end == seq.num_tokens,
         wants_prompt_logprobs=seq.wants_prompt_logprobs,
         is_kept=seq.spec.is_kept,
     )
-    slot.num_told_tokens, slot.num_told_blocks = len(seq.token_ids), len(seq.block_table)
+    slot.num_told_tokens, slot.num_told_blocks = len(seq.token_ids), num_blocks
     return part

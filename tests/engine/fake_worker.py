@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.scheduling.plan import (
+    AskBlocks,
     AskRemote,
+    BlocksOffered,
     BlocksReleased,
+    BlocksWanted,
     EmitTokens,
     KvOffered,
     KvRefused,
+    LendBlocks,
     OfferBlocks,
     PullBlocks,
     PullEnded,
@@ -22,6 +26,7 @@ from engine.scheduling.plan import (
     StepPlan,
     StepResult,
     StepWanted,
+    StopAsking,
     TimePassed,
 )
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -29,6 +34,8 @@ from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError
 from messages.handoff import BlockLocation
+from messages.price import MovePrice
+from messages.request import Copy
 from messages.stream import TokenLogprob
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token
 from tests.slot_mirror import SlotMirror
@@ -65,6 +72,18 @@ def expect(spec: SequenceSpec, max_len: int) -> Expected:
     return Expected(spec, token_ids, kv_numbers(spec.salt, token_ids), reason, len(spec.token_ids))
 
 
+#: Seconds of a block, by its tier; the fake compute price is a millisecond a token and block. "lost" cannot be reached.
+_BLOCK_S = {"device": 1e-4, "host": 2e-4, "disk": 4e-3, "remote": 1e-2}
+
+
+def price_of(copy: Copy) -> MovePrice | None:
+    if copy.address == "lost":
+        return None
+    return MovePrice(
+        source=copy.address, tier=copy.tier, road="fake", fixed_s=0.0, byte_s=_BLOCK_S[copy.tier], handoff_s=0.0
+    )
+
+
 @dataclass
 class RunningStep:
     plan: StepPlan
@@ -77,7 +96,7 @@ class FakeWorker:
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self.config = config
         self.pool = pool
-        self.scheduler = Scheduler(config, pool, FINGERPRINT)
+        self.scheduler = Scheduler(config, pool, FINGERPRINT, price_of=price_of)
         self.slots = SlotMirror(config.max_num_seqs)
         self.max_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
         self.kv: list[list[int | None]] = [[None] * pool.block_size for _ in range(pool.num_blocks)]
@@ -88,6 +107,9 @@ class FakeWorker:
         self.offered: dict[str, set[int]] = {}
         self.pulls: dict[str, tuple[list[tuple[BlockLocation, int]], dict[int, int]]] = {}
         self.kept: dict[str, list[BlockLocation]] = {}  # offered, not released
+        self.questions: dict[tuple[str, str], range] = {}  # by sequence and holder: indexes that were asked for
+        self.lent: dict[str, list[BlockLocation]] = {}
+        self.num_mixed = 0
         self.published: list[tuple[BlockLocation, list[int]]] = []
         self.content_of: dict[bytes, list[int]] = {}  # by block name
         self.index: set[bytes] = set()  # what a router would believe
@@ -105,7 +127,19 @@ class FakeWorker:
                     assert num_held < self.sequences[seq_id].spec.num_prompt_tokens
                     self.asked[seq_id] = num_held // self.pool.block_size
                     self.offered[seq_id] = set()
-                case PullBlocks(seq_id, "owner", pairs):
+                case AskBlocks(seq_id, source, first_index, names, is_tail_first):
+                    self.num_mixed += is_tail_first
+                    expected = self.sequences[seq_id]
+                    every = split_names(self.names_of(expected))
+                    assert list(names) == every[first_index : first_index + len(names)]
+                    assert source != "lost"
+                    self.questions[seq_id, source] = range(first_index, first_index + len(names))
+                    self.offered.setdefault(seq_id, set())
+                case StopAsking(seq_id, source):
+                    del self.questions[seq_id, source]
+                case LendBlocks(lease_id, blocks):
+                    self._take_lent(lease_id, blocks)
+                case PullBlocks(seq_id, _, pairs):
                     self._start_pull(seq_id, pairs)
                 case EmitTokens():
                     self._take_tokens(instruction)
@@ -123,10 +157,46 @@ class FakeWorker:
             assert self.content_of.setdefault(name, numbers) == numbers
         self.post(SequenceAdded(spec))
 
+    def names_of(self, expected: Expected) -> bytes:
+        return block_names(FINGERPRINT, expected.spec.salt, pack_tokens(expected.token_ids), self.pool.block_size)
+
+    def offer_blocks(
+        self, seq_id: str, source: str, indexes: list[int], *, is_last: bool, wrong: set[int] = frozenset()
+    ) -> None:
+        """A holder offers blocks that it was asked for; those in `wrong` are named as something else."""
+        names = split_names(self.names_of(self.sequences[seq_id]))
+        blocks = [
+            BlockLocation(i, 7, 7, b"another's name.." if i in wrong else names[i], self.pool.block_size)
+            for i in indexes
+        ]
+        self.offered[seq_id] |= set(indexes)
+        if is_last:
+            del self.questions[seq_id, source]
+        self.post(BlocksOffered(seq_id, source, blocks, is_last))
+
+    def lend(self, lease_id: str, seq_id: str, first_index: int) -> None:
+        names = split_names(self.names_of(self.sequences[seq_id]))
+        self.post(BlocksWanted(lease_id, first_index, tuple(names[first_index:])))
+
+    def end_lending(self, lease_id: str) -> None:
+        del self.lent[lease_id]
+        self.post(BlocksReleased(lease_id))
+
+    def _take_lent(self, lease_id: str, blocks: list[BlockLocation]) -> None:
+        for location in blocks:
+            assert location.generation == self.pool.generation(location.block_id)
+            assert self.pool.name(location.block_id) == location.name
+        self.lent[lease_id] = blocks
+
+    def _forget_questions(self, seq_id: str) -> None:
+        for key in [key for key in self.questions if key[0] == seq_id]:
+            del self.questions[key]
+
     def cancel(self, seq_id: str) -> None:
         self.sequences[seq_id].is_cancelled = self.sequences[seq_id].is_over = True
         self.asked.pop(seq_id, None)
         self.kept.pop(seq_id, None)
+        self._forget_questions(seq_id)
         self.post(SequenceCancelled(seq_id))
 
     def end_step(self, failed: set[str] = frozenset(), elapsed_s: float = 0.01) -> None:
@@ -227,7 +297,9 @@ class FakeWorker:
             assert len(slot.block_table) >= -(-part.end // size)
             if part.kind == "prefill":
                 assert part.end <= num_prompt
-                assert part.end % self.config.chunk_quantum_tokens == 0 or part.end == num_prompt
+                if part.end % self.config.chunk_quantum_tokens and part.end != num_prompt:
+                    assert expected.spec.held, "only blocks that are on their way cut a chunk"
+                    assert part.end % size == 0
             else:
                 assert part.start >= num_prompt, "a prompt is never computed as decode rows"
             touched = slot.block_table[part.start // size : -(-part.end // size)]
@@ -261,7 +333,8 @@ class FakeWorker:
             sources = emitted.sources
             assert sources is not None
             assert sources.cached + sources.computed == spec.num_prompt_tokens
-            assert min(sources.device, sources.peer, sources.computed) >= 0
+            assert min(sources.device, sources.peer, sources.host, sources.disk, sources.remote) >= 0
+            assert sources.computed >= 0
             if spec.params.prompt_logprobs is not None and len(spec.token_ids) == spec.num_prompt_tokens:
                 told = [None if entry is None else entry.token_id for entry in emitted.prompt_logprobs]
                 assert told == [None, *spec.token_ids[1:]]
@@ -280,6 +353,7 @@ class FakeWorker:
             assert emitted.stop_token_id == (expected.token_ids[-1] if expected.reason == "stop" else None)
         expected.is_over = True
         self.asked.pop(emitted.seq_id, None)
+        self._forget_questions(emitted.seq_id)
         if emitted.finish_reason == "error":
             self.kept.pop(emitted.seq_id, None)
 
@@ -318,6 +392,10 @@ class FakeWorker:
                 for location in locations:
                     assert pool.generation(location.block_id) == location.generation
                     assert pool.num_pins(location.block_id) > 0
+        for locations in self.lent.values():
+            for location in locations:
+                assert pool.generation(location.block_id) == location.generation, "what is lent stays"
+                assert pool.name(location.block_id) == location.name
         stored, removed = pool.take_events()
         assert self.index.isdisjoint(stored)
         assert self.index.issuperset(removed)
@@ -335,6 +413,11 @@ class FakeWorker:
                 self.end_step()
             elif self.pulls:
                 self.end_pull(next(iter(self.pulls)))
+            elif self.questions:
+                seq_id, source = next(iter(self.questions))
+                self.offer_blocks(seq_id, source, [], is_last=True)
+            elif self.lent:
+                self.end_lending(next(iter(self.lent)))
             elif self.asked:
                 seq_id = next(iter(self.asked))
                 self.post(KvRefused(seq_id))

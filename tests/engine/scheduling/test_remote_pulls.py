@@ -21,7 +21,7 @@ class Puller(LedgerBench):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pulls = RemotePulls(self.ledger)
+        self.pulls = RemotePulls(self.ledger, lambda _: ())
 
     def offer(
         self, seq: Sequence, blocks: list[BlockLocation], *, source: str = "owner", is_last: bool = False
@@ -107,7 +107,7 @@ def test_of_two_offers_of_a_block_that_waits_its_turn_the_later_one_is_pulled(be
 
 
 def test_who_does_not_pull_has_no_use_for_an_offer(bench):
-    with pytest.raises(InvariantError, match="'a' is running, not pulling"):
+    with pytest.raises(InvariantError, match="'a' is running, and does not pull"):
         bench.offer(bench.running("a", PROMPT), locations(PROMPT))
 
 
@@ -196,7 +196,7 @@ def test_the_good_blocks_of_a_pull_that_could_not_be_stopped_are_used(bench):
 def test_a_pull_of_who_went_on_without_it_ends_for_its_blocks_only(bench):
     seq = bench.pulling("r", PROMPT)
     bench.offer(seq, locations(PROMPT, end=2))
-    bench.pulls.fall_back(seq)
+    bench.pulls.fall_back(seq, [])
     assert bench.finish("r", 1) == []
     assert (seq.phase, seq.num_computed, bench.pool.num_used) == (Phase.RUNNING, 0, 0)
     assert len(bench.pool.match(seq.names)) == 1
@@ -230,7 +230,7 @@ def test_what_came_is_kept_up_to_the_token_that_is_still_to_be_computed(bench, p
         bench.append(seq)
     bench.offer(seq, locations(prompt))
     bench.finish("r")
-    bench.pulls.fall_back(seq)
+    bench.pulls.fall_back(seq, [])
     assert (seq.phase, seq.num_computed) == (Phase.RUNNING, num_computed)
     bench.ledger.check_invariants()
 
@@ -243,7 +243,7 @@ def test_of_what_the_peer_had_cached_only_what_came_counts_and_not_what_was_here
     bench.offer(seq, locations(PROMPT, begin=1, end=num_came))
     if num_came > 1:
         bench.finish("r")
-    bench.pulls.fall_back(seq)
+    bench.pulls.fall_back(seq, [])
     assert (seq.num_device_tokens, seq.num_peer_tokens) == (4, peer_tokens)
 
 
@@ -251,7 +251,7 @@ def test_after_the_first_emission_nothing_more_is_said_of_the_prompts_sources(be
     seq = bench.pulling("r", PROMPT)
     seq.num_peer_tokens = 5
     bench.append(seq)
-    bench.pulls.fall_back(seq)
+    bench.pulls.fall_back(seq, [])
     assert seq.num_peer_tokens == 5
 
 

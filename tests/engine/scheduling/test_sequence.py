@@ -112,7 +112,7 @@ def test_blocks_are_counted_whole_and_never_below_none():
 
 
 def test_the_first_missing_block_is_the_first_gap_after_what_was_held():
-    pull = RemotePull(first_index=2, deadline_s=0.0)
+    pull = RemotePull(first_index=2, end_tokens=0, deadline_s=0.0)
     assert [pull.first_missing(n) for n in (2, 5)] == [2, 2]
     pull.arrived |= {2, 4}
     assert pull.first_missing(5) == 3
@@ -122,7 +122,7 @@ def test_the_first_missing_block_is_the_first_gap_after_what_was_held():
 
 
 def test_a_pull_is_over_when_the_last_offer_came_and_nothing_of_it_is_left():
-    pull = RemotePull(first_index=0, deadline_s=0.0)
+    pull = RemotePull(first_index=0, end_tokens=0, deadline_s=0.0)
     assert not pull.is_over
     pull.has_last_offer = True
     assert pull.is_over

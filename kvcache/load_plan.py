@@ -1,0 +1,119 @@
+"""Load or compute: for what a worker lacks of a prompt, and others hold. Pure.
+
+    blocks   0 ... held here ... | lacking, held by others | lacking, held by others | nobody's
+    load                           from the cheapest copy of each run
+    compute                        whatever loading does not bring, head first
+    both                           loads come from the tail, computing goes on from the head, until they meet
+
+Computing the head while the tail is loaded is never slower than the quicker of the two alone, and takes half of its
+time where both are equally quick; where one is far quicker, the other would hardly help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from kvcache.price import Computation, compute_s, harm_s, move_s
+from messages.price import ComputePrice, MovePrice
+from messages.request import Copy, HeldRun
+
+#: One way alone where the other takes so many times as long: both together would gain less than an eighth.
+_ALONE = 8.0
+
+
+class Load(NamedTuple):
+    """Blocks [begin, end) of a prompt, to be had from `copy`."""
+
+    begin: int
+    end: int
+    copy: Copy
+
+
+class LoadPlan(NamedTuple):
+    """What is to be loaded, head first, and whether the head is computed meanwhile. Without loads all is computed."""
+
+    loads: tuple[Load, ...] = ()
+    is_mixed: bool = False
+    load_s: float = 0.0  #: of loading all that others hold
+    compute_s: float = 0.0  #: of computing it instead
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds until what others hold lies here."""
+        if not self.loads:
+            return self.compute_s
+        if not self.is_mixed:
+            return self.load_s
+        return self.load_s * self.compute_s / (self.load_s + self.compute_s)
+
+
+def lacking_runs(held: Sequence[HeldRun], begin: int, end: int, is_here: Callable[[int], bool]) -> list[HeldRun]:
+    """Cut out of `held` the runs within blocks [begin, end) that are not here, up to the first that nobody holds.
+
+    `is_here(index)` tells whether this worker has that block itself.
+    """
+    runs: list[HeldRun] = []
+    position = begin
+    for run in held:
+        if run.end <= position:
+            continue
+        if run.begin > position or position >= end or not run.copies:
+            break
+        stop = min(run.end, end)
+        first: int | None = None
+        for index in range(position, stop):
+            if is_here(index):
+                if first is not None:
+                    runs.append(HeldRun(first, index, run.copies))
+                first = None
+            elif first is None:
+                first = index
+        if first is not None:
+            runs.append(HeldRun(first, stop, run.copies))
+        position = stop
+    return runs
+
+
+def plan_loads(
+    lacking: Iterable[HeldRun],
+    price_of: Callable[[Copy], MovePrice | None],
+    *,
+    block_size: int,
+    block_bytes: int,
+    compute: ComputePrice,
+    queue_s: float,
+    num_beside: int,
+) -> LoadPlan:
+    """Decide for the runs that a worker lacks.
+
+    Args:
+        lacking: as `lacking_runs` gives them.
+        price_of: what bringing blocks from a copy costs this worker; None where they cannot come from there.
+        block_size: in tokens.
+        block_bytes: of one block.
+        compute: what computing costs this worker.
+        queue_s: of computing that goes before.
+        num_beside: sequences that run here, and wait for each step of it.
+    """
+    loads: list[Load] = []
+    load_s = computing_s = 0.0
+    asked: set[Copy] = set()
+    for run in lacking:
+        num_bytes = (run.end - run.begin) * block_bytes
+        prices = [(copy, price) for copy in run.copies if (price := price_of(copy)) is not None]
+        if not prices:
+            break
+        copy, price = min(
+            prices, key=lambda known: known[1].handoff_s * (known[0] not in asked) + move_s(known[1], num_bytes)
+        )
+        load_s += move_s(price, num_bytes) + (0.0 if copy in asked else price.handoff_s)
+        computing_s += compute_s(compute, Computation.of(run.begin * block_size, run.end * block_size))
+        asked.add(copy)
+        loads.append(Load(run.begin, run.end, copy))
+    if not loads:
+        return LoadPlan()
+    computing_s += queue_s + harm_s(computing_s, num_beside)
+    if computing_s * _ALONE < load_s:
+        return LoadPlan((), False, load_s, computing_s)
+    return LoadPlan(tuple(loads), load_s * _ALONE > computing_s, load_s, computing_s)
