@@ -391,6 +391,7 @@ class RequestTable:
                 prefill_worker=placement.prefill_worker,
                 prefill_address=placement.prefill_address,
                 prefill_s=placement.prefill_s,
+                held=placement.held,
                 deadline_s=max(0.0, request.deadline_s - now_s),
                 is_suspect=request.is_suspect,
             )

@@ -43,8 +43,17 @@ from engine.scheduling.plan import (
     StopAsking,
     StopRemote,
 )
+from kvcache.names import split_names
 from messages.errors import InvariantError
-from messages.fleet import GetStats, KvEvents, LoadReport, Role, Stats, Subscribe, WorkerInfo
+from messages.fleet import (
+    GetStats,
+    KvEvents,
+    LoadReport,
+    Role,
+    Stats,
+    Subscribe,
+    WorkerInfo,
+)
 from messages.handoff import (
     BlocksRequest,
     DescribeRegions,
@@ -264,8 +273,12 @@ class EngineWorker:
 
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
+            case SpareBlocks(spare=spare, kept=kept):
+                self.engine.pool.mark(split_names(spare), is_spare=True)
+                self.engine.pool.mark(split_names(kept), is_spare=False)
             case Subscribe():
                 self._flush_events()
+                self.engine.pool.mark(self.engine.pool.snapshot(), is_spare=False)
                 self._subscribers[sender] = 1
                 names = b"".join(self.engine.pool.snapshot())
                 self.send(sender, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))

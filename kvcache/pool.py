@@ -81,7 +81,10 @@ class BlockPool:
         self._names: list[bytes | None] = [None] * num_blocks
         self._by_name: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the last freed is the first reused, still in cache
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._is_spare = bytearray(num_blocks)  # another holder keeps the block that is committed there
+        # Two queues, least recently used first, kept blocks and spare ones, with the time of the last use.
+        self._evictable: tuple[OrderedDict[int, int], OrderedDict[int, int]] = (OrderedDict(), OrderedDict())
+        self._time = 0  # counts uses
         self._quarantined: dict[int, float] = {}  # block id -> until when
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -91,7 +94,12 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can give: free or evictable."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + self.num_evictable
+
+    @property
+    def num_evictable(self) -> int:
+        """Committed blocks that nobody uses."""
+        return len(self._evictable[0]) + len(self._evictable[1])
 
     @property
     def num_quarantined(self) -> int:
@@ -164,7 +172,7 @@ class BlockPool:
             if self._num_pins[block_id] == 0:
                 if self._names[block_id] is None:
                     raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only committed ones match")
-                del self._evictable[block_id]
+                del self._evictable[self._is_spare[block_id]][block_id]
             self._num_pins[block_id] += 1
         self.stats.num_hit_blocks += len(block_ids)
 
@@ -173,6 +181,7 @@ class BlockPool:
 
         What has no pin left is free if it has no name, else it may be evicted: tails before heads.
         """
+        self._time += 1
         for block_id in reversed(block_ids):
             if self._num_pins[block_id] < 1 or block_id in self._quarantined:
                 raise InvariantError(f"block {block_id} is {self.state(block_id).value}, not pinned")
@@ -181,7 +190,7 @@ class BlockPool:
                 if self._names[block_id] is None:
                     self._free.append(block_id)
                 else:
-                    self._evictable[block_id] = None
+                    self._evictable[self._is_spare[block_id]][block_id] = self._time
 
     def commit(self, block_id: int, name: bytes) -> bool:
         """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
@@ -200,6 +209,25 @@ class BlockPool:
             if self._removed.pop(name, _ABSENT) is _ABSENT:
                 self._stored[name] = None
         return True
+
+    def mark(self, names: Sequence[bytes], *, is_spare: bool) -> None:
+        """Note that other holders keep these blocks, so that the copies here are worth less, or not any more.
+
+        They come head first, where they are of one chain. Names that no block has are ignored; a block that is
+        committed counts as kept.
+        """
+        queue = self._evictable[is_spare]
+        for name in reversed(names):  # so that tails stay before heads
+            block_id = self._by_name.get(name)
+            if block_id is None or self._is_spare[block_id] == is_spare:
+                continue
+            used = self._evictable[not is_spare].pop(block_id, None)
+            self._is_spare[block_id] = is_spare
+            if used is not None:
+                is_older = used < next(reversed(queue.values()), 0)
+                queue[block_id] = used
+                if is_older:
+                    queue.move_to_end(block_id, last=False)
 
     def quarantine(self, block_ids: Sequence[int], until_s: float) -> None:
         """Give up blocks that the caller was writing; nobody gets them before `release_quarantined(until_s)`."""
@@ -224,13 +252,19 @@ class BlockPool:
 
     def clear(self) -> int:
         """Evict all blocks that nobody uses; return how many."""
-        num_evicted = len(self._evictable)
+        num_evicted = self.num_evictable
         for _ in range(num_evicted):
             self._free.append(self._evict())
         return num_evicted
 
     def _evict(self) -> int:
-        block_id, _ = self._evictable.popitem(last=False)
+        kept, spare = self._evictable
+        is_spare = not kept
+        if kept and spare:
+            kept_age, spare_age = (self._time - next(iter(queue.values())) for queue in self._evictable)
+            is_spare = spare_age * _SPARE_AGES >= kept_age
+        block_id, _ = self._evictable[is_spare].popitem(last=False)
+        self._is_spare[block_id] = False
         name = self._names[block_id]
         if name is None:
             raise InvariantError(f"block {block_id} is evictable without a name")
@@ -261,15 +295,23 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the pool's books do not agree."""
-        groups = (self._free, list(self._evictable), list(self._quarantined))
+        evictable = [block_id for queue in self._evictable for block_id in queue]
+        groups = (self._free, evictable, list(self._quarantined))
         idle = [block_id for group in groups for block_id in group]
         used = [block_id for block_id in range(self.num_blocks) if self._num_pins[block_id] > 0]
         _require(sorted(idle + used) == list(range(self.num_blocks)), "every block is in exactly one state")
         _require(min(self._num_pins) >= 0, "no negative pins")
         _require(self.num_used == len(used), "the counts add up")
         _require(all(self._names[b] is None for b in self._free), "free blocks have no name")
+        _require(
+            all(self._is_spare[b] == is_spare for is_spare in (0, 1) for b in self._evictable[is_spare]),
+            "spare blocks wait in the queue of spare ones",
+        )
+        _require(
+            all(self._names[b] is not None for b in range(self.num_blocks) if self._is_spare[b]), "spares are named"
+        )
         _require(all(self._names[b] is None for b in self._quarantined), "quarantined blocks have no name")
-        _require(all(self._names[b] is not None for b in self._evictable), "evictable blocks have a name")
+        _require(all(self._names[b] is not None for b in evictable), "evictable blocks have a name")
         named = {name: block_id for block_id, name in zip(count(), self._names) if name is not None}
         _require(named == self._by_name, "names and blocks correspond one to one")
         _require(len(named) == sum(name is not None for name in self._names), "no name is given twice")
@@ -278,6 +320,8 @@ class BlockPool:
 
 
 _ABSENT = object()
+#: A copy that another holder keeps is worth the pull that it saves, a kept one the computation: so many times as much.
+_SPARE_AGES = 16
 
 
 def _require(is_true: bool, what: str) -> None:

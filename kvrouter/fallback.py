@@ -44,8 +44,7 @@ class OwnQueues:
         worker = self._workers.get(worker_id)
         if worker is None:
             return
-        start = max(placement.decode_match_tokens, placement.prefill_match_tokens)
-        start = min(start, request.num_prompt_tokens - 1)
+        start = request.num_prompt_tokens - max(1, placement.num_computed_tokens)
         computing_s = _computed_s(request, worker.info, start)
         short_s = computing_s if request.num_prompt_tokens - start <= SHORT_TOKENS else 0.0
         worker.reserve(request.request_id, Reserved(computing_s, 0, 0, short_s))
@@ -118,6 +117,7 @@ def choose(
         prefill_worker=prefill.worker_id if prefill else None,
         prefill_address=prefill.address if prefill else None,
         prefill_s=there_s + queue_s if prefill else 0.0,
+        num_computed_tokens=request.num_prompt_tokens,
         predicted_ttft_s=delay_s + own_s,
         reason="no router: rendezvous hashing of the first blocks",
     )

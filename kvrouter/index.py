@@ -1,12 +1,13 @@
 """Which worker holds which block: name -> holders, folded from what workers report (write path step c).
 
-Holders of a name are one integer, a bit per column; a worker has one column. Workers evict tails of a prefix before its
-heads, so along a prompt's names the set of holders only shrinks, and the longest match of every worker is found by
-galloping: tens of probes instead of one per block.
+Holders of a name are one integer, a bit per column; a worker has one column for each of its tiers. Along a prompt's
+names the holders seldom change: where a block has the same ones as another far behind it, so has, nearly always, what
+lies between. So runs of blocks with the same holders are found by galloping: tens of probes instead of one per block.
 
     names      0 1 2 3 4 5 6 7
-    worker a   # # # # # # . .      match 6
-    worker b   # # . . . . . .      match 2
+    worker a   # # # # . . . .      runs [0, 2) at a and b, [2, 4) at a, [4, 6) at c
+    worker b   # # . . . . . .
+    worker c   . . . . # # . .
 
 A worker that left or was cleared stops counting at once; its names are swept out by and by, and its column is used
 again only when nothing of it is left. Memory follows what workers hold: about 190 bytes a name with one holder
@@ -19,8 +20,10 @@ import struct
 from collections.abc import Iterator
 from functools import cache
 from itertools import count
+from typing import NamedTuple
 
 from messages.errors import InvariantError
+from messages.tier import Tier
 
 NAME_BYTES = 16
 
@@ -28,13 +31,28 @@ _BATCH_NAMES = 256
 _SWEPT_PER_FOLD = 256  #: besides twice as many as came in, so that sweeping keeps up
 
 
+class Holder(NamedTuple):
+    """A worker that holds a block, and the tier where it has it."""
+
+    worker_id: str
+    tier: Tier = "device"
+
+
+class Run(NamedTuple):
+    """Blocks [begin, end) of a prompt have the same holders."""
+
+    begin: int
+    end: int
+    holders: tuple[Holder, ...]
+
+
 class BlockIndex:
     """The names that all workers hold, by name and by worker. One thread."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}  # name -> bits of columns, live or retired; never 0
-        self._columns: dict[str, int] = {}  # live worker -> column
-        self._workers: dict[int, str] = {}  # column -> live worker
+        self._columns: dict[Holder, int] = {}  # live holder -> column
+        self._live_holders: dict[int, Holder] = {}  # the other way round
         self._held: dict[int, set[bytes]] = {}  # column, live or retired -> its names
         self._retired: list[int] = []
         self._live = 0  # bits of live columns
@@ -44,13 +62,21 @@ class BlockIndex:
 
     def num_held(self, worker_id: str) -> int:
         """Return how many names the worker holds; 0 for one that is unknown."""
-        column = self._columns.get(worker_id)
-        return 0 if column is None else len(self._held[column])
+        return sum(len(self._held[column]) for holder, column in self._columns.items() if holder.worker_id == worker_id)
 
-    def fold(self, worker_id: str, *, cleared: bool = False, stored: bytes = b"", removed: bytes = b"") -> None:
-        """Apply one worker's change: `cleared` first, then `stored`, then `removed` (concatenated names).
+    def fold(
+        self,
+        worker_id: str,
+        tier: Tier = "device",
+        *,
+        cleared: bool = False,
+        stored: bytes = b"",
+        removed: bytes = b"",
+    ) -> list[bytes]:
+        """Apply one worker's change: `cleared` first, of all its tiers, then `stored`, then `removed`, of one.
 
-        Storing what is held and removing what is not are both fine. An unknown worker becomes known.
+        Names are concatenated. Storing what is held and removing what is not are both fine. An unknown worker becomes
+        known. The answer names the blocks that others hold, too, and whose holders changed.
 
         Raises:
             ValueError: `stored` or `removed` is no whole number of names; nothing was applied.
@@ -59,19 +85,21 @@ class BlockIndex:
             raise ValueError(f"names come in {NAME_BYTES} bytes each: saw {len(stored)} and {len(removed)} bytes")
         if cleared:
             self.drop(worker_id)
-        column = self._columns.get(worker_id)
+        holder = Holder(worker_id, tier)
+        column = self._columns.get(holder)
         if column is None:
-            column = self._take_column(worker_id)
-        self._store(column, stored)
-        self._remove(column, removed)
+            column = self._take_column(holder)
+        shared = self._store(column, stored)
+        shared += self._remove(column, removed)
         if self._retired:
             self.sweep(2 * (len(stored) + len(removed)) // NAME_BYTES + _SWEPT_PER_FOLD)
+        return shared
 
     def drop(self, worker_id: str) -> None:
         """Forget a worker: no match names it any more. Unknown ids are ignored."""
-        column = self._columns.pop(worker_id, None)
-        if column is not None:
-            del self._workers[column]
+        for holder in [holder for holder in self._columns if holder.worker_id == worker_id]:
+            column = self._columns.pop(holder)
+            del self._live_holders[column]
             self._live &= ~(1 << column)
             self._retired.append(column)
 
@@ -95,43 +123,49 @@ class BlockIndex:
                 self._retired.pop()
                 del self._held[column]
 
-    def match(self, names: bytes) -> dict[str, int]:
-        """Count the leading blocks that each worker holds of a prompt with these concatenated names, zeros left out.
+    def holders(self, name: bytes) -> tuple[Holder, ...]:
+        """Return who holds this block."""
+        return self._named(self._live & self._holders.get(name, 0))
 
-        For a worker that does not hold a prefix without gaps the figure is the end of *some* run of held names: a hint,
-        as everything here.
+    def runs(self, names: bytes) -> list[Run]:
+        """Divide a prompt with these concatenated names into runs with the same holders, up to the first without any.
+
+        A change of holders between two blocks that have the same ones may be missed: a hint, as everything here.
         """
-        matches: dict[str, int] = {}
+        runs: list[Run] = []
         num_names = len(names) // NAME_BYTES
-        get = self._holders.get
-        alive = self._live & get(names[:NAME_BYTES], 0)
-        held = 0  # all of `alive` hold name number `held`
-        while alive:
-            begin = held
-            step = 1
-            while begin + step < num_names:
-                at = (begin + step) * NAME_BYTES
-                if get(names[at : at + NAME_BYTES], 0) & alive != alive:
+        live, get = self._live, self._holders.get
+        begin = 0
+        bits = live & get(names[:NAME_BYTES], 0)
+        while bits:
+            same, step = begin, 1  # block `same` has the same holders
+            while same + step < num_names:
+                at = (same + step) * NAME_BYTES
+                if live & get(names[at : at + NAME_BYTES], 0) != bits:
                     break
-                begin += step
+                same += step
                 step *= 2
-            end = min(begin + step, num_names)  # all of `alive` hold `begin`; not all of them hold `end`
-            while end - begin > 1:
-                middle = (begin + end) // 2
+            other = min(same + step, num_names)
+            while other - same > 1:
+                middle = (same + other) // 2
                 at = middle * NAME_BYTES
-                if get(names[at : at + NAME_BYTES], 0) & alive == alive:
-                    begin = middle
+                if live & get(names[at : at + NAME_BYTES], 0) == bits:
+                    same = middle
                 else:
-                    end = middle
-            at = end * NAME_BYTES
-            staying = alive & get(names[at : at + NAME_BYTES], 0) if end < num_names else 0
-            leaving = alive & ~staying
-            while leaving:
-                bit = leaving & -leaving
-                matches[self._workers[bit.bit_length() - 1]] = end
-                leaving ^= bit
-            alive, held = staying, end
-        return matches
+                    other = middle
+            runs.append(Run(begin, other, self._named(bits)))
+            begin = other
+            at = begin * NAME_BYTES
+            bits = live & get(names[at : at + NAME_BYTES], 0) if begin < num_names else 0
+        return runs
+
+    def _named(self, bits: int) -> tuple[Holder, ...]:
+        named: list[Holder] = []
+        while bits:
+            bit = bits & -bits
+            named.append(self._live_holders[bit.bit_length() - 1])
+            bits ^= bit
+        return tuple(named)
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless both directions of the index agree."""
@@ -140,32 +174,38 @@ class BlockIndex:
             for name in held:
                 expected[name] = expected.get(name, 0) | 1 << column
         live = sum(1 << column for column in self._columns.values())
-        columns = {column: worker_id for worker_id, column in self._columns.items()}
-        if expected != self._holders or live != self._live or columns != self._workers:
+        columns = {column: holder for holder, column in self._columns.items()}
+        if expected != self._holders or live != self._live or columns != self._live_holders:
             raise InvariantError("block index: names by worker and workers by name differ")
-        if sorted([*self._workers, *self._retired]) != sorted(self._held):
+        if sorted([*self._live_holders, *self._retired]) != sorted(self._held):
             raise InvariantError(f"block index: columns {sorted(self._held)} are neither live nor retired, or both")
 
-    def _take_column(self, worker_id: str) -> int:
+    def _take_column(self, holder: Holder) -> int:
         column = next(column for column in count() if column not in self._held)
-        self._columns[worker_id] = column
-        self._workers[column] = worker_id
+        self._columns[holder] = column
+        self._live_holders[column] = holder
         self._held[column] = set()
         self._live |= 1 << column
         return column
 
-    def _store(self, column: int, names: bytes) -> None:
+    def _store(self, column: int, names: bytes) -> list[bytes]:
         holders, held, bit = self._holders, self._held[column], 1 << column
+        shared: list[bytes] = []
         for batch in _split(names):
             held.update(batch)
             if holders.keys().isdisjoint(batch):  # the usual case, at C's speed; one integer object for all of them
                 holders.update(dict.fromkeys(batch, bit))
                 continue
             for name in batch:
-                holders[name] = holders.get(name, 0) | bit
+                before = holders.get(name, 0)
+                holders[name] = before | bit
+                if before & self._live & ~bit:
+                    shared.append(name)
+        return shared
 
-    def _remove(self, column: int, names: bytes) -> None:
+    def _remove(self, column: int, names: bytes) -> list[bytes]:
         holders, bit = self._holders, 1 << column
+        shared: list[bytes] = []
         discard = self._held[column].discard
         for batch in _split(names):
             for name in batch:
@@ -175,7 +215,9 @@ class BlockIndex:
                         del holders[name]
                     else:
                         holders[name] = bits ^ bit
+                        shared.append(name)
                     discard(name)
+        return shared
 
 
 def _split(names: bytes) -> Iterator[tuple[bytes, ...]]:

@@ -3,10 +3,12 @@
 For one request, each decode worker d, alone or with a prefill worker p that can hand KV over to it:
 
     time to first token = wait(d)                        until d has a sequence slot and blocks for it
-                        + wait(p) + queue(p) + compute(p) + handoff of what d lacks
-                          or, alone: queue(d) + compute(d)
+                        + wait(p) + load(p) + queue(p) + compute(p) + handoff of what d lacks
+                          or, alone: load(d) + queue(d) + compute(d)
     cost                = time to first token
                         + harm to the sequences on d: one more beside them, and its prefill where d does that
+
+Load is what others hold of the prompt and a worker lacks, where bringing it costs less than computing it.
 
 Workers keep a share of steps, slots and blocks for short prompts: one that has little to compute waits for such alone.
 
@@ -36,17 +38,23 @@ from kvcache.price import (
     compute_s,
     handoff_s,
     harm_s,
+    move_s,
 )
+from kvrouter.index import Run
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
+from messages.request import Copy, HeldRun
 from messages.route import RouteRequest
+from messages.tier import Tier
 
 #: Roads that end at the node.
 _NODE_ROADS = frozenset({"shm", "loopback"})
 #: Costs that agree to so many digits (a millisecond) are equal: predictions are no better.
 _COST_DIGITS = 3
 _COST_STEP_S = 0.5e-3
+#: As many copies of a run are priced, and named to workers: of what everybody holds, any will do.
+_MAX_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +90,7 @@ class WorkerState:
     reserved_sequences: int = 0
     reserved_short_s: float = 0.0
     reserved_short_sequences: int = 0
-    moves: dict[str, MovePrice] = field(default_factory=dict)  #: by the source's address
+    moves: dict[tuple[str, Tier], MovePrice] = field(default_factory=dict)  #: by the source's address, and its tier
     least_move: MovePrice | None = None  #: each part the least of `moves`
 
     def reserve(self, request_id: str, reserved: Reserved) -> None:
@@ -111,7 +119,7 @@ class WorkerState:
         """Take in the worker's report: the requests that it lists need no prediction any more."""
         self.load = load
         if load.moves:
-            self.moves |= {price.source: price for price in load.moves}
+            self.moves |= {(price.source, price.tier): price for price in load.moves}
             self.least_move = _least(self.moves.values())
         for request_id in self.reserved.keys() & set(load.request_ids):
             self.release(request_id)
@@ -153,6 +161,7 @@ class Candidate(NamedTuple):
     prefill_match_tokens: int
     num_computed_tokens: int
     wait_s: float
+    load_s: float  #: of what others hold
     queue_s: float
     compute_s: float
     pull_s: float  #: what the handoff adds, with what is pulled after the computation
@@ -162,7 +171,7 @@ class Candidate(NamedTuple):
     @property
     def ttft_s(self) -> float:
         """Predicted time to first token."""
-        return self.wait_s + self.queue_s + self.compute_s + self.pull_s
+        return self.wait_s + self.load_s + self.queue_s + self.compute_s + self.pull_s
 
     @property
     def cost_s(self) -> float:
@@ -187,8 +196,17 @@ class Candidate(NamedTuple):
         where = "on decode" if self.prefill is None else "on prefill"
         return (
             f"{match}; {self.num_computed_tokens} computed {where} in {self.compute_s:.3f} s, "
-            f"behind {self.delay_s:.3f} s, pull {self.pull_s:.3f} s"
+            f"behind {self.delay_s:.3f} s, load {self.load_s:.3f} s, pull {self.pull_s:.3f} s"
         )
+
+
+class _Cover(NamedTuple):
+    """What a worker need not compute of the prompt."""
+
+    num_leading: int  #: blocks at its head that the worker holds
+    num_held: int  #: blocks that it holds
+    num_covered: int  #: blocks at its head that it holds or loads
+    load_s: float
 
 
 class _PrefillPart(NamedTuple):
@@ -198,16 +216,17 @@ class _PrefillPart(NamedTuple):
     match_tokens: int
     num_computed_tokens: int
     wait_s: float
+    load_s: float
     queue_s: float
     compute_s: float
-    cost_s: float  #: the three together
+    cost_s: float  #: the four together
 
 
 class _DecodePart(NamedTuple):
     """The part of a placement's cost that a decode worker adds, whoever prefills."""
 
     worker: WorkerState
-    match_tokens: int
+    cover: _Cover
     num_bytes: int  #: of the prompt's blocks that it lacks
     num_sequences: int
     wait_s: float
@@ -222,19 +241,29 @@ class Prices(NamedTuple):
 
 
 class Pricing:
-    """Prices one request at each worker. `matches`: leading blocks held, by worker id."""
+    """Prices one request at each worker. `runs`: who holds its blocks, of `workers`, by worker id."""
 
     def __init__(
         self,
         request: RouteRequest,
-        matches: Mapping[str, int],
+        runs: Sequence[Run],
+        workers: Mapping[str, WorkerState],
         assumed: Assumptions,
         prices: Prices,
     ) -> None:
         self._request = request
         self._prices = prices
-        self._matches = matches
+        self._runs = runs
+        self._workers = workers
         self._assumed = assumed
+        self._num_leading: dict[str, int] = {}
+        self._num_held: dict[str, int] = {}
+        for run in runs:
+            for worker_id, tier in run.holders:
+                if tier == "device":
+                    if self._num_leading.get(worker_id, 0) == run.begin:
+                        self._num_leading[worker_id] = run.end
+                    self._num_held[worker_id] = self._num_held.get(worker_id, 0) + run.end - run.begin
         self._key = affinity_key(request)
         self._computations: dict[tuple[int, bytes], tuple[Computation, float, float]] = {}
         self._road_moves: dict[tuple[object, ...], MovePrice] = {}
@@ -289,16 +318,17 @@ class Pricing:
         return None if best is None else self._pair(part, best, best_handoff_s)
 
     def _alone(self, part: _DecodePart) -> Candidate:
-        decode = part.worker
-        num_computed = self._num_computed(part.match_tokens)
+        decode, cover = part.worker, part.cover
+        num_computed = self._num_computed(cover.num_covered * decode.info.block_size)
         computing_s = self._compute_s(decode, num_computed)
         return Candidate(
             decode=decode,
             prefill=None,
-            decode_match_tokens=part.match_tokens,
+            decode_match_tokens=cover.num_leading * decode.info.block_size,
             prefill_match_tokens=0,
             num_computed_tokens=num_computed,
             wait_s=part.wait_s,
+            load_s=cover.load_s,
             queue_s=decode.queue_s(num_computed),
             compute_s=computing_s,
             pull_s=0.0,
@@ -310,10 +340,11 @@ class Pricing:
         return Candidate(
             decode=part.worker,
             prefill=prefill.worker,
-            decode_match_tokens=part.match_tokens,
+            decode_match_tokens=part.cover.num_leading * part.worker.info.block_size,
             prefill_match_tokens=prefill.match_tokens,
             num_computed_tokens=prefill.num_computed_tokens,
             wait_s=prefill.wait_s + part.wait_s,
+            load_s=prefill.load_s,
             queue_s=prefill.queue_s,
             compute_s=prefill.compute_s,
             pull_s=added_s,
@@ -326,30 +357,70 @@ class Pricing:
 
     def _decode_part(self, decode: WorkerState) -> _DecodePart:
         info, load = decode.info, decode.load
-        num_held = self._matches.get(info.worker_id, 0)
+        cover = self._cover(decode)
         num_blocks = _ceil_div(self._request.num_prompt_tokens, info.block_size)
         num_sequences = decode.num_sequences
         # Each sequence there makes each step of this one longer, and the other way round.
         step_s = (load.decode_step_s if load else 0.0) or self._assumed.decode_step_s
         return _DecodePart(
             decode,
-            num_held * info.block_size,
-            (num_blocks - num_held) * info.block_bytes,
+            cover,
+            (num_blocks - cover.num_held) * info.block_bytes,
             num_sequences,
-            self._wait_s(decode, num_held, num_blocks - num_held, num_sequences),
+            self._wait_s(decode, cover.num_covered, num_blocks - cover.num_held, num_sequences),
             HARM_WEIGHT * step_s * num_sequences,
         )
 
     def _prefill_part(self, prefill: WorkerState) -> _PrefillPart:
-        info = prefill.info
-        num_held = self._matches.get(info.worker_id, 0)
-        num_lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - num_held
-        match_tokens = num_held * info.block_size
-        num_computed = self._num_computed(match_tokens)
-        wait_s = self._wait_s(prefill, num_held, num_lacking, prefill.num_sequences)
+        info, cover = prefill.info, self._cover(prefill)
+        num_lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - cover.num_held
+        num_computed = self._num_computed(cover.num_covered * info.block_size)
+        wait_s = self._wait_s(prefill, cover.num_covered, num_lacking, prefill.num_sequences)
         queue_s, computing_s = prefill.queue_s(num_computed), self._compute_s(prefill, num_computed)
-        cost_s = wait_s + queue_s + computing_s
-        return _PrefillPart(prefill, match_tokens, num_computed, wait_s, queue_s, computing_s, cost_s)
+        cost_s = wait_s + cover.load_s + queue_s + computing_s
+        match_tokens = cover.num_leading * info.block_size
+        return _PrefillPart(prefill, match_tokens, num_computed, wait_s, cover.load_s, queue_s, computing_s, cost_s)
+
+    def held(self, placed: Candidate) -> tuple[HeldRun, ...]:
+        """Tell the workers of a placement where blocks of the prompt lie: a few copies of each, their own first."""
+        chosen = (placed.decode.info.worker_id, "" if placed.prefill is None else placed.prefill.info.worker_id)
+        runs = []
+        for run in self._runs:
+            holders = sorted(run.holders, key=lambda holder: holder.worker_id not in chosen)
+            copies = [
+                Copy(self._workers[holder.worker_id].info.address, holder.tier)
+                for holder in holders
+                if holder.worker_id in self._workers
+            ]
+            runs.append(HeldRun(run.begin, run.end, tuple(copies[:_MAX_COPIES])))
+        return tuple(runs)
+
+    def _cover(self, worker: WorkerState) -> _Cover:
+        """Tell what `worker` need not compute: what it holds, and what others do, where loading is cheaper."""
+        info = worker.info
+        num_leading = self._num_leading.get(info.worker_id, 0)
+        num_held = self._num_held.get(info.worker_id, 0)
+        num_covered = self._runs[-1].end if self._runs else 0
+        if num_covered == num_leading:
+            return _Cover(num_leading, num_held, num_leading, 0.0)
+        num_bytes = (num_covered - num_held) * info.block_bytes
+        load_s = 0.0 if num_held == num_covered else self._load_s(worker, num_bytes)
+        size = info.block_size
+        held_s = self._compute_s(worker, self._num_computed(num_leading * size))
+        if load_s >= held_s - self._compute_s(worker, self._num_computed(num_covered * size)):
+            return _Cover(num_leading, num_held, num_leading, 0.0)
+        return _Cover(num_leading, num_held, num_covered, load_s)
+
+    def _load_s(self, worker: WorkerState, num_bytes: int) -> float:
+        """Return the seconds that bringing `num_bytes` takes from the cheapest copy of the longest run it lacks."""
+        lacking = [run for run in self._runs if (worker.info.worker_id, "device") not in run.holders]
+        longest = max(lacking, key=lambda run: run.end - run.begin)
+        prices = [
+            self._move_price(source, worker, holder.tier)
+            for holder in longest.holders[:_MAX_COPIES]
+            if (source := self._workers.get(holder.worker_id)) is not None and can_hand_over(source.info, worker.info)
+        ]
+        return min((price.handoff_s + move_s(price, num_bytes) for price in prices), default=math.inf)
 
     def _num_computed(self, match_tokens: int) -> int:
         """Count the tokens to compute: at least the last one, as somebody has to sample what follows it."""
@@ -382,12 +453,12 @@ class Pricing:
         best_s = compute_s(best, computation)
         return computation, best_s, best_s / self._assumed.doubt
 
-    def _move_price(self, prefill: WorkerState, decode: WorkerState) -> MovePrice:
-        """Return the price that `decode` measured of `prefill` as a source; else of the road that they would take."""
-        measured = decode.moves.get(prefill.info.address)
+    def _move_price(self, owner: WorkerState, worker: WorkerState, tier: Tier = "device") -> MovePrice:
+        """Return the price that `worker` measured of `owner` as a source; else of the road that they would take."""
+        measured = worker.moves.get((owner.info.address, tier))
         if measured is not None:
             return measured
-        source, target = prefill.info, decode.info
+        source, target = owner.info, worker.info
         kind = (source.node_id == target.node_id, source.roads, target.roads)
         if kind not in self._road_moves:
             common = [road for road in target.roads if road in source.roads]
@@ -396,11 +467,11 @@ class Pricing:
             self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
         return self._road_moves[kind]
 
-    def _wait_s(self, worker: WorkerState, num_held: int, num_lacking_blocks: int, num_sequences: int) -> float:
+    def _wait_s(self, worker: WorkerState, num_covered: int, num_lacking_blocks: int, num_sequences: int) -> float:
         """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""
         info, num_new = worker.info, self._request.num_sequences
         if (
-            self._num_computed(num_held * info.block_size) <= SHORT_TOKENS
+            self._num_computed(num_covered * info.block_size) <= SHORT_TOKENS
             and worker.num_short + num_new <= int(SHORT_SHARE * info.max_num_seqs)
             and num_lacking_blocks + num_new <= int(SHORT_SHARE * info.num_blocks)
         ):

@@ -13,6 +13,7 @@ from typing import TypeAlias, assert_never
 
 from kvcache.price import Computation, compute_s
 from kvrouter.index import BlockIndex
+from kvrouter.keepers import Keepers
 from kvrouter.policy import (
     Assumptions,
     Candidate,
@@ -25,7 +26,7 @@ from kvrouter.policy import (
     check_ttft,
 )
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
@@ -76,13 +77,21 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class TellSpare:
+    """Send `message` to this worker."""
+
+    worker_id: str
+    message: SpareBlocks
+
+
+@dataclass(frozen=True, slots=True)
 class AskSnapshot:
     """Send Subscribe to this worker."""
 
     worker_id: str
 
 
-Instruction: TypeAlias = Reply | AskSnapshot
+Instruction: TypeAlias = Reply | TellSpare | AskSnapshot
 
 
 @dataclass(slots=True)
@@ -110,6 +119,7 @@ class Router:
         self._config = config
         self._assumed = config.assumed
         self._index = BlockIndex()
+        self._keepers = Keepers(lambda worker_id: self._workers[worker_id].info.num_blocks)
         self._workers: dict[str, WorkerState] = {}
         self._feeds: dict[str, _Feed] = {}
         self._placed: dict[str, _Placed] = {}
@@ -193,7 +203,8 @@ class Router:
 
     def _route(self, request: RouteRequest, now_s: float) -> Placement | RouteFailed:
         try:
-            best = self._choose(request)
+            pricing = self._pricing(request)
+            best = self._choose(request, pricing)
         except KvrayError as error:
             self._counts[f'kvray_router_refused_total{{kind="{type(error).__name__}"}}'] += 1
             return RouteFailed(request_id=request.request_id, error=error.info())
@@ -201,7 +212,7 @@ class Router:
         kind = "alone" if best.prefill is None else "pair"
         self._counts[f'kvray_router_placed_total{{kind="{kind}"}}'] += 1
         self._counts["kvray_router_prompt_tokens_total"] += request.num_prompt_tokens
-        self._counts["kvray_router_matched_tokens_total"] += max(best.decode_match_tokens, best.prefill_match_tokens)
+        self._counts["kvray_router_matched_tokens_total"] += request.num_prompt_tokens - best.num_computed_tokens
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
         return Placement(
             request_id=request.request_id,
@@ -212,11 +223,13 @@ class Router:
             prefill_s=best.prefill_s,
             decode_match_tokens=best.decode_match_tokens,
             prefill_match_tokens=best.prefill_match_tokens,
+            num_computed_tokens=best.num_computed_tokens,
+            held=pricing.held(best),
             predicted_ttft_s=best.ttft_s,
             reason=best.reason(),
         )
 
-    def _choose(self, request: RouteRequest) -> Candidate:
+    def _choose(self, request: RouteRequest, pricing: Pricing) -> Candidate:
         if not any(worker.info.role == "decode" for worker in self._workers.values()):
             raise CapacityError("no decode worker is there", status=503, code="no_workers", retry_after_s=1.0)
         there = self._candidates("decode", request)
@@ -230,7 +243,7 @@ class Router:
                 code="context_length_exceeded",
             )
         prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
-        best = self._pricing(request).best(decodes, prefills)
+        best = pricing.best(decodes, prefills)
         check_ttft(best.delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
         return best
 
@@ -243,7 +256,7 @@ class Router:
 
     def _pricing(self, request: RouteRequest) -> Pricing:
         prices = Prices(self._best_compute, self._moves_by_road)
-        return Pricing(request, self._index.match(request.names), self._assumed, prices)
+        return Pricing(request, self._index.runs(request.names), self._workers, self._assumed, prices)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id
@@ -314,13 +327,18 @@ class Router:
             self._counts["kvray_router_gaps_total"] += 1
             return self._ask_snapshot(event.worker_id, now_s)
         try:
-            self._index.fold(event.worker_id, cleared=event.cleared, stored=event.stored, removed=event.removed)
+            shared = self._index.fold(
+                event.worker_id, event.tier, cleared=event.cleared, stored=event.stored, removed=event.removed
+            )
         except ValueError:
             self._counts["kvray_router_gaps_total"] += 1
             return self._ask_snapshot(event.worker_id, now_s)
         feed.asked_s = None
         feed.next_seq = event.seq + 1
-        return []
+        return [
+            TellSpare(worker_id, SpareBlocks(spare=spare, kept=kept))
+            for worker_id, spare, kept in self._keepers.on_change(shared, self._index.holders)
+        ]
 
     def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
         self._feeds[worker_id].asked_s = now_s

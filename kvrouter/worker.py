@@ -16,11 +16,12 @@ from kvrouter.router import (
     Reply,
     Router,
     RouterConfig,
+    TellSpare,
     TimePassed,
     WorkerJoined,
     WorkerLost,
 )
-from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe, WorkerInfo
+from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
@@ -180,11 +181,16 @@ class RouterWorker:
                     assert peer is not None, "only ingresses ask for placements"
                     self._reply(peer, message)
                 case AskSnapshot(worker_id):
-                    client = self._links[worker_id].client
-                    if client is not None:
-                        client.send(Subscribe())
+                    self._send(worker_id, Subscribe())
+                case TellSpare(worker_id, told):
+                    self._send(worker_id, told)
                 case _:
                     assert_never(instruction)
+
+    def _send(self, worker_id: str, message: Subscribe | SpareBlocks) -> None:
+        client = self._links[worker_id].client
+        if client is not None:
+            client.send(message)
 
     def _reply(self, peer: PeerId, message: Placement | RouteFailed) -> None:
         if isinstance(message, Placement):

@@ -49,6 +49,17 @@ class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     removed: bytes = b""
 
 
+class SpareBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Router to worker: other holders keep these blocks, so that the copies here are the first to go, or not any more.
+
+    Names are 16 bytes each, concatenated; of blocks that are gone meanwhile nothing is to be done. After a Subscribe
+    every block counts as kept until this says otherwise.
+    """
+
+    spare: bytes = b""
+    kept: bytes = b""
+
+
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A worker's load and measured rates, about once a second and after each admission or end."""
 

@@ -35,6 +35,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_s: float = 0.0  #: predicted seconds until the prefill worker's KV lies on the decode worker
     decode_match_tokens: int = 0
     prefill_match_tokens: int = 0
+    num_computed_tokens: int = 0  #: that nobody holds, or that are cheaper to compute than to load
     held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first; as far as anybody holds them
     predicted_ttft_s: float = 0.0
     reason: str = ""

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
+from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe
 from messages.handoff import (
     BlocksRequest,
     BlocksWritten,
@@ -58,6 +58,7 @@ Message: TypeAlias = (
     | RequestEnded
     | Subscribe
     | KvEvents
+    | SpareBlocks
     | LoadReport
     | GetStats
     | Stats
