@@ -50,6 +50,7 @@ from messages.fleet import (
     KvEvents,
     LoadReport,
     Role,
+    SpareBlocks,
     Stats,
     Subscribe,
     WorkerInfo,
