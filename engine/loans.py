@@ -288,7 +288,7 @@ class LoanBook:
         """
         told: list[LoanInstruction] = []
         for loan_id, loan in self._of(seq_id):
-            if loan.is_offered_whole or (not loan.is_prompt if source is None else loan.source != source):
+            if loan.is_offered_whole or loan.is_prompt is not (source is None) or source not in (None, loan.source):
                 continue
             del self._loans[loan_id]
             self.num_refused += loan.is_prompt

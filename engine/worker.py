@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, assert_never
 
@@ -42,6 +43,7 @@ from engine.scheduling.plan import (
     SequenceCancelled,
     StopAsking,
     StopRemote,
+    TakeIn,
 )
 from kvcache.names import split_names
 from messages.errors import InvariantError
@@ -53,6 +55,8 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
+    SurplusBlocks,
+    TakeBlocks,
     WorkerInfo,
 )
 from messages.handoff import (
@@ -75,6 +79,9 @@ from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
+#: Blocks are offered to others when fewer than one in so many can be taken without a loss; so many at a time.
+_DISPENSABLE_SHARE = 2
+_NUM_OLDEST = 256
 _REPORT_S = 1.0  #: a report at least this often
 _REPORT_MIN_S = 0.02  #: and at most this often
 
@@ -187,6 +194,8 @@ class EngineWorker:
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
         self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None
+        self._offered: set[bytes] = set()  #: as surplus, of late
+        self._num_intakes = count()
         self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
@@ -274,6 +283,8 @@ class EngineWorker:
 
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
+            case TakeBlocks(address=address, names=names):
+                self.post(TakeIn(f"intake {next(self._num_intakes)}", address, tuple(split_names(names))))
             case SpareBlocks(spare=spare, kept=kept):
                 self.engine.pool.mark(split_names(spare), is_spare=True)
                 self.engine.pool.mark(split_names(kept), is_spare=False)
@@ -344,7 +355,22 @@ class EngineWorker:
             if isinstance(emitted, EmitTokens) and emitted.finish_reason is not None:
                 self.borrower.decide(SequenceOver(emitted.seq_id))
         self._flush_events()
+        self._offer_oldest()
         self._report_wanted.set()
+
+    def _offer_oldest(self) -> None:
+        """Tell what would be evicted next, once the pool has little else to give: another worker may keep it."""
+        pool = self.engine.pool
+        if not self._subscribers or pool.num_dispensable * _DISPENSABLE_SHARE > pool.num_blocks:
+            return
+        names = [name for name in pool.oldest(_NUM_OLDEST) if name not in self._offered]
+        if not names:
+            return
+        if len(self._offered) > pool.num_blocks:
+            self._offered.clear()
+        self._offered.update(names)
+        for subscriber in self._subscribers:
+            self.send(subscriber, SurplusBlocks(worker_id=self.worker_id, names=b"".join(names)))
 
     async def _expire_forever(self) -> None:
         """Look for ended leases time and again: one that ends frees its blocks even when nobody says anything."""
@@ -406,6 +432,7 @@ class EngineWorker:
             labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
+            "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
             "kvray_blocks_lent": float(self._lender.num_lent_blocks),
             "kvray_blocks": float(engine.layout.num_blocks),
             "kvray_blocks_free": float(engine.pool.num_free),
@@ -413,6 +440,7 @@ class EngineWorker:
             "kvray_blocks_quarantined": float(engine.pool.num_quarantined),
             "kvray_blocks_allocated_total": float(engine.pool.stats.num_allocated_blocks),
             "kvray_blocks_hit_total": float(engine.pool.stats.num_hit_blocks),
+            "kvray_spare_blocks_evicted_total": float(engine.pool.stats.num_evicted_spare_blocks),
             "kvray_blocks_evicted_total": float(engine.pool.stats.num_evicted_blocks),
             "kvray_block_bytes": float(engine.layout.block_bytes),
             "kvray_block_size_tokens": float(engine.options.block_size),

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import count
+from itertools import count, islice
 
 from messages.errors import CapacityError, InvariantError
 
@@ -42,6 +42,7 @@ class PoolStats:
     num_committed_blocks: int = 0
     num_duplicate_blocks: int = 0  #: commits under a name that another block had
     num_evicted_blocks: int = 0
+    num_evicted_spare_blocks: int = 0  #: of those, copies that other holders keep
     num_quarantined_blocks: int = 0
 
     @property
@@ -102,6 +103,11 @@ class BlockPool:
         return len(self._evictable[0]) + len(self._evictable[1])
 
     @property
+    def num_dispensable(self) -> int:
+        """Blocks that `allocate_dispensable` can give: free ones, and copies that other holders keep."""
+        return len(self._free) + len(self._evictable[1])
+
+    @property
     def num_quarantined(self) -> int:
         """Blocks that nobody may use for a while."""
         return len(self._quarantined)
@@ -147,6 +153,26 @@ class BlockPool:
             self._num_pins[block_id] = 1
         self.stats.num_allocated_blocks += num_blocks
         return block_ids
+
+    def allocate_dispensable(self, num_blocks: int) -> list[int]:
+        """Take blocks as `allocate` does, but evict only what other holders keep.
+
+        Raises:
+            CapacityError: there are fewer; nothing changed.
+        """
+        if num_blocks > self.num_dispensable:
+            raise CapacityError(f"{num_blocks} blocks wanted, {self.num_dispensable} are free or spare")
+        kept = self._evictable[0]
+        self._evictable = (OrderedDict(), self._evictable[1])
+        try:
+            return self.allocate(num_blocks)
+        finally:
+            self._evictable = (kept, self._evictable[1])
+
+    def oldest(self, num_blocks: int) -> list[bytes]:
+        """Return the names of the blocks that are evicted next, but for those that other holders keep."""
+        names = (self._names[block_id] for block_id in islice(self._evictable[0], num_blocks))
+        return [name for name in names if name is not None]
 
     def match(self, names: Iterable[bytes]) -> list[int]:
         """Find the longest leading run of `names` that is held; its block ids. Pin them before the next `allocate`."""
@@ -273,6 +299,7 @@ class BlockPool:
         if self._stored.pop(name, _ABSENT) is _ABSENT:
             self._removed[name] = None
         self.stats.num_evicted_blocks += 1
+        self.stats.num_evicted_spare_blocks += is_spare
         return block_id
 
     # ---------------------------------------------------------------------------------------------------- what is told

@@ -2,8 +2,8 @@
 
 So that the pools of a cluster hold one cache, and not each the same: without it a prefill worker and the decode
 workers that pull from it would fill up with the same blocks. One holder keeps, or two would give up their copies at
-once, each in the belief that the other has it. Blocks come in runs, so keepers are appointed by runs, too: whoever
-keeps least for its size. A node cache always keeps: its memory is the larger, and every pool of its node reaches it.
+once, each in the belief that the other has it: whoever got it last, for it uses it, until it says that it has no use
+for it any more. A node cache always keeps: its memory is the larger, and every pool of its node reaches it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvrouter.index import Holder
+from messages.tier import Tier
 
 #: Tiers from which a block is at hand.
-_AT_HAND = frozenset({"device", "host"})
+_AT_HAND: frozenset[Tier] = frozenset({"device", "host"})
 
 
 class Appointed(NamedTuple):
@@ -26,49 +27,82 @@ class Appointed(NamedTuple):
     kept: bytes
 
 
-class Keepers:
-    """Appoints keepers. `num_blocks(worker_id)` is the size of a worker's pool. One thread."""
+class _Shared(NamedTuple):
+    """A block that several hold."""
 
-    def __init__(self, num_blocks: Callable[[str], int]) -> None:
+    keeper: str
+    spares: tuple[str, ...]  #: other workers with a copy in their pools
+
+
+class Keepers:
+    """Appoints keepers. One thread.
+
+    `holders(name)` tells who holds a block, `share(worker_id)` which share of a worker's `num_blocks(worker_id)` holds
+    any, spare copies included.
+    """
+
+    def __init__(
+        self,
+        holders: Callable[[bytes], tuple[Holder, ...]],
+        share: Callable[[str], float],
+        num_blocks: Callable[[str], int],
+    ) -> None:
+        self._holders = holders
+        self._share = share
         self._num_blocks = num_blocks
-        self._keepers: dict[bytes, str] = {}  # of blocks that several hold
-        self._num_kept: Counter[str] = Counter()
+        self._shared: dict[bytes, _Shared] = {}
+        self._num_spare: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._keepers)
+        return len(self._shared)
 
-    def on_change(self, names: Iterable[bytes], holders: Callable[[bytes], tuple[Holder, ...]]) -> list[Appointed]:
-        """Take in that the holders of these blocks changed; return what workers are to be told, each once."""
+    def kept_share(self, worker_id: str) -> float:
+        """Return the share of a worker's memory that holds blocks which nobody else keeps."""
+        return self._share(worker_id) - self._num_spare[worker_id] / self._num_blocks(worker_id)
+
+    def on_change(self, names: Iterable[bytes], stored_by: str) -> list[Appointed]:
+        """Take in that the holders of these blocks changed, if by one that has them now, then by `stored_by`.
+
+        It uses them, and so keeps them; who had them before has a spare copy.
+        """
+        return self._appoint(names, lambda now: stored_by if stored_by in now else None)
+
+    def on_surplus(self, names: Iterable[bytes], worker_id: str) -> list[Appointed]:
+        """Let others keep these blocks, which `worker_id` has no use for, where there are any."""
+
+        def another(now: list[str]) -> str | None:
+            return min((other for other in now if other != worker_id), key=self.kept_share, default=None)
+
+        return self._appoint(names, another)
+
+    def is_sole(self, name: bytes, worker_id: str) -> bool:
+        """Tell whether a block is at hand nowhere but at this worker."""
+        return [holder.worker_id for holder in self._holders(name) if holder.tier in _AT_HAND] == [worker_id]
+
+    def _appoint(self, names: Iterable[bytes], prefer: Callable[[list[str]], str | None]) -> list[Appointed]:
         told: dict[str, tuple[list[bytes], list[bytes]]] = {}
-        chosen: dict[tuple[Holder, ...], str] = {}  # so that a run has one keeper
         for name in names:
-            now = tuple(holder for holder in holders(name) if holder.tier in _AT_HAND)
-            before = self._keepers.get(name)
-            if len(now) < 2:
-                if before is not None:
-                    self._drop(name, before)
-                    for holder in now:
-                        told.setdefault(holder.worker_id, ([], []))[1].append(name)
-                continue
-            keeper = before
-            if not any(holder.worker_id == before for holder in now):
-                keeper = chosen.get(now) or self._choose(now)
-                chosen[now] = keeper
-                if before is not None:
-                    self._drop(name, before)
-                self._keepers[name] = keeper
-                self._num_kept[keeper] += 1
-                told.setdefault(keeper, ([], []))[1].append(name)
-            for holder in now:
-                if holder.worker_id != keeper and holder.tier == "device":
-                    told.setdefault(holder.worker_id, ([], []))[0].append(name)
+            now = [holder for holder in self._holders(name) if holder.tier in _AT_HAND]
+            before = self._shared.pop(name, _NOBODY)
+            after = _NOBODY
+            if len(now) > 1:
+                workers = [holder.worker_id for holder in now]
+                hosts = [holder.worker_id for holder in now if holder.tier == "host"]
+                keeper = hosts[0] if hosts else prefer(workers)
+                if keeper is None:
+                    keeper = before.keeper if before.keeper in workers else min(workers, key=self.kept_share)
+                others = (holder.worker_id for holder in now if holder.tier == "device")
+                after = self._shared[name] = _Shared(keeper, tuple(other for other in others if other != keeper))
+            self._num_spare.subtract(before.spares)
+            self._num_spare.update(after.spares)
+            remaining = {holder.worker_id for holder in now if holder.tier == "device"}
+            for worker_id in before.spares:
+                if worker_id in remaining and worker_id not in after.spares:
+                    told.setdefault(worker_id, ([], []))[1].append(name)
+            for worker_id in after.spares:
+                if worker_id not in before.spares:
+                    told.setdefault(worker_id, ([], []))[0].append(name)
         return [Appointed(worker_id, b"".join(spare), b"".join(kept)) for worker_id, (spare, kept) in told.items()]
 
-    def _choose(self, holders: tuple[Holder, ...]) -> str:
-        hosts = [holder.worker_id for holder in holders if holder.tier == "host"]
-        candidates = hosts or [holder.worker_id for holder in holders]
-        return min(candidates, key=lambda worker_id: self._num_kept[worker_id] / max(1, self._num_blocks(worker_id)))
 
-    def _drop(self, name: bytes, keeper: str) -> None:
-        del self._keepers[name]
-        self._num_kept[keeper] -= 1
+_NOBODY = _Shared("", ())

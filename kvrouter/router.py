@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
+from kvcache.names import split_names
 from kvcache.price import Computation, compute_s
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Keepers
@@ -23,10 +24,11 @@ from kvrouter.policy import (
     WorkerState,
     blocks_wanted,
     can_ever_hold,
+    can_hand_over,
     check_ttft,
 )
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
@@ -34,6 +36,7 @@ from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 _UNSEEN_S = 30.0
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
 _USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
+_FULL = 0.9  #: who keeps so much of its memory has no room for what others would lose
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
 
 
@@ -66,7 +69,9 @@ class TimePassed:
     """Some time passed; comes about once a second."""
 
 
-Event: TypeAlias = WorkerJoined | WorkerLost | KvEvents | LoadReport | RouteRequest | RequestEnded | TimePassed
+Event: TypeAlias = (
+    WorkerJoined | WorkerLost | KvEvents | SurplusBlocks | LoadReport | RouteRequest | RequestEnded | TimePassed
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,11 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class TellSpare:
+class TellWorker:
     """Send `message` to this worker."""
 
     worker_id: str
-    message: SpareBlocks
+    message: SpareBlocks | TakeBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class AskSnapshot:
     worker_id: str
 
 
-Instruction: TypeAlias = Reply | TellSpare | AskSnapshot
+Instruction: TypeAlias = Reply | TellWorker | AskSnapshot
 
 
 @dataclass(slots=True)
@@ -119,7 +124,9 @@ class Router:
         self._config = config
         self._assumed = config.assumed
         self._index = BlockIndex()
-        self._keepers = Keepers(lambda worker_id: self._workers[worker_id].info.num_blocks)
+        self._keepers = Keepers(
+            self._index.holders, self._held_share, lambda worker_id: self._workers[worker_id].info.num_blocks
+        )
         self._workers: dict[str, WorkerState] = {}
         self._feeds: dict[str, _Feed] = {}
         self._placed: dict[str, _Placed] = {}
@@ -134,6 +141,8 @@ class Router:
                 return [Reply(self._route(event, now_s))]
             case KvEvents():
                 return self._fold(event, now_s)
+            case SurplusBlocks():
+                return self._relieve(event)
             case LoadReport():
                 self._take_report(event, now_s)
                 return []
@@ -173,7 +182,11 @@ class Router:
             "kvray_router_requests": len(self._placed),
             "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
         }
-        return {name: float(value) for name, value in (gauges | self._counts).items()}
+        kept = {
+            f'kvray_router_kept_share{{of="{worker_id}"}}': self._keepers.kept_share(worker_id)
+            for worker_id in self._workers
+        }
+        return {name: float(value) for name, value in (gauges | kept | self._counts).items()}
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless what is counted twice agrees."""
@@ -336,13 +349,37 @@ class Router:
         feed.asked_s = None
         feed.next_seq = event.seq + 1
         return [
-            TellSpare(worker_id, SpareBlocks(spare=spare, kept=kept))
-            for worker_id, spare, kept in self._keepers.on_change(shared, self._index.holders)
+            TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept))
+            for worker_id, spare, kept in self._keepers.on_change(shared, event.worker_id)
         ]
 
     def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
         self._feeds[worker_id].asked_s = now_s
         return [AskSnapshot(worker_id)]
+
+    def _held_share(self, worker_id: str) -> float:
+        return self._index.num_held(worker_id) / self._workers[worker_id].info.num_blocks
+
+    def _relieve(self, surplus: SurplusBlocks) -> list[Instruction]:
+        """Let others keep what a worker has no use for: those that hold it, else whoever keeps least for its size."""
+        worker = self._workers.get(surplus.worker_id)
+        if worker is None:
+            return []
+        names = split_names(surplus.names)
+        told: list[Instruction] = [
+            TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept))
+            for worker_id, spare, kept in self._keepers.on_surplus(names, surplus.worker_id)
+        ]
+        sole = [name for name in names if self._keepers.is_sole(name, surplus.worker_id)]
+        shares = [
+            (self._keepers.kept_share(worker_id), worker_id)
+            for worker_id, other in self._workers.items()
+            if other.info.role != "cache" and worker is not other and can_hand_over(worker.info, other.info)
+        ]
+        share, target = min(shares, default=(1.0, ""))
+        if sole and share < _FULL:
+            told.append(TellWorker(target, TakeBlocks(address=worker.info.address, names=b"".join(sole))))
+        return told
 
     def _forget_worker(self, worker_id: str) -> None:
         self._workers.pop(worker_id, None)

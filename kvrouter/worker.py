@@ -16,12 +16,22 @@ from kvrouter.router import (
     Reply,
     Router,
     RouterConfig,
-    TellSpare,
+    TellWorker,
     TimePassed,
     WorkerJoined,
     WorkerLost,
 )
-from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe, WorkerInfo
+from messages.fleet import (
+    GetStats,
+    KvEvents,
+    LoadReport,
+    SpareBlocks,
+    Stats,
+    Subscribe,
+    SurplusBlocks,
+    TakeBlocks,
+    WorkerInfo,
+)
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
@@ -130,7 +140,7 @@ class RouterWorker:
 
     def _on_worker_message(self, worker_id: str, message: Message) -> None:
         match message:
-            case KvEvents() | LoadReport() if message.worker_id == worker_id:
+            case KvEvents() | SurplusBlocks() | LoadReport() if message.worker_id == worker_id:
                 self._decide(message)
             case _:
                 logger.warning("router: unexpected %s from %s", type(message).__name__, worker_id)
@@ -182,12 +192,12 @@ class RouterWorker:
                     self._reply(peer, message)
                 case AskSnapshot(worker_id):
                     self._send(worker_id, Subscribe())
-                case TellSpare(worker_id, told):
+                case TellWorker(worker_id, told):
                     self._send(worker_id, told)
                 case _:
                     assert_never(instruction)
 
-    def _send(self, worker_id: str, message: Subscribe | SpareBlocks) -> None:
+    def _send(self, worker_id: str, message: Subscribe | SpareBlocks | TakeBlocks) -> None:
         client = self._links[worker_id].client
         if client is not None:
             client.send(message)

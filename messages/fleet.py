@@ -60,6 +60,20 @@ class SpareBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kept: bytes = b""
 
 
+class SurplusBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to router: nobody uses these blocks here, and they go when room is wanted. Let another one keep them."""
+
+    worker_id: str
+    names: bytes  #: 16 bytes each, concatenated
+
+
+class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Router to worker: these blocks are worth having. Pull those that you have room for which nobody misses."""
+
+    address: str  #: of the owner that holds them: its channel endpoint
+    names: bytes  #: 16 bytes each, concatenated
+
+
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A worker's load and measured rates, about once a second and after each admission or end."""
 

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe
+from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe, SurplusBlocks, TakeBlocks
 from messages.handoff import (
     BlocksRequest,
     BlocksWritten,
@@ -59,6 +59,8 @@ Message: TypeAlias = (
     | Subscribe
     | KvEvents
     | SpareBlocks
+    | SurplusBlocks
+    | TakeBlocks
     | LoadReport
     | GetStats
     | Stats

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import assert_never
 
+from engine.scheduling.intake import Intakes
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
@@ -33,6 +34,7 @@ class SequenceLedger:
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.slots = SlotPool()
+        self.intakes = Intakes(pool)
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  #: by seniority
         self.pulling: dict[str, Sequence] = {}
@@ -348,7 +350,7 @@ class SequenceLedger:
         for targets in self.orphans.values():
             for target in targets:
                 pins[target.block_id] += 1
-        for block_ids in self.lent.values():
+        for block_ids in (*self.lent.values(), self.intakes.targets()):
             for block_id in block_ids:
                 pins[block_id] += 1
         _require(

@@ -106,6 +106,18 @@ class BlocksWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeIn:
+    """These blocks are worth having, and `source` holds them: pull those that there is room for which nobody misses.
+
+    `intake_id` stands for a sequence's id in what follows; no sequence has it.
+    """
+
+    intake_id: str
+    source: str
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PullEnded:
     """A PullBlocks was carried out. `bad_indexes`: positions of blocks that did not arrive whole and verified.
 
@@ -160,6 +172,7 @@ Event: TypeAlias = (
     | KvRefused
     | BlocksOffered
     | BlocksWanted
+    | TakeIn
     | PullEnded
     | GrammarCompiled
     | BlocksReleased

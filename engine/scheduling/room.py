@@ -6,6 +6,9 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.sequence import Sequence
 from kvcache.price import SHORT_SHARE, SHORT_TOKENS
 
+#: Prompts that are pulled at a time where more would cost what the pool keeps: one is computed while one is pulled.
+_MAX_PULLING = 2
+
 
 class Room:
     """What there is room for beside the sequences of `ledger`.
@@ -46,6 +49,21 @@ class Room:
             wanted += sum(other.num_lacking_blocks for other in ledger.running.values())
             wanted += max(1, int(self._watermark * pool.num_blocks)) + int(share * pool.num_blocks)
         return wanted <= available
+
+    def is_too_early(self, seq: Sequence, num_matched: int) -> bool:
+        """Tell whether admitting `seq` would evict what only this pool keeps, before anything can be done for `seq`.
+
+        Those that are computed before it, or pulled, are there: until it is its turn it only would sit on its blocks.
+        """
+        if seq.num_blocks_for(seq.num_tokens) - num_matched <= self._ledger.pool.num_dispensable:
+            return False
+        if seq.wants_remote:
+            return len(self._ledger.pulling) >= _MAX_PULLING
+        num_lacking = seq.num_tokens - num_matched * seq.block_size
+        return any(
+            not other.is_decoding and other.num_tokens - other.num_computed <= num_lacking
+            for other in self._ledger.running.values()
+        )
 
     def _admitted(self) -> tuple[Sequence, ...]:
         return (*self._ledger.running.values(), *self._ledger.pulling.values())

@@ -48,6 +48,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
     StopRemote,
+    TakeIn,
     TimePassed,
 )
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
@@ -148,6 +149,11 @@ class Scheduler:
         self._num_generated_tokens = 0
 
     # ----------------------------------------------------------------------------------------------------------- load
+
+    @property
+    def num_blocks_taken_in(self) -> int:
+        """Blocks taken in from others that were about to lose them."""
+        return self._ledger.intakes.num_blocks
 
     def seq_ids(self) -> tuple[str, ...]:
         """Return the ids of all sequences that have not ended, kept ones included."""
@@ -264,10 +270,16 @@ class Scheduler:
                 self._ledger.end_lending(seq_id)
                 if seq_id in self._ledger.sequences:
                     self._ledger.end(self._ledger.sequences[seq_id])
+            case BlocksOffered() if self._ledger.intakes.has(event.seq_id):
+                self._ledger.intakes.take_blocks(event, out)
             case KvOffered() | KvRefused() | BlocksOffered() | GrammarCompiled():
                 self._take_answer(event, out)
             case BlocksWanted():
                 self._lend(event, out)
+            case TakeIn():
+                self._ledger.intakes.begin(event, out)
+            case PullEnded() if self._ledger.intakes.has(event.seq_id):
+                self._ledger.intakes.finish_pull(event)
             case PullEnded():
                 self._remote.finish_pull(event, out)
                 self._publish(event.seq_id, out)
@@ -387,7 +399,9 @@ class Scheduler:
             if self._hold_back(seq, len(matched), now_s):
                 position += 1
                 continue
-            if self._room.has(seq, matched, is_short=is_short):
+            if self._room.has(seq, matched, is_short=is_short) and (
+                is_short or not self._room.is_too_early(seq, len(matched))
+            ):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 continue
@@ -512,6 +526,7 @@ class Scheduler:
         pull = self._ledger.begin_pull(seq, deadline_s)
         heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
         pull.expected_s = now_s + (seq.spec.remote_s or 0.0)
+        pull.failed.add(Copy(seq.spec.remote_source, "device"))  # what that worker has it hands over anyway
         self._remote.ask(seq, plan.loads, out)
         end, last = pull.first_index, (seq.num_prompt_tokens - 1) // seq.block_size
         while end < last and (end in pull.arrived or end in pull.asked):
