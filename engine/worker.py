@@ -81,7 +81,8 @@ logger = logging.getLogger(__name__)
 
 #: Blocks are offered to others when fewer than one in so many can be taken without a loss; so many at a time.
 _DISPENSABLE_SHARE = 2
-_NUM_OLDEST = 256
+_NUM_OLDEST = 512
+_OFFERED_S = 0.5  #: for so long blocks are not offered again
 _REPORT_S = 1.0  #: a report at least this often
 _REPORT_MIN_S = 0.02  #: and at most this often
 
@@ -194,7 +195,7 @@ class EngineWorker:
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
         self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None
-        self._offered: set[bytes] = set()  #: as surplus, of late
+        self._offered: dict[bytes, float] = {}  #: as surplus, and when
         self._num_intakes = count()
         self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
         self._tasks: set[asyncio.Task[None]] = set()
@@ -283,8 +284,9 @@ class EngineWorker:
 
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
-            case TakeBlocks(address=address, names=names):
-                self.post(TakeIn(f"intake {next(self._num_intakes)}", address, tuple(split_names(names))))
+            case TakeBlocks(address=address, names=names, age_s=age_s):
+                used_s = time.monotonic() - age_s
+                self.post(TakeIn(f"intake {next(self._num_intakes)}", address, tuple(split_names(names)), used_s))
             case SpareBlocks(spare=spare, kept=kept):
                 self.engine.pool.mark(split_names(spare), is_spare=True)
                 self.engine.pool.mark(split_names(kept), is_spare=False)
@@ -363,14 +365,21 @@ class EngineWorker:
         pool = self.engine.pool
         if not self._subscribers or pool.num_dispensable * _DISPENSABLE_SHARE > pool.num_blocks:
             return
-        names = [name for name in pool.oldest(_NUM_OLDEST) if name not in self._offered]
-        if not names:
+        now_s = time.monotonic()
+        oldest = [
+            (name, used_s)
+            for name, used_s in pool.oldest(_NUM_OLDEST)
+            if self._offered.get(name, 0.0) < now_s - _OFFERED_S
+        ]
+        if not oldest:
             return
         if len(self._offered) > pool.num_blocks:
             self._offered.clear()
-        self._offered.update(names)
+        names = [name for name, _ in oldest]
+        self._offered |= dict.fromkeys(names, now_s)
+        age_s = pool.now_s - oldest[0][1]
         for subscriber in self._subscribers:
-            self.send(subscriber, SurplusBlocks(worker_id=self.worker_id, names=b"".join(names)))
+            self.send(subscriber, SurplusBlocks(worker_id=self.worker_id, names=b"".join(names), age_s=age_s))
 
     async def _expire_forever(self) -> None:
         """Look for ended leases time and again: one that ends frees its blocks even when nobody says anything."""

@@ -84,8 +84,8 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the last freed is the first reused, still in cache
         self._is_spare = bytearray(num_blocks)  # another holder keeps the block that is committed there
         # Two queues, least recently used first, kept blocks and spare ones, with the time of the last use.
-        self._evictable: tuple[OrderedDict[int, int], OrderedDict[int, int]] = (OrderedDict(), OrderedDict())
-        self._time = 0  # counts uses
+        self._evictable: tuple[OrderedDict[int, float], OrderedDict[int, float]] = (OrderedDict(), OrderedDict())
+        self.now_s = 0.0  #: of its owner's clock: as of then blocks that are unpinned count as used
         self._quarantined: dict[int, float] = {}  # block id -> until when
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -104,7 +104,7 @@ class BlockPool:
 
     @property
     def num_dispensable(self) -> int:
-        """Blocks that `allocate_dispensable` can give: free ones, and copies that other holders keep."""
+        """Blocks that are free, or copies that other holders keep."""
         return len(self._free) + len(self._evictable[1])
 
     @property
@@ -154,25 +154,19 @@ class BlockPool:
         self.stats.num_allocated_blocks += num_blocks
         return block_ids
 
-    def allocate_dispensable(self, num_blocks: int) -> list[int]:
-        """Take blocks as `allocate` does, but evict only what other holders keep.
+    def num_worth_less(self, used_s: float, most: int) -> int:
+        """Count the blocks that are worth less than one that was last used at `used_s`, up to `most`."""
+        num_older = 0
+        for used in islice(self._evictable[0].values(), most):
+            if used >= used_s:
+                break
+            num_older += 1
+        return min(most, self.num_dispensable + num_older)
 
-        Raises:
-            CapacityError: there are fewer; nothing changed.
-        """
-        if num_blocks > self.num_dispensable:
-            raise CapacityError(f"{num_blocks} blocks wanted, {self.num_dispensable} are free or spare")
-        kept = self._evictable[0]
-        self._evictable = (OrderedDict(), self._evictable[1])
-        try:
-            return self.allocate(num_blocks)
-        finally:
-            self._evictable = (kept, self._evictable[1])
-
-    def oldest(self, num_blocks: int) -> list[bytes]:
-        """Return the names of the blocks that are evicted next, but for those that other holders keep."""
-        names = (self._names[block_id] for block_id in islice(self._evictable[0], num_blocks))
-        return [name for name in names if name is not None]
+    def oldest(self, num_blocks: int) -> list[tuple[bytes, float]]:
+        """Return the names of the blocks that are evicted next, and when they were last used; no spare copies."""
+        oldest = islice(self._evictable[0].items(), num_blocks)
+        return [(name, used_s) for block_id, used_s in oldest if (name := self._names[block_id]) is not None]
 
     def match(self, names: Iterable[bytes]) -> list[int]:
         """Find the longest leading run of `names` that is held; its block ids. Pin them before the next `allocate`."""
@@ -207,7 +201,6 @@ class BlockPool:
 
         What has no pin left is free if it has no name, else it may be evicted: tails before heads.
         """
-        self._time += 1
         for block_id in reversed(block_ids):
             if self._num_pins[block_id] < 1 or block_id in self._quarantined:
                 raise InvariantError(f"block {block_id} is {self.state(block_id).value}, not pinned")
@@ -216,7 +209,7 @@ class BlockPool:
                 if self._names[block_id] is None:
                     self._free.append(block_id)
                 else:
-                    self._evictable[self._is_spare[block_id]][block_id] = self._time
+                    self._evictable[self._is_spare[block_id]][block_id] = self.now_s
 
     def commit(self, block_id: int, name: bytes) -> bool:
         """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
@@ -287,7 +280,7 @@ class BlockPool:
         kept, spare = self._evictable
         is_spare = not kept
         if kept and spare:
-            kept_age, spare_age = (self._time - next(iter(queue.values())) for queue in self._evictable)
+            kept_age, spare_age = (self.now_s - next(iter(queue.values())) for queue in self._evictable)
             is_spare = spare_age * _SPARE_AGES >= kept_age
         block_id, _ = self._evictable[is_spare].popitem(last=False)
         self._is_spare[block_id] = False

@@ -36,7 +36,6 @@ from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 _UNSEEN_S = 30.0
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
 _USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
-_FULL = 0.9  #: who keeps so much of its memory has no room for what others would lose
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
 
 
@@ -376,9 +375,11 @@ class Router:
             for worker_id, other in self._workers.items()
             if other.info.role != "cache" and worker is not other and can_hand_over(worker.info, other.info)
         ]
-        share, target = min(shares, default=(1.0, ""))
-        if sole and share < _FULL:
-            told.append(TellWorker(target, TakeBlocks(address=worker.info.address, names=b"".join(sole))))
+        _, target = min(shares, default=(1.0, ""))
+        if sole and target:
+            told.append(
+                TellWorker(target, TakeBlocks(address=worker.info.address, names=b"".join(sole), age_s=surplus.age_s))
+            )
         return told
 
     def _forget_worker(self, worker_id: str) -> None:

@@ -65,13 +65,15 @@ class SurplusBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     worker_id: str
     names: bytes  #: 16 bytes each, concatenated
+    age_s: float  #: since the first of them was last used
 
 
 class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Router to worker: these blocks are worth having. Pull those that you have room for which nobody misses."""
+    """Router to worker: these blocks are worth having. Pull those that are worth more than what you have."""
 
     address: str  #: of the owner that holds them: its channel endpoint
     names: bytes  #: 16 bytes each, concatenated
+    age_s: float  #: since they were last used
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -1,7 +1,7 @@
 """Blocks that this worker takes in without a sequence that wants them: others are about to lose them, or it is warming.
 
-They go to room that nobody misses: free blocks, and copies that other holders keep. One pull at a time for each intake,
-as for a sequence.
+They go where there are free blocks, copies that other holders keep, or blocks that were used longer ago. One pull at a
+time for each intake, as for a sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from messages.errors import InvariantError
 from messages.handoff import BlockLocation
 
 #: Blocks that are taken in at a time: what else wants to be taken in is declined.
-_MAX_BLOCKS = 256
+_MAX_BLOCKS = 1024
 
 
 @dataclass(slots=True)
@@ -47,13 +47,13 @@ class Intakes:
         return [block_id for intake in self._intakes.values() for block_id in intake.targets.values()]
 
     def begin(self, wanted: TakeIn, out: list[Instruction]) -> None:
-        """Ask for those of the blocks that are not here, as far as there is room that nobody misses."""
+        """Ask for those of the blocks that are not here, as far as others here are worth less."""
         under_way = {name for intake in self._intakes.values() for name in intake.names}
-        room = min(self._pool.num_dispensable, _MAX_BLOCKS - len(self.targets()))
+        room = self._pool.num_worth_less(wanted.used_s, max(0, _MAX_BLOCKS - len(self.targets())))
         names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)[:room]
         if wanted.intake_id in self._intakes or not names:
             return
-        targets = dict(enumerate(self._pool.allocate_dispensable(len(names))))
+        targets = dict(enumerate(self._pool.allocate(len(names))))
         self._intakes[wanted.intake_id] = _Intake(wanted.source, names, targets)
         out.append(AskBlocks(wanted.intake_id, wanted.source, 0, names, is_tail_first=False))
 

@@ -107,7 +107,7 @@ class BlocksWanted:
 
 @dataclass(frozen=True, slots=True)
 class TakeIn:
-    """These blocks are worth having, and `source` holds them: pull those that there is room for which nobody misses.
+    """These blocks are worth having, and `source` holds them: pull those that are worth more than others here.
 
     `intake_id` stands for a sequence's id in what follows; no sequence has it.
     """
@@ -115,6 +115,7 @@ class TakeIn:
     intake_id: str
     source: str
     names: tuple[bytes, ...]
+    used_s: float  #: when they were last used, by the scheduler's clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Room:
         """
         if seq.num_blocks_for(seq.num_tokens) - num_matched <= self._ledger.pool.num_dispensable:
             return False
-        if seq.wants_remote:
+        if seq.wants_remote or len(self._ledger.pulling) >= _MAX_PULLING:
             return len(self._ledger.pulling) >= _MAX_PULLING
         num_lacking = seq.num_tokens - num_matched * seq.block_size
         return any(

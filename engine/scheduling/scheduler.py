@@ -258,7 +258,7 @@ class Scheduler:
         if isinstance(event, SequenceAdded) and event.spec.seq_id in self._ledger.sequences:
             raise RequestError(f"sequence id {event.spec.seq_id!r} is in use", param="request_id")
         out: list[Instruction] = []
-        self._now_s = now_s
+        self._now_s = self._pool.now_s = now_s
         self._pool.release_quarantined(now_s)
         self._check_deadlines(now_s, out)
         if not isinstance(event, SequenceAdded):
