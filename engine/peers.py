@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.crashing import Crash, guarded
-from engine.puller import REJECTIONS, BlockPuller, Pair, PeerPool, PullOutcome
+from engine.puller import REJECTIONS, BlockPuller, Pair, PullOutcome
 from kvcache.price import MoveCost
+from kvcache.region import RegionLayout
 from messages.fleet import RoadStatus
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
@@ -35,7 +36,7 @@ class Peer:
     cost: MoveCost
     told: MovePrice | None = None  #: the price that was last reported
     pulled_s: float | None = None  #: when the first pull had ended
-    pool: PeerPool | None = None  #: once it described it
+    layout: RegionLayout | None = None  #: of its pool, once it described it
     is_misfit: bool = False  #: its blocks cannot be pulled into ours
 
 
@@ -101,9 +102,9 @@ class Peers:
         `on_progress` is called for each block that came, from any thread.
         """
         peer = self._peers.get(source)
-        if peer is None or peer.pool is None:
+        if peer is None or peer.layout is None:
             return PullOutcome(frozenset(location.index for location, _ in pairs))
-        outcome = await self._puller.pull(peer.link, peer.pool, pairs, on_progress)
+        outcome = await self._puller.pull(peer.link, peer.layout, pairs, on_progress)
         if peer.pulled_s is None:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
@@ -164,7 +165,7 @@ class Peers:
 
     def _learn(self, address: str, peer: Peer, described: RegionsDescribed) -> None:
         try:
-            peer.pool = self._puller.understand(described)
+            peer.layout = self._puller.understand(described)
         except RegionError as error:
             peer.is_misfit = True
             logger.warning("peer at %s cannot be pulled from: %s", address, error.message)
