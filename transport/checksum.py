@@ -86,7 +86,7 @@ def checksum(data: Buffer) -> int:
     """Compute the checksum of these bytes, in [0, 2^64). Releases the interpreter's lock; any thread.
 
     Raises:
-        ValueError: they do not lie in a row.
+        ValueError, BufferError: they do not lie in a row.
     """
     return _implementation().checksum(_as_bytes(data))
 
