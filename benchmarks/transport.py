@@ -1,15 +1,16 @@
 """Every road between two processes of one host, beside memcpy, a raw socket, Arrow Flight and Ray, in the same run.
 
-    python benchmarks/transport.py                        every cell, every road, about four minutes
+    python benchmarks/transport.py                        every cell, every road, about five minutes
     python benchmarks/transport.py --quick                four cells, without plasma and ray, within 60 s
     python benchmarks/transport.py --record               also append to benchmarks/results/transport.jsonl
     python benchmarks/transport.py --only shm socket      these and what they are measured against
 
 A cell is a block size and a number of blocks, pulled from random places of another process's pool into random places
 of the own one. Each contender draws its own places and takes its turn in each round, in random order; medians count,
-and a ratio is one of medians. Roads run as in workers (harness.transport_peer), each with and without verification:
-xxh3_64 of each block as it arrives, as engine.puller does it. Rivals (harness.transport_rivals) verify nothing. Before
-it counts, every contender pulled the whole pool once, and once more in each cell; those bytes are compared.
+and a ratio is one of medians. Roads run as in workers (harness.transport_peer), each with and without verification: the
+checksum of each block as it arrives, as engine.puller takes it, which shm brings along. Rivals
+(harness.transport_rivals) verify nothing. Before it counts, every contender pulled the whole pool once, and once more
+in each cell; those bytes are compared.
 
 CPU seconds are those of all processes taking part. The loop's lag is how late a 1 ms sleep comes back while verified
 pulls of 32 x 2 MiB follow each other. Goals, each in the worst of its cells, of 16 blocks or more of 512 KiB or more:
@@ -28,13 +29,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import psutil
 import uvloop
-import xxhash
 from harness.report import goal, hardware, parser, record
 from harness.transport_cells import KIB, LARGE_BYTES, MIB, SEED, SUM, Cell, Pull, Run, first_pulls, measure, measure_lag
 from harness.transport_peer import STALL_S, Peer, PeerHello, PeerSpec, connected, open_all, peer_process
 from harness.transport_pool import filled
 from harness.transport_rivals import FlightRival, MemcpyRival, Rival, TcpRival
 
+from transport.checksum import checksum, checksum_path
 from transport.memory import Memory
 from transport.protocol import Copy
 from transport.roads import PROBE_BYTES
@@ -51,7 +52,7 @@ MAX_SMALL_MS = 1.0
 MAX_SUM_PERCENT = 10.0
 MAX_LAG_MS = 20.0
 
-CELLS = tuple(Cell(size, num) for size in (64 * KIB, 512 * KIB, 2 * MIB) for num in (1, 16, 256))
+CELLS = tuple(Cell(size, num) for size in (16 * KIB, 64 * KIB, 512 * KIB, 2 * MIB) for num in (1, 16, 256))
 QUICK_CELLS = (Cell(64 * KIB, 1), Cell(512 * KIB, 16), Cell(512 * KIB, 256), Cell(2 * MIB, 16))
 
 # -------------------------------------------------------------------------------------------------------- contenders
@@ -68,9 +69,9 @@ def road_pulls(peer: Peer, road: str, target: Memory) -> dict[str, Pull]:
     async def verified(copies: Sequence[Copy]) -> None:
         found: dict[int, int] = {}
 
-        def take(position: int) -> None:
+        def take(position: int, told: int | None = None, /) -> None:
             _, offset, length = copies[position]
-            found[position] = xxhash.xxh3_64_intdigest(into[offset : offset + length])
+            found[position] = checksum(into[offset : offset + length]) if told is None else told
 
         await transport.pull(peer.link, region, copies, target, STALL_S, take)
         assert len(found) == len(copies), f"{road} told {len(found)} of {len(copies)} blocks"
@@ -141,7 +142,8 @@ async def run_all(wanted: set[str], *, quick: bool, ray_address: str | None) -> 
         for name, reason in run.left_out.items():
             print(f"{name} is left out: {reason}")
         carriers = ", ".join(f"{road} by {peer.transports[road].carriers(peer.link)}" for road in roads_of(run))
-        print(f"{hardware()}; {carriers}\nGB/s, medians{'':3}{''.join(f'{name:>11}' for name in run.pulls)}")
+        print(f"{hardware()}; {carriers}; checksums by {checksum_path()}")
+        print(f"GB/s, medians{'':3}{''.join(f'{name:>11}' for name in run.pulls)}")
         for cell in cells:
             await measure(run, cell, budget_s=8.0 if quick else 12.0, min_rounds=4 if quick else 8)
             rates = "".join(f"{run.gb_per_s(cell, name):11.2f}" for name in run.pulls)

@@ -25,6 +25,7 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
             "node": info.node_id,
             "roads": list(info.roads),
             "kernel_path": info.kernel_path,
+            "checksum_path": info.checksum_path,
             "num_blocks": info.num_blocks,
             "block_bytes": info.block_bytes,
             "block_size_tokens": info.block_size,
@@ -55,6 +56,8 @@ def status_table(status: dict[str, Any]) -> str:
     if not status["workers"]:
         lines = ["no workers"]
     lines += [f"{worker['worker_id']} by {worker['kernel_path']}" for worker in status["workers"]]
+    if status["workers"]:
+        lines.append(f"checksums by {', '.join(sorted({worker['checksum_path'] for worker in status['workers']}))}")
     lines += [_road_line(worker["worker_id"], road) for worker in status["workers"] for road in worker["pulls_from"]]
     for router in status["routers"]:
         values = router["values"]

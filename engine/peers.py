@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from engine.crashing import Crash, guarded
 from engine.loans import LearnHandoff
-from engine.puller import REJECTIONS, BlockPuller, Pair, PeerPool, PullOutcome
+from engine.puller import REJECTIONS, BlockPuller, Pair, PullOutcome
 from kvcache.price import ASSUMED_MOVE, MoveCost
+from kvcache.region import RegionLayout
 from messages.fleet import RoadStatus
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
@@ -38,7 +39,7 @@ class Peer:
     costs: dict[Tier, MoveCost]  #: of its blocks, by where it has them
     told: dict[Tier, MovePrice] = field(default_factory=dict)  #: the prices that were last reported
     pulled_s: float | None = None  #: when the first pull had ended
-    pool: PeerPool | None = None  #: once it described it
+    layout: RegionLayout | None = None  #: of its pool, once it described it
     is_misfit: bool = False  #: its blocks cannot be pulled into ours
 
 
@@ -113,9 +114,9 @@ class Peers:
         `on_progress` is called for each block that came, from any thread.
         """
         peer = self._peers.get(source)
-        if peer is None or peer.pool is None:
+        if peer is None or peer.layout is None:
             return PullOutcome(frozenset(location.index for location, _ in pairs))
-        outcome = await self._puller.pull(peer.link, peer.pool, pairs, on_progress)
+        outcome = await self._puller.pull(peer.link, peer.layout, pairs, on_progress)
         if peer.pulled_s is None:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
@@ -181,7 +182,7 @@ class Peers:
 
     def _learn(self, address: str, peer: Peer, described: RegionsDescribed) -> None:
         try:
-            peer.pool = self._puller.understand(described)
+            peer.layout = self._puller.understand(described)
         except RegionError as error:
             peer.is_misfit = True
             logger.warning("peer at %s cannot be pulled from: %s", address, error.message)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from engine.memory.checksums import ALGORITHMS, Algorithm, BlockChecksums
+from engine.memory.checksums import BlockChecksums
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.handoff import BlockLocation, RegionsDescribed
 from transport.memory import Memory
@@ -28,14 +28,6 @@ REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 
 #: A location with the block of the own pool that it goes to.
 Pair: TypeAlias = tuple[BlockLocation, int]
-
-
-@dataclass(frozen=True, slots=True)
-class PeerPool:
-    """A peer's pool, as it described it."""
-
-    layout: RegionLayout
-    algorithm: Algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +53,31 @@ class BlockPuller:
         self.num_failed = 0  #: pulls that did not end well
         self.num_rejected: Counter[Rejection] = Counter()
 
-    def understand(self, described: RegionsDescribed) -> PeerPool:
-        """Return the pool that the peer described, if its blocks can be pulled into ours.
+    def understand(self, described: RegionsDescribed) -> RegionLayout:
+        """Return the layout of the pool that the peer described, if its blocks can be pulled into ours.
 
         Raises:
-            RegionError: the blocks are of another size, or their checksums of an algorithm that we do not have.
+            RegionError: the blocks are of another size.
         """
         layout = RegionLayout(described.num_blocks, self._layout.block_bytes, described.has_generations)
-        algorithm = next((name for name in ALGORITHMS if name == described.checksum), None)
-        if algorithm is None:
-            raise RegionError(f"checksum {described.checksum!r}; wanted one of {', '.join(ALGORITHMS)}")
         for region in described.regions:
             if described.num_blocks < 1 or region.num_bytes != layout.num_bytes:
                 raise RegionError(
                     f"road {region.road}: a region of {region.num_bytes} bytes for {described.num_blocks} blocks, "
                     f"wanted {layout.num_bytes} bytes: blocks of {layout.block_bytes}"
                 )
-        return PeerPool(layout, algorithm)
+        return layout
 
     async def pull(
-        self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
+        self, link: Link, peer: RegionLayout, pairs: Sequence[Pair], on_progress: Callable[[], None]
     ) -> PullOutcome:
         """Bring each pair's block here, and verify it. What came damaged is asked for once more.
 
         `on_progress` is called for each block that came, from any thread.
         """
-        bad_ids = [location.block_id for location, _ in pairs if not 0 <= location.block_id < peer.layout.num_blocks]
+        bad_ids = [location.block_id for location, _ in pairs if not 0 <= location.block_id < peer.num_blocks]
         if bad_ids:
-            logger.warning("a handoff names block %d of a pool of %d", bad_ids[0], peer.layout.num_blocks)
+            logger.warning("a handoff names block %d of a pool of %d", bad_ids[0], peer.num_blocks)
             return self._reject(pairs, "refused")
         outcome, damaged = await self._pull_once(link, peer, pairs, on_progress)
         if damaged:
@@ -106,24 +95,25 @@ class BlockPuller:
         return outcome
 
     async def _pull_once(
-        self, link: Link, peer: PeerPool, pairs: Sequence[Pair], on_progress: Callable[[], None]
+        self, link: Link, peer: RegionLayout, pairs: Sequence[Pair], on_progress: Callable[[], None]
     ) -> tuple[PullOutcome, list[Pair]]:
         """Pull the pairs; return what did not come, and the pairs that came with another checksum."""
         if not pairs:
             return PullOutcome(), []
-        num_bytes = peer.layout.block_bytes
+        num_bytes = peer.block_bytes
         copies = [
-            Copy(peer.layout.block_offset(location.block_id), self._layout.block_offset(target), num_bytes)
+            Copy(peer.block_offset(location.block_id), self._layout.block_offset(target), num_bytes)
             for location, target in pairs
         ]
         found: dict[int, int] = {}  # position -> checksum
         targets = [target for _, target in pairs]
-        is_hashed_at_once = peer.algorithm == "xxh3_64" and self._memory.is_host
 
-        def take(position: int) -> None:  # on the road's thread, while the bytes are in the cache
+        def take(position: int, checksum: int | None = None, /) -> None:  # on the road's thread
             on_progress()
-            if is_hashed_at_once:
-                found[position] = self._checksums.hash_block(targets[position])
+            if checksum is not None:  # of the bytes that the road itself wrote
+                found[position] = checksum
+            elif self._memory.is_host:  # now, while they are in the cache
+                (found[position],) = self._checksums.compute(targets[position : position + 1])
 
         error: TransferError | None = None
         pulled: Pulled | None = None
@@ -131,8 +121,8 @@ class BlockPuller:
             pulled = await self._roads.pull(link, copies, self._memory, take, found.clear)
         except TransferError as failure:
             error = failure
-        if error is None and not is_hashed_at_once:
-            found = dict(enumerate(await asyncio.to_thread(self._checksums.compute, targets, peer.algorithm)))
+        if error is None and not self._memory.is_host:
+            found = dict(enumerate(await asyncio.to_thread(self._checksums.compute, targets)))
         if error is not None:
             logger.warning("pull of %d blocks failed: %s", len(pairs), error.message)
             self.num_failed += 1
@@ -145,13 +135,13 @@ class BlockPuller:
         outcome = self._reject(missing, "refused" if isinstance(error, RegionError) else "transfer")
         return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged
 
-    async def _reused(self, link: Link, peer: PeerPool, damaged: Sequence[Pair]) -> frozenset[int]:
+    async def _reused(self, link: Link, peer: RegionLayout, damaged: Sequence[Pair]) -> frozenset[int]:
         """Return the indexes of the blocks that their owner uses for something else by now, as far as can be told."""
-        if not peer.layout.has_generations or not self._memory.is_host:
+        if not peer.has_generations or not self._memory.is_host:
             return frozenset()
         generations = Memory.allocate(GENERATION_BYTES * len(damaged))
         copies = [
-            Copy(peer.layout.generation_offset(location.block_id), position * GENERATION_BYTES, GENERATION_BYTES)
+            Copy(peer.generation_offset(location.block_id), position * GENERATION_BYTES, GENERATION_BYTES)
             for position, (location, _) in enumerate(damaged)
         ]
         try:

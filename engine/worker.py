@@ -70,6 +70,7 @@ from messages.handoff import (
 from messages.price import MovePrice
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
+from transport.checksum import checksum_path
 from transport.memory import Memory
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import Vaults
@@ -238,6 +239,7 @@ class EngineWorker:
             max_num_seqs=engine.options.max_num_seqs,
             roads=self.roads.names,
             kernel_path=engine.loaded.kernel_path,
+            checksum_path=checksum_path(),
             compute=engine.scheduler.cost.price,
         )
 
@@ -307,7 +309,6 @@ class EngineWorker:
                         regions=list(self.roads.regions),
                         num_blocks=self.engine.layout.num_blocks,
                         has_generations=self.engine.layout.has_generations,
-                        checksum=self.engine.checksums.algorithm,
                     ),
                 )
             case RoadMessage(road=road, body=body):

@@ -27,6 +27,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     roads: tuple[str, ...]  #: transports it offers
     kernel_path: str = ""  #: what computes its model, for people
+    checksum_path: str = ""  #: what computes its blocks' checksums on the host, for people
     compute: ComputePrice | None = None  #: as it measured itself at the start
 
 

@@ -29,7 +29,6 @@ class RegionsDescribed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     regions: list[RegionInfo]
     num_blocks: int  #: of the pool: with the block size in bytes, gives every block's offset (kvcache.region)
     has_generations: bool
-    checksum: str  #: algorithm of its blocks' checksums (engine.memory.checksums)
 
 
 class RoadMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -61,7 +60,7 @@ class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     name: bytes  #: digest of the prefix up to its end; b"" for a partial last block
     num_tokens: int  #: valid tokens, block_size unless partial
-    checksum: int = 0  #: of all its bytes, 64 bits
+    checksum: int = 0  #: of all its bytes, 64 bits (transport.checksum)
 
 
 class BlocksRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

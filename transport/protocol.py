@@ -8,8 +8,13 @@ from typing import NamedTuple, Protocol
 from messages.errors import KvrayError
 from messages.handoff import RegionInfo
 
-#: Told the position of each copy that has landed whole.
-Arrived = Callable[[int], None]
+
+class Arrived(Protocol):
+    """Who is told of each copy that has landed whole."""
+
+    def __call__(self, position: int, checksum: int | None = None, /) -> None:
+        """Take note of it; `checksum` (transport.checksum) of what was written, where the road computed it."""
+        ...
 
 
 class TransferError(KvrayError):
@@ -112,7 +117,8 @@ class Transport(Protocol):
     ) -> None:
         """Carry out all copies, in any order (targets must not overlap); return when the last byte has landed.
 
-        `on_arrived(i)` is called once for each copy, when it has landed, from any thread, and never after the return.
+        `on_arrived(i)`, with the checksum of what was written where the road computes it as it writes, is called once
+        for each copy, when it has landed, from any thread, and never after the return.
         A cancelled pull ends as a failed one does, and is then cancelled: nothing lands after the return.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The node's shared memory: the puller maps the owner's region and copies by itself.
+"""The node's shared memory: the puller maps the owner's region, and copies and hashes in one pass by itself.
 
 Reaches processes of the same user in the same pid namespace; pods do not see each other this way.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,23 +15,20 @@ from functools import cache
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from messages.handoff import RegionInfo
+from transport.checksum import CopyWatch, copy_all_checked
 from transport.memory import Memory, SharedView, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 
 logger = logging.getLogger(__name__)
 
-#: Between two looks at whether to stop: about 1 ms of copying.
-_STRIDE_BYTES = 4 << 20
+#: What is told at once of what arrived: below 1 ms of copying.
+_BATCH_BYTES = 4 << 20
 #: Up to here a copy takes 1 to 2 ms; the way to a thread and back takes 0.4, and much longer on a busy machine.
 _INLINE_BYTES = 8 << 20
 _INLINE_COPIES = 256
 _NUM_THREADS = 2
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
@@ -121,7 +117,7 @@ class ShmTransport:
         self._registered.clear()
         self._opened.clear()
         for job in self._jobs:
-            job.stop.set()
+            job.watch.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, link: Link, source: RegionInfo) -> SharedView:
@@ -145,15 +141,15 @@ class ShmTransport:
         future = self._threads.submit(job.run)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
         try:
-            num_copied = -1
-            while not ended.is_set() and num_copied != job.num_copied:  # one look per `stall_s`
-                num_copied = job.num_copied
+            num_bytes = -1
+            while not ended.is_set() and num_bytes != job.watch.num_bytes:  # one look per `stall_s`
+                num_bytes = job.watch.num_bytes
                 with suppress(TimeoutError):
                     async with asyncio.timeout(stall_s):
                         await ended.wait()
         finally:
             if not ended.is_set():
-                job.stop.set()  # seen within one stride
+                job.watch.stop()
                 future.cancel()  # for a job that no thread has begun
                 await _settled(ended)
             self._jobs.discard(job)
@@ -166,26 +162,25 @@ class ShmTransport:
 
 
 class _CopyJob:
-    """The copies of one pull, in strides; another thread can tell it to stop."""
+    """The copies of one pull; another thread can tell it to stop."""
 
     def __init__(self, source: SharedView, copies: Sequence[Copy], target: Memory, on_arrived: Arrived | None) -> None:
-        self._source: Bytes = np.frombuffer(source.view, dtype=np.uint8)
-        self._target: Bytes = np.frombuffer(target.view, dtype=np.uint8)
+        self._source = source.view
+        self._target = target.view
         self._copies = copies
         self._on_arrived = on_arrived
-        self.num_copied = 0  #: strides, for who watches
-        self.stop = threading.Event()
+        self.watch = CopyWatch()
 
     def run(self) -> None:
-        for position, copy in enumerate(self._copies):
-            for source, target, length in strides([copy], _STRIDE_BYTES):
-                if self.stop.is_set():
-                    raise TransferError("shm: given up, nothing was copied for too long, or closed")
-                # One plain slice assignment per run of bytes is memcpy without the GIL (the fastest form measured).
-                self._target[target : target + length] = self._source[source : source + length]
-                self.num_copied += 1
+        first = 0
+        for batch in batches(self._copies, _BATCH_BYTES):
+            checksums = copy_all_checked(self._target, self._source, batch, self.watch)
             if self._on_arrived is not None:
-                self._on_arrived(position)
+                for position, checksum in enumerate(checksums, first):
+                    self._on_arrived(position, checksum)
+            if len(checksums) < len(batch):
+                raise TransferError("shm: given up, nothing was copied for too long, or closed")
+            first += len(batch)
 
 
 async def _settled(ended: asyncio.Event) -> None:
@@ -200,11 +195,16 @@ async def _settled(ended: asyncio.Event) -> None:
         raise cancelled
 
 
-def strides(copies: Sequence[Copy], max_bytes: int) -> Iterator[Copy]:
-    """Yield the same bytes in the same order, at most `max_bytes` at a time."""
-    for source, target, length in copies:
-        for done in range(0, length, max_bytes):
-            yield Copy(source + done, target + done, min(max_bytes, length - done))
+def batches(copies: Sequence[Copy], max_bytes: int) -> Iterator[Sequence[Copy]]:
+    """Yield the same copies in the same order, together at most `max_bytes`, or one that has more."""
+    begin = num_bytes = 0
+    for position, copy in enumerate(copies):
+        if position > begin and num_bytes + copy.num_bytes > max_bytes:
+            yield copies[begin:position]
+            begin, num_bytes = position, 0
+        num_bytes += copy.num_bytes
+    if copies:
+        yield copies[begin:]
 
 
 def open_region(source: RegionInfo) -> SharedView:

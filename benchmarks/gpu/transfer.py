@@ -8,7 +8,7 @@ Needs one NVIDIA GPU, torch with CUDA, and ucxx (the extra kvray[ucx-cu12] or kv
 measured, and that is no error. Two processes have a pool each, one tensor; blocks go from random places of the one to
 random places of the other. In the same run, taking turns: the same blocks copied within this process, one by one, and
 as many bytes in one copy. Medians count; GB/s are bytes moved, each of which is read and written. The bytes are
-compared once per cell. `sum64` is what decode adds: the checksum of all blocks that came, after the pull.
+compared once per cell. `checksums` is what decode adds: the checksum of all blocks that came, after the pull.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from harness.transport_peer import (
     told,
 )
 
-from engine.memory.checksums import sum64
+from engine.memory.device_checksum import device_checksums
 from engine.memory.device_memory import DeviceMemory
 from messages.errors import ConfigError
 from transport.protocol import Copy
@@ -62,7 +62,7 @@ MIN_OF_COPIES = 0.5
 MAX_SMALL_MS = 1.0
 MAX_SUM_PERCENT = 10.0
 
-#: cell -> contender -> median seconds; "sum64" is none, but what follows "ucx"
+#: cell -> contender -> median seconds; "checksums" is none, but what follows "ucx"
 Times = dict[Cell, dict[str, float]]
 
 
@@ -134,7 +134,7 @@ class Contenders:
         """Compute the checksums of what came, as `engine.memory.checksums.BlockChecksums` does."""
         rows = self.target.view(-1, cell.block_bytes)  # [num_places, block_bytes]
         places = [copy.target_offset // cell.block_bytes for copy in copies]
-        return sum64(rows[torch.tensor(places, device=rows.device)])
+        return device_checksums(rows, places)
 
     async def check(self, copies: Sequence[Copy]) -> None:
         """Pull into wiped places and compare."""
@@ -151,7 +151,7 @@ async def measure(contenders: Contenders, cell: Cell, *, budget_s: float) -> dic
     """Measure the median seconds of each contender, after one round that does not count."""
     rng = random.Random(SEED)
     await contenders.check(cell.copies(rng, POOL_BYTES))
-    taken: dict[str, list[float]] = {name: [] for name in (*contenders.pulls, "sum64")}
+    taken: dict[str, list[float]] = {name: [] for name in (*contenders.pulls, "checksums")}
     ends_s = time.perf_counter() + budget_s
     while len(taken["ucx"]) < 10 or time.perf_counter() < ends_s:
         for name, pull in contenders.pulls.items():
@@ -161,7 +161,7 @@ async def measure(contenders: Contenders, cell: Cell, *, budget_s: float) -> dic
             taken[name].append(time.perf_counter() - started_s)
         started_s = time.perf_counter()
         contenders.checksums(cell, copies)  # of what came over ucx; the answer is on the host, so the device is done
-        taken["sum64"].append(time.perf_counter() - started_s)
+        taken["checksums"].append(time.perf_counter() - started_s)
     return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
@@ -193,7 +193,7 @@ async def run_all(cells: Sequence[Cell], *, budget_s: float) -> tuple[Times, dic
             }
             print(f"{facts['gpu']}; {hardware()}; carried by {facts['carriers'] or 'nobody knows what'}")
             print(f"first pulls of {SMALL}, the first connects, ms: {', '.join(f'{1e3 * s:.2f}' for s in first_s)}")
-            heads = ("one copy", "copies", "ucx", "of copies", "ucx ms", "sum64 ms")
+            heads = ("one copy", "copies", "ucx", "of copies", "ucx ms", "sums ms")
             print(f"GB/s, medians{'':4}{''.join(f'{head:>11}' for head in heads)}")
             for cell in cells:
                 times[cell] = await measure(contenders, cell, budget_s=budget_s)
@@ -205,7 +205,7 @@ async def run_all(cells: Sequence[Cell], *, budget_s: float) -> tuple[Times, dic
 
 def print_row(cell: Cell, seconds: dict[str, float]) -> None:
     rates = [cell.num_bytes / seconds[name] / 1e9 for name in ("one copy", "copies", "ucx")]
-    others = (seconds["copies"] / seconds["ucx"], 1e3 * seconds["ucx"], 1e3 * seconds["sum64"])
+    others = (seconds["copies"] / seconds["ucx"], 1e3 * seconds["ucx"], 1e3 * seconds["checksums"])
     shown = "".join(f"{figure:11.2f}" for figure in rates) + "".join(f"{figure:11.3f}" for figure in others)
     print(f"{cell!s:>17}{shown}", flush=True)
 
@@ -218,7 +218,7 @@ def goals(times: Times) -> Iterator[str]:
 
     of_copies = {str(cell): one["copies"] / one["ucx"] for cell, one in times.items() if cell.is_large}
     percent = {
-        str(cell): 100 * one["sum64"] / one["ucx"] for cell, one in times.items() if cell.block_bytes >= LARGE_BYTES
+        str(cell): 100 * one["checksums"] / one["ucx"] for cell, one in times.items() if cell.block_bytes >= LARGE_BYTES
     }
     ratio, where = worst(of_copies, min)
     yield goal(f"ucx of copies on the device, worst at {where}", ratio, at_least=MIN_OF_COPIES)

@@ -123,7 +123,7 @@ class Owner:
             case DescribeRegions():
                 self._link(peer)
                 regions = list(self._roads.regions)
-                described = RegionsDescribed(regions=regions, num_blocks=1, has_generations=False, checksum="xxh3_64")
+                described = RegionsDescribed(regions=regions, num_blocks=1, has_generations=False)
                 self._server.send(peer, described)
             case RoadMessage(road=road, body=body):
                 self._roads.on_message(self._link(peer), road, body)

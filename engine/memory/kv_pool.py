@@ -10,8 +10,9 @@ import torch
 from messages.errors import ConfigError
 from transport.memory import available_bytes
 
-#: Part of every block name: changes whenever the bytes of a block mean something else.
-LAYOUT_VERSION = 1
+#: Part of every block name: changes whenever the bytes of a block, or their checksum (transport.checksum), mean
+#: something else.
+LAYOUT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ def _info(worker_id: str) -> WorkerInfo:
         max_num_seqs=256,
         roads=("shm",),
         kernel_path="cpu/dot/fused-73-36-36-36/native-16-bf16dot",
+        checksum_path="avx512",
     )
 
 
@@ -105,6 +106,7 @@ async def test_the_table_says_what_each_worker_does_and_by_what_within_eighty_co
         "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
         "decode-e5f6g7h8 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "prefill-a1b2c3d4 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
+        "checksums by avx512",
         "decode-e5f6g7h8 <- prefill-a1b2c3d4: ucx (tcp), 1.23 GB/s, 2 transfers failed",
         "decode-e5f6g7h8 <- tcp://10.0.0.9:1: no road works",
         "router-i9j0k1l2: 2 workers, 4321 block names known, 3 requests under way",

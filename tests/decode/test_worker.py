@@ -318,7 +318,14 @@ async def test_a_lease_outlives_a_slow_pull_that_makes_progress(model_dir, refer
         async def slowly(link, source, copies, target, stall_s, on_arrived=None):
             for position, copy in enumerate(copies):
                 await asyncio.sleep(0.08)
-                await pull(link, source, [copy], target, stall_s, lambda _, at=position: on_arrived(at))
+                await pull(
+                    link,
+                    source,
+                    [copy],
+                    target,
+                    stall_s,
+                    lambda _, checksum=None, at=position: on_arrived(at, checksum),
+                )
 
         road.pull = slowly
         assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]

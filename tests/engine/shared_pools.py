@@ -42,7 +42,6 @@ class SharedPool:
             "regions": list(self.roads.regions),
             "num_blocks": NUM_BLOCKS,
             "has_generations": True,
-            "checksum": self.checksums.algorithm,
             **changes,
         }
         return RegionsDescribed(**values)

@@ -9,6 +9,7 @@ import pytest
 
 from messages.handoff import RegionInfo
 from tests.transport.links import ROADS, ended, linked
+from transport.checksum import checksum
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError, Transport
 
@@ -60,9 +61,11 @@ async def test_each_copy_is_told_once_and_only_when_it_is_there(pair, memories):
     copies = [Copy(i * 1000, (i << 19) + i, size) for i, size in enumerate(sizes)]
     told = []
 
-    def take(position):
+    def take(position, value=None):
         source_offset, target_offset, length = copies[position]
-        assert target.view[target_offset : target_offset + length] == source.view[source_offset:][:length]
+        landed = target.view[target_offset : target_offset + length]
+        assert landed == source.view[source_offset:][:length]
+        assert value in (None, checksum(landed))
         told.append(position)
 
     await puller.pull(link, owner.register(source), copies, target, stall_s=5, on_arrived=take)

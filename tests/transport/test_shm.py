@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 
 import transport.shm
 from messages.handoff import RegionInfo
+from transport.checksum import checksum, copy_all_checked
 from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
-from transport.shm import ShmTransport, strides
+from transport.shm import ShmTransport, batches
 
 OWNER = """
 import sys, msgspec
@@ -95,28 +97,32 @@ async def test_owner_on_another_node_is_refused(shm, target, monkeypatch, link):
         await shm.pull(link, region, [Copy(0, 10, 10)], target, stall_s=5)
 
 
+def in_pieces(delays_s):
+    """Copy a MiB at a time, and wait before each."""
+
+    def copy(target, source, copies, watch):
+        for begin, into, length in copies:
+            for done in range(0, length, 1 << 20):
+                time.sleep(next(delays_s))
+                piece = Copy(begin + done, into + done, min(1 << 20, length - done))
+                if not copy_all_checked(target, source, [piece], watch):
+                    return []
+        return [0] * len(copies)
+
+    return copy
+
+
 @pytest.fixture
 def slow_copies(monkeypatch):
-    """Each stride takes 20 ms longer, as on a machine that is very busy."""
-
-    def slowly(copies, max_bytes):
-        for stride in strides(copies, 1 << 20):
-            time.sleep(0.02)
-            yield stride
-
-    monkeypatch.setattr(transport.shm, "strides", slowly)
+    """Each MiB takes 20 ms longer, as on a machine that is very busy."""
+    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(itertools.repeat(0.02)))
 
 
 @pytest.fixture
 def stuck_copies(monkeypatch):
-    """The second stride takes longer than anyone waits."""
-
-    def sticking(copies, max_bytes):
-        for position, stride in enumerate(strides(copies, 1 << 20)):
-            time.sleep(0.5 if position == 1 else 0)
-            yield stride
-
-    monkeypatch.setattr(transport.shm, "strides", sticking)
+    """The second MiB takes longer than anyone waits."""
+    delays_s = itertools.chain([0, 0.5], itertools.repeat(0))
+    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(delays_s))
 
 
 @pytest.fixture
@@ -175,13 +181,19 @@ async def test_loop_goes_on_while_much_is_copied(shm, source, target, link):
     assert turns > 20
 
 
-def test_strides_cover_the_same_bytes_in_order():
-    assert list(strides([Copy(0, 100, 25), Copy(50, 0, 10)], 10)) == [
-        Copy(0, 100, 10),
-        Copy(10, 110, 10),
-        Copy(20, 120, 5),
-        Copy(50, 0, 10),
-    ]
+async def test_each_copy_is_told_with_the_checksum_of_what_was_written(shm, source, target, link):
+    copies = [Copy(0, 0, 5 << 20), Copy(3, 6 << 20, 100), Copy(0, 7 << 20, 4 << 20), Copy(0, 12 << 20, 0)]
+    told = {}
+    await shm.pull(
+        link, shm.register(source), copies, target, 5, lambda position, value: told.update({position: value})
+    )
+    assert told == {i: checksum(target.view[into : into + length]) for i, (_, into, length) in enumerate(copies)}
+
+
+def test_batches_are_the_same_copies_in_order():
+    copies = [Copy(0, 0, size) for size in (4, 4, 3, 25, 0, 10, 1)]
+    assert [[copy.num_bytes for copy in batch] for batch in batches(copies, 10)] == [[4, 4], [3], [25], [0, 10], [1]]
+    assert list(batches([], 10)) == []
 
 
 async def _assert_nothing_more_lands(target):

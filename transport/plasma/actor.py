@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from messages.errors import ErrorInfo, first_line
 from messages.handoff import RegionInfo
+from transport.checksum import Bytes
 from transport.plasma.road import Range
 from transport.plasma.vault import DEFAULT_LIMITS, Vault, VaultLimits
 from transport.protocol import RegionError, TransferError
-from transport.shm import Bytes
 
 logger = logging.getLogger(__name__)
 

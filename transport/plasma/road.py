@@ -26,9 +26,10 @@ import msgspec
 import numpy as np
 
 from messages.handoff import RegionInfo
+from transport.checksum import Bytes
 from transport.memory import Memory, as_host_memory
 from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
-from transport.shm import Bytes, ShmTransport
+from transport.shm import ShmTransport
 
 logger = logging.getLogger(__name__)
 
@@ -335,5 +336,5 @@ def _discard(task: asyncio.Future[Any]) -> None:
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-def _tell_nobody(position: int) -> None:
+def _tell_nobody(position: int, checksum: int | None = None, /) -> None:
     """Stand in for an `on_arrived` that the caller did not give."""

@@ -12,9 +12,10 @@ from typing import cast
 import numpy as np
 
 from messages.handoff import RegionInfo
+from transport.checksum import Bytes
 from transport.plasma.road import SEGMENT_BYTES, Range
 from transport.protocol import Copy, RegionError, TransferError, check_ranges
-from transport.shm import Bytes, open_region
+from transport.shm import open_region
 
 _MAX_RANGES = 65536  #: of one export
 

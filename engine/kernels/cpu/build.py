@@ -1,26 +1,24 @@
-"""Compiles the kernels for this machine, once, by an explicit command: `python -m engine.kernels.cpu.build`.
+"""Compiles for this machine, once, by an explicit command: `python -m engine.kernels.cpu.build`.
 
-The result lies in a cache, under a key of everything that its bits and its binary interface depend on: sources, flags,
-compiler, CPU, torch, Python. Nothing else in the engine ever starts a compiler; see `engine.kernels.cpu.native`.
+The kernels (see `engine.kernels.cpu.native`) and the checksum (`transport.checksum`), which lie in a cache afterwards
+(`transport.compiled`). Nothing else ever starts a compiler.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import os
-import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from transport.checksum import CompiledChecksum, build_checksum, checksum_library
+from transport.compiled import BuildError, CompiledLibrary, native_target, require_tool
 
 MODULE_NAME = "kvray_kernels"
 
@@ -38,50 +36,16 @@ _SOURCES = (
 )
 
 
-class BuildError(Exception):
-    """The kernels could not be compiled; says what to install or shows the compiler's words."""
-
-
-def native_target() -> str:
-    """Return the compiler's flag for all that this machine's CPU can do."""
-    return "-march=native" if platform.machine().lower() in {"x86_64", "amd64"} else "-mcpu=native"
-
-
 def compile_flags(target: str) -> list[str]:
     """Return flags for CPUs like `target`. Products are fused into sums only where the sources say so (see vec.h)."""
     warnings = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own intrinsics headers
     return ["-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", *warnings]
 
 
-def cache_directory() -> Path:
-    """Return where builds are kept: `$XDG_CACHE_HOME/kvray/kernels`, by default below `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kvray" / "kernels"
-
-
-def library_path() -> Path:
-    """Return the library's path for this machine, torch, Python and these sources, whether or not it was built."""
-    return cache_directory() / _key() / f"{MODULE_NAME}.so"
-
-
-def _key() -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for name in _SOURCES:
-        digest.update((_SOURCE_DIRECTORY / name).read_bytes())
-    facts = [torch.__version__, sysconfig.get_config_var("SOABI"), " ".join(compile_flags(native_target())), *_cpu()]
-    digest.update("\0".join(map(str, facts)).encode())
-    return digest.hexdigest()
-
-
-def _cpu() -> list[str]:
-    """Return what a native build depends on: architecture, and the CPU's model and features where the kernel tells."""
-    facts = [platform.machine()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return [*facts, platform.processor()]
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return facts + [" ".join(line.split()) for line in lines if line.startswith(wanted)]
+def kernel_library() -> CompiledLibrary:
+    """Describe the library for this machine, torch and Python."""
+    facts = (torch.__version__, str(sysconfig.get_config_var("SOABI")), *compile_flags(native_target()))
+    return CompiledLibrary(MODULE_NAME, tuple(_SOURCE_DIRECTORY / name for name in _SOURCES), facts)
 
 
 def import_library(path: Path) -> ModuleType:
@@ -104,9 +68,8 @@ def compile_library(directory: Path, target: str) -> Path:
     Raises:
         BuildError: a tool is missing, or the compiler refused.
     """
-    for tool, package in (("c++", "g++"), ("ninja", "ninja")):
-        if shutil.which(tool) is None:
-            raise BuildError(f"{tool} is not on the PATH: install {package}")
+    require_tool("c++", "g++")
+    require_tool("ninja", "ninja")
     try:
         from torch.utils import cpp_extension  # imports setuptools: only whoever builds pays for it
     except ImportError as error:
@@ -133,23 +96,24 @@ def build() -> Path:
     Raises:
         BuildError: a tool is missing, or the compiler refused.
     """
-    target = library_path()
-    if target.exists():
-        return target
-    target.parent.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent.parent) as work:
-        library = compile_library(Path(work), native_target())
-        target.parent.mkdir(exist_ok=True)
-        library.replace(target)  # whole or not at all, whoever else builds
-    return target
+    return kernel_library().build(lambda directory: compile_library(directory, native_target()))
 
 
 def main() -> int:
-    """Run the command: build, and print where the library lies. The exit code is 1 where it could not be built."""
-    parser = argparse.ArgumentParser(prog="python -m engine.kernels.cpu.build", description=build.__doc__)
+    """Run the command: build, and print where the libraries lie. The exit code is 1 where one could not be built."""
+    parser = argparse.ArgumentParser(prog="python -m engine.kernels.cpu.build", description=__doc__)
     parser.add_argument("--force", action="store_true", help="build again though the cache holds it")
     if parser.parse_args().force:
-        library_path().unlink(missing_ok=True)
+        for library in (checksum_library(), kernel_library()):
+            library.path().unlink(missing_ok=True)
+    begin_s = time.monotonic()
+    try:
+        path = build_checksum()
+        name = CompiledChecksum(path).name
+    except (BuildError, OSError) as error:
+        sys.stderr.write(f"checksum not built, numpy will be used: {error}\n")
+        return 1
+    sys.stdout.write(f"checksum ready in {time.monotonic() - begin_s:.1f} s ({name}): {path}\n")
     begin_s = time.monotonic()
     try:
         path = build()

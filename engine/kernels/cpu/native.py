@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from engine.kernels.cpu.build import import_library, library_path
+from engine.kernels.cpu.build import import_library, kernel_library
 from engine.kernels.protocol import AttentionOptions, LayerUse
 
 _log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def load_kernels() -> NativeKernels | None:
 
     Never compiles. None, with one log line saying why, where they were not built or do not load.
     """
-    path = library_path()
+    path = kernel_library().path()
     if not path.exists():
         _log.warning("kernels not built, using torch's operators (build them: python -m engine.kernels.cpu.build)")
         return None
