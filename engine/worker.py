@@ -192,7 +192,7 @@ class EngineWorker:
         self.borrower = Borrower(
             puller, self.roads, secret, options.channel, options.lease_s, self.post, self.spawn, self.crash
         )
-        self.engine.scheduler.price_of = self.borrower.peers.price_of
+        self.engine.scheduler.set_prices(self.borrower.peers.price_of)
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
         self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import heapq
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import assert_never
 
+from engine.scheduling.backlog import Backlog
 from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import (
-    AskRemote,
     BlocksOffered,
     BlocksReleased,
     BlocksWanted,
@@ -52,21 +51,19 @@ from engine.scheduling.plan import (
     TimePassed,
 )
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
-from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
+from engine.scheduling.remote_pulls import count_peer_tokens
 from engine.scheduling.room import Room
 from engine.scheduling.sequence import Phase, Sequence
+from engine.scheduling.sourcing import Sourcing
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
-from kvcache.load_plan import LoadPlan, lacking_runs, plan_loads
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
 from kvcache.price import (
-    ASSUMED_COMPUTE,
     SHORT_TOKENS,
     Computation,
     compute_s,
     harm_s,
-    is_clearly_cheaper,
 )
 from messages.errors import ConfigError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.handoff import BlockLocation
@@ -74,12 +71,6 @@ from messages.price import ComputePrice, MovePrice
 from messages.request import Copy
 from messages.stream import FinishReason, PromptSources
 from text.grammar import CompiledGrammar
-
-#: Loading may take so many times what was predicted, and so many seconds, before what did not come is computed.
-_LOAD_PATIENCE = 4.0
-_LOAD_PATIENCE_S = 5.0
-#: A portion of blocks takes about so long to load, where the head is computed meanwhile: two steps of a busy worker.
-_PORTION_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +123,15 @@ class Scheduler:
         self.lateness = Lateness()
         self._ledger = SequenceLedger(pool)
         self._room = Room(self._ledger, config.max_num_seqs, config.watermark)
-        self.price_of = price_of
-        self._remote = RemotePulls(self._ledger, lambda seq: self._plan_loads(seq).loads)
+        self._backlog = Backlog(self._ledger, self.cost)
+        self._sourcing = Sourcing(
+            self._ledger,
+            self._backlog,
+            price_of,
+            block_bytes=config.block_bytes,
+            remote_timeout_s=config.remote_timeout_s,
+        )
+        self._remote = self._sourcing.pulls
         self._planner = StepPlanner(
             self._ledger,
             self.cost,
@@ -154,6 +152,10 @@ class Scheduler:
     def num_blocks_taken_in(self) -> int:
         """Blocks taken in from others that were about to lose them."""
         return self._ledger.intakes.num_blocks
+
+    def set_prices(self, price_of: Callable[[Copy], MovePrice | None]) -> None:
+        """Price loading by `price_of` from now on."""
+        self._sourcing.price_of = price_of
 
     def seq_ids(self) -> tuple[str, ...]:
         """Return the ids of all sequences that have not ended, kept ones included."""
@@ -204,31 +206,22 @@ class Scheduler:
     @property
     def compute_price(self) -> ComputePrice:
         """What computing here costs, as it was learned; assumed before the first step with prefill."""
-        return self.cost.price or ASSUMED_COMPUTE
+        return self._backlog.price
 
     @property
     def queued_s(self) -> float:
         """Seconds of computing, by `compute_price`, before all sequences decode."""
-        return sum(self._queue())
+        return self._backlog.seconds()
 
     @property
     def queued_short_s(self) -> float:
         """Seconds of `queued_s` that are for prompts of which little is to be computed."""
-        return sum(self._queue(SHORT_TOKENS))
+        return self._backlog.seconds(SHORT_TOKENS)
 
     @property
     def num_short(self) -> int:
         """Sequences that wait or were admitted as short prompts, which long ones leave a share to."""
         return self._room.num_short
-
-    def _queue(self, max_tokens: int = sys.maxsize) -> Iterator[float]:
-        """Yield the seconds of each prompt of which at most `max_tokens` are to be computed here."""
-        price = self.compute_price
-        spans = [(seq.expected_match_tokens, seq) for seq in self._ledger.waiting if not seq.wants_remote]
-        spans += [(seq.num_computed, seq) for seq in self._ledger.running.values() if not seq.is_decoding]
-        for start, seq in spans:
-            if seq.num_tokens - start <= max_tokens:
-                yield compute_s(price, Computation.of(start, seq.num_tokens))
 
     def declined_ids(self) -> tuple[str, ...]:
         """Return the ids of sequences whose prompt is computed here though it was placed with a prefill worker."""
@@ -270,19 +263,14 @@ class Scheduler:
                 self._ledger.end_lending(seq_id)
                 if seq_id in self._ledger.sequences:
                     self._ledger.end(self._ledger.sequences[seq_id])
-            case BlocksOffered() if self._ledger.intakes.has(event.seq_id):
-                self._ledger.intakes.take_blocks(event, out)
             case KvOffered() | KvRefused() | BlocksOffered() | GrammarCompiled():
                 self._take_answer(event, out)
             case BlocksWanted():
                 self._lend(event, out)
             case TakeIn():
                 self._ledger.intakes.begin(event, out)
-            case PullEnded() if self._ledger.intakes.has(event.seq_id):
-                self._ledger.intakes.finish_pull(event)
             case PullEnded():
-                self._remote.finish_pull(event, out)
-                self._publish(event.seq_id, out)
+                self._finish_pull(event, out)
             case StepEnded(result):
                 self._finish_step(result, out)
             case StepWanted() | TimePassed():
@@ -336,6 +324,8 @@ class Scheduler:
         self, event: KvOffered | KvRefused | BlocksOffered | GrammarCompiled, out: list[Instruction]
     ) -> None:
         """Take in what a sequence waited for, unless it waits no more."""
+        if isinstance(event, BlocksOffered) and self._ledger.intakes.has(event.seq_id):
+            self._ledger.intakes.take_blocks(event, out)
         seq = self._ledger.sequences.get(event.seq_id)
         if seq is None:
             return
@@ -441,97 +431,19 @@ class Scheduler:
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
-        loads = self._plan_loads(seq)
-        if seq.wants_remote and not self._is_cheaper_here(seq, loads):
-            self._ask_remote(seq, now_s, out)
-            seq.has_declined = False
-        else:
-            seq.has_declined = seq.spec.remote_s is not None
-            if seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
-                self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
-            if loads.loads:
-                self._load(seq, loads, now_s, out)
+        plan = self._sourcing.plan(seq)
+        is_remote = seq.wants_remote and not self._sourcing.is_cheaper_here(seq, plan)
+        seq.has_declined = seq.spec.remote_s is not None and not is_remote
         seq.wants_remote = False
-
-    def _is_cheaper_here(self, seq: Sequence, loads: LoadPlan) -> bool:
-        """Tell whether getting what `seq` lacks costs clearly less than its placement said that a handoff takes.
-
-        The router decided by the same prices; this worker knows better what it holds and what waits here by now.
-        """
-        if seq.spec.remote_s is None or seq.num_computed >= seq.num_prompt_tokens:
-            return True
-        start = loads.loads[-1].end * seq.block_size if loads.loads else seq.num_computed
-        computing_s = compute_s(self.compute_price, Computation.of(start, max(start + 1, seq.num_prompt_tokens)))
-        # it runs already, and counts in both
-        here_s = self.queued_s + harm_s(computing_s, self.num_running - 1)
-        if loads.loads:
-            alone_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_prompt_tokens))
-            here_s = here_s - alone_s + computing_s + loads.seconds
-        return is_clearly_cheaper(here_s, seq.spec.remote_s)
-
-    # ---------------------------------------------------------------------------------------------------------- loads
-
-    def _plan_loads(self, seq: Sequence, *, beside: str = "") -> LoadPlan:
-        """Decide what of the blocks that `seq` lacks comes from the holders that its request names.
-
-        `beside`: the address of a worker that was asked for all that follows the head, and is not asked for more.
-        """
-        if not seq.spec.held or seq.max_match_blocks == 0:
-            return LoadPlan()
-        pull, pool = seq.pull, self._pool
-        refused = {beside} if pull is None else {beside, *pull.holders}
-        end = seq.num_prompt_tokens // seq.block_size if beside else seq.max_match_blocks
-
-        def is_here(index: int) -> bool:
-            if pull is not None:
-                return pull.is_coming(index) or index in pull.offered or index in pull.asked
-            return pool.holds(seq.names[index])
-
-        def price_of(copy: Copy) -> MovePrice | None:
-            if copy.address in refused or (pull is not None and copy in pull.failed):
-                return None
-            return self.price_of(copy)
-
-        begin = seq.num_blocks_for(seq.num_computed)
-        if pull is not None:
-            end = min(end, pull.end_tokens // seq.block_size)
-        computing_s = compute_s(self.compute_price, Computation.of(seq.num_computed, seq.num_tokens))
-        return plan_loads(
-            lacking_runs(seq.spec.held, begin, end, is_here),
-            price_of,
-            block_size=seq.block_size,
-            block_bytes=self._config.block_bytes,
-            compute=self.compute_price,
-            queue_s=max(0.0, self.queued_s - computing_s),
-            num_beside=self.num_running - 1,
-        )
-
-    def _load(self, seq: Sequence, plan: LoadPlan, now_s: float, out: list[Instruction]) -> None:
-        """Load what `plan` says, and compute the rest: at once where it is mixed, else when all has come."""
-        deadline_s = now_s + min(self._config.remote_timeout_s, _LOAD_PATIENCE * plan.seconds + _LOAD_PATIENCE_S)
-        pull = self._ledger.begin_pull(seq, deadline_s, plan.loads[-1].end, is_mixed=plan.is_mixed)
+        if seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
+            self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
+        if is_remote:
+            deadline_s = self._sourcing.ask_prefill(seq, now_s, out)
+        elif plan.loads:
+            deadline_s = self._sourcing.load(seq, plan, now_s, out)
+        else:
+            return
         heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
-        pull.has_last_offer = True
-        pull.expected_s = now_s + plan.seconds
-        if plan.is_mixed:
-            pull.portion_blocks = max(
-                1, int(_PORTION_S / plan.load_s * sum(load.end - load.begin for load in plan.loads))
-            )
-        self._remote.ask(seq, plan.loads, out)
-
-    def _ask_remote(self, seq: Sequence, now_s: float, out: list[Instruction]) -> None:
-        """Have the prefill worker compute what `seq` lacks; a head that others hold comes from them."""
-        plan = self._plan_loads(seq, beside=seq.spec.remote_source)
-        deadline_s = now_s + self._config.remote_timeout_s
-        pull = self._ledger.begin_pull(seq, deadline_s)
-        heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
-        pull.expected_s = now_s + (seq.spec.remote_s or 0.0)
-        pull.failed.add(Copy(seq.spec.remote_source, "device"))  # what that worker has it hands over anyway
-        self._remote.ask(seq, plan.loads, out)
-        end, last = pull.first_index, (seq.num_prompt_tokens - 1) // seq.block_size
-        while end < last and (end in pull.arrived or end in pull.asked):
-            end += 1
-        out.append(AskRemote(seq.seq_id, end * seq.block_size))
 
     def _lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
         """Pin what the pool has of the blocks that another worker wants, and say where they lie."""
@@ -543,6 +455,13 @@ class Scheduler:
                 blocks.append(BlockLocation(index, block_id, generation, name, self._pool.block_size))
         self._ledger.lend(wanted.lease_id, [location.block_id for location in blocks])
         out.append(LendBlocks(wanted.lease_id, blocks))
+
+    def _finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
+        if self._ledger.intakes.has(event.seq_id):
+            self._ledger.intakes.finish_pull(event)
+            return
+        self._remote.finish_pull(event, out)
+        self._publish(event.seq_id, out)
 
     def _publish(self, seq_id: str, out: list[Instruction]) -> None:
         """Offer what came of a sequence that is kept: others wait for it."""
