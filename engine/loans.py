@@ -189,7 +189,7 @@ class _Loan:
 
 @dataclass(slots=True)
 class LoanBook:
-    """All loans of a worker. A sequence has at most one prompt, one question open at each holder, and one pull at a time."""
+    """All loans of a worker. A sequence has at most one prompt, one open question to a holder, one pull at a time."""
 
     num_refused: int = 0  #: prompts that were asked for and did not come whole
     _loans: dict[str, _Loan] = field(default_factory=dict)  #: by the question's request id
@@ -282,7 +282,7 @@ class LoanBook:
         return [*ended, AskOwner(asked.source, message)]
 
     def _give_up(self, seq_id: str, source: str | None) -> list[LoanInstruction]:
-        """Release what the scheduler wants no more, even under a pull: blocks by name, or (None) of who computes a prompt.
+        """Release what the scheduler wants no more, even under a pull: blocks by name, or (None) a prompt.
 
         One owner may be asked for both. What was offered whole is released when its pull has ended.
         """
