@@ -28,6 +28,7 @@ from engine.scheduling.plan import AskRemote, EmitTokens, SequenceAdded, Sequenc
 from engine.worker import EngineWorker, RoleInstruction, WorkerOptions
 from messages.errors import InvariantError, RequestError
 from messages.fleet import Role, WorkerInfo
+from messages.handoff import ReleaseLease, RenewLease
 from messages.request import CancelRequest, GenerateRequest
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
@@ -87,6 +88,8 @@ class DecodeWorker:
                 )
             case CancelRequest(request_id=request_id):
                 self._decide(Cancelled(request_id))
+            case RenewLease() | ReleaseLease():
+                pass  # of a lease that ended meanwhile
             case _:
                 logger.warning("decode %s: unexpected %s", self._worker.worker_id, type(message).__name__)
 

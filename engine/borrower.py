@@ -31,6 +31,8 @@ from engine.peers import Peers
 from engine.puller import BlockPuller, PullOutcome
 from engine.scheduling.plan import Event, PullBlocks
 from messages.handoff import KvHandoff, PrefillFailed
+from messages.price import MovePrice
+from messages.request import Copy
 from messages.wire import Message
 from transport.channel import ChannelConfig
 from transport.roads import Roads
@@ -66,6 +68,10 @@ class Borrower:
     def can_pull(self, address: str) -> bool:
         """Tell whether blocks can come from the owner at `address`, as far as is known."""
         return self.peers.can_pull(address) and not self._book.is_avoided(address, time.monotonic())
+
+    def price_of(self, copy: Copy) -> MovePrice | None:
+        """Return what bringing blocks from a copy costs, as far as is known; None where they cannot come from there."""
+        return self.peers.price_of(copy) if self.can_pull(copy.address) else None
 
     def stats(self) -> dict[str, float]:
         """Return what became of loans and pulls, by metric name."""

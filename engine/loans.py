@@ -189,7 +189,7 @@ class _Loan:
 
 @dataclass(slots=True)
 class LoanBook:
-    """All loans of a worker. A sequence has at most one from each owner, and one pull at a time."""
+    """All loans of a worker. A sequence has at most one prompt, one open question to a holder, one pull at a time."""
 
     num_refused: int = 0  #: prompts that were asked for and did not come whole
     _loans: dict[str, _Loan] = field(default_factory=dict)  #: by the question's request id
@@ -282,9 +282,9 @@ class LoanBook:
         return [*ended, AskOwner(asked.source, message)]
 
     def _give_up(self, seq_id: str, source: str | None) -> list[LoanInstruction]:
-        """Release what the scheduler wants no more, even under a pull: of a holder, or (None) of who computes a prompt.
+        """Release what the scheduler wants no more, even under a pull: blocks by name, or (None) a prompt.
 
-        What was offered whole is released when its pull has ended.
+        One owner may be asked for both. What was offered whole is released when its pull has ended.
         """
         told: list[LoanInstruction] = []
         for loan_id, loan in self._of(seq_id):
@@ -329,10 +329,13 @@ class LoanBook:
         return [TellScheduler(loan.seq_id, KvRefused(loan.seq_id, is_suspect))]
 
     def _renew(self, seq_id: str, num_arrived: int) -> list[LoanInstruction]:
-        """Keep the loan alive while blocks arrive: a while without any is for the owner to judge."""
+        """Keep loans alive while blocks arrive, also from another owner: what others offered waits for its turn.
+
+        A while without any is for the owners to judge.
+        """
         renewed: list[LoanInstruction] = []
         for loan_id, loan in self._of(seq_id):
-            if loan.source == self._pulling.get(seq_id) and loan.num_arrived != num_arrived:
+            if loan.num_arrived != num_arrived:
                 loan.num_arrived = num_arrived
                 renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
         return renewed
@@ -345,7 +348,8 @@ class LoanBook:
                 continue
             del self._loans[loan_id]
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
-            if loan.is_wanted and not loan.has_failed:
+            has_come = loan.is_prompt or loan.num_pulled_blocks > 0  # a holder that had nothing teaches no price
+            if loan.is_wanted and has_come and not loan.has_failed:
                 tier = None if loan.is_prompt else loan.tier
                 elapsed_s = now_s - loan.asked_s
                 told.append(LearnHandoff(loan.source, tier, elapsed_s, loan.source_s, loan.num_pulled_blocks))
@@ -354,16 +358,15 @@ class LoanBook:
     # ---------------------------------------------------------------------------------------------------------- pulls
 
     def _begin_pull(self, pull: PullBlocks) -> list[LoanInstruction]:
-        """Begin a pull, and renew the loan, which must not end by itself meanwhile."""
+        """Begin a pull, and renew the sequence's loans, which must not end by themselves meanwhile."""
         if pull.seq_id in self._pulling:
             raise InvariantError(f"a pull of {pull.seq_id!r} begins while another runs")
         self._pulling[pull.seq_id] = pull.source
         renewed: list[LoanInstruction] = []
         for loan_id, loan in self._of(pull.seq_id):
-            if loan.source == pull.source:
-                loan.num_arrived = 0
-                loan.num_pulled_blocks += len(pull.pairs)
-                renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
+            loan.num_arrived = 0
+            loan.num_pulled_blocks += len(pull.pairs) if loan.source == pull.source else 0
+            renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
         return [*renewed, BeginPull(pull)]
 
     def _end_pull(self, stopped: PullStopped, now_s: float) -> list[LoanInstruction]:

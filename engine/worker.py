@@ -192,7 +192,7 @@ class EngineWorker:
         self.borrower = Borrower(
             puller, self.roads, secret, options.channel, options.lease_s, self.post, self.spawn, self.crash
         )
-        self.engine.scheduler.set_prices(self.borrower.peers.price_of)
+        self.engine.scheduler.set_prices(self.borrower.price_of)
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
         self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None
@@ -443,7 +443,7 @@ class EngineWorker:
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
             "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
-            "kvray_blocks_lent": float(self._lender.num_lent_blocks),
+            "kvray_blocks_lent_total": float(self._lender.num_lent_blocks),
             "kvray_blocks": float(engine.layout.num_blocks),
             "kvray_blocks_free": float(engine.pool.num_free),
             "kvray_blocks_pinned": float(engine.pool.num_used),

@@ -17,7 +17,7 @@ from engine.scheduling.plan import StepPlan, StepResult
 from engine.worker import WorkerOptions
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats, WorkerInfo
-from messages.request import CancelRequest, GenerateRequest, SamplingParams
+from messages.request import CancelRequest, GenerateRequest, HeldRun, SamplingParams
 from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
 from prefill.worker import PrefillWorker
@@ -70,11 +70,19 @@ class Ingress:
 
     def __init__(self, decode: WorkerInfo, prefill: WorkerInfo | None) -> None:
         self.prefill = prefill
+        self.address = decode.address
         self.answers: dict[str, Answer] = {}
         self._stats: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
         self.client = ChannelClient(SECRET, decode.address, self._take, lambda _reason: None, config=CHANNEL)
 
-    def send(self, request_id: str, prompt: Sequence[int], generated: Sequence[int] = (), **params: object) -> Answer:
+    def send(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        generated: Sequence[int] = (),
+        held: tuple[HeldRun, ...] = (),
+        **params: object,
+    ) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
         values = {"max_tokens": 16, "temperature": 0.0, **params}
         prefill = self.prefill
@@ -87,6 +95,7 @@ class Ingress:
                 params=SamplingParams(**values),
                 prefill_worker=None if prefill is None else prefill.worker_id,
                 prefill_address=None if prefill is None else prefill.address,
+                held=held,
             )
         )
         return self.answers[request_id]
@@ -145,6 +154,11 @@ class Pair:
             engine.scheduler.check_invariants()
             engine.pool.check_invariants()
             worker._book.check_invariants(engine.scheduler.seq_ids())
+            borrower_of(worker)._book.check_invariants(engine.scheduler.seq_ids())
+
+
+def borrower_of(worker: PrefillWorker | DecodeWorker):
+    return worker._worker.borrower
 
 
 def engine_of(worker: PrefillWorker | DecodeWorker):
@@ -239,4 +253,18 @@ async def running_pair(
         pair.ingress.client.close()
         await decode.close()
         await prefill.close()
+    assert not crashes
+
+
+@asynccontextmanager
+async def running_decode(options: WorkerOptions) -> AsyncIterator[tuple[DecodeWorker, Ingress]]:
+    """A decode worker on the running loop, and an ingress in front of it that knows no prefill worker."""
+    crashes: list[BaseException] = []
+    decode = DecodeWorker("decode", "127.0.0.1", options, SECRET, crashes.append)
+    ingress = Ingress(await decode.start(), None)
+    try:
+        yield decode, ingress
+    finally:
+        ingress.client.close()
+        await decode.close()
     assert not crashes

@@ -12,7 +12,7 @@ from messages.price import ComputePrice
 
 
 class Backlog:
-    """The prefill of the sequences of `ledger`, but for those that another worker computes; `cost` is what steps cost."""
+    """The prefill of the sequences of `ledger`, those left out that another worker computes. `cost`: of steps."""
 
     def __init__(self, ledger: SequenceLedger, cost: StepCost) -> None:
         self._ledger = ledger

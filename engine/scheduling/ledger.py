@@ -386,6 +386,7 @@ class SequenceLedger:
         if seq.pull is not None:
             _require(seq.pull.is_mixed or seq.phase is Phase.PULLING, "who pulls, and nobody else, has a pull")
             _require(len(table) >= seq.num_blocks_for(seq.pull.end_tokens), "a pull has all its targets")
+            _require(seq.seq_id not in self.orphans, "nobody pulls while an earlier pull of theirs still runs")
         _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
         num_full = seq.num_computed // seq.block_size
         _require(

@@ -14,7 +14,8 @@ import pytest_asyncio
 from cluster.dispatch import Dispatcher, DispatchOptions
 from kvcache.names import pack_tokens
 from messages.request import GenerateRequest, SamplingParams
-from tests.decode.test_two_hosts import FAULTY, harness_workers
+from tests.decode.test_two_hosts import FAULTY
+from tests.harness import harness_workers
 from tests.models import make_tiny_model
 from tests.reference import Reference
 from tests.workers import CHANNEL, SECRET, until, worker_options

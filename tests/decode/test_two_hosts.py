@@ -10,13 +10,11 @@ import contextlib
 import random
 import signal
 import subprocess
-import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 
+from tests.harness import ROOT, harness_workers
 from tests.hosts import two_hosts
 from tests.models import make_tiny_model
 from tests.reference import Reference
@@ -26,7 +24,6 @@ from transport.opening import RoadOptions
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
-ROOT = Path(__file__).parent.parent.parent
 FAULTY = ROOT / "tests" / "faulty_worker.py"
 STALL_S = 1.0
 LEASE_S = 2.0
@@ -171,17 +168,6 @@ async def cluster(model_dir, hosts, road, reference, *, prefill_fault: str = "")
             made.ingress.client.close()
             with contextlib.suppress(subprocess.CalledProcessError):
                 a.set_rate(None)
-
-
-def harness_workers():
-    """benchmarks/harness is a folder of scripts, not a package."""
-    spec = spec_from_file_location("harness_workers", ROOT / "benchmarks" / "harness" / "workers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["harness_workers"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 async def test_whatever_is_lost_in_the_middle_of_a_pull_every_answer_is_right(model_dir, hosts, road, reference):

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import ExitStack
 
 import msgspec
 import pytest
 
 from messages.handoff import KvHandoff, ReleaseLease
-from messages.request import CancelRequest, Grammar
+from messages.price import MovePrice
+from messages.request import CancelRequest, Copy, Grammar, HeldRun
+from tests.harness import harness_workers
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import Steps, engine_of, running_pair, taken_in, until, worker_options
+from tests.workers import (
+    SECRET,
+    Ingress,
+    Steps,
+    borrower_of,
+    engine_of,
+    running_decode,
+    running_pair,
+    taken_in,
+    until,
+    worker_options,
+)
 from text.tokenizer import Tokenizer
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, LoopbackTransport, Reorder, Stall, WriteLate
 from transport.protocol import Transport
+
+BLOCK_BYTES = 16384  #: of the tiny model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -122,7 +138,7 @@ async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
 @pytest.mark.alone
 async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference):
     asked = prompts(6, *([90] * 12))
-    tiny = worker_options(model_dir, kv_cache_bytes=40 * 16384, max_model_len=256)
+    tiny = worker_options(model_dir, kv_cache_bytes=40 * BLOCK_BYTES, max_model_len=256)
     async with running_pair(tiny, tiny) as pair:
         answers = [pair.ingress.send(f"r{i}", prompt, max_tokens=60) for i, prompt in enumerate(asked)]
         got = await pair.ingress.finish(*answers, timeout_s=60)
@@ -140,8 +156,12 @@ async def test_an_unreachable_prefill_worker_is_done_without(model_dir, referenc
         assert got == reference.greedy(prompt, 16)
 
 
+def peers_of(worker):
+    return borrower_of(worker).peers
+
+
 def rejected(pair, reason: str) -> float:
-    return pair.decode._peers.stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
+    return peers_of(pair.decode).stats()[f'kvray_blocks_rejected_total{{reason="{reason}"}}']
 
 
 async def test_blocks_that_their_owner_reused_are_computed_and_counted(model_dir, reference, monkeypatch):
@@ -229,7 +249,7 @@ async def test_late_bytes_land_in_nobodys_block(model_dir, reference):
     """A road that cannot abort writes after the pull was given up; the pool is so small that all blocks are in use."""
     asked = prompts(21, *([180] * 16))
     fake = FakeRoads("a")
-    options = worker_options(model_dir, stall_s=0.1, kv_cache_bytes=60 * 16384, max_model_len=512)
+    options = worker_options(model_dir, stall_s=0.1, kv_cache_bytes=60 * BLOCK_BYTES, max_model_len=512)
     async with running_pair(worker_options(model_dir), options, fake) as pair:
         await warmed_up(pair, reference)
         fake.decode["a"].faults.extend([WriteLate(delay_s=0.25)] * 3)
@@ -276,7 +296,7 @@ async def test_a_peer_whose_blocks_have_another_size_is_not_pulled_from(model_di
             got = await pair.ingress.finish(pair.ingress.send(request_id, prompt))
             assert got == [reference.greedy(prompt, 16)]
             engine_of(pair.decode).pool.clear()
-        assert pair.decode._peers.statuses()[0].road == ""
+        assert peers_of(pair.decode).statuses()[0].road == ""
         assert pair.prefill.stats()["kvray_prefill_prompts_total"] == 1
 
 
@@ -374,16 +394,18 @@ async def test_a_cancel_that_comes_while_a_chunk_is_computed_ends_the_prefill_wi
     async with running_pair(options, options) as pair:
         at_prefill, at_decode = Steps(pair.prefill), Steps(pair.decode)
         is_cancelled, is_released = taken_in(pair.decode, CancelRequest), taken_in(pair.prefill, ReleaseLease)
-        pull, may_pull = pair.decode._peers.pull, asyncio.Event()
+        pull, may_pull = peers_of(pair.decode).pull, asyncio.Event()
 
         async def pull_later(*args):
             await may_pull.wait()
             return await pull(*args)
 
-        monkeypatch.setattr(pair.decode._peers, "pull", pull_later)
+        monkeypatch.setattr(peers_of(pair.decode), "pull", pull_later)
         at_prefill.hold("r", after=int(is_pulling))  # the first chunk of four is offered, and its pull begins
         answer = pair.ingress.send("r", asked[0])
-        await until(lambda: at_prefill.is_holding and pair.decode.stats()["kvray_pulls_running"] == is_pulling)
+        await until(
+            lambda: at_prefill.is_holding and borrower_of(pair.decode).stats()["kvray_pulls_running"] == is_pulling
+        )
         pair.ingress.cancel("r")
         await asyncio.wait_for(is_cancelled.wait(), 5)
         await asyncio.wait_for(is_released.wait(), 5)
@@ -414,7 +436,7 @@ async def test_a_lease_that_nobody_ends_frees_the_blocks(model_dir):
     prefill = worker_options(model_dir, lease_s=0.4)
     async with running_pair(prefill, worker_options(model_dir)) as pair:
         # a decode worker that asks and then does not release
-        peers = pair.decode._peers
+        peers = peers_of(pair.decode)
         send = peers.send
         peers.send = lambda address, message: isinstance(message, ReleaseLease) or send(address, message)
         await pair.ingress.finish(pair.ingress.send("r", prompt))
@@ -431,6 +453,100 @@ async def test_a_request_longer_than_the_model_is_refused_with_a_reason(model_di
         assert answer.last.error is not None
         assert answer.last.error.kind == "RequestError"
         assert "128" in answer.last.error.message
+
+
+# ------------------------------------------------------------------------------------------------------ blocks by name
+
+
+def held_at(address: str, num_blocks: int) -> tuple[HeldRun, ...]:
+    return (HeldRun(0, num_blocks, (Copy(address, "device"),)),)
+
+
+def price_loading(worker, block_s: float) -> None:
+    """Let a block from whoever can be pulled from seem to cost that: the tiny model computes one in a tenth of a ms."""
+    scheduler = engine_of(worker).scheduler
+    price_of = scheduler.price_of
+    price = MovePrice(source="", road="", fixed_s=0.0, byte_s=block_s / BLOCK_BYTES, handoff_s=0.0)
+    scheduler.price_of = lambda copy: None if price_of(copy) is None else price
+
+
+async def test_a_prefix_comes_from_another_decode_worker_that_is_named_and_when_it_is_killed_it_is_computed(
+    model_dir, reference
+):
+    shared, *tails = prompts(30, 320, 40, 40)
+    first, second = [shared + tail for tail in tails]
+    expected = [reference.greedy(prompt, 16) for prompt in (first, second)]
+    options = worker_options(model_dir)
+    async with running_decode(options) as (borrower, ingress):
+        price_loading(borrower, 0.0)
+        with ExitStack() as stack:
+            start = harness_workers().running_worker
+            holder = await asyncio.to_thread(lambda: stack.enter_context(start("decode", options, SECRET)))
+            asked = Ingress(holder.info, None)
+            await asked.finish(asked.send("first", shared))
+            held = held_at(asked.address, 20)
+            pulled = ingress.send("pulled", first, held=held)
+            assert await ingress.finish(pulled) == expected[:1]
+            assert (pulled.sources.peer, pulled.sources.computed) == (320, 40)
+            stats = await asked.stats()
+            assert (stats["kvray_blocks_lent_total"], stats["kvray_blocks_pinned"]) == (20, 0)
+            asked.client.close()
+            holder.process.kill()
+            engine_of(borrower).pool.clear()
+            computed = ingress.send("computed", second, held=held)
+            assert await ingress.finish(computed) == expected[1:]
+            assert (computed.sources.peer, computed.sources.computed) == (0, 360)
+
+
+async def test_what_a_holder_that_is_lost_before_it_answers_was_asked_for_is_computed(
+    model_dir, reference, monkeypatch
+):
+    shared, tail = prompts(31, 320, 40)
+    options = worker_options(model_dir)
+    async with running_decode(options) as (holder, asked), running_decode(options) as (borrower, ingress):
+        price_loading(borrower, 0.0)
+        await asked.finish(asked.send("first", shared))
+        questions = []
+        monkeypatch.setattr(holder._worker._lender, "take", lambda *question: questions.append(question) or True)
+        answer = ingress.send("r", shared + tail, held=held_at(asked.address, 20))
+        await until(lambda: questions)
+        await holder.close()
+        assert await ingress.finish(answer) == [reference.greedy(shared + tail, 16)]
+        assert (answer.sources.peer, answer.sources.computed) == (0, 360)
+        assert not borrower_of(borrower).can_pull(asked.address)
+
+
+async def test_what_a_holder_has_no_more_is_computed_and_what_is_left_is_pulled(model_dir, reference):
+    shared, tail = prompts(32, 320, 40)
+    options = worker_options(model_dir)
+    async with running_decode(options) as (holder, asked), running_decode(options) as (borrower, ingress):
+        price_loading(borrower, 0.0)
+        await asked.finish(asked.send("first", shared[:200]))
+        answer = ingress.send("r", shared + tail, held=held_at(asked.address, 20))  # 8 blocks more than there are
+        assert await ingress.finish(answer) == [reference.greedy(shared + tail, 16)]
+        assert (answer.sources.peer, answer.sources.computed) == (192, 168)
+        await until(lambda: not engine_of(holder).pool.num_used)
+
+
+async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_tokens(model_dir, reference):
+    shared, tail = prompts(33, 640, 40)
+    options = worker_options(model_dir, max_num_batched_tokens=64)
+    async with running_decode(options) as (_, asked), running_decode(options) as (borrower, ingress):
+        await asked.finish(asked.send("first", shared))
+        price_loading(borrower, 1e-4)
+        scheduler = engine_of(borrower).scheduler
+        steps = Steps(borrower)
+        steps.hold("r", after=1)  # the roads are tried meanwhile, and blocks come
+        answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))
+        await until(lambda: steps.is_holding)
+        await until(lambda: scheduler._ledger.sequences["r"].pull.arrived)
+        steps.go_on()
+        assert await ingress.finish(answer) == [reference.greedy(shared + tail, 16)]
+        assert 0 < answer.sources.peer < 640
+        assert answer.sources.peer + answer.sources.computed == 680
+
+
+# ------------------------------------------------------------------------------------------------------------ draining
 
 
 async def test_draining_waits_for_what_is_under_way(model_dir, reference):

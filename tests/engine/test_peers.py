@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from engine.loans import LearnHandoff
 from engine.memory.kv_pool import LayerSpec
 from engine.peers import Peers
 from engine.puller import PullOutcome
 from kvcache.price import ASSUMED_MOVE
 from messages.handoff import DescribeRegions, ReleaseLease, RenewLease
+from messages.request import Copy
 from messages.wire import Message
 from tests.engine.shared_pools import SharedPool
 from tests.workers import until
@@ -72,6 +74,10 @@ class Setting:
     async def pull(self, address: str, owner: Owner, block_id: int, target: int) -> PullOutcome:
         pairs = list(zip(owner.pool.published(block_id), (target,), strict=True))
         return await self.peers.pull(address, pairs, lambda: None)
+
+
+def learned(owner: Owner, elapsed_s: float) -> LearnHandoff:
+    return LearnHandoff(owner.server.address, "device", elapsed_s, source_s=0.0, num_blocks=0)
 
 
 @pytest.fixture
@@ -157,13 +163,26 @@ async def test_each_owner_has_the_price_that_its_pulls_and_handoffs_taught(setti
     for owner in (first, second):
         await setting.connected(owner)
     assert setting.peers.prices() == setting.peers.changed_prices() == ()
-    setting.peers.observe_handoff(first.server.address, 9.0, 0.0, 1)  # asked before any pull: it waited for the roads
+    setting.peers.observe_handoff(learned(first, 9.0))  # asked before any pull: it waited for the roads
     await setting.pull(first.server.address, first, 3, 0)
     (price,) = setting.peers.changed_prices()
     assert (price.source, price.road, price.handoff_s) == (first.server.address, "a", ASSUMED_MOVE.handoff_s)
     assert setting.peers.changed_prices() == ()  # told already
     assert setting.peers.prices() == (price,)
-    setting.peers.observe_handoff(first.server.address, 0.0, 0.0, 0)
+    setting.peers.observe_handoff(learned(first, 0.0))
     (changed,) = setting.peers.changed_prices()
     assert changed.handoff_s == 0.0
-    setting.peers.observe_handoff("tcp://nobody:1", 0.0, 0.0, 0)
+    setting.peers.observe_handoff(LearnHandoff("tcp://nobody:1", None, 0.0, 0.0, 0))
+
+
+async def test_a_copy_is_priced_as_assumed_until_it_was_pulled_from_and_never_where_nothing_comes_from(setting):
+    owner, stranger = setting.owner(), Copy("tcp://127.0.0.1:1", "disk")
+    copy = Copy(await setting.connected(owner), "device")
+    assert setting.peers.price_of(copy) == setting.peers.price_of(stranger) == ASSUMED_MOVE
+    await setting.pull(copy.address, owner, 3, 0)
+    assert (setting.peers.price_of(copy),) == setting.peers.prices()
+    setting.peers.own_address = copy.address
+    assert setting.peers.price_of(copy) is None
+    misfit = setting.owner(specs=[LayerSpec(1, 8, 8)]).server.address
+    setting.peers.connect(misfit)
+    await until(lambda: setting.peers.price_of(Copy(misfit, "device")) is None)

@@ -13,8 +13,8 @@ from engine.worker import EngineWorker
 from kvcache.names import split_names
 from messages.errors import InvariantError
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
-from messages.handoff import DescribeRegions, RegionsDescribed
-from messages.request import CancelRequest, SamplingParams
+from messages.handoff import BlocksRequest, DescribeRegions, KvHandoff, RegionsDescribed, ReleaseLease
+from messages.request import CancelRequest, Copy, SamplingParams
 from messages.wire import Message
 from tests.models import make_tiny_model
 from tests.workers import CHANNEL, SECRET, until, worker_options
@@ -162,11 +162,38 @@ async def test_numbers_are_those_of_the_engine_the_role_and_the_peers(setting):
     assert isinstance(stats, Stats)
     assert (stats.query_id, stats.worker_id, stats.values["kvray_streams"]) == ("q", "w", 7.0)
     assert stats.values["kvray_blocks"] == setting.info.num_blocks
-    assert "kvray_pulls_failed_total" not in stats.values
-    setting.worker.open_peers(lambda *_: None, lambda _: None)
-    caller.client.send(GetStats(query_id="q"))
-    await until(lambda: len(caller.got) == 2)
-    assert caller.got[1].values["kvray_pulls_failed_total"] == 0.0
+    assert stats.values["kvray_pulls_running"] == stats.values["kvray_pulls_failed_total"] == 0.0
+
+
+async def test_whoever_asks_for_blocks_by_name_is_lent_what_is_held_until_it_lets_go(setting):
+    await setting.run("a", 10)
+    caller, pool = setting.caller(), setting.worker.engine.pool
+    held = sorted(setting.held())
+    names = [held[0], b"nobody's block..", *held[1:]]
+    caller.client.send(BlocksRequest(request_id="q", first_index=2, names=b"".join(names)))
+    await until(lambda: caller.got)
+    [handoff] = caller.got
+    assert isinstance(handoff, KvHandoff)
+    assert (handoff.request_id, handoff.is_last) == ("q", True)
+    assert [block.name for block in handoff.blocks] == held
+    assert [block.index for block in handoff.blocks] == [2, *range(4, 3 + len(held))]
+    block_ids = [block.block_id for block in handoff.blocks]
+    assert [block.checksum for block in handoff.blocks] == setting.worker.engine.checksums.compute(block_ids, "xxh3_64")
+    assert pool.num_used == len(held) == 3
+    caller.client.send(ReleaseLease(request_id="q"))
+    await until(lambda: not pool.num_used)
+    caller.client.send(BlocksRequest(request_id="q", first_index=0, names=held[0]))
+    await until(lambda: pool.num_used)
+    caller.client.close()
+    await until(lambda: not pool.num_used)
+    assert setting.role.messages == []
+
+
+async def test_an_owner_that_was_lost_a_moment_ago_is_not_asked_for_blocks(setting):
+    copy = Copy("tcp://127.0.0.1:1", "device")  # nobody listens there
+    assert setting.worker.engine.scheduler.price_of(copy) is not None
+    setting.worker.borrower.peers.connect(copy.address)
+    await until(lambda: setting.worker.engine.scheduler.price_of(copy) is None)
 
 
 async def test_the_role_gets_what_is_not_the_workers_own_and_hears_who_is_gone(setting):

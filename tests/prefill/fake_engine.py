@@ -34,7 +34,9 @@ LONGER_THAN_ALL_S = 11.0
 TORN, UNARRIVED, LATE = 1, 2, 3  #: bytes that are no token's
 
 Ending = Literal["well", "some", "none", "late"]  #: how a pull ends
-Manners = Literal["polite", "hasty", "mute"]  #: releases as decode.streams says; with a pull to begin, too; never
+Manners = Literal["polite", "hasty", "mute"]  #: releases as engine.loans says; with a pull to begin, too; never
+#: Who is said to hold a prompt's blocks: the prefill worker, too far for loading alone, or somebody who is gone first.
+Holders = Literal["nobody", "near", "slow", "gone"]
 
 if TYPE_CHECKING:
     from tests.prefill.world import World

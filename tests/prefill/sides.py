@@ -8,35 +8,52 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from decode.streams import (
+    AskPrefill,
+    BeginSequence,
+    Cancelled,
+    CancelSequence,
+    Reply,
+    Requested,
+    StreamBook,
+    StreamEvent,
+)
+from engine.lending import Lender
+from engine.loans import (
     AskOwner,
     BeginPull,
-    Cancelled,
     HandedOff,
     LearnHandoff,
+    LoanBook,
+    LoanEvent,
     OwnerLost,
+    PromptWanted,
     PullProgressed,
     PullStopped,
     Refused,
-    Reply,
-    Requested,
     SchedulerTold,
-    StreamBook,
-    StreamEvent,
+    SequenceOver,
     TellOwner,
     TellScheduler,
 )
 from engine.scheduling.plan import (
+    AskBlocks,
     BlocksReleased,
+    EmitTokens,
     Event,
     Instruction,
+    LendBlocks,
     PullBlocks,
     SequenceAdded,
     SequenceCancelled,
+    StopAsking,
+    StopRemote,
 )
 from engine.scheduling.scheduler import SchedulerConfig
-from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed
+from kvcache.leases import AskerLost, FreeBlocks, LeaseEvent, Released, Renewed, TimePassed
 from kvcache.pool import BlockState
-from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.handoff import BlocksRequest, KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.price import MovePrice
+from messages.request import Copy
 from messages.wire import Message
 from prefill.publications import (
     BeginPrompt,
@@ -66,13 +83,32 @@ if TYPE_CHECKING:
     from tests.prefill.world import World
 
 
+#: Seconds that a block takes from a tier; computing it takes four milliseconds, by the assumed price.
+_BLOCK_S = {"device": 1e-4, "disk": 4e-3}
+
+
+class WorldLender(Lender):
+    """A lender by the world's clock."""
+
+    def __init__(self, side: PrefillSide) -> None:
+        super().__init__(LEASE_S, side.post, side.send_lent, side.engine.published)
+        self._side = side
+
+    def _decide(self, event: LeaseEvent) -> None:
+        for freed in self.leases.on_event(event, self._side.world.now_s):
+            self._questions.pop(freed.request_id, None)
+            self._side.world.seen["lease on lent blocks expired"] += freed.is_expired
+            self._post(BlocksReleased(freed.request_id))
+
+
 class PrefillSide:
-    """Carries out what a publication book says, and checks each publication."""
+    """Carries out what a publication book says, and checks each publication; lends blocks by name."""
 
     def __init__(self, world: World, config: SchedulerConfig, num_blocks: int) -> None:
         self.world = world
         self.engine = FakeEngine(world, config, num_blocks)
         self.book = PublicationBook(LEASE_S, SIZE)
+        self.lender = WorldLender(self)
         self.published: dict[str, Published] = {}
 
     def post(self, event: Event) -> None:
@@ -80,6 +116,8 @@ class PrefillSide:
 
     def on_message(self, asker: bytes, message: Message) -> None:
         match message:
+            case BlocksRequest() | RenewLease() | ReleaseLease() if self.lender.take(asker, message):
+                pass
             case PrefillRequest(request=request):
                 self.world.seen["asked again"] += self.book.leases.asker_of(request.request_id) is not None
                 self.decide(PromptAsked(asker, message))
@@ -91,6 +129,7 @@ class PrefillSide:
                 raise AssertionError(message)
 
     def on_sender_lost(self, asker: bytes) -> None:
+        self.lender.lose(asker)
         seq_ids = self.engine.scheduler.seq_ids
         others = {seq_id for seq_id in seq_ids() if self.book.leases.asker_of(seq_id) != asker}
         self.decide(AskerLost(asker))
@@ -98,7 +137,23 @@ class PrefillSide:
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
-            self.decide(instruction)
+            if isinstance(instruction, LendBlocks):
+                self.lender.lend(instruction)
+            else:
+                self.decide(instruction)
+
+    def pass_time(self) -> None:
+        self.lender.pass_time()
+        self.decide(TimePassed())
+
+    def send_lent(self, asker: bytes, handoff: Message) -> None:
+        assert isinstance(handoff, KvHandoff)
+        self.world.seen["lent by name"] += len(handoff.blocks)
+        self.world.seen["not there any more"] += not handoff.blocks
+        for block in handoff.blocks:
+            assert self.engine.kv[block.block_id] == self.world.content_of[block.name]
+            assert block.checksum == checksum(self.engine.kv[block.block_id])
+        self.world.send_to_decode(asker, handoff)
 
     def decide(self, event: PublicationEvent) -> None:
         for instruction in self.book.on_event(event, self.world.now_s):
@@ -148,72 +203,113 @@ class PrefillSide:
             for location in published.blocks if published.is_whole else []:
                 assert pool.num_pins(location.block_id) > 0, "what is leased is pinned"
                 assert pool.generation(location.block_id) == location.generation
+        assert self.engine.scheduler._ledger.lent.keys() == self.lender._questions.keys()
 
 
 class DecodeSide:
-    """Carries out what a stream book says; pulls are led from outside."""
+    """Carries out what a book of streams and one of loans say; pulls are led from outside."""
 
     def __init__(self, world: World, config: SchedulerConfig, num_blocks: int) -> None:
         self.world = world
         self.engine = FakeEngine(world, config, num_blocks)
+        self.engine.scheduler.price_of = self.price_of
         self.book = StreamBook()
+        self.loans = LoanBook()
         self.pulls: list[Pull] = []
         self.connections: dict[str, Connection] = {}  # by address
 
+    def can_pull(self, address: str) -> bool:
+        return not self.loans.is_avoided(address, self.world.now_s)
+
+    def price_of(self, copy: Copy) -> MovePrice | None:
+        if not self.can_pull(copy.address):
+            return None
+        return MovePrice(source=copy.address, road="", fixed_s=0.0, byte_s=_BLOCK_S[copy.tier], handoff_s=0.0)
+
     def post(self, event: Event) -> None:
         self.on_instructions(self.engine.carry_out(event))
+        if isinstance(event, SequenceCancelled):
+            self.borrow(SequenceOver(event.seq_id))
 
     def accept(self, request: Request) -> None:
-        self.decide(Requested(b"ingress", request.message, can_pull=True))
+        address = request.message.prefill_address
+        self.decide(Requested(b"ingress", request.message, address is not None and self.can_pull(address)))
 
     def cancel(self, request_id: str) -> None:
         self.decide(Cancelled(request_id))
 
     def on_instructions(self, instructions: Sequence[Instruction]) -> None:
+        of_streams = []
         for instruction in instructions:
+            match instruction:
+                case AskBlocks(is_tail_first=is_mixed):
+                    self.world.seen["head computed meanwhile"] += is_mixed
+                    self.borrow(instruction)
+                case StopAsking() | StopRemote() | PullBlocks():
+                    self.borrow(instruction)
+                case _:
+                    of_streams.append(instruction)
+        for instruction in of_streams:
             self.decide(instruction)
+        for instruction in of_streams:
+            if isinstance(instruction, EmitTokens) and instruction.finish_reason is not None:
+                self.borrow(SequenceOver(instruction.seq_id))
 
     def on_message(self, address: str, message: Message) -> None:
-        before = self.book.num_refused
+        before = self.loans.num_refused
         match message:
-            case KvHandoff(request_id=request_id, is_last=is_last):
-                self.decide(HandedOff(address, message))
+            case KvHandoff(request_id=loan_id, is_last=is_last):
+                self.borrow(HandedOff(address, message))
+                request_id = self.world.request_id_of(loan_id)
                 is_hasty = self.world.requests[request_id].manners == "hasty"
                 if is_last and is_hasty and any(pull.seq_id == request_id for pull in self._waiting_pulls()):
-                    self._send(address, ReleaseLease(request_id=request_id))
+                    self._send(address, ReleaseLease(request_id=loan_id))
             case PrefillFailed(request_id=request_id):
-                self.decide(Refused(address, request_id))
+                self.borrow(Refused(address, request_id))
             case _:
                 raise AssertionError(message)
-        self.world.seen["prefill failed"] += self.book.num_refused - before
+        self.world.seen["prefill failed"] += self.loans.num_refused - before
 
     def on_owner_lost(self, address: str) -> None:
         del self.connections[address]
-        before = self.book.num_refused
-        self.decide(OwnerLost(address))
-        self.world.seen["refused"] += self.book.num_refused - before
+        before = self.loans.num_refused
+        self.borrow(OwnerLost(address))
+        self.world.seen["refused"] += self.loans.num_refused - before
 
     def decide(self, event: StreamEvent) -> None:
+        """As DecodeWorker."""
         for instruction in self.book.on_event(event, self.world.now_s):
             match instruction:
                 case Reply(_, chunk):
                     self.world.take_tokens(chunk)
-                case TellScheduler(request_id, told):
+                case BeginSequence(spec):
+                    self.post(SequenceAdded(spec))
+                case CancelSequence(request_id):
+                    self.post(SequenceCancelled(request_id))
+                case AskPrefill(address, message):
+                    self.borrow(PromptWanted(address, message))
+
+    def borrow(self, event: LoanEvent) -> None:
+        """As Borrower."""
+        for instruction in self.loans.on_event(event, self.world.now_s):
+            match instruction:
+                case TellScheduler(seq_id, told):
                     self.post(told)
-                    self.decide(SchedulerTold(request_id))
+                    self.borrow(SchedulerTold(seq_id))
                 case AskOwner(address, message):
                     if address not in self.connections:
                         self.connections[address] = self.world.connect(address)
                     self._send(address, message)
                 case TellOwner(address, message):
-                    is_mute = self.world.requests[message.request_id].manners == "mute"
+                    is_mute = self.world.requests[self.world.request_id_of(message.request_id)].manners == "mute"
                     if not (is_mute and isinstance(message, ReleaseLease)):
                         self._send(address, message)
                 case BeginPull(pull):
                     self._take_pull(pull)
-                case LearnHandoff(_, elapsed_s, source_s, _):
+                case LearnHandoff(_, tier, elapsed_s, source_s, num_blocks):
                     self.world.seen["learned"] += 1
                     assert 0 <= source_s <= elapsed_s
+                    assert num_blocks or tier is None
 
     def _send(self, address: str, message: Message) -> None:
         connection = self.connections.get(address)
@@ -243,7 +339,7 @@ class DecodeSide:
             pull.source = connection.source
 
     def look_at(self, pull: Pull) -> None:
-        self.decide(PullProgressed(pull.seq_id, len(pull.copied)))
+        self.borrow(PullProgressed(pull.seq_id, len(pull.copied)))
 
     def copy(self, pull: Pull, position: int) -> None:
         """One block as it is at this moment, and verified where it lies now."""
@@ -279,7 +375,7 @@ class DecodeSide:
 
     def _pull_ended(self, pull: Pull, bad: frozenset[int], quarantine_s: float = 0.0) -> None:
         self.pulls.remove(pull)
-        self.decide(PullStopped(pull.seq_id, bad, quarantine_s))
+        self.borrow(PullStopped(pull.seq_id, bad, quarantine_s))
 
     def _write(self, pull: Pull, position: int, content: list[int]) -> list[int]:
         _, target = pull.pairs[position]
@@ -289,7 +385,13 @@ class DecodeSide:
 
     def check(self) -> None:
         self.engine.check()
-        self.book.check_invariants(self.engine.scheduler.seq_ids())
-        assert self.book.num_pulls == len(self.pulls)
-        for seq_id, seq in self.engine.scheduler._ledger.pulling.items():
-            assert seq.pull.has_last_offer or seq_id in self.book._leases, "who waits for blocks has asked for them"
+        seq_ids = self.engine.scheduler.seq_ids()
+        self.book.check_invariants(seq_ids)
+        self.loans.check_invariants(seq_ids)
+        assert self.loans.num_pulls == len(self.pulls)
+        loans = self.loans._loans
+        open_sources = {(loan.seq_id, loan.source) for loan in loans.values() if not loan.is_offered_whole}
+        for seq_id, seq in self.engine.scheduler._ledger.sequences.items():
+            if seq.pull is not None:
+                assert seq.pull.has_last_offer or seq_id in loans, "who waits for blocks has asked for them"
+                assert {(seq_id, holder) for holder in seq.pull.holders} <= open_sources

@@ -25,7 +25,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from decode.streams import PullStopped, StreamBook, StreamInstruction, TellScheduler
+from decode.streams import CancelSequence, StreamBook, StreamInstruction
+from engine.lending import Lender
+from engine.loans import LoanBook, LoanInstruction, PullStopped
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import EmitTokens, OfferBlocks
 from kvcache import leases
@@ -76,8 +78,9 @@ class LeaseMachine(RuleBasedStateMachine):
         salt=st.sampled_from([b"", b"", b"", b"s"]),
         has_stop=st.booleans(),
         patience_s=st.sampled_from([None, None, None, None, 4.0]),
+        holders=st.sampled_from(["nobody", "nobody", "near", "slow", "gone"]),
     )
-    def add(self, data, max_tokens, is_remote, manners, priority, salt, has_stop, patience_s) -> None:
+    def add(self, data, max_tokens, is_remote, manners, priority, salt, has_stop, patience_s, holders) -> None:
         fits_prefill = SIZE * self.world.prefill.engine.pool.num_blocks - 1
         at_most = data.draw(st.sampled_from([fits_prefill, fits_prefill, fits_prefill, 40]))
         length = data.draw(st.integers(1, min(self.world.max_len - 1, at_most)))
@@ -92,6 +95,7 @@ class LeaseMachine(RuleBasedStateMachine):
             is_remote=is_remote,
             manners=manners,
             patience_s=patience_s,
+            holders=holders,
         )
 
     @precondition(lambda self: self.world.alive())
@@ -245,13 +249,14 @@ def add_at_random(world: World, rng: random.Random) -> None:
         is_remote=rng.random() < 0.9,
         manners=rng.choice(["polite", "polite", "hasty", "mute"]),
         patience_s=rng.choice([None] * 5 + [4.0]),
+        holders=rng.choice(["nobody", "nobody", "near", "slow", "gone"]),
     )
 
 
 @pytest.mark.slow
 def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(16):
+    for seed in range(40):
         world = drive_at_random(seed, 400)
         world.drain()
         seen += world.seen
@@ -264,6 +269,7 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
         "late writes",
     )
     accidents += ("asker lost", "refused", "prefill failed", "retried", "asked again", "too late", "learned")
+    accidents += ("lent by name", "not there any more", "lease on lent blocks expired", "head computed meanwhile")
     assert seen.keys() == set(accidents)
     assert min(seen.values()) >= 5, f"the runs must meet everything that is counted: {seen}"
 
@@ -313,7 +319,8 @@ def test_without_checksums_the_model_sees_the_wrong_content() -> None:
 
 
 allocate, keep, on_event = BlockPool.allocate, SequenceLedger.keep, LeaseBook.on_event
-take_token, cancel, end_pull = PublicationBook._take_token, StreamBook._cancel, StreamBook._end_pull
+take_token, cancel = PublicationBook._take_token, StreamBook._cancel
+end_pull, give_up = LoanBook._end_pull, LoanBook._give_up
 
 
 def free_without_quarantine(pool: BlockPool, block_ids: Sequence[int], until_s: float) -> None:
@@ -372,22 +379,36 @@ def hold_what_failed(book: PublicationBook, emitted: EmitTokens, now_s: float) -
     return take_token(book, emitted, now_s) if emitted.token_ids else []
 
 
-def release_nothing(book: StreamBook, request_id: str, now_s: float) -> list[StreamInstruction]:
+def cancel_in_silence(book: StreamBook, request_id: str) -> list[StreamInstruction]:
+    return [item for item in cancel(book, request_id) if not isinstance(item, CancelSequence)]
+
+
+def release_nothing(book: LoanBook, seq_id: str, now_s: float) -> list[LoanInstruction]:
     return []
 
 
-def wait_for_the_lost(book: StreamBook, request_id: str) -> list[StreamInstruction]:
-    del book._leases[request_id]
+def wait_for_the_lost(book: LoanBook, loan_id: str, *, is_suspect: bool = False) -> list[LoanInstruction]:
+    del book._loans[loan_id]
     return []
 
 
-def cancel_in_silence(book: StreamBook, request_id: str, now_s: float) -> list[StreamInstruction]:
-    return [item for item in cancel(book, request_id) if not isinstance(item, TellScheduler)]
-
-
-def forget_the_pull_of_who_left(book: StreamBook, stopped: PullStopped, now_s: float) -> list[StreamInstruction]:
+def forget_the_pull_of_who_left(book: LoanBook, stopped: PullStopped, now_s: float) -> list[LoanInstruction]:
     told = end_pull(book, stopped, now_s)
-    return told if book.has(stopped.request_id) else []
+    return told if any(loan.is_wanted for _, loan in book._of(stopped.seq_id)) else []
+
+
+def end_the_prompt_by_a_question(book: LoanBook, seq_id: str, source: str | None) -> list[LoanInstruction]:
+    told = give_up(book, seq_id, source)
+    is_same = any(loan.source == source and not loan.is_offered_whole for _, loan in book._of(seq_id))
+    return [*told, *give_up(book, seq_id, None)] if is_same else told
+
+
+def hold_what_was_lent(ledger: SequenceLedger, lease_id: str) -> None:
+    pass
+
+
+def lend_to_the_lost(lender: Lender, sender: bytes) -> None:
+    pass
 
 
 @pytest.mark.slow
@@ -406,10 +427,13 @@ def forget_the_pull_of_who_left(book: StreamBook, stopped: PullStopped, now_s: f
         (PublicationBook, "_take_offer", publish_without_the_token),
         (PublicationBook, "_take_token", fail_in_silence),
         (PublicationBook, "_take_token", hold_what_failed),
-        (StreamBook, "_release_if_over", release_nothing),
-        (StreamBook, "_compute_here", wait_for_the_lost),
         (StreamBook, "_cancel", cancel_in_silence),
-        (StreamBook, "_end_pull", forget_the_pull_of_who_left),
+        (LoanBook, "_release_if_over", release_nothing),
+        (LoanBook, "_do_without", wait_for_the_lost),
+        (LoanBook, "_end_pull", forget_the_pull_of_who_left),
+        (LoanBook, "_give_up", end_the_prompt_by_a_question),
+        (SequenceLedger, "end_lending", hold_what_was_lent),
+        (Lender, "lose", lend_to_the_lost),
     ],
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:

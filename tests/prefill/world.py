@@ -10,9 +10,8 @@ import msgspec
 
 from engine.scheduling.plan import TimePassed
 from engine.scheduling.scheduler import SchedulerConfig
-from kvcache import leases
 from kvcache.names import block_names, pack_tokens, split_names
-from messages.request import GenerateRequest, SamplingParams
+from messages.request import Copy, GenerateRequest, HeldRun, SamplingParams
 from messages.stream import TokenChunk
 from messages.wire import Message
 from tests.fake_kv import FINGERPRINT
@@ -22,6 +21,7 @@ from tests.prefill.fake_engine import (
     REMOTE_TIMEOUT_S,
     SIZE,
     Connection,
+    Holders,
     LateWrite,
     Manners,
     Request,
@@ -73,6 +73,7 @@ class World:
         is_remote: bool = True,
         manners: Manners = "polite",
         patience_s: float | None = None,
+        holders: Holders = "nobody",
     ) -> str:
         request_id = f"r{len(self.requests)}"
         message = GenerateRequest(
@@ -85,6 +86,7 @@ class World:
             deadline_s=patience_s,
             prefill_address=self.address if is_remote else None,
             prefill_s=self.prefill_s,
+            held=self._held(holders, len(prompt) // SIZE),
         )
         deadline_s = None if patience_s is None else self.now_s + patience_s
         request = self.requests[request_id] = expect(message, manners, deadline_s, self.max_len)
@@ -94,6 +96,17 @@ class World:
             assert self.content_of.setdefault(name, numbers) == numbers
         self.decode.accept(request)
         return request_id
+
+    def _held(self, holders: Holders, num_blocks: int) -> tuple[HeldRun, ...]:
+        """What a router would say; where it errs the holder has nothing, or is not there."""
+        tier = "disk" if holders == "slow" else "device"
+        here = Copy(self.address, tier)
+        copies = {"nobody": (), "near": (here,), "slow": (here,), "gone": (Copy("nowhere", tier), here)}[holders]
+        return (HeldRun(0, num_blocks, copies),) if num_blocks and copies else ()
+
+    @staticmethod
+    def request_id_of(loan_id: str) -> str:
+        return loan_id.partition("#")[0]
 
     def alive(self) -> list[str]:
         return [request_id for request_id, request in self.requests.items() if not request.is_over]
@@ -169,7 +182,7 @@ class World:
         for write in [write for write in self.late if write.until_s <= now_s]:
             self.land(write)
         self.now_s = now_s
-        self.prefill.decide(leases.TimePassed())
+        self.prefill.pass_time()
         self.prefill.post(TimePassed())
         self.decode.post(TimePassed())
 
@@ -254,7 +267,9 @@ class World:
         held = [request_id for request_id, published in self.prefill.published.items() if published.is_whole]
         manners = {self.requests[request_id].manners for request_id in held}
         assert manners <= {"mute"}, "what was pulled, or is not wanted any more, is released"
-        asked = [request_id for request_id, lease in self.decode.book._leases.items() if not lease.is_offered_whole]
+        lent = [self.request_id_of(question.request_id) for _, question in self.prefill.lender._questions.values()]
+        assert all(self.requests[request_id].manners == "mute" for request_id in lent)
+        asked = [loan_id for loan_id, loan in self.decode.loans._loans.items() if not loan.is_offered_whole]
         assert set(asked) <= self.prefill.book._prompts.keys(), "who gets nothing is told"
 
     def is_clean(self) -> bool:
@@ -274,8 +289,9 @@ class World:
             assert side.engine.scheduler.seq_ids() == ()
             assert (side.engine.pool.num_used, side.engine.pool.num_quarantined) == (0, 0)
             assert side.engine.pool.num_free == side.engine.pool.num_blocks
-        books = (self.prefill.book.num_open, self.decode.book.num_open, self.decode.book.num_pulls)
+        books = (self.prefill.book.num_open, self.decode.book.num_open, self.decode.loans.num_pulls)
         assert (books, self.prefill.published) == ((0, 0, 0), {})
+        assert (self.prefill.lender._questions, self.decode.loans._loans) == ({}, {})
         for request in self.requests.values():
             assert request.is_over
             if not request.is_cancelled and request.deadline_s is None:
@@ -290,4 +306,5 @@ def config_of(quantum: int, budget: int, max_num_seqs: int) -> SchedulerConfig:
         chunk_quantum_tokens=quantum,
         remote_timeout_s=REMOTE_TIMEOUT_S,
         watermark=0.0,
+        block_bytes=1,
     )

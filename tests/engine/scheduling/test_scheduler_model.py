@@ -341,3 +341,27 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
 def test_many_long_random_runs_lose_nothing() -> None:
     for seed in range(100, 200):
         drive_at_random(seed, 600).drain()
+
+
+def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() -> None:
+    config = SchedulerConfig(
+        max_model_len=44, max_num_seqs=5, max_num_batched_tokens=8, chunk_quantum_tokens=4, watermark=0.0, block_bytes=1
+    )
+    worker = FakeWorker(config, BlockPool(17, 4))
+    for i in range(3):
+        params = SamplingParams(max_tokens=10 + 3 * i)
+        worker.add(SequenceSpec(seq_id=f"senior {i}", token_ids=[i, 1, i], num_prompt_tokens=3, params=params))
+    for _ in range(3):
+        worker.want_step()
+        worker.end_step()
+    held = (HeldRun(0, 9, (Copy("near", "disk"),)),)
+    params = SamplingParams(max_tokens=4)
+    worker.add(SequenceSpec(seq_id="r", token_ids=BASES[1], num_prompt_tokens=40, params=params, held=held))
+    assert worker.num_mixed == 1
+    worker.offer_blocks("r", "near", [8], is_last=False)
+    while worker.want_step():  # the seniors grow until "r" is preempted, and end; then it begins anew
+        worker.end_step()
+    assert worker.scheduler.stats()["num_preemptions"] == 1
+    assert worker.num_mixed == 1
+    assert list(worker.pulls) == ["r"]
+    worker.drain()
