@@ -27,15 +27,16 @@ from engine.model.load import load_model
 from engine.peers import Peers
 from engine.puller import BlockPuller
 from engine.scheduling.plan import Event, Instruction
-from messages.fleet import GetStats, KvEvents, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
+from kvcache.subscribers import Subscribers
+from messages.fleet import GetStats, LoadReport, RoadStatus, Role, Stats, Subscribe, WorkerInfo
 from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
+from transport.incoming import IncomingLinks
 from transport.memory import Memory
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import Vaults
-from transport.protocol import Link
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
 
@@ -138,10 +139,10 @@ class EngineWorker:
             options.stall_s,
         )
         self._peers: Peers | None = None  #: of a role that pulls
-        self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
+        self._links = IncomingLinks(self.roads, self.send)
         self.crash = CrashOnce(on_crash)  #: for every fault that leaves the worker's state unknown
         self._role: WorkerRole | None = None
-        self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
+        self._subscribers = Subscribers(worker_id, self.send)
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
         self.server: ChannelServer | None = None
@@ -196,10 +197,9 @@ class EngineWorker:
         self.driver.post(event)
         self._report_wanted.set()
 
-    def send(self, receiver: bytes, message: Message) -> None:
-        """Send a message to a sender; it is dropped if that one is gone."""
-        if self.server is not None:
-            self.server.send(receiver, message)
+    def send(self, receiver: bytes, message: Message) -> bool:
+        """Send a message to a sender; False: it is dropped, as that one is gone."""
+        return self.server is not None and self.server.send(receiver, message)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine until it ends or the worker closes; what it raises ends the worker."""
@@ -234,14 +234,12 @@ class EngineWorker:
         match message:
             case Subscribe():
                 self._flush_events()
-                self._subscribers[sender] = 1
-                names = b"".join(self.engine.pool.snapshot())
-                self.send(sender, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
+                self._subscribers.add(sender, [("device", b"".join(self.engine.pool.snapshot()))])
                 self.send(sender, self._report(self._peers.prices() if self._peers is not None else ()))
             case GetStats(query_id=query_id):
                 self.send(sender, self._stats(query_id))
             case DescribeRegions():
-                self._link(sender)
+                self._links.open(sender)
                 self.send(
                     sender,
                     RegionsDescribed(
@@ -251,27 +249,15 @@ class EngineWorker:
                         checksum=self.engine.checksums.algorithm,
                     ),
                 )
-            case RoadMessage(road=road, body=body):
-                self.roads.on_message(self._link(sender), road, body)
+            case RoadMessage():
+                self._links.on_message(sender, message)
             case _:
                 assert self._role is not None
                 self._role.on_message(sender, message)
 
-    def _link(self, sender: bytes) -> Link:
-        link = self._links.get(sender)
-        if link is None:
-
-            def send(road: str, body: bytes) -> bool:
-                return self.server is not None and self.server.send(sender, RoadMessage(road=road, body=body))
-
-            link = self._links[sender] = self.roads.connect(send)
-        return link
-
     def _on_sender_lost(self, sender: bytes) -> None:
-        self._subscribers.pop(sender, None)
-        link = self._links.pop(sender, None)
-        if link is not None:
-            self.roads.disconnect(link)
+        self._subscribers.remove(sender)
+        self._links.on_lost(sender)
         assert self._role is not None
         self._role.on_sender_lost(sender)
 
@@ -286,14 +272,8 @@ class EngineWorker:
     def _flush_events(self) -> None:
         """Tell subscribers what changed in the pool, numbered for each: write path step b."""
         stored, removed = self.engine.pool.take_events()
-        if not stored and not removed:
-            return
-        for subscriber, seq in self._subscribers.items():
-            self._subscribers[subscriber] = seq + 1
-            self.send(
-                subscriber,
-                KvEvents(worker_id=self.worker_id, seq=seq, stored=b"".join(stored), removed=b"".join(removed)),
-            )
+        if stored or removed:
+            self._subscribers.tell("device", b"".join(stored), b"".join(removed))
 
     async def _report_forever(self) -> None:
         while True:
@@ -303,7 +283,7 @@ class EngineWorker:
             self._report_wanted.clear()
             self._flush_events()
             report = self._report(self._peers.changed_prices() if self._peers is not None else ())
-            for subscriber in list(self._subscribers):
+            for subscriber in self._subscribers:
                 self.send(subscriber, report)
             await asyncio.sleep(_REPORT_MIN_S)
 
