@@ -176,7 +176,9 @@ def _padded(fingerprint: bytes) -> bytes:
 def _difference(seen: tuple[Any, ...], wanted: tuple[Any, ...]) -> str:
     words = ("magic", "arena version", "layout version", "block_bytes", "num_blocks", "fingerprint")
     return ", ".join(
-        f"{word} {_shown(a)} seen, {_shown(b)} wanted" for word, a, b in zip(words, seen, wanted, strict=False) if a != b
+        f"{word} {_shown(a)} seen, {_shown(b)} wanted"
+        for word, a, b in zip(words, seen, wanted, strict=False)
+        if a != b
     )
 
 

@@ -42,6 +42,8 @@ from nodecache.writing_down import WriteBlocks, WritingDown
 
 Asked: TypeAlias = RoomRequest | BlocksWritten | BlocksRequest | RenewLease | ReleaseLease
 
+_UINT32: Final = 2**32 - 1
+_UINT64: Final = 2**64 - 1
 _MAX_WRITING_SHARE: Final = 0.5  #: of the arena's blocks, given out to be written at a time
 _MAX_KEPT_SHARE: Final = 0.5  #: of the arena's blocks that hints may keep: the rest must do for everybody
 
@@ -58,7 +60,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Hinted:
-    """Somebody who may do so wants blocks kept until then (inf: for good, 0: not), and valued by `priority`, -2 to 2."""
+    """Who may do so wants blocks kept until then (inf: for good, 0: not), and valued by `priority`, -2 to 2."""
 
     names: bytes
     priority: int
@@ -126,11 +128,19 @@ class _Question:
 class _Grant:
     """Room that somebody writes into."""
 
-    asker: bytes
-    names: dict[int, bytes]  #: by block id
-    indexes: dict[int, int]
-    sights: dict[int, int]
+    blocks: dict[int, BlockLocation]  #: by block id
+    num_sights: dict[int, int]  #: by block id
     tenant: int
+
+    @property
+    def block_ids(self) -> BlockIds:
+        """All of its blocks."""
+        return as_ids(list(self.blocks))
+
+    @property
+    def names(self) -> Iterator[bytes]:
+        """What is to be written there."""
+        return (location.name for location in self.blocks.values())
 
 
 class NodeCache:
@@ -185,7 +195,8 @@ class NodeCache:
 
     def snapshot(self) -> list[tuple[Tier, bytes]]:
         """Return all names held, by tier. Call `take_events` with it, or a change is told twice."""
-        return [("host", self.pool.snapshot()), *((e.tier, b"".join(e.store.names())) for e in self.tiers.all)]
+        below = [(entry.tier, b"".join(entry.store.names())) for entry in self.tiers.all]
+        return [("host", self.pool.snapshot()), *below]
 
     def take_events(self) -> list[tuple[Tier, bytes, bytes]]:
         """Return by tier the names (stored, removed) since the last call, where there are any."""
@@ -193,7 +204,41 @@ class NodeCache:
         events += [(entry.tier, *entry.take_events()) for entry in self.tiers.all]
         return [event for event in events if event[1] or event[2]]
 
-    # ------------------------------------------------------------------------------------------------- what workers say
+    def stats(self) -> dict[str, float]:
+        """Return the counters and gauges by metric name."""
+        pool = self.pool
+        values = {
+            "kvray_blocks": pool.num_blocks,
+            "kvray_blocks_free": pool.num_free,
+            "kvray_blocks_pinned": pool.num_used,
+            "kvray_blocks_quarantined": pool.num_quarantined,
+            "kvray_blocks_allocated_total": pool.num_taken,
+            "kvray_blocks_evicted_total": pool.num_evicted,
+            "kvray_block_bytes": pool.arena.layout.block_bytes,
+            "kvray_leases": self.leases.num_open,
+            "kvray_leases_expired_total": self.leases.num_expired,
+            "kvray_cache_blocks_adopted": pool.num_adopted,
+            "kvray_cache_blocks_held": pool.num_held,
+            "kvray_cache_bookkeeping_bytes": pool.num_bookkeeping_bytes,
+            "kvray_cache_granted_total": self.num_granted,
+            "kvray_cache_refused_total": self.num_refused,
+            "kvray_cache_written_total": pool.num_committed,
+            "kvray_cache_duplicates_total": pool.num_duplicates,
+            "kvray_cache_missed_total": self.num_missed,
+            "kvray_cache_seen_again_total": self.num_seen_again,
+            "kvray_cache_without_room_total": self.reading.num_without_room,
+        }
+        for tier, num_offered in self.num_offered.items():
+            values[f'kvray_cache_offered_total{{tier="{tier}"}}'] = num_offered
+        for entry in self.tiers.all:
+            label = f'{{tier="{entry.tier}"}}'
+            values[f"kvray_cache_read_total{label}"] = self.reading.num_read[entry.tier]
+            values[f"kvray_cache_lost_total{label}"] = self.reading.num_lost[entry.tier]
+            values[f"kvray_cache_written_down_total{label}"] = self.writing_down.num_written[entry.tier]
+            values[f"kvray_cache_store_failures_total{label}"] = entry.num_failed
+        return {name: float(value) for name, value in values.items()}
+
+    # ----------------------------------------------------------------------------------------------- what workers say
 
     def _take(self, asker: bytes, message: Asked, now_s: float) -> list[CacheInstruction]:
         match message:
@@ -208,84 +253,87 @@ class NodeCache:
                     self._free(self.leases.on_event(leases.Renewed(key, asker), now_s), now_s)
             case ReleaseLease(request_id=request_id):
                 self._free(self.leases.on_event(leases.Released(_offer_key(asker, request_id), asker), now_s), now_s)
-                self._end_grant(asker, request_id, now_s)
+                grant = self._end_grant(asker, request_id, now_s)
+                if grant is not None:
+                    self.pool.give_back(grant.block_ids)
             case _ as unreachable:
                 assert_never(unreachable)
         return []
 
     def _grant(self, asker: bytes, message: RoomRequest, now_s: float) -> list[CacheInstruction]:
-        """Give room for what is neither held nor on its way, if it is worth it: dearest first."""
-        pool, key = self.pool, _room_key(asker, message.request_id)
+        """Give room for what is neither held nor on its way, if it is worth it."""
+        key = _room_key(asker, message.request_id)
         self._free(self.leases.on_event(leases.Asked(key, asker), now_s), now_s)
-        names = split_names(message.names)
-        if len(message.indexes) != len(names):
-            names = []
-        found = pool.find(b"".join(names))
-        pool.replace(np.unique(found[found >= 0]))
-        missing: dict[bytes, int] = {}
-        for name, index, block_id in zip(names, message.indexes, found.tolist(), strict=False):
-            if block_id < 0 and name not in self._writing and not self.reading.is_reading(name):
-                missing[name] = index
-        self.num_refused += len(missing)
-        wanted = as_names(b"".join(missing))
-        sights = 1 + pool.ghosts.seen(wanted).astype(np.int64)
-        self.num_seen_again += int((sights > 1).sum())
-        pool.ghosts.add(wanted)
-        indexes = np.clip(np.array(list(missing.values()), np.int64), 0, 2**32 - 1)
-        levels = pool.worth.levels(indexes, sights, np.zeros_like(sights))
-        order = np.lexsort((indexes, -levels))  # of equals, heads
-        order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
-        block_ids = pool.take(levels[order].tolist(), now_s).tolist()
-        order = order[: len(block_ids)]
-        all_missing = list(missing)
-        grant = _Grant(
-            asker,
-            names=dict(zip(block_ids, (all_missing[i] for i in order.tolist()), strict=True)),
-            indexes=dict(zip(block_ids, indexes[order].tolist(), strict=True)),
-            sights=dict(zip(block_ids, sights[order].tolist(), strict=True)),
-            tenant=message.tenant & (2**64 - 1),
-        )
-        self.num_granted += len(block_ids)
-        self.num_refused -= len(block_ids)
-        if block_ids:
+        missing = self._missing(message)
+        grant = self._take_room(missing, message.tenant & _UINT64, now_s)
+        self.num_granted += len(grant.blocks)
+        self.num_refused += len(missing) - len(grant.blocks)
+        if grant.blocks:
             self._grants[key] = grant
-            self._writing.update(grant.names.values())
+            self._writing.update(grant.names)
             self.leases.on_event(leases.Published(key), now_s)
         else:
             self.leases.on_event(leases.Failed(key), now_s)
-        generations = pool.arena.generations[as_ids(block_ids)].tolist()
-        locations = [
-            BlockLocation(grant.indexes[block_id], block_id, generation, grant.names[block_id], 0)
-            for block_id, generation in zip(block_ids, generations, strict=True)
-        ]
-        return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=locations))]
+        return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=list(grant.blocks.values())))]
+
+    def _missing(self, message: RoomRequest) -> dict[bytes, int]:
+        """Return what is neither held nor on its way, by name its position; what is held stays longer for it."""
+        names = split_names(message.names)
+        if len(message.indexes) != len(names):
+            return {}
+        found = self.pool.find(message.names)
+        self.pool.replace(np.unique(found[found >= 0]))
+        return {
+            name: min(max(index, 0), _UINT32)
+            for name, index, block_id in zip(names, message.indexes, found.tolist(), strict=True)
+            if block_id < 0 and name not in self._writing and not self.reading.is_reading(name)
+        }
+
+    def _take_room(self, missing: dict[bytes, int], tenant: int, now_s: float) -> _Grant:
+        """Take blocks for what is missing, the dearest first, heads before tails."""
+        pool, names = self.pool, list(missing)
+        wanted = as_names(b"".join(names))
+        sights = 1 + pool.ghosts.seen(wanted).astype(np.int64)
+        self.num_seen_again += int((sights > 1).sum())
+        pool.ghosts.add(wanted)
+        indexes = np.array(list(missing.values()), np.int64)
+        levels = pool.worth.levels(indexes, sights, np.zeros_like(sights))
+        order = np.lexsort((indexes, -levels))
+        order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
+        block_ids = pool.take(levels[order].tolist(), now_s)
+        generations = pool.arena.generations[block_ids].tolist()
+        grant = _Grant({}, {}, tenant)
+        for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):
+            grant.blocks[block_id] = BlockLocation(int(indexes[i]), block_id, generation, names[i], 0)
+            grant.num_sights[block_id] = int(sights[i])
+        return grant
 
     def _commit(self, asker: bytes, message: BlocksWritten, now_s: float) -> None:
-        grant = self._end_grant(asker, message.request_id, now_s, is_written=True)
+        grant = self._end_grant(asker, message.request_id, now_s)
         if grant is None:
             return  # its time was over
-        pool, generations = self.pool, self.pool.arena.generations
+        pool, granted = self.pool, grant.blocks
         told = {
             location.block_id: location
             for location in message.blocks
-            if location.block_id in grant.names
-            and location.generation == int(generations[location.block_id])
-            and 0 < location.num_tokens < 2**32
+            if location.block_id in granted
+            and location.generation == granted[location.block_id].generation
+            and 0 < location.num_tokens <= _UINT32
         }
         block_ids = as_ids(list(told))
         written = Written(
             block_ids,
-            as_names(b"".join(grant.names[block_id] for block_id in told)),
-            np.array([location.checksum & (2**64 - 1) for location in told.values()], np.uint64),
+            as_names(b"".join(granted[block_id].name for block_id in told)),
+            np.array([location.checksum & _UINT64 for location in told.values()], np.uint64),
             np.array([location.num_tokens for location in told.values()], np.uint32),
-            np.array([grant.indexes[block_id] for block_id in told], np.uint32),
+            np.array([granted[block_id].index for block_id in told], np.uint32),
             grant.tenant,
         )
-        sights = np.array([grant.sights[block_id] for block_id in told], np.uint32)
-        is_new = pool.commit(written, sights, now_s)
-        pool.give_back(as_ids([b for b in grant.names if b not in told] + block_ids[~is_new].tolist()))
-        pool.unpin(block_ids[is_new])
-        self.writing_down.offer(block_ids[is_new])
+        is_new = pool.commit(written, np.array([grant.num_sights[block_id] for block_id in told], np.uint32), now_s)
+        kept = block_ids[is_new]
+        pool.give_back(np.setdiff1d(grant.block_ids, kept))
+        pool.unpin(kept)
+        self.writing_down.offer(kept)
 
     def _offer(self, asker: bytes, message: BlocksRequest, now_s: float) -> list[CacheInstruction]:
         """Offer what lies in the arena, and have the rest read as far as a store has it."""
@@ -388,7 +436,7 @@ class NodeCache:
         pool.hint(block_ids[:num_kept], event.priority, event.pinned_until_s)
         pool.hint(block_ids[num_kept:], event.priority, 0.0)
 
-    # ------------------------------------------------------------------------------------------------ what was held ends
+    # --------------------------------------------------------------------------------------------- what was held ends
 
     def _free(self, freed: Sequence[FreeBlocks], now_s: float) -> None:
         """Unpin what was offered; quarantine what was granted, into which its writer may still write."""
@@ -399,21 +447,19 @@ class NodeCache:
                 self.pool.unpin(_joined(question.pinned))
                 continue
             grant = self._grants.pop(item.request_id)
-            self._writing.difference_update(grant.names.values())
-            self.pool.quarantine(as_ids(list(grant.names)), now_s + self.limits.quarantine_s)
+            self._writing.difference_update(grant.names)
+            self.pool.quarantine(grant.block_ids, now_s + self.limits.quarantine_s)
 
-    def _end_grant(self, asker: bytes, request_id: str, now_s: float, *, is_written: bool = False) -> _Grant | None:
-        """Take back room that its writer is through with; what it holds is the caller's if `is_written`."""
+    def _end_grant(self, asker: bytes, request_id: str, now_s: float) -> _Grant | None:
+        """Take a grant off the books, into whose blocks its writer writes no more; they are the caller's."""
         key = _room_key(asker, request_id)
         grant = self._grants.pop(key, None)
         if grant is not None:
             self.leases.on_event(leases.Released(key, asker), now_s)
-            self._writing.difference_update(grant.names.values())
-            if not is_written:
-                self.pool.give_back(as_ids(list(grant.names)))
+            self._writing.difference_update(grant.names)
         return grant
 
-    # ------------------------------------------------------------------------------------------------------ invariants
+    # ----------------------------------------------------------------------------------------------------- invariants
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the books do not agree."""
@@ -424,10 +470,10 @@ class NodeCache:
             raise InvariantError(f"node cache: {'; '.join(wrong)}")
 
     def _wrong(self) -> Iterator[str]:
-        granted = [name for grant in self._grants.values() for name in grant.names.values()]
+        granted = [name for grant in self._grants.values() for name in grant.names]
         if len(granted) != len(self._writing) or set(granted) != self._writing:
             yield "the names in grants are not those that are being written"
-        num_bound = sum(map(len, (grant.names for grant in self._grants.values()))) + self.reading.num_bound
+        num_bound = len(granted) + self.reading.num_bound
         is_idle = not self._questions and not self.writing_down.num_bound
         if is_idle and self.pool.num_used != num_bound:
             yield f"{self.pool.num_used} blocks are in use, {num_bound} are written or read"

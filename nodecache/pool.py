@@ -5,8 +5,8 @@
       |-- give back --' '-- quarantine --> quarantined --time--> free     |
       '------------------------ evict (inside take) ----------------------'
 
-At most 160 bytes a block, the arena's record included (`num_bookkeeping_bytes` tells). Names, checksums and the like lie
-in the arena's records, so that a successor finds them; who pins what does not: pins end with the process.
+At most 160 bytes a block, the arena's record included (`num_bookkeeping_bytes` tells). Names, checksums and the like
+lie in the arena's records, so that a successor finds them; who pins what does not: pins end with the process.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class HostPool:
     """The bookkeeping of one arena. One thread; `now_s` is CLOCK_MONOTONIC (`time.monotonic`)."""
 
     def __init__(self, arena: Arena, worth: Worth, now_s: float, quarantine_s: float) -> None:
-        """Take in what the arena holds; what its last owner had given out to write is quarantined for `quarantine_s`."""
+        """Take in what the arena holds; what its last owner had given out to write is quarantined for so long."""
         count = arena.layout.num_blocks
         self.num_blocks = count
         self.arena = arena
         self.worth = worth
         self.ghosts = Ghosts(count)
-        self.num_taken = self.num_evicted = self.num_committed = self.num_duplicates = self.num_quarantined_ever = 0
+        self.num_taken = self.num_evicted = self.num_committed = self.num_duplicates = 0
         self._records: npt.NDArray[Any] = arena.records
         self._levels = Levels(count)
         self._num_pins = np.zeros(count, np.int32)
@@ -72,11 +72,11 @@ class HostPool:
         held = np.flatnonzero(is_committed).astype(np.int32)
         self.num_adopted = len(held)
         self._link(held)
-        # The least recently used first; of those used together, tails.
-        order = np.lexsort((-self._records["index"][held].astype(np.int64), self._records["used_s"][held]))
-        self._place(held[order])
+        held = held[np.argsort(self._records["used_s"][held], kind="stable")]
+        for chain in np.split(held, np.flatnonzero(np.diff(self._records["used_s"][held])) + 1):
+            self._place(chain)  # what was used together, the least recently used first
 
-    # ---------------------------------------------------------------------------------------------------- counts
+    # --------------------------------------------------------------------------------------------------------- counts
 
     @property
     def num_free(self) -> int:
@@ -99,6 +99,11 @@ class HostPool:
         return self.num_blocks - self.num_free - self.num_quarantined
 
     @property
+    def num_held(self) -> int:
+        """Blocks that have a name."""
+        return self.num_adopted + self.num_committed - self.num_evicted
+
+    @property
     def num_bookkeeping_bytes(self) -> int:
         """All bytes besides the blocks that grow with their number."""
         arrays = (self._records, self.arena.generations, self._num_pins, self._buckets, self._chain, self._free)
@@ -115,7 +120,7 @@ class HostPool:
         is_committed = self._records["state"][block_id] == RecordState.COMMITTED
         return BlockState.PINNED if is_committed else BlockState.WRITING
 
-    # ------------------------------------------------------------------------------------------------------- looking up
+    # ----------------------------------------------------------------------------------------------------- looking up
 
     def find(self, names: bytes) -> BlockIds:
         """Return for each of the concatenated names the block that has it, -1 where none has: `[num_names]`."""
@@ -227,7 +232,7 @@ class HostPool:
         self.worth.observe(self._records["num_sights"][block_ids])
 
     def replace(self, block_ids: BlockIds) -> None:
-        """Put those of the chain's blocks that may be evicted where they belong by now: the last to go of their worth."""
+        """Put those of a chain's blocks that may be evicted where they belong by now: the last to go of their worth."""
         placed = block_ids[self._num_pins[block_ids] == 0]
         for block_id in placed.tolist():
             self._levels.remove(block_id)
@@ -254,7 +259,6 @@ class HostPool:
         self._require_writing(block_ids)
         self._num_pins[block_ids] = 0
         self._quarantined.update(dict.fromkeys(block_ids.tolist(), until_s))
-        self.num_quarantined_ever += len(block_ids)
 
     def release_quarantined(self, now_s: float) -> int:
         """Free the quarantined blocks whose time is over; return how many."""
@@ -264,7 +268,7 @@ class HostPool:
         self._push_empty(as_ids(ended))
         return len(ended)
 
-    # ---------------------------------------------------------------------------------------------------- what is told
+    # --------------------------------------------------------------------------------------------------- what is told
 
     def snapshot(self) -> bytes:
         """Return all names held, concatenated. Call `take_events` with it, or a change is told twice."""
@@ -277,7 +281,7 @@ class HostPool:
         self._removed.clear()
         return events
 
-    # ------------------------------------------------------------------------------------------------------ invariants
+    # ----------------------------------------------------------------------------------------------------- invariants
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the pool's books do not agree."""
@@ -300,7 +304,7 @@ class HostPool:
         _require(bool((self.find(b"".join(self._stored)) >= 0).all()), "what was told stored is held")
         _require(bool((self.find(b"".join(self._removed)) < 0).all()), "what was told removed is not held")
 
-    # --------------------------------------------------------------------------------------------------------- privately
+        """Evict the first to go that is worth at most `worth`; -1: none is. `passed` gets what a hint keeps."""
 
     def _bucket_of(self, names: Names) -> npt.NDArray[np.uint64]:
         return names[:, 0] & np.uint64(len(self._buckets) - 1)
@@ -342,7 +346,7 @@ class HostPool:
             self._levels.place(block_id, worth)
 
     def _evict(self, worth: int, now_s: float, passed: list[int]) -> int:
-        """Evict the first block to go that is worth at most `worth`; -1: there is none. `passed`: what a hint keeps."""
+        """Evict the first block to go that is worth at most `worth`; -1: none is. `passed` gets what a hint keeps."""
         while (lowest := self._levels.lowest()) is not None and lowest[1] <= worth:
             block_id = lowest[0]
             self._levels.remove(block_id)

@@ -248,9 +248,7 @@ class Reading:
     def _told(self, name: bytes, wanted: _Wanted, block_id: int | None) -> list[Outcome]:
         if self._wanted.get(name) is wanted:
             del self._wanted[name]
-        return [
-            Outcome(key, wanted.index, wanted.found.tier, wanted.found.block, block_id) for key in wanted.askers
-        ]
+        return [Outcome(key, wanted.index, wanted.found.tier, wanted.found.block, block_id) for key in wanted.askers]
 
     def check_invariants(self) -> Iterator[str]:
         """Yield what does not hold."""

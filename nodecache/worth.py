@@ -1,4 +1,4 @@
-"""What a block is worth, and which goes first: seconds of recomputing that it saves, times the chance that it is wanted.
+"""What a block is worth, and which goes first: seconds of recomputing that it saves, times the chance of reuse.
 
 All blocks have the same bytes, so worth per byte is worth. It is counted in levels:
 
