@@ -130,6 +130,7 @@ class _Grant:
 
     blocks: dict[int, BlockLocation]  #: by block id
     num_sights: dict[int, int]  #: by block id
+    held: bytes  #: names of the same prefix that were held already
     tenant: int
 
     @property
@@ -160,7 +161,7 @@ class NodeCache:
         self._writing: set[bytes] = set()  # names that somebody was granted room for
         self.num_offered: dict[Tier, int] = {"host": 0, **dict.fromkeys(stores, 0)}  #: blocks, by where they lay
         self.num_missed = 0  #: blocks that were asked for and are nowhere
-        self.num_granted = self.num_refused = self.num_seen_again = 0
+        self.num_granted = self.num_refused = self.num_written = self.num_seen_again = 0
 
     @property
     def num_waiting(self) -> int:
@@ -222,7 +223,7 @@ class NodeCache:
             "kvray_cache_bookkeeping_bytes": pool.num_bookkeeping_bytes,
             "kvray_cache_granted_total": self.num_granted,
             "kvray_cache_refused_total": self.num_refused,
-            "kvray_cache_written_total": pool.num_committed,
+            "kvray_cache_written_total": self.num_written,
             "kvray_cache_duplicates_total": pool.num_duplicates,
             "kvray_cache_missed_total": self.num_missed,
             "kvray_cache_seen_again_total": self.num_seen_again,
@@ -264,8 +265,8 @@ class NodeCache:
         """Give room for what is neither held nor on its way, if it is worth it."""
         key = _room_key(asker, message.request_id)
         self._free(self.leases.on_event(leases.Asked(key, asker), now_s), now_s)
-        missing = self._missing(message)
-        grant = self._take_room(missing, message.tenant & _UINT64, now_s)
+        missing, held = self._missing(message)
+        grant = self._take_room(missing, held, message.tenant & _UINT64, now_s)
         self.num_granted += len(grant.blocks)
         self.num_refused += len(missing) - len(grant.blocks)
         if grant.blocks:
@@ -276,20 +277,21 @@ class NodeCache:
             self.leases.on_event(leases.Failed(key), now_s)
         return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=list(grant.blocks.values())))]
 
-    def _missing(self, message: RoomRequest) -> dict[bytes, int]:
-        """Return what is neither held nor on its way, by name its position; what is held stays longer for it."""
+    def _missing(self, message: RoomRequest) -> tuple[dict[bytes, int], bytes]:
+        """Return what is neither held nor on its way, by name its position, and the names that are held."""
         names = split_names(message.names)
         if len(message.indexes) != len(names):
-            return {}
-        found = self.pool.find(message.names)
-        self.pool.replace(np.unique(found[found >= 0]))
-        return {
+            return {}, b""
+        found = self.pool.find(message.names).tolist()
+        missing = {
             name: min(max(index, 0), _UINT32)
-            for name, index, block_id in zip(names, message.indexes, found.tolist(), strict=True)
+            for name, index, block_id in zip(names, message.indexes, found, strict=True)
             if block_id < 0 and name not in self._writing and not self.reading.is_reading(name)
         }
+        held = b"".join(name for name, block_id in zip(names, found, strict=True) if block_id >= 0)
+        return missing, held
 
-    def _take_room(self, missing: dict[bytes, int], tenant: int, now_s: float) -> _Grant:
+    def _take_room(self, missing: dict[bytes, int], held: bytes, tenant: int, now_s: float) -> _Grant:
         """Take blocks for what is missing, the dearest first, heads before tails."""
         pool, names = self.pool, list(missing)
         wanted = as_names(b"".join(names))
@@ -302,7 +304,7 @@ class NodeCache:
         order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
         block_ids = pool.take(levels[order].tolist(), now_s)
         generations = pool.arena.generations[block_ids].tolist()
-        grant = _Grant({}, {}, tenant)
+        grant = _Grant({}, {}, held, tenant)
         for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):
             grant.blocks[block_id] = BlockLocation(int(indexes[i]), block_id, generation, names[i], 0)
             grant.num_sights[block_id] = int(sights[i])
@@ -333,6 +335,9 @@ class NodeCache:
         kept = block_ids[is_new]
         pool.give_back(np.setdiff1d(grant.block_ids, kept))
         pool.unpin(kept)
+        held = pool.find(grant.held)
+        pool.replace(np.union1d(held[held >= 0], kept))  # heads after their tails
+        self.num_written += len(kept)
         self.writing_down.offer(kept)
 
     def _offer(self, asker: bytes, message: BlocksRequest, now_s: float) -> list[CacheInstruction]:

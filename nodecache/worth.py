@@ -160,12 +160,12 @@ class Levels:
 class Ghosts:
     """Names of blocks that were wanted and are not held, as far as they were not overwritten: a table of tags.
 
-    Two tags for each block of the arena, at least. What is in the table at its place was wanted before; one in four
+    Four tags for each block of the arena, at least. What is in the table at its place was wanted before; one in four
     thousand million others seems so, too.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self._mask = np.uint64((1 << (2 * num_blocks - 1).bit_length()) - 1)
+        self._mask = np.uint64((1 << (4 * num_blocks - 1).bit_length()) - 1)
         self._tags = np.zeros(int(self._mask) + 1, np.uint32)
         self.num_bytes = self._tags.nbytes
 
