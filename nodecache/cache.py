@@ -20,7 +20,7 @@ import numpy as np
 
 from kvcache import leases
 from kvcache.leases import AskerLost, FreeBlocks, LeaseBook, TimePassed
-from kvcache.names import split_names
+from kvcache.names import NAME_BYTES, split_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockLocation,
@@ -279,7 +279,7 @@ class NodeCache:
 
     def _missing(self, message: RoomRequest) -> tuple[dict[bytes, int], bytes]:
         """Return what is neither held nor on its way, by name its position, and the names that are held."""
-        names = split_names(message.names)
+        names = _whole_names(message.names)
         if len(message.indexes) != len(names):
             return {}, b""
         found = self.pool.find(message.names).tolist()
@@ -344,7 +344,8 @@ class NodeCache:
         """Offer what lies in the arena, and have the rest read as far as a store has it."""
         pool, key = self.pool, _offer_key(asker, message.request_id)
         self._free(self.leases.on_event(leases.Asked(key, asker), now_s), now_s)
-        names = split_names(message.names)
+        names = _whole_names(message.names)
+        first_index = min(max(message.first_index, 0), _UINT32 - len(names))
         found = pool.find(message.names)
         _, first = np.unique(as_names(message.names), axis=0, return_index=True)
         is_first = np.zeros(len(names), bool)
@@ -356,7 +357,7 @@ class NodeCache:
         question = self._questions[key] = _Question(asker, message.request_id, now_s, [block_ids])
         missing = np.flatnonzero((found < 0) & is_first)
         step = -1 if message.is_tail_first else 1
-        wanted = [(names[i], message.first_index + i) for i in missing[::step].tolist()]
+        wanted = [(names[i], first_index + i) for i in missing[::step].tolist()]
         question.waiting = self.reading.want(key, wanted, now_s)
         self.num_missed += len(wanted) - len(question.waiting)
         self.num_offered["host"] += len(block_ids)
@@ -367,7 +368,7 @@ class NodeCache:
         rows = pool.records(block_ids)
         locations = map(
             BlockLocation,
-            (held + message.first_index).tolist(),
+            (held + first_index).tolist(),
             block_ids.tolist(),
             rows["generation"].tolist(),
             pool.names(block_ids),
@@ -482,6 +483,11 @@ class NodeCache:
         is_idle = not self._questions and not self.writing_down.num_bound
         if is_idle and self.pool.num_used != num_bound:
             yield f"{self.pool.num_used} blocks are in use, {num_bound} are written or read"
+
+
+def _whole_names(names: bytes) -> list[bytes]:
+    """Split concatenated names, without a rest that is none."""
+    return split_names(names[: len(names) // NAME_BYTES * NAME_BYTES])
 
 
 def _offer_key(asker: bytes, request_id: str) -> str:

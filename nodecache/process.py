@@ -14,7 +14,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,8 +141,6 @@ class CacheProcess:
         """Begin to serve; the answer is what the rest of the fleet needs to know."""
         self._spawn(self._tick_forever())
         self._spawn(self._report_forever())
-        # The first touch of a page costs three copies of it: not while somebody waits.
-        threading.Thread(target=self._memory.populate, name="populate", daemon=True).start()
         layout = self._options.layout
         return WorkerInfo(
             worker_id=self.worker_id,

@@ -171,6 +171,18 @@ def test_positions_out_of_range_do_no_harm():
     assert len(world.held(names_of(range(2)))) == 2
 
 
+@pytest.mark.parametrize("first_index", [-(2**40), -1, 2**32 - 1, 2**60])
+@pytest.mark.parametrize("rest", [b"", b"no name"])
+def test_a_question_for_blocks_that_makes_no_sense_does_no_harm(first_index, rest):
+    names = names_of(range(4))
+    world = World(16, {"disk": stored(names[2:])})
+    world.write(names[:2])
+    handoffs = world.ask([*names, rest], first_index=first_index) + world.move()
+    assert offered(handoffs) == names
+    granted = world.room([*names_of(range(4, 6)), rest[:3]])
+    assert len(granted.blocks) in (0, 2)
+
+
 def test_no_more_than_half_of_the_arena_is_being_written():
     world = World(32)
     assert len(world.room(names_of(range(32))).blocks) == 16
