@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
 import ray
 import ray.exceptions
 import ray.util
@@ -77,6 +78,7 @@ class RayNodeCache:
     ) -> None:
         """Use the node cache of this node for the model of `options`; it is made with these if there is none."""
         self._node_id: str = ray.get_runtime_context().get_node_id()
+        options = msgspec.structs.replace(options, ray_node_id=self._node_id)
         self._arguments = (options, read_secret, idle_s)
         self._name = f"kvray-cache-{self._node_id}-{options.layout.fingerprint.hex()[:16]}"
         self._actor: Any = None

@@ -50,6 +50,7 @@ from transport.channel import ChannelConfig, ChannelServer
 from transport.incoming import IncomingLinks
 from transport.memory import PAGE_BYTES, Memory
 from transport.opening import RoadOptions, open_roads
+from transport.plasma.road import NoVaults
 from transport.roads import Roads
 from transport.secret import ClusterSecret
 
@@ -75,6 +76,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     roads: RoadOptions
     limits: CacheLimits
     stall_s: float  #: a pull is given up when nothing arrived for so long
+    ray_node_id: str = ""  #: in hex, of the node that the process runs on; "": there is no Ray
     kernel_path: str = ""  #: what computes the model's blocks, for people
     compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
     log_level: str = "info"
@@ -117,7 +119,8 @@ class CacheProcess:
         pool = HostPool(arena, worth, time.monotonic(), options.limits.quarantine_s)
         self.cache = NodeCache(pool, stores, options.limits)
         self._scratch = Memory.allocate(PAGE_BYTES)  # nothing is pulled by this process
-        opened = open_roads(options.roads, secret, options.host, None, lambda: None)
+        vaults = NoVaults(options.ray_node_id) if options.ray_node_id else None
+        opened = open_roads(options.roads, secret, options.host, vaults, lambda: None)
         self._roads = Roads(opened, memory, self._scratch, options.stall_s)
         self._threads = {
             tier: (

@@ -17,6 +17,9 @@ from nodecache.actor import RayNodeCache
 from tests.nodecache.blocks import content_of, names_of
 from tests.nodecache.client import CacheClient
 from tests.nodecache.test_process import BLOCK_BYTES, options_of
+from transport.opening import RoadOptions
+from transport.plasma.actor import RayVaults
+from transport.plasma.road import PlasmaTransport
 from transport.secret import ClusterSecret
 
 _SECRET = ClusterSecret(bytes(32))
@@ -41,9 +44,18 @@ def cache_processes() -> list[int]:
     return found
 
 
+async def pulled_by_way_of_a_vault(address: str, name: bytes) -> bool:
+    road = PlasmaTransport(RayVaults())
+    client = CacheClient(_SECRET, address, BLOCK_BYTES, transports=[road])
+    await client.open()
+    arrived = await client.fetch([name])
+    client.close()
+    return arrived == {name: content_of(name, BLOCK_BYTES)}
+
+
 async def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
-    options = options_of(32)
+    options = msgspec.structs.replace(options_of(32), roads=RoadOptions(names=("shm", "plasma")))
     one = RayNodeCache(options, read_secret, idle_s=10.0)
     other = RayNodeCache(options, read_secret, idle_s=10.0)
     first, second = await one.info(), await other.info()
@@ -60,6 +72,8 @@ async def main() -> None:
     heir = CacheClient(_SECRET, third.address, BLOCK_BYTES)
     await heir.open()
     seen["is_back"] = await heir.fetch(names) == {name: content_of(name, BLOCK_BYTES) for name in names}
+    seen["roads"] = third.roads
+    seen["is_pulled_by_way_of_a_vault"] = await pulled_by_way_of_a_vault(third.address, names[0])
     for opened in (client, heir):
         opened.close()
 

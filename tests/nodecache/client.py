@@ -27,7 +27,7 @@ from messages.wire import Message
 from tests.nodecache.blocks import BLOCK_SIZE, checksum, content_of
 from transport.channel import ChannelClient, ChannelConfig
 from transport.memory import Memory
-from transport.protocol import Copy, TransferError
+from transport.protocol import Copy, TransferError, Transport
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport, open_region
@@ -43,7 +43,12 @@ class CacheClient:
     """One connection to one node cache process. `on_step` is called between any two steps of what is done."""
 
     def __init__(
-        self, secret: ClusterSecret, address: str, block_bytes: int, on_step: Callable[[], None] = lambda: None
+        self,
+        secret: ClusterSecret,
+        address: str,
+        block_bytes: int,
+        on_step: Callable[[], None] = lambda: None,
+        transports: Sequence[Transport] = (),
     ) -> None:
         self.block_bytes = block_bytes
         self.on_step = on_step
@@ -53,7 +58,7 @@ class CacheClient:
         self._answers: dict[str, asyncio.Queue[Message]] = {}
         self._target = Memory.allocate(block_bytes)
         self._scratch = Memory.allocate(PROBE_BYTES)
-        self._roads = Roads([ShmTransport()], self._target, self._scratch, stall_s=5.0)
+        self._roads = Roads(transports or [ShmTransport()], self._target, self._scratch, stall_s=5.0)
         self.client = ChannelClient(secret, address, self._take, self._lose, config=ChannelConfig(heartbeat_s=0.1))
         self._link = self._roads.connect(lambda road, body: self.client.send(RoadMessage(road=road, body=body)))
 

@@ -29,4 +29,11 @@ def test_workers_of_a_node_share_one_cache_that_is_followed_by_another_and_ends_
     assert finished.returncode == 0, finished.stderr
     seen = json.loads(finished.stdout.splitlines()[-1])
     assert "bytes are available" in seen.pop("too_large")
-    assert seen == {"is_one": True, "num_processes": 1, "is_back": True, "has_ended": True}
+    assert seen == {
+        "is_one": True,
+        "num_processes": 1,
+        "is_back": True,
+        "roads": ["shm", "plasma"],
+        "is_pulled_by_way_of_a_vault": True,
+        "has_ended": True,
+    }

@@ -19,7 +19,9 @@ from tests.nodecache.blocks import BLOCK_SIZE, checksum, content_of, layout_of, 
 from tests.nodecache.client import CacheClient
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
+from transport.protocol import Transport
 from transport.secret import ClusterSecret
+from transport.socket.road import SocketTransport
 
 ROOT = Path(__file__).parents[2]
 BLOCK_BYTES = 4096
@@ -47,10 +49,10 @@ class Served:
         self.process = CacheProcess(options, self.secret, options.layout.allocate(), stores)
         self.clients: list[CacheClient] = []
 
-    async def open(self) -> CacheClient:
+    async def open(self, *transports: Transport) -> CacheClient:
         if not self.clients:
             self.info = await self.process.start()
-        client = CacheClient(self.secret, self.info.address, BLOCK_BYTES)
+        client = CacheClient(self.secret, self.info.address, BLOCK_BYTES, transports=transports)
         self.clients.append(client)
         await client.open()
         return client
@@ -102,6 +104,16 @@ async def test_the_info_describes_an_owner_of_blocks(served):
     assert isinstance(made.info, WorkerInfo)
     assert (made.info.role, made.info.num_blocks, made.info.block_bytes) == ("cache", 64, BLOCK_BYTES)
     assert made.info.roads == ("shm", "socket")
+
+
+async def test_a_worker_of_another_node_pulls_over_the_network(served):
+    made = served()
+    writer = await made.open()
+    names = names_of(range(8))
+    await writer.write(names)
+    reader = await made.open(SocketTransport(made.secret, "127.0.0.1", port_range=(20000, 20999)))
+    assert await reader.fetch(names) == {name: content_of(name, BLOCK_BYTES) for name in names}
+    assert (await reader.stats())["kvray_blocks_pinned"] == 0
 
 
 async def test_two_writers_of_one_block_get_room_once_and_two_readers_lease_it_twice(served):
