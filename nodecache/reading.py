@@ -129,14 +129,21 @@ class Reading:
                     del self._wanted[name]
 
     def begin(self, now_s: float) -> tuple[list[ReadBlocks], list[Outcome]]:
-        """Begin as many reads as may run; blocks without room in the arena do not come."""
+        """Begin as many reads as may run; blocks without room in the arena, or of a store that failed, do not come."""
         instructions: list[ReadBlocks] = []
         outcomes: list[Outcome] = []
         for tier, queue in self._queues.items():
-            num_running = sum(read.tier == tier for read in self._reads.values())
-            while queue and num_running < self._max_reads:
+            running = [read for read in self._reads.values() if read.tier == tier]
+            num_running = len(running)
+            has_hung = num_running >= self._max_reads and all(read.is_overdue for read in running)
+            is_usable = self._tiers[tier].is_usable(now_s) and not has_hung
+            while queue and (num_running < self._max_reads or not is_usable):
                 batch = self._next_batch(queue)
                 if not batch:
+                    continue
+                if not is_usable:
+                    for name, wanted in batch:
+                        outcomes += self._outcomes(name, wanted, None, now_s)
                     continue
                 read, without_room = self._begin(tier, batch, now_s)
                 outcomes += without_room
@@ -153,9 +160,9 @@ class Reading:
         read = self._reads.pop(read_id)
         entry = self._tiers[read.tier]
         came = np.array(arrived if arrived is not None else [False] * len(read.wanted), bool)
-        if arrived is None:
+        if arrived is None and not read.is_overdue:
             entry.on_failed(now_s)
-        else:
+        if arrived is not None:
             entry.on_worked()
             lost = [name for (name, _), is_there in zip(read.wanted, arrived, strict=True) if not is_there]
             entry.on_changed([], lost)

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from messages.errors import ConfigError, WorkerError, error_from_info
+from messages.errors import KvrayError, WorkerError, error_from_info, first_line
 from messages.fleet import WorkerInfo
 from nodecache.process import CacheOptions, Start, Started
 from transport.memory import Memory
@@ -117,13 +117,12 @@ class Supervisor:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_START_S):
                 line = await self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            await self._kill()
-            raise WorkerError(f"the node cache ended with status {self._process.returncode} before it served")
-        started = msgspec.json.decode(line, type=Started)
+        started = msgspec.json.decode(line, type=Started) if line.endswith(b"\n") else Started()
         if started.info is None:
-            await self._process.wait()
-            raise ConfigError("no error said") if started.error is None else error_from_info(started.error)
+            await self._kill()
+            if started.error is not None:
+                raise error_from_info(started.error)
+            raise WorkerError(f"the node cache ended with status {self._process.returncode} before it served")
         self.info = started.info
         self._on_up(started.info)
         return started.info
@@ -142,8 +141,8 @@ class Supervisor:
             self.num_restarts += 1
             try:
                 await self._start_process()
-            except (ConfigError, WorkerError) as error:
-                logger.error("the node cache does not start: %s", error.message)  # noqa: TRY400 - no bug of ours
+            except (KvrayError, OSError) as error:
+                logger.error("the node cache does not start: %s", first_line(error))  # noqa: TRY400 - no bug of ours
 
     async def _wait_until_ended(self) -> None:
         """Return when the process has ended; it is killed if it gives no sign of life."""

@@ -439,6 +439,25 @@ def test_whoever_waits_for_a_store_that_hangs_is_told_in_time_and_the_blocks_sta
     assert world.held(names) == names
 
 
+def test_who_waits_behind_a_store_that_hangs_or_fails_gets_the_rest_elsewhere_or_is_told():
+    names = names_of(range(16))
+    world = World(32, {"disk": stored(names), "remote": stored(names[12:])}, max_reads=1)
+    world.ask(names[:8], "q1")
+    world.ask(names[8:], "q2")
+    world.now_s = 4.1
+    handoffs = world.post(TimePassed())  # the disk hangs
+    assert [(h.request_id, h.is_last) for h in handoffs] == [("q1", True)]
+    assert [(read.tier, read.names) for read in world.pending[1:]] == [("remote", tuple(names[12:]))]
+    [handoff] = world.do(world.pending.pop())
+    assert (offered([handoff]), handoff.is_last, handoff.tier) == (names[12:], True, "remote")
+    world.move()
+    world.now_s = 9.0
+    world.ask(names, "q3")
+    handoffs = world.move(failing=True)
+    assert handoffs[-1].is_last
+    assert world.cache.num_waiting == 0
+
+
 def test_a_block_that_a_worker_wrote_while_it_was_read_is_offered_as_that_one():
     names = names_of(range(2))
     world = World(16, {"disk": stored(names)})

@@ -33,8 +33,8 @@ from nodecache.arena import Arena
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheLimits, Hinted, NodeCache, Said, Tell
 from nodecache.loopback import LoopbackStore
 from nodecache.pool import HostPool
-from nodecache.reading import ReadBlocks
-from nodecache.store import StoreError
+from nodecache.reading import ReadBlocks, Reading
+from nodecache.store import StoredBlock, StoreError
 from nodecache.worth import Worth
 from nodecache.writing_down import WriteBlocks, WritingDown
 from tests.nodecache.blocks import (
@@ -68,8 +68,12 @@ class Offered:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(num_blocks=st.integers(2, 12), sizes=st.lists(st.integers(1, 40), max_size=2))
-    def open(self, num_blocks: int, sizes: list[int]) -> None:
+    @initialize(
+        num_blocks=st.integers(2, 12),
+        sizes=st.lists(st.integers(1, 40), max_size=2),
+        kept=st.lists(st.sets(chains), min_size=2, max_size=2),
+    )
+    def open(self, num_blocks: int, sizes: list[int], kept: list[set[str]]) -> None:
         self.now_s = 100.0
         layout = layout_of(num_blocks)
         self.memory = layout.allocate()
@@ -77,6 +81,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.stores = {
             tier: LoopbackStore(size, checksum) for tier, size in zip(("disk", "remote"), sizes, strict=False)
         }
+        for store, there in zip(self.stores.values(), kept, strict=False):
+            names = [name_of(index, chain) for chain in sorted(there) for index in range(MAX_LENGTH)]
+            blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in names]
+            store.write(blocks, [memoryview(content_of(name)) for name in names], 0.0)
         limits = CacheLimits(
             lease_s=LEASE_S, quarantine_s=QUARANTINE_S, batch_bytes=2 * BLOCK_BYTES, max_reads=2, read_deadline_s=3.0
         )
@@ -86,11 +94,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.slow: list[BlockLocation] = []  # granted long ago, to writers that still look before they write
         self.late: list[tuple[int, float]] = []  # blocks that lost writers were writing into, and until when
         self.offered: dict[tuple[bytes, str], Offered] = {}
-        self.told: dict[str, set[bytes]] = {"host": set(), **{tier: set() for tier in self.stores}}
+        self.told: dict[str, set[bytes]] = {tier: set(split_names(names)) for tier, names in self.cache.snapshot()}
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
+        for _ in self.stores:  # no store answers any more: whoever waits is told, at last by the furthest one
+            self.now_s += 5.0
+            self.post(TimePassed())
+        if not all(offered.is_whole for offered in self.offered.values()):
+            raise InvariantError("somebody waits for ever")
         for asker in ASKERS:
             self.post(AskerLost(asker))
         self.grants.clear()
@@ -123,6 +136,16 @@ class CacheMachine(RuleBasedStateMachine):
             assert not new & gone
             assert gone <= self.told[tier]
             self.told[tier] = (self.told[tier] | new) - gone
+        self.let_late_bytes_land()
+
+    def let_late_bytes_land(self) -> None:
+        """Whoever still may write does it, at every moment."""
+        for block_id, until_s in self.late:
+            if self.now_s < until_s:
+                self.pool.arena.block(block_id)[:] = b"?" * BLOCK_BYTES
+        for location in self.slow:
+            if int(self.pool.arena.generations[location.block_id]) == location.generation:
+                self.pool.arena.block(location.block_id)[:] = b"?" * BLOCK_BYTES
 
     def take_offer(self, asker: bytes, handoff: KvHandoff) -> None:
         offered = self.offered[asker, handoff.request_id]
@@ -223,15 +246,6 @@ class CacheMachine(RuleBasedStateMachine):
         for granted in late:
             self.late += [(location.block_id, self.now_s + QUARANTINE_S) for location in granted.blocks]
 
-    @rule()
-    def let_late_bytes_land(self) -> None:
-        for block_id, until_s in self.late:
-            if self.now_s < until_s:
-                self.pool.arena.block(block_id)[:] = b"?" * BLOCK_BYTES
-        for location in self.slow:
-            if int(self.pool.arena.generations[location.block_id]) == location.generation:
-                self.pool.arena.block(location.block_id)[:] = b"?" * BLOCK_BYTES
-
     @rule(which=st.integers(0, 9), is_error=st.booleans())
     def let_a_store_answer(self, which: int, is_error: bool) -> None:
         if self.pending:
@@ -305,6 +319,11 @@ def tell_nothing_of_losses(book: LeaseBook, request_ids: list[str], *, is_expire
 _end = WritingDown.end
 
 
+def give_up_nobody(reading: Reading, now_s: float) -> list[object]:
+    """Wrong: a store that does not answer is waited for."""
+    return []
+
+
 def keep_pinned_what_was_written_down(
     writing: WritingDown, write_id: int, dropped: list[bytes] | None, now_s: float
 ) -> None:
@@ -323,6 +342,7 @@ def keep_pinned_what_was_written_down(
         (Arena, "renew", renew_without_a_new_generation),
         (HostPool, "quarantine", free_at_once),
         (LeaseBook, "_free", tell_nothing_of_losses),
+        (Reading, "give_up", give_up_nobody),
         (WritingDown, "end", keep_pinned_what_was_written_down),
     ],
 )
