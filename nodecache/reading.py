@@ -165,7 +165,7 @@ class Reading:
         if arrived is not None:
             entry.on_worked()
             lost = [name for (name, _), is_there in zip(read.wanted, arrived, strict=True) if not is_there]
-            entry.on_changed([], lost)
+            entry.on_changed([], [name for name in lost if entry.store.find(name) is None])
         kept = self._commit(read, came, now_s)
         outcomes: list[Outcome] = []
         for (name, wanted), block_id in zip(read.wanted, kept, strict=True):

@@ -134,7 +134,8 @@ class CacheMachine(RuleBasedStateMachine):
         for tier, stored, removed in self.cache.take_events():
             new, gone = set(split_names(stored)), set(split_names(removed))
             assert not new & gone
-            assert gone <= self.told[tier]
+            # A store may drop a block for others while it is read: its loss is told for both.
+            assert gone <= self.told[tier] or tier != "host"
             self.told[tier] = (self.told[tier] | new) - gone
         self.let_late_bytes_land()
 
@@ -274,7 +275,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.check_invariants()
         for tier, names in self.cache.snapshot():
-            assert set(split_names(names)) == self.told[tier] or tier != "host"
+            if tier == "host" or not self.pending:
+                assert set(split_names(names)) == self.told[tier]
 
     @invariant()
     def what_is_leased_does_not_change(self) -> None:
