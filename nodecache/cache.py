@@ -450,7 +450,7 @@ class NodeCache:
             question = self._questions.pop(item.request_id, None)
             if question is not None:
                 self.reading.forget(item.request_id, question.waiting)
-                self.pool.unpin(_joined(question.pinned))
+                self.pool.unpin(np.concatenate(question.pinned))
                 continue
             grant = self._grants.pop(item.request_id)
             self._writing.difference_update(grant.names)
@@ -496,7 +496,3 @@ def _offer_key(asker: bytes, request_id: str) -> str:
 
 def _room_key(asker: bytes, request_id: str) -> str:
     return f"room/{asker.hex()}/{request_id}"
-
-
-def _joined(pinned: Sequence[BlockIds]) -> BlockIds:
-    return np.concatenate(pinned) if pinned else as_ids([])
