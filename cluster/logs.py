@@ -8,7 +8,7 @@ import sys
 import time
 
 #: our rooms; everything else keeps its own level and handlers
-ROOMS = ("messages", "kvcache", "transport", "engine", "prefill", "decode", "kvrouter", "cluster")
+ROOMS = ("messages", "kvcache", "transport", "nodecache", "engine", "prefill", "decode", "kvrouter", "cluster")
 
 #: Control characters as Python writes them: a message cannot forge a line or move the cursor.
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}

@@ -24,7 +24,7 @@ class Lender:
         self,
         lease_s: float,
         post: Callable[[Event], None],
-        send: Callable[[bytes, Message], None],
+        send: Callable[[bytes, Message], object],
         checksums: Callable[[Sequence[int]], list[int]],
     ) -> None:
         """Lend for `lease_s` seconds. `post` is the scheduler's, `checksums` gives those of blocks by their ids."""

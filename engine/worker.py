@@ -46,10 +46,10 @@ from engine.scheduling.plan import (
     TakeIn,
 )
 from kvcache.names import split_names
+from kvcache.subscribers import Subscribers
 from messages.errors import InvariantError
 from messages.fleet import (
     GetStats,
-    KvEvents,
     LoadReport,
     Role,
     SpareBlocks,
@@ -71,10 +71,10 @@ from messages.price import MovePrice
 from messages.wire import Message
 from transport.channel import ChannelConfig, ChannelServer
 from transport.checksum import checksum_path
+from transport.incoming import IncomingLinks
 from transport.memory import Memory
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import Vaults
-from transport.protocol import Link
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
 
@@ -194,11 +194,11 @@ class EngineWorker:
         )
         self.engine.scheduler.set_prices(self.borrower.price_of)
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
-        self._links: dict[bytes, Link] = {}  #: to those who connected to this worker, and pull from it
         self._role: WorkerRole | None = None
+        self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
         self._offered: dict[bytes, float] = {}  #: as surplus, and when
         self._num_intakes = count()
-        self._subscribers: dict[bytes, int] = {}  #: sender -> next event number
+        self._subscribers = Subscribers(worker_id, self.send)
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
         self.server: ChannelServer | None = None
@@ -251,10 +251,9 @@ class EngineWorker:
             self.borrower.decide(SequenceOver(event.seq_id))
         self._report_wanted.set()
 
-    def send(self, receiver: bytes, message: Message) -> None:
-        """Send a message to a sender; it is dropped if that one is gone."""
-        if self.server is not None:
-            self.server.send(receiver, message)
+    def send(self, receiver: bytes, message: Message) -> bool:
+        """Send a message to a sender; False: it is dropped, as that one is gone."""
+        return self.server is not None and self.server.send(receiver, message)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine until it ends or the worker closes; what it raises ends the worker."""
@@ -295,14 +294,12 @@ class EngineWorker:
             case Subscribe():
                 self._flush_events()
                 self.engine.pool.mark(self.engine.pool.snapshot(), is_spare=False)
-                self._subscribers[sender] = 1
-                names = b"".join(self.engine.pool.snapshot())
-                self.send(sender, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names))
+                self._subscribers.add(sender, [("device", b"".join(self.engine.pool.snapshot()))])
                 self.send(sender, self._report(self.borrower.peers.prices()))
             case GetStats(query_id=query_id):
                 self.send(sender, self._stats(query_id))
             case DescribeRegions():
-                self._link(sender)
+                self._links.open(sender)
                 self.send(
                     sender,
                     RegionsDescribed(
@@ -311,29 +308,17 @@ class EngineWorker:
                         has_generations=self.engine.layout.has_generations,
                     ),
                 )
-            case RoadMessage(road=road, body=body):
-                self.roads.on_message(self._link(sender), road, body)
+            case RoadMessage():
+                self._links.on_message(sender, message)
             case BlocksRequest() | RenewLease() | ReleaseLease() if self._lender.take(sender, message):
                 pass
             case _:
                 assert self._role is not None
                 self._role.on_message(sender, message)
 
-    def _link(self, sender: bytes) -> Link:
-        link = self._links.get(sender)
-        if link is None:
-
-            def send(road: str, body: bytes) -> bool:
-                return self.server is not None and self.server.send(sender, RoadMessage(road=road, body=body))
-
-            link = self._links[sender] = self.roads.connect(send)
-        return link
-
     def _on_sender_lost(self, sender: bytes) -> None:
-        self._subscribers.pop(sender, None)
-        link = self._links.pop(sender, None)
-        if link is not None:
-            self.roads.disconnect(link)
+        self._subscribers.remove(sender)
+        self._links.on_lost(sender)
         self._lender.lose(sender)
         assert self._role is not None
         self._role.on_sender_lost(sender)
@@ -364,7 +349,7 @@ class EngineWorker:
     def _offer_oldest(self) -> None:
         """Tell what would be evicted next, once the pool has little else to give: another worker may keep it."""
         pool = self.engine.pool
-        if not self._subscribers or pool.num_dispensable * _DISPENSABLE_SHARE > pool.num_blocks:
+        if pool.num_dispensable * _DISPENSABLE_SHARE > pool.num_blocks:
             return
         now_s = time.monotonic()
         oldest = [
@@ -393,14 +378,8 @@ class EngineWorker:
     def _flush_events(self) -> None:
         """Tell subscribers what changed in the pool, numbered for each: write path step b."""
         stored, removed = self.engine.pool.take_events()
-        if not stored and not removed:
-            return
-        for subscriber, seq in self._subscribers.items():
-            self._subscribers[subscriber] = seq + 1
-            self.send(
-                subscriber,
-                KvEvents(worker_id=self.worker_id, seq=seq, stored=b"".join(stored), removed=b"".join(removed)),
-            )
+        if stored or removed:
+            self._subscribers.tell("device", b"".join(stored), b"".join(removed))
 
     async def _report_forever(self) -> None:
         while True:
@@ -410,7 +389,7 @@ class EngineWorker:
             self._report_wanted.clear()
             self._flush_events()
             report = self._report(self.borrower.peers.changed_prices())
-            for subscriber in list(self._subscribers):
+            for subscriber in self._subscribers:
                 self.send(subscriber, report)
             await asyncio.sleep(_REPORT_MIN_S)
 

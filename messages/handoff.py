@@ -95,17 +95,25 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Worker to the node cache of its node: I could write these blocks into your arena."""
+    """Worker to the node cache of its node: I could write these blocks into your arena.
+
+    Blocks of one prefix, in any order. To name those before them as well, which are held, keeps heads from leaving
+    before their tails.
+    """
 
     request_id: str  #: of this question; the asker gives each another one
-    names: bytes  #: 16 bytes each, concatenated, in any order
+    names: bytes  #: 16 bytes each, concatenated
+    indexes: list[int]  #: of each, its position in its prefix: later ones cost more to recompute
+    tenant: int = 0  #: 64 bits of a digest of who they belong to; 0: nobody in particular
 
 
 class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Node cache to worker: write these, and only these, where they are to lie, and say so with BlocksWritten.
 
-    A location's index is the position in RoomRequest.names; its generation is the one to be named with BlocksWritten.
-    What is not among them is held already, or not worth its room.
+    A location's index is the position in its prefix; its generation is the one to be named with BlocksWritten. Before
+    each block is written its generation is looked at in the arena: another one means that the room was taken back.
+    What is not among them is held already, or not worth its room. RenewLease gives more time, ReleaseLease gives all
+    of it back.
     """
 
     request_id: str
@@ -113,7 +121,10 @@ class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BlocksWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Worker to node cache: these granted blocks hold their bytes, of these checksums; the others are given back."""
+    """Worker to node cache: these granted blocks hold their bytes, of these checksums; the others are given back.
+
+    The locations are those of RoomGranted, with number of tokens and checksum. It ends the grant.
+    """
 
     request_id: str
     blocks: list[BlockLocation]

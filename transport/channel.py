@@ -152,8 +152,10 @@ class ChannelServer:
         try:
             self._socket.bind(f"tcp://{literal}:*")
         except zmq.ZMQError as error:
-            self._socket.close(linger=0)
-            self._gate.close(linger=0)
+            self._socket.disable_monitor()
+            for opened in (self._monitor, self._socket, self._gate):
+                opened.close(linger=0)
+            self._context.term()
             raise ConfigError(f"host {host!r}: cannot listen there: {error}") from error
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

@@ -3,17 +3,19 @@
 An anonymous file of the kernel (memfd): no name in /dev/shm, freed by the kernel when the last process that maps it
 ends, however it ends. Peers reach it through the owner's /proc/<pid>/fd, which the kernel lets only the same user do.
 
-    [data: num_bytes][padding to a page][header: magic, version, num_bytes, nonce]
+    [data: num_bytes][padding to a page][header: magic, version, num_bytes, nonce][padding to a page][tail]
     ^ page aligned, aligned for huge pages where the kernel grants them
 
 The header tells a reader that what it opened is what was described to it; it lies behind the data so that the data
-begins where the mapping begins.
+begins where the mapping begins. What lies in the tail, if there is one, no peer maps: the owner's own notes, for the
+process that adopts the file after it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import secrets
@@ -63,7 +65,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Memory:
-    """Writable host memory that is mapped shared: a `transport.protocol.RegionMemory`. `Memory.allocate` makes it."""
+    """Writable host memory that is mapped shared: a `transport.protocol.RegionMemory`.
+
+    `Memory.allocate` makes it, `Memory.adopt` takes over what another process made.
+    """
 
     is_host = True
 
@@ -74,9 +79,11 @@ class Memory:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         #: [num_bytes] uint8, writable, page aligned; stays valid as long as anyone refers to it
         self.view = memoryview(mapping)[:num_bytes]
+        #: writable bytes that peers do not map, page aligned; at least as many as were asked for
+        self.tail = memoryview(mapping)[_tail_offset(num_bytes) :]
 
     @classmethod
-    def allocate(cls, num_bytes: int) -> Memory:
+    def allocate(cls, num_bytes: int, *, tail_bytes: int = 0) -> Memory:
         """Allocate zeroed memory, every page of it reserved: writing to it later cannot fail (nor raise SIGBUS).
 
         Takes about 0.3 s per GiB, the kernel's zeroing; call it in a thread where a loop runs.
@@ -88,18 +95,41 @@ class Memory:
             raise ConfigError(f"memory of {num_bytes} bytes asked for: at least 1 wanted")
         # An anonymous file is bounded by nothing but the out-of-memory killer: look before reserving.
         available = available_bytes()
-        if num_bytes > available:
-            raise ConfigError(f"memory of {num_bytes:,} bytes asked for, {available:,} bytes are available")
-        total = _header_offset(num_bytes) + PAGE_BYTES
+        if num_bytes + tail_bytes > available:
+            raise ConfigError(
+                f"memory of {num_bytes + tail_bytes:,} bytes asked for, {available:,} bytes are available"
+            )
+        total = _tail_offset(num_bytes) + tail_bytes
         fd = os.memfd_create("kvray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(fd, 0, total)
             # A file that cannot shrink cannot give its readers a SIGBUS either.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            mapping = mmap.mmap(fd, total, flags=mmap.MAP_SHARED)
+            return cls._mapped(fd, num_bytes, total)
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"memory of {num_bytes:,} bytes could not be reserved: {error.strerror}") from error
+
+    @classmethod
+    def adopt(cls, fd: int, num_bytes: int, *, tail_bytes: int = 0) -> Memory:
+        """Take over memory that `allocate` made with the same arguments, in this process or another; `fd` is owned now.
+
+        The bytes are as they were left; the nonce is another one, so that whoever opened the memory before finds out
+        once it is published.
+
+        Raises:
+            ConfigError: `fd` is no such memory.
+        """
+        total = _tail_offset(num_bytes) + tail_bytes
+        try:
+            _check_file(fd, total, total)
+            return cls._mapped(fd, num_bytes, total)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"descriptor {fd} is not the memory wanted: {error}") from error
+
+    @classmethod
+    def _mapped(cls, fd: int, num_bytes: int, total: int) -> Memory:
+        mapping = mmap.mmap(fd, total, flags=mmap.MAP_SHARED)
         with contextlib.suppress(OSError):  # kernels without huge pages for shared memory refuse: nothing is lost
             mapping.madvise(mmap.MADV_HUGEPAGE)
         return cls(fd, mapping, num_bytes)
@@ -149,17 +179,17 @@ class Memory:
 
 
 class SharedView:
-    """Another process's `Memory`, mapped read-only. Stays readable after its owner died; check `is_current`."""
+    """Another process's `Memory`, without its tail. Stays readable after its owner died; check `is_current`."""
 
     def __init__(self, mapping: mmap.mmap, num_bytes: int, nonce: bytes) -> None:
         self._mapping = mapping
         self._nonce = nonce
         self.num_bytes = num_bytes
-        #: [num_bytes] uint8, read-only, page aligned
+        #: [num_bytes] uint8, page aligned, read-only unless it was opened writable
         self.view = memoryview(mapping)[:num_bytes]
 
     @classmethod
-    def open(cls, pid: int, fd: int, num_bytes: int, nonce: bytes) -> SharedView:
+    def open(cls, pid: int, fd: int, num_bytes: int, nonce: bytes, *, is_writable: bool = False) -> SharedView:
         """Map what process `pid` has open as `fd`, if it is the memory that was described.
 
         Raises:
@@ -167,15 +197,13 @@ class SharedView:
             ValueError: it is another file than the one described.
         """
         # Non-blocking: a recycled number may be a pipe, whose open would wait for a writer.
-        own_fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.O_RDWR if is_writable else os.O_RDONLY
+        own_fd = os.open(f"/proc/{pid}/fd/{fd}", mode | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            total = _header_offset(num_bytes) + PAGE_BYTES
-            seen = os.fstat(own_fd)
-            if not stat.S_ISREG(seen.st_mode) or seen.st_size != total:
-                raise ValueError(f"a file of {total} bytes wanted, one of {seen.st_size} bytes found")
-            if fcntl.fcntl(own_fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise ValueError("the file could shrink under its reader")
-            mapping = mmap.mmap(own_fd, total, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            total = _tail_offset(num_bytes)
+            _check_file(own_fd, total)
+            prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+            mapping = mmap.mmap(own_fd, total, flags=mmap.MAP_SHARED, prot=prot)
         finally:
             os.close(own_fd)
         opened = cls(mapping, num_bytes, nonce)
@@ -223,3 +251,16 @@ def total_bytes() -> int:
 
 def _header_offset(num_bytes: int) -> int:
     return (num_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+
+
+def _tail_offset(num_bytes: int) -> int:
+    return _header_offset(num_bytes) + PAGE_BYTES
+
+
+def _check_file(fd: int, min_bytes: int, max_bytes: float = math.inf) -> None:
+    """Raise ValueError unless `fd` is a file of such a size that cannot shrink; OSError where it has no seals."""
+    seen = os.fstat(fd)
+    if not stat.S_ISREG(seen.st_mode) or not min_bytes <= seen.st_size <= max_bytes:
+        raise ValueError(f"a file of {min_bytes} bytes wanted, one of {seen.st_size} bytes found")
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        raise ValueError("the file could shrink under its reader")

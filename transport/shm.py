@@ -207,8 +207,8 @@ def batches(copies: Sequence[Copy], max_bytes: int) -> Iterator[Sequence[Copy]]:
         yield copies[begin:]
 
 
-def open_region(source: RegionInfo) -> SharedView:
-    """Map another process's region read-only.
+def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
+    """Map another process's region; to write in it takes the owner's leave, which no road asks for.
 
     Raises:
         RegionError: the region is not there, not on this node, or not the one described.
@@ -222,7 +222,7 @@ def open_region(source: RegionInfo) -> SharedView:
     if handle.node != _node_identity():
         raise RegionError("shm: the region's owner is on another node or in another pid namespace")
     try:
-        return SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce)
+        return SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce, is_writable=is_writable)
     except (OSError, ValueError) as error:
         raise RegionError(f"shm: the region of process {handle.pid} cannot be opened: {error}") from error
 

@@ -12,7 +12,10 @@ from cluster.openai.metrics import HttpMetrics
 from cluster.request_table import RequestLimits, RequestTable
 from kvrouter.router import Router
 from messages.route import RouteRequest
+from nodecache.cache import CacheLimits, NodeCache
+from nodecache.loopback import LoopbackStore
 from tests.models import make_tiny_model
+from tests.nodecache.blocks import checksum, pool_of
 from tests.workers import running_pair, worker_options
 
 
@@ -74,6 +77,11 @@ def test_names_keep_to_the_rules_of_prometheus():
 def test_a_name_that_nobody_described_is_told_all_the_same():
     (family,) = families([({}, {"kvray_new": 1.0})])
     assert (family.name, family.documentation) == ("kvray_new", "Not described")
+
+
+def test_everything_that_a_node_cache_counts_is_described():
+    cache = NodeCache(pool_of(4), {"disk": LoopbackStore(4, checksum)}, CacheLimits(lease_s=1.0))
+    assert {name.partition("{")[0] for name in cache.stats()} <= HELP.keys()
 
 
 @pytest.mark.slow

@@ -111,6 +111,56 @@ def test_reader_sees_writes_and_cannot_write(memory):
     assert not opened.is_current()
 
 
+def test_whoever_may_write_is_seen_by_the_owner_and_by_readers(memory):
+    memory.publish()
+    writer = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce, is_writable=True)
+    reader = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce)
+    writer.view[:4] = b"mine"
+    assert bytes(memory.view[:4]) == bytes(reader.view[:4]) == b"mine"
+
+
+def test_a_tail_is_reserved_and_no_peer_maps_it():
+    memory = Memory.allocate(10_000, tail_bytes=5_000)
+    memory.publish()
+    memory.tail[:] = b"t" * 5_000
+    opened = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce, is_writable=True)
+    assert len(opened._mapping) == 12_288 + mmap.PAGESIZE
+    assert bytes(memory.view) == bytes(10_000)
+    assert np.frombuffer(memory.tail, np.uint8).ctypes.data % mmap.PAGESIZE == 0
+    memory.close()
+
+
+def test_adopted_memory_has_the_bytes_and_another_nonce_that_earlier_readers_notice():
+    memory = Memory.allocate(10_000, tail_bytes=100)
+    memory.publish()
+    memory.view[:4], memory.tail[:4] = b"data", b"tail"
+    reader = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce)
+    adopted = Memory.adopt(os.dup(memory.fd), 10_000, tail_bytes=100)
+    assert bytes(adopted.view[:4]) + bytes(adopted.tail[:4]) == b"datatail"
+    assert reader.is_current()
+    adopted.publish()
+    assert not reader.is_current()
+    assert bytes(reader.view[:4]) == b"data"
+    adopted.close()
+    memory.close()
+
+
+@pytest.mark.parametrize(("num_bytes", "tail_bytes"), [(10_000, 101), (20_000, 100), (10_000, 0)])
+def test_memory_of_another_size_is_not_adopted(num_bytes, tail_bytes):
+    memory = Memory.allocate(10_000, tail_bytes=100)
+    with pytest.raises(ConfigError, match="bytes wanted"):
+        Memory.adopt(memory.fd, num_bytes, tail_bytes=tail_bytes)
+    memory.close()
+
+
+def test_a_file_that_could_shrink_is_not_adopted(tmp_path):
+    other = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    os.truncate(other, 4 * mmap.PAGESIZE)
+    with pytest.raises(ConfigError, match="is not the memory wanted"):
+        Memory.adopt(other, 10_000)
+    os.close(other)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "file", "closed"])
 def test_descriptor_that_became_something_else_is_refused_without_waiting(memory, tmp_path, kind):
     read_end, write_end = os.pipe()

@@ -77,6 +77,27 @@ class Vaults(Protocol):
         ...
 
 
+class NoVaults:
+    """`Vaults` for a process that Ray does not know, on a node of Ray's: it can be pulled from, and pulls nothing."""
+
+    def __init__(self, node_id: str) -> None:
+        """Make them for the node of this id, Ray's, in hex: its vault reads this process's region."""
+        self.node_id = node_id
+
+    async def export(
+        self, node_id: str, export_id: bytes, region: RegionInfo, segments: Sequence[Sequence[Range]]
+    ) -> Sequence[object]:
+        """Raise TransferError."""
+        raise TransferError("plasma: this process is not connected to Ray")
+
+    async def segment(self, reference: object) -> Bytes:
+        """Raise TransferError."""
+        raise TransferError("plasma: this process is not connected to Ray")
+
+    def release(self, node_id: str, export_id: bytes) -> None:
+        """Do nothing: there are no exports."""
+
+
 class _Piece(NamedTuple):
     """Bytes that are copied as one; a copy is cut where a segment ends."""
 

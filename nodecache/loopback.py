@@ -1,0 +1,89 @@
+"""A store in plain memory: what a store must do, in the fewest lines, and what may go wrong with one, on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from nodecache.store import BlockStore, StoredBlock, StoreError
+
+
+class LoopbackStore(BlockStore):
+    """Holds at most `max_blocks`; the least recently written goes first. `checksum`: of a block's bytes, 64 bits.
+
+    `error`: raised by whatever does IO while it is set. While `answers` is cleared, such calls wait, and raise when
+    their deadline is over.
+    """
+
+    def __init__(self, max_blocks: int, checksum: Callable[[memoryview], int]) -> None:
+        self._max_blocks = max_blocks
+        self._checksum = checksum
+        self._blocks: OrderedDict[bytes, tuple[StoredBlock, bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.error: StoreError | None = None
+        self.answers = threading.Event()
+        self.answers.set()
+        self.num_reads = self.num_writes = 0
+
+    def find(self, name: bytes) -> StoredBlock | None:
+        """Return what is kept of a block; None where it is not there."""
+        with self._lock:
+            entry = self._blocks.get(name)
+        return None if entry is None else entry[0]
+
+    def names(self) -> Iterable[bytes]:
+        """Return the names of all blocks."""
+        with self._lock:
+            return list(self._blocks)
+
+    def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
+        """Copy blocks out, and verify them; a damaged one is dropped."""
+        self._meet_fault(deadline_s)
+        self.num_reads += 1
+        arrived: list[bool] = []
+        for name, target in zip(names, targets, strict=True):
+            with self._lock:
+                entry = self._blocks.get(name)
+            if entry is not None:
+                target[:] = entry[1]
+            is_whole = entry is not None and self._checksum(target) == entry[0].checksum
+            if not is_whole:
+                self.remove([name])
+            arrived.append(is_whole)
+        return arrived
+
+    def write(self, blocks: Sequence[StoredBlock], sources: Sequence[memoryview], deadline_s: float) -> list[bytes]:
+        """Copy blocks in; return the names of those that made room."""
+        self._meet_fault(deadline_s)
+        self.num_writes += 1
+        with self._lock:
+            for block, source in zip(blocks, sources, strict=True):
+                self._blocks[block.name] = (block, bytes(source))
+            num_over = max(0, len(self._blocks) - self._max_blocks)
+            return [self._blocks.popitem(last=False)[0] for _ in range(num_over)]
+
+    def remove(self, names: Sequence[bytes]) -> None:
+        """Forget blocks."""
+        with self._lock:
+            for name in names:
+                self._blocks.pop(name, None)
+
+    def stats(self) -> dict[str, float]:
+        """Return how many blocks there are."""
+        return {"kvray_store_blocks": float(len(self._blocks))}
+
+    def close(self) -> None:
+        """Do nothing: there is nothing in the background."""
+
+    def damage(self, name: bytes) -> None:
+        """Flip a bit of a block."""
+        with self._lock:
+            block, data = self._blocks[name]
+            self._blocks[name] = (block, bytes([data[0] ^ 1]) + data[1:])
+
+    def _meet_fault(self, deadline_s: float) -> None:
+        if not self.answers.wait(deadline_s):
+            raise StoreError(f"loopback: no answer within {deadline_s:g} s")
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,47 @@
+import pytest
+
+from kvcache.subscribers import Subscribers
+from messages.fleet import KvEvents
+
+
+@pytest.fixture
+def sent():
+    return []
+
+
+@pytest.fixture
+def subscribers(sent):
+    return Subscribers("w", lambda subscriber, message: sent.append((subscriber, message)))
+
+
+def test_a_snapshot_begins_at_zero_clears_once_and_has_a_message_for_each_tier(subscribers, sent):
+    subscribers.add(b"r", [("host", b"a" * 16), ("disk", b"b" * 16)])
+    assert sent == [
+        (b"r", KvEvents(worker_id="w", seq=0, tier="host", cleared=True, stored=b"a" * 16)),
+        (b"r", KvEvents(worker_id="w", seq=1, tier="disk", stored=b"b" * 16)),
+    ]
+
+
+def test_changes_are_numbered_for_each_subscriber(subscribers, sent):
+    subscribers.add(b"one", [("device", b"")])
+    subscribers.tell("device", b"a" * 16, b"")
+    subscribers.add(b"two", [("device", b"a" * 16)])
+    del sent[:]
+    subscribers.tell("device", b"", b"a" * 16)
+    assert [(who, message.seq, message.removed) for who, message in sent] == [
+        (b"one", 2, b"a" * 16),
+        (b"two", 1, b"a" * 16),
+    ]
+    assert list(subscribers) == [b"one", b"two"]
+
+
+def test_who_subscribes_anew_begins_anew_and_who_is_gone_hears_nothing(subscribers, sent):
+    subscribers.add(b"r", [("device", b"")])
+    subscribers.tell("device", b"a" * 16, b"")
+    subscribers.add(b"r", [("device", b"a" * 16)])
+    subscribers.tell("device", b"b" * 16, b"")
+    assert [message.seq for _, message in sent] == [0, 1, 0, 1]
+    subscribers.remove(b"r")
+    subscribers.remove(b"r")
+    subscribers.tell("device", b"c" * 16, b"")
+    assert len(sent) == 4
