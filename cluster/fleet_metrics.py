@@ -22,6 +22,7 @@ HELP: Final = {
     "kvray_blocks_free": "KV blocks that hold nothing or may be evicted",
     "kvray_blocks_hit_total": "KV blocks given out that held their content already",
     "kvray_blocks_lent_total": "KV blocks that were offered to workers which asked for them by name",
+    "kvray_blocks_offloaded_total": "KV blocks that the worker wrote into the arena of its node's cache",
     "kvray_blocks_pinned": "KV blocks that a sequence, a pull or a lease holds",
     "kvray_blocks_published_total": "KV blocks that were made readable to decode workers",
     "kvray_blocks_quarantined": "KV blocks that late bytes of an aborted pull may still land in",
@@ -81,7 +82,7 @@ HELP: Final = {
     "kvray_transfer_bytes_total": "Bytes pulled, by road",
     "kvray_transfer_seconds_total": "Time in which something was pulled, by road",
     "kvray_transfers_failed_total": "Transfers that failed, by road",
-    "kvray_worker_prompt_tokens_total": "Prompt tokens by where the worker had their KV from: its pool, a peer, a tier of a node cache, or computed",
+    "kvray_worker_prompt_tokens_total": "Prompt tokens by where their KV came from: pool, peer, a tier of a node cache, or computed",
 }
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _PART_OF_HISTOGRAM: Final = re.compile("(.*)_(bucket|sum|count)")

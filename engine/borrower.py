@@ -27,10 +27,12 @@ from engine.loans import (
     TellOwner,
     TellScheduler,
 )
+from engine.memory.checksums import BlockChecksums
+from engine.offload import Offloader
 from engine.peers import Peers
 from engine.puller import BlockPuller, PullOutcome
 from engine.scheduling.plan import Event, PullBlocks
-from messages.handoff import KvHandoff, PrefillFailed
+from messages.handoff import KvHandoff, PrefillFailed, RoomGranted
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.wire import Message
@@ -58,8 +60,13 @@ class Borrower:
         post: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         crash: Crash,
+        checksums: BlockChecksums,
     ) -> None:
-        self.peers = Peers(puller, roads, secret, channel, self._on_message, self._on_lost, crash)
+        self.peers = Peers(
+            puller, roads, secret, channel, self._on_message, self._on_lost, crash, lambda _: self.offloader.go_on()
+        )
+        self.offloader = Offloader(self.peers, checksums, post, spawn)
+        self.on_lost: Callable[[str], None] = lambda _: None  #: told of each owner that is gone
         self._book = LoanBook()
         self._progress_s = lease_s / 4  #: between two looks at a pull
         self._post = post
@@ -104,6 +111,8 @@ class Borrower:
         match message:
             case KvHandoff():
                 self.decide(HandedOff(address, message))
+            case RoomGranted():
+                self.offloader.on_granted(message)
             case PrefillFailed(request_id=request_id, error=error):
                 logger.warning("the owner at %s refused %s: %s", address, request_id, error.message)
                 self.decide(Refused(address, request_id))
@@ -112,6 +121,7 @@ class Borrower:
 
     def _on_lost(self, address: str) -> None:
         self.decide(OwnerLost(address))
+        self.on_lost(address)
 
     async def _pull(self, pull: PullBlocks) -> None:
         """Carry out a pull, report its progress, and tell the book how it ended: read path step 6."""

@@ -62,6 +62,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     itl_target_s: float = 0.05
     remote_timeout_s: float = 120.0
+    has_lower_tiers: bool = False
 
 
 @dataclass(slots=True)
@@ -124,6 +125,7 @@ class Engine:
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
             block_bytes=num_bytes_per_block,
+            has_lower_tiers=options.has_lower_tiers,
         )
         return cls(
             loaded=loaded,

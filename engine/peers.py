@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from engine.crashing import Crash, guarded
 from engine.loans import LearnHandoff
 from engine.puller import REJECTIONS, BlockPuller, Pair, PullOutcome
-from kvcache.price import ASSUMED_MOVE, MoveCost
+from kvcache.price import ASSUMED_MOVES, MoveCost
 from kvcache.region import RegionLayout
 from messages.fleet import RoadStatus
-from messages.handoff import DescribeRegions, RegionsDescribed, RoadMessage
+from messages.handoff import DescribeRegions, RegionInfo, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.tier import Tier
@@ -30,17 +30,29 @@ from transport.secret import ClusterSecret
 logger = logging.getLogger(__name__)
 
 
+#: Tiers whose blocks lie in memory: bringing them costs what the road costs.
+_AT_HAND: frozenset[Tier] = frozenset({"device", "host"})
+
+
 @dataclass(slots=True)
 class Peer:
     """An owner of blocks as this worker sees it."""
 
     client: ChannelClient
     link: Link  #: what roads say to it
-    costs: dict[Tier, MoveCost]  #: of its blocks, by where it has them
+    address: str
+    costs: dict[Tier, MoveCost] = field(default_factory=dict)  #: of its blocks, by where it has them
     told: dict[Tier, MovePrice] = field(default_factory=dict)  #: the prices that were last reported
     pulled_s: float | None = None  #: when the first pull had ended
     layout: RegionLayout | None = None  #: of its pool, once it described it
+    regions: tuple[RegionInfo, ...] = ()  #: where it lies, as it described it
     is_misfit: bool = False  #: its blocks cannot be pulled into ours
+
+    def cost(self, tier: Tier) -> MoveCost:
+        """Return what its blocks in that tier cost, as it is learned."""
+        if tier not in self.costs:
+            self.costs[tier] = MoveCost(self.address, tier)
+        return self.costs[tier]
 
 
 class Peers:
@@ -48,6 +60,7 @@ class Peers:
 
     `on_message(address, message)` gets what is not about regions and roads; `on_lost(address)` comes once for each
     connection that ends but by `close`: what the peer held for us is gone, pulls from it fail by themselves.
+    `on_described(address)` comes once it said where its blocks lie.
     `crash` gets what any of it raises.
     """
 
@@ -60,6 +73,7 @@ class Peers:
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
         crash: Crash,
+        on_described: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._puller = puller
         self._roads = roads
@@ -67,6 +81,7 @@ class Peers:
         self._channel = channel
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_described = on_described
         self._crash = crash
         self._block_bytes = puller.block_bytes
         self.own_address = ""  #: of this worker's own channel, once it listens: nothing is pulled from there
@@ -84,7 +99,7 @@ class Peers:
             config=self._channel,
         )
         link = self._roads.connect(lambda road, body: client.send(RoadMessage(road=road, body=body)))
-        self._peers[address] = Peer(client, link, {"device": MoveCost(address, "device")})
+        self._peers[address] = Peer(client, link, address)
         client.send(DescribeRegions())
 
     def send(self, address: str, message: Message) -> None:
@@ -105,8 +120,19 @@ class Peers:
         if copy.address == self.own_address or not self.can_pull(copy.address):
             return None
         peer = self._peers.get(copy.address)
-        cost = None if peer is None else peer.costs.get(copy.tier)
-        return (None if cost is None else cost.price) or ASSUMED_MOVE
+        price = None if peer is None else peer.cost(copy.tier).price
+        return price or ASSUMED_MOVES[copy.tier]
+
+    def layout_of(self, address: str) -> RegionLayout | None:
+        """Return how the pool at `address` lies; None before it was described, or where it is of another kind."""
+        peer = self._peers.get(address)
+        return None if peer is None else peer.layout
+
+    def region_of(self, address: str, road: str) -> RegionInfo | None:
+        """Return where the pool at `address` lies for a road; None where it is not described so."""
+        peer = self._peers.get(address)
+        regions = () if peer is None else peer.regions
+        return next((region for region in regions if region.road == road), None)
 
     async def pull(self, source: str, pairs: Sequence[Pair], on_progress: Callable[[], None]) -> PullOutcome:
         """Bring each pair's block from the pool at `source` here, and verify it; all are bad if it is not connected.
@@ -121,7 +147,9 @@ class Peers:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
             num_bytes = len(pairs) * self._block_bytes
-            peer.costs["device"].observe_pull(outcome.pulled.road, num_bytes, outcome.pulled.elapsed_s)
+            at_hand: frozenset[Tier] = _AT_HAND & peer.costs.keys() or frozenset({"device"})
+            for tier in at_hand:
+                peer.cost(tier).observe_pull(outcome.pulled.road, num_bytes, outcome.pulled.elapsed_s)
         return outcome
 
     def observe_handoff(self, learned: LearnHandoff) -> None:
@@ -133,7 +161,10 @@ class Peers:
         if peer is None or peer.pulled_s is None or time.monotonic() - learned.elapsed_s < peer.pulled_s:
             return
         num_bytes = learned.num_blocks * self._block_bytes
-        peer.costs["device"].observe_handoff(learned.elapsed_s, learned.source_s, num_bytes)
+        if learned.tier is None or learned.tier in _AT_HAND:
+            peer.cost(learned.tier or "device").observe_handoff(learned.elapsed_s, learned.source_s, num_bytes)
+        else:
+            peer.cost(learned.tier).observe_load(learned.tier, num_bytes, learned.elapsed_s)
 
     def changed_prices(self) -> tuple[MovePrice, ...]:
         """Return the prices of those peers whose price differs by a tenth or so from what was told last."""
@@ -183,11 +214,13 @@ class Peers:
     def _learn(self, address: str, peer: Peer, described: RegionsDescribed) -> None:
         try:
             peer.layout = self._puller.understand(described)
+            peer.regions = tuple(described.regions)
         except RegionError as error:
             peer.is_misfit = True
             logger.warning("peer at %s cannot be pulled from: %s", address, error.message)
         else:
             self._roads.learn(peer.link, described.regions)
+            self._on_described(address)
 
     def _lose(self, address: str, reason: str) -> None:
         peer = self._peers.pop(address)

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,7 @@ from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
 from engine.lending import Lender
 from engine.loans import SequenceOver
+from engine.memory.kv_pool import LAYOUT_VERSION
 from engine.model.load import load_model
 from engine.puller import BlockPuller
 from engine.scheduling.plan import (
@@ -38,6 +39,7 @@ from engine.scheduling.plan import (
     Instruction,
     LendBlocks,
     OfferBlocks,
+    OffloadBlocks,
     PullBlocks,
     RunStep,
     SequenceCancelled,
@@ -47,10 +49,12 @@ from engine.scheduling.plan import (
 )
 from kvcache.names import split_names
 from kvcache.subscribers import Subscribers
-from messages.errors import InvariantError
+from messages.errors import InvariantError, KvrayError
 from messages.fleet import (
+    CacheModel,
     GetStats,
     LoadReport,
+    NodeCacheFound,
     Role,
     SpareBlocks,
     Stats,
@@ -83,6 +87,9 @@ logger = logging.getLogger(__name__)
 #: Blocks are offered to others when fewer than one in so many can be taken without a loss; so many at a time.
 _DISPENSABLE_SHARE = 2
 _NUM_OLDEST = 512
+#: The node cache is looked for so often, which keeps it alive, and sooner where there is none.
+_LOOK_FOR_CACHE_S = 15.0
+_LOOK_AGAIN_S = 1.0
 _OFFERED_S = 0.5  #: for so long blocks are not offered again
 _REPORT_S = 1.0  #: a report at least this often
 _REPORT_MIN_S = 0.02  #: and at most this often
@@ -120,6 +127,9 @@ class WorkerOptions:
     roads: RoadOptions
 
 
+#: Finds the node cache of this node, for a model; it is started if it does not run. Raises a KvrayError where it cannot.
+FindCache: TypeAlias = Callable[[CacheModel], Awaitable[WorkerInfo]]
+
 #: What a scheduler wants done that is its role's business.
 RoleInstruction: TypeAlias = EmitTokens | OfferBlocks | AskRemote
 
@@ -156,10 +166,12 @@ class EngineWorker:
         secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
+        find_cache: FindCache | None = None,
     ) -> None:
         """Load the model; this blocks for as long as that takes. `host`: the node's address, where the channel listens.
 
-        `vaults`: Ray's object store, where there is a Ray.
+        `vaults`: Ray's object store, where there is a Ray. `find_cache`: finds the node cache of this node, or starts
+        it; None: there is to be none.
 
         Raises:
             ConfigError: the model or the memory will not do.
@@ -190,8 +202,19 @@ class EngineWorker:
         puller = BlockPuller(self.engine.layout, self.engine.memory, self.engine.checksums, self.roads)
         self.crash = CrashOnce(on_crash)  #: for every fault that leaves the worker's state unknown
         self.borrower = Borrower(
-            puller, self.roads, secret, options.channel, options.lease_s, self.post, self.spawn, self.crash
+            puller,
+            self.roads,
+            secret,
+            options.channel,
+            options.lease_s,
+            self.post,
+            self.spawn,
+            self.crash,
+            self.engine.checksums,
         )
+        self._find_cache = find_cache
+        self._cache: WorkerInfo | None = None  #: of this node, while there is one
+        self._cache_wanted = asyncio.Event()
         self.engine.scheduler.set_prices(self.borrower.price_of)
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
         self._role: WorkerRole | None = None
@@ -219,6 +242,9 @@ class EngineWorker:
         self.driver.start()
         self.spawn(self._report_forever())
         self.spawn(self._expire_forever())
+        if self._find_cache is not None:
+            self.borrower.on_lost = self._on_owner_lost
+            self.spawn(self._follow_cache(self._find_cache))
         if isinstance(self.engine.memory, Memory):
             threading.Thread(target=self.engine.memory.populate, name="populate", daemon=True).start()
         return self.info(self.server.address)
@@ -296,6 +322,7 @@ class EngineWorker:
                 self.engine.pool.mark(self.engine.pool.snapshot(), is_spare=False)
                 self._subscribers.add(sender, [("device", b"".join(self.engine.pool.snapshot()))])
                 self.send(sender, self._report(self.borrower.peers.prices()))
+                self.send(sender, NodeCacheFound(worker_id=self.worker_id, info=self._cache))
             case GetStats(query_id=query_id):
                 self.send(sender, self._stats(query_id))
             case DescribeRegions():
@@ -332,8 +359,12 @@ class EngineWorker:
                     of_role.append(instruction)
                 case AskBlocks() | StopAsking() | StopRemote() | PullBlocks():
                     self.borrower.decide(instruction)
+                case LendBlocks() if self.borrower.offloader.is_own(instruction):
+                    self.borrower.offloader.on_pinned(instruction)
                 case LendBlocks():
                     self._lender.lend(instruction)
+                case OffloadBlocks():
+                    self.borrower.offloader.offer(instruction)
                 case RunStep() | CompileGrammar():
                     raise InvariantError(f"the driver's instruction came out of it: {instruction}")
                 case _ as unreachable:
@@ -345,6 +376,50 @@ class EngineWorker:
         self._flush_events()
         self._offer_oldest()
         self._report_wanted.set()
+
+    # -------------------------------------------------------------------------------------------------- the node cache
+
+    def _on_owner_lost(self, address: str) -> None:
+        if self._cache is not None and self._cache.address == address:
+            self._use_cache(None)
+            self._cache_wanted.set()
+
+    def _use_cache(self, info: WorkerInfo | None) -> None:
+        if info == self._cache:
+            return
+        self._cache = info
+        self.borrower.offloader.use(None if info is None else info.address)
+        for subscriber in self._subscribers:
+            self.send(subscriber, NodeCacheFound(worker_id=self.worker_id, info=info))
+
+    async def _follow_cache(self, find: FindCache) -> None:
+        """Look for the node cache time and again, at once when it is lost: it is asked to start, or to go on."""
+        said = ""
+        while True:
+            self._cache_wanted.clear()
+            try:
+                self._use_cache(await find(self._cache_options()))
+                said = ""
+            except KvrayError as error:
+                self._use_cache(None)
+                if error.message != said:
+                    logger.warning("no node cache: %s", error.message)
+                said = error.message
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_FOR_CACHE_S if not said else _LOOK_AGAIN_S):
+                    await self._cache_wanted.wait()
+
+    def _cache_options(self) -> CacheModel:
+        """Describe what a node cache for this worker's model is to hold."""
+        engine = self.engine
+        return CacheModel(
+            fingerprint=engine.loaded.fingerprint,
+            layout_version=LAYOUT_VERSION,
+            block_bytes=engine.layout.block_bytes,
+            block_size=engine.options.block_size,
+            kernel_path=engine.loaded.kernel_path,
+            compute=engine.scheduler.cost.price,
+        )
 
     def _offer_oldest(self) -> None:
         """Tell what would be evicted next, once the pool has little else to give: another worker may keep it."""
@@ -421,6 +496,7 @@ class EngineWorker:
             labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
+            "kvray_blocks_offloaded_total": float(self.borrower.offloader.num_blocks),
             "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
             "kvray_blocks_lent_total": float(self._lender.num_lent_blocks),
             "kvray_blocks": float(engine.layout.num_blocks),

@@ -36,6 +36,13 @@ _CLEARLY = 0.75
 #: What is assumed until it is measured.
 ASSUMED_COMPUTE = ComputePrice(token_s=1e-3)
 ASSUMED_MOVE = MovePrice(source="", road="", fixed_s=0.0, byte_s=1e-9, handoff_s=0.005)
+#: A disk brings 0.5 GB/s, a store of objects 0.1.
+ASSUMED_MOVES: dict[Tier, MovePrice] = {
+    "device": ASSUMED_MOVE,
+    "host": ASSUMED_MOVE,
+    "disk": MovePrice(source="", tier="disk", road="", fixed_s=0.002, byte_s=2e-9, handoff_s=0.005),
+    "remote": MovePrice(source="", tier="remote", road="", fixed_s=0.1, byte_s=1e-8, handoff_s=0.005),
+}
 
 
 class LearnedPrices:
@@ -96,6 +103,11 @@ class MoveCost:
         """
         hidden_s = max(0.0, self._pulls.seconds((1.0, float(num_bytes))) - source_s)
         self._handoffs_s.append(max(0.0, elapsed_s - source_s - hidden_s))
+
+    def observe_load(self, tier: Tier, num_bytes: int, elapsed_s: float) -> None:
+        """Learn from blocks that their owner had to read from a slower tier: from the question until they lay here."""
+        self.observe_pull(tier, num_bytes, elapsed_s)
+        self._handoffs_s.append(0.0)
 
     @property
     def price(self) -> MovePrice | None:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from kvcache.price import (
     ASSUMED_COMPUTE,
     ASSUMED_MOVE,
+    ASSUMED_MOVES,
     HARM_WEIGHT,
     SHORT_SHARE,
     SHORT_TOKENS,
@@ -465,7 +466,7 @@ class Pricing:
             is_near = source.node_id == target.node_id
             road = next((road for road in common if (road in _NODE_ROADS) is is_near), "")
             self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
-        return self._road_moves[kind]
+        return self._road_moves[kind] if tier in ("device", "host") else ASSUMED_MOVES[tier]
 
     def _wait_s(self, worker: WorkerState, num_covered: int, num_lacking_blocks: int, num_sequences: int) -> float:
         """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""

@@ -25,6 +25,8 @@ from messages.fleet import (
     GetStats,
     KvEvents,
     LoadReport,
+    NodeCacheFound,
+    NodeCacheStats,
     SpareBlocks,
     Stats,
     Subscribe,
@@ -77,6 +79,9 @@ class RouterWorker:
         self._links: dict[str, _Link] = {}
         self._requests: dict[PeerId, set[str]] = {}  # placed and not ended, by ingress
         self._ingresses: dict[PeerId, Stats] = {}  # what each told last
+        self._fleet: dict[str, WorkerInfo] = {}
+        self._caches: dict[str, WorkerInfo] = {}  # the node cache that each worker found, by worker id
+        self._cache_stats: dict[str, Stats] = {}
         self.router = Router(config or RouterConfig())
         self._server = ChannelServer(secret, host, self._on_ingress_message, self._on_ingress_lost, self._channel)
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
@@ -88,7 +93,14 @@ class RouterWorker:
 
     def set_fleet(self, workers: Iterable[WorkerInfo]) -> None:
         """Take in which workers are there now: connect to new ones, forget missing ones."""
-        fleet = {info.worker_id: info for info in workers}
+        self._fleet = {info.worker_id: info for info in workers}
+        self._follow_fleet()
+
+    def _follow_fleet(self) -> None:
+        """Have a link to each worker, and to each node cache that one of them found."""
+        self._caches = {key: info for key, info in self._caches.items() if key in self._fleet}
+        fleet = self._fleet | {info.worker_id: info for info in self._caches.values()}
+        self._cache_stats = {key: stats for key, stats in self._cache_stats.items() if key in fleet}
         for worker_id, link in list(self._links.items()):
             if fleet.get(worker_id) != link.info:
                 self._unlink(worker_id)
@@ -140,6 +152,14 @@ class RouterWorker:
 
     def _on_worker_message(self, worker_id: str, message: Message) -> None:
         match message:
+            case NodeCacheFound(info=info):
+                if info is None:
+                    self._caches.pop(worker_id, None)
+                else:
+                    self._caches[worker_id] = info
+                self._follow_fleet()
+            case Stats() if message.worker_id == worker_id:
+                self._cache_stats[worker_id] = message
             case KvEvents() | SurplusBlocks() | LoadReport() if message.worker_id == worker_id:
                 self._decide(message)
             case _:
@@ -161,6 +181,11 @@ class RouterWorker:
                     role="router",
                     values=self.router.stats(),
                     ingresses=tuple(told for other, told in self._ingresses.items() if other != peer),
+                    caches=tuple(
+                        NodeCacheStats(info=self._links[cache_id].info, values=told.values)
+                        for cache_id, told in self._cache_stats.items()
+                        if cache_id in self._links
+                    ),
                 )
                 self._server.send(peer, stats)
             case Stats():

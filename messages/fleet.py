@@ -31,6 +31,17 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     compute: ComputePrice | None = None  #: as it measured itself at the start
 
 
+class CacheModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node cache must know of the model whose blocks it is to hold."""
+
+    fingerprint: bytes
+    layout_version: int  #: of the bytes in a block, and of their checksum
+    block_bytes: int
+    block_size: int  #: tokens
+    kernel_path: str = ""  #: what computes the blocks, for people
+    compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
+
+
 class Subscribe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Router to worker: send a snapshot, then events and reports. Also the answer to a gap."""
 
@@ -48,6 +59,13 @@ class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cleared: bool = False
     stored: bytes = b""
     removed: bytes = b""
+
+
+class NodeCacheFound(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to router, after Subscribe and with every change: the node cache of its node; None: it has none now."""
+
+    worker_id: str
+    info: WorkerInfo | None
 
 
 class SpareBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -114,7 +132,8 @@ class RoadStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Counters and gauges by metric name; labels as `name{a="b"}`.
 
-    An ingress tells the router its own every second, unasked: a scrape of one of them shows all.
+    An ingress tells the router its own every second, unasked, and so does a node cache whom it may concern: a scrape
+    of one ingress shows all.
     """
 
     query_id: str
@@ -123,3 +142,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     values: dict[str, float]
     roads: tuple[RoadStatus, ...] = ()
     ingresses: tuple[Stats, ...] = ()  #: of the router: what other ingresses than the one that asks told last
+    caches: tuple[NodeCacheStats, ...] = ()  #: of the router: the node caches that it hears, and what they told last
+
+
+class NodeCacheStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A node cache, and its counters and gauges."""
+
+    info: WorkerInfo
+    values: dict[str, float]

@@ -6,7 +6,17 @@ from typing import TypeAlias
 
 import msgspec
 
-from messages.fleet import GetStats, KvEvents, LoadReport, SpareBlocks, Stats, Subscribe, SurplusBlocks, TakeBlocks
+from messages.fleet import (
+    GetStats,
+    KvEvents,
+    LoadReport,
+    NodeCacheFound,
+    SpareBlocks,
+    Stats,
+    Subscribe,
+    SurplusBlocks,
+    TakeBlocks,
+)
 from messages.handoff import (
     BlocksRequest,
     BlocksWritten,
@@ -58,6 +68,7 @@ Message: TypeAlias = (
     | RequestEnded
     | Subscribe
     | KvEvents
+    | NodeCacheFound
     | SpareBlocks
     | SurplusBlocks
     | TakeBlocks

@@ -255,8 +255,10 @@ class CacheProcess:
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_S)
+            stats = Stats(query_id="", worker_id=self.worker_id, role="cache", values=self.stats())
             for subscriber in self._subscribers:
                 self._server.send(subscriber, self._report())
+                self._server.send(subscriber, stats)
 
     def _report(self) -> LoadReport:
         return LoadReport(

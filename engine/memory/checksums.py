@@ -9,7 +9,7 @@ import torch
 from engine.memory.device_checksum import device_checksums
 from engine.memory.kv_pool import KvPool
 from kvcache.pool import BlockPool
-from transport.checksum import checksum
+from transport.checksum import checksum, copy_checked
 
 
 class BlockChecksums:
@@ -28,6 +28,13 @@ class BlockChecksums:
         for block_id, value in zip(lacking, self.compute(lacking), strict=True):
             self._known[block_id] = (generation(block_id), value)
         return [self._known[block_id][1] for block_id in block_ids]
+
+    def copy_out(self, block_id: int, target: memoryview, offset: int) -> int:
+        """Copy a block to `offset` of `target`, and return the checksum of what was copied. Any thread."""
+        num_bytes = self._rows.shape[1]
+        if self._host_rows is not None:
+            return copy_checked(target[offset : offset + num_bytes], self._host_rows[block_id])
+        return copy_checked(target[offset : offset + num_bytes], self._rows[block_id].cpu().numpy())
 
     def compute(self, block_ids: Sequence[int]) -> list[int]:
         """Compute the checksums of what these blocks hold now. Any thread."""

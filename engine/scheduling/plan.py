@@ -239,6 +239,14 @@ class LendBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadBlocks:
+    """A sequence has written these blocks, all full ones of its tokens from the first on: lower tiers may want them."""
+
+    names: tuple[bytes, ...]
+    salt: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StopRemote:
     """The prefill worker took too long: what it has not offered is computed here, it need not go on."""
 
@@ -293,6 +301,7 @@ Instruction: TypeAlias = (
     | EmitTokens
     | OfferBlocks
     | LendBlocks
+    | OffloadBlocks
 )
 
 # --------------------------------------------------------------------------------------------------------------- step

@@ -35,6 +35,7 @@ from engine.scheduling.plan import (
     KvRefused,
     LendBlocks,
     OfferBlocks,
+    OffloadBlocks,
     PullEnded,
     RunStep,
     Sampled,
@@ -90,6 +91,7 @@ class SchedulerConfig:
     remote_timeout_s: float = 30.0  #: from AskRemote to the end of the last pull
     watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
     block_bytes: int = 0  #: of a block, by which loading is priced
+    has_lower_tiers: bool = False  #: then OffloadBlocks tells what sequences wrote
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens", "chunk_quantum_tokens"):
@@ -568,11 +570,20 @@ class Scheduler:
             )
         )
         seq.wants_prompt_logprobs = False
+        if self._config.has_lower_tiers and (is_first or reason is not None):
+            self._offload(seq, out)
         if reason is not None:
             if seq.spec.is_kept:
                 self._ledger.keep(seq)
             else:
                 self._ledger.end(seq)
+
+    def _offload(self, seq: Sequence, out: list[Instruction]) -> None:
+        """Tell what a sequence has written: at its first token, and at its end, if it filled a block since."""
+        num_blocks = seq.num_computed // seq.block_size
+        if num_blocks > seq.num_offloaded_blocks:
+            seq.num_offloaded_blocks = num_blocks
+            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.salt))
 
     def _finish_reason(self, seq: Sequence) -> FinishReason | None:
         """Return how the sequence's last token, a generated one, ends it; None where it does not."""

@@ -107,6 +107,7 @@ class Sequence:
         "num_device_tokens",
         "num_loaded_tokens",
         "num_offered_blocks",
+        "num_offloaded_blocks",
         "num_passed_over",
         "num_peer_tokens",
         "num_prompt_tokens",
@@ -154,6 +155,7 @@ class Sequence:
         self.num_peer_tokens = 0  #: prompt tokens that the worker which computed the rest had cached
         self.num_pulled_tokens = 0  #: prompt tokens whose KV a peer gave, cached or computed there
         self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
+        self.num_offloaded_blocks = 0  #: of which lower tiers were told
         self.pull: RemotePull | None = None
         self.is_long = False  #: since it was admitted: more of it was to be computed than of a short prompt
         self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (

@@ -32,10 +32,6 @@ def checksum_of(name: bytes, block_bytes: int = BLOCK_BYTES) -> int:
     return checksum(memoryview(content_of(name, block_bytes)))
 
 
-def checksum(data: memoryview) -> int:
-    return checksum(data)
-
-
 def layout_of(num_blocks: int, block_bytes: int = BLOCK_BYTES, *, version: int = 1) -> ArenaLayout:
     return ArenaLayout(fingerprint=FINGERPRINT, version=version, block_bytes=block_bytes, num_blocks=num_blocks)
 

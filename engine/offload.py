@@ -1,0 +1,163 @@
+"""Writes blocks of this worker's pool into the arena of its node's cache, beside the steps.
+
+    sequence has its prompt, or ends ---room asked---> granted ---pinned, copied and hashed in one pass---> told, unpinned
+
+The cache says which blocks it has room for; the worker copies them itself, so that no byte goes through a socket or
+a second process. What was evicted meanwhile is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.memory.checksums import BlockChecksums
+from engine.peers import Peers
+from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks, OffloadBlocks
+from messages.handoff import BlockLocation, BlocksWritten, RoomGranted, RoomRequest
+from transport.memory import SharedView
+from transport.protocol import RegionError
+from transport.shm import open_region
+
+logger = logging.getLogger(__name__)
+
+#: Chains that wait to be offered; the oldest are dropped: their blocks are the next to leave the pool.
+_MAX_WAITING = 256
+_NAME = "offload"
+
+
+class Offloader:
+    """The way down from one pool. All methods belong to one event loop.
+
+    `post` is the scheduler's, `spawn` runs a coroutine for as long as the worker lives.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        checksums: BlockChecksums,
+        post: Callable[[Event], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._peers = peers
+        self._checksums = checksums
+        self._post = post
+        self._spawn = spawn
+        self._address: str | None = None  #: of the cache
+        self._arena: SharedView | None = None  #: its region, writable
+        self._waiting: deque[OffloadBlocks] = deque(maxlen=_MAX_WAITING)
+        self._granted: RoomGranted | None = None  #: what is being copied
+        self._asked: str | None = None  #: the question under way
+        self._num_asked = 0
+        self.num_blocks = 0  #: written since the start
+
+    def use(self, address: str | None) -> None:
+        """Write to the cache at `address` from now on; None: there is none."""
+        if address == self._address:
+            return
+        self._address, self._arena, self._asked = address, None, None
+        if address is not None:
+            self._peers.connect(address)
+            self.go_on()
+
+    def offer(self, chain: OffloadBlocks) -> None:
+        """Take in a sequence's blocks, all of its chain, which the cache may want."""
+        self._waiting.append(chain)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Ask for room for what waits, unless a question is under way, or nobody is there to ask."""
+        if self._address is None or self._asked is not None or not self._waiting:
+            return
+        if self._arena is None and not self._map():
+            return
+        chain = self._waiting.popleft()
+        self._num_asked += 1
+        self._asked = f"{_NAME} {self._num_asked}"
+        tenant = int.from_bytes(blake2b(chain.salt, digest_size=8).digest(), "little") if chain.salt else 0
+        self._peers.send(
+            self._address,
+            RoomRequest(
+                request_id=self._asked,
+                names=b"".join(chain.names),
+                indexes=list(range(len(chain.names))),
+                tenant=tenant,
+            ),
+        )
+
+    def on_granted(self, granted: RoomGranted) -> None:
+        """Pin what room was granted for, as far as it is still here."""
+        if granted.request_id != self._asked:
+            return
+        if not granted.blocks:
+            self._asked = None
+            self.go_on()
+            return
+        self._granted = granted
+        self._post(BlocksWanted(granted.request_id, 0, tuple(location.name for location in granted.blocks)))
+
+    def is_own(self, lent: LendBlocks) -> bool:
+        """Tell whether these blocks were pinned for this."""
+        return lent.lease_id == self._asked and self._granted is not None
+
+    def on_pinned(self, lent: LendBlocks) -> None:
+        """Copy what is pinned into the arena, in a thread."""
+        self._spawn(self._copy(lent))
+
+    async def _copy(self, lent: LendBlocks) -> None:
+        granted, arena, address = self._granted, self._arena, self._address
+        self._granted = None
+        assert granted is not None
+        written: list[BlockLocation] = []
+        if arena is not None and address is not None:
+            pairs = [(block.block_id, granted.blocks[block.index]) for block in lent.blocks]
+            written = await asyncio.to_thread(partial(self._write, arena, address, pairs, lent.blocks))
+            self._peers.send(address, BlocksWritten(request_id=granted.request_id, blocks=written))
+        self.num_blocks += len(written)
+        self._post(BlocksReleased(lent.lease_id))
+        if self._asked == lent.lease_id:
+            self._asked = None
+            self.go_on()
+
+    def _write(
+        self,
+        arena: SharedView,
+        address: str,
+        pairs: Sequence[tuple[int, BlockLocation]],
+        lent: Sequence[BlockLocation],
+    ) -> list[BlockLocation]:
+        """Copy each block to its place, unless the room was taken back, and hash it."""
+        layout = self._peers.layout_of(address)
+        if layout is None:
+            return []
+        generations = np.frombuffer(arena.view, np.uint64, layout.num_blocks)
+        written: list[BlockLocation] = []
+        for (block_id, target), block in zip(pairs, lent, strict=True):
+            if int(generations[target.block_id]) != target.generation:
+                continue
+            checksum = self._checksums.copy_out(block_id, arena.view, layout.block_offset(target.block_id))
+            written.append(msgspec.structs.replace(target, num_tokens=block.num_tokens, checksum=checksum))
+        return written
+
+    def _map(self) -> bool:
+        """Map the arena once the cache has described it; False where that is not so, or it cannot be reached."""
+        assert self._address is not None
+        region = self._peers.region_of(self._address, "shm")
+        if region is None:
+            return False
+        try:
+            self._arena = open_region(region, is_writable=True)
+        except RegionError as error:
+            logger.warning("nothing goes into the node cache at %s: %s", self._address, error.message)
+            self._address = None
+            self._waiting.clear()
+            return False
+        return True
