@@ -1,0 +1,226 @@
+"""One segment: a file of blocks, and what is kept of them in memory."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nodecache.disk.files import ALIGN_BYTES, Files, aligned_buffer
+from nodecache.disk.layout import (
+    NAME_BYTES,
+    RECORD_BYTES,
+    Flags,
+    Geometry,
+    Model,
+    Records,
+    pack_segment_header,
+    unpack_records,
+    unpack_segment_header,
+)
+from nodecache.store import StoredBlock
+
+SUFFIX = ".segment"
+UNFINISHED_SUFFIX = ".new"
+
+
+class Segment:
+    """A segment's file, open for reading, and its rows: 33 bytes a slot. The index that it is in guards them."""
+
+    def __init__(self, path: Path, segment_id: int, geometry: Geometry, fd: int) -> None:
+        num_slots = geometry.num_slots
+        self.path = path
+        self.segment_id = segment_id
+        self.geometry = geometry
+        self.fd = fd
+        self.num_live = 0
+        self.num_pins = 0  #: reads in progress; while there are any the file stays open
+        self.is_retired = False  #: its blocks are forgotten and its file deleted
+        self.names = bytearray(num_slots * NAME_BYTES)
+        self.checksums = array("Q", bytes(8 * num_slots))
+        self.num_tokens = array("I", bytes(4 * num_slots))
+        #: [num_slots] uint32, when a slot was used last, by the index's count of uses
+        self.last_use = np.zeros(num_slots, np.uint32)
+        #: [num_slots] bool, whether the index points here
+        self.is_live: Flags = np.zeros(num_slots, np.bool_)
+
+    def name(self, slot: int) -> bytes:
+        """Return the name of the block in a slot."""
+        return bytes(self.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES])
+
+    def block(self, slot: int) -> StoredBlock:
+        """Return what is known of the block in a slot."""
+        return StoredBlock(self.name(slot), self.num_tokens[slot], self.checksums[slot])
+
+    def put(self, slot: int, block: StoredBlock) -> None:
+        """Note the block that a slot holds."""
+        self.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES] = block.name
+        self.num_tokens[slot] = block.num_tokens
+        self.checksums[slot] = block.checksum
+
+    def live_slots(self) -> list[int]:
+        """Return the slots that the index points to."""
+        found: list[int] = np.flatnonzero(self.is_live).tolist()
+        return found
+
+
+class Scanned(NamedTuple):
+    """A segment that was found in the directory, and its table."""
+
+    segment: Segment
+    records: Records  #: [num_slots]
+    is_whole: Flags  #: [num_slots], the records that can be served
+    num_damaged: int
+    num_used_slots: int  #: up to and with the last one that is not free
+    is_full_length: bool  #: the file has the room of all its slots
+
+
+def scan(files: Files, path: Path, model: Model) -> Scanned | str:
+    """Open a segment and read its table: one read for the header, one for the table.
+
+    Returns:
+        The segment; or, in words, why it cannot be used.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.stem.isdecimal():
+        return "its name is no segment's"
+    segment_id = int(path.stem)
+    fd = files.open(path, os.O_RDONLY)
+    try:
+        page = aligned_buffer(ALIGN_BYTES)
+        files.read(fd, page, 0)
+        geometry = unpack_segment_header(bytes(page), model, segment_id)
+        if isinstance(geometry, str):
+            files.close(fd)
+            return geometry
+        num_bytes = files.num_bytes(fd)
+        table = aligned_buffer(geometry.data_offset - ALIGN_BYTES)
+        came = files.read(fd, table, ALIGN_BYTES)
+    except OSError:
+        files.close(fd)
+        raise
+    records, is_whole, is_damaged = unpack_records(bytes(table[:came]), model, segment_id, geometry.num_slots)
+    lies_within = geometry.data_offset + np.arange(1, geometry.num_slots + 1) * geometry.record_bytes <= num_bytes
+    is_used = is_whole | is_damaged
+    segment = Segment(path, segment_id, geometry, fd)
+    segment.names[:] = records["name"].tobytes()
+    segment.checksums = array("Q", records["checksum"].tobytes())
+    segment.num_tokens = array("I", records["num_tokens"].tobytes())
+    return Scanned(
+        segment,
+        records,
+        is_whole & lies_within,
+        int((is_used & ~(is_whole & lies_within)).sum()),
+        int(np.flatnonzero(is_used)[-1]) + 1 if is_used.any() else 0,
+        num_bytes == geometry.num_bytes,
+    )
+
+
+class OpenSegment:
+    """The one segment that is written to, from its first free slot on. One thread."""
+
+    def __init__(self, files: Files, segment: Segment, model: Model, num_used_slots: int = 0) -> None:
+        """Raises OSError where the file cannot be opened to be written, or its table not be read."""
+        self.segment = segment
+        self.num_used_slots = num_used_slots
+        self.num_synced_slots = num_used_slots
+        self.has_failed = False  #: a write to it did: it gets no more
+        self._files = files
+        self._model = model
+        self._table = aligned_buffer(segment.geometry.data_offset - ALIGN_BYTES)
+        self.fd = files.open(segment.path, os.O_RDWR)
+        try:
+            files.read(self.fd, self._table, ALIGN_BYTES)
+        except OSError:
+            files.close(self.fd)
+            raise
+
+    @property
+    def num_free_slots(self) -> int:
+        """Blocks that still go in."""
+        return self.segment.geometry.num_slots - self.num_used_slots
+
+    def append(self, data: memoryview, headers: bytes) -> int:
+        """Write padded blocks and then their headers, made for `num_used_slots`; return the first one's slot.
+
+        Raises:
+            OSError: nothing was appended; the next one writes to the same place.
+        """
+        first = self.num_used_slots
+        self._files.write(self.fd, data, self.segment.geometry.offset_of(first))
+        self._write_table(first, headers)
+        self.num_used_slots += len(headers) // RECORD_BYTES
+        return first
+
+    def wipe(self, slots: list[int]) -> None:
+        """Write zeros over the headers of these slots."""
+        for slot in slots:
+            self._write_table(slot, bytes(RECORD_BYTES))
+
+    def close(self) -> None:
+        """Close the descriptor for writing; the segment's own stays."""
+        self._files.close(self.fd)
+
+    def _write_table(self, first_slot: int, headers: bytes) -> None:
+        begin, end = first_slot * RECORD_BYTES, first_slot * RECORD_BYTES + len(headers)
+        before = bytes(self._table[begin:end])
+        self._table[begin:end] = headers
+        page, page_end = begin // ALIGN_BYTES * ALIGN_BYTES, -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        try:
+            self._files.write(self.fd, self._table[page:page_end], ALIGN_BYTES + page)
+        except OSError:
+            self._table[begin:end] = before
+            raise
+
+
+def create(files: Files, directory: Path, segment_id: int, geometry: Geometry, model: Model) -> OpenSegment:
+    """Make a segment's file, with room for all its blocks. It has its name only once it is whole.
+
+    Raises:
+        OSError: it could not; nothing is left of it.
+    """
+    path = directory / f"{segment_id:08d}{SUFFIX}"
+    unfinished = path.with_suffix(UNFINISHED_SUFFIX)
+    fd = files.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        files.allocate(fd, geometry.num_bytes)
+        page = aligned_buffer(ALIGN_BYTES)
+        page[:] = pack_segment_header(model, segment_id, geometry.num_slots)
+        files.write(fd, page, 0)
+        files.sync(fd)
+        files.rename(unfinished, path)
+        files.sync_directory(directory)
+        return OpenSegment(files, Segment(path, segment_id, geometry, fd), model)
+    except OSError:
+        files.close(fd)
+        files.unlink(unfinished)
+        files.unlink(path)
+        raise
+
+
+def wipe(files: Files, segment: Segment, slots: list[int]) -> None:
+    """Write zeros over the headers of some slots of a segment that is not written to otherwise, and sync them.
+
+    Raises:
+        OSError: some may not be wiped.
+    """
+    fd = files.open(segment.path, os.O_RDWR)
+    try:
+        pages: dict[int, list[int]] = {}
+        for slot in slots:
+            pages.setdefault(slot * RECORD_BYTES // ALIGN_BYTES * ALIGN_BYTES, []).append(slot)
+        buffer = aligned_buffer(ALIGN_BYTES)
+        for page, within in pages.items():
+            files.read(fd, buffer, ALIGN_BYTES + page)
+            for slot in within:
+                begin = slot * RECORD_BYTES - page
+                buffer[begin : begin + RECORD_BYTES] = bytes(RECORD_BYTES)
+            files.write(fd, buffer, ALIGN_BYTES + page)
+        files.sync(fd)
+    finally:
+        files.close(fd)
