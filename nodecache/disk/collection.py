@@ -27,13 +27,13 @@ class Victim(NamedTuple):
 
 
 def choose_victim(candidates: Sequence[Candidate], num_excess_blocks: int, num_free_slots: int) -> Victim | None:
-    """Choose the segment whose loss costs least.
+    """Choose the segment whose loss costs least for the room that it gives.
 
     What must go is what is worth least: a block is cold if it is among the `num_excess_blocks` least valuable ones of
     all candidates. Of a segment, cold blocks are dropped, others copied: at most as many as fill half of it, so that
     each block written causes at most one to be copied, and as fit into `num_free_slots`; the least valuable are left
-    behind. The loss is what the dropped ones are worth above the least of all. Equal losses: fewest copies, then the
-    first candidate. None where there is no candidate.
+    behind. The loss is what the dropped ones are worth above the least of all, by the slots gained. Of equal losses the
+    one with fewest copies, then the first candidate. None where there is no candidate.
     """
     if not candidates:
         return None
@@ -47,7 +47,8 @@ def choose_victim(candidates: Sequence[Candidate], num_excess_blocks: int, num_f
         order = np.argsort(-values, kind="stable")[: max(0, min(num_slots // 2, num_free_slots))]
         is_kept = np.zeros(len(values), np.bool_)
         is_kept[order] = values[order] > coldest
-        loss = (float((values[~is_kept] - lowest).sum()), int(is_kept.sum()))
+        num_kept = int(is_kept.sum())
+        loss = (float((values[~is_kept] - lowest).sum()) / (num_slots - num_kept), num_kept)
         if best is None or loss < least:
             best, least = Victim(segment_id, is_kept), loss
     return best

@@ -108,6 +108,7 @@ class Reader:
 
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
         """As `BlockStore.read`."""
+        self._threads.check()
         call = Call()
         came = [False] * len(names)
         places = self._index.pin(names)

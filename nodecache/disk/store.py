@@ -87,6 +87,7 @@ class DiskStore:
             )
         self._block_bytes = model.block_bytes
         self._capacity_bytes = capacity_bytes
+        self._is_closed = False
         files = files or Files()
         self._stats = DiskStats()
         self._index = DiskIndex(files)
@@ -154,6 +155,9 @@ class DiskStore:
 
     def close(self) -> None:
         """As `BlockStore.close`. What hangs is left behind, and keeps the directory locked until it ends."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if not self._writing.stop(_CLOSE_S) or not self._reader.stop(_CLOSE_S):
             logger.warning("the disk does not answer: the store is left open")
             return

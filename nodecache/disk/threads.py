@@ -70,14 +70,15 @@ class IoThreads:
         """
         future: Future[T] = Future()
         with self._wake:
-            if self._is_stopped:
-                raise StoreError("the disk store is closed")
-            stalled_s = self._stalled_s()
-            if stalled_s > STALL_S:
-                raise StoreError(f"the disk has not answered for {stalled_s:.0f} s; at most {STALL_S:g} s are waited")
+            self._check()
             self._jobs.append((job, future))
             self._wake.notify()
         return future
+
+    def check(self) -> None:
+        """Raise StoreError where a job would be refused now."""
+        with self._wake:
+            self._check()
 
     def stop(self, timeout_s: float) -> bool:
         """Let the queued jobs be done, then end the threads; False where some still hang after `timeout_s`."""
@@ -89,9 +90,13 @@ class IoThreads:
             thread.join(max(0.0, end_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _stalled_s(self) -> float:
+    def _check(self) -> None:
+        if self._is_stopped:
+            raise StoreError("the disk store is closed")
         begun = [since for since in self._since if since is not None]
-        return time.monotonic() - max(begun) if len(begun) == len(self._since) else 0.0
+        stalled_s = time.monotonic() - max(begun) if len(begun) == len(self._since) else 0.0
+        if stalled_s > STALL_S:
+            raise StoreError(f"the disk has not answered for {stalled_s:.0f} s; at most {STALL_S:g} s are waited")
 
     def _run(self, number: int) -> None:
         has_more = False
