@@ -37,7 +37,7 @@ COPY_BYTES = 1 << 20  #: of one read or write of a collection at most, or one bl
 SYNC_S = 1.0  #: what was written is synced after so long at the latest, while the disk answers
 LOOK_S = 1.0  #: between looks whether files were deleted under us, and between tries after an error
 CHECKPOINT_S = 60.0
-FULL_S = 60.0  #: for how long a full disk's room is taken for all there is
+FULL_S = 10.0  #: for how long what a full disk held is taken for all the room there is
 CLOSE_WAIT_S = 1.0  #: for reads of a deleted segment, before its room is used again
 MAX_CANDIDATES = 16
 _FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT}
@@ -216,16 +216,15 @@ class Writer:
             np.frombuffer(buffer, np.uint8, block_bytes, number * size)[:] = np.frombuffer(source, np.uint8)
 
     def _append(self, opened: OpenSegment, buffer: memoryview, blocks: Sequence[StoredBlock]) -> Place:
-        """Write blocks that lie in `buffer`. Raises OSError: if not for a full disk, a new segment follows."""
+        """Write blocks that lie in `buffer`. Raises OSError: then a new segment follows."""
         model, segment_id = self._directory.model, opened.segment.segment_id
         headers = pack_records(model, segment_id, opened.num_used_slots, self._next_sequence, blocks)
         try:
             slot = opened.append(buffer[: len(blocks) * self._geometry.record_bytes], headers)
         except OSError as error:
+            opened.has_failed = True
             if error.errno in _FULL_ERRORS:
                 self._limit_to_used()
-            else:
-                opened.has_failed = True
             raise
         self._next_sequence += len(blocks)
         self._mark_dirty()
