@@ -129,15 +129,23 @@ class DiskIndex:
             self._segments[segment.segment_id] = segment
 
     def restore(self, segment_ids: npt.NDArray[np.uint64], slots: npt.NDArray[np.uint64]) -> list[Place]:
-        """Take in what a scan found, in order of use; return the places of earlier blocks of the same names."""
+        """Take in what a scan found, in order of use; return the places of those that had to give way.
+
+        Of two blocks of one name the one that was written first stays: the other is a copy that may have been torn.
+        """
         with self._lock:
             displaced = []
             for segment_id, slot in zip(segment_ids.tolist(), slots.tolist(), strict=True):
                 self._use += 1
-                segment = self._segments[segment_id]
-                other = self._insert(segment, slot, segment.name(slot))
-                if other is not None:
-                    displaced.append(other)
+                place = Place(self._segments[segment_id], slot)
+                name = place.segment.name(slot)
+                other = self._places.get(_key(name))
+                if other is not None and other < segment_id << _SLOT_BITS | slot:
+                    displaced.append(place)
+                    continue
+                later = self._insert(place.segment, slot, name)
+                if later is not None:
+                    displaced.append(later)
             return displaced
 
     def insert(self, segment: Segment, first_slot: int, blocks: Sequence[StoredBlock]) -> list[Place]:

@@ -72,6 +72,7 @@ class Writer:
         self._next_segment_id = 0
         self._next_sequence = 0
         self._collection: Generator[None] | None = None
+        self._num_to_copy = 0  # blocks that the collection has yet to copy; as many slots are kept for them
         self._wipes: deque[Place] = deque()
         self._dropped: deque[bytes] = deque()
         self._limit_bytes = capacity_bytes
@@ -89,6 +90,9 @@ class Writer:
         self._next_sequence = next_sequence
         with contextlib.suppress(OSError):  # read-only, for now
             self._directory.delete_unfinished()
+            self._files.sync_directory(self._directory.path)
+            if last is not None:
+                self._files.sync(last.segment.fd)  # the process before may not have come to it
             if last is not None and last.is_full_length and last.segment.geometry == self._geometry:
                 self._open = OpenSegment(self._files, last.segment, self._directory.model, last.num_used_slots)
 
@@ -131,7 +135,9 @@ class Writer:
         try:
             while todo:
                 opened = self._open_segment()
-                max_blocks = min(opened.num_free_slots, max(1, WRITE_BYTES // self._geometry.record_bytes))
+                max_blocks = min(
+                    opened.num_free_slots - self._num_to_copy, max(1, WRITE_BYTES // self._geometry.record_bytes)
+                )
                 numbers = [todo.popleft() for _ in range(min(max_blocks, len(todo)))]
                 with call.lock:
                     _require_time(not call.is_given_up())
@@ -163,6 +169,8 @@ class Writer:
             StoreError: it could not; what was written since the last sync and is not on disk is dropped.
         """
         try:
+            while self._collection is not None:  # it may have copies of what was removed meanwhile
+                self._advance(1)
             self._wipe()
             self._sync()
         except OSError as error:
@@ -224,7 +232,7 @@ class Writer:
         except OSError as error:
             opened.has_failed = True
             if error.errno in _FULL_ERRORS:
-                self._limit_to_used()
+                self._limit_to(self._index.num_bytes - self._geometry.num_bytes)  # not all of the open one fits
             raise
         self._next_sequence += len(blocks)
         self._mark_dirty()
@@ -236,8 +244,11 @@ class Writer:
         if opened is not None and not self._files.is_linked(opened.fd):
             self._forget_deleted()
             opened = None
-        if opened is not None and opened.num_free_slots and not opened.has_failed:
-            return opened
+        if opened is not None and not opened.has_failed:
+            while self._collection is not None and opened.num_free_slots <= self._num_to_copy:
+                self._advance(1)
+            if opened.num_free_slots:
+                return opened
         self._directory.ensure()
         self._seal()
         try:
@@ -246,7 +257,7 @@ class Writer:
             if error.errno not in _FULL_ERRORS or not self._index.segments():
                 raise
             logger.warning("disk directory %s: the disk is full, blocks give way", self._directory.path)
-            self._limit_to_used()
+            self._limit_to(self._index.num_bytes)
             return self._roll()
 
     def _roll(self) -> OpenSegment:
@@ -276,8 +287,8 @@ class Writer:
     def _limit(self) -> int:
         return self._limit_bytes if time.monotonic() < self._limit_until_s else self._capacity_bytes
 
-    def _limit_to_used(self) -> None:
-        self._limit_bytes = min(self._index.num_bytes, self._capacity_bytes)
+    def _limit_to(self, num_bytes: int) -> None:
+        self._limit_bytes = min(num_bytes, self._capacity_bytes)
         self._limit_until_s = time.monotonic() + FULL_S
 
     # ------------------------------------------------------------------------------------------------------- collecting
@@ -298,6 +309,7 @@ class Writer:
             return False
         slots = [slot for slot, is_kept in zip(live[victim.segment_id][0], victim.is_kept, strict=True) if is_kept]
         chosen = next(each for each in sealed if each.segment_id == victim.segment_id)
+        self._num_to_copy = len(slots)
         self._collection = self._collect(chosen, slots)
         return True
 
@@ -309,6 +321,7 @@ class Writer:
             max_blocks = max(1, COPY_BYTES // self._geometry.record_bytes)
             for run in runs([Place(victim, slot) for slot in slots], max_blocks):
                 copies += self._copy(victim, run.first_slot, len(run.positions))
+                self._num_to_copy -= len(run.positions)
                 yield
             self._sync()  # before the originals are deleted
             if victim.is_retired:  # deleted under us
@@ -326,6 +339,7 @@ class Writer:
             self._stats.count("evicted_blocks", len(dropped))
             self._stats.count("copied_blocks", num_copied)
         finally:
+            self._num_to_copy = 0
             self._wipes.extend(target for _, target in copies)
             self._index.unpin(victim, 1)
 
