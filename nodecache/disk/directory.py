@@ -28,6 +28,7 @@ CHECKPOINT_NAME = "checkpoint"
 _CHECKPOINT = struct.Struct("<8sIIQQ")  # magic, version, unused, number of blocks, checksum of what follows
 _CHECKPOINT_MAGIC = b"kvrayuse"
 _CHECKPOINT_VERSION = 1
+_PLACE_BYTES = 16
 #: With these a disk can be read but not written for now; with any other it is not what was configured.
 _READ_ONLY_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
@@ -134,7 +135,7 @@ class ModelDirectory:
             OSError: the one before stays.
         """
         body = places.astype("<u8").tobytes()
-        content = aligned_buffer(ALIGN_BYTES + len(body))
+        content = aligned_buffer(checkpoint_bytes(len(places)))
         header = _CHECKPOINT.pack(
             _CHECKPOINT_MAGIC, _CHECKPOINT_VERSION, 0, len(places), xxhash.xxh3_64_intdigest(body)
         )
@@ -165,12 +166,17 @@ class ModelDirectory:
         finally:
             self._files.close(fd)
         magic, version, _, num_blocks, checksum = _CHECKPOINT.unpack_from(content)
-        body = content[ALIGN_BYTES : min(ALIGN_BYTES + 16 * num_blocks, came)]
-        is_whole = len(body) == 16 * num_blocks and xxhash.xxh3_64_intdigest(body) == checksum
+        body = content[ALIGN_BYTES : min(ALIGN_BYTES + _PLACE_BYTES * num_blocks, came)]
+        is_whole = len(body) == _PLACE_BYTES * num_blocks and xxhash.xxh3_64_intdigest(body) == checksum
         if (magic, version) != (_CHECKPOINT_MAGIC, _CHECKPOINT_VERSION) or not is_whole:
             logger.warning("disk directory %s: its checkpoint is ignored, it is not whole", self.path)
             return nothing
         return np.frombuffer(body, "<u8").reshape(num_blocks, 2).astype(np.uint64)
+
+
+def checkpoint_bytes(num_blocks: int) -> int:
+    """Return the length of a checkpoint of so many blocks."""
+    return aligned(ALIGN_BYTES + _PLACE_BYTES * num_blocks)
 
 
 def in_order_of_use(

@@ -56,8 +56,10 @@ class Files:
         """Write all of aligned memory: a full disk shows in a short write first, then as an error."""
         done = 0
         while done < len(source):
-            done += os.pwritev(fd, [source[done:]], offset + done)
-            done -= done % ALIGN_BYTES
+            came = os.pwritev(fd, [source[done:]], offset + done)
+            if came < min(ALIGN_BYTES, len(source) - done):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += came - came % ALIGN_BYTES
 
     def allocate(self, fd: int, num_bytes: int) -> None:
         """Reserve the room of a file, so that writing to it later finds the disk full as seldom as possible."""

@@ -1,4 +1,4 @@
-"""What the store holds and where it lies. Does no IO, but closes the files of segments that nobody reads any more."""
+"""What the store holds and where it lies. No IO, but that the writer closes what nobody reads any more."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class DiskIndex:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self._closed = threading.Condition(self._lock)
+        self._unpinned = threading.Condition(self._lock)
         self._places: dict[int, int] = {}
         self._segments: dict[int, Segment] = {}
-        self._num_unclosed_bytes = 0
+        self._retired: list[Segment] = []  # whose files are deleted, and open still
         self._use = 0
 
     # ---------------------------------------------------------------------------------------------------- what is there
@@ -116,10 +116,10 @@ class DiskIndex:
             segment.num_pins += 1
 
     def unpin(self, segment: Segment, num_pins: int) -> None:
-        """Take back pins; the last ones close a segment that was retired meanwhile."""
+        """Take back pins."""
         with self._lock:
             segment.num_pins -= num_pins
-            self._close_unread(segment)
+            self._unpinned.notify_all()
 
     # ---------------------------------------------------------------------------------------------------------- changes
 
@@ -195,14 +195,17 @@ class DiskIndex:
             segment.is_live[:] = False
             segment.num_live = 0
             segment.is_retired = True
-            self._num_unclosed_bytes += segment.geometry.num_bytes
-            self._close_unread(segment)
+            self._retired.append(segment)
             return names
 
-    def wait_until_closed(self, timeout_s: float) -> None:
-        """Wait until the room of retired segments is free: until the reads end that still have their files open."""
+    def close_retired(self, timeout_s: float) -> None:
+        """Close retired segments, which frees their room, once the reads have ended that they are pinned for."""
         with self._lock:
-            self._closed.wait_for(lambda: not self._num_unclosed_bytes, timeout_s)
+            self._unpinned.wait_for(lambda: not any(segment.num_pins for segment in self._retired), timeout_s)
+            unread = [segment for segment in self._retired if not segment.num_pins]
+            self._retired = [segment for segment in self._retired if segment.num_pins]
+        for segment in unread:  # without the lock: the disk may take its time
+            self._files.close(segment.fd)
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the books do not agree."""
@@ -251,12 +254,6 @@ class DiskIndex:
             self._use += 1
             if place is not None:
                 place.segment.last_use[place.slot] = self._use
-
-    def _close_unread(self, segment: Segment) -> None:
-        if segment.is_retired and segment.num_pins == 0:
-            self._files.close(segment.fd)
-            self._num_unclosed_bytes -= segment.geometry.num_bytes
-            self._closed.notify_all()
 
 
 def _key(name: bytes) -> int:

@@ -27,8 +27,8 @@ import numpy as np
 
 from messages.errors import ConfigError
 from nodecache.disk import segment as segments
-from nodecache.disk.directory import ModelDirectory, Unusable, in_order_of_use
-from nodecache.disk.files import Files
+from nodecache.disk.directory import ModelDirectory, Unusable, checkpoint_bytes, in_order_of_use
+from nodecache.disk.files import Files, aligned
 from nodecache.disk.index import DiskIndex
 from nodecache.disk.layout import Geometry, Model
 from nodecache.disk.reader import Reader
@@ -77,13 +77,16 @@ class DiskStore:
         Raises:
             ConfigError: another process has it; it is no directory; or the capacity is too small.
         """
-        segment_bytes = min(_MAX_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_OF_A_SMALL_STORE)
-        segment_bytes = max(segment_bytes, capacity_bytes // _SEGMENTS_OF_A_LARGE_STORE)
+        # The order of use takes room too, twice while it is written.
+        reserved_bytes = 2 * checkpoint_bytes(capacity_bytes // aligned(model.block_bytes))
+        room_bytes = capacity_bytes - reserved_bytes
+        segment_bytes = min(_MAX_SEGMENT_BYTES, room_bytes // _SEGMENTS_OF_A_SMALL_STORE)
+        segment_bytes = max(segment_bytes, room_bytes // _SEGMENTS_OF_A_LARGE_STORE)
         geometry = Geometry.within(model.block_bytes, segment_bytes)
-        if geometry.num_bytes * _MIN_SEGMENTS > capacity_bytes:
+        if geometry.num_bytes * _MIN_SEGMENTS > room_bytes:
             raise ConfigError(
                 f"disk capacity of {capacity_bytes:,} bytes; for blocks of {model.block_bytes:,} bytes at least "
-                f"{geometry.num_bytes * _MIN_SEGMENTS:,} are wanted"
+                f"{geometry.num_bytes * _MIN_SEGMENTS + reserved_bytes:,} are wanted"
             )
         self._block_bytes = model.block_bytes
         self._capacity_bytes = capacity_bytes
@@ -92,9 +95,7 @@ class DiskStore:
         self._stats = DiskStats()
         self._index = DiskIndex(files)
         directory = ModelDirectory(root, model, files)
-        self._writer = Writer(
-            directory, self._index, files, geometry, capacity_bytes, checksum, keep_value, self._stats
-        )
+        self._writer = Writer(directory, self._index, files, geometry, room_bytes, checksum, keep_value, self._stats)
         #: what lies in the directory and is not used, and why; left alone
         self.unusable: list[Unusable] = self._restore(directory, files)
         for stranger in self.unusable:
@@ -164,6 +165,7 @@ class DiskStore:
         self._writer.close()
         for segment in self._index.segments():
             self._index.retire(segment)
+        self._index.close_retired(0.0)
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the books do not agree."""

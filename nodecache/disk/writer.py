@@ -189,6 +189,7 @@ class Writer:
                 return False
             self._look_s = now_s + LOOK_S
             self._forget_deleted()
+            self._index.close_retired(0.0)
             self._wipe()
             if now_s >= self._checkpoint_s:
                 self._checkpoint_s = now_s + CHECKPOINT_S
@@ -268,7 +269,7 @@ class Writer:
                 )
             while self._collection is not None:
                 self._advance(1)
-        self._index.wait_until_closed(CLOSE_WAIT_S)
+        self._index.close_retired(CLOSE_WAIT_S)
         directory = self._directory
         opened = segments.create(self._files, directory.path, self._next_segment_id, self._geometry, directory.model)
         self._open = opened
@@ -317,6 +318,7 @@ class Writer:
         """Copy these of its blocks, a run at a time, and delete it. Raises OSError: it stays, and the copies go."""
         self._index.pin_segment(victim)
         copies: list[tuple[Place, Place]] = []
+        moved: list[Place] = []
         try:
             max_blocks = max(1, COPY_BYTES // self._geometry.record_bytes)
             for run in runs([Place(victim, slot) for slot in slots], max_blocks):
@@ -329,9 +331,12 @@ class Writer:
             num_copied = len(copies)
             while copies:
                 source, target = copies.pop()
-                if not self._index.move(source, target):
+                if self._index.move(source, target):
+                    moved.append(source)
+                else:
                     self._wipes.append(target)
             self._files.unlink(victim.path)
+            moved.clear()
             dropped = self._index.retire(victim)
             self._is_directory_dirty = True
             self._mark_dirty()
@@ -340,7 +345,7 @@ class Writer:
             self._stats.count("copied_blocks", num_copied)
         finally:
             self._num_to_copy = 0
-            self._wipes.extend(target for _, target in copies)
+            self._wipes.extend([*moved, *(target for _, target in copies)])
             self._index.unpin(victim, 1)
 
     def _copy(self, victim: Segment, first_slot: int, num_blocks: int) -> list[tuple[Place, Place]]:
@@ -350,7 +355,11 @@ class Writer:
             return []
         num_blocks = min(num_blocks, opened.num_free_slots)
         buffer, size = self._copy_buffer, self._geometry.record_bytes
-        is_whole = read_run(self._files, victim, first_slot, num_blocks, buffer, self._checksum)
+        try:
+            is_whole = read_run(self._files, victim, first_slot, num_blocks, buffer, self._checksum)
+        except OSError as error:  # a segment that cannot be read must not stand in the way for ever
+            self._note(error)
+            return []
         sources: list[Place] = []
         for number in range(num_blocks):
             place = Place(victim, first_slot + number)
@@ -377,6 +386,7 @@ class Writer:
                     return
                 if next(self._collection, _ENDED) is _ENDED:
                     self._collection = None
+                    self._index.close_retired(0.0)
         except OSError:
             self._collection = None
             raise
@@ -409,6 +419,7 @@ class Writer:
             self._files.sync_directory(self._directory.path)
             self._is_directory_dirty = False
         self._dirty_since_s = None
+        self._last_error = ""
 
     def _give_up_open(self) -> None:
         """After an error: a later sync that succeeds says nothing of what this one did not bring to disk."""

@@ -22,7 +22,8 @@ checksum = xxhash.xxh3_64_intdigest
 
 
 def capacity_of(num_segments: int) -> int:
-    return num_segments * GEOMETRY.num_bytes
+    """Of the smallest segments; a checkpoint of all their blocks fits beside them, twice."""
+    return num_segments * GEOMETRY.num_bytes + 2 * 8192
 
 
 def name_of(number: int) -> bytes:

@@ -65,7 +65,7 @@ def kill_and_look(root: Path, num_rounds: int) -> None:
         there = held(store, range(NUM_BLOCKS + 6))
         assert all(read(store, there))
         assert len(there) == len(store.names())
-        assert used_bytes(root) <= capacity_of(NUM_SEGMENTS) + 8192
+        assert used_bytes(root) <= capacity_of(NUM_SEGMENTS)
         store.close()
 
 
