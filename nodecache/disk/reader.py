@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nodecache.disk.files import Files, aligned_buffer
+from nodecache.disk.files import Files, aligned, aligned_buffer
 from nodecache.disk.index import DiskIndex, Place
 from nodecache.disk.segment import Segment
 from nodecache.disk.stats import DiskStats
@@ -104,7 +104,9 @@ class Reader:
         self._stats = stats
         self._on_damaged = on_damaged
         self._threads = IoThreads("disk-read", NUM_THREADS)
-        self._buffers: deque[memoryview] = deque()
+        size = max(READ_BYTES, aligned(block_bytes))
+        area = aligned_buffer(NUM_THREADS * size)  # as one, that it has huge pages
+        self._buffers = deque(area[begin : begin + size] for begin in range(0, NUM_THREADS * size, size))
 
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
         """As `BlockStore.read`."""
@@ -140,10 +142,7 @@ class Reader:
     ) -> None:
         segment, first_slot, positions = run
         size = segment.geometry.record_bytes
-        try:
-            buffer = self._buffers.pop()
-        except IndexError:
-            buffer = aligned_buffer(max(READ_BYTES, size))
+        buffer = self._buffers.pop()  # there is one for each thread
         try:
             if call.is_given_up():
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,14 +146,17 @@ class OpenSegment:
         """Blocks that still go in."""
         return self.segment.geometry.num_slots - self.num_used_slots
 
-    def append(self, data: memoryview, headers: bytes) -> int:
-        """Write padded blocks and then their headers, made for `num_used_slots`; return the first one's slot.
+    def append(self, pieces: Iterable[memoryview], headers: bytes) -> int:
+        """Write padded blocks, in pieces, and then all their headers; return the first one's slot.
 
         Raises:
-            OSError: nothing was appended; the next one writes to the same place.
+            OSError: nothing was appended; the next one writes to the same place. As whatever `pieces` raises.
         """
         first = self.num_used_slots
-        self._files.write(self.fd, data, self.segment.geometry.offset_of(first))
+        offset = self.segment.geometry.offset_of(first)
+        for piece in pieces:
+            self._files.write(self.fd, piece, offset)
+            offset += len(piece)
         self._write_table(first, headers)
         self.num_used_slots += len(headers) // RECORD_BYTES
         return first
@@ -189,9 +193,9 @@ def create(files: Files, directory: Path, segment_id: int, geometry: Geometry, m
     fd = files.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         files.allocate(fd, geometry.num_bytes)
-        page = aligned_buffer(ALIGN_BYTES)
-        page[:] = pack_segment_header(model, segment_id, geometry.num_slots)
-        files.write(fd, page, 0)
+        front = aligned_buffer(geometry.data_offset)  # with the table: writing to it later is no allocation any more
+        front[:ALIGN_BYTES] = pack_segment_header(model, segment_id, geometry.num_slots)
+        files.write(fd, front[: geometry.data_offset], 0)
         files.sync(fd)
         files.rename(unfinished, path)
         files.sync_directory(directory)

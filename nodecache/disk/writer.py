@@ -13,7 +13,7 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -135,15 +135,10 @@ class Writer:
         try:
             while todo:
                 opened = self._open_segment()
-                max_blocks = min(
-                    opened.num_free_slots - self._num_to_copy, max(1, WRITE_BYTES // self._geometry.record_bytes)
-                )
-                numbers = [todo.popleft() for _ in range(min(max_blocks, len(todo)))]
-                with call.lock:
-                    _require_time(not call.is_given_up())
-                    self._fill(self._buffer, [sources[number] for number in numbers])
+                num_blocks = min(opened.num_free_slots - self._num_to_copy, len(todo))
+                numbers = [todo.popleft() for _ in range(num_blocks)]
                 part = [blocks[number] for number in numbers]
-                place = self._append(opened, self._buffer, part)
+                place = self._append(opened, self._pieces(call, [sources[number] for number in numbers]), part)
                 for other in self._index.insert(place.segment, place.slot, part):
                     self._wipes.append(other)
                     self._dropped.append(other.segment.name(other.slot))
@@ -218,18 +213,26 @@ class Writer:
 
     # ------------------------------------------------------------------------------------------------------- appending
 
-    def _fill(self, buffer: memoryview, sources: Sequence[memoryview]) -> None:
+    def _pieces(self, call: Call, sources: Sequence[memoryview]) -> Iterator[memoryview]:
+        """Copy blocks to where they can be written from, some at a time; a piece lasts until the next is asked for."""
         size, block_bytes = self._geometry.record_bytes, self._geometry.block_bytes
-        for number, source in enumerate(sources):
-            # As arrays, so that the copy is made without the interpreter's lock.
-            np.frombuffer(buffer, np.uint8, block_bytes, number * size)[:] = np.frombuffer(source, np.uint8)
+        max_blocks = max(1, WRITE_BYTES // size)
+        for begin in range(0, len(sources), max_blocks):
+            part = sources[begin : begin + max_blocks]
+            with call.lock:
+                _require_time(not call.is_given_up())
+                for number, source in enumerate(part):
+                    # As arrays, so that the copy is made without the interpreter's lock.
+                    target = np.frombuffer(self._buffer, np.uint8, block_bytes, number * size)
+                    target[:] = np.frombuffer(source, np.uint8)
+            yield self._buffer[: len(part) * size]
 
-    def _append(self, opened: OpenSegment, buffer: memoryview, blocks: Sequence[StoredBlock]) -> Place:
-        """Write blocks that lie in `buffer`. Raises OSError: then a new segment follows."""
+    def _append(self, opened: OpenSegment, pieces: Iterable[memoryview], blocks: Sequence[StoredBlock]) -> Place:
+        """Write blocks whose bytes `pieces` are. Raises OSError: then a new segment follows."""
         model, segment_id = self._directory.model, opened.segment.segment_id
         headers = pack_records(model, segment_id, opened.num_used_slots, self._next_sequence, blocks)
         try:
-            slot = opened.append(buffer[: len(blocks) * self._geometry.record_bytes], headers)
+            slot = opened.append(pieces, headers)
         except OSError as error:
             opened.has_failed = True
             if error.errno in _FULL_ERRORS:
@@ -374,7 +377,7 @@ class Writer:
             sources.append(place)
         if not sources:
             return []
-        target = self._append(opened, buffer, [victim.block(source.slot) for source in sources])
+        target = self._append(opened, [buffer[: len(sources) * size]], [victim.block(each.slot) for each in sources])
         return [(source, Place(target.segment, target.slot + number)) for number, source in enumerate(sources)]
 
     def _advance(self, num_blocks: int) -> None:
