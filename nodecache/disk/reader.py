@@ -150,14 +150,18 @@ class Reader:
             for number, position in enumerate(positions):
                 if not is_whole[number]:
                     self._on_damaged(names[position], Place(segment, first_slot + number))
-                    continue
-                with call.lock:
-                    if call.is_given_up():
-                        return
-                    # As arrays, so that the copy is made without the interpreter's lock.
-                    block = np.frombuffer(buffer, np.uint8, self._block_bytes, number * size)
-                    np.frombuffer(targets[position], np.uint8)[:] = block
-                came[position] = True
+            if not call.begin():
+                return
+            try:
+                # As arrays, so that the copies are made without the interpreter's lock.
+                blocks = np.frombuffer(buffer, np.uint8)
+                for number, position in enumerate(positions):
+                    if is_whole[number]:
+                        block = blocks[number * size : number * size + self._block_bytes]
+                        np.frombuffer(targets[position], np.uint8)[:] = block
+                        came[position] = True
+            finally:
+                call.end()
         except OSError as error:
             self._stats.count("errors")
             raise StoreError(f"disk segment {segment.path} cannot be read: {error.strerror}") from error

@@ -18,10 +18,11 @@ STALL_S = 5.0
 
 
 class Call:
-    """A caller's memory, lent until the call is answered or given up. Copy with `lock` held, not when given up."""
+    """A caller's memory, lent until the call is answered or given up. Touch it only between `begin` and `end`."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._ended = threading.Condition()
+        self._num_touching = 0
         self._is_given_up = False
         self._is_answered = False
 
@@ -29,16 +30,30 @@ class Call:
         """Tell whether the caller left, with its memory."""
         return self._is_given_up
 
+    def begin(self) -> bool:
+        """Begin to copy from or to the caller's memory; False where it is the caller's again."""
+        with self._ended:
+            if not self._is_given_up:
+                self._num_touching += 1
+            return not self._is_given_up
+
+    def end(self) -> None:
+        """Say that the copy is made."""
+        with self._ended:
+            self._num_touching -= 1
+            self._ended.notify_all()
+
     def answer(self) -> bool:
         """Say that all was done in time; False where the caller gave it up."""
-        with self.lock:
+        with self._ended:
             self._is_answered = not self._is_given_up
             return self._is_answered
 
     def give_up(self) -> bool:
         """Take the memory back: when this returns nobody touches it any more. False: it is answered after all."""
-        with self.lock:
+        with self._ended:
             self._is_given_up = not self._is_answered
+            self._ended.wait_for(lambda: not self._num_touching)
             return self._is_given_up
 
 

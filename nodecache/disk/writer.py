@@ -219,12 +219,14 @@ class Writer:
         max_blocks = max(1, WRITE_BYTES // size)
         for begin in range(0, len(sources), max_blocks):
             part = sources[begin : begin + max_blocks]
-            with call.lock:
-                _require_time(not call.is_given_up())
+            _require_time(call.begin())
+            try:
                 for number, source in enumerate(part):
                     # As arrays, so that the copy is made without the interpreter's lock.
                     target = np.frombuffer(self._buffer, np.uint8, block_bytes, number * size)
                     target[:] = np.frombuffer(source, np.uint8)
+            finally:
+                call.end()
             yield self._buffer[: len(part) * size]
 
     def _append(self, opened: OpenSegment, pieces: Iterable[memoryview], blocks: Sequence[StoredBlock]) -> Place:
