@@ -129,7 +129,7 @@ class ModelDirectory:
         return found + [Unusable(path, "it is no file of a disk store") for path in others]
 
     def write_checkpoint(self, places: npt.NDArray[np.uint64]) -> None:
-        """Write the order of use, segment id and slot [num_blocks, 2], in place of the one before.
+        """Write the order of use, segment id and row [num_blocks, 2], in place of the one before.
 
         Raises:
             OSError: the one before stays.
@@ -181,7 +181,7 @@ def checkpoint_bytes(num_blocks: int) -> int:
 
 def in_order_of_use(
     segment_ids: npt.NDArray[np.uint64],
-    slots: npt.NDArray[np.uint64],
+    rows: npt.NDArray[np.uint64],
     sequences: npt.NDArray[np.uint64],
     checkpoint: npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.intp]:
@@ -189,6 +189,6 @@ def in_order_of_use(
 
     The three first are [num_blocks] and belong together.
     """
-    known = {(segment_id, slot): rank for rank, (segment_id, slot) in enumerate(checkpoint.tolist())}
-    ranks = [known.get(place, len(known)) for place in zip(segment_ids.tolist(), slots.tolist(), strict=True)]
+    known = {(segment_id, row): rank for rank, (segment_id, row) in enumerate(checkpoint.tolist())}
+    ranks = [known.get(place, len(known)) for place in zip(segment_ids.tolist(), rows.tolist(), strict=True)]
     return np.lexsort((sequences, np.array(ranks, np.uint64)))

@@ -15,8 +15,8 @@ from nodecache.disk.segment import Segment
 from nodecache.store import StoredBlock
 
 # A place is one int below 2^60, as is a key: such take 32 bytes of memory each.
-_SLOT_BITS = 24
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
+_ROW_BITS = 24
+_ROW_MASK = (1 << _ROW_BITS) - 1
 _KEY_MASK = (1 << 60) - 1
 _MAX_USE = (1 << 32) - 1
 
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     """Where a block lies."""
 
     segment: Segment
-    slot: int
+    row: int
 
 
 class DiskIndex:
@@ -63,12 +63,12 @@ class DiskIndex:
         """Return what is known of a block; None where it is not there."""
         with self._lock:
             place = self._place(name)
-            return None if place is None else place.segment.block(place.slot)
+            return None if place is None else place.segment.block(place.row)
 
     def names(self) -> list[bytes]:
         """Return the names of all blocks."""
         with self._lock:
-            return [segment.name(slot) for segment in self._segments.values() for slot in segment.live_slots()]
+            return [segment.name(row) for segment in self._segments.values() for row in segment.live_rows()]
 
     def segments(self) -> list[Segment]:
         """Return all segments, oldest first."""
@@ -76,22 +76,22 @@ class DiskIndex:
             return list(self._segments.values())
 
     def live_blocks(self, segment: Segment) -> tuple[list[int], list[bytes], npt.NDArray[np.uint32]]:
-        """Return the slots that are in use, their blocks' names, and when each was used last."""
+        """Return the rows that are in use, their blocks' names, and when each was used last."""
         with self._lock:
-            slots = segment.live_slots()
-            return slots, [segment.name(slot) for slot in slots], segment.last_use[slots]
+            rows = segment.live_rows()
+            return rows, [segment.name(row) for row in rows], segment.last_use[rows]
 
     def places_by_use(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Return segment id and slot of every block, [num_blocks, 2], least recently used first, and the use count."""
+        """Return segment id and row of every block, [num_blocks, 2], least recently used first, and the use count."""
         with self._lock:
             parts = []
             for segment in self._segments.values():
-                slots = np.flatnonzero(segment.is_live).astype(np.uint64)
-                ids = np.full(len(slots), segment.segment_id, np.uint64)
-                parts.append(np.stack([segment.last_use[slots].astype(np.uint64), ids, slots], axis=1))
+                rows = np.flatnonzero(segment.is_live).astype(np.uint64)
+                ids = np.full(len(rows), segment.segment_id, np.uint64)
+                parts.append(np.stack([segment.last_use[rows].astype(np.uint64), ids, rows], axis=1))
             use = self._use
-        rows = np.concatenate(parts) if parts else np.zeros((0, 3), np.uint64)
-        return rows[np.argsort(rows[:, 0], kind="stable"), 1:], use
+        parts_by_use = np.concatenate(parts) if parts else np.zeros((0, 3), np.uint64)
+        return parts_by_use[np.argsort(parts_by_use[:, 0], kind="stable"), 1:], use
 
     # ------------------------------------------------------------------------------------------------------------ reads
 
@@ -124,40 +124,40 @@ class DiskIndex:
     # ---------------------------------------------------------------------------------------------------------- changes
 
     def add_segment(self, segment: Segment) -> None:
-        """Take a segment in whose slots the index does not point to yet."""
+        """Take a segment in whose rows the index does not point to yet."""
         with self._lock:
             self._segments[segment.segment_id] = segment
 
-    def restore(self, segment_ids: npt.NDArray[np.uint64], slots: npt.NDArray[np.uint64]) -> list[Place]:
+    def restore(self, segment_ids: npt.NDArray[np.uint64], rows: npt.NDArray[np.uint64]) -> list[Place]:
         """Take in what a scan found, in order of use; return the places of those that had to give way.
 
         Of two blocks of one name the one that was written first stays: the other is a copy that may have been torn.
         """
         with self._lock:
             displaced = []
-            for segment_id, slot in zip(segment_ids.tolist(), slots.tolist(), strict=True):
+            for segment_id, row in zip(segment_ids.tolist(), rows.tolist(), strict=True):
                 self._use += 1
-                place = Place(self._segments[segment_id], slot)
-                name = place.segment.name(slot)
+                place = Place(self._segments[segment_id], row)
+                name = place.segment.name(row)
                 other = self._places.get(_key(name))
-                if other is not None and other < segment_id << _SLOT_BITS | slot:
+                if other is not None and other < segment_id << _ROW_BITS | row:
                     displaced.append(place)
                     continue
-                later = self._insert(place.segment, slot, name)
+                later = self._insert(place.segment, row, name)
                 if later is not None:
                     displaced.append(later)
             return displaced
 
-    def insert(self, segment: Segment, first_slot: int, blocks: Sequence[StoredBlock]) -> list[Place]:
-        """Point to blocks of one chain, head first, in consecutive slots; return the places of what gave way to them.
+    def insert(self, segment: Segment, first_row: int, blocks: Sequence[StoredBlock]) -> list[Place]:
+        """Point to blocks of one chain, head first, in consecutive rows; return the places of what gave way to them.
 
         Only a name of the same key gives way.
         """
         with self._lock:
             displaced = []
-            for slot, block in enumerate(blocks, first_slot):
-                segment.put(slot, block)
-                other = self._insert(segment, slot, block.name)
+            for row, block in enumerate(blocks, first_row):
+                segment.put(row, block)
+                other = self._insert(segment, row, block.name)
                 if other is not None:
                     displaced.append(other)
             return displaced
@@ -165,13 +165,13 @@ class DiskIndex:
     def move(self, source: Place, target: Place) -> bool:
         """Point to a block's copy; False where the source is not in use any more."""
         with self._lock:
-            if not source.segment.is_live[source.slot]:
+            if not source.segment.is_live[source.row]:
                 return False
-            block = source.segment.block(source.slot)
-            last_use = source.segment.last_use[source.slot]
-            target.segment.put(target.slot, block)
-            self._insert(target.segment, target.slot, block.name)
-            target.segment.last_use[target.slot] = last_use
+            block = source.segment.block(source.row)
+            last_use = source.segment.last_use[source.row]
+            target.segment.put(target.row, block)
+            self._insert(target.segment, target.row, block.name)
+            target.segment.last_use[target.row] = last_use
             return True
 
     def drop(self, name: bytes, of: Place | None = None) -> Place | None:
@@ -181,14 +181,14 @@ class DiskIndex:
             if place is None or of not in (None, place):
                 return None
             del self._places[_key(name)]
-            place.segment.is_live[place.slot] = False
+            place.segment.is_live[place.row] = False
             place.segment.num_live -= 1
             return place
 
     def retire(self, segment: Segment) -> list[bytes]:
         """Forget a segment, whose file is deleted; return the names of the blocks that it still held."""
         with self._lock:
-            names = [segment.name(slot) for slot in segment.live_slots()]
+            names = [segment.name(row) for row in segment.live_rows()]
             for name in names:
                 del self._places[_key(name)]
             del self._segments[segment.segment_id]
@@ -212,15 +212,15 @@ class DiskIndex:
         with self._lock:
             num_live = 0
             for segment in self._segments.values():
-                slots = segment.live_slots()
-                num_live += len(slots)
-                _require(segment.num_live == len(slots), "counts of live slots add up")
+                rows = segment.live_rows()
+                num_live += len(rows)
+                _require(segment.num_live == len(rows), "counts of live rows add up")
                 _require(segment.num_pins >= 0 and not segment.is_retired, "segments are readable")
                 _require(
-                    all(self._place(segment.name(slot)) == (segment, slot) for slot in slots),
-                    "every live slot is where its name is found",
+                    all(self._place(segment.name(row)) == (segment, row) for row in rows),
+                    "every live row is where its name is found",
                 )
-            _require(num_live == len(self._places), "every name has one live slot")
+            _require(num_live == len(self._places), "every name has one live row")
 
     # ---------------------------------------------------------------------------------------------------- with the lock
 
@@ -228,21 +228,21 @@ class DiskIndex:
         number = self._places.get(_key(name))
         if number is None:
             return None
-        segment, slot = self._segments[number >> _SLOT_BITS], number & _SLOT_MASK
-        return Place(segment, slot) if segment.name(slot) == name else None
+        segment, row = self._segments[number >> _ROW_BITS], number & _ROW_MASK
+        return Place(segment, row) if segment.name(row) == name else None
 
-    def _insert(self, segment: Segment, slot: int, name: bytes) -> Place | None:
+    def _insert(self, segment: Segment, row: int, name: bytes) -> Place | None:
         key = _key(name)
         number = self._places.get(key)
         displaced = None
         if number is not None:
-            displaced = Place(self._segments[number >> _SLOT_BITS], number & _SLOT_MASK)
-            displaced.segment.is_live[displaced.slot] = False
+            displaced = Place(self._segments[number >> _ROW_BITS], number & _ROW_MASK)
+            displaced.segment.is_live[displaced.row] = False
             displaced.segment.num_live -= 1
-        self._places[key] = segment.segment_id << _SLOT_BITS | slot
-        segment.is_live[slot] = True
+        self._places[key] = segment.segment_id << _ROW_BITS | row
+        segment.is_live[row] = True
         segment.num_live += 1
-        segment.last_use[slot] = self._use
+        segment.last_use[row] = self._use
         return displaced
 
     def _use_places(self, places: Sequence[Place | None]) -> None:
@@ -253,7 +253,7 @@ class DiskIndex:
         for place in reversed(places):
             self._use += 1
             if place is not None:
-                place.segment.last_use[place.slot] = self._use
+                place.segment.last_use[place.row] = self._use
 
 
 def _key(name: bytes) -> int:

@@ -3,7 +3,7 @@
     [segment header][table of record headers    ][block 0      ][block 1      ] ...
     0               4096                          data_offset    + record_bytes
 
-The segment header says in JSON whose blocks these are. Record headers are 128 bytes, 32 to a page and none across two
+A row is a place for one block and its header. The segment header says in JSON whose blocks these are. Record headers are 128 bytes, 32 to a page and none across two
 sectors, and lie together, so that an index is rebuilt by one short read a segment, and a run of blocks is one long
 read or write without gaps. A header is written after its block. One of zeros is free, or was removed. A block's
 checksum is in its header and over its plain bytes; the header's own is its last word.
@@ -40,7 +40,7 @@ RECORD = np.dtype(
         ("model", "V16"),  # Model.digest
         ("name", "V16"),
         ("segment_id", "<u8"),
-        ("slot", "<u4"),
+        ("row", "<u4"),
         ("num_tokens", "<u4"),
         ("block_bytes", "<u8"),
         ("stored_bytes", "<u8"),
@@ -87,10 +87,10 @@ class Model(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Where things lie in a segment of `num_slots` blocks of `block_bytes` bytes."""
+    """Where things lie in a segment of `num_rows` blocks of `block_bytes` bytes."""
 
     block_bytes: int
-    num_slots: int
+    num_rows: int
 
     @property
     def record_bytes(self) -> int:
@@ -100,16 +100,16 @@ class Geometry(NamedTuple):
     @property
     def data_offset(self) -> int:
         """Where the first block begins: behind segment header and table."""
-        return ALIGN_BYTES + aligned(self.num_slots * RECORD_BYTES)
+        return ALIGN_BYTES + aligned(self.num_rows * RECORD_BYTES)
 
     @property
     def num_bytes(self) -> int:
         """Length of the file."""
-        return self.offset_of(self.num_slots)
+        return self.offset_of(self.num_rows)
 
-    def offset_of(self, slot: int) -> int:
-        """Return where a slot's block begins in the file."""
-        return self.data_offset + slot * self.record_bytes
+    def offset_of(self, row: int) -> int:
+        """Return where a row's block begins in the file."""
+        return self.data_offset + row * self.record_bytes
 
     @classmethod
     def within(cls, block_bytes: int, num_bytes: int) -> Geometry:
@@ -123,10 +123,10 @@ class _SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
     layout_version: int
     block_bytes: int
     segment_id: int
-    num_slots: int
+    num_rows: int
 
 
-def pack_segment_header(model: Model, segment_id: int, num_slots: int) -> bytes:
+def pack_segment_header(model: Model, segment_id: int, num_rows: int) -> bytes:
     """Return the first ALIGN_BYTES of a segment file."""
     header = _SegmentHeader(
         format_version=FORMAT_VERSION,
@@ -134,7 +134,7 @@ def pack_segment_header(model: Model, segment_id: int, num_slots: int) -> bytes:
         layout_version=model.layout_version,
         block_bytes=model.block_bytes,
         segment_id=segment_id,
-        num_slots=num_slots,
+        num_rows=num_rows,
     )
     body = msgspec.json.encode(header)
     return (_PREFIX.pack(_MAGIC, len(body), xxhash.xxh3_64_intdigest(body)) + body).ljust(ALIGN_BYTES, b"\0")
@@ -158,13 +158,13 @@ def unpack_segment_header(page: bytes, model: Model, segment_id: int) -> Geometr
         return f"its header cannot be read: {error}"
     if found != model:
         return f"it holds blocks of {found.directory_name}, wanted {model.directory_name}"
-    if header.segment_id != segment_id or header.num_slots < 1:
-        return f"it says of itself to be segment {header.segment_id} with {header.num_slots} blocks"
-    return Geometry(header.block_bytes, header.num_slots)
+    if header.segment_id != segment_id or header.num_rows < 1:
+        return f"it says of itself to be segment {header.segment_id} with {header.num_rows} blocks"
+    return Geometry(header.block_bytes, header.num_rows)
 
 
 def pack_records(
-    model: Model, segment_id: int, first_slot: int, first_sequence: int, blocks: Sequence[StoredBlock]
+    model: Model, segment_id: int, first_row: int, first_sequence: int, blocks: Sequence[StoredBlock]
 ) -> bytes:
     """Return the headers of consecutive records."""
     records = np.zeros(len(blocks), RECORD)
@@ -173,7 +173,7 @@ def pack_records(
     records["codec"] = _PLAIN_CODEC
     records["model"] = np.void(model.digest)
     records["segment_id"] = segment_id
-    records["slot"] = np.arange(first_slot, first_slot + len(blocks))
+    records["row"] = np.arange(first_row, first_row + len(blocks))
     records["block_bytes"] = records["stored_bytes"] = model.block_bytes
     records["sequence"] = np.arange(first_sequence, first_sequence + len(blocks))
     records["name"] = np.frombuffer(b"".join(block.name for block in blocks), "V16")
@@ -183,11 +183,11 @@ def pack_records(
     return records.tobytes()
 
 
-def unpack_records(table: bytes, model: Model, segment_id: int, num_slots: int) -> tuple[Records, Flags, Flags]:
+def unpack_records(table: bytes, model: Model, segment_id: int, num_rows: int) -> tuple[Records, Flags, Flags]:
     """Read a segment's table: all its records, which of them are whole, and which are damaged; the others are free."""
-    table = table[: num_slots * RECORD_BYTES].ljust(num_slots * RECORD_BYTES, b"\0")
+    table = table[: num_rows * RECORD_BYTES].ljust(num_rows * RECORD_BYTES, b"\0")
     records = np.frombuffer(table, RECORD)
-    is_used = np.frombuffer(table, "u1").reshape(num_slots, RECORD_BYTES).any(axis=1)
+    is_used = np.frombuffer(table, "u1").reshape(num_rows, RECORD_BYTES).any(axis=1)
     is_whole = (
         is_used
         & (records["magic"] == _RECORD_MAGIC)
@@ -195,12 +195,12 @@ def unpack_records(table: bytes, model: Model, segment_id: int, num_slots: int) 
         & (records["codec"] == _PLAIN_CODEC)
         & (records["model"] == np.void(model.digest))
         & (records["segment_id"] == segment_id)
-        & (records["slot"] == np.arange(num_slots))
+        & (records["row"] == np.arange(num_rows))
         & (records["block_bytes"] == model.block_bytes)
         & (records["stored_bytes"] == model.block_bytes)
     )
-    slots = np.flatnonzero(is_whole)
-    is_whole[slots] = records["header_checksum"][slots] == _header_checksums(records[slots].tobytes())
+    rows = np.flatnonzero(is_whole)
+    is_whole[rows] = records["header_checksum"][rows] == _header_checksums(records[rows].tobytes())
     return records, is_whole, is_used & ~is_whole
 
 

@@ -23,32 +23,32 @@ READ_BYTES = 1 << 20  #: of one read at most, or one block
 
 
 class Run(NamedTuple):
-    """Blocks in consecutive slots of a segment."""
+    """Blocks in consecutive rows of a segment."""
 
     segment: Segment
-    first_slot: int
-    positions: list[int]  #: in what was asked, by slot
+    first_row: int
+    positions: list[int]  #: in what was asked, by row
 
 
 def runs(places: Sequence[Place | None], max_blocks: int) -> Iterator[Run]:
     """Gather the places that are there into runs of at most `max_blocks`."""
-    found = [(place.segment.segment_id, place.slot, position) for position, place in enumerate(places) if place]
+    found = [(place.segment.segment_id, place.row, position) for position, place in enumerate(places) if place]
     run: Run | None = None
-    for segment_id, slot, position in sorted(found):
+    for segment_id, row, position in sorted(found):
         place = places[position]
         assert place is not None
         is_next = run is not None and run.segment.segment_id == segment_id
         if (
             run is not None
             and is_next
-            and slot == run.first_slot + len(run.positions)
+            and row == run.first_row + len(run.positions)
             and len(run.positions) < max_blocks
         ):
             run.positions.append(position)
             continue
         if run is not None:
             yield run
-        run = Run(place.segment, slot, [position])
+        run = Run(place.segment, row, [position])
     if run is not None:
         yield run
 
@@ -56,7 +56,7 @@ def runs(places: Sequence[Place | None], max_blocks: int) -> Iterator[Run]:
 def read_run(
     files: Files,
     segment: Segment,
-    first_slot: int,
+    first_row: int,
     num_blocks: int,
     buffer: memoryview,
     checksum: Callable[[memoryview], int],
@@ -69,17 +69,17 @@ def read_run(
     size, block_bytes = segment.geometry.record_bytes, segment.geometry.block_bytes
     target = buffer[: num_blocks * size]
     try:
-        came = files.read(segment.fd, target, segment.geometry.offset_of(first_slot))
+        came = files.read(segment.fd, target, segment.geometry.offset_of(first_row))
     except OSError:
         if num_blocks == 1:
             files.read(segment.fd, target[: min(size, 4096)], 0)  # is it only here?
             return [False]
-        parts = ((first_slot + i, target[i * size : (i + 1) * size]) for i in range(num_blocks))
-        return [read_run(files, segment, slot, 1, part, checksum)[0] for slot, part in parts]
+        parts = ((first_row + i, target[i * size : (i + 1) * size]) for i in range(num_blocks))
+        return [read_run(files, segment, row, 1, part, checksum)[0] for row, part in parts]
     starts = range(0, num_blocks * size, size)
     return [
         start + block_bytes <= came
-        and checksum(target[start : start + block_bytes]) == segment.checksums[first_slot + number]
+        and checksum(target[start : start + block_bytes]) == segment.checksums[first_row + number]
         for number, start in enumerate(starts)
     ]
 
@@ -140,16 +140,16 @@ class Reader:
     def _answer(
         self, call: Call, run: Run, names: Sequence[bytes], targets: Sequence[memoryview], came: list[bool]
     ) -> None:
-        segment, first_slot, positions = run
+        segment, first_row, positions = run
         size = segment.geometry.record_bytes
         buffer = self._buffers.pop()  # there is one for each thread
         try:
             if call.is_given_up():
                 return
-            is_whole = read_run(self._files, segment, first_slot, len(positions), buffer, self._checksum)
+            is_whole = read_run(self._files, segment, first_row, len(positions), buffer, self._checksum)
             for number, position in enumerate(positions):
                 if not is_whole[number]:
-                    self._on_damaged(names[position], Place(segment, first_slot + number))
+                    self._on_damaged(names[position], Place(segment, first_row + number))
             if not call.begin():
                 return
             try:

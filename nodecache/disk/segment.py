@@ -29,10 +29,10 @@ UNFINISHED_SUFFIX = ".new"
 
 
 class Segment:
-    """A segment's file, open for reading, and its rows: 33 bytes a slot. The index that it is in guards them."""
+    """A segment's file, open for reading, and its table in memory, 33 bytes a row. The index that it is in guards it."""
 
     def __init__(self, path: Path, segment_id: int, geometry: Geometry, fd: int) -> None:
-        num_slots = geometry.num_slots
+        num_rows = geometry.num_rows
         self.path = path
         self.segment_id = segment_id
         self.geometry = geometry
@@ -40,30 +40,30 @@ class Segment:
         self.num_live = 0
         self.num_pins = 0  #: reads in progress; while there are any the file stays open
         self.is_retired = False  #: its blocks are forgotten and its file deleted
-        self.names = bytearray(num_slots * NAME_BYTES)
-        self.checksums = array("Q", bytes(8 * num_slots))
-        self.num_tokens = array("I", bytes(4 * num_slots))
-        #: [num_slots] uint32, when a slot was used last, by the index's count of uses
-        self.last_use = np.zeros(num_slots, np.uint32)
-        #: [num_slots] bool, whether the index points here
-        self.is_live: Flags = np.zeros(num_slots, np.bool_)
+        self.names = bytearray(num_rows * NAME_BYTES)
+        self.checksums = array("Q", bytes(8 * num_rows))
+        self.num_tokens = array("I", bytes(4 * num_rows))
+        #: [num_rows] uint32, when a row was used last, by the index's count of uses
+        self.last_use = np.zeros(num_rows, np.uint32)
+        #: [num_rows] bool, whether the index points here
+        self.is_live: Flags = np.zeros(num_rows, np.bool_)
 
-    def name(self, slot: int) -> bytes:
-        """Return the name of the block in a slot."""
-        return bytes(self.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES])
+    def name(self, row: int) -> bytes:
+        """Return the name of the block in a row."""
+        return bytes(self.names[row * NAME_BYTES : (row + 1) * NAME_BYTES])
 
-    def block(self, slot: int) -> StoredBlock:
-        """Return what is known of the block in a slot."""
-        return StoredBlock(self.name(slot), self.num_tokens[slot], self.checksums[slot])
+    def block(self, row: int) -> StoredBlock:
+        """Return what is known of the block in a row."""
+        return StoredBlock(self.name(row), self.num_tokens[row], self.checksums[row])
 
-    def put(self, slot: int, block: StoredBlock) -> None:
-        """Note the block that a slot holds."""
-        self.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES] = block.name
-        self.num_tokens[slot] = block.num_tokens
-        self.checksums[slot] = block.checksum
+    def put(self, row: int, block: StoredBlock) -> None:
+        """Note the block that a row holds."""
+        self.names[row * NAME_BYTES : (row + 1) * NAME_BYTES] = block.name
+        self.num_tokens[row] = block.num_tokens
+        self.checksums[row] = block.checksum
 
-    def live_slots(self) -> list[int]:
-        """Return the slots that the index points to."""
+    def live_rows(self) -> list[int]:
+        """Return the rows that the index points to."""
         found: list[int] = np.flatnonzero(self.is_live).tolist()
         return found
 
@@ -72,11 +72,11 @@ class Scanned(NamedTuple):
     """A segment that was found in the directory, and its table."""
 
     segment: Segment
-    records: Records  #: [num_slots]
-    is_whole: Flags  #: [num_slots], the records that can be served
+    records: Records  #: [num_rows]
+    is_whole: Flags  #: [num_rows], the records that can be served
     num_damaged: int
-    num_used_slots: int  #: up to and with the last one that is not free
-    is_full_length: bool  #: the file has the room of all its slots
+    num_used_rows: int  #: up to and with the last one that is not free
+    is_full_length: bool  #: the file has the room of all its rows
 
 
 def scan(files: Files, path: Path, model: Model) -> Scanned | str:
@@ -105,8 +105,8 @@ def scan(files: Files, path: Path, model: Model) -> Scanned | str:
     except OSError:
         files.close(fd)
         raise
-    records, is_whole, is_damaged = unpack_records(bytes(table[:came]), model, segment_id, geometry.num_slots)
-    lies_within = geometry.data_offset + np.arange(1, geometry.num_slots + 1) * geometry.record_bytes <= num_bytes
+    records, is_whole, is_damaged = unpack_records(bytes(table[:came]), model, segment_id, geometry.num_rows)
+    lies_within = geometry.data_offset + np.arange(1, geometry.num_rows + 1) * geometry.record_bytes <= num_bytes
     is_used = is_whole | is_damaged
     segment = Segment(path, segment_id, geometry, fd)
     segment.names[:] = records["name"].tobytes()
@@ -123,13 +123,13 @@ def scan(files: Files, path: Path, model: Model) -> Scanned | str:
 
 
 class OpenSegment:
-    """The one segment that is written to, from its first free slot on. One thread."""
+    """The one segment that is written to, from its first free row on. One thread."""
 
-    def __init__(self, files: Files, segment: Segment, model: Model, num_used_slots: int = 0) -> None:
+    def __init__(self, files: Files, segment: Segment, model: Model, num_used_rows: int = 0) -> None:
         """Raises OSError where the file cannot be opened to be written, or its table not be read."""
         self.segment = segment
-        self.num_used_slots = num_used_slots
-        self.num_synced_slots = num_used_slots
+        self.num_used_rows = num_used_rows
+        self.num_synced_rows = num_used_rows
         self.has_failed = False  #: a write to it did: it gets no more
         self._files = files
         self._model = model
@@ -142,36 +142,36 @@ class OpenSegment:
             raise
 
     @property
-    def num_free_slots(self) -> int:
+    def num_free_rows(self) -> int:
         """Blocks that still go in."""
-        return self.segment.geometry.num_slots - self.num_used_slots
+        return self.segment.geometry.num_rows - self.num_used_rows
 
     def append(self, pieces: Iterable[memoryview], headers: bytes) -> int:
-        """Write padded blocks, in pieces, and then all their headers; return the first one's slot.
+        """Write padded blocks, in pieces, and then all their headers; return the first one's row.
 
         Raises:
             OSError: nothing was appended; the next one writes to the same place. As whatever `pieces` raises.
         """
-        first = self.num_used_slots
+        first = self.num_used_rows
         offset = self.segment.geometry.offset_of(first)
         for piece in pieces:
             self._files.write(self.fd, piece, offset)
             offset += len(piece)
         self._write_table(first, headers)
-        self.num_used_slots += len(headers) // RECORD_BYTES
+        self.num_used_rows += len(headers) // RECORD_BYTES
         return first
 
-    def wipe(self, slots: list[int]) -> None:
-        """Write zeros over the headers of these slots."""
-        for slot in slots:
-            self._write_table(slot, bytes(RECORD_BYTES))
+    def wipe(self, rows: list[int]) -> None:
+        """Write zeros over the headers of these rows."""
+        for row in rows:
+            self._write_table(row, bytes(RECORD_BYTES))
 
     def close(self) -> None:
         """Close the descriptor for writing; the segment's own stays."""
         self._files.close(self.fd)
 
-    def _write_table(self, first_slot: int, headers: bytes) -> None:
-        begin, end = first_slot * RECORD_BYTES, first_slot * RECORD_BYTES + len(headers)
+    def _write_table(self, first_row: int, headers: bytes) -> None:
+        begin, end = first_row * RECORD_BYTES, first_row * RECORD_BYTES + len(headers)
         before = bytes(self._table[begin:end])
         self._table[begin:end] = headers
         page, page_end = begin // ALIGN_BYTES * ALIGN_BYTES, -(-end // ALIGN_BYTES) * ALIGN_BYTES
@@ -194,7 +194,7 @@ def create(files: Files, directory: Path, segment_id: int, geometry: Geometry, m
     try:
         files.allocate(fd, geometry.num_bytes)
         front = aligned_buffer(geometry.data_offset)  # with the table: writing to it later is no allocation any more
-        front[:ALIGN_BYTES] = pack_segment_header(model, segment_id, geometry.num_slots)
+        front[:ALIGN_BYTES] = pack_segment_header(model, segment_id, geometry.num_rows)
         files.write(fd, front[: geometry.data_offset], 0)
         files.sync(fd)
         files.rename(unfinished, path)
@@ -207,8 +207,8 @@ def create(files: Files, directory: Path, segment_id: int, geometry: Geometry, m
         raise
 
 
-def wipe(files: Files, segment: Segment, slots: list[int]) -> None:
-    """Write zeros over the headers of some slots of a segment that is not written to otherwise, and sync them.
+def wipe(files: Files, segment: Segment, rows: list[int]) -> None:
+    """Write zeros over the headers of some rows of a segment that is not written to otherwise, and sync them.
 
     Raises:
         OSError: some may not be wiped.
@@ -216,13 +216,13 @@ def wipe(files: Files, segment: Segment, slots: list[int]) -> None:
     fd = files.open(segment.path, os.O_RDWR)
     try:
         pages: dict[int, list[int]] = {}
-        for slot in slots:
-            pages.setdefault(slot * RECORD_BYTES // ALIGN_BYTES * ALIGN_BYTES, []).append(slot)
+        for row in rows:
+            pages.setdefault(row * RECORD_BYTES // ALIGN_BYTES * ALIGN_BYTES, []).append(row)
         buffer = aligned_buffer(ALIGN_BYTES)
         for page, within in pages.items():
             files.read(fd, buffer, ALIGN_BYTES + page)
-            for slot in within:
-                begin = slot * RECORD_BYTES - page
+            for row in within:
+                begin = row * RECORD_BYTES - page
                 buffer[begin : begin + RECORD_BYTES] = bytes(RECORD_BYTES)
             files.write(fd, buffer, ALIGN_BYTES + page)
         files.sync(fd)

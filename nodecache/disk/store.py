@@ -196,13 +196,13 @@ class DiskStore:
             found.append(scanned)
             self._index.add_segment(scanned.segment)
             self._stats.count("damaged_blocks", scanned.num_damaged)
-        slots = [np.flatnonzero(scanned.is_whole) for scanned in found]
+        rows = [np.flatnonzero(scanned.is_whole) for scanned in found]
         places = np.array(
-            [(scanned.segment.segment_id, slot) for scanned, some in zip(found, slots, strict=True) for slot in some],
+            [(scanned.segment.segment_id, row) for scanned, some in zip(found, rows, strict=True) for row in some],
             np.uint64,
         ).reshape(-1, 2)
         sequences = np.concatenate(
-            [np.zeros(0, np.uint64), *(each.records["sequence"][some] for each, some in zip(found, slots, strict=True))]
+            [np.zeros(0, np.uint64), *(each.records["sequence"][some] for each, some in zip(found, rows, strict=True))]
         )
         order = in_order_of_use(places[:, 0], places[:, 1], sequences, directory.read_checkpoint())
         for displaced in self._index.restore(places[order, 0], places[order, 1]):

@@ -19,7 +19,7 @@ import numpy as np
 
 from messages.errors import ConfigError
 from nodecache.disk import segment as segments
-from nodecache.disk.collection import Candidate, choose_victim
+from nodecache.disk.collection import Candidate, choose_victim, likely_victims
 from nodecache.disk.directory import ModelDirectory
 from nodecache.disk.files import Files, aligned_buffer
 from nodecache.disk.index import DiskIndex, Place
@@ -39,7 +39,6 @@ LOOK_S = 1.0  #: between looks whether files were deleted under us, and between 
 CHECKPOINT_S = 60.0
 FULL_S = 10.0  #: for how long what a full disk held is taken for all the room there is
 CLOSE_WAIT_S = 1.0  #: for reads of a deleted segment, before its room is used again
-MAX_CANDIDATES = 16
 _FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -72,7 +71,7 @@ class Writer:
         self._next_segment_id = 0
         self._next_sequence = 0
         self._collection: Generator[None] | None = None
-        self._num_to_copy = 0  # blocks that the collection has yet to copy; as many slots are kept for them
+        self._num_to_copy = 0  # blocks that the collection has yet to copy; as many rows are kept for them
         self._wipes: deque[Place] = deque()
         self._dropped: deque[bytes] = deque()
         self._limit_bytes = capacity_bytes
@@ -94,7 +93,7 @@ class Writer:
             if last is not None:
                 self._files.sync(last.segment.fd)  # the process before may not have come to it
             if last is not None and last.is_full_length and last.segment.geometry == self._geometry:
-                self._open = OpenSegment(self._files, last.segment, self._directory.model, last.num_used_slots)
+                self._open = OpenSegment(self._files, last.segment, self._directory.model, last.num_used_rows)
 
     # ------------------------------------------------------------------------------------------------- by other threads
 
@@ -135,13 +134,13 @@ class Writer:
         try:
             while todo:
                 opened = self._open_segment()
-                num_blocks = min(opened.num_free_slots - self._num_to_copy, len(todo))
+                num_blocks = min(opened.num_free_rows - self._num_to_copy, len(todo))
                 numbers = [todo.popleft() for _ in range(num_blocks)]
                 part = [blocks[number] for number in numbers]
                 place = self._append(opened, self._pieces(call, [sources[number] for number in numbers]), part)
-                for other in self._index.insert(place.segment, place.slot, part):
+                for other in self._index.insert(place.segment, place.row, part):
                     self._wipes.append(other)
-                    self._dropped.append(other.segment.name(other.slot))
+                    self._dropped.append(other.segment.name(other.row))
                 written += [block.name for block in part]
                 self._advance(len(part))
             _require_time(call.answer())
@@ -190,7 +189,7 @@ class Writer:
                 self._checkpoint_s = now_s + CHECKPOINT_S
                 self._write_checkpoint()
             used_bytes = self._index.num_bytes
-            has_room = self._open is not None and self._open.num_free_slots > 0
+            has_room = self._open is not None and self._open.num_free_rows > 0
             if used_bytes > self._limit() or (has_room and used_bytes + self._geometry.num_bytes > self._limit()):
                 return self._start_collection()
         except OSError as error:
@@ -232,9 +231,9 @@ class Writer:
     def _append(self, opened: OpenSegment, pieces: Iterable[memoryview], blocks: Sequence[StoredBlock]) -> Place:
         """Write blocks whose bytes `pieces` are. Raises OSError: then a new segment follows."""
         model, segment_id = self._directory.model, opened.segment.segment_id
-        headers = pack_records(model, segment_id, opened.num_used_slots, self._next_sequence, blocks)
+        headers = pack_records(model, segment_id, opened.num_used_rows, self._next_sequence, blocks)
         try:
-            slot = opened.append(pieces, headers)
+            row = opened.append(pieces, headers)
         except OSError as error:
             opened.has_failed = True
             if error.errno in _FULL_ERRORS:
@@ -242,18 +241,18 @@ class Writer:
             raise
         self._next_sequence += len(blocks)
         self._mark_dirty()
-        return Place(opened.segment, slot)
+        return Place(opened.segment, row)
 
     def _open_segment(self) -> OpenSegment:
-        """Return the segment to append to, with a free slot at least. Raises OSError, StoreError, ConfigError."""
+        """Return the segment to append to, with a free row at least. Raises OSError, StoreError, ConfigError."""
         opened = self._open
         if opened is not None and not self._files.is_linked(opened.fd):
             self._forget_deleted()
             opened = None
         if opened is not None and not opened.has_failed:
-            while self._collection is not None and opened.num_free_slots <= self._num_to_copy:
+            while self._collection is not None and opened.num_free_rows <= self._num_to_copy:
                 self._advance(1)
-            if opened.num_free_slots:
+            if opened.num_free_rows:
                 return opened
         self._directory.ensure()
         self._seal()
@@ -302,32 +301,32 @@ class Writer:
     def _start_collection(self) -> bool:
         """Begin to give up a segment; False where there is none."""
         sealed = [each for each in self._index.segments() if self._open is None or each is not self._open.segment]
-        live = {each.segment_id: self._index.live_blocks(each) for each in _likely(sealed)}
+        live = {each.segment_id: self._index.live_blocks(each) for each in likely_victims(sealed)}
         candidates = []
-        for each in _likely(sealed):
+        for each in likely_victims(sealed):
             _, names, last_use = live[each.segment_id]
             values = [self._keep_value(name) for name in names] if self._keep_value else last_use.tolist()
-            candidates.append(Candidate(each.segment_id, each.geometry.num_slots, np.array(values, np.float64)))
-        fitting_blocks = (self._limit() // self._geometry.num_bytes - 2) * self._geometry.num_slots
-        num_free_slots = self._open.num_free_slots if self._open is not None else 0
-        victim = choose_victim(candidates, len(self._index) - fitting_blocks, num_free_slots)
+            candidates.append(Candidate(each.segment_id, each.geometry.num_rows, np.array(values, np.float64)))
+        fitting_blocks = (self._limit() // self._geometry.num_bytes - 2) * self._geometry.num_rows
+        num_free_rows = self._open.num_free_rows if self._open is not None else 0
+        victim = choose_victim(candidates, len(self._index) - fitting_blocks, num_free_rows)
         if victim is None:
             return False
-        slots = [slot for slot, is_kept in zip(live[victim.segment_id][0], victim.is_kept, strict=True) if is_kept]
+        rows = [row for row, is_kept in zip(live[victim.segment_id][0], victim.is_kept, strict=True) if is_kept]
         chosen = next(each for each in sealed if each.segment_id == victim.segment_id)
-        self._num_to_copy = len(slots)
-        self._collection = self._collect(chosen, slots)
+        self._num_to_copy = len(rows)
+        self._collection = self._collect(chosen, rows)
         return True
 
-    def _collect(self, victim: Segment, slots: list[int]) -> Generator[None]:
+    def _collect(self, victim: Segment, rows: list[int]) -> Generator[None]:
         """Copy these of its blocks, a run at a time, and delete it. Raises OSError: it stays, and the copies go."""
         self._index.pin_segment(victim)
         copies: list[tuple[Place, Place]] = []
         moved: list[Place] = []
         try:
             max_blocks = max(1, COPY_BYTES // self._geometry.record_bytes)
-            for run in runs([Place(victim, slot) for slot in slots], max_blocks):
-                copies += self._copy(victim, run.first_slot, len(run.positions))
+            for run in runs([Place(victim, row) for row in rows], max_blocks):
+                copies += self._copy(victim, run.first_row, len(run.positions))
                 self._num_to_copy -= len(run.positions)
                 yield
             self._sync()  # before the originals are deleted
@@ -353,23 +352,23 @@ class Writer:
             self._wipes.extend([*moved, *(target for _, target in copies)])
             self._index.unpin(victim, 1)
 
-    def _copy(self, victim: Segment, first_slot: int, num_blocks: int) -> list[tuple[Place, Place]]:
-        """Append a run of a victim's blocks, those that are whole and for which there is a slot."""
+    def _copy(self, victim: Segment, first_row: int, num_blocks: int) -> list[tuple[Place, Place]]:
+        """Append a run of a victim's blocks, those that are whole and for which there is a row."""
         opened = self._open
         if opened is None or victim.is_retired:
             return []
-        num_blocks = min(num_blocks, opened.num_free_slots)
+        num_blocks = min(num_blocks, opened.num_free_rows)
         buffer, size = self._copy_buffer, self._geometry.record_bytes
         try:
-            is_whole = read_run(self._files, victim, first_slot, num_blocks, buffer, self._checksum)
+            is_whole = read_run(self._files, victim, first_row, num_blocks, buffer, self._checksum)
         except OSError as error:  # a segment that cannot be read must not stand in the way for ever
             self._note(error)
             return []
         sources: list[Place] = []
         for number in range(num_blocks):
-            place = Place(victim, first_slot + number)
+            place = Place(victim, first_row + number)
             if not is_whole[number]:
-                name = victim.name(place.slot)
+                name = victim.name(place.row)
                 self.note_damaged(name, place)
                 self._dropped.append(name)
                 continue
@@ -379,8 +378,8 @@ class Writer:
             sources.append(place)
         if not sources:
             return []
-        target = self._append(opened, [buffer[: len(sources) * size]], [victim.block(each.slot) for each in sources])
-        return [(source, Place(target.segment, target.slot + number)) for number, source in enumerate(sources)]
+        target = self._append(opened, [buffer[: len(sources) * size]], [victim.block(each.row) for each in sources])
+        return [(source, Place(target.segment, target.row + number)) for number, source in enumerate(sources)]
 
     def _advance(self, num_blocks: int) -> None:
         """Go on with a collection, for about as many blocks as were written."""
@@ -419,7 +418,7 @@ class Writer:
             except OSError:
                 self._give_up_open()
                 raise
-            self._open.num_synced_slots = self._open.num_used_slots
+            self._open.num_synced_rows = self._open.num_used_rows
         if self._is_directory_dirty:
             self._files.sync_directory(self._directory.path)
             self._is_directory_dirty = False
@@ -431,9 +430,9 @@ class Writer:
         opened, self._open = self._open, None
         if opened is None:
             return
-        for slot in range(opened.num_synced_slots, opened.num_used_slots):
-            name = opened.segment.name(slot)
-            if self.forget(name, Place(opened.segment, slot)):
+        for row in range(opened.num_synced_rows, opened.num_used_rows):
+            name = opened.segment.name(row)
+            if self.forget(name, Place(opened.segment, row)):
                 self._dropped.append(name)
                 self._stats.count("lost_blocks")
         opened.close()
@@ -446,13 +445,13 @@ class Writer:
             by_segment.setdefault(place.segment.segment_id, []).append(place)
         while by_segment:
             _, places = by_segment.popitem()
-            segment, slots = places[0].segment, [place.slot for place in places]
+            segment, rows = places[0].segment, [place.row for place in places]
             try:
                 if self._open is not None and segment is self._open.segment:
-                    self._open.wipe(slots)
+                    self._open.wipe(rows)
                     self._mark_dirty()
                 elif not segment.is_retired:
-                    segments.wipe(self._files, segment, slots)
+                    segments.wipe(self._files, segment, rows)
             except FileNotFoundError:
                 continue  # deleted under us: wiped enough
             except OSError:
@@ -489,20 +488,3 @@ class Writer:
 
 
 _ENDED = object()
-
-
-def _likely(sealed: Sequence[Segment]) -> list[Segment]:
-    """Return the segments that may be chosen, longest unused first: those longest unused, and those that hold least.
-
-    All of them would cost a look at every block of the store.
-    """
-    by_use = sorted(sealed, key=lambda each: float(each.last_use[each.is_live].mean()) if each.num_live else -1.0)
-    by_live = sorted(sealed, key=lambda each: each.num_live)
-    half = MAX_CANDIDATES // 2
-    chosen = {each.segment_id for each in by_use[:half] + by_live[:half]}
-    return [each for each in by_use if each.segment_id in chosen]
-
-
-def _require_time(has_time: bool) -> None:
-    if not has_time:
-        raise StoreError("the deadline of the write is over")

@@ -15,7 +15,7 @@ from nodecache.store import StoredBlock
 BLOCK_BYTES = 5000  #: not a multiple of anything
 MODEL = Model(b"\xab" * 32, 1, BLOCK_BYTES)
 GEOMETRY = Geometry.within(BLOCK_BYTES, 0)
-SLOTS = GEOMETRY.num_slots
+ROWS = GEOMETRY.num_rows
 DEADLINE_S = 30.0
 
 checksum = xxhash.xxh3_64_intdigest

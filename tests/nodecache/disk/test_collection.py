@@ -7,8 +7,8 @@ from hypothesis import given
 from nodecache.disk.collection import Candidate, choose_victim
 
 
-def candidate(segment_id: int, *values: float, num_slots: int = 4) -> Candidate:
-    return Candidate(segment_id, num_slots, np.array(values, np.float64))
+def candidate(segment_id: int, *values: float, num_rows: int = 4) -> Candidate:
+    return Candidate(segment_id, num_rows, np.array(values, np.float64))
 
 
 def test_without_a_candidate_there_is_no_victim():
@@ -50,7 +50,7 @@ def test_of_equal_losses_the_first_goes():
     num_free=st.integers(0, 8),
 )
 def test_a_victim_gives_at_least_half_of_its_room_and_keeps_its_best(values, num_excess, num_free):
-    candidates = [candidate(number, *each, num_slots=8) for number, each in enumerate(values)]
+    candidates = [candidate(number, *each, num_rows=8) for number, each in enumerate(values)]
     victim = choose_victim(candidates, num_excess, num_free)
     chosen = candidates[victim.segment_id].values
     assert len(victim.is_kept) == len(chosen)

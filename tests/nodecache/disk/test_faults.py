@@ -20,7 +20,7 @@ from tests.nodecache.disk.blocks import (
     DEADLINE_S,
     GEOMETRY,
     MODEL,
-    SLOTS,
+    ROWS,
     capacity_of,
     content_of,
     folder,
@@ -94,7 +94,7 @@ def test_a_disk_smaller_than_the_capacity_is_all_the_room_there_is(small_disk):
     for number in range(100):
         write(store, [number])
         assert read(store, [number]) == [True]
-    assert 4 * SLOTS <= len(store.names()) <= 6 * SLOTS
+    assert 4 * ROWS <= len(store.names()) <= 6 * ROWS
     store.check_invariants()
     store.close()
 
@@ -180,12 +180,12 @@ def test_a_read_only_disk_without_a_folder_is_empty_until_it_can_be_written(ext4
 @needs_root
 def test_a_disk_whose_journal_was_aborted_is_still_read(ext4):
     store = open_store(ext4)
-    write(store, range(SLOTS))
+    write(store, range(ROWS))
     store.sync(DEADLINE_S)
     subprocess.run(["mount", "-o", "remount,abort", str(ext4)], capture_output=True, check=False)
     with pytest.raises(StoreError, match=r"Read-only file system|Input/output error"):
         write(store, [10])
-    assert read(store, range(SLOTS)) == [True] * SLOTS
+    assert read(store, range(ROWS)) == [True] * ROWS
     store.close()
 
 
@@ -200,12 +200,12 @@ def test_what_fails_in_a_write_fails_the_write_alone(store, files, call, number,
     store.sync(DEADLINE_S)
     files.failing[call] = number
     with pytest.raises(StoreError, match=os.strerror(number)):
-        write(store, range(10, 10 + SLOTS))
+        write(store, range(10, 10 + ROWS))
     files.failing.clear()
-    assert held(store, range(10, 10 + SLOTS)) == []
+    assert held(store, range(10, 10 + ROWS)) == []
     assert not list(folder(tmp_path).glob("*.new"))
-    write(store, range(20, 20 + SLOTS))
-    assert read(store, range(20, 20 + SLOTS)) == [True] * SLOTS
+    write(store, range(20, 20 + ROWS))
+    assert read(store, range(20, 20 + ROWS)) == [True] * ROWS
     # A full disk takes room from what is there; other errors take nothing that was synced.
     assert read(store, [1, 2]) == [True, True] or number == errno.ENOSPC
 
@@ -243,18 +243,18 @@ def test_a_removal_that_cannot_be_written_is_written_later(store, files, tmp_pat
 @pytest.mark.parametrize("call", ["unlink", "sync", "read", "write"])
 def test_a_collection_that_fails_loses_nothing_and_is_done_later(tmp_path, files, call):
     store = open_store(tmp_path, 4, files=files)
-    write(store, range(3 * SLOTS))
+    write(store, range(3 * ROWS))
     store.sync(DEADLINE_S)
-    read(store, range(0, 3 * SLOTS, 2))
+    read(store, range(0, 3 * ROWS, 2))
     files.failing[call] = errno.EIO
-    for number in range(100, 100 + 2 * SLOTS):
+    for number in range(100, 100 + 2 * ROWS):
         try:
             write(store, [number])
         except StoreError:
             continue
     files.failing.clear()
     assert used_bytes(tmp_path) <= capacity_of(4)
-    for number in range(200, 200 + 2 * SLOTS):
+    for number in range(200, 200 + 2 * ROWS):
         write(store, [number])
         assert read(store, [number]) == [True]
     assert used_bytes(tmp_path) <= capacity_of(4)
@@ -263,22 +263,22 @@ def test_a_collection_that_fails_loses_nothing_and_is_done_later(tmp_path, files
 
 
 def test_a_bad_place_on_disk_costs_its_block_alone(store, files):
-    write(store, range(SLOTS))
+    write(store, range(ROWS))
     files.bad_offsets = {GEOMETRY.offset_of(1) + 100}
-    assert read(store, range(SLOTS)) == [True, False] + [True] * (SLOTS - 2)
-    assert held(store, range(SLOTS)) == [0, *range(2, SLOTS)]
+    assert read(store, range(ROWS)) == [True, False] + [True] * (ROWS - 2)
+    assert held(store, range(ROWS)) == [0, *range(2, ROWS)]
     assert store.stats()["kvray_disk_damaged_blocks_total"] == 1
     write(store, [1])
-    assert read(store, range(SLOTS)) == [True] * SLOTS
+    assert read(store, range(ROWS)) == [True] * ROWS
 
 
 def test_a_disk_that_cannot_be_read_at_all_costs_no_block(store, files):
-    write(store, range(SLOTS))
+    write(store, range(ROWS))
     files.failing["read"] = errno.EIO
     with pytest.raises(StoreError, match="cannot be read: Input/output error"):
-        read(store, range(SLOTS))
+        read(store, range(ROWS))
     files.failing.clear()
-    assert read(store, range(SLOTS)) == [True] * SLOTS
+    assert read(store, range(ROWS)) == [True] * ROWS
 
 
 def test_a_segment_that_cannot_be_read_at_the_start_is_left_out(tmp_path, files):
@@ -370,19 +370,19 @@ def test_a_root_that_was_deleted_is_made_anew(store, tmp_path):
 
 
 def test_a_truncated_segment_costs_what_is_gone(store, tmp_path):
-    write(store, range(SLOTS))
+    write(store, range(ROWS))
     os.truncate(segment_files(tmp_path)[0], GEOMETRY.offset_of(2) + 10)
-    assert read(store, range(SLOTS)) == [True, True] + [False] * (SLOTS - 2)
+    assert read(store, range(ROWS)) == [True, True] + [False] * (ROWS - 2)
 
 
 def test_a_segment_truncated_between_two_starts_costs_what_is_gone(tmp_path):
     store = open_store(tmp_path)
-    write(store, range(SLOTS + 1))
+    write(store, range(ROWS + 1))
     store.close()
     os.truncate(segment_files(tmp_path)[0], GEOMETRY.offset_of(2) + 10)
     store = open_store(tmp_path)
-    assert held(store, range(SLOTS + 1)) == [0, 1, SLOTS]
-    assert store.stats()["kvray_disk_damaged_blocks_total"] == SLOTS - 2
+    assert held(store, range(ROWS + 1)) == [0, 1, ROWS]
+    assert store.stats()["kvray_disk_damaged_blocks_total"] == ROWS - 2
     store.close()
 
 
@@ -405,10 +405,10 @@ def test_a_damaged_block_is_dropped_counted_and_stays_away(tmp_path):
     [
         (b"", "does not begin like a segment"),
         (b"not ours", "does not begin like a segment"),
-        (pack_segment_header(MODEL, 7, SLOTS)[:100], "header is damaged"),
-        (pack_segment_header(MODEL, 8, SLOTS), "says of itself to be segment 8"),
+        (pack_segment_header(MODEL, 7, ROWS)[:100], "header is damaged"),
+        (pack_segment_header(MODEL, 8, ROWS), "says of itself to be segment 8"),
         (
-            pack_segment_header(MODEL._replace(layout_version=5), 7, SLOTS),
+            pack_segment_header(MODEL._replace(layout_version=5), 7, ROWS),
             "it holds blocks of .*-5-5000, wanted .*-1-5000",
         ),
     ],

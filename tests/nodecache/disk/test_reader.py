@@ -16,7 +16,7 @@ def test_blocks_that_lie_together_are_one_run_in_any_order():
 
 
 def test_a_run_is_no_longer_than_asked():
-    places = [Place(ONE, slot) for slot in range(4)]
+    places = [Place(ONE, row) for row in range(4)]
     assert [run.positions for run in runs(places, 3)] == [[0, 1, 2], [3]]
     assert [run.positions for run in runs(places, 1)] == [[0], [1], [2], [3]]
 

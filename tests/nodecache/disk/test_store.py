@@ -19,7 +19,7 @@ from tests.nodecache.disk.blocks import (
     BLOCK_BYTES,
     DEADLINE_S,
     MODEL,
-    SLOTS,
+    ROWS,
     block_of,
     capacity_of,
     checksum,
@@ -80,12 +80,12 @@ def test_what_was_removed_stays_so_after_a_restart(opened):
 
 def test_a_restart_goes_on_in_the_last_segment(opened, tmp_path):
     write(opened(), range(2))
-    for number in range(2, SLOTS):
+    for number in range(2, ROWS):
         write(opened(), [number])
     assert len(segment_files(tmp_path)) == 1
-    write(opened(), [SLOTS])
+    write(opened(), [ROWS])
     assert len(segment_files(tmp_path)) == 2
-    assert read(opened(), range(SLOTS + 1)) == [True] * (SLOTS + 1)
+    assert read(opened(), range(ROWS + 1)) == [True] * (ROWS + 1)
 
 
 def test_files_never_take_more_than_the_capacity_and_old_blocks_go_first(opened, tmp_path):
@@ -96,7 +96,7 @@ def test_files_never_take_more_than_the_capacity_and_old_blocks_go_first(opened,
         assert used_bytes(tmp_path) <= capacity_of(5)
     left = held(store, range(100))
     assert left[-8:] == list(range(92, 100))
-    assert len(left) >= 3 * SLOTS
+    assert len(left) >= 3 * ROWS
     assert sorted(dropped + [name_of(n) for n in left]) == sorted(name_of(n) for n in range(100))
     assert store.stats()["kvray_disk_evicted_blocks_total"] == len(dropped)
 
@@ -113,14 +113,14 @@ def test_what_is_used_stays(opened):
 @pytest.mark.parametrize("is_checkpoint_kept", [True, False])
 def test_the_order_of_use_survives_with_the_checkpoint(opened, tmp_path, is_checkpoint_kept):
     store = opened(6)
-    write(store, range(4 * SLOTS))
+    write(store, range(4 * ROWS))
     read(store, [0])
     opened(6).close()
     if not is_checkpoint_kept:
         (folder(tmp_path) / "checkpoint").unlink()
     store = opened(6)
     dropped = []
-    for number in range(100, 100 + 4 * SLOTS):
+    for number in range(100, 100 + 4 * ROWS):
         dropped += write(store, [number])
         if name_of(3) in dropped:
             break
@@ -139,14 +139,14 @@ def test_a_run_longer_than_the_store_leaves_its_end(opened):
     store = opened(4)
     dropped = write(store, range(100))
     left = held(store, range(100))
-    assert left[-SLOTS:] == list(range(100 - SLOTS, 100))
+    assert left[-ROWS:] == list(range(100 - ROWS, 100))
     assert sorted(dropped) == sorted(name_of(n) for n in range(100) if n not in left)
 
 
 def test_a_smaller_capacity_is_reached_in_the_background(opened, tmp_path):
-    write(opened(16), range(15 * SLOTS))
+    write(opened(16), range(15 * ROWS))
     store = opened(5)
-    write(store, range(1000, 1000 + SLOTS + 1))
+    write(store, range(1000, 1000 + ROWS + 1))
     assert used_bytes(tmp_path) <= capacity_of(5)
     assert read(store, [1000, 1001]) == [True, True]
 
