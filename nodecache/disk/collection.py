@@ -43,11 +43,6 @@ def likely_victims(sealed: Sequence[Segment]) -> list[Segment]:
     return [each for each in by_use if each.segment_id in chosen]
 
 
-def _require_time(has_time: bool) -> None:
-    if not has_time:
-        raise StoreError("the deadline of the write is over")
-
-
 def choose_victim(candidates: Sequence[Candidate], num_excess_blocks: int, num_free_rows: int) -> Victim | None:
     """Choose the segment whose loss costs least for the room that it gives.
 

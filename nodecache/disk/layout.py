@@ -3,10 +3,11 @@
     [segment header][table of record headers    ][block 0      ][block 1      ] ...
     0               4096                          data_offset    + record_bytes
 
-A row is a place for one block and its header. The segment header says in JSON whose blocks these are. Record headers are 128 bytes, 32 to a page and none across two
-sectors, and lie together, so that an index is rebuilt by one short read a segment, and a run of blocks is one long
-read or write without gaps. A header is written after its block. One of zeros is free, or was removed. A block's
-checksum is in its header and over its plain bytes; the header's own is its last word.
+A row is the place of one block and of its header. The segment header says in JSON whose blocks these are. Record
+headers are 128 bytes, 32 to a page and none across two sectors, and lie together, so that an index is rebuilt by one
+short read a segment, and a run of blocks is one long read or write without gaps. A header is written after its block.
+One of zeros is free, or was removed. A block's checksum is in its header and over its plain bytes; the header's own is
+its last word.
 """
 
 from __future__ import annotations

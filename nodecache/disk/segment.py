@@ -29,7 +29,7 @@ UNFINISHED_SUFFIX = ".new"
 
 
 class Segment:
-    """A segment's file, open for reading, and its table in memory, 33 bytes a row. The index that it is in guards it."""
+    """A segment's file, open for reading, and its table in memory, 33 bytes a row, guarded by the index's lock."""
 
     def __init__(self, path: Path, segment_id: int, geometry: Geometry, fd: int) -> None:
         num_rows = geometry.num_rows

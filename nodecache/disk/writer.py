@@ -301,10 +301,11 @@ class Writer:
     def _start_collection(self) -> bool:
         """Begin to give up a segment; False where there is none."""
         sealed = [each for each in self._index.segments() if self._open is None or each is not self._open.segment]
-        live = {each.segment_id: self._index.live_blocks(each) for each in likely_victims(sealed)}
+        live_rows: dict[int, tuple[Segment, list[int]]] = {}
         candidates = []
         for each in likely_victims(sealed):
-            _, names, last_use = live[each.segment_id]
+            rows, names, last_use = self._index.live_blocks(each)
+            live_rows[each.segment_id] = each, rows
             values = [self._keep_value(name) for name in names] if self._keep_value else last_use.tolist()
             candidates.append(Candidate(each.segment_id, each.geometry.num_rows, np.array(values, np.float64)))
         fitting_blocks = (self._limit() // self._geometry.num_bytes - 2) * self._geometry.num_rows
@@ -312,10 +313,10 @@ class Writer:
         victim = choose_victim(candidates, len(self._index) - fitting_blocks, num_free_rows)
         if victim is None:
             return False
-        rows = [row for row, is_kept in zip(live[victim.segment_id][0], victim.is_kept, strict=True) if is_kept]
-        chosen = next(each for each in sealed if each.segment_id == victim.segment_id)
-        self._num_to_copy = len(rows)
-        self._collection = self._collect(chosen, rows)
+        chosen, rows = live_rows[victim.segment_id]
+        kept = [row for row, is_kept in zip(rows, victim.is_kept, strict=True) if is_kept]
+        self._num_to_copy = len(kept)
+        self._collection = self._collect(chosen, kept)
         return True
 
     def _collect(self, victim: Segment, rows: list[int]) -> Generator[None]:
@@ -488,3 +489,8 @@ class Writer:
 
 
 _ENDED = object()
+
+
+def _require_time(has_time: bool) -> None:
+    if not has_time:
+        raise StoreError("the deadline of the write is over")
