@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nodecache.disk.files import ALIGN_BYTES, Files, aligned_buffer
+from nodecache.disk.files import ALIGN_BYTES, Files, aligned, aligned_buffer
 from nodecache.disk.layout import (
     NAME_BYTES,
     RECORD_BYTES,
@@ -162,9 +162,10 @@ class OpenSegment:
         return first
 
     def wipe(self, rows: list[int]) -> None:
-        """Write zeros over the headers of these rows."""
+        """Write zeros over the headers of these rows, one at least. Raises OSError: some may not be wiped."""
         for row in rows:
-            self._write_table(row, bytes(RECORD_BYTES))
+            self._table[row * RECORD_BYTES : (row + 1) * RECORD_BYTES] = bytes(RECORD_BYTES)
+        self._write_pages(min(rows), max(rows) + 1)
 
     def close(self) -> None:
         """Close the descriptor for writing; the segment's own stays."""
@@ -174,12 +175,16 @@ class OpenSegment:
         begin, end = first_row * RECORD_BYTES, first_row * RECORD_BYTES + len(headers)
         before = bytes(self._table[begin:end])
         self._table[begin:end] = headers
-        page, page_end = begin // ALIGN_BYTES * ALIGN_BYTES, -(-end // ALIGN_BYTES) * ALIGN_BYTES
         try:
-            self._files.write(self.fd, self._table[page:page_end], ALIGN_BYTES + page)
+            self._write_pages(first_row, end // RECORD_BYTES)
         except OSError:
             self._table[begin:end] = before
             raise
+
+    def _write_pages(self, first_row: int, end_row: int) -> None:
+        begin = first_row * RECORD_BYTES // ALIGN_BYTES * ALIGN_BYTES
+        end = aligned(end_row * RECORD_BYTES)
+        self._files.write(self.fd, self._table[begin:end], ALIGN_BYTES + begin)
 
 
 def create(files: Files, directory: Path, segment_id: int, geometry: Geometry, model: Model) -> OpenSegment:

@@ -71,6 +71,7 @@ class Writer:
         self._next_segment_id = 0
         self._next_sequence = 0
         self._collection: Generator[None] | None = None
+        self._num_given_up = 0  # segments of which a sync failed
         self._num_to_copy = 0  # blocks that the collection has yet to copy; as many rows are kept for them
         self._wipes: deque[Place] = deque()
         self._dropped: deque[bytes] = deque()
@@ -324,6 +325,7 @@ class Writer:
         self._index.pin_segment(victim)
         copies: list[tuple[Place, Place]] = []
         moved: list[Place] = []
+        num_given_up = self._num_given_up
         try:
             max_blocks = max(1, COPY_BYTES // self._geometry.record_bytes)
             for run in runs([Place(victim, row) for row in rows], max_blocks):
@@ -331,12 +333,12 @@ class Writer:
                 self._num_to_copy -= len(run.positions)
                 yield
             self._sync()  # before the originals are deleted
-            if victim.is_retired:  # deleted under us
-                return
+            if victim.is_retired or num_given_up != self._num_given_up:
+                return  # the originals are gone, or the copies are not to be trusted
             num_copied = len(copies)
             while copies:
                 source, target = copies.pop()
-                if self._index.move(source, target):
+                if not target.segment.is_retired and self._index.move(source, target):
                     moved.append(source)
                 else:
                     self._wipes.append(target)
@@ -431,6 +433,7 @@ class Writer:
         opened, self._open = self._open, None
         if opened is None:
             return
+        self._num_given_up += 1
         for row in range(opened.num_synced_rows, opened.num_used_rows):
             name = opened.segment.name(row)
             if self.forget(name, Place(opened.segment, row)):
