@@ -205,9 +205,8 @@ class DiskStore:
             [np.zeros(0, np.uint64), *(each.records["sequence"][some] for each, some in zip(found, rows, strict=True))]
         )
         order = in_order_of_use(places[:, 0], places[:, 1], sequences, directory.read_checkpoint())
-        for displaced in self._index.restore(places[order, 0], places[order, 1]):
-            self._writer.wipe_later(displaced)
+        unwanted = self._index.restore(places[order, 0], places[order, 1])
         last_id = max((int(path.stem) for path in paths if path.stem.isdecimal()), default=-1)
         last = found[-1] if found and found[-1].segment.segment_id == last_id else None
-        self._writer.resume(last, last_id + 1, int(sequences.max()) + 1 if len(sequences) else 0)
+        self._writer.resume(last, last_id + 1, int(sequences.max()) + 1 if len(sequences) else 0, unwanted)
         return unusable

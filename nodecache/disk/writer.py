@@ -84,8 +84,14 @@ class Writer:
         self._noted_use = -1
         self._last_error = ""
 
-    def resume(self, last: segments.Scanned | None, next_segment_id: int, next_sequence: int) -> None:
-        """Go on where the process before left off: in its last segment, if that has room. Before anything else."""
+    def resume(
+        self, last: segments.Scanned | None, next_segment_id: int, next_sequence: int, unwanted: Sequence[Place]
+    ) -> None:
+        """Go on where the process before left off: in its last segment, if that has room. Before anything else.
+
+        `unwanted`: records that the index does not point to.
+        """
+        self._wipes.extend(unwanted)
         self._next_segment_id = next_segment_id
         self._next_sequence = next_sequence
         with contextlib.suppress(OSError):  # read-only, for now
@@ -104,10 +110,6 @@ class Writer:
         if place is not None:
             self._wipes.append(place)
         return place is not None
-
-    def wipe_later(self, place: Place) -> None:
-        """Have a header wiped that the index does not point to."""
-        self._wipes.append(place)
 
     def note_damaged(self, name: bytes, place: Place) -> None:
         """Drop a block that did not come whole."""
@@ -128,9 +130,8 @@ class Writer:
         Raises:
             StoreError: it could not, or was given up; none of them is held because of this call.
         """
-        todo = deque(
-            {block.name: number for number, block in enumerate(blocks) if block.name not in self._index}.values()
-        )
+        lacking = {block.name: number for number, block in enumerate(blocks) if block.name not in self._index}
+        todo = deque(lacking.values())
         written: list[bytes] = []
         try:
             while todo:
@@ -161,7 +162,7 @@ class Writer:
         """Bring to disk all that was written and removed before.
 
         Raises:
-            StoreError: it could not; what was written since the last sync and is not on disk is dropped.
+            StoreError: it could not; what may have got lost is dropped.
         """
         try:
             while self._collection is not None:  # it may have copies of what was removed meanwhile
@@ -189,9 +190,8 @@ class Writer:
             if now_s >= self._checkpoint_s:
                 self._checkpoint_s = now_s + CHECKPOINT_S
                 self._write_checkpoint()
-            used_bytes = self._index.num_bytes
             has_room = self._open is not None and self._open.num_free_rows > 0
-            if used_bytes > self._limit() or (has_room and used_bytes + self._geometry.num_bytes > self._limit()):
+            if self._index.num_bytes > self._limit() or (has_room and self._lacks_reserve()):
                 return self._start_collection()
         except OSError as error:
             self._note(error)
@@ -200,7 +200,8 @@ class Writer:
     def close(self) -> None:
         """Sync, note the order of use, close what is open to be written."""
         try:
-            self._stop_collection()
+            if self._collection is not None:
+                self._collection.close()
             self._wipe()
             self._sync()
             self._write_checkpoint()
@@ -251,6 +252,8 @@ class Writer:
             self._forget_deleted()
             opened = None
         if opened is not None and not opened.has_failed:
+            if opened.num_free_rows and self._lacks_reserve():  # the process before was killed while it collected
+                self._start_collection()
             while self._collection is not None and opened.num_free_rows <= self._num_to_copy:
                 self._advance(1)
             if opened.num_free_rows:
@@ -269,9 +272,7 @@ class Writer:
     def _roll(self) -> OpenSegment:
         while self._index.num_bytes + self._geometry.num_bytes > self._limit():
             if self._collection is None and not self._start_collection():
-                raise StoreError(
-                    f"{self._directory.path} has no room: a segment of {self._geometry.num_bytes:,} bytes is wanted"
-                )
+                raise StoreError(f"{self._directory.path} has no room for {self._geometry.num_bytes:,} bytes")
             while self._collection is not None:
                 self._advance(1)
         self._index.close_retired(CLOSE_WAIT_S)
@@ -280,7 +281,7 @@ class Writer:
         self._open = opened
         self._next_segment_id += 1
         self._index.add_segment(opened.segment)
-        if self._index.num_bytes + self._geometry.num_bytes > self._limit():
+        if self._lacks_reserve():
             self._start_collection()
         return opened
 
@@ -289,6 +290,10 @@ class Writer:
             self._sync()
             self._open.close()
             self._open = None
+
+    def _lacks_reserve(self) -> bool:
+        """Tell whether to collect: room is kept for the next segment, and for a collection that a crash left half done."""
+        return self._collection is None and self._index.num_bytes + 2 * self._geometry.num_bytes > self._limit()
 
     def _limit(self) -> int:
         return self._limit_bytes if time.monotonic() < self._limit_until_s else self._capacity_bytes
@@ -309,7 +314,7 @@ class Writer:
             live_rows[each.segment_id] = each, rows
             values = [self._keep_value(name) for name in names] if self._keep_value else last_use.tolist()
             candidates.append(Candidate(each.segment_id, each.geometry.num_rows, np.array(values, np.float64)))
-        fitting_blocks = (self._limit() // self._geometry.num_bytes - 2) * self._geometry.num_rows
+        fitting_blocks = (self._limit() // self._geometry.num_bytes - 3) * self._geometry.num_rows
         num_free_rows = self._open.num_free_rows if self._open is not None else 0
         victim = choose_victim(candidates, len(self._index) - fitting_blocks, num_free_rows)
         if victim is None:
@@ -397,11 +402,6 @@ class Writer:
         except OSError:
             self._collection = None
             raise
-
-    def _stop_collection(self) -> None:
-        if self._collection is not None:
-            collection, self._collection = self._collection, None
-            collection.close()
 
     # ---------------------------------------------------------------------------------------------------------- syncing
 

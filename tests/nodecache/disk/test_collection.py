@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 
 from nodecache.disk.collection import Candidate, choose_victim
 
@@ -44,6 +44,7 @@ def test_of_equal_losses_the_first_goes():
     assert choose_victim([candidate(7, 1, 1, 1, 1), candidate(3, 1, 1, 1, 1)], 8, 4).segment_id == 7
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.lists(st.floats(0, 1e9), max_size=8), min_size=1, max_size=6),
     num_excess=st.integers(-10, 60),

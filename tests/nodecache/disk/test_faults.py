@@ -94,7 +94,7 @@ def test_a_disk_smaller_than_the_capacity_is_all_the_room_there_is(small_disk):
     for number in range(100):
         write(store, [number])
         assert read(store, [number]) == [True]
-    assert 4 * ROWS <= len(store.names()) <= 6 * ROWS
+    assert 3 * ROWS <= len(store.names()) <= 6 * ROWS
     store.check_invariants()
     store.close()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from nodecache.disk.files import ALIGN_BYTES
 from nodecache.disk.layout import (
@@ -32,6 +32,7 @@ def test_no_header_lies_across_two_sectors():
     assert 512 % RECORD_BYTES == 0
 
 
+@settings(deadline=None)
 @given(block_bytes=st.integers(1, 1 << 22), num_bytes=st.integers(0, 1 << 28))
 def test_places_are_aligned_and_do_not_overlap(block_bytes, num_bytes):
     geometry = Geometry.within(block_bytes, num_bytes)
@@ -49,6 +50,7 @@ def test_a_segment_header_tells_where_things_lie():
     assert unpack_segment_header(page, MODEL, 3) == Geometry(MODEL.block_bytes, NUM_ROWS)
 
 
+@settings(deadline=None)
 @given(position=st.integers(0, 180), bit=st.integers(0, 7))
 def test_a_segment_header_with_a_flipped_bit_is_not_used(position, bit):
     page = bytearray(pack_segment_header(MODEL, 3, NUM_ROWS))
@@ -68,6 +70,7 @@ def test_records_come_back_as_they_were_written():
     assert found["sequence"].tolist() == list(range(100, 105))
 
 
+@settings(deadline=None)
 @given(position=st.integers(0, 5 * RECORD_BYTES - 1), bit=st.integers(0, 7))
 def test_a_record_header_with_a_flipped_bit_is_damaged_and_no_other(position, bit):
     table = table_of(2, 5)
