@@ -292,7 +292,7 @@ class Writer:
             self._open = None
 
     def _lacks_reserve(self) -> bool:
-        """Tell whether to collect: room is kept for the next segment, and for a collection that a crash left half done."""
+        """Tell whether to collect: room is kept for the next segment, and for what a crash left half collected."""
         return self._collection is None and self._index.num_bytes + 2 * self._geometry.num_bytes > self._limit()
 
     def _limit(self) -> int:
