@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import KvrayConfig, num_ingresses, parse_config, parse_size
+from cluster.config import AUTO_SIZE, KvrayConfig, TiersConfig, num_ingresses, parse_config, parse_size
 from cluster.credentials import cluster_secret, refuse_keys
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
@@ -28,6 +28,7 @@ from engine.actor import WorkerActor
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
 from kvrouter.actor import RouterActor, RouterOptions
+from nodecache.process import CacheSettings
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
@@ -133,18 +134,32 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
             max_num_batched_tokens=section.max_num_batched_tokens,
             itl_target_s=section.itl_target_ms / 1000,
             remote_timeout_s=config.network.prefill_timeout_s,
+            has_lower_tiers=config.tiers.is_wanted,
         ),
         use_kernels=section.kernels == "auto",
         host=config.network.host,
         channel=_channel(config),
         lease_s=config.network.lease_s,
         stall_s=config.network.stall_s,
+        cache=_cache_settings(config.tiers),
         roads=RoadOptions(
             names=config.network.roads,
             port_range=config.network.port_range,
             ucx_transports=config.network.ucx_transports,
             ucx_devices=config.network.ucx_devices,
         ),
+    )
+
+
+def _cache_settings(tiers: TiersConfig) -> CacheSettings | None:
+    if not tiers.is_wanted:
+        return None
+    is_sized = tiers.host_memory not in (None, AUTO_SIZE)
+    return CacheSettings(
+        host_memory_bytes=parse_size(tiers.host_memory) if is_sized and tiers.host_memory is not None else None,
+        disk_dir=tiers.disk_dir,
+        disk_capacity_bytes=parse_size(tiers.disk_capacity),
+        remote=tiers.remote,
     )
 
 

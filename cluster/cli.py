@@ -69,6 +69,20 @@ def serve(
     kv_cache_memory: Annotated[
         str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory", help="KV kept in memory of each node, e.g. 8GiB; auto: a tenth of it, up to 1GiB."
+        ),
+    ] = None,
+    disk_dir: Annotated[Path | None, typer.Option("--disk-dir", help="KV kept on disk of each node, there.")] = None,
+    disk_capacity: Annotated[
+        str | None, typer.Option("--disk-capacity", help="Of --disk-dir; default: 100GiB.")
+    ] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option("--remote", help="KV kept where all nodes reach it: a directory, s3://bucket/prefix, gs://..."),
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads per worker.")] = None,
@@ -87,6 +101,10 @@ def serve(
             ("model", "tool_parser"): tool_call_parser,
             ("engine", "block_size"): block_size,
             ("engine", "kv_cache_memory"): kv_cache_memory,
+            ("tiers", "host_memory"): host_memory,
+            ("tiers", "disk_dir"): None if disk_dir is None else str(disk_dir.resolve()),
+            ("tiers", "disk_capacity"): disk_capacity,
+            ("tiers", "remote"): remote,
             ("engine", "max_num_seqs"): max_num_seqs,
             ("engine", "max_num_batched_tokens"): max_num_batched_tokens,
             ("engine", "num_threads"): threads,

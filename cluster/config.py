@@ -33,6 +33,8 @@ _CORES_FOR_TWO_INGRESSES = 4
 #: Never printed: the one value that may hold credentials. Everything else names where they are found.
 _PRIVATE = "http.api_keys"
 
+#: A size that is told on the spot.
+AUTO_SIZE = "auto"
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
 
@@ -151,6 +153,21 @@ class NetworkConfig(_Section, frozen=True):
     prefill_timeout_s: Annotated[float, Meta(ge=0.1, le=1e6)] = 120.0
 
 
+class TiersConfig(_Section, frozen=True):
+    """Where KV goes that no worker's pool has room for. What is not set costs nothing."""
+
+    #: of each node, e.g. 8GiB; "auto": a tenth of what is free, at most 1 GiB; None: none, or auto above other tiers
+    host_memory: str | None = None
+    disk_dir: str | None = None  #: on each node: a directory for the blocks of this node
+    disk_capacity: str = "100GiB"  #: of that directory, on each node
+    remote: str | None = None  #: a URI that all nodes reach: a directory, s3://bucket/prefix, gs://bucket/prefix
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is any tier."""
+        return any(value is not None for value in (self.host_memory, self.disk_dir, self.remote))
+
+
 class LogConfig(_Section, frozen=True):
     """How much is logged, and in which form."""
 
@@ -167,6 +184,7 @@ class KvrayConfig(_Section, frozen=True):
     http: HttpConfig = HttpConfig()
     connections: ConnectionsConfig = ConnectionsConfig()
     network: NetworkConfig = NetworkConfig()
+    tiers: TiersConfig = TiersConfig()
     log: LogConfig = LogConfig()
 
 
@@ -350,11 +368,17 @@ def _check(config: KvrayConfig) -> None:
             f"network.lost_after_s: wanted at least twice heartbeat_s ({config.network.heartbeat_s:g}), "
             f"saw {config.network.lost_after_s:g}"
         )
-    if config.engine.kv_cache_memory is not None:
+    sizes = {
+        "engine.kv_cache_memory": config.engine.kv_cache_memory,
+        "tiers.host_memory": None if config.tiers.host_memory == AUTO_SIZE else config.tiers.host_memory,
+        "tiers.disk_capacity": config.tiers.disk_capacity,
+    }
+    for place, size in sizes.items():
         try:
-            parse_size(config.engine.kv_cache_memory)
+            if size is not None:
+                parse_size(size)
         except ConfigError as error:
-            raise ConfigError(f"engine.kv_cache_memory: {error.message}") from None
+            raise ConfigError(f"{place}: {error.message}") from None
 
 
 def _refusal(document: dict[str, Any], complaint: str) -> str:

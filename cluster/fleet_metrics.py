@@ -82,7 +82,7 @@ HELP: Final = {
     "kvray_transfer_bytes_total": "Bytes pulled, by road",
     "kvray_transfer_seconds_total": "Time in which something was pulled, by road",
     "kvray_transfers_failed_total": "Transfers that failed, by road",
-    "kvray_worker_prompt_tokens_total": "Prompt tokens by where their KV came from: pool, peer, a tier of a node cache, or computed",
+    "kvray_worker_prompt_tokens_total": "Prompt tokens by where their KV came from: pool, peer, tier, or computed",
 }
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _PART_OF_HISTOGRAM: Final = re.compile("(.*)_(bucket|sum|count)")

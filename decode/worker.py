@@ -25,7 +25,7 @@ from decode.streams import (
 )
 from engine.loans import PromptWanted
 from engine.scheduling.plan import AskRemote, EmitTokens, SequenceAdded, SequenceCancelled, SequenceSpec
-from engine.worker import EngineWorker, RoleInstruction, WorkerOptions
+from engine.worker import EngineWorker, FindCache, RoleInstruction, WorkerOptions
 from messages.errors import InvariantError, RequestError
 from messages.fleet import Role, WorkerInfo
 from messages.handoff import ReleaseLease, RenewLease
@@ -53,13 +53,14 @@ class DecodeWorker:
         secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
+        find_cache: FindCache | None = None,
     ) -> None:
         """Load the model; this blocks for as long as that takes. Arguments as `EngineWorker`'s.
 
         Raises:
             ConfigError: the model or the memory will not do.
         """
-        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults, find_cache)
         self._book = StreamBook()
 
     async def start(self) -> WorkerInfo:

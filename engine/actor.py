@@ -11,8 +11,10 @@ import msgspec
 import ray.util
 from ray import serve
 
-from engine.worker import WorkerOptions
+from engine.worker import FindCache, WorkerOptions
 from messages.fleet import Role, WorkerInfo
+from nodecache.actor import RayNodeCache
+from nodecache.process import CacheOptions
 from transport.plasma.actor import RayVaults
 from transport.plasma.road import Vaults
 from transport.secret import ClusterSecret
@@ -33,6 +35,7 @@ class Worker(Protocol):
         secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
+        find_cache: FindCache | None = None,
     ) -> None:
         """Load the model; this blocks for as long as that takes."""
         ...
@@ -64,7 +67,11 @@ class WorkerActor:
         secret = read_secret()
         self._worker_id = f"{worker_class.role}-{serve.get_replica_context().replica_id.unique_id}"
         host = options.host or ray.util.get_node_ip_address()
-        self._worker = worker_class(self._worker_id, host, options, secret, self._on_crash, RayVaults())
+        self._cache: RayNodeCache | None = None
+        self._read_secret = read_secret
+        self._worker = worker_class(
+            self._worker_id, host, options, secret, self._on_crash, RayVaults(), self._find_cache
+        )
         self._info = await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -75,6 +82,12 @@ class WorkerActor:
     async def identify(self) -> str:
         """Return the worker's id; the only method that is ever called over a handle."""
         return self._worker_id
+
+    async def _find_cache(self, options: CacheOptions) -> WorkerInfo:
+        """Find the node cache of this node, as `engine.worker.FindCache`."""
+        if self._cache is None:
+            self._cache = RayNodeCache(options, self._read_secret)
+        return await self._cache.info()
 
     def _on_crash(self, error: BaseException) -> None:
         """End the process: a step raised, the pool's state is unknown. Peers notice at once, Serve starts another."""

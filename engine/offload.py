@@ -2,8 +2,8 @@
 
     sequence has its prompt, or ends ---room asked---> granted ---pinned, copied and hashed in one pass---> told, unpinned
 
-The cache says which blocks it has room for; the worker copies them itself, so that no byte goes through a socket or
-a second process. What was evicted meanwhile is left out.
+The cache says which blocks it has room for; the worker copies them itself: no byte goes through a socket or another
+process. What was evicted meanwhile is left out.
 """
 
 from __future__ import annotations

@@ -51,7 +51,6 @@ from kvcache.names import split_names
 from kvcache.subscribers import Subscribers
 from messages.errors import InvariantError, KvrayError
 from messages.fleet import (
-    CacheModel,
     GetStats,
     LoadReport,
     NodeCacheFound,
@@ -73,6 +72,7 @@ from messages.handoff import (
 )
 from messages.price import MovePrice
 from messages.wire import Message
+from nodecache.process import CacheOptions, CacheSettings, cache_options
 from transport.channel import ChannelConfig, ChannelServer
 from transport.checksum import checksum_path
 from transport.incoming import IncomingLinks
@@ -125,10 +125,11 @@ class WorkerOptions:
     lease_s: float
     stall_s: float  #: a pull is given up when nothing arrived for so long
     roads: RoadOptions
+    cache: CacheSettings | None = None  #: of this node's cache; None: there is to be none
 
 
-#: Finds the node cache of this node, for a model; it is started if it does not run. Raises a KvrayError where it cannot.
-FindCache: TypeAlias = Callable[[CacheModel], Awaitable[WorkerInfo]]
+#: Finds the node cache of this node for a model, which is started if it does not run; a KvrayError where it cannot.
+FindCache: TypeAlias = Callable[[CacheOptions], Awaitable[WorkerInfo]]
 
 #: What a scheduler wants done that is its role's business.
 RoleInstruction: TypeAlias = EmitTokens | OfferBlocks | AskRemote
@@ -242,9 +243,9 @@ class EngineWorker:
         self.driver.start()
         self.spawn(self._report_forever())
         self.spawn(self._expire_forever())
-        if self._find_cache is not None:
+        if self._find_cache is not None and self.options.cache is not None:
             self.borrower.on_lost = self._on_owner_lost
-            self.spawn(self._follow_cache(self._find_cache))
+            self.spawn(self._follow_cache(self._find_cache, self._cache_options(self.options.cache)))
         if isinstance(self.engine.memory, Memory):
             threading.Thread(target=self.engine.memory.populate, name="populate", daemon=True).start()
         return self.info(self.server.address)
@@ -392,13 +393,13 @@ class EngineWorker:
         for subscriber in self._subscribers:
             self.send(subscriber, NodeCacheFound(worker_id=self.worker_id, info=info))
 
-    async def _follow_cache(self, find: FindCache) -> None:
+    async def _follow_cache(self, find: FindCache, options: CacheOptions) -> None:
         """Look for the node cache time and again, at once when it is lost: it is asked to start, or to go on."""
         said = ""
         while True:
             self._cache_wanted.clear()
             try:
-                self._use_cache(await find(self._cache_options()))
+                self._use_cache(await find(options))
                 said = ""
             except KvrayError as error:
                 self._use_cache(None)
@@ -409,14 +410,20 @@ class EngineWorker:
                 async with asyncio.timeout(_LOOK_FOR_CACHE_S if not said else _LOOK_AGAIN_S):
                     await self._cache_wanted.wait()
 
-    def _cache_options(self) -> CacheModel:
-        """Describe what a node cache for this worker's model is to hold."""
-        engine = self.engine
-        return CacheModel(
+    def _cache_options(self, settings: CacheSettings) -> CacheOptions:
+        """Put together what the node cache for this worker's model is told, if it is this worker that starts it."""
+        engine, options = self.engine, self.options
+        return cache_options(
+            settings,
             fingerprint=engine.loaded.fingerprint,
             layout_version=LAYOUT_VERSION,
             block_bytes=engine.layout.block_bytes,
             block_size=engine.options.block_size,
+            host=self._host,
+            channel=options.channel,
+            roads=options.roads,
+            lease_s=options.lease_s,
+            stall_s=options.stall_s,
             kernel_path=engine.loaded.kernel_path,
             compute=engine.scheduler.cost.price,
         )

@@ -31,17 +31,6 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     compute: ComputePrice | None = None  #: as it measured itself at the start
 
 
-class CacheModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node cache must know of the model whose blocks it is to hold."""
-
-    fingerprint: bytes
-    layout_version: int  #: of the bytes in a block, and of their checksum
-    block_bytes: int
-    block_size: int  #: tokens
-    kernel_path: str = ""  #: what computes the blocks, for people
-    compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
-
-
 class Subscribe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Router to worker: send a snapshot, then events and reports. Also the answer to a gap."""
 

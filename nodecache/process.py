@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, assert_never
 
 import msgspec
 
 from kvcache.leases import AskerLost, TimePassed
+from kvcache.region import GENERATION_BYTES
 from kvcache.subscribers import Subscribers
 from messages.errors import ErrorInfo, KvrayError
 from messages.fleet import GetStats, LoadReport, Stats, Subscribe, WorkerInfo
@@ -39,16 +41,19 @@ from messages.handoff import (
 from messages.price import ComputePrice
 from messages.tier import Tier
 from messages.wire import Message
-from nodecache.arena import Arena, ArenaLayout
+from nodecache.arena import RECORD, Arena, ArenaLayout
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheInstruction, CacheLimits, NodeCache, Said, Tell
+from nodecache.disk.layout import Model
+from nodecache.disk.store import DiskStore
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks
 from nodecache.store import BlockStore, StoreError
 from nodecache.worth import Worth
 from nodecache.writing_down import WriteBlocks
 from transport.channel import ChannelConfig, ChannelServer
+from transport.checksum import checksum
 from transport.incoming import IncomingLinks
-from transport.memory import PAGE_BYTES, Memory
+from transport.memory import PAGE_BYTES, Memory, available_bytes
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import NoVaults
 from transport.roads import Roads
@@ -65,6 +70,20 @@ _CONFIG_STATUS: Final = 2  #: exit status of what cannot start as configured
 _CRASH_STATUS: Final = 70
 
 
+class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator wants of the node caches."""
+
+    host_memory_bytes: int | None = None  #: of the arena; None: a tenth of what is free, at most 1 GiB
+    disk_dir: str | None = None  #: None: no disk tier
+    disk_capacity_bytes: int = 100 << 30
+    remote: str | None = None  #: URI of the remote tier; None: there is none
+
+    def num_blocks(self, block_bytes: int) -> int:
+        """Count the blocks that the arena has room for, at least one."""
+        num_bytes = self.host_memory_bytes or min(available_bytes() // 10, 1 << 30)
+        return max(1, num_bytes // (block_bytes + GENERATION_BYTES + RECORD.itemsize))
+
+
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a node cache is told at its start. Everything in it crosses a process."""
 
@@ -75,10 +94,24 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     roads: RoadOptions
     limits: CacheLimits
     stall_s: float  #: a pull is given up when nothing arrived for so long
+    settings: CacheSettings = CacheSettings()
     ray_node_id: str = ""  #: in hex, of the node that the process runs on; "": there is no Ray
     kernel_path: str = ""  #: what computes the model's blocks, for people
     compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
     log_level: str = "info"
+
+
+def cache_options(
+    settings: CacheSettings, *, fingerprint: bytes, layout_version: int, block_bytes: int, lease_s: float, **others: Any
+) -> CacheOptions:
+    """Put together what a node cache is told; `others` are fields of CacheOptions."""
+    layout = ArenaLayout(
+        fingerprint=fingerprint,
+        version=layout_version,
+        block_bytes=block_bytes,
+        num_blocks=settings.num_blocks(block_bytes),
+    )
+    return CacheOptions(layout=layout, limits=CacheLimits(lease_s=lease_s), settings=settings, **others)
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -337,7 +370,8 @@ async def _serve(start: Start) -> int:
     loop.add_reader(_INPUT, lambda: end(0) if not os.read(_INPUT, 4096) else None)
     try:
         memory = start.options.layout.adopt(start.arena_fd)
-        process = CacheProcess(start.options, ClusterSecret.from_hex(start.secret), memory, {})
+        stores = open_stores(start.options)
+        process = CacheProcess(start.options, ClusterSecret.from_hex(start.secret), memory, stores)
     except KvrayError as error:
         _say(Started(error=error.info()))
         return _CONFIG_STATUS
@@ -349,6 +383,20 @@ async def _serve(start: Start) -> int:
     if status == 0:
         await process.close()
     return status
+
+
+def open_stores(options: CacheOptions) -> dict[Tier, BlockStore]:
+    """Open the tiers below the arena that are wanted, the nearest first.
+
+    Raises:
+        ConfigError: one cannot be opened as configured: another instance has it, for example.
+    """
+    settings, layout = options.settings, options.layout
+    stores: dict[Tier, BlockStore] = {}
+    if settings.disk_dir is not None:
+        model = Model(layout.fingerprint, layout.version, layout.block_bytes)
+        stores["disk"] = DiskStore(Path(settings.disk_dir), model, settings.disk_capacity_bytes, checksum)
+    return stores
 
 
 async def _beat_forever() -> None:

@@ -15,7 +15,7 @@ from typing import ClassVar, assert_never
 import msgspec
 
 from engine.scheduling.plan import BlocksReleased, EmitTokens, OfferBlocks, SequenceAdded, SequenceCancelled
-from engine.worker import EngineWorker, RoleInstruction, WorkerOptions
+from engine.worker import EngineWorker, FindCache, RoleInstruction, WorkerOptions
 from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
 from messages.errors import InvariantError
 from messages.fleet import Role, WorkerInfo
@@ -51,13 +51,14 @@ class PrefillWorker:
         secret: ClusterSecret,
         on_crash: Callable[[BaseException], None],
         vaults: Vaults | None = None,
+        find_cache: FindCache | None = None,
     ) -> None:
         """Load the model; this blocks for as long as that takes. Arguments as `EngineWorker`'s.
 
         Raises:
             ConfigError: the model or the memory will not do.
         """
-        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults)
+        self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults, find_cache)
         self._book = PublicationBook(options.lease_s, self._worker.engine.options.block_size)
 
     async def start(self) -> WorkerInfo:

@@ -1,0 +1,131 @@
+"""What every store below host memory does: the contract of nodecache.store."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nodecache.store import BlockStore, StoreError
+from tests.nodecache.disk.blocks import (
+    BLOCK_BYTES,
+    DEADLINE_S,
+    block_of,
+    content_of,
+    name_of,
+    open_store,
+)
+
+OPENERS: dict[str, Callable[[Path], BlockStore]] = {"disk": open_store}
+
+
+@pytest.fixture(params=OPENERS)
+def store(request, tmp_path) -> Iterator[BlockStore]:
+    store = OPENERS[request.param](tmp_path)
+    yield store
+    store.close()
+
+
+def write(store, *numbers):
+    return store.write([block_of(n) for n in numbers], [content_of(n) for n in numbers], DEADLINE_S)
+
+
+def read(store, *numbers):
+    targets = [bytearray(BLOCK_BYTES) for _ in numbers]
+    came = store.read([name_of(n) for n in numbers], [memoryview(target) for target in targets], DEADLINE_S)
+    return came, targets
+
+
+def test_what_was_written_is_found_and_read(store):
+    assert write(store, 1, 2, 3) == []
+    assert [store.find(name_of(n)) for n in (1, 2, 3)] == [block_of(n) for n in (1, 2, 3)]
+    assert set(store.names()) == {name_of(1), name_of(2), name_of(3)}
+    came, targets = read(store, 3, 1)
+    assert came == [True, True]
+    assert targets == [content_of(3), content_of(1)]
+
+
+def test_what_was_never_written_is_not_there(store):
+    write(store, 1)
+    assert store.find(name_of(2)) is None
+    came, targets = read(store, 2, 1)
+    assert came == [False, True]
+    assert targets == [bytes(BLOCK_BYTES), content_of(1)]
+
+
+def test_nothing_read_or_written_is_nothing(store):
+    assert store.read([], [], DEADLINE_S) == []
+    assert store.write([], [], DEADLINE_S) == []
+
+
+def test_writing_twice_keeps_one(store):
+    write(store, 1, 2)
+    write(store, 2, 3, 3)
+    assert sorted(store.names()) == sorted(name_of(n) for n in (1, 2, 3))
+    assert read(store, 1, 2, 3)[0] == [True] * 3
+
+
+def test_what_was_removed_is_gone_and_may_come_again(store):
+    write(store, 1, 2)
+    store.remove([name_of(1), name_of(7)])
+    assert store.find(name_of(1)) is None
+    assert read(store, 1, 2)[0] == [False, True]
+    write(store, 1)
+    assert read(store, 1, 2)[0] == [True, True]
+
+
+def test_many_blocks_in_any_order(store):
+    numbers = list(range(40))
+    write(store, *numbers)
+    random.Random(1).shuffle(numbers)
+    came, targets = read(store, *numbers)
+    assert all(came)
+    assert targets == [content_of(n) for n in numbers]
+
+
+def test_blocks_of_another_size_are_refused(store):
+    with pytest.raises(StoreError, match=rf"blocks of \[4\] bytes; {BLOCK_BYTES} are wanted"):
+        store.write([block_of(1)], [memoryview(b"1234")], DEADLINE_S)
+    assert store.find(name_of(1)) is None
+
+
+def test_any_thread_may_call(store):
+    errors = []
+
+    def work(first):
+        try:
+            for number in range(first, first + 20):
+                write(store, number)
+                assert read(store, number)[1] == [content_of(number)]
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 10, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(list(store.names())) == 50
+
+
+def test_after_close_nothing_is_read_or_written(store):
+    write(store, 1)
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        write(store, 2)
+    with pytest.raises(StoreError, match="closed"):
+        read(store, 1)
+    store.close()
+
+
+def test_its_counters_are_numbers_by_name(store):
+    write(store, 1)
+    read(store, 1)
+    values = store.stats()
+    assert all(isinstance(value, float) for value in values.values())
+    assert all(name.startswith("kvray_") for name in values)
