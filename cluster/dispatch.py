@@ -285,7 +285,10 @@ class Dispatcher:
         own = ({"ingress": self._options.ingress_id}, self.table.stats())
         others = [({"ingress": told.worker_id}, told.values) for one in stats for told in one.ingresses]
         fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in stats]
-        return families([own, *others, *fleet])
+        caches = [
+            ({"worker": cache.info.worker_id, "role": "cache"}, cache.values) for one in stats for cache in one.caches
+        ]
+        return families([own, *others, *fleet, *caches])
 
     def _tell_stats(self) -> None:
         """Tell the router what this ingress counts, for whoever is asked for the numbers of all."""

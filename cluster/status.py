@@ -15,7 +15,8 @@ _NUM_TEXT_COLUMNS = 2  #: then come numbers, aligned to the right
 
 async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
     """Gather all workers and their numbers into one JSON document; one that does not answer is without numbers."""
-    values = {stats.worker_id: stats for stats in await dispatcher.fleet_stats()}
+    told = await dispatcher.fleet_stats()
+    values = {stats.worker_id: stats for stats in told}
     names = {info.address: info.worker_id for info in dispatcher.fleet.values()}
     workers = [
         {
@@ -42,7 +43,19 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
     routers = [
         {"worker_id": stats.worker_id, "values": stats.values} for stats in values.values() if stats.role == "router"
     ]
-    return {"workers": workers, "routers": routers, "is_routing_by_cache": bool(routers)}
+    caches = [
+        {
+            "worker_id": cache.info.worker_id,
+            "address": cache.info.address,
+            "node": cache.info.node_id,
+            "num_blocks": cache.info.num_blocks,
+            "block_bytes": cache.info.block_bytes,
+            "values": cache.values,
+        }
+        for stats in told
+        for cache in stats.caches
+    ]
+    return {"workers": workers, "caches": caches, "routers": routers, "is_routing_by_cache": bool(routers)}
 
 
 def status_table(status: dict[str, Any]) -> str:
@@ -59,6 +72,7 @@ def status_table(status: dict[str, Any]) -> str:
     if status["workers"]:
         lines.append(f"checksums by {', '.join(sorted({worker['checksum_path'] for worker in status['workers']}))}")
     lines += [_road_line(worker["worker_id"], road) for worker in status["workers"] for road in worker["pulls_from"]]
+    lines += [_cache_line(cache) for cache in status["caches"]]
     for router in status["routers"]:
         values = router["values"]
         lines.append(
@@ -85,6 +99,17 @@ def _row(worker: dict[str, Any]) -> tuple[str, ...]:
         f"{values.get('kvray_prefill_tokens_per_second', 0):.0f}",
         f"{1000 * values.get('kvray_decode_step_seconds', 0):.1f}",
     )
+
+
+def _cache_line(cache: dict[str, Any]) -> str:
+    values, gib = cache["values"], cache["block_bytes"] / 2**30
+    held = values.get("kvray_cache_blocks_held", 0)
+    line = f"{cache['worker_id']}: host {held * gib:.2f} of {cache['num_blocks'] * gib:.2f} GiB"
+    if "kvray_disk_capacity_bytes" in values:
+        line += (
+            f", disk {values['kvray_disk_bytes'] / 2**30:.2f} of {values['kvray_disk_capacity_bytes'] / 2**30:.2f} GiB"
+        )
+    return line
 
 
 def _road_line(worker_id: str, road: dict[str, Any]) -> str:

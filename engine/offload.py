@@ -1,6 +1,6 @@
 """Writes blocks of this worker's pool into the arena of its node's cache, beside the steps.
 
-    sequence has its prompt, or ends ---room asked---> granted ---pinned, copied and hashed in one pass---> told, unpinned
+    sequence has its prompt, or ends ---room asked---> granted ---pinned, copied, hashed in one pass---> told, unpinned
 
 The cache says which blocks it has room for; the worker copies them itself: no byte goes through a socket or another
 process. What was evicted meanwhile is left out.

@@ -91,6 +91,7 @@ class Generation:
                 host=sum(s.host for s in sources),
                 peer=sum(s.peer for s in sources),
                 disk=sum(s.disk for s in sources),
+                remote=sum(s.remote for s in sources),
                 computed=sum(s.computed for s in sources),
             )
         )

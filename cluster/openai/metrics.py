@@ -15,7 +15,7 @@ from messages.stream import PromptSources
 _TTFT_BUCKETS_S: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _ITL_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 _LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
-SOURCES: Final = ("device", "host", "peer", "disk", "computed")
+SOURCES: Final = ("device", "host", "peer", "disk", "remote", "computed")
 
 
 class HttpMetrics:

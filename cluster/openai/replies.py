@@ -32,9 +32,10 @@ class PromptSourceCounts(msgspec.Struct, frozen=True):
     """Prompt tokens by where their KV came from; they add up to usage.prompt_tokens."""
 
     device: int  #: already in the decode worker's pool
-    host: int  #: the node's memory
-    peer: int  #: already cached by a prefill worker, and pulled
-    disk: int
+    host: int  #: in the memory of a node's cache
+    peer: int  #: in another worker's pool, and pulled
+    disk: int  #: on a node's disk
+    remote: int  #: in the store that all nodes reach
     computed: int  #: computed for this request
 
 
