@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -22,6 +21,7 @@ from typing import assert_never
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
+from engine.scheduling.offers import Offers, prompt_sources
 from engine.scheduling.plan import (
     BlocksOffered,
     BlocksReleased,
@@ -33,9 +33,6 @@ from engine.scheduling.plan import (
     Instruction,
     KvOffered,
     KvRefused,
-    LendBlocks,
-    OfferBlocks,
-    OffloadBlocks,
     PullEnded,
     RunStep,
     Sampled,
@@ -67,10 +64,9 @@ from kvcache.price import (
     harm_s,
 )
 from messages.errors import ConfigError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.handoff import BlockLocation
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy
-from messages.stream import FinishReason, PromptSources
+from messages.stream import FinishReason
 from text.grammar import CompiledGrammar
 
 
@@ -134,6 +130,7 @@ class Scheduler:
             remote_timeout_s=config.remote_timeout_s,
         )
         self._remote = self._sourcing.pulls
+        self._offers = Offers(self._ledger)
         self._planner = StepPlanner(
             self._ledger,
             self.cost,
@@ -268,7 +265,7 @@ class Scheduler:
             case KvOffered() | KvRefused() | BlocksOffered() | GrammarCompiled():
                 self._take_answer(event, out)
             case BlocksWanted():
-                self._lend(event, out)
+                self._offers.lend(event, out)
             case TakeIn():
                 self._ledger.intakes.begin(event, out)
             case PullEnded():
@@ -338,7 +335,7 @@ class Scheduler:
                 self._take_refusal(seq, event, out)
             case BlocksOffered():
                 self._remote.take_blocks(seq, event, out)
-                self._publish(seq.seq_id, out)
+                self._offers.publish(seq.seq_id, out)
             case GrammarCompiled(_, KvrayError() as error) if seq.lacks_grammar:
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
                 self._ledger.end(seq)
@@ -368,7 +365,7 @@ class Scheduler:
                 self._ledger.end(seq)
             elif seq.pull is not None and seq.pull.deadline_s <= now_s:
                 self._remote.fall_back(seq, out)
-                self._publish(seq.seq_id, out)
+                self._offers.publish(seq.seq_id, out)
                 if seq.spec.remote_s is not None:
                     out.append(StopRemote(seq.seq_id))
 
@@ -438,7 +435,7 @@ class Scheduler:
         seq.has_declined = seq.spec.remote_s is not None and not is_remote
         seq.wants_remote = False
         if seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
-            self._offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
+            self._offers.offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
         if is_remote:
             deadline_s = self._sourcing.ask_prefill(seq, now_s, out)
         elif plan.loads:
@@ -447,29 +444,12 @@ class Scheduler:
             return
         heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
 
-    def _lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
-        """Pin what the pool has of the blocks that another worker wants, and say where they lie."""
-        blocks = []
-        for index, name in enumerate(wanted.names, wanted.first_index):
-            block_id = self._pool.find(name)
-            if block_id is not None:
-                generation = self._pool.generation(block_id)
-                blocks.append(BlockLocation(index, block_id, generation, name, self._pool.block_size))
-        self._ledger.lend(wanted.lease_id, [location.block_id for location in blocks])
-        out.append(LendBlocks(wanted.lease_id, blocks))
-
     def _finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
         if self._ledger.intakes.has(event.seq_id):
             self._ledger.intakes.finish_pull(event)
             return
         self._remote.finish_pull(event, out)
-        self._publish(event.seq_id, out)
-
-    def _publish(self, seq_id: str, out: list[Instruction]) -> None:
-        """Offer what came of a sequence that is kept: others wait for it."""
-        seq = self._ledger.sequences.get(seq_id)
-        if seq is not None and seq.spec.is_kept and seq.phase in (Phase.RUNNING, Phase.PULLING):
-            self._offer(seq, out, is_last=False)
+        self._offers.publish(event.seq_id, out)
 
     # --------------------------------------------------------------------------------------------------------- remote
 
@@ -539,7 +519,7 @@ class Scheduler:
             self._num_generated_tokens += 1
             self._append(seq, sampled, out)
         else:
-            self._publish(seq.seq_id, out)
+            self._offers.publish(seq.seq_id, out)
 
     def _append(self, seq: Sequence, sampled: Sampled, out: list[Instruction]) -> None:
         """Emit a new token, from a step or from the prefill worker, and end the sequence if it is the last."""
@@ -551,7 +531,7 @@ class Scheduler:
         seq.token_ids.append(sampled.token_id)
         reason = self._finish_reason(seq)
         if seq.spec.is_kept:
-            self._offer(seq, out, is_last=True)
+            self._offers.offer(seq, out, is_last=True)
         is_first = not seq.has_emitted
         if is_first:
             self.lateness.observe(seq.expected_s, self._now_s - seq.arrived_s)
@@ -564,26 +544,19 @@ class Scheduler:
                 [sampled.token_id],
                 [] if sampled.logprob is None else [sampled.logprob],
                 prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
-                sources=self._sources(seq) if is_first else None,
+                sources=prompt_sources(seq) if is_first else None,
                 stop_token_id=seq.token_ids[-1] if reason == "stop" else None,
                 finish_reason=reason,
             )
         )
         seq.wants_prompt_logprobs = False
         if self._config.has_lower_tiers and (is_first or reason is not None):
-            self._offload(seq, out)
+            self._offers.offload(seq, out)
         if reason is not None:
             if seq.spec.is_kept:
                 self._ledger.keep(seq)
             else:
                 self._ledger.end(seq)
-
-    def _offload(self, seq: Sequence, out: list[Instruction]) -> None:
-        """Tell what a sequence has written: at its first token, and at its end, if it filled a block since."""
-        num_blocks = seq.num_computed // seq.block_size
-        if num_blocks > seq.num_offloaded_blocks:
-            seq.num_offloaded_blocks = num_blocks
-            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.salt))
 
     def _finish_reason(self, seq: Sequence) -> FinishReason | None:
         """Return how the sequence's last token, a generated one, ends it; None where it does not."""
@@ -594,32 +567,3 @@ class Scheduler:
         if seq.num_output_tokens >= max_tokens or seq.num_tokens >= self._max_model_len:
             return "length"
         return None
-
-    def _sources(self, seq: Sequence) -> PromptSources:
-        device, loaded = seq.num_device_tokens, Counter(seq.num_loaded_tokens)
-        if seq.pull is not None:  # the first token came before the last block: as it is expected
-            device += len(seq.pull.found) * seq.block_size
-            for copy in seq.pull.asked.values():
-                loaded[copy.tier] += seq.block_size
-        return PromptSources(
-            device=device,
-            peer=seq.num_peer_tokens + loaded["device"],
-            host=loaded["host"],
-            disk=loaded["disk"],
-            remote=loaded["remote"],
-            computed=seq.num_prompt_tokens - device - seq.num_peer_tokens - loaded.total(),
-        )
-
-    def _offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
-        """Offer the prompt blocks of a kept sequence written since its last offer; at last the partial one, too."""
-        num_written = min(seq.num_computed, seq.num_prompt_tokens)
-        end = seq.num_blocks_for(num_written) if is_last else num_written // seq.block_size
-        blocks = []
-        for index in range(seq.num_offered_blocks, end):
-            block_id = seq.block_table[index]
-            num_tokens = min(seq.block_size, num_written - index * seq.block_size)
-            name = seq.names[index] if num_tokens == seq.block_size else b""
-            blocks.append(BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens))
-        seq.num_offered_blocks = end
-        if blocks or is_last:
-            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_cached_tokens))

@@ -1,0 +1,76 @@
+"""What is told of the blocks that sequences wrote: to who waits for a prompt, who asks by name, and lower tiers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from engine.scheduling.ledger import SequenceLedger
+from engine.scheduling.plan import BlocksWanted, Instruction, LendBlocks, OfferBlocks, OffloadBlocks
+from engine.scheduling.sequence import Phase, Sequence
+from messages.handoff import BlockLocation
+from messages.stream import PromptSources
+
+
+class Offers:
+    """Offers blocks of the sequences and the pool of `ledger`."""
+
+    def __init__(self, ledger: SequenceLedger) -> None:
+        self._ledger = ledger
+        self._pool = ledger.pool
+
+    def offer(self, seq: Sequence, out: list[Instruction], *, is_last: bool) -> None:
+        """Offer the prompt blocks of a kept sequence written since its last offer; at last the partial one, too."""
+        num_written = min(seq.num_computed, seq.num_prompt_tokens)
+        end = seq.num_blocks_for(num_written) if is_last else num_written // seq.block_size
+        blocks = []
+        for index in range(seq.num_offered_blocks, end):
+            num_tokens = min(seq.block_size, num_written - index * seq.block_size)
+            name = seq.names[index] if num_tokens == seq.block_size else b""
+            blocks.append(self._location(index, seq.block_table[index], name, num_tokens))
+        seq.num_offered_blocks = end
+        if blocks or is_last:
+            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_cached_tokens))
+
+    def publish(self, seq_id: str, out: list[Instruction]) -> None:
+        """Offer what came of a sequence that is kept: others wait for it. Other ids are ignored."""
+        seq = self._ledger.sequences.get(seq_id)
+        if seq is not None and seq.spec.is_kept and seq.phase in (Phase.RUNNING, Phase.PULLING):
+            self.offer(seq, out, is_last=False)
+
+    def lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
+        """Pin what the pool has of the blocks that somebody wants, and say where they lie."""
+        found = ((index, name, self._pool.find(name)) for index, name in enumerate(wanted.names, wanted.first_index))
+        blocks = [
+            self._location(index, block_id, name, self._pool.block_size)
+            for index, name, block_id in found
+            if block_id is not None
+        ]
+        self._ledger.lend(wanted.lease_id, [location.block_id for location in blocks])
+        out.append(LendBlocks(wanted.lease_id, blocks))
+
+    def offload(self, seq: Sequence, out: list[Instruction]) -> None:
+        """Tell lower tiers what a sequence has written, if it filled a block since they were last told."""
+        num_blocks = seq.num_computed // seq.block_size
+        if num_blocks > seq.num_offloaded_blocks:
+            seq.num_offloaded_blocks = num_blocks
+            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.salt))
+
+    def _location(self, index: int, block_id: int, name: bytes, num_tokens: int) -> BlockLocation:
+        return BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens)
+
+
+def prompt_sources(seq: Sequence) -> PromptSources:
+    """Say where the KV of a prompt came from; where its first token came before its last block, as it is expected."""
+    device, loaded = seq.num_device_tokens, Counter(seq.num_loaded_tokens)
+    if seq.pull is not None:
+        device += len(seq.pull.found) * seq.block_size
+        for copy in seq.pull.asked.values():
+            loaded[copy.tier] += seq.block_size
+    return PromptSources(
+        device=device,
+        peer=seq.num_peer_tokens + loaded["device"],
+        host=loaded["host"],
+        disk=loaded["disk"],
+        remote=loaded["remote"],
+        computed=seq.num_prompt_tokens - device - seq.num_peer_tokens - loaded.total(),
+    )
