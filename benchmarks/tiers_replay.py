@@ -36,14 +36,18 @@ PATH = "/v1/completions"
 TIERS = {
     "no tier": ["--prefill", "1", "--decode", "1", "--kv-cache-memory", "16MiB"],
     "host": ["--prefill", "1", "--decode", "1", "--kv-cache-memory", "16MiB", "--host-memory", "48MiB"],
-    "host, disk": ["--prefill", "1", "--decode", "1", "--kv-cache-memory", "16MiB", "--host-memory", "48MiB"]
-    + ["--disk-dir", "{disk}", "--disk-capacity", "1GiB"],
+    "host, disk": [
+        *("--prefill", "1", "--decode", "1", "--kv-cache-memory", "16MiB", "--host-memory", "48MiB"),
+        *("--disk-dir", "{disk}", "--disk-capacity", "1GiB"),
+    ],
 }
 POOLS = {
     "1 decode, 64 MiB": ["--prefill", "0", "--decode", "1", "--kv-cache-memory", "64MiB"],
     "2 + 2, 64 MiB in all": ["--prefill", "2", "--decode", "2", "--kv-cache-memory", "16MiB"],
-    "1 + 1, 16 MiB in all, host 128 MiB": ["--prefill", "1", "--decode", "1", "--kv-cache-memory", "8MiB"]
-    + ["--host-memory", "128MiB", "--max-model-len", "6144"],
+    "1 + 1, 16 MiB in all, host 128 MiB": [
+        *("--prefill", "1", "--decode", "1", "--kv-cache-memory", "8MiB"),
+        *("--host-memory", "128MiB", "--max-model-len", "6144"),
+    ],
 }
 
 

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: Chains that wait to be offered; the oldest are dropped: their blocks are the next to leave the pool.
 _MAX_WAITING = 256
+#: Questions about one chain: a cache grants no more than half of its arena at a time.
+_MAX_TRIES = 4
 _NAME = "offload"
 
 
@@ -56,6 +58,8 @@ class Offloader:
         self._waiting: deque[OffloadBlocks] = deque(maxlen=_MAX_WAITING)
         self._granted: RoomGranted | None = None  #: what is being copied
         self._asked: str | None = None  #: the question under way
+        self._chain: OffloadBlocks | None = None  #: what it is about
+        self._num_tries = 0  #: questions about that in a row
         self._num_asked = 0
         self.num_blocks = 0  #: written since the start
 
@@ -63,6 +67,8 @@ class Offloader:
         """Write to the cache at `address` from now on; None: there is none."""
         if address == self._address:
             return
+        if self._asked is not None and self._chain is not None:
+            self._waiting.appendleft(self._chain)  # nobody knows what became of it
         self._address, self._arena, self._asked = address, None, None
         if address is not None:
             self._peers.connect(address)
@@ -80,6 +86,8 @@ class Offloader:
         if self._arena is None and not self._map():
             return
         chain = self._waiting.popleft()
+        self._num_tries = self._num_tries + 1 if chain is self._chain else 1
+        self._chain = chain
         self._num_asked += 1
         self._asked = f"{_NAME} {self._num_asked}"
         tenant = int.from_bytes(blake2b(chain.salt, digest_size=8).digest(), "little") if chain.salt else 0
@@ -122,6 +130,8 @@ class Offloader:
             written = await asyncio.to_thread(partial(self._write, arena, address, pairs, lent.blocks))
             self._peers.send(address, BlocksWritten(request_id=granted.request_id, blocks=written))
         self.num_blocks += len(written)
+        if written and self._chain is not None and self._num_tries < _MAX_TRIES:
+            self._waiting.appendleft(self._chain)  # there may have been no room for all of it at once
         self._post(BlocksReleased(lent.lease_id))
         if self._asked == lent.lease_id:
             self._asked = None
