@@ -85,6 +85,8 @@ class StepPlanner:
             end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
             if seq.pull is not None:
                 end = _before_arrivals(seq, seq.pull, end)
+                if not seq.pull.is_over:  # a long step would compute what comes meanwhile
+                    end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
             if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
                 end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
             if end > start and self._ledger.reserve(seq, end):

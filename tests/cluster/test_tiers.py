@@ -21,13 +21,15 @@ from tests.served import Served, serving
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 NUM_KILLS = 6
-#: Small pools and tiers, so that blocks move all the time; the tiny model needs 1 KiB a token.
-SIZES = ["--kv-cache-memory", "3MiB", "--host-memory", "2MiB", "--disk-capacity", "64MiB"]
+#: Small pools and tiers, so that blocks move all the time; the model needs 1.5 KiB a token.
+SIZES = ["--kv-cache-memory", "4MiB", "--host-memory", "3MiB", "--disk-capacity", "64MiB"]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=2048)
+    """One that takes so long to compute that loading is worth it."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "max_position_embeddings": 2048}
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", **sizes)
 
 
 @pytest.fixture(scope="module")
