@@ -14,7 +14,7 @@ help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.serving kernels ## serve the demo model over the OpenAI API (ARGS="MODEL --port 9000 ...")
-	@$(BIN)/kvray serve $(ARGS)
+	@$(BIN)/kvray serve --host-memory auto $(ARGS)
 
 demo: $(VENV)/.serving kernels ## start, hold a conversation of three turns, show where each prompt's tokens came from, exit
 	@$(BIN)/kvray demo $(ARGS)
