@@ -392,6 +392,7 @@ class RequestTable:
                 prefill_address=placement.prefill_address,
                 prefill_s=placement.prefill_s,
                 held=placement.held,
+                predicted_ttft_s=placement.predicted_ttft_s,
                 deadline_s=max(0.0, request.deadline_s - now_s),
                 is_suspect=request.is_suspect,
             )

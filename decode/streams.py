@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
+import msgspec
+
 from engine.scheduling.plan import AskRemote, EmitTokens, SequenceSpec
 from kvcache.names import unpack_tokens
 from messages.errors import InvariantError
@@ -176,6 +178,9 @@ class StreamBook:
             logprobs=emitted.logprobs,
             prompt_logprobs=emitted.prompt_logprobs,
             sources=emitted.sources,
+            plan=None
+            if emitted.plan is None
+            else msgspec.structs.replace(emitted.plan, predicted_ttft_s=stream.request.predicted_ttft_s),
             is_alone=emitted.is_alone,
             stop_token_id=emitted.stop_token_id,
             finish_reason=emitted.finish_reason,

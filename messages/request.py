@@ -79,6 +79,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice
     prefill_address: str | None = None
     prefill_s: float = 0.0  #: predicted seconds until its KV lies here; computing it here is worth it below that
+    predicted_ttft_s: float = 0.0  #: by whoever placed it
     held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first, as the router saw it
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
 

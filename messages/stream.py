@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from messages.errors import ErrorInfo
+from messages.tier import Tier
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -40,6 +41,27 @@ class PromptSources(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return self.device + self.host + self.peer + self.disk + self.remote
 
 
+class PlannedRun(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens [begin, end) were to be loaded from `owner`, who has them in `tier`."""
+
+    begin: int
+    end: int
+    tier: Tier
+    owner: str  #: channel endpoint
+
+
+class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a worker meant to get the KV of a prompt, with the prices that it decided by, and what it moved for it."""
+
+    runs: tuple[PlannedRun, ...] = ()  #: to be loaded from holders; the rest is held, computed, or handed over
+    is_mixed: bool = False  #: the head of what is loaded was to be computed meanwhile
+    load_s: float = 0.0  #: predicted for loading all that holders have
+    compute_s: float = 0.0  #: predicted for computing it instead, what waits before it included
+    handed_over_by: str = ""  #: the prefill worker that was asked for the rest; "": it is computed here
+    num_moved_bytes: int = 0  #: that came from others, until the first token
+    predicted_ttft_s: float = 0.0  #: by whoever placed the request
+
+
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step yields for one sequence. `finish_reason` is set on its last chunk, and only there."""
 
@@ -49,6 +71,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprob] = []  #: one per token id where asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  #: on the first chunk where asked for; [0] is None
     sources: PromptSources | None = None  #: on the first chunk
+    plan: PromptPlan | None = None  #: on the first chunk
     is_alone: bool = False  #: without tokens: of a suspect, of which a step begins now that computes nothing else
     stop_token_id: int | None = None  #: that ended it; also the last of token_ids, unless it came before a move
     finish_reason: FinishReason | None = None

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+import msgspec
+from msgspec import UNSET
+
 from cluster.openai.backend import Backend
 from cluster.openai.metrics import HttpMetrics, RequestClock
-from cluster.openai.replies import KvrayExtras, PromptSourceCounts, PromptTokensDetails, Usage
+from cluster.openai.replies import (
+    KvrayExtras,
+    PlannedLoad,
+    PromptPlanReply,
+    PromptSourceCounts,
+    PromptTokensDetails,
+    Usage,
+)
 from cluster.openai.transcript import Delta, Transcript
 from messages.errors import KvrayError, WorkerError
 from messages.request import GenerateRequest
@@ -32,6 +43,7 @@ class Generation:
         self.num_choices = num_choices
         self._backend = backend
         self._metrics = metrics
+        self._ttft_s: dict[int, float] = {}  # by choice index
         self._index = {request.request_id: index for index, request in enumerate(requests)}
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -41,7 +53,7 @@ class Generation:
             KvrayError: a sequence was refused or failed; the others are stopped.
         """
         clock = RequestClock(self._metrics, len(self.requests))
-        reason = "abandoned"
+        reason, began_s = "abandoned", time.perf_counter()
         try:
             async with aclosing(self._backend.generate(self.requests)) as chunks:
                 num_open = len(self.requests)
@@ -51,6 +63,7 @@ class Generation:
                         continue
                     if chunk.sources is not None:
                         clock.sources(chunk.sources)
+                        self._ttft_s.setdefault(index, time.perf_counter() - began_s)
                     delta = self.transcripts[index].take(chunk)
                     clock.chunk(index, len(delta.token_ids))
                     if delta.finish_reason is not None:
@@ -85,13 +98,32 @@ class Generation:
     def extras(self) -> KvrayExtras:
         """Return where the prompts' tokens came from, counted as `usage` counts them."""
         sources = [t.sources for t in self.transcripts[:: self.num_choices] if t.sources is not None]
+        told = [
+            (index, transcript.plan)
+            for index, transcript in enumerate(self.transcripts)
+            if index % self.num_choices == 0 and transcript.plan is not None
+        ]
+        plans = [
+            PromptPlanReply(
+                ttft_s=round(self._ttft_s.get(index, 0.0), 6),
+                predicted_ttft_s=plan.predicted_ttft_s,
+                moved_bytes=plan.num_moved_bytes,
+                predicted_load_s=plan.load_s,
+                predicted_compute_s=plan.compute_s,
+                is_mixed=plan.is_mixed,
+                handed_over_by=plan.handed_over_by,
+                loads=[PlannedLoad(*msgspec.structs.astuple(run)) for run in plan.runs],
+            )
+            for index, plan in told
+        ]
         return KvrayExtras(
-            PromptSourceCounts(
+            plans=plans or UNSET,
+            prompt_sources=PromptSourceCounts(
                 device=sum(s.device for s in sources),
                 host=sum(s.host for s in sources),
                 peer=sum(s.peer for s in sources),
                 disk=sum(s.disk for s in sources),
                 remote=sum(s.remote for s in sources),
                 computed=sum(s.computed for s in sources),
-            )
+            ),
         )

@@ -31,7 +31,10 @@ TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 ReturnTokenIds = Annotated[bool, Meta(description="token_ids per choice, and prompt_token_ids")]
 ReturnPromptSources = Annotated[
     bool,
-    Meta(description="kvray.prompt_sources: prompt tokens by where their KV came from; last chunk of a stream"),
+    Meta(
+        description="kvray.prompt_sources: prompt tokens by where their KV came from; kvray.plans: how it was to be "
+        "had, with predicted and actual times; last chunk of a stream"
+    ),
 ]
 
 

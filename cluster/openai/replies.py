@@ -39,10 +39,33 @@ class PromptSourceCounts(msgspec.Struct, frozen=True):
     computed: int  #: computed for this request
 
 
+class PlannedLoad(msgspec.Struct, frozen=True):
+    """Prompt tokens [begin, end) that were to be loaded."""
+
+    begin: int
+    end: int
+    tier: str  #: where their owner had them: device, host, disk, remote
+    owner: str  #: channel endpoint of the worker or node cache
+
+
+class PromptPlanReply(msgspec.Struct, frozen=True):
+    """How the decode worker meant to get a prompt's KV, and what it took. In seconds; predicted as of then."""
+
+    ttft_s: float  #: from the request to its first token, as this ingress saw it
+    predicted_ttft_s: float  #: by the router; 0 where there was none
+    moved_bytes: int  #: that came from other owners until the first token
+    predicted_load_s: float  #: of loading what others hold
+    predicted_compute_s: float  #: of computing that instead
+    is_mixed: bool  #: the head of it was to be computed meanwhile
+    handed_over_by: str  #: the prefill worker that was asked for the rest, or ""
+    loads: list[PlannedLoad]
+
+
 class KvrayExtras(msgspec.Struct, frozen=True):
     """Under `kvray`, where the request has `return_prompt_sources`."""
 
     prompt_sources: PromptSourceCounts
+    plans: list[PromptPlanReply] | UnsetType = UNSET  #: one for each prompt, where its worker told
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

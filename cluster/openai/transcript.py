@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from messages.errors import KvrayError, WorkerError, error_from_info
-from messages.stream import PromptSources, TokenChunk, TokenLogprob
+from messages.stream import PromptPlan, PromptSources, TokenChunk, TokenLogprob
 from text.stops import StopMatcher
 from text.tokenizer import Detokenizer, Tokenizer
 
@@ -45,6 +45,7 @@ class Transcript:
         self._stops = StopMatcher(options.stop, include_stop_str=options.includes_stop, min_tokens=options.min_tokens)
         self.num_tokens = 0
         self.sources: PromptSources | None = None
+        self.plan: PromptPlan | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.is_finished = False
 
@@ -59,7 +60,7 @@ class Transcript:
         if chunk.finish_reason == "cancelled":
             raise WorkerError("the sequence was cancelled by the server", code="cancelled")
         if chunk.sources is not None:
-            self.sources = chunk.sources
+            self.sources, self.plan = chunk.sources, chunk.plan
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
         delta = Delta(token_ids=chunk.token_ids, logprobs=chunk.logprobs)

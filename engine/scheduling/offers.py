@@ -8,7 +8,7 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import BlocksWanted, Instruction, LendBlocks, OfferBlocks, OffloadBlocks
 from engine.scheduling.sequence import Phase, Sequence
 from messages.handoff import BlockLocation
-from messages.stream import PromptSources
+from messages.stream import PlannedRun, PromptPlan, PromptSources
 
 
 class Offers:
@@ -73,4 +73,21 @@ def prompt_sources(seq: Sequence) -> PromptSources:
         disk=loaded["disk"],
         remote=loaded["remote"],
         computed=seq.num_prompt_tokens - device - seq.num_peer_tokens - loaded.total(),
+    )
+
+
+def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
+    """Say how the KV of a prompt was to be had, and what was moved for it so far."""
+    plan, size = seq.plan, seq.block_size
+    num_moved = seq.num_loaded_tokens.total() // size + (len(seq.pull.arrived - seq.pull.found) if seq.pull else 0)
+    num_moved += seq.num_pulled_tokens // size
+    return PromptPlan(
+        runs=tuple(
+            PlannedRun(load.begin * size, load.end * size, load.copy.tier, load.copy.address) for load in plan.loads
+        ),
+        is_mixed=plan.is_mixed,
+        load_s=plan.load_s,
+        compute_s=plan.compute_s,
+        handed_over_by=seq.spec.remote_source if seq.is_handed_over else "",
+        num_moved_bytes=num_moved * block_bytes,
     )

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from messages.errors import KvrayError
 from messages.handoff import BlockLocation
 from messages.request import Grammar, HeldRun, SamplingParams
-from messages.stream import FinishReason, PromptSources, TokenLogprob
+from messages.stream import FinishReason, PromptPlan, PromptSources, TokenLogprob
 from text.grammar import CompiledGrammar
 
 # --------------------------------------------------------------------------------------------------------- sequences
@@ -271,6 +271,7 @@ class EmitTokens:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     sources: PromptSources | None = None  #: on a sequence's first emission
+    plan: PromptPlan | None = field(default=None, compare=False)  #: with it, for people
     is_alone: bool = False  #: of a suspect: the step that begins now computes nothing else; any later word ends that
     stop_token_id: int | None = None
     finish_reason: FinishReason | None = None

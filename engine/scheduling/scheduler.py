@@ -21,7 +21,7 @@ from typing import assert_never
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
-from engine.scheduling.offers import Offers, prompt_sources
+from engine.scheduling.offers import Offers, prompt_plan, prompt_sources
 from engine.scheduling.plan import (
     BlocksOffered,
     BlocksReleased,
@@ -434,6 +434,7 @@ class Scheduler:
         is_remote = seq.wants_remote and not self._sourcing.is_cheaper_here(seq, plan)
         seq.has_declined = seq.spec.remote_s is not None and not is_remote
         seq.wants_remote = False
+        seq.plan, seq.is_handed_over = plan, is_remote
         if seq.spec.is_kept and num_lacking > self._config.chunk_quantum_tokens:
             self._offers.offer(seq, out, is_last=False)  # who waits for a long prompt can pull its head meanwhile
         if is_remote:
@@ -545,6 +546,7 @@ class Scheduler:
                 [] if sampled.logprob is None else [sampled.logprob],
                 prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
                 sources=prompt_sources(seq) if is_first else None,
+                plan=prompt_plan(seq, self._config.block_bytes) if is_first else None,
                 stop_token_id=seq.token_ids[-1] if reason == "stop" else None,
                 finish_reason=reason,
             )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.slots import Slot
+from kvcache.load_plan import LoadPlan
 from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
 from messages.request import SUSPECT_TOKENS, Copy
@@ -100,6 +101,7 @@ class Sequence:
         "held_for",
         "held_until_s",
         "is_counted",
+        "is_handed_over",
         "is_in_step",
         "is_long",
         "names",
@@ -115,6 +117,7 @@ class Sequence:
         "order",
         "params",
         "phase",
+        "plan",
         "planned_end",
         "prompt_logprobs",
         "pull",
@@ -157,6 +160,8 @@ class Sequence:
         self.num_offered_blocks = 0  #: of a kept sequence, as far as it was told
         self.num_offloaded_blocks = 0  #: of which lower tiers were told
         self.pull: RemotePull | None = None
+        self.plan = LoadPlan()  #: what was decided when it was admitted
+        self.is_handed_over = False  #: a prefill worker was asked for what follows
         self.is_long = False  #: since it was admitted: more of it was to be computed than of a short prompt
         self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (
             spec.num_prompt_tokens

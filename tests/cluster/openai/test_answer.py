@@ -107,7 +107,7 @@ async def test_a_client_that_leaves_before_its_reply_is_whole_stops_the_work(ans
 async def test_sources_are_told_only_to_who_asks(answer, asked):
     given = answer(return_prompt_sources=asked)
     await given.reply()
-    told = KvrayExtras(PromptSourceCounts(device=1, host=0, peer=2, disk=0, computed=0))
+    told = KvrayExtras(PromptSourceCounts(device=1, host=0, peer=2, disk=0, remote=0, computed=0))
     assert given._extras() == (told if asked else UNSET)
 
 

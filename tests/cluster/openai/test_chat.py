@@ -196,7 +196,7 @@ def test_token_ids_come_back_when_asked_for(server):
 
 def test_prompt_sources_come_back_when_asked_for(server):
     body = {"messages": USER, "return_prompt_sources": True}
-    want = {"device": 1, "host": 0, "peer": 2, "disk": 0, "computed": len("<user>Hi\n<assistant>") - 3}
+    want = {"device": 1, "host": 0, "peer": 2, "disk": 0, "remote": 0, "computed": len("<user>Hi\n<assistant>") - 3}
     assert server.post("/v1/chat/completions", body).json()["kvray"] == {"prompt_sources": want}
     last = server.post("/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")[-3]
     assert msgspec.json.decode(last[6:])["kvray"] == {"prompt_sources": want}

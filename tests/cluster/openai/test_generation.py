@@ -166,7 +166,9 @@ async def test_a_prompt_counts_once_however_many_choices_it_has(world):
     await all_of(generation)
     # of every prompt one token is told to come from the device and two from a peer
     assert generation.usage() == Usage(10 + 20, 6 * 5, 30 + 30, PromptTokensDetails(2 * 3))
-    assert generation.extras() == KvrayExtras(PromptSourceCounts(device=2, host=0, peer=4, disk=0, computed=24))
+    assert generation.extras() == KvrayExtras(
+        PromptSourceCounts(device=2, host=0, peer=4, disk=0, remote=0, computed=24)
+    )
 
 
 async def test_of_a_prompts_choices_the_first_one_tells_where_its_tokens_came_from(world):
