@@ -159,8 +159,8 @@ def measure_index(num_blocks: int, repeats: int) -> dict[str, float]:
     figures = {"fold_blocks_per_s": num_stored / fold_s, "bytes_per_block": grown / num_stored}
     for num in PROMPT_BLOCKS:
         names = prompt[: NAME_BYTES * num]
-        figures[f"match_{num}_us"] = 1e6 * typical(partial(index.match, names), repeats)
-        assert max(index.match(names).values()) == num
+        figures[f"match_{num}_us"] = 1e6 * typical(partial(index.runs, names), repeats)
+        assert index.runs(names)[-1].end == num
     started = time.perf_counter()
     index.drop("w5")
     figures["drop_worker_us"] = 1e6 * (time.perf_counter() - started)

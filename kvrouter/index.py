@@ -69,11 +69,10 @@ class BlockIndex:
         worker_id: str,
         tier: Tier = "device",
         *,
-        cleared: bool = False,
         stored: bytes = b"",
         removed: bytes = b"",
     ) -> list[bytes]:
-        """Apply one worker's change: `cleared` first, of all its tiers, then `stored`, then `removed`, of one.
+        """Apply one worker's change of one of its tiers: `stored` first, then `removed`.
 
         Names are concatenated. Storing what is held and removing what is not are both fine. An unknown worker becomes
         known. The answer names the blocks that others hold, too, and whose holders changed.
@@ -83,8 +82,6 @@ class BlockIndex:
         """
         if len(stored) % NAME_BYTES or len(removed) % NAME_BYTES:
             raise ValueError(f"names come in {NAME_BYTES} bytes each: saw {len(stored)} and {len(removed)} bytes")
-        if cleared:
-            self.drop(worker_id)
         holder = Holder(worker_id, tier)
         column = self._columns.get(holder)
         if column is None:
@@ -95,13 +92,19 @@ class BlockIndex:
             self.sweep(2 * (len(stored) + len(removed)) // NAME_BYTES + _SWEPT_PER_FOLD)
         return shared
 
-    def drop(self, worker_id: str) -> None:
-        """Forget a worker: no match names it any more. Unknown ids are ignored."""
+    def drop(self, worker_id: str) -> list[bytes]:
+        """Forget a worker and what it holds, in all its tiers: no run names it any more. Unknown ids are ignored.
+
+        The answer names the blocks that others hold, too.
+        """
+        dropped: list[int] = []
         for holder in [holder for holder in self._columns if holder.worker_id == worker_id]:
             column = self._columns.pop(holder)
             del self._live_holders[column]
             self._live &= ~(1 << column)
             self._retired.append(column)
+            dropped.append(column)
+        return [name for column in dropped for name in self._held[column] if self._holders[name] & self._live]
 
     def sweep(self, max_names: int) -> None:
         """Free at most `max_names` entries of workers that are gone."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kvrouter.index import Holder
+from messages.errors import InvariantError
 from messages.tier import Tier
 
 #: Tiers from which a block is at hand.
@@ -60,12 +61,22 @@ class Keepers:
         """Return the share of a worker's memory that holds blocks which nobody else keeps."""
         return self._share(worker_id) - self._num_spare[worker_id] / self._num_blocks(worker_id)
 
-    def on_change(self, names: Iterable[bytes], stored_by: str) -> list[Appointed]:
+    def on_change(self, names: Iterable[bytes], stored_by: str | None) -> list[Appointed]:
         """Take in that the holders of these blocks changed, if by one that has them now, then by `stored_by`.
 
-        It uses them, and so keeps them; who had them before has a spare copy.
+        It uses them, and so keeps them; who had them before has a spare copy. None: nobody began to use them; who kept
+        a block goes on with it, else whoever keeps least for its size begins to.
         """
         return self._appoint(names, lambda now: stored_by if stored_by in now else None)
+
+    def on_dropped(self, names: Iterable[bytes], worker_id: str) -> list[Appointed]:
+        """Take in that a worker holds nothing any more, nor remembers what it was told of these blocks, which it held.
+
+        `names` are those that others hold, too.
+        """
+        told = self.on_change(names, None)
+        del self._num_spare[worker_id]
+        return told
 
     def on_surplus(self, names: Iterable[bytes], worker_id: str) -> list[Appointed]:
         """Let others keep these blocks, which `worker_id` has no use for, where there are any."""
@@ -78,6 +89,21 @@ class Keepers:
     def is_sole(self, name: bytes, worker_id: str) -> bool:
         """Tell whether a block is at hand nowhere but at this worker."""
         return [holder.worker_id for holder in self._holders(name) if holder.tier in _AT_HAND] == [worker_id]
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError where somebody is said to keep, or to have spare, what is not so."""
+        num_spare: Counter[str] = Counter()
+        for name, shared in self._shared.items():
+            now = [holder for holder in self._holders(name) if holder.tier in _AT_HAND]
+            spares = {holder.worker_id for holder in now if holder.tier == "device"} - {shared.keeper}
+            hosts = {holder.worker_id for holder in now if holder.tier == "host"}
+            if len(now) < 2 or set(shared.spares) != spares or len(shared.spares) != len(spares):
+                raise InvariantError(f"keepers: {now} hold block {name.hex()}, {shared.spares} are said to be spare")
+            if shared.keeper not in (hosts or {holder.worker_id for holder in now}):
+                raise InvariantError(f"keepers: {now} hold block {name.hex()}, {shared.keeper!r} is said to keep it")
+            num_spare.update(shared.spares)
+        if num_spare != self._num_spare:
+            raise InvariantError(f"keepers: {self._num_spare} spare copies are counted, {num_spare} are there")
 
     def _appoint(self, names: Iterable[bytes], prefer: Callable[[list[str]], str | None]) -> list[Appointed]:
         told: dict[str, tuple[list[bytes], list[bytes]]] = {}

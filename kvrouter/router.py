@@ -8,13 +8,14 @@ the ingress says that it ended, or by its deadline.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
 from kvcache.names import split_names
 from kvcache.price import Computation, compute_s
 from kvrouter.index import BlockIndex
-from kvrouter.keepers import Keepers
+from kvrouter.keepers import Appointed, Keepers
 from kvrouter.policy import (
     Assumptions,
     Candidate,
@@ -149,14 +150,13 @@ class Router:
                 self._end(request_id, now_s)
                 return []
             case WorkerJoined(info):
-                self._forget_worker(info.worker_id)
+                told = self._forget_worker(info.worker_id)
                 self._workers[info.worker_id] = WorkerState(info)
                 self._feeds[info.worker_id] = _Feed()
                 self._note_compute(self._workers[info.worker_id])
-                return self._ask_snapshot(info.worker_id, now_s)
+                return [*told, *self._ask_snapshot(info.worker_id, now_s)]
             case WorkerLost(worker_id):
-                self._forget_worker(worker_id)
-                return []
+                return self._forget_worker(worker_id)
             case TimePassed():
                 return self._tick(now_s)
             case _:
@@ -190,6 +190,7 @@ class Router:
     def check_invariants(self) -> None:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
+        self._keepers.check_invariants()
         if self._workers.keys() != self._feeds.keys():
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         for worker_id, worker in self._workers.items():
@@ -338,19 +339,16 @@ class Router:
         if not is_snapshot and event.seq != feed.next_seq:
             self._counts["kvray_router_gaps_total"] += 1
             return self._ask_snapshot(event.worker_id, now_s)
+        told = self._drop_blocks(event.worker_id) if event.cleared else []
         try:
-            shared = self._index.fold(
-                event.worker_id, event.tier, cleared=event.cleared, stored=event.stored, removed=event.removed
-            )
+            shared = self._index.fold(event.worker_id, event.tier, stored=event.stored, removed=event.removed)
         except ValueError:
             self._counts["kvray_router_gaps_total"] += 1
-            return self._ask_snapshot(event.worker_id, now_s)
+            return [*told, *self._ask_snapshot(event.worker_id, now_s)]
         feed.asked_s = None
         feed.next_seq = event.seq + 1
-        return [
-            TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept))
-            for worker_id, spare, kept in self._keepers.on_change(shared, event.worker_id)
-        ]
+        # What a snapshot names may have lain there for long: that is no sign of use.
+        return told + _telling(self._keepers.on_change(shared, None if event.cleared else event.worker_id))
 
     def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
         self._feeds[worker_id].asked_s = now_s
@@ -365,10 +363,7 @@ class Router:
         if worker is None:
             return []
         names = split_names(surplus.names)
-        told: list[Instruction] = [
-            TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept))
-            for worker_id, spare, kept in self._keepers.on_surplus(names, surplus.worker_id)
-        ]
+        told = _telling(self._keepers.on_surplus(names, surplus.worker_id))
         sole = [name for name in names if self._keepers.is_sole(name, surplus.worker_id)]
         shares = [
             (self._keepers.kept_share(worker_id), worker_id)
@@ -382,10 +377,14 @@ class Router:
             )
         return told
 
-    def _forget_worker(self, worker_id: str) -> None:
+    def _forget_worker(self, worker_id: str) -> list[Instruction]:
         self._workers.pop(worker_id, None)
         self._feeds.pop(worker_id, None)
-        self._index.drop(worker_id)
+        return self._drop_blocks(worker_id)
+
+    def _drop_blocks(self, worker_id: str) -> list[Instruction]:
+        """Forget what a worker holds, and let others keep it, where there are any."""
+        return _telling(self._keepers.on_dropped(self._index.drop(worker_id), worker_id))
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self._index.sweep(_SWEPT_PER_TICK)
@@ -404,6 +403,10 @@ class Router:
             if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:
                 instructions += self._ask_snapshot(worker_id, now_s)
         return instructions
+
+
+def _telling(appointed: Iterable[Appointed]) -> list[Instruction]:
+    return [TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept)) for worker_id, spare, kept in appointed]
 
 
 def _reserved(best: Candidate, computing_s: float, num_blocks: int, num_sequences: int) -> Reserved:

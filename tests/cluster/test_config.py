@@ -61,7 +61,7 @@ def test_what_is_shown_can_be_read_again():
     ("document", "words"),
     [
         ({"engin": {}}, "engin: no such key; did you mean engine?"),
-        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, connections, network, log"),
+        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, connections, network, tiers, log"),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
         ({"http": 3}, "http: wanted a mapping, saw int 3"),
