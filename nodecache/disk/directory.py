@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from messages.errors import ConfigError
 from nodecache.disk.files import ALIGN_BYTES, Files, aligned, aligned_buffer
-from nodecache.disk.layout import Model
+from nodecache.disk.layout import Model, own_checksum
 from nodecache.disk.segment import SUFFIX, UNFINISHED_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -136,9 +135,7 @@ class ModelDirectory:
         """
         body = places.astype("<u8").tobytes()
         content = aligned_buffer(checkpoint_bytes(len(places)))
-        header = _CHECKPOINT.pack(
-            _CHECKPOINT_MAGIC, _CHECKPOINT_VERSION, 0, len(places), xxhash.xxh3_64_intdigest(body)
-        )
+        header = _CHECKPOINT.pack(_CHECKPOINT_MAGIC, _CHECKPOINT_VERSION, 0, len(places), own_checksum(body))
         content[: len(header)] = header
         content[ALIGN_BYTES : ALIGN_BYTES + len(body)] = body
         unfinished = self.path / f"{CHECKPOINT_NAME}{UNFINISHED_SUFFIX}"
@@ -167,7 +164,7 @@ class ModelDirectory:
             self._files.close(fd)
         magic, version, _, num_blocks, checksum = _CHECKPOINT.unpack_from(content)
         body = content[ALIGN_BYTES : min(ALIGN_BYTES + _PLACE_BYTES * num_blocks, came)]
-        is_whole = len(body) == _PLACE_BYTES * num_blocks and xxhash.xxh3_64_intdigest(body) == checksum
+        is_whole = len(body) == _PLACE_BYTES * num_blocks and own_checksum(body) == checksum
         if (magic, version) != (_CHECKPOINT_MAGIC, _CHECKPOINT_VERSION) or not is_whole:
             logger.warning("disk directory %s: its checkpoint is ignored, it is not whole", self.path)
             return nothing

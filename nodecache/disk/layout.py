@@ -15,12 +15,12 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from nodecache.disk.files import ALIGN_BYTES, aligned
 from nodecache.store import StoredBlock
@@ -76,7 +76,7 @@ class Model(NamedTuple):
     @property
     def digest(self) -> bytes:
         """16 bytes that stand for it in every record header."""
-        return xxhash.xxh3_128_digest(self.directory_name.encode())
+        return blake2b(self.directory_name.encode(), digest_size=16).digest()
 
     @classmethod
     def of_directory(cls, name: str) -> Model | None:
@@ -138,7 +138,7 @@ def pack_segment_header(model: Model, segment_id: int, num_rows: int) -> bytes:
         num_rows=num_rows,
     )
     body = msgspec.json.encode(header)
-    return (_PREFIX.pack(_MAGIC, len(body), xxhash.xxh3_64_intdigest(body)) + body).ljust(ALIGN_BYTES, b"\0")
+    return (_PREFIX.pack(_MAGIC, len(body), own_checksum(body)) + body).ljust(ALIGN_BYTES, b"\0")
 
 
 def unpack_segment_header(page: bytes, model: Model, segment_id: int) -> Geometry | str:
@@ -147,7 +147,7 @@ def unpack_segment_header(page: bytes, model: Model, segment_id: int) -> Geometr
     body = page[_PREFIX.size : _PREFIX.size + length]
     if magic != _MAGIC:
         return "it does not begin like a segment"
-    if len(body) != length or xxhash.xxh3_64_intdigest(body) != checksum:
+    if len(body) != length or own_checksum(body) != checksum:
         return "its header is damaged"
     try:
         version = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get("format_version", b"none")
@@ -205,7 +205,12 @@ def unpack_records(table: bytes, model: Model, segment_id: int, num_rows: int) -
     return records, is_whole, is_used & ~is_whole
 
 
+def own_checksum(content: bytes) -> int:
+    """Return 64 bits over what a header or a checkpoint says; blocks have another one, of their bytes."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
 def _header_checksums(headers: bytes) -> npt.NDArray[np.uint64]:
     starts = range(0, len(headers), RECORD_BYTES)
-    sums = (xxhash.xxh3_64_intdigest(headers[start : start + _SUMMED_BYTES]) for start in starts)
+    sums = (own_checksum(headers[start : start + _SUMMED_BYTES]) for start in starts)
     return np.fromiter(sums, np.uint64, len(starts))

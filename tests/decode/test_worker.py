@@ -463,11 +463,11 @@ def held_at(address: str, num_blocks: int) -> tuple[HeldRun, ...]:
 
 
 def price_loading(worker, block_s: float) -> None:
-    """Let a block from whoever can be pulled from seem to cost that: the tiny model computes one in a tenth of a ms."""
+    """Let a block from whoever can be pulled from seem to cost that."""
     scheduler = engine_of(worker).scheduler
-    price_of = scheduler.price_of
+    price_of = scheduler._sourcing.price_of
     price = MovePrice(source="", road="", fixed_s=0.0, byte_s=block_s / BLOCK_BYTES, handoff_s=0.0)
-    scheduler.price_of = lambda copy: None if price_of(copy) is None else price
+    scheduler.set_prices(lambda copy: None if price_of(copy) is None else price)
 
 
 async def test_a_prefix_comes_from_another_decode_worker_that_is_named_and_when_it_is_killed_it_is_computed(
@@ -533,8 +533,8 @@ async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_t
     options = worker_options(model_dir, max_num_batched_tokens=64)
     async with running_decode(options) as (_, asked), running_decode(options) as (borrower, ingress):
         await asked.finish(asked.send("first", shared))
-        price_loading(borrower, 1e-4)
         scheduler = engine_of(borrower).scheduler
+        price_loading(borrower, scheduler._backlog.compute_s(0, 640) / 40)
         steps = Steps(borrower)
         steps.hold("r", after=1)  # the roads are tried meanwhile, and blocks come
         answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))

@@ -8,7 +8,7 @@ from engine.loans import LearnHandoff
 from engine.memory.kv_pool import LayerSpec
 from engine.peers import Peers
 from engine.puller import PullOutcome
-from kvcache.price import ASSUMED_MOVE
+from kvcache.price import ASSUMED_MOVE, ASSUMED_MOVES
 from messages.handoff import DescribeRegions, ReleaseLease, RenewLease
 from messages.request import Copy
 from messages.wire import Message
@@ -178,7 +178,8 @@ async def test_each_owner_has_the_price_that_its_pulls_and_handoffs_taught(setti
 async def test_a_copy_is_priced_as_assumed_until_it_was_pulled_from_and_never_where_nothing_comes_from(setting):
     owner, stranger = setting.owner(), Copy("tcp://127.0.0.1:1", "disk")
     copy = Copy(await setting.connected(owner), "device")
-    assert setting.peers.price_of(copy) == setting.peers.price_of(stranger) == ASSUMED_MOVE
+    assert setting.peers.price_of(copy) == ASSUMED_MOVE
+    assert setting.peers.price_of(stranger) == ASSUMED_MOVES["disk"]
     await setting.pull(copy.address, owner, 3, 0)
     assert (setting.peers.price_of(copy),) == setting.peers.prices()
     setting.peers.own_address = copy.address

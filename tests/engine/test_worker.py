@@ -178,7 +178,7 @@ async def test_whoever_asks_for_blocks_by_name_is_lent_what_is_held_until_it_let
     assert [block.name for block in handoff.blocks] == held
     assert [block.index for block in handoff.blocks] == [2, *range(4, 3 + len(held))]
     block_ids = [block.block_id for block in handoff.blocks]
-    assert [block.checksum for block in handoff.blocks] == setting.worker.engine.checksums.compute(block_ids, "xxh3_64")
+    assert [block.checksum for block in handoff.blocks] == setting.worker.engine.checksums.compute(block_ids)
     assert pool.num_used == len(held) == 3
     caller.client.send(ReleaseLease(request_id="q"))
     await until(lambda: not pool.num_used)
@@ -191,9 +191,10 @@ async def test_whoever_asks_for_blocks_by_name_is_lent_what_is_held_until_it_let
 
 async def test_an_owner_that_was_lost_a_moment_ago_is_not_asked_for_blocks(setting):
     copy = Copy("tcp://127.0.0.1:1", "device")  # nobody listens there
-    assert setting.worker.engine.scheduler.price_of(copy) is not None
+    price_of = setting.worker.engine.scheduler._sourcing.price_of
+    assert price_of(copy) is not None
     setting.worker.borrower.peers.connect(copy.address)
-    await until(lambda: setting.worker.engine.scheduler.price_of(copy) is None)
+    await until(lambda: price_of(copy) is None)
 
 
 async def test_the_role_gets_what_is_not_the_workers_own_and_hears_who_is_gone(setting):

@@ -1,8 +1,10 @@
+import itertools
 import random
 
 import msgspec
 import pytest
 
+from kvrouter.index import Holder, Run
 from kvrouter.policy import (
     Assumptions,
     Prices,
@@ -18,9 +20,11 @@ from kvrouter.policy import (
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
+from messages.request import Copy
 from messages.route import RouteRequest
 
 ASSUMED = Assumptions()
+UNMEASURED = Prices()
 
 
 def per_second(num_tokens):
@@ -72,16 +76,123 @@ def request(num_prompt_tokens=1600, request_id="r", **changes):
     )
 
 
-def best(route, matches, decodes, prefills=()):
-    return Pricing(route, matches, ASSUMED, Prices()).best(decodes, prefills)
+def runs_of(held):
+    """The runs of a prompt; `held`: blocks at its head, or spans of them by tier, by worker id."""
+    spans = [
+        (Holder(worker_id, tier), span)
+        for worker_id, blocks in held.items()
+        for tier, span in ({"device": (0, blocks)} if isinstance(blocks, int) else blocks).items()
+    ]
+    cuts = sorted({0, *(position for _, span in spans for position in span)})
+    runs = []
+    for begin, end in itertools.pairwise(cuts):
+        holders = tuple(holder for holder, (first, last) in spans if first <= begin and end <= last)
+        if not holders:
+            break
+        runs.append(Run(begin, end, holders))
+    return runs
 
 
-def test_warm_worker_wins_until_its_queue_outweighs_its_cache():
+def pricing(route, held, workers, prices=UNMEASURED):
+    return Pricing(route, runs_of(held), {worker.info.worker_id: worker for worker in workers}, ASSUMED, prices)
+
+
+def best(route, held, decodes, prefills=(), others=()):
+    """The best placement; of `others`, which only hold blocks, none can be placed on."""
+    return pricing(route, held, [*decodes, *prefills, *others]).best(decodes, prefills)
+
+
+def test_warm_worker_wins_until_its_queue_outweighs_the_loading_of_what_it_holds():
     cold, warm = WorkerState(info("cold"), load("cold")), WorkerState(info("warm"))
+    warm.load = load("warm", queued_s=0.01, queued_short_s=0.005)
+    assert best(request(1600), {"warm": 90}, [cold, warm]).decode is warm
+    warm.load = load("warm", queued_s=1.0, queued_short_s=0.5)
+    chosen = best(request(1600), {"warm": 90}, [cold, warm])
+    assert chosen.decode is cold
+    assert (chosen.decode_match_tokens, chosen.num_computed_tokens) == (0, 160)
+    assert chosen.load_s == pytest.approx(0.005 + 0.009)  # 90 blocks of 100 kB
+
+
+def test_warm_worker_out_of_reach_wins_until_its_queue_outweighs_its_cache():
+    cold, warm = WorkerState(info("cold", node_id="n2"), load("cold")), WorkerState(info("warm"))
     warm.load = load("warm", queued_s=1.0, queued_short_s=0.5)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is warm
     warm.load = load("warm", queued_s=2.0, queued_short_s=1.0)
     assert best(request(1600), {"warm": 90}, [cold, warm]).decode is cold
+
+
+@pytest.mark.parametrize(
+    ("tier", "load_s"),
+    [("host", 0.005 + 0.01), ("disk", 0.005 + 0.002 + 0.02), ("remote", 0.005 + 0.1 + 0.1)],
+)
+def test_what_a_node_cache_holds_need_not_be_computed_and_costs_what_its_tier_costs(tier, load_s):
+    decode, cache = WorkerState(info("d"), load("d")), WorkerState(info("cache", "cache"))
+    chosen = best(request(1610), {"cache": {tier: (0, 100)}}, [decode], others=[cache])
+    assert (chosen.decode_match_tokens, chosen.num_computed_tokens) == (0, 10)
+    assert chosen.load_s == pytest.approx(load_s)
+    assert chosen.ttft_s == pytest.approx(load_s + 0.01)
+
+
+def test_of_several_copies_the_cheapest_is_loaded():
+    decode, cache = WorkerState(info("d"), load("d")), WorkerState(info("cache", "cache"))
+    held = {"cache": {"remote": (0, 100), "disk": (0, 100), "host": (0, 100)}}
+    assert best(request(1610), held, [decode], others=[cache]).load_s == pytest.approx(0.015)
+
+
+def test_what_is_cheaper_to_compute_is_not_loaded():
+    decode, cache = WorkerState(info("d"), load("d")), WorkerState(info("cache", "cache"))
+    chosen = best(request(170), {"cache": {"remote": (0, 10)}}, [decode], others=[cache])  # 0.115 s against 0.16 s
+    assert chosen.num_computed_tokens == 10
+    decode.report(load("d", compute=per_second(2000.0)))
+    chosen = best(request(170), {"cache": {"remote": (0, 10)}}, [decode], others=[cache])
+    assert (chosen.num_computed_tokens, chosen.load_s) == (170, 0.0)
+
+
+def test_the_worker_on_the_node_whose_cache_holds_the_prompt_wins():
+    decodes = [WorkerState(info(f"d{i}", node_id=f"n{i}"), load(f"d{i}")) for i in range(3)]
+    cache = WorkerState(info("cache", "cache", node_id="n2"))
+    assert best(request(1600), {"cache": {"host": (0, 100)}}, decodes, others=[cache]).decode is decodes[2]
+
+
+def test_a_measured_copy_costs_what_was_measured_of_its_tier():
+    decode, cache = WorkerState(info("d")), WorkerState(info("cache", "cache"))
+    slow = MovePrice(source="tcp://cache:1", tier="disk", road="disk", fixed_s=0.5, byte_s=0.0, handoff_s=0.0)
+    decode.report(load("d", moves=(slow,)))
+    assert best(request(1610), {"cache": {"disk": (0, 100)}}, [decode], others=[cache]).load_s == pytest.approx(0.5)
+    held = {"cache": {"disk": (0, 100), "host": (0, 100)}}
+    assert best(request(1610), held, [decode], others=[cache]).load_s == pytest.approx(0.015)
+
+
+def test_a_worker_with_a_hole_loads_the_hole_alone():
+    decode, other = WorkerState(info("d"), load("d")), WorkerState(info("other"))
+    spans = [Run(0, 10, (Holder("d"),)), Run(10, 40, (Holder("other"),)), Run(40, 100, (Holder("d"), Holder("other")))]
+    workers = {"d": decode, "other": other}
+    chosen = Pricing(request(1610), spans, workers, ASSUMED, Prices()).best([decode], [])
+    assert (chosen.decode_match_tokens, chosen.num_computed_tokens) == (160, 10)
+    assert chosen.load_s == pytest.approx(0.005 + 30 * 1e-4)
+
+
+def test_a_prefill_worker_loads_what_decode_holds():
+    decode = WorkerState(info("d"), load("d", num_running=60, decode_step_s=0.001))
+    prefill = WorkerState(info("p", "prefill"), load("p"))
+    chosen = best(request(8000), {"d": 400}, [decode], [prefill])
+    assert chosen.prefill is prefill
+    assert (chosen.prefill_match_tokens, chosen.num_computed_tokens) == (0, 1600)
+    assert chosen.load_s == pytest.approx(0.005 + 0.04)
+
+
+def test_workers_are_told_of_a_few_copies_of_each_run_their_own_first():
+    decodes = [WorkerState(info(f"d{i}"), load(f"d{i}")) for i in range(6)]
+    cache = WorkerState(info("cache", "cache"))
+    held = {f"d{i}": 50 for i in range(6)} | {"cache": {"host": (50, 80)}, "gone": {"device": (50, 80)}}
+    priced = pricing(request(1600), held, [*decodes, cache])
+    chosen = priced.best(decodes[5:], [])
+    assert chosen.decode is decodes[5]
+    first, second = priced.held(chosen)
+    assert (first.begin, first.end, second.begin, second.end) == (0, 50, 50, 80)
+    assert first.copies[0] == Copy("tcp://d5:1", "device")
+    assert len(set(first.copies)) == 4
+    assert second.copies == (Copy("tcp://cache:1", "host"),)
 
 
 def test_long_uncached_prompt_goes_to_prefill_and_a_short_one_stays():
@@ -171,9 +282,9 @@ def test_best_is_the_cheapest_of_all():
     prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}", queued_s=0.7 * i)) for i in range(5)]
     matches = {"d3": 70, "p4": 100, "p0": 10}
     for num_tokens in (1, 17, 300, 1600, 5000):
-        pricing = Pricing(request(num_tokens), matches, ASSUMED, Prices())
-        cheapest = min(candidate.cost_s for candidate in pricing.all(decodes, prefills))
-        assert pricing.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.001)
+        priced = pricing(request(num_tokens), matches, [*decodes, *prefills])
+        cheapest = min(candidate.cost_s for candidate in priced.all(decodes, prefills))
+        assert priced.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.001)
 
 
 def test_the_best_pair_is_found_though_most_are_not_looked_at():
@@ -195,9 +306,9 @@ def test_the_best_pair_is_found_though_most_are_not_looked_at():
             decode.report(load(decode.info.worker_id, num_running=40, moves=moves))
         by_road = {"shm": link("a", handoff_s=0.002), "ucx": link("b", handoff_s=0.05, road="ucx")}
         matches = {f"p{i}": rng.choice([0, 0, 50, 100]) for i in range(8)}
-        pricing = Pricing(request(1600), matches, ASSUMED, Prices(by_road=by_road))
-        cheapest = min(candidate.cost_s for candidate in pricing.all(decodes, prefills))
-        assert pricing.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.002)
+        priced = pricing(request(1600), matches, [*decodes, *prefills], Prices(by_road=by_road))
+        cheapest = min(candidate.cost_s for candidate in priced.all(decodes, prefills))
+        assert priced.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.002)
 
 
 def test_what_moves_while_prefill_computes_costs_nothing_more():

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvrouter.policy import Assumptions
-from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TimePassed, WorkerJoined, WorkerLost
-from messages.fleet import KvEvents, LoadReport, WorkerInfo
+from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TellWorker, TimePassed, WorkerJoined, WorkerLost
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
+from messages.request import Copy, HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 
@@ -360,10 +361,117 @@ def test_router_is_light_to_import():
     assert min(times) < 0.3
 
 
+# ---------------------------------------------------------------------------------------------- who holds, who keeps
+
+
+def test_a_placement_names_who_holds_which_blocks_in_which_tier():
+    fleet = Fleet(info("d"), info("p", "prefill"), info("c", "cache"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 4)))
+    fleet.tell(KvEvents(worker_id="c", seq=1, tier="host", stored=names(0, 10)[4 * 16 :]))
+    fleet.tell(KvEvents(worker_id="c", seq=2, tier="disk", stored=names(0, 10)))
+    assert fleet.route(num_blocks=10).held == (
+        HeldRun(0, 4, (Copy("tcp://d:1", "device"), Copy("tcp://c:1", "disk"))),
+        HeldRun(4, 10, (Copy("tcp://c:1", "host"), Copy("tcp://c:1", "disk"))),
+    )
+
+
+def test_nothing_is_placed_on_a_node_cache():
+    fleet = Fleet(info("c", "cache"))
+    fleet.tell(KvEvents(worker_id="c", seq=1, tier="host", stored=names(0, 10)))
+    assert isinstance(fleet.route(), RouteFailed)
+    fleet.tell(WorkerJoined(info("d")))
+    placement = fleet.route(request_id="r2")
+    assert (placement.decode_worker, placement.num_computed_tokens) == ("d", 4)
+
+
+def spare(worker_id, names):
+    return TellWorker(worker_id, SpareBlocks(spare=names))
+
+
+def kept(worker_id, names):
+    return TellWorker(worker_id, SpareBlocks(kept=names))
+
+
+def test_who_got_a_block_last_keeps_it_and_the_other_copy_is_spare():
+    fleet = Fleet(info("d"), info("p", "prefill"))
+    assert fleet.tell(KvEvents(worker_id="p", seq=1, stored=names(0, 3))) == []
+    assert fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 2))) == [spare("p", names(0, 2))]
+    assert fleet.tell(KvEvents(worker_id="d", seq=2, removed=names(0, 1))) == [kept("p", names(0, 1))]
+
+
+def test_a_node_cache_keeps_what_a_pool_holds_too():
+    fleet = Fleet(info("d"), info("c", "cache"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 2)))
+    assert fleet.tell(KvEvents(worker_id="c", seq=1, tier="disk", stored=names(0, 2))) == []  # not at hand there
+    assert fleet.tell(KvEvents(worker_id="c", seq=2, tier="host", stored=names(0, 2))) == [spare("d", names(0, 2))]
+    assert fleet.tell(KvEvents(worker_id="c", seq=3, tier="host", removed=names(0, 2))) == [kept("d", names(0, 2))]
+
+
+def test_when_a_keeper_is_lost_whoever_is_left_keeps():
+    fleet = Fleet(info("d0"), info("d1"), info("d2"))
+    for worker in ("d0", "d1", "d2"):
+        fleet.tell(KvEvents(worker_id=worker, seq=1, stored=names(0, 1)))
+    (told,) = fleet.tell(WorkerLost("d2"))
+    assert told in (kept("d0", names(0, 1)), kept("d1", names(0, 1)))
+    keeper, other = told.worker_id, {"d0": "d1", "d1": "d0"}[told.worker_id]
+    assert fleet.tell(WorkerLost(keeper)) == [kept(other, names(0, 1))]
+    assert fleet.tell(WorkerLost(other)) == []
+    assert len(fleet.router._keepers) == 0
+
+
+def test_whoever_comes_back_is_told_anew_what_is_spare():
+    """A worker counts all as kept after Subscribe."""
+    fleet = Fleet(info("d"), info("c", "cache"))
+    fleet.tell(KvEvents(worker_id="c", seq=1, tier="host", stored=names(0, 2)))
+    assert fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 2))) == [spare("d", names(0, 2))]
+    snapshot = KvEvents(worker_id="d", seq=0, cleared=True, stored=names(0, 2))
+    assert fleet.tell(snapshot) == [spare("d", names(0, 2))]
+    assert fleet.tell(WorkerJoined(info("d"))) == [AskSnapshot("d")]
+    assert fleet.tell(snapshot) == [spare("d", names(0, 2))]
+
+
+def test_a_snapshot_is_no_sign_of_use():
+    fleet = Fleet(info("d0", num_blocks=10), info("d1", num_blocks=100))
+    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 2)))
+    fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 2)))
+    told = fleet.tell(KvEvents(worker_id="d0", seq=0, cleared=True, stored=names(0, 2)))
+    assert told == [spare("d0", names(0, 2))]  # d1, which is larger, goes on
+
+
+def test_of_surplus_blocks_others_that_hold_them_keep_them_and_one_takes_the_rest():
+    fleet = Fleet(info("d0"), info("d1"), info("p", "prefill"))
+    fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 1)))
+    fleet.tell(KvEvents(worker_id="d1", seq=2, stored=names(7, 50)))
+    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 3)))
+    told = fleet.tell(SurplusBlocks(worker_id="d0", names=names(0, 3), age_s=4.0))
+    assert spare("d0", names(0, 1)) in told
+    assert kept("d1", names(0, 1)) in told
+    # p holds nothing, so it is the one with most room
+    assert told[-1] == TellWorker("p", TakeBlocks(address="tcp://d0:1", names=names(0, 3)[16:], age_s=4.0))
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("stranger", [{"fingerprint": b"g"}, {"node_id": "n2"}, {"role": "cache"}])
+def test_surplus_blocks_go_to_nobody_who_cannot_take_them(stranger):
+    fleet = Fleet(info("d"), info("x", **{"role": "decode"} | stranger))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 3)))
+    assert fleet.tell(SurplusBlocks(worker_id="d", names=names(0, 3), age_s=4.0)) == []
+    assert fleet.tell(SurplusBlocks(worker_id="nobody", names=names(0, 3), age_s=4.0)) == []
+
+
+def test_the_share_that_a_worker_keeps_leaves_spare_copies_out():
+    fleet = Fleet(info("d", num_blocks=10), info("p", "prefill", num_blocks=20))
+    fleet.tell(KvEvents(worker_id="p", seq=1, stored=names(0, 8)))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 5)))
+    stats = fleet.router.stats()
+    assert stats['kvray_router_kept_share{of="d"}'] == pytest.approx(0.5)
+    assert stats['kvray_router_kept_share{of="p"}'] == pytest.approx(0.15)
+
+
 class RouterMachine(RuleBasedStateMachine):
     """Any order of events: one reply per request, onto workers that are there, and nothing left at the end."""
 
-    workers = st.sampled_from(["d0", "d1", "d2", "p0", "p1"])
+    workers = st.sampled_from(["d0", "d1", "d2", "p0", "p1", "c"])
     ids = st.sampled_from([f"r{i}" for i in range(6)])
 
     def __init__(self):
@@ -378,20 +486,42 @@ class RouterMachine(RuleBasedStateMachine):
 
     @rule(worker=workers)
     def join(self, worker):
-        role = "decode" if worker.startswith("d") else "prefill"
+        role = {"d": "decode", "p": "prefill", "c": "cache"}[worker[0]]
+        told = self.tell(WorkerJoined(info(worker, role, num_blocks=50, max_num_seqs=3)))
         self.there.add(worker)
-        assert self.tell(WorkerJoined(info(worker, role, num_blocks=50, max_num_seqs=3))) == [AskSnapshot(worker)]
+        assert told.pop() == AskSnapshot(worker)
+        self.only_others_are_told(told, worker)
+
+    def only_others_are_told(self, told, worker):
+        for instruction in told:
+            assert isinstance(instruction, TellWorker)
+            assert instruction.worker_id in self.there - {worker}
 
     @rule(worker=workers)
     def lose(self, worker):
         self.there.discard(worker)
-        assert self.tell(WorkerLost(worker)) == []
+        self.only_others_are_told(self.tell(WorkerLost(worker)), worker)
 
-    @rule(worker=workers, seq=st.integers(0, 3), cleared=st.booleans(), chain=st.integers(0, 1), n=st.integers(0, 12))
-    def events(self, worker, seq, cleared, chain, n):
-        instructions = self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, stored=names(chain, n)))
-        assert instructions in ([], [AskSnapshot(worker)])
-        assert not instructions or worker in self.there
+    @rule(
+        worker=workers,
+        seq=st.integers(0, 3),
+        cleared=st.booleans(),
+        is_removed=st.booleans(),
+        chain=st.integers(0, 1),
+        n=st.integers(0, 12),
+    )
+    def events(self, worker, seq, cleared, is_removed, chain, n):
+        change = {"removed" if is_removed else "stored": names(chain, n)}
+        tier = "host" if worker == "c" else "device"
+        for instruction in self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, tier=tier, **change)):
+            assert instruction.worker_id in self.there
+            assert isinstance(instruction, TellWorker) or instruction == AskSnapshot(worker)
+
+    @rule(worker=workers, chain=st.integers(0, 1), n=st.integers(0, 12))
+    def surplus(self, worker, chain, n):
+        for instruction in self.tell(SurplusBlocks(worker_id=worker, names=names(chain, n), age_s=1.0)):
+            assert instruction.worker_id in self.there
+            assert instruction.message.__class__ is SpareBlocks or instruction.worker_id not in (worker, "c")
 
     @rule(worker=workers, free=st.integers(0, 50), running=st.integers(0, 5), ids=st.lists(ids))
     def report(self, worker, free, running, ids):

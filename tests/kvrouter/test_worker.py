@@ -1,12 +1,25 @@
 import asyncio
 import subprocess
 import sys
+import time
 
 import msgspec
 import pytest
 
+from kvrouter.router import TimePassed
 from kvrouter.worker import RouterWorker
-from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe, WorkerInfo
+from messages.fleet import (
+    GetStats,
+    KvEvents,
+    LoadReport,
+    NodeCacheFound,
+    SpareBlocks,
+    Stats,
+    Subscribe,
+    SurplusBlocks,
+    TakeBlocks,
+    WorkerInfo,
+)
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer
 from transport.secret import ClusterSecret
@@ -15,9 +28,9 @@ SECRET = ClusterSecret(b"\x05" * 32)
 CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=0.5, connect_timeout_s=1.0)
 
 
-def worker_info(worker_id, address):
+def worker_info(worker_id, address, role="decode"):
     return WorkerInfo(
-        worker_id=worker_id, role="decode", address=address, node_id="n", fingerprint=b"f", block_size=16,
+        worker_id=worker_id, role=role, address=address, node_id="n", fingerprint=b"f", block_size=16,
         num_blocks=100, block_bytes=1000, max_model_len=1000, max_num_seqs=8, roads=("shm",),
     )  # fmt: skip
 
@@ -34,18 +47,25 @@ def names(num_blocks):
 
 
 class FakeWorker:
-    """Answers Subscribe with a snapshot of `held` blocks."""
+    """Answers Subscribe with a snapshot of `held` blocks, and takes note of what else it is told."""
 
-    def __init__(self, worker_id, held=0):
+    def __init__(self, worker_id, held=0, role="decode"):
         self.worker_id = worker_id
         self.held = held
         self.num_subscribed = 0
         self.peer = None
-        self.channel = ChannelServer(SECRET, "127.0.0.1", self._on_message, lambda peer: None, CHANNEL)
-        self.info = worker_info(worker_id, self.channel.address)
+        self.told = []
+        self.lost = []
+        self.channel = ChannelServer(SECRET, "127.0.0.1", self._on_message, self.lost.append, CHANNEL)
+        self.info = worker_info(worker_id, self.channel.address, role)
+
+    def say(self, message):
+        self.channel.send(self.peer, message)
 
     def _on_message(self, peer, message):
-        assert isinstance(message, Subscribe)
+        if not isinstance(message, Subscribe):
+            self.told.append(message)
+            return
         self.peer = peer
         self.num_subscribed += 1
         self.channel.send(peer, KvEvents(worker_id=self.worker_id, seq=0, cleared=True, stored=names(self.held)))
@@ -166,6 +186,65 @@ async def test_stats_answer_by_name(setting):
     assert isinstance(stats, Stats)
     assert (stats.query_id, stats.worker_id, stats.role) == ("q", "router-1", "router")
     assert stats.values['kvray_router_refused_total{kind="CapacityError"}'] == 1
+
+
+async def test_workers_are_told_what_is_spare_and_what_to_take(setting):
+    router, _, closing = setting
+    workers = [FakeWorker("a", held=2), FakeWorker("b")]
+    closing += [worker.channel for worker in workers]
+    router.set_fleet([worker.info for worker in workers])
+    await eventually(lambda: num_workers(router) == 2 and num_names(router) == 2)
+    workers[1].say(KvEvents(worker_id="b", seq=1, stored=names(1)))
+    await eventually(lambda: workers[0].told)
+    assert workers[0].told == [SpareBlocks(spare=names(1))]
+    workers[0].say(SurplusBlocks(worker_id="a", names=names(2)[16:], age_s=2.0))
+    await eventually(lambda: workers[1].told)
+    assert workers[1].told == [TakeBlocks(address=workers[0].info.address, names=names(2)[16:], age_s=2.0)]
+    workers[1].say(SurplusBlocks(worker_id="a", names=names(2), age_s=2.0))  # not its own: ignored
+    workers[1].say(KvEvents(worker_id="b", seq=2, removed=names(1)))
+    await eventually(lambda: len(workers[0].told) == 2)
+    assert workers[0].told[1] == SpareBlocks(kept=names(1))
+
+
+async def test_the_node_cache_that_a_worker_found_is_listened_to_until_its_worker_leaves_or_loses_it(setting):
+    router, ingress, closing = setting
+    workers, cache = [FakeWorker("a"), FakeWorker("b")], FakeWorker("cache", held=10, role="cache")
+    closing += [*(worker.channel for worker in workers), cache.channel]
+    router.set_fleet([worker.info for worker in workers])
+    await eventually(lambda: num_workers(router) == 2)
+    for worker in workers:
+        worker.say(NodeCacheFound(worker_id=worker.worker_id, info=cache.info))
+    await eventually(lambda: num_workers(router) == 3 and num_names(router) == 10)
+    assert cache.num_subscribed == 1
+    cache.say(Stats(query_id="", worker_id="cache", role="cache", values={"kvray_blocks": 64.0}))
+    cache.say(Stats(query_id="", worker_id="a", role="decode", values={}))  # not its own: ignored
+    placement = await ingress.route()
+    assert {copy.address for run in placement.held for copy in run.copies} == {cache.info.address}
+    (told,) = (await ingress.ask(GetStats(query_id="q"))).caches
+    assert (told.info, told.values) == (cache.info, {"kvray_blocks": 64.0})
+    workers[0].say(NodeCacheFound(worker_id="a", info=None))
+    await ingress.route("r2")
+    assert num_workers(router) == 3  # the other one has it still
+    router.set_fleet([workers[0].info])
+    await eventually(lambda: cache.lost)
+    assert num_workers(router) == 1
+    assert (await ingress.ask(GetStats(query_id="q2"))).caches == ()
+
+
+async def test_a_successor_of_a_node_cache_takes_its_place(setting):
+    router, _, closing = setting
+    worker = FakeWorker("w")
+    caches = [FakeWorker("first", held=3, role="cache"), FakeWorker("second", held=5, role="cache")]
+    closing += [worker.channel, *(cache.channel for cache in caches)]
+    router.set_fleet([worker.info])
+    await eventually(lambda: worker.num_subscribed == 1)
+    for cache in caches:
+        worker.say(NodeCacheFound(worker_id="w", info=cache.info))
+        await eventually(lambda cache=cache: cache.num_subscribed == 1)
+    await eventually(lambda: caches[0].lost)
+    router.router.on_event(TimePassed(), time.monotonic())
+    await eventually(lambda: num_names(router) == 5)
+    assert num_workers(router) == 2
 
 
 WORKER_PROCESS = """

@@ -212,7 +212,7 @@ class DecodeSide:
     def __init__(self, world: World, config: SchedulerConfig, num_blocks: int) -> None:
         self.world = world
         self.engine = FakeEngine(world, config, num_blocks)
-        self.engine.scheduler.price_of = self.price_of
+        self.engine.scheduler.set_prices(self.price_of)
         self.book = StreamBook()
         self.loans = LoanBook()
         self.pulls: list[Pull] = []

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
-
-import xxhash
 
 from nodecache.disk.files import Files
 from nodecache.disk.layout import Geometry, Model
 from nodecache.disk.store import DiskStore
 from nodecache.store import StoredBlock
+from transport.checksum import checksum
 
 BLOCK_BYTES = 5000  #: not a multiple of anything
 MODEL = Model(b"\xab" * 32, 1, BLOCK_BYTES)
 GEOMETRY = Geometry.within(BLOCK_BYTES, 0)
 ROWS = GEOMETRY.num_rows
 DEADLINE_S = 30.0
-
-checksum = xxhash.xxh3_64_intdigest
 
 
 def capacity_of(num_segments: int) -> int:
@@ -27,13 +25,12 @@ def capacity_of(num_segments: int) -> int:
 
 
 def name_of(number: int) -> bytes:
-    return xxhash.xxh3_128_digest(b"name" + number.to_bytes(8, "little"))
+    return blake2b(b"name" + number.to_bytes(8, "little"), digest_size=16).digest()
 
 
 def bytes_of(number: int) -> bytes:
-    return (number.to_bytes(8, "little") + xxhash.xxh3_128_digest(number.to_bytes(8, "little"))) * (
-        BLOCK_BYTES // 24 + 1
-    )
+    seed = number.to_bytes(8, "little")
+    return (seed + blake2b(seed, digest_size=16).digest()) * (BLOCK_BYTES // 24 + 1)
 
 
 def content_of(number: int) -> memoryview:

@@ -9,7 +9,6 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from messages.errors import ConfigError
 from nodecache.disk.layout import Geometry, Model
@@ -254,7 +253,7 @@ def test_bookkeeping_takes_at_most_160_bytes_a_block(tmp_path):
     num_blocks, block_bytes = 40_000, 512
     model = MODEL._replace(block_bytes=block_bytes)
     content = memoryview(bytes(block_bytes))
-    blocks = [StoredBlock(xxhash.xxh3_128_digest(n.to_bytes(8)), 16, checksum(content)) for n in range(num_blocks)]
+    blocks = [StoredBlock(name_of(n), 16, checksum(content)) for n in range(num_blocks)]
     store = DiskStore(tmp_path, model, 1 << 30, checksum)
     store.write(blocks, [content] * num_blocks, DEADLINE_S)
     store.close()
