@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, PullBlocks, PullEnded, TakeIn
 from kvcache.pool import BlockPool
-from messages.errors import InvariantError
 from messages.handoff import BlockLocation
 
 #: Blocks that are taken in at a time: what else wants to be taken in is declined.
@@ -22,8 +21,9 @@ class _Intake:
     source: str
     names: tuple[bytes, ...]
     targets: dict[int, int]  #: block id, by position in `names`
+    offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
-    is_offered: bool = False
+    is_offered_whole: bool = False  #: the source will offer no more
 
 
 class Intakes:
@@ -60,23 +60,19 @@ class Intakes:
     def take_blocks(self, offered: BlocksOffered, out: list[Instruction]) -> None:
         """Pull what the source offers; what it does not offer is not taken in."""
         intake = self._intakes[offered.seq_id]
-        if intake.open or intake.is_offered:
-            raise InvariantError(f"{offered.seq_id!r} was offered twice")
-        intake.is_offered = offered.is_last
-        locations = {location.index: location for location in offered.blocks if location.index in intake.targets}
-        intake.open = {
-            index: location
-            for index, location in locations.items()
-            if location.name == intake.names[index] and location.num_tokens == self._pool.block_size
+        intake.is_offered_whole |= offered.is_last
+        intake.offered |= {
+            location.index: location
+            for location in offered.blocks
+            if location.index in intake.targets
+            and location.name == intake.names[location.index]
+            and location.num_tokens == self._pool.block_size
         }
-        if intake.open:
-            pairs = [(location, intake.targets[index]) for index, location in intake.open.items()]
-            out.append(PullBlocks(offered.seq_id, intake.source, pairs))
-        else:
-            self._end(offered.seq_id)
+        if not intake.open:
+            self._go_on(offered.seq_id, out)
 
-    def finish_pull(self, ended: PullEnded) -> None:
-        """Name what came well, and give back the rest."""
+    def finish_pull(self, ended: PullEnded, out: list[Instruction]) -> None:
+        """Name what came well, and go on with what was offered meanwhile."""
         intake = self._intakes[ended.seq_id]
         for index in intake.open:
             block_id = intake.targets[index]
@@ -84,7 +80,21 @@ class Intakes:
                 self.num_blocks += self._pool.commit(block_id, intake.names[index])
             elif ended.quarantine_until_s is not None:
                 self._pool.quarantine([intake.targets.pop(index)], ended.quarantine_until_s)
-        self._end(ended.seq_id)
+        intake.open = {}
+        self._go_on(ended.seq_id, out)
 
-    def _end(self, intake_id: str) -> None:
-        self._pool.unpin(list(self._intakes.pop(intake_id).targets.values()))
+    def _go_on(self, intake_id: str, out: list[Instruction]) -> None:
+        """Pull what was offered; where nothing is, and nothing will be, give back the blocks: those named may stay."""
+        intake = self._intakes[intake_id]
+        offered = {
+            index: location
+            for index, location in intake.offered.items()
+            if index in intake.targets and self._pool.name(intake.targets[index]) is None  # it may be named twice
+        }
+        intake.open, intake.offered = offered, {}
+        if offered:
+            pairs = [(location, intake.targets[index]) for index, location in offered.items()]
+            out.append(PullBlocks(intake_id, intake.source, pairs))
+        elif intake.is_offered_whole:
+            # Named as they would be evicted, tails before heads.
+            self._pool.unpin(list(reversed(self._intakes.pop(intake_id).targets.values())))

@@ -109,6 +109,8 @@ class BlocksWanted:
 class TakeIn:
     """These blocks are worth having, and `source` holds them: pull those that are worth more than others here.
 
+    Their names come as they would be evicted: tails before heads.
+
     `intake_id` stands for a sequence's id in what follows; no sequence has it.
     """
 

@@ -447,7 +447,7 @@ class Scheduler:
 
     def _finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
         if self._ledger.intakes.has(event.seq_id):
-            self._ledger.intakes.finish_pull(event)
+            self._ledger.intakes.finish_pull(event, out)
             return
         self._remote.finish_pull(event, out)
         self._offers.publish(event.seq_id, out)

@@ -15,6 +15,7 @@ from engine.scheduling.plan import (
     KvRefused,
     LendBlocks,
     OfferBlocks,
+    OffloadBlocks,
     PullBlocks,
     PullEnded,
     RunStep,
@@ -27,6 +28,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
     StopAsking,
+    TakeIn,
     TimePassed,
 )
 from engine.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -109,6 +111,9 @@ class FakeWorker:
         self.kept: dict[str, list[BlockLocation]] = {}  # offered, not released
         self.questions: dict[tuple[str, str], range] = {}  # by sequence and holder: indexes that were asked for
         self.lent: dict[str, list[BlockLocation]] = {}
+        self.taken_in: dict[str, tuple[bytes, ...]] = {}  # names that were asked for, by intake
+        self.num_intakes = 0
+        self.offloaded: set[bytes] = set()  # names that lower tiers were told of
         self.num_mixed = 0
         self.published: list[tuple[BlockLocation, list[int]]] = []
         self.content_of: dict[bytes, list[int]] = {}  # by block name
@@ -127,6 +132,14 @@ class FakeWorker:
                     assert num_held < self.sequences[seq_id].spec.num_prompt_tokens
                     self.asked[seq_id] = num_held // self.pool.block_size
                     self.offered[seq_id] = set()
+                case AskBlocks(seq_id, source, first_index, names) if isinstance(event, TakeIn):
+                    assert (seq_id, source, first_index) == (event.intake_id, event.source, 0)
+                    assert names
+                    assert not {name for asked in self.taken_in.values() for name in asked} & set(names)
+                    assert set(names) <= set(event.names)
+                    self.taken_in[seq_id] = names
+                    self.questions[seq_id, source] = range(len(names))
+                    self.offered[seq_id] = set()
                 case AskBlocks(seq_id, source, first_index, names, is_tail_first):
                     self.num_mixed += is_tail_first
                     expected = self.sequences[seq_id]
@@ -137,6 +150,11 @@ class FakeWorker:
                     self.offered.setdefault(seq_id, set())
                 case StopAsking(seq_id, source):
                     del self.questions[seq_id, source]
+                case OffloadBlocks(names):
+                    assert self.config.has_lower_tiers
+                    assert names
+                    assert self.content_of.keys() >= set(names)
+                    self.offloaded |= set(names)
                 case LendBlocks(lease_id, blocks):
                     self._take_lent(lease_id, blocks)
                 case PullBlocks(seq_id, _, pairs):
@@ -164,7 +182,7 @@ class FakeWorker:
         self, seq_id: str, source: str, indexes: list[int], *, is_last: bool, wrong: set[int] = frozenset()
     ) -> None:
         """A holder offers blocks that it was asked for; those in `wrong` are named as something else."""
-        names = split_names(self.names_of(self.sequences[seq_id]))
+        names = self.taken_in.get(seq_id) or split_names(self.names_of(self.sequences[seq_id]))
         blocks = [
             BlockLocation(i, 7, 7, b"another's name.." if i in wrong else names[i], self.pool.block_size)
             for i in indexes
@@ -181,6 +199,17 @@ class FakeWorker:
     def end_lending(self, lease_id: str) -> None:
         del self.lent[lease_id]
         self.post(BlocksReleased(lease_id))
+
+    def take_in(self, seq_id: str, first_index: int, used_s: float) -> None:
+        """Another worker is about to lose blocks of this sequence."""
+        self.num_intakes += 1
+        names = split_names(self.names_of(self.sequences[seq_id]))[first_index:]
+        self.post(TakeIn(f"intake {self.num_intakes}", "near", tuple(reversed(names)), used_s))
+
+    def mark(self, seq_id: str, first_index: int, *, is_spare: bool) -> None:
+        """The router says who keeps blocks of this sequence."""
+        names = split_names(self.names_of(self.sequences[seq_id]))[first_index:]
+        self.pool.mark(names, is_spare=is_spare)
 
     def _take_lent(self, lease_id: str, blocks: list[BlockLocation]) -> None:
         for location in blocks:
@@ -248,12 +277,15 @@ class FakeWorker:
 
     def end_pull(self, seq_id: str, bad: set[int] = frozenset(), quarantine_until_s: float | None = None) -> None:
         pairs, generations = self.pulls.pop(seq_id)
-        expected, size = self.sequences[seq_id], self.pool.block_size
+        size = self.pool.block_size
         for location, target in pairs:
             assert self.pool.generation(target) == generations[target], "no target of a pull is reused under it"
             if location.index in bad:
                 self.kv[target] = [-1] * size
+            elif seq_id in self.taken_in:
+                self.kv[target] = list(self.content_of[location.name])
             else:
+                expected = self.sequences[seq_id]
                 numbers = expected.numbers[location.index * size :][: location.num_tokens]
                 self.kv[target] = [*numbers, *[None] * (size - len(numbers))]
         self.post(PullEnded(seq_id, frozenset(bad), quarantine_until_s))
@@ -405,6 +437,9 @@ class FakeWorker:
         alive = {seq_id for seq_id, expected in self.sequences.items() if not expected.is_over}
         assert set(self.scheduler.seq_ids()) - set(self.kept) == alive - set(self.kept)
         assert self.scheduler.queued_tokens >= 0
+        under_way = {seq_id for seq_id, _ in self.questions} | self.pulls.keys()
+        assert set(self.scheduler._ledger.intakes.ids()) == under_way & self.taken_in.keys()
+        self.taken_in = {key: names for key, names in self.taken_in.items() if key in under_way}
 
     def drain(self) -> None:
         """Peers fall silent or answer, steps run, leases end: then everything has ended and nothing is held."""

@@ -213,6 +213,98 @@ def test_removed_then_stored_again_is_not_worth_telling(pool: BlockPool) -> None
     assert pool.snapshot() == [name_of(0)]
 
 
+# -------------------------------------------------------------------------------------------------------- spare copies
+
+
+def use(pool: BlockPool, first: int, length: int, now_s: float) -> None:
+    """A chain that was last used then."""
+    block_ids = commit_chain(pool, first, length)
+    pool.now_s = now_s
+    pool.unpin(block_ids)
+
+
+def numbers(pool: BlockPool) -> set[int]:
+    return {int.from_bytes(name, "little") for name in pool.snapshot()}
+
+
+def test_a_copy_that_another_keeps_goes_before_what_was_used_earlier(pool: BlockPool) -> None:
+    use(pool, 0, 2, now_s=10.0)
+    use(pool, 10, 2, now_s=11.0)
+    pool.mark([name_of(10), name_of(11)], is_spare=True)
+    pool.now_s = 12.0
+    pool.allocate(2)
+    assert numbers(pool) == {0, 1}
+    assert (pool.stats.num_evicted_blocks, pool.stats.num_evicted_spare_blocks) == (2, 2)
+
+
+def test_a_copy_that_another_keeps_saves_a_pull_and_so_outlives_what_was_not_used_for_long(pool: BlockPool) -> None:
+    use(pool, 0, 2, now_s=10.0)
+    use(pool, 10, 2, now_s=1000.0)
+    pool.mark([name_of(10), name_of(11)], is_spare=True)
+    pool.now_s = 1060.0  # 60 s count as 960 s
+    pool.allocate(1)
+    assert numbers(pool) == {0, 10, 11}
+    pool.now_s = 1070.0
+    pool.allocate(1)
+    assert numbers(pool) == {0, 10}
+
+
+def test_of_spare_copies_tails_go_before_heads(pool: BlockPool) -> None:
+    use(pool, 0, 4, now_s=10.0)
+    pool.mark([name_of(number) for number in range(4)], is_spare=True)
+    pool.allocate(2)
+    assert numbers(pool) == {0, 1}
+
+
+def test_what_is_spare_no_more_goes_as_if_it_had_never_been(pool: BlockPool) -> None:
+    use(pool, 0, 1, now_s=1.0)
+    use(pool, 1, 1, now_s=2.0)
+    pool.mark([name_of(0), name_of(1)], is_spare=True)
+    use(pool, 2, 2, now_s=3.0)
+    pool.mark([name_of(0)], is_spare=False)
+    assert pool.oldest(9) == [(name_of(0), 1.0), (name_of(3), 3.0), (name_of(2), 3.0)]
+    pool.mark([name_of(1)], is_spare=False)
+    assert {name for name, _ in pool.oldest(2)} == {name_of(0), name_of(1)}
+
+
+def test_what_is_marked_while_it_is_used_waits_among_its_like_afterwards(pool: BlockPool) -> None:
+    block_ids = commit_chain(pool, 0, 2)
+    pool.mark([name_of(0), name_of(1), name_of(77)], is_spare=True)
+    pool.mark([name_of(1)], is_spare=False)
+    pool.unpin(block_ids)
+    assert pool.oldest(9) == [(name_of(1), 0.0)]
+    assert pool.num_dispensable == 3
+    pool.pin(block_ids)
+    assert (pool.num_dispensable, pool.num_evictable) == (2, 0)
+
+
+def test_a_block_that_is_written_anew_is_kept(pool: BlockPool) -> None:
+    use(pool, 0, 1, now_s=1.0)
+    pool.mark([name_of(0)], is_spare=True)
+    pool.clear()
+    use(pool, 0, 1, now_s=2.0)
+    assert pool.oldest(9) == [(name_of(0), 2.0)]
+
+
+def test_the_oldest_are_named_as_they_would_go_without_spare_copies(pool: BlockPool) -> None:
+    use(pool, 0, 2, now_s=1.0)
+    use(pool, 10, 2, now_s=2.0)
+    pool.mark([name_of(1)], is_spare=True)
+    assert pool.oldest(2) == [(name_of(0), 1.0), (name_of(11), 2.0)]
+    assert pool.oldest(0) == []
+
+
+def test_free_blocks_spare_copies_and_what_was_used_longer_ago_are_worth_less(pool: BlockPool) -> None:
+    assert pool.num_worth_less(5.0, 3) == 3
+    use(pool, 0, 2, now_s=1.0)
+    use(pool, 10, 1, now_s=5.0)
+    assert [pool.num_worth_less(used_s, 9) for used_s in (0.5, 1.0, 1.5, 5.0, 5.5)] == [1, 1, 3, 3, 4]
+    pool.mark([name_of(10)], is_spare=True)
+    assert [pool.num_worth_less(used_s, 9) for used_s in (0.5, 1.5)] == [2, 4]
+    assert pool.num_worth_less(9.0, 2) == 2
+    assert pool.num_worth_less(9.0, 0) == 0
+
+
 def test_the_hit_rate_is_the_share_of_blocks_that_were_not_written(pool: BlockPool) -> None:
     assert pool.stats.hit_rate == 0
     block_ids = commit_chain(pool, 0, 3)
@@ -247,11 +339,26 @@ def _break_free(pool: BlockPool, held: list[int]) -> None:
     pool._free.append(held[0])
 
 
+def _break_spares(pool: BlockPool, held: list[int]) -> None:
+    pool.unpin(held)
+    pool._is_spare[held[0]] = True
+
+
+def _break_nameless_spares(pool: BlockPool, held: list[int]) -> None:
+    pool._is_spare[3 - held[0]] = pool._is_spare[3 - held[1]] = True
+
+
 def _break_events(pool: BlockPool, held: list[int]) -> None:
     pool._removed[name_of(0)] = None
 
 
-@pytest.mark.parametrize("damage", [_break_pins, _break_names, _break_twice_named, _break_free, _break_events])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_break_pins, _break_names, _break_twice_named, _break_free),
+        *(_break_spares, _break_nameless_spares, _break_events),
+    ],
+)
 def test_damage_to_the_books_is_noticed(damage) -> None:
     pool = BlockPool(4, 16)
     held = commit_chain(pool, 0, 2)
@@ -276,6 +383,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.num_tables = 0
         self.now_s = 0.0
         self.quarantined: dict[int, float] = {}
+        self.spare: set[int] = set()
+        self.used_s: dict[int, float] = {}  # of blocks that were given back
 
     def _hold(self, block_ids: list[int]) -> int:
         self.num_tables += 1
@@ -299,6 +408,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.generations[block_id] == before[block_id] + (block_id in block_ids)
         for block_id in block_ids:
             self.content.pop(block_id, None)
+            self.spare.discard(block_id)
         if cached != set(self.pool.snapshot()):
             assert all(self.pool.state(block_id) is not BlockState.FREE for block_id in range(self.pool.num_blocks))
         return self._hold(block_ids)
@@ -328,7 +438,36 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(table=tables)
     def unpin(self, table: int) -> None:
-        self.pool.unpin(self.tables_held.pop(table, []))
+        block_ids = self.tables_held.pop(table, [])
+        self.pool.unpin(block_ids)
+        self.used_s |= dict.fromkeys(block_ids, self.pool.now_s)
+
+    @rule(chain=st.integers(0, 2), begin=st.integers(0, 3), length=st.integers(0, 6), is_spare=st.booleans())
+    def mark(self, chain: int, begin: int, length: int, is_spare: bool) -> None:
+        names = [name_of(100 * chain + index) for index in range(begin, begin + length)]
+        self.pool.mark(names, is_spare=is_spare)
+        marked = {block_id for block_id, name in self.content.items() if name in names}
+        self.spare = self.spare | marked if is_spare else self.spare - marked
+
+    @rule(used_s=st.integers(0, 30), most=st.integers(0, 9))
+    def see_what_is_worth_less(self, used_s: int, most: int) -> None:
+        kept = [self.used_s[block_id] for block_id in self._idle() if block_id not in self.spare]
+        num_others = self.pool.num_free - len(kept)
+        number = self.pool.num_worth_less(used_s, most)
+        assert number <= min(most, num_others + sum(before < used_s for before in kept))
+        assert number >= min(most, num_others)
+        used = {self.content[block_id]: self.used_s[block_id] for block_id in self._idle()}
+        oldest = self.pool.oldest(most)
+        assert len(oldest) == min(most, len(kept))
+        assert all(used[name] == before for name, before in oldest)
+
+    def _idle(self) -> list[int]:
+        held = {block_id for table in self.tables_held.values() for block_id in table}
+        return [block_id for block_id in self.content if block_id not in held]
+
+    @rule(seconds=st.integers(1, 9))
+    def clock_goes_on(self, seconds: int) -> None:
+        self.pool.now_s += seconds
 
     @rule(table=tables, seconds=st.integers(1, 3))
     def quarantine(self, table: int, seconds: int) -> None:
@@ -353,6 +492,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.clear()
         held = {block_id for table in self.tables_held.values() for block_id in table}
         self.content = {block_id: name for block_id, name in self.content.items() if block_id in held}
+        self.spare &= held
         assert set(self.pool.snapshot()) == set(self.content.values())
 
     @rule()
@@ -375,6 +515,11 @@ class PoolMachine(RuleBasedStateMachine):
             if pool.name(block_id) is not None:
                 assert pool.name(block_id) == self.content[block_id]
         assert pool.num_free + pool.num_used + pool.num_quarantined == pool.num_blocks
+        num_kept = sum(block_id not in self.spare for block_id in self._idle())
+        assert pool.num_dispensable == pool.num_free - num_kept
+        assert {name for name, _ in pool.oldest(99)} == {
+            self.content[block_id] for block_id in self._idle() if block_id not in self.spare
+        }
         assert pool.num_quarantined == len(self.quarantined)
 
     def teardown(self) -> None:

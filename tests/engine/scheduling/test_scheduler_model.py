@@ -62,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             remote_timeout_s=10.0,
             watermark=watermark,
             block_bytes=1,
+            has_lower_tiers=True,
         )
         self.worker = FakeWorker(config, BlockPool(num_blocks, 4))
         self.num_added = 0
@@ -208,6 +209,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end_lending(self, data) -> None:
         self.worker.end_lending(data.draw(st.sampled_from(list(self.worker.lent))))
 
+    @precondition(lambda self: self.worker.sequences)
+    @rule(data=st.data(), first_index=st.integers(0, 3), age_s=st.sampled_from([-1.0, 0.0, 5.0]))
+    def take_in(self, data, first_index, age_s) -> None:
+        seq_id = data.draw(st.sampled_from(list(self.worker.sequences)))
+        self.worker.take_in(seq_id, first_index, self.worker.now_s - age_s)
+
+    @precondition(lambda self: self.worker.sequences)
+    @rule(data=st.data(), first_index=st.integers(0, 3), is_spare=st.sampled_from([True, True, False]))
+    def mark(self, data, first_index, is_spare) -> None:
+        self.worker.mark(data.draw(st.sampled_from(list(self.worker.sequences))), first_index, is_spare=is_spare)
+
     @precondition(lambda self: self.worker.kept)
     @rule(data=st.data())
     def release(self, data) -> None:
@@ -254,6 +266,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         chunk_quantum_tokens=rng.choice([4, 8]),
         remote_timeout_s=10.0,
         block_bytes=1,
+        has_lower_tiers=True,
     )
     worker = FakeWorker(config, BlockPool(rng.randint(10, 20), 4))
     for number in range(num_events):
@@ -287,6 +300,12 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
             worker.end_lending(rng.choice(list(worker.lent)))
         elif action < 0.48 and worker.kept:
             worker.release(rng.choice(list(worker.kept)))
+        elif action < 0.495 and worker.sequences:
+            seq_id = rng.choice(list(worker.sequences))
+            worker.take_in(seq_id, rng.randint(0, 3), worker.now_s - rng.choice([0.0, 3.0]))
+        elif action < 0.51 and worker.sequences:
+            seq_id = rng.choice(list(worker.sequences))
+            worker.mark(seq_id, rng.randint(0, 3), is_spare=rng.random() < 0.7)
         elif action < 0.52:
             worker.now_s += rng.choice([0.5, 4.0])
             worker.post(TimePassed())
@@ -322,7 +341,7 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
 @pytest.mark.slow
 def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     seen: dict[str, int] = {}
-    num_evicted = num_hits = num_quarantined = num_mixed = 0
+    num_evicted = num_hits = num_quarantined = num_mixed = num_spare = num_taken_in = num_offloaded = 0
     for seed in range(40):
         worker = drive_at_random(seed, 400)
         worker.drain()
@@ -332,8 +351,12 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
         num_hits += worker.pool.stats.num_hit_blocks
         num_quarantined += worker.pool.stats.num_quarantined_blocks
         num_mixed += worker.num_mixed
+        num_spare += worker.pool.stats.num_evicted_spare_blocks
+        num_taken_in += worker.scheduler.num_blocks_taken_in
+        num_offloaded += len(worker.offloaded)
     assert min(seen.values()) >= 10, f"the runs must meet everything that is counted: {seen}"
-    assert min(num_evicted, num_hits) > 500
+    assert min(num_evicted, num_hits, num_offloaded) > 500
+    assert min(num_spare, num_taken_in) > 20
     assert min(num_quarantined, num_mixed) > 0
 
 
