@@ -1,0 +1,291 @@
+"""Offloading: blocks of a pool are written into the arena of a real node cache, and whoever pulls finds their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine
+
+import msgspec
+import pytest
+import torch
+
+from engine.memory.checksums import BlockChecksums
+from engine.memory.kv_pool import KvPool, LayerSpec
+from engine.offload import Offloader
+from engine.peers import Peers
+from engine.puller import BlockPuller
+from engine.scheduling.plan import Event, LendBlocks, OffloadBlocks
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from kvcache.pool import BlockPool
+from kvcache.region import GENERATION_BYTES, RegionLayout
+from messages.fleet import WorkerInfo
+from messages.handoff import RoomGranted, RoomRequest
+from messages.wire import Message
+from nodecache.process import CacheProcess
+from nodecache.supervisor import Supervisor
+from tests.nodecache.blocks import BLOCK_SIZE, layout_of
+from tests.nodecache.client import CacheClient
+from tests.nodecache.test_process import options_of
+from tests.workers import until
+from transport.channel import ChannelConfig
+from transport.memory import Memory
+from transport.roads import PROBE_BYTES, Roads
+from transport.secret import ClusterSecret
+from transport.shm import ShmTransport
+
+SECRET = ClusterSecret(b"\x11" * 32)
+NUM_BLOCKS = 16
+SPECS = [LayerSpec(1, 4, 4)]
+BLOCK_BYTES = KvPool(SPECS, BLOCK_SIZE, torch.float32, "cpu", num_blocks=1).block_bytes
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class Worker:
+    """The pool of a worker with random bytes in it, its scheduler, and the way down from there."""
+
+    def __init__(self) -> None:
+        self.layout = RegionLayout(NUM_BLOCKS, BLOCK_BYTES)
+        self.memory = Memory.allocate(self.layout.num_bytes)
+        kv = KvPool(SPECS, BLOCK_SIZE, torch.float32, "cpu", memory=self.memory.view[self.layout.data_offset :])
+        rows = kv.data.view(torch.uint8)
+        rows.copy_(torch.randint(0, 256, rows.shape, generator=torch.Generator().manual_seed(1)))
+        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, self.memory.view[: NUM_BLOCKS * GENERATION_BYTES].cast("Q"))
+        checksums = BlockChecksums(self.pool, kv)
+        self.scheduler = Scheduler(SchedulerConfig(max_model_len=256), self.pool, b"model")
+        self.roads = Roads([ShmTransport()], self.memory, Memory.allocate(PROBE_BYTES), 5.0)
+        self.told: list[Message] = []
+        self.lost: list[str] = []
+        self.peers = Peers(
+            BlockPuller(self.layout, self.memory, checksums, self.roads),
+            self.roads,
+            SECRET,
+            ChannelConfig(heartbeat_s=0.1, lost_after_s=2.0),
+            self._take,
+            self._lose,
+            pytest.fail,
+            lambda _: self.offloader.go_on(),
+        )
+        self.tasks: list[asyncio.Task[None]] = []
+        self.offloader = Offloader(self.peers, checksums, self.post, self._spawn)
+
+    def commit(self, *numbers: int) -> None:
+        """Somebody computed these blocks, and ended."""
+        block_ids = self.pool.allocate(len(numbers))
+        for number, block_id in zip(numbers, block_ids, strict=True):
+            self.pool.commit(block_id, name(number))
+        self.pool.unpin(block_ids)
+
+    def content(self, number: int) -> bytes:
+        block_id = self.pool.find(name(number))
+        assert block_id is not None
+        return bytes(self.memory.view[self.layout.block_offset(block_id) :][:BLOCK_BYTES])
+
+    def offer(self, *numbers: int, salt: bytes = b"") -> None:
+        self.offloader.offer(OffloadBlocks(tuple(map(name, numbers)), salt))
+
+    def post(self, event: Event) -> None:
+        for instruction in self.scheduler.on_event(event, 0.0):
+            assert isinstance(instruction, LendBlocks)
+            assert self.offloader.is_own(instruction)
+            self.offloader.on_pinned(instruction)
+        self.scheduler.check_invariants()
+
+    async def settled(self, num_blocks: int) -> None:
+        """Wait until so many blocks were written in all, and nothing is pinned any more."""
+        await until(lambda: self.offloader.num_blocks >= num_blocks and not self.pool.num_used)
+        assert self.offloader.num_blocks == num_blocks
+
+    def _take(self, address: str, message: Message) -> None:
+        self.told.append(message)
+        assert isinstance(message, RoomGranted)
+        self.offloader.on_granted(message)
+
+    def _lose(self, address: str) -> None:
+        self.lost.append(address)
+        self.offloader.use(None)
+
+    def _spawn(self, coroutine: Coroutine) -> asyncio.Task[None]:
+        self.tasks.append(asyncio.get_running_loop().create_task(coroutine))
+        return self.tasks[-1]
+
+    async def close(self) -> None:
+        await asyncio.gather(*self.tasks)
+        self.peers.close()
+        self.roads.close()
+        self.scheduler.check_invariants()
+
+
+class World:
+    """A worker, and the node cache that it writes to."""
+
+    def __init__(self) -> None:
+        self.worker = Worker()
+        self.options = msgspec.structs.replace(options_of(64), layout=layout_of(64, BLOCK_BYTES))
+        self.infos: list[WorkerInfo] = []  #: of those that serve, one after the other
+        self.clients: list[CacheClient] = []
+
+    @property
+    def address(self) -> str:
+        return self.infos[-1].address
+
+    async def use(self) -> None:
+        """Write to the cache that serves now, which has described its arena."""
+        self.worker.offloader.use(self.address)
+        await until(lambda: self.worker.peers.region_of(self.address, "shm"))
+
+    async def fetch(self, *numbers: int) -> dict[int, bytes]:
+        """What another worker gets of these blocks, verified."""
+        held = await (await self.client()).fetch([name(number) for number in numbers])
+        return {number: held[name(number)] for number in numbers if name(number) in held}
+
+    async def client(self) -> CacheClient:
+        self.clients.append(CacheClient(SECRET, self.address, BLOCK_BYTES))
+        await self.clients[-1].open()
+        return self.clients[-1]
+
+    async def close(self) -> None:
+        await self.worker.close()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+async def world():
+    """The node cache runs on this loop."""
+    made = World()
+    process = CacheProcess(made.options, SECRET, made.options.layout.allocate(), {})
+    made.infos.append(await process.start())
+    yield made
+    await made.close()
+    process.cache.check_invariants()
+    await process.close()
+
+
+@pytest.fixture
+async def supervised():
+    """The node cache is a process of its own, followed by another one."""
+    made = World()
+    supervisor = Supervisor(made.options, SECRET, made.infos.append)
+    await supervisor.start()
+    yield made, supervisor
+    await made.close()
+    await supervisor.close()
+
+
+async def test_what_is_offered_lies_in_the_cache_byte_for_byte(world):
+    world.worker.commit(1, 2, 3)
+    world.worker.offer(1, 2, 3)  # nobody is there yet
+    assert not world.worker.pool.num_used
+    await world.use()
+    await world.worker.settled(3)
+    assert await world.fetch(1, 2, 3) == {number: world.worker.content(number) for number in (1, 2, 3)}
+
+
+async def test_chains_go_down_one_after_the_other_and_what_is_there_is_not_written_again(world):
+    world.worker.commit(1, 2, 3, 4)
+    await world.use()
+    for chain in ((1, 2), (1, 2, 3), (1, 2), (4,)):
+        world.worker.offer(*chain)
+    await world.worker.settled(4)
+    await until(lambda: len(world.worker.told) == 4)
+    assert [len(granted.blocks) for granted in world.worker.told] == [2, 1, 0, 1]
+    assert [block.index for block in world.worker.told[1].blocks] == [2]
+
+
+async def test_what_was_evicted_meanwhile_is_left_out_and_its_room_given_back(world):
+    world.worker.commit(1, 3)
+    world.worker.offer(1, 2, 3, 4)
+    await world.use()
+    await world.worker.settled(2)
+    assert (await world.fetch(1, 2, 3, 4)).keys() == {1, 3}
+    granted = await world.clients[0].room([name(2), name(4)])
+    assert [block.name for block in granted.blocks] == [name(2), name(4)]
+
+
+async def test_where_nothing_is_left_to_write_the_next_chain_has_its_turn(world):
+    world.worker.commit(5)
+    world.worker.offer(1, 2)
+    world.worker.offer(5)
+    await world.use()
+    await world.worker.settled(1)
+
+
+async def test_room_that_was_taken_back_is_not_written_to(world):
+    world.worker.commit(1, 2)
+    await world.use()
+    client = await world.client()
+    written = []
+    write = world.worker.offloader._write
+
+    def take_back_then_write(arena, *args):
+        granted = world.worker.told[-1].blocks
+        client._generations[granted[0].block_id] += 1  # as its owner does it
+        written.extend(write(arena, *args))
+        return written
+
+    world.worker.offloader._write = take_back_then_write
+    world.worker.offer(1, 2)
+    await world.worker.settled(1)
+    assert [block.name for block in written] == [name(2)]
+
+
+async def test_the_tenant_follows_from_the_salt(world, monkeypatch):
+    world.worker.commit(1, 2, 3)
+    await world.use()
+    asked: list[RoomRequest] = []
+    send = world.worker.peers.send
+    monkeypatch.setattr(world.worker.peers, "send", lambda to, message: (asked.append(message), send(to, message)))
+    for number, salt in ((1, b""), (2, b"a"), (3, b"a")):
+        world.worker.offer(number, salt=salt)
+        await world.worker.settled(number)
+    tenants = [message.tenant for message in asked if isinstance(message, RoomRequest)]
+    assert tenants[0] == 0
+    assert tenants[1] == tenants[2] != 0
+
+
+async def test_of_too_many_that_wait_the_oldest_are_forgotten(world):
+    world.worker.commit(1, 2)
+    world.worker.offer(1)
+    for _ in range(256):
+        world.worker.offer(2)
+    await world.use()
+    await world.worker.settled(1)
+    assert (await world.fetch(1, 2)).keys() == {2}
+
+
+async def test_a_cache_that_is_killed_under_a_copy_leaves_nothing_pinned_and_its_successor_is_written_to(supervised):
+    world, supervisor = supervised
+    world.worker.commit(1, 2, 3)
+    await world.use()
+    world.worker.offer(1)
+    await world.worker.settled(1)
+    write = world.worker.offloader._write
+
+    def kill_then_write(*args):
+        world.worker.offloader._write = write
+        os.kill(supervisor.pid, signal.SIGKILL)
+        return write(*args)
+
+    world.worker.offloader._write = kill_then_write
+    world.worker.offer(1, 2)
+    await until(lambda: world.worker.lost and not world.worker.pool.num_used)
+    world.worker.offer(1, 3)
+    await until(lambda: len(world.infos) == 2, timeout_s=30)
+    await world.use()
+    await until(lambda: world.worker.told[-1].request_id == "offload 3" and not world.worker.pool.num_used)
+    await asyncio.gather(*world.worker.tasks)
+    assert await world.fetch(1, 2, 3) == {number: world.worker.content(number) for number in (1, 3)}
+
+
+async def test_nothing_goes_where_there_is_no_shared_memory(world, monkeypatch):
+    world.worker.commit(1)
+    monkeypatch.setattr(world.worker.peers, "region_of", lambda address, road: None)
+    world.worker.offloader.use(world.address)
+    world.worker.offer(1)
+    await until(lambda: world.worker.peers.layout_of(world.address))
+    assert (world.worker.told, world.worker.pool.num_used) == ([], 0)
