@@ -130,10 +130,10 @@ class Offloader:
             written = await asyncio.to_thread(partial(self._write, arena, address, pairs, lent.blocks))
             self._peers.send(address, BlocksWritten(request_id=granted.request_id, blocks=written))
         self.num_blocks += len(written)
-        if written and self._chain is not None and self._num_tries < _MAX_TRIES:
-            self._waiting.appendleft(self._chain)  # there may have been no room for all of it at once
         self._post(BlocksReleased(lent.lease_id))
         if self._asked == lent.lease_id:
+            if written and self._chain is not None and self._num_tries < _MAX_TRIES:
+                self._waiting.appendleft(self._chain)  # there may have been no room for all of it at once
             self._asked = None
             self.go_on()
 

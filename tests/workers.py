@@ -14,7 +14,7 @@ from pathlib import Path
 from decode.worker import DecodeWorker
 from engine.core import EngineOptions
 from engine.scheduling.plan import StepPlan, StepResult
-from engine.worker import WorkerOptions
+from engine.worker import FindCache, WorkerOptions
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats, WorkerInfo
 from messages.request import CancelRequest, GenerateRequest, HeldRun, SamplingParams
@@ -70,6 +70,7 @@ class Ingress:
 
     def __init__(self, decode: WorkerInfo, prefill: WorkerInfo | None) -> None:
         self.prefill = prefill
+        self.info = decode
         self.address = decode.address
         self.answers: dict[str, Answer] = {}
         self._stats: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
@@ -257,10 +258,12 @@ async def running_pair(
 
 
 @asynccontextmanager
-async def running_decode(options: WorkerOptions) -> AsyncIterator[tuple[DecodeWorker, Ingress]]:
+async def running_decode(
+    options: WorkerOptions, find_cache: FindCache | None = None
+) -> AsyncIterator[tuple[DecodeWorker, Ingress]]:
     """A decode worker on the running loop, and an ingress in front of it that knows no prefill worker."""
     crashes: list[BaseException] = []
-    decode = DecodeWorker("decode", "127.0.0.1", options, SECRET, crashes.append)
+    decode = DecodeWorker("decode", "127.0.0.1", options, SECRET, crashes.append, find_cache=find_cache)
     ingress = Ingress(await decode.start(), None)
     try:
         yield decode, ingress

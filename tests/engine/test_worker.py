@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -12,13 +13,25 @@ from engine.scheduling.plan import EmitTokens, Instruction, SequenceAdded, Seque
 from engine.worker import EngineWorker
 from kvcache.names import split_names
 from messages.errors import InvariantError
-from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
+from messages.fleet import (
+    GetStats,
+    KvEvents,
+    LoadReport,
+    NodeCacheFound,
+    SpareBlocks,
+    Stats,
+    Subscribe,
+    SurplusBlocks,
+    TakeBlocks,
+)
 from messages.handoff import BlocksRequest, DescribeRegions, KvHandoff, RegionsDescribed, ReleaseLease
 from messages.request import CancelRequest, Copy, SamplingParams
 from messages.wire import Message
 from tests.models import make_tiny_model
 from tests.workers import CHANNEL, SECRET, until, worker_options
 from transport.channel import ChannelClient
+
+BLOCK_BYTES = 16384  #: of the tiny model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,16 +101,23 @@ class Setting:
         return set(self.worker.engine.pool.snapshot())
 
 
-@pytest.fixture
-async def setting(model_dir):
+@asynccontextmanager
+async def running(model_dir, **options):
     crashes: list[BaseException] = []
-    worker, role = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir), SECRET, crashes.append), Role()
+    worker = EngineWorker("decode", "w", "127.0.0.1", worker_options(model_dir, **options), SECRET, crashes.append)
+    role = Role()
     made = Setting(worker, role, await worker.start(role))
     yield made
     for caller in made.callers:
         caller.client.close()
     await worker.close()
     assert not crashes
+
+
+@pytest.fixture
+async def setting(model_dir):
+    async with running(model_dir) as made:
+        yield made
 
 
 def told(messages: Sequence[KvEvents]) -> set[bytes]:
@@ -187,6 +207,63 @@ async def test_whoever_asks_for_blocks_by_name_is_lent_what_is_held_until_it_let
     caller.client.close()
     await until(lambda: not pool.num_used)
     assert setting.role.messages == []
+
+
+async def test_a_subscriber_hears_that_there_is_no_node_cache(setting):
+    caller = setting.caller()
+    await caller.subscribe()
+    await until(lambda: caller.of(NodeCacheFound))
+    assert caller.of(NodeCacheFound) == [NodeCacheFound(worker_id="w", info=None)]
+
+
+async def test_what_others_keep_is_marked_until_whoever_says_so_begins_anew(setting):
+    pool = setting.worker.engine.pool
+    await setting.run("a", 10)
+    caller, held = setting.caller(), sorted(setting.held())
+    num_dispensable = pool.num_dispensable
+    await caller.subscribe()
+    caller.client.send(SpareBlocks(spare=b"".join(held[:2]) + b"nobody's block.."))
+    await until(lambda: pool.num_dispensable == num_dispensable + 2)
+    caller.client.send(SpareBlocks(kept=held[0]))
+    await until(lambda: pool.num_dispensable == num_dispensable + 1)
+    await caller.subscribe()
+    assert pool.num_dispensable == num_dispensable
+
+
+async def test_who_has_little_to_give_up_offers_what_goes_next(model_dir):
+    async with running(model_dir, kv_cache_bytes=9 * BLOCK_BYTES, max_model_len=64) as setting:
+        caller = setting.caller()
+        await caller.subscribe()
+        await setting.run("a", 10)
+        first = setting.held()
+        assert caller.of(SurplusBlocks) == []
+        await setting.run("b", 100)
+        await until(lambda: caller.of(SurplusBlocks))
+        surplus = caller.of(SurplusBlocks)[0]
+        assert surplus.worker_id == "w"
+        assert set(split_names(surplus.names)) >= first
+        assert surplus.age_s >= 0
+
+
+async def test_what_another_is_about_to_lose_is_taken_in_and_let_go_of_there(model_dir):
+    async with running(model_dir) as owner, running(model_dir) as taker:
+        await owner.run("a", 10)
+        names = sorted(owner.held())
+        taker.caller().client.send(TakeBlocks(address=owner.info.address, names=b"".join(names), age_s=0.0))
+        await until(lambda: taker.held() == owner.held())
+        assert taker.worker.engine.scheduler.num_blocks_taken_in == 3
+        await until(lambda: not owner.worker.engine.pool.num_used)
+        assert not taker.worker.engine.pool.num_used
+        await taker.run("b", 10)  # the same prompt: two blocks of it need not be computed
+        assert taker.worker.engine.scheduler.stats()["num_prompt_tokens_device"] == 32
+
+
+async def test_what_is_to_be_taken_from_whoever_is_not_there_is_not(setting):
+    names = bytes(32)
+    setting.caller().client.send(TakeBlocks(address="tcp://127.0.0.1:1", names=names, age_s=0.0))
+    await until(lambda: setting.worker.engine.pool.num_used)
+    await until(lambda: not setting.worker.engine.pool.num_used)
+    assert setting.held() == set()
 
 
 async def test_an_owner_that_was_lost_a_moment_ago_is_not_asked_for_blocks(setting):

@@ -1,0 +1,199 @@
+"""Decode workers with a node cache in a process of its own, and a router: what left a pool comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kvcache.names import block_names, pack_tokens
+from kvrouter.worker import RouterWorker
+from messages.fleet import WorkerInfo
+from messages.price import MovePrice
+from messages.request import HeldRun
+from messages.route import Placement, RouteRequest
+from nodecache.process import CacheOptions, CacheSettings
+from nodecache.supervisor import Supervisor
+from tests.models import make_tiny_model
+from tests.reference import Reference
+from tests.workers import CHANNEL, SECRET, engine_of, running_decode, until, worker_options
+from transport.channel import ChannelClient
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return Reference(model_dir)
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(5, 250) for _ in range(length)]
+
+
+def options_of(model_dir, **settings):
+    cache = CacheSettings(**{"host_memory_bytes": 4 << 20} | settings)
+    return worker_options(model_dir, has_lower_tiers=True, cache=cache)
+
+
+class Node:
+    """A machine: whoever first wants its node cache starts it."""
+
+    def __init__(self) -> None:
+        self.supervisor: Supervisor | None = None
+        self._start: asyncio.Task[WorkerInfo] | None = None
+
+    async def find(self, options: CacheOptions) -> WorkerInfo:
+        if self._start is None:
+            self.supervisor = Supervisor(options, SECRET)
+            self._start = asyncio.get_running_loop().create_task(self.supervisor.start())
+        await asyncio.shield(self._start)
+        await until(lambda: self.supervisor.info, timeout_s=30)
+        return self.supervisor.info
+
+    async def close(self) -> None:
+        if self.supervisor is not None:
+            await self.supervisor.close()
+
+
+class Router:
+    """A router that subscribed to some workers."""
+
+    def __init__(self, *workers: WorkerInfo) -> None:
+        self.worker = RouterWorker("router", SECRET, "127.0.0.1", CHANNEL)
+        self.worker.set_fleet(workers)
+        self._answers: asyncio.Queue = asyncio.Queue()
+        self._client = ChannelClient(
+            SECRET, self.worker.address, self._answers.put_nowait, lambda _: None, config=CHANNEL
+        )
+        self._fingerprint = workers[0].fingerprint
+
+    async def held(self, prompt: list[int]) -> tuple[HeldRun, ...]:
+        """Where it says that blocks of this prompt lie; nobody is reserved for it."""
+        names = block_names(self._fingerprint, b"", pack_tokens(prompt), BLOCK_SIZE)
+        self._client.send(RouteRequest(request_id="asked", names=names, num_prompt_tokens=len(prompt), max_tokens=1))
+        placement = await asyncio.wait_for(self._answers.get(), 5)
+        assert isinstance(placement, Placement), placement
+        return placement.held
+
+    async def hears(self, prompt: list[int], tiers: set[str]) -> tuple[HeldRun, ...]:
+        """Wait until all full blocks of this prompt lie in each of these tiers, and in no other."""
+        async with asyncio.timeout(20):
+            while True:
+                held = await self.held(prompt)
+                end = held[-1].end if held else 0
+                if end == len(prompt) // BLOCK_SIZE and all({at.tier for at in run.copies} == tiers for run in held):
+                    return held
+                await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        self._client.close()
+        self.worker.close()
+
+
+def load_for_nothing(worker) -> None:
+    """Let loading seem to cost nothing: the tiny model computes a block in a tenth of a millisecond."""
+    scheduler = engine_of(worker).scheduler
+    price_of = scheduler._sourcing.price_of
+    free = MovePrice(source="", road="", fixed_s=0.0, byte_s=0.0, handoff_s=0.0)
+    scheduler.set_prices(lambda copy: None if price_of(copy) is None else free)
+
+
+@asynccontextmanager
+async def running(model_dir, node: Node, **settings):
+    """A decode worker of this node, an ingress of it, and a router, after the node cache was found."""
+    async with running_decode(options_of(model_dir, **settings), node.find) as (worker, ingress):
+        load_for_nothing(worker)
+        router = Router(ingress.info)
+        await until(lambda: cache_of(worker), timeout_s=30)
+        yield worker, ingress, router
+        router.close()
+
+
+def cache_of(worker) -> WorkerInfo | None:
+    """The node cache that it uses, once it said where its blocks lie."""
+    info = worker._worker._cache
+    return info if info is not None and worker._worker.borrower.peers.layout_of(info.address) else None
+
+
+@pytest.fixture
+async def nodes():
+    """Makes nodes; all are gone at the end."""
+    made: list[Node] = []
+
+    def make() -> Node:
+        made.append(Node())
+        return made[-1]
+
+    yield make
+    for node in made:
+        await node.close()
+
+
+async def ask(ingress, request_id: str, prompt: list[int], held=()) -> tuple[list[int], object]:
+    answer = ingress.send(request_id, prompt, held=held)
+    (token_ids,) = await ingress.finish(answer)
+    return token_ids, answer.sources
+
+
+async def test_what_left_the_pool_comes_back_from_host_also_to_another_worker_and_after_the_cache_was_killed(
+    model_dir, reference, nodes
+):
+    node, prompt = nodes(), prompt_of(1, 330)
+    wanted = reference.greedy(prompt, 16)
+    async with running(model_dir, node) as (worker, ingress, router):
+        tokens, sources = await ask(ingress, "cold", prompt)
+        assert (tokens, sources.computed) == (wanted, 330)
+        engine_of(worker).pool.clear()
+        held = await router.hears(prompt, {"host"})
+        tokens, sources = await ask(ingress, "from host", prompt, held)
+        assert (tokens, sources.host, sources.computed) == (wanted, 320, 10)
+
+        async with running_decode(options_of(model_dir), node.find) as (other, its_ingress):
+            load_for_nothing(other)
+            tokens, sources = await ask(its_ingress, "from host", prompt, held)
+            assert (tokens, sources.host) == (wanted, 320)
+
+        first = cache_of(worker)
+        os.kill(node.supervisor.pid, signal.SIGKILL)
+        fresh = prompt_of(2, 100)
+        assert (await ask(ingress, "meanwhile", fresh))[0] == reference.greedy(fresh, 16)
+        engine_of(worker).pool.clear()
+        tokens, sources = await ask(ingress, "from nowhere", prompt, held)  # or from its successor, if it was quick
+        assert tokens == wanted
+        await until(lambda: cache_of(worker) not in (None, first), timeout_s=30)
+        engine_of(worker).pool.clear()
+        held = await router.hears(prompt, {"host"})
+        assert held[0].copies[0].address == cache_of(worker).address != first.address
+        tokens, sources = await ask(ingress, "from the successor", prompt, held)
+        assert (tokens, sources.host, sources.computed) == (wanted, 320, 10)
+        await until(lambda: not engine_of(worker).pool.num_used)
+        assert (await ingress.stats())['kvray_blocks_rejected_total{reason="checksum"}'] == 0
+
+
+async def test_what_everybody_forgot_comes_back_from_disk(model_dir, reference, nodes, tmp_path):
+    prompt = prompt_of(3, 330)
+    wanted = reference.greedy(prompt, 16)
+    disk = {"disk_dir": str(tmp_path), "disk_capacity_bytes": 64 << 20}
+    node = nodes()
+    async with running(model_dir, node, **disk) as (_, ingress, router):
+        assert (await ask(ingress, "cold", prompt))[0] == wanted
+        await router.hears(prompt, {"device", "host", "disk"})
+    await node.close()
+    async with running(model_dir, nodes(), **disk) as (worker, ingress, router):
+        held = await router.hears(prompt, {"disk"})
+        tokens, sources = await ask(ingress, "from disk", prompt, held)
+        assert (tokens, sources.disk, sources.computed) == (wanted, 320, 10)
+        await until(lambda: not engine_of(worker).pool.num_used)
