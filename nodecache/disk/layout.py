@@ -205,7 +205,7 @@ def unpack_records(table: bytes, model: Model, segment_id: int, num_rows: int) -
     return records, is_whole, is_used & ~is_whole
 
 
-def own_checksum(content: bytes) -> int:
+def own_checksum(content: bytes | memoryview) -> int:
     """Return 64 bits over what a header or a checkpoint says; blocks have another one, of their bytes."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 

@@ -99,9 +99,13 @@ class World:
 
     def _held(self, holders: Holders, num_blocks: int) -> tuple[HeldRun, ...]:
         """What a router would say; where it errs the holder has nothing, or is not there."""
-        tier = "disk" if holders == "slow" else "device"
-        here = Copy(self.address, tier)
-        copies = {"nobody": (), "near": (here,), "slow": (here,), "gone": (Copy("nowhere", tier), here)}[holders]
+        near, slow = Copy(self.address, "device"), Copy(self.address, "disk")
+        copies = {
+            "nobody": (),
+            "near": (near,),
+            "slow": (slow,),
+            "gone": (Copy("nowhere", "device"), slow),  # then one owner is asked for blocks and for the rest
+        }[holders]
         return (HeldRun(0, num_blocks, copies),) if num_blocks and copies else ()
 
     @staticmethod
