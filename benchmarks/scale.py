@@ -24,6 +24,7 @@ from engine.memory.kv_pool import KvPool
 from engine.model.load import load_model
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     RunStep,
     Sampled,
@@ -34,7 +35,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.pool import BlockPool
 from messages.request import SamplingParams
 

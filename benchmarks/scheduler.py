@@ -14,6 +14,7 @@ from statistics import median
 
 from harness.report import goal, parser, record
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     RunStep,
     Sampled,
@@ -24,7 +25,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.names import block_names, pack_tokens
 from kvcache.pool import BlockPool
 from messages.request import SamplingParams

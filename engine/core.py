@@ -24,6 +24,7 @@ from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model.load import LoadedModel
 from engine.runner import Runner
 from engine.sampling.sampler import Sampler
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     CompileGrammar,
     EmitTokens,
@@ -38,7 +39,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout

@@ -41,6 +41,7 @@ from kvcache.price import (
     harm_s,
     move_s,
 )
+from kvrouter.fit import NODE_ROADS, can_hand_over, ceil_div
 from kvrouter.index import Run
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
@@ -49,8 +50,6 @@ from messages.request import Copy, HeldRun
 from messages.route import RouteRequest
 from messages.tier import Tier
 
-#: Roads that end at the node.
-_NODE_ROADS = frozenset({"shm", "loopback"})
 #: Costs that agree to so many digits (a millisecond) are equal: predictions are no better.
 _COST_DIGITS = 3
 _COST_STEP_S = 0.5e-3
@@ -359,7 +358,7 @@ class Pricing:
     def _decode_part(self, decode: WorkerState) -> _DecodePart:
         info, load = decode.info, decode.load
         cover = self._cover(decode)
-        num_blocks = _ceil_div(self._request.num_prompt_tokens, info.block_size)
+        num_blocks = ceil_div(self._request.num_prompt_tokens, info.block_size)
         num_sequences = decode.num_sequences
         # Each sequence there makes each step of this one longer, and the other way round.
         step_s = (load.decode_step_s if load else 0.0) or self._assumed.decode_step_s
@@ -374,7 +373,7 @@ class Pricing:
 
     def _prefill_part(self, prefill: WorkerState) -> _PrefillPart:
         info, cover = prefill.info, self._cover(prefill)
-        num_lacking = _ceil_div(self._request.num_prompt_tokens, info.block_size) - cover.num_held
+        num_lacking = ceil_div(self._request.num_prompt_tokens, info.block_size) - cover.num_held
         num_computed = self._num_computed(cover.num_covered * info.block_size)
         wait_s = self._wait_s(prefill, cover.num_covered, num_lacking, prefill.num_sequences)
         queue_s, computing_s = prefill.queue_s(num_computed), self._compute_s(prefill, num_computed)
@@ -464,7 +463,7 @@ class Pricing:
         if kind not in self._road_moves:
             common = [road for road in target.roads if road in source.roads]
             is_near = source.node_id == target.node_id
-            road = next((road for road in common if (road in _NODE_ROADS) is is_near), "")
+            road = next((road for road in common if (road in NODE_ROADS) is is_near), "")
             self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
         return self._road_moves[kind] if tier in ("device", "host") else ASSUMED_MOVES[tier]
 
@@ -530,32 +529,6 @@ def check_ttft(delay_s: float, own_s: float, max_ttft_s: float) -> None:
         )
 
 
-def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Tell whether `decode` can use and reach what `prefill` publishes."""
-    if (prefill.fingerprint, prefill.block_size, prefill.block_bytes) != (
-        decode.fingerprint,
-        decode.block_size,
-        decode.block_bytes,
-    ):
-        return False
-    roads = set(prefill.roads) & set(decode.roads)
-    if prefill.node_id != decode.node_id:
-        roads -= _NODE_ROADS
-    return bool(roads)
-
-
-def can_ever_hold(worker: WorkerInfo, request: RouteRequest) -> bool:
-    """Tell whether the prompt and one token more fit on `worker` when it is idle."""
-    return request.num_prompt_tokens < worker.max_model_len and (
-        _ceil_div(request.num_prompt_tokens + 1, worker.block_size) <= worker.num_blocks
-    )
-
-
-def blocks_wanted(request: RouteRequest, block_size: int) -> int:
-    """Count the blocks for the prompt and the first tokens of each choice."""
-    return _ceil_div(request.num_prompt_tokens, block_size) + request.num_sequences
-
-
 def affinity_key(request: RouteRequest) -> bytes:
     """Return the key of rendezvous hashing: the prompt's first four blocks, so that those who share them meet."""
     end = min(len(request.names), 4 * 16)
@@ -568,7 +541,3 @@ def rendezvous(key: bytes, worker_id: str) -> bytes:
     Workers that come or go move only the keys they get or had.
     """
     return hashlib.blake2b(worker_id.encode(), key=key[:64], digest_size=8).digest()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

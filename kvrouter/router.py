@@ -14,20 +14,10 @@ from typing import TypeAlias, assert_never
 
 from kvcache.names import split_names
 from kvcache.price import Computation, compute_s
+from kvrouter.fit import blocks_wanted, can_ever_hold, can_hand_over
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
-from kvrouter.policy import (
-    Assumptions,
-    Candidate,
-    Prices,
-    Pricing,
-    Reserved,
-    WorkerState,
-    blocks_wanted,
-    can_ever_hold,
-    can_hand_over,
-    check_ttft,
-)
+from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, Reserved, WorkerState, check_ttft
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice

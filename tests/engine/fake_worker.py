@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     AskBlocks,
     AskRemote,
@@ -31,7 +32,7 @@ from engine.scheduling.plan import (
     TakeIn,
     TimePassed,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine.lending import Lender
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import BlocksReleased, Event, LendBlocks
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.pool import BlockPool
 from messages.handoff import BlocksRequest, KvHandoff, ReleaseLease, RenewLease
 from messages.wire import Message

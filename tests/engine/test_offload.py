@@ -16,8 +16,9 @@ from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.offload import Offloader
 from engine.peers import Peers
 from engine.puller import BlockPuller
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import Event, LendBlocks, OffloadBlocks
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.fleet import WorkerInfo

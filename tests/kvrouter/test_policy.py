@@ -4,19 +4,9 @@ import random
 import msgspec
 import pytest
 
+from kvrouter.fit import can_ever_hold, can_hand_over
 from kvrouter.index import Holder, Run
-from kvrouter.policy import (
-    Assumptions,
-    Prices,
-    Pricing,
-    Reserved,
-    WorkerState,
-    affinity_key,
-    can_ever_hold,
-    can_hand_over,
-    check_ttft,
-    rendezvous,
-)
+from kvrouter.policy import Assumptions, Prices, Pricing, Reserved, WorkerState, affinity_key, check_ttft, rendezvous
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     Event,
     Instruction,
@@ -16,7 +17,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.names import unpack_tokens
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError

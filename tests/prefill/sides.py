@@ -35,6 +35,7 @@ from engine.loans import (
     TellOwner,
     TellScheduler,
 )
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     AskBlocks,
     BlocksReleased,
@@ -48,7 +49,6 @@ from engine.scheduling.plan import (
     StopAsking,
     StopRemote,
 )
-from engine.scheduling.scheduler import SchedulerConfig
 from kvcache.leases import AskerLost, FreeBlocks, LeaseEvent, Released, Renewed, TimePassed
 from kvcache.pool import BlockState
 from messages.handoff import BlocksRequest, KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease

@@ -8,8 +8,8 @@ from itertools import count
 
 import msgspec
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import TimePassed
-from engine.scheduling.scheduler import SchedulerConfig
 from kvcache.names import block_names, pack_tokens, split_names
 from messages.request import Copy, GenerateRequest, HeldRun, SamplingParams
 from messages.stream import TokenChunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     EmitTokens,
     Instruction,
@@ -15,7 +16,7 @@ from engine.scheduling.plan import (
     StepResult,
     StepWanted,
 )
-from engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.scheduler import Scheduler
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool
 from messages.handoff import BlockLocation

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
     KvRefused,
     SequenceSpec,
     TimePassed,
 )
-from engine.scheduling.scheduler import SchedulerConfig
 from kvcache.pool import BlockPool
 from messages.request import Copy, HeldRun, SamplingParams
 from tests.engine.fake_worker import FakeWorker, expect
