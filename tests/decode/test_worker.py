@@ -539,7 +539,8 @@ async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_t
         steps.hold("r", after=1)  # the roads are tried meanwhile, and blocks come
         answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))
         await until(lambda: steps.is_holding)
-        await until(lambda: scheduler._ledger.sequences["r"].pull.arrived)
+        pull = scheduler._ledger.sequences["r"].pull
+        await until(lambda: pull is None or pull.arrived)  # all of it came during the first step, or some does now
         steps.go_on()
         assert await ingress.finish(answer) == [reference.greedy(shared + tail, 16)]
         assert 0 < answer.sources.peer < 640
