@@ -238,9 +238,9 @@ class CacheProcess:
                 self._tell_changes()
                 self._subscribers.add(sender, self.cache.snapshot())
                 self._server.send(sender, self._report())
+                self._server.send(sender, self._told_stats(""))
             case GetStats(query_id=query_id):
-                stats = Stats(query_id=query_id, worker_id=self.worker_id, role="cache", values=self.stats())
-                self._server.send(sender, stats)
+                self._server.send(sender, self._told_stats(query_id))
             case DescribeRegions():
                 self._links.open(sender)
                 described = RegionsDescribed(
@@ -346,7 +346,7 @@ class CacheProcess:
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_S)
-            stats = Stats(query_id="", worker_id=self.worker_id, role="cache", values=self.stats())
+            stats = self._told_stats("")
             for subscriber in self._subscribers:
                 self._server.send(subscriber, self._report())
                 self._server.send(subscriber, stats)
@@ -360,6 +360,9 @@ class CacheProcess:
             free_blocks=self.cache.pool.num_free,
             decode_step_s=0.0,
         )
+
+    def _told_stats(self, query_id: str) -> Stats:
+        return Stats(query_id=query_id, worker_id=self.worker_id, role="cache", values=self.stats())
 
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges by metric name."""
