@@ -25,12 +25,13 @@ from cluster.openai.cache_protocol import (
     WorkReply,
 )
 from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names
-from messages.cache import BlocksListed, CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks, PieceDone
+from messages.cache import BlocksListed, CheckBlocks, ClearBlocks, KeepBlocks, KnownRun, ListBlocks, PieceDone
 from messages.errors import CapacityError, KvrayError, error_from_info
 from messages.fleet import WorkerInfo
 from messages.tier import Tier
 
-_NAMES_AT_A_TIME: Final = 1024  #: some ms of a node cache
+_NAMES_AT_A_TIME: Final = 512  #: some ms of a node cache
+_NAMES_LOOKED_UP: Final = 4096  #: some ms of a router, or 15 where no two neighbours have the same holders
 _TIMEOUT_S: Final = 10.0  #: of what a node cache answers at once
 _STORE_TIMEOUT_S: Final = 60.0  #: of what waits for its stores, which have deadlines of their own
 
@@ -115,15 +116,13 @@ class Caches:
         nodes = {info.worker_id: info.node_id for info in [*fleet.values(), *await self.found()]}
         runs: list[HeldTokens] = []
         for fingerprint, block_size in sorted({(info.fingerprint, info.block_size) for info in fleet.values()}):
-            names = await _names_of(prompt, fingerprint, block_size)
-            known = await self._dispatcher.where(names)
             runs += [
                 HeldTokens(
                     run.begin * block_size,
                     run.end * block_size,
                     [Holder(one.worker_id, nodes.get(one.worker_id, ""), one.tier) for one in run.holders],
                 )
-                for run in known.runs
+                for run in await self._known(await _names_of(prompt, fingerprint, block_size))
             ]
         runs.sort(key=lambda run: (run.begin, run.end))
         tiers = sorted({holder.tier for run in runs for holder in run.holders})
@@ -136,6 +135,21 @@ class Caches:
             },
             runs=runs,
         )
+
+    async def _known(self, names: bytes) -> list[KnownRun]:
+        """Ask the router for a prompt's runs, some of them at a time."""
+        runs: list[KnownRun] = []
+        size = _NAMES_LOOKED_UP * NAME_BYTES
+        for begin in range(0, len(names), size):
+            first, part = begin // NAME_BYTES, names[begin : begin + size]
+            for run in (await self._dispatcher.where(part)).runs:
+                if runs and runs[-1].holders == run.holders:
+                    runs[-1] = KnownRun(runs[-1].begin, first + run.end, run.holders)
+                else:
+                    runs.append(KnownRun(first + run.begin, first + run.end, run.holders))
+            if not runs or runs[-1].end < first + len(part) // NAME_BYTES:
+                break
+        return runs
 
     async def stats(self) -> CacheStatsReply:
         """Return what workers and node caches count of their tiers; who does not answer is without numbers."""

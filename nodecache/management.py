@@ -38,7 +38,7 @@ from nodecache.tiers import TierStore
 
 #: Looked at for one answer: what takes some ms of the event loop.
 _LISTED_BLOCKS: Final = 4096
-_TOUCHED_BLOCKS: Final = 1024
+_TOUCHED_BLOCKS: Final = 512
 
 # ------------------------------------------------------------------------------------------------------- instructions
 

@@ -152,7 +152,7 @@ def test_a_large_arena_and_a_large_store_are_listed_in_pieces_each_block_once():
     assert [answer.num_blocks for answer in answers] == [4096, 4096, 808]
     below = world.all(ListBlocks(query_id="q", tier="disk"))
     assert listed_names(below) == stored
-    assert max(answer.num_blocks for answer in below) <= 1024
+    assert max(answer.num_blocks for answer in below) <= 512
     assert not below[0].tenants
     assert not below[0].age_s
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import uvicorn
 
+import cluster.caches
 from cluster.cache_api import add_cache
 from cluster.caches import Caches
 from cluster.dispatch import Dispatcher, DispatchOptions
@@ -209,6 +210,15 @@ async def test_another_salts_blocks_are_others(world):
     assert (await world.post("lookup", prompt=PROMPT, cache_salt="mine"))["held_tokens"] == 96
     assert (await world.post("lookup", prompt=PROMPT, cache_salt="other"))["held_tokens"] == 0
     assert (await world.post("lookup", prompt=PROMPT))["held_tokens"] == HELD
+
+
+async def test_a_long_prompt_is_looked_up_some_blocks_at_a_time(world, monkeypatch):
+    await world.write(PROMPT[:80])
+    whole = await world.post("lookup", prompt=PROMPT)
+    for size in (1, 2, 4, 5):
+        monkeypatch.setattr(cluster.caches, "_NAMES_LOOKED_UP", size)
+        assert await world.post("lookup", prompt=PROMPT) == whole
+    assert [(run["begin"], run["end"]) for run in whole["runs"]] == [(0, HELD), (HELD, 80)]
 
 
 async def test_a_prompt_without_a_full_block_lies_nowhere(world):
