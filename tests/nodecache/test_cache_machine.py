@@ -18,7 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvcache.leases import AskerLost, LeaseBook, TimePassed
 from kvcache.names import split_names
-from messages.cache import CheckBlocks, ClearBlocks
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockLocation,
@@ -33,7 +32,6 @@ from messages.handoff import (
 from nodecache.arena import Arena
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheLimits, Hinted, NodeCache, Said, Tell
 from nodecache.loopback import LoopbackStore
-from nodecache.management import Answer, Asked, BlocksVerified, Management, VerifyBlocks
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks, Reading
 from nodecache.store import StoredBlock, StoreError
@@ -91,8 +89,6 @@ class CacheMachine(RuleBasedStateMachine):
             lease_s=LEASE_S, quarantine_s=QUARANTINE_S, batch_bytes=2 * BLOCK_BYTES, max_reads=2, read_deadline_s=3.0
         )
         self.cache = NodeCache(self.pool, self.stores, limits)
-        self.management = Management(self.cache)
-        self.verifying: list[VerifyBlocks] = []
         self.pending: list[ReadBlocks | WriteBlocks] = []
         self.grants: dict[tuple[bytes, str], RoomGranted] = {}
         self.slow: list[BlockLocation] = []  # granted long ago, to writers that still look before they write
@@ -135,9 +131,6 @@ class CacheMachine(RuleBasedStateMachine):
                     self.take_offer(asker, handoff)
                 case _:
                     self.pending.append(instruction)
-        self.take_events()
-
-    def take_events(self) -> None:
         for tier, stored, removed in self.cache.take_events():
             new, gone = set(split_names(stored)), set(split_names(removed))
             assert not new & gone
@@ -269,29 +262,6 @@ class CacheMachine(RuleBasedStateMachine):
     def hint(self, chain: str, priority: int, seconds: float) -> None:
         names = b"".join(name_of(index, chain) for index in range(MAX_LENGTH))
         self.post(Hinted(names, priority, self.now_s + seconds))
-
-    @rule(tier=st.sampled_from(["host", "disk", "remote"]), chain=st.none() | chains, cursor=st.integers(0, MAX_LENGTH))
-    def clear(self, tier: str, chain: str | None, cursor: int) -> None:
-        names = None if chain is None else b"".join(name_of(index, chain) for index in range(MAX_LENGTH))
-        question = ClearBlocks(query_id="q", tier=tier, names=names, is_dry_run=False, cursor=cursor)
-        self.management.on_event(Asked(b"m", question), self.now_s)
-        self.take_events()
-
-    @rule(cursor=st.integers(0, MAX_LENGTH))
-    def begin_to_verify(self, cursor: int) -> None:
-        question = CheckBlocks(query_id="q", tier="host", cursor=cursor)
-        self.verifying += self.management.on_event(Asked(b"m", question), self.now_s)
-
-    @rule()
-    def verify(self) -> None:
-        """Whatever happened meanwhile: no block is taken for damaged that is not."""
-        if self.verifying:
-            work = self.verifying.pop(0)
-            views = map(self.pool.arena.block, work.block_ids.tolist())
-            whole = [checksum(view) == wanted for view, wanted in zip(views, work.checksums.tolist(), strict=True)]
-            [answer] = self.management.on_event(BlocksVerified(work, whole), self.now_s)
-            assert isinstance(answer, Answer)
-            assert answer.message.num_damaged == 0
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
     def wait(self, seconds: float) -> None:

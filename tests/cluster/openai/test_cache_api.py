@@ -355,7 +355,7 @@ NONSENSE = [
     ("lookup", {"prompt": [5] * 1_000_000}, "prompt", "got 1000000 tokens, want at most 500"),
     ("lookup", {"prompt": "x" * 1_000_000}, "prompt", "at most 500"),
     ("lookup", {"prompt": [264]}, "prompt[0]", "264"),
-    ("lookup", {"promt": "a", "prompt": "a"}, None, "promt"),
+    ("lookup", {"prompts": "a", "prompt": "a"}, None, "prompts"),
     ("lookup", {"prompt": "a", "model": "other"}, "model", "tiny"),
     ("clear", {}, "everything", "want a prompt, messages, a cache_salt, or everything: true"),
     ("clear", {"dry_run": False, "tiers": ["host"]}, "everything", "want a prompt"),
