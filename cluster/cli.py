@@ -1,14 +1,11 @@
-"""The command line: kvray serve, demo, status, config, version."""
+"""The command line: kvray serve, demo, status, cache, config, version."""
 
 from __future__ import annotations
 
 import functools
-import http.client
 import json
 import logging
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -20,6 +17,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from cluster.cache_cli import cache_app
+from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
 from cluster.config import KvrayConfig, load_config, num_ingresses
 from cluster.credentials import api_keys
 from cluster.logs import configure_logging
@@ -30,6 +29,7 @@ logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ und
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -37,10 +37,6 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _STATUS_TIMEOUT_S = 10.0
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
-_ApiKeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", help="API keys, one a line; default: KVRAY_API_KEY, if that is set.")
-]
-_Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
 
 
 def main() -> None:
@@ -64,7 +60,7 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Tokens, prompt and output.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option("--served-model-name")] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
-    api_key_file: _ApiKeyFile = None,
+    api_key_file: ApiKeyFile = None,
     block_size: Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")] = None,
     kv_cache_memory: Annotated[
         str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
@@ -134,15 +130,13 @@ def demo(
 
 @app.command()
 def status(
-    url: _Url = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
-    api_key_file: _ApiKeyFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is running where."""
-    if api_key is None:
-        api_key = next(iter(api_keys(None if api_key_file is None else str(api_key_file))), None)
-    document = _fetch_status(url.rstrip("/"), api_key)
+    document = _fetch_status(url.rstrip("/"), key_of(api_key, api_key_file))
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
     else:
@@ -178,19 +172,8 @@ def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
     Raises:
         ConfigError: nobody answers there, or something that is no kvray.
     """
-    try:
-        request = urllib.request.Request(f"{url}/status")
-        if api_key is not None:
-            request.add_header("Authorization", f"Bearer {api_key}")
-        with urllib.request.urlopen(request, timeout=_STATUS_TIMEOUT_S) as response:
-            document = json.load(response)
-    except urllib.error.HTTPError as error:
-        hint = ": wanted the right API key (--api-key-file, KVRAY_API_KEY)" if error.code in (401, 403) else ""
-        raise ConfigError(f"no status from {url}: it answers HTTP {error.code}{hint}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        text = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
-        raise ConfigError(f"no status from {url}: {text}; where does kvray serve? (--url)") from None
+    with asked(url, "/status", api_key, "status", _STATUS_TIMEOUT_S) as response:
+        document = json.load(response)
     if not isinstance(document, dict) or not {"workers", "routers", "is_routing_by_cache"} <= document.keys():
         raise ConfigError(f"no status from {url}: what answers there is not kvray; where does it serve? (--url)")
     return document

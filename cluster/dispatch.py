@@ -15,8 +15,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
+import msgspec
 from prometheus_client.core import Metric
 
 from cluster.fleet_metrics import families
@@ -39,7 +40,8 @@ from cluster.request_events import (
     WorkerLost,
 )
 from cluster.request_table import RequestLimits, RequestTable
-from messages.errors import WorkerError
+from messages.cache import BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
+from messages.errors import CapacityError, WorkerError
 from messages.fleet import GetStats, Stats, WorkerInfo
 from messages.request import GenerateRequest
 from messages.route import Placement, RouteFailed
@@ -68,12 +70,15 @@ class DispatchOptions:
     max_ttft_s: float  #: predicted; new requests beyond it are refused
 
 
+_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer
+
+
 @dataclass(slots=True)
 class _Connection:
     """The channel to a worker or to the router, and who waits for its answers."""
 
     client: ChannelClient
-    stats: dict[str, asyncio.Future[Stats]] = field(default_factory=dict)  #: by query id
+    answers: dict[str, asyncio.Future[_Answer]] = field(default_factory=dict)  #: that are waited for, by query id
 
 
 class Dispatcher:
@@ -210,8 +215,8 @@ class Dispatcher:
                 self._decide(message)
             case RouteFailed():
                 self._decide(message)
-            case Stats():
-                _take_stats(self._router, message)
+            case Stats() | BlocksKnown():
+                _take_answer(self._router, message)
             case _:
                 logger.warning("unexpected %s from the router", type(message).__name__)
 
@@ -237,8 +242,8 @@ class Dispatcher:
         match message:
             case TokenBatch(chunks=chunks):
                 self._decide(ChunksArrived(worker_id, chunks))
-            case Stats():
-                _take_stats(self._workers.get(worker_id), message)
+            case Stats() | BlocksListed() | PieceDone():
+                _take_answer(self._workers.get(worker_id), message)
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, worker_id)
 
@@ -298,28 +303,62 @@ class Dispatcher:
             stats = Stats(query_id="", worker_id=self._options.ingress_id, role="ingress", values=values)
             self._router.client.send(stats)
 
+    async def where(self, names: bytes) -> BlocksKnown:
+        """Ask the router who holds the blocks of a prompt, by their concatenated names.
+
+        Raises:
+            CapacityError: there is no router now.
+            WorkerError: it was lost, or does not answer in time.
+        """
+        if self._router is None:
+            raise CapacityError("no router answers: nobody knows what lies where", status=503, retry_after_s=1.0)
+        query = WhereBlocks(query_id=self._query_id(), names=names)
+        answer = await self._answer(self._router, query, _STATS_TIMEOUT_S)
+        assert isinstance(answer, BlocksKnown)
+        return answer
+
+    async def ask_cache(self, cache: WorkerInfo, question: CacheQuestion, timeout_s: float) -> CacheAnswer:
+        """Ask a node cache; the question's id may be any, it gets another one.
+
+        Raises:
+            WorkerError: it was lost, or does not answer in time.
+        """
+        asked = msgspec.structs.replace(question, query_id=self._query_id())
+        answer = await self._answer(self._worker(cache.worker_id, cache.address), asked, timeout_s)
+        assert isinstance(answer, BlocksListed | PieceDone)
+        return answer
+
     async def _ask_stats(self, connection: _Connection) -> Stats:
-        query_id = f"{os.getpid()}-{next(self._query_ids)}"
-        future: asyncio.Future[Stats] = self._loop.create_future()
-        connection.stats[query_id] = future
-        connection.client.send(GetStats(query_id=query_id))
+        answer = await self._answer(connection, GetStats(query_id=self._query_id()), _STATS_TIMEOUT_S)
+        assert isinstance(answer, Stats)
+        return answer
+
+    def _query_id(self) -> str:
+        return f"{os.getpid()}-{next(self._query_ids)}"
+
+    async def _answer(
+        self, connection: _Connection, question: GetStats | WhereBlocks | CacheQuestion, timeout_s: float
+    ) -> _Answer:
+        future: asyncio.Future[_Answer] = self._loop.create_future()
+        connection.answers[question.query_id] = future
+        connection.client.send(question)
         try:
-            async with asyncio.timeout(_STATS_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
-            raise WorkerError(f"no answer within {_STATS_TIMEOUT_S:g} s") from None
+            raise WorkerError(f"no answer within {timeout_s:g} s") from None
         finally:
-            connection.stats.pop(query_id, None)
+            connection.answers.pop(question.query_id, None)
 
 
-def _take_stats(connection: _Connection | None, stats: Stats) -> None:
-    future = None if connection is None else connection.stats.get(stats.query_id)
+def _take_answer(connection: _Connection | None, answer: _Answer) -> None:
+    future = None if connection is None else connection.answers.get(answer.query_id)
     if future is not None and not future.done():
-        future.set_result(stats)
+        future.set_result(answer)
 
 
 def _hang_up(connection: _Connection) -> None:
-    for future in connection.stats.values():
+    for future in connection.answers.values():
         if not future.done():
             future.set_exception(WorkerError("the channel was lost"))
     connection.client.close()

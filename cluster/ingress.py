@@ -15,6 +15,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.cache_api import add_cache
+from cluster.caches import Caches
 from cluster.config import KvrayConfig
 from cluster.connections import http_server
 from cluster.credentials import api_keys, cluster_secret
@@ -112,6 +114,7 @@ class Ingress:
             ),
             tool_parser=self._config.model.tool_parser,
             metrics=self._metrics,
+            extend=lambda app, surface: add_cache(app, surface, Caches(self._dispatcher)),
         )
 
         @app.get("/status", summary="What is running where, for `kvray status`")

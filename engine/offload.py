@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ import numpy as np
 from engine.memory.checksums import BlockChecksums
 from engine.peers import Peers
 from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks, OffloadBlocks
+from kvcache.names import tenant_of
 from messages.handoff import BlockLocation, BlocksWritten, RoomGranted, RoomRequest
 from transport.memory import SharedView
 from transport.protocol import RegionError
@@ -90,14 +90,13 @@ class Offloader:
         self._chain = chain
         self._num_asked += 1
         self._asked = f"{_NAME} {self._num_asked}"
-        tenant = int.from_bytes(blake2b(chain.salt, digest_size=8).digest(), "little") if chain.salt else 0
         self._peers.send(
             self._address,
             RoomRequest(
                 request_id=self._asked,
                 names=b"".join(chain.names),
                 indexes=list(range(len(chain.names))),
-                tenant=tenant,
+                tenant=tenant_of(chain.salt),
             ),
         )
 

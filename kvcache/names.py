@@ -49,6 +49,11 @@ def split_names(names: bytes) -> list[bytes]:
     return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
 
 
+def tenant_of(salt: bytes) -> int:
+    """Return by what number blocks say whose they are, 64 bits: of whoever salts names so; 0: nobody in particular."""
+    return int.from_bytes(blake2b(salt, digest_size=8).digest(), "little") if salt else 0
+
+
 def block_names(fingerprint: bytes, salt: bytes, token_bytes: bytes, block_size: int, *, adapter: bytes = b"") -> bytes:
     """Name the full blocks of a sequence: 16 bytes each, concatenated. Tokens after the last full block are ignored.
 

@@ -18,6 +18,7 @@ from kvrouter.fit import blocks_wanted, can_ever_hold, can_hand_over
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
 from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, Reserved, WorkerState, check_ttft
+from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
@@ -157,6 +158,14 @@ class Router:
         decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
         prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
+
+    def where(self, query: WhereBlocks) -> BlocksKnown:
+        """Tell who holds the blocks of a prompt."""
+        runs = (
+            KnownRun(begin, end, tuple(BlockHolder(*holder) for holder in holders))
+            for begin, end, holders in self._index.runs(query.names)
+        )
+        return BlocksKnown(query_id=query.query_id, runs=tuple(runs))
 
     def has(self, request_id: str) -> bool:
         """Tell whether a request was placed and has neither ended nor been forgotten."""

@@ -21,6 +21,7 @@ from kvrouter.router import (
     WorkerJoined,
     WorkerLost,
 )
+from messages.cache import WhereBlocks
 from messages.fleet import (
     GetStats,
     KvEvents,
@@ -188,6 +189,8 @@ class RouterWorker:
                     ),
                 )
                 self._server.send(peer, stats)
+            case WhereBlocks():
+                self._server.send(peer, self.router.where(message))
             case Stats():
                 self._ingresses[peer] = message
             case _:

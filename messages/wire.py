@@ -6,6 +6,16 @@ from typing import TypeAlias
 
 import msgspec
 
+from messages.cache import (
+    BlocksKnown,
+    BlocksListed,
+    CheckBlocks,
+    ClearBlocks,
+    KeepBlocks,
+    ListBlocks,
+    PieceDone,
+    WhereBlocks,
+)
 from messages.fleet import (
     GetStats,
     KvEvents,
@@ -75,6 +85,14 @@ Message: TypeAlias = (
     | LoadReport
     | GetStats
     | Stats
+    | WhereBlocks
+    | BlocksKnown
+    | ListBlocks
+    | BlocksListed
+    | ClearBlocks
+    | KeepBlocks
+    | CheckBlocks
+    | PieceDone
 )
 
 _encoder = msgspec.msgpack.Encoder()

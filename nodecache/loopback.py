@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
-from nodecache.store import BlockStore, StoredBlock, StoreError
+from nodecache.store import BlockStore, StoredBlock, StoreError, StorePage
 
 
 class LoopbackStore(BlockStore):
@@ -20,11 +21,13 @@ class LoopbackStore(BlockStore):
         self._max_blocks = max_blocks
         self._checksum = checksum
         self._blocks: OrderedDict[bytes, tuple[StoredBlock, bytes]] = OrderedDict()
+        self._places: dict[bytes, int] = {}  # which of all that were written it is
+        self._numbers = count()
         self._lock = threading.Lock()
         self.error: StoreError | None = None
         self.answers = threading.Event()
         self.answers.set()
-        self.num_reads = self.num_writes = 0
+        self.num_reads = self.num_writes = self.num_syncs = 0
 
     def find(self, name: bytes) -> StoredBlock | None:
         """Return what is kept of a block; None where it is not there."""
@@ -36,6 +39,19 @@ class LoopbackStore(BlockStore):
         """Return the names of all blocks."""
         with self._lock:
             return list(self._blocks)
+
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """Return some blocks, in the order in which they came."""
+        with self._lock:
+            places = {name: self._places[name] for name in self._blocks}
+            names = sorted((name for name in places if places[name] >= cursor), key=lambda name: places[name])
+            shown = names[:max_blocks]
+            return StorePage(
+                [self._blocks[name][0] for name in shown],
+                [places[name] for name in shown],
+                len(self._blocks),
+                places[names[max_blocks]] if len(names) > max_blocks else None,
+            )
 
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
         """Copy blocks out, and verify them; a damaged one is dropped."""
@@ -60,6 +76,7 @@ class LoopbackStore(BlockStore):
         with self._lock:
             for block, source in zip(blocks, sources, strict=True):
                 self._blocks[block.name] = (block, bytes(source))
+                self._places[block.name] = next(self._numbers)
             num_over = max(0, len(self._blocks) - self._max_blocks)
             return [self._blocks.popitem(last=False)[0] for _ in range(num_over)]
 
@@ -68,6 +85,11 @@ class LoopbackStore(BlockStore):
         with self._lock:
             for name in names:
                 self._blocks.pop(name, None)
+
+    def sync(self, deadline_s: float) -> None:
+        """Do nothing: nothing outlives the process."""
+        self._meet_fault(deadline_s)
+        self.num_syncs += 1
 
     def stats(self) -> dict[str, float]:
         """Return how many blocks there are."""

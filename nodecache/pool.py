@@ -50,7 +50,7 @@ class HostPool:
         self.arena = arena
         self.worth = worth
         self.ghosts = Ghosts(count)
-        self.num_taken = self.num_evicted = self.num_committed = self.num_duplicates = 0
+        self.num_taken = self.num_evicted = self.num_dropped = self.num_committed = self.num_duplicates = 0
         self._records: npt.NDArray[Any] = arena.records
         self._levels = Levels(count)
         self._num_pins = np.zeros(count, np.int32)
@@ -104,7 +104,7 @@ class HostPool:
     @property
     def num_held(self) -> int:
         """Blocks that have a name."""
-        return self.num_adopted + self.num_committed - self.num_evicted
+        return self.num_adopted + self.num_committed - self.num_evicted - self.num_dropped
 
     @property
     def num_bookkeeping_bytes(self) -> int:
@@ -149,6 +149,11 @@ class HostPool:
         """Return copies of the records of blocks, `[n]` RECORD."""
         copies: npt.NDArray[Any] = self._records[block_ids]
         return copies
+
+    def num_pins(self, block_ids: BlockIds) -> npt.NDArray[np.int32]:
+        """Return how often each of these blocks is pinned."""
+        pins: npt.NDArray[np.int32] = self._num_pins[block_ids]
+        return pins
 
     def in_order(self) -> Iterator[int]:
         """Yield the blocks that may be evicted, those that go first first. Nothing may change meanwhile."""
@@ -258,6 +263,17 @@ class HostPool:
         self._num_pins[block_ids] = 0
         self._quarantined.update(dict.fromkeys(block_ids.tolist(), until_s))
 
+    def drop(self, block_ids: BlockIds) -> BlockIds:
+        """Forget committed blocks that nobody uses, whatever hints say; return those that it did forget."""
+        dropped: BlockIds = block_ids[self._num_pins[block_ids] == 0]
+        for block_id in dropped.tolist():
+            self._levels.remove(block_id)
+        self._unname(dropped)
+        self.num_dropped += len(dropped)
+        self.arena.renew(dropped)
+        self._push_empty(dropped)
+        return dropped
+
     def release_quarantined(self, now_s: float) -> int:
         """Free the quarantined blocks whose time is over; return how many."""
         ended = [block_id for block_id, until_s in self._quarantined.items() if until_s <= now_s]
@@ -355,14 +371,18 @@ class HostPool:
             evicted.append(lowest[0])
         self._place(as_ids(kept))
         block_ids = as_ids(evicted)
-        buckets = self._bucket_of(self._records["name"][block_ids])
-        for block_id, bucket, name in zip(evicted, buckets.tolist(), self.names(block_ids), strict=True):
-            self._unlink(block_id, bucket)
-            if self._stored.pop(name, _ABSENT) is _ABSENT:
-                self._removed[name] = None
+        self._unname(block_ids)
         self.ghosts.add(self._records["name"][block_ids])
         self.num_evicted += len(evicted)
         return block_ids
+
+    def _unname(self, block_ids: BlockIds) -> None:
+        """Let blocks not be found any more."""
+        buckets = self._bucket_of(self._records["name"][block_ids])
+        for block_id, bucket, name in zip(block_ids.tolist(), buckets.tolist(), self.names(block_ids), strict=True):
+            self._unlink(block_id, bucket)
+            if self._stored.pop(name, _ABSENT) is _ABSENT:
+                self._removed[name] = None
 
     def _push_empty(self, block_ids: BlockIds) -> None:
         self.arena.free(block_ids)

@@ -26,6 +26,7 @@ import msgspec
 from kvcache.leases import AskerLost, TimePassed
 from kvcache.region import GENERATION_BYTES
 from kvcache.subscribers import Subscribers
+from messages.cache import CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks
 from messages.errors import ErrorInfo, KvrayError
 from messages.fleet import GetStats, LoadReport, Stats, Subscribe, WorkerInfo
 from messages.handoff import (
@@ -45,6 +46,19 @@ from nodecache.arena import RECORD, Arena, ArenaLayout
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheInstruction, CacheLimits, NodeCache, Said, Tell
 from nodecache.disk.layout import Model
 from nodecache.disk.store import DiskStore
+from nodecache.management import (
+    Answer,
+    Asked,
+    BlocksVerified,
+    Management,
+    ManagementEvent,
+    ManagementInstruction,
+    StoredVerified,
+    StoreSynced,
+    SyncStore,
+    VerifyBlocks,
+    VerifyStored,
+)
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks
 from nodecache.store import BlockStore, StoreError
@@ -150,6 +164,7 @@ class CacheProcess:
         worth = Worth(options.block_size, options.compute)
         pool = HostPool(arena, worth, time.monotonic(), options.limits.quarantine_s)
         self.cache = NodeCache(pool, stores, options.limits)
+        self.management = Management(self.cache)
         self._scratch = Memory.allocate(PAGE_BYTES)  # nothing is pulled by this process
         vaults = NoVaults(options.ray_node_id) if options.ray_node_id else None
         opened = open_roads(options.roads, secret, options.host, vaults, lambda: None)
@@ -161,6 +176,7 @@ class CacheProcess:
             )
             for tier in stores
         }
+        self._management_thread = ThreadPoolExecutor(1, thread_name_prefix="management")
         self._server = ChannelServer(
             secret, options.host, on_message=self._on_message, on_peer_lost=self._on_lost, config=options.channel
         )
@@ -204,6 +220,7 @@ class CacheProcess:
         for reads, writes in self._threads.values():
             reads.shutdown(wait=False, cancel_futures=True)
             writes.shutdown(wait=False, cancel_futures=True)
+        self._management_thread.shutdown(wait=False, cancel_futures=True)
         for store in self._stores.values():
             store.close()
         self._scratch.close()
@@ -215,13 +232,15 @@ class CacheProcess:
         match message:
             case RoomRequest() | BlocksWritten() | BlocksRequest() | RenewLease() | ReleaseLease():
                 self._post(Said(sender, message))
+            case ListBlocks() | ClearBlocks() | KeepBlocks() | CheckBlocks():
+                self._manage(Asked(sender, message))
             case Subscribe():
                 self._tell_changes()
                 self._subscribers.add(sender, self.cache.snapshot())
                 self._server.send(sender, self._report())
+                self._server.send(sender, self._told_stats(""))
             case GetStats(query_id=query_id):
-                stats = Stats(query_id=query_id, worker_id=self.worker_id, role="cache", values=self.stats())
-                self._server.send(sender, stats)
+                self._server.send(sender, self._told_stats(query_id))
             case DescribeRegions():
                 self._links.open(sender)
                 described = RegionsDescribed(
@@ -246,14 +265,21 @@ class CacheProcess:
             self._carry_out(instruction)
         self._tell_changes()
 
-    def _carry_out(self, instruction: CacheInstruction) -> None:
+    def _manage(self, event: ManagementEvent) -> None:
+        for instruction in self.management.on_event(event, time.monotonic()):
+            self._carry_out(instruction)
+        self._tell_changes()
+
+    def _carry_out(self, instruction: CacheInstruction | ManagementInstruction) -> None:
         match instruction:
-            case Tell(asker, message):
+            case Tell(asker, message) | Answer(asker, message):
                 self._server.send(asker, message)
             case ReadBlocks():
                 self._spawn(self._read(instruction), _MOVING)
             case WriteBlocks():
                 self._spawn(self._write(instruction), _MOVING)
+            case VerifyBlocks() | VerifyStored() | SyncStore():
+                self._spawn(self._look_after(instruction), _MOVING)
             case _ as unreachable:
                 assert_never(unreachable)
 
@@ -273,6 +299,38 @@ class CacheProcess:
         dropped = await _outcome_of(threads, call, write.tier)
         self._post(BlocksKept(write.write_id, None if dropped is None else tuple(dropped)))
 
+    async def _look_after(self, work: VerifyBlocks | VerifyStored | SyncStore) -> None:
+        """Do what managing takes time for, one thing after the other."""
+        loop, thread = asyncio.get_running_loop(), self._management_thread
+        match work:
+            case VerifyBlocks():
+                self._manage(BlocksVerified(work, await loop.run_in_executor(thread, self._verify, work)))
+            case VerifyStored():
+                self._manage(StoredVerified(work, await loop.run_in_executor(thread, self._read_again, work)))
+            case SyncStore():
+                self._manage(StoreSynced(work, await loop.run_in_executor(thread, self._sync, work)))
+
+    def _verify(self, work: VerifyBlocks) -> list[bool]:
+        block = self.cache.pool.arena.block
+        pairs = zip(work.block_ids.tolist(), work.checksums.tolist(), strict=True)
+        return [checksum(block(block_id)) == wanted for block_id, wanted in pairs]
+
+    def _read_again(self, work: VerifyStored) -> list[bool] | StoreError:
+        size = self._options.layout.block_bytes
+        scratch = memoryview(bytearray(size * len(work.blocks)))
+        targets = [scratch[begin : begin + size] for begin in range(0, len(scratch), size)]
+        try:
+            return self._stores[work.tier].read([block.name for block in work.blocks], targets, work.deadline_s)
+        except StoreError as error:
+            return error
+
+    def _sync(self, work: SyncStore) -> StoreError | None:
+        try:
+            self._stores[work.tier].sync(work.deadline_s)
+        except StoreError as error:
+            return error
+        return None
+
     # --------------------------------------------------------------------------------------- what others are told
 
     def _tell_changes(self) -> None:
@@ -288,7 +346,7 @@ class CacheProcess:
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_S)
-            stats = Stats(query_id="", worker_id=self.worker_id, role="cache", values=self.stats())
+            stats = self._told_stats("")
             for subscriber in self._subscribers:
                 self._server.send(subscriber, self._report())
                 self._server.send(subscriber, stats)
@@ -303,9 +361,12 @@ class CacheProcess:
             decode_step_s=0.0,
         )
 
+    def _told_stats(self, query_id: str) -> Stats:
+        return Stats(query_id=query_id, worker_id=self.worker_id, role="cache", values=self.stats())
+
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges by metric name."""
-        values = self.cache.stats() | self._roads.stats()
+        values = self.cache.stats() | self.management.stats() | self._roads.stats()
         for store in self._stores.values():
             values |= store.stats()
         values["kvray_block_size_tokens"] = float(self._options.block_size)

@@ -22,6 +22,15 @@ class StoredBlock(NamedTuple):
     checksum: int  #: of the plain bytes, 64 bits (transport.checksum)
 
 
+class StorePage(NamedTuple):
+    """Some of the blocks that a store holds."""
+
+    blocks: Sequence[StoredBlock]
+    places: Sequence[int]  #: of each, where it lies: a number that means something to the store, below 2^64
+    num_held: int  #: blocks of the whole store
+    next_cursor: int | None  #: where to go on; None: there is no more
+
+
 class BlockStore(Protocol):
     """A tier below host memory. Any thread may call; every call that does IO ends by its deadline at the latest.
 
@@ -34,6 +43,14 @@ class BlockStore(Protocol):
 
     def names(self) -> Iterable[bytes]:
         """Return the names of all blocks that it holds, for a snapshot. Does no IO."""
+        ...
+
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """Return at most so many blocks, beginning at `cursor`: 0, or the one that the page before told. Does no IO.
+
+        A block that is moved or written meanwhile may be missed or come twice; none that lay there all the time is
+        missed, also where others are removed between two pages.
+        """
         ...
 
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
@@ -59,6 +76,14 @@ class BlockStore(Protocol):
 
     def remove(self, names: Sequence[bytes]) -> None:
         """Forget blocks; unknown names are ignored. Their room comes back by and by."""
+        ...
+
+    def sync(self, deadline_s: float) -> None:
+        """Return when all that was written and removed before is so for good.
+
+        Raises:
+            StoreError: the store failed, or did not answer in time.
+        """
         ...
 
     def stats(self) -> dict[str, float]:

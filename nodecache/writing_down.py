@@ -105,7 +105,8 @@ class WritingDown:
             return
         entry.on_worked()
         entry.is_full = bool(dropped)
-        entry.on_changed(write.names, dropped)
+        kept = [name for name in write.names if entry.store.find(name) is not None]  # others may remove some
+        entry.on_changed(kept, dropped)
         self.num_written[write.tier] += len(write.names)
 
     def give_up(self, now_s: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -46,6 +46,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     tool_parser: ToolFormat | None = None,
     metrics: HttpMetrics | None = None,
+    extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
 ) -> FastAPI:
     """Create the application. Nothing runs before the first request; everything happens on one event loop.
 
@@ -58,6 +59,7 @@ def create_app(
         api_keys: where there are any, every path but /health, /ready and /version wants one of them.
         tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
         metrics: where to count; None: in ones of its own.
+        extend: adds more endpoints.
     """
     kind = tool_parser or tool_format(tokenizer)
     marks = MARKS[kind] if kind else ()
@@ -79,6 +81,7 @@ def create_app(
     _add_models(app, surface)
     _add_tokens(app, surface)
     _add_operations(app, surface, version)
+    extend(app, surface)
     _add_error_handlers(app)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
     app.add_middleware(Edge, api_keys=tuple(api_keys), metrics=surface.metrics, paths=paths)

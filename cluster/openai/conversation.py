@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.openai.cache_protocol import PromptFields
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ChatMessage, ChatRequest, ContentPart, PastToolCall, TokenizeRequest, Tool
 from cluster.openai.tool_calls import ToolFormat, format_of_text
@@ -88,7 +89,7 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 def rendered(
     tokenizer: Tokenizer,
     messages: Sequence[ChatMessage],
-    fields: ChatRequest | TokenizeRequest,
+    fields: ChatRequest | TokenizeRequest | PromptFields,
     tools: list[dict[str, Any]] | None,
 ) -> str:
     """Render `messages` by the chat template, the assistant's turn begun unless `fields` say otherwise.

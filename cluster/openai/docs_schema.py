@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from cluster.openai import protocol, replies
+from cluster.openai import cache_protocol, protocol, replies
 from cluster.openai.errors import ErrorReply
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
@@ -25,6 +25,15 @@ _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
     replies.TokenizeReply,
     replies.DetokenizeReply,
     replies.VersionReply,
+    cache_protocol.LookupRequest,
+    cache_protocol.LookupReply,
+    cache_protocol.ClearRequest,
+    cache_protocol.PinRequest,
+    cache_protocol.UnpinRequest,
+    cache_protocol.CheckRequest,
+    cache_protocol.CheckProgress,
+    cache_protocol.WorkReply,
+    cache_protocol.CacheStatsReply,
     ErrorReply,
 )
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from messages.errors import InvariantError
 from nodecache.disk.files import Files
 from nodecache.disk.segment import Segment
-from nodecache.store import StoredBlock
+from nodecache.store import StoredBlock, StorePage
 
 # A place is one int below 2^60, as is a key: such take 32 bytes of memory each.
 _ROW_BITS = 24
@@ -69,6 +69,22 @@ class DiskIndex:
         """Return the names of all blocks."""
         with self._lock:
             return [segment.name(row) for segment in self._segments.values() for row in segment.live_rows()]
+
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """Return the blocks from a place on, in the order of their places, at most so many, and where to go on."""
+        blocks: list[StoredBlock] = []
+        places: list[int] = []
+        with self._lock:
+            for segment_id in sorted(self._segments):
+                segment, first = self._segments[segment_id], segment_id << _ROW_BITS
+                skipped = min(max(0, cursor - first), segment.geometry.num_rows)
+                rows = (np.flatnonzero(segment.is_live[skipped:]) + skipped).tolist()
+                num_wanted = max_blocks - len(blocks)
+                blocks += map(segment.block, rows[:num_wanted])
+                places += [first | row for row in rows[:num_wanted]]
+                if len(rows) > num_wanted:
+                    return StorePage(blocks, places, len(self._places), first | rows[num_wanted])
+            return StorePage(blocks, places, len(self._places), None)
 
     def segments(self) -> list[Segment]:
         """Return all segments, oldest first."""

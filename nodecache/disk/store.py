@@ -35,7 +35,7 @@ from nodecache.disk.reader import Reader
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call, IoThreads
 from nodecache.disk.writer import Writer
-from nodecache.store import StoredBlock, StoreError
+from nodecache.store import StoredBlock, StoreError, StorePage
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,10 @@ class DiskStore:
         """As `BlockStore.names`."""
         return self._index.names()
 
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """As `BlockStore.page`. A place is the segment's number times 2^24, and the row."""
+        return self._index.page(cursor, max_blocks)
+
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
         """As `BlockStore.read`. A target holds nothing of a block that did not come whole.
 
@@ -136,11 +140,7 @@ class DiskStore:
             self._writer.forget(name)
 
     def sync(self, deadline_s: float) -> None:
-        """Return when all that was written and removed before is on disk.
-
-        Raises:
-            StoreError: the disk failed, or did not answer in time.
-        """
+        """As `BlockStore.sync`: it is on disk."""
         call = Call()
         self._wait(call, self._writing.submit(self._writer.sync), deadline_s)
 

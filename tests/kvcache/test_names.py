@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache.names import NAME_BYTES, BlockNamer, block_names, pack_tokens, split_names, unpack_tokens
+from kvcache.names import NAME_BYTES, BlockNamer, block_names, pack_tokens, split_names, tenant_of, unpack_tokens
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=70)
 
@@ -87,3 +87,9 @@ def _timed_s(tokens: bytes) -> float:
     begin_s = time.perf_counter()
     block_names(b"model", b"", tokens, 16)
     return time.perf_counter() - begin_s
+
+
+def test_a_tenant_is_a_number_by_salt_and_nobody_is_none() -> None:
+    assert tenant_of(b"") == 0
+    assert 0 < tenant_of(b"one") < 2**64
+    assert tenant_of(b"one") != tenant_of(b"other")

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvrouter.policy import Assumptions
 from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TellWorker, TimePassed, WorkerJoined, WorkerLost
+from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
@@ -127,6 +128,20 @@ def test_conversation_comes_back_to_the_worker_that_decoded_it():
     placement = fleet.route(chain=7, num_blocks=61)
     assert (placement.decode_worker, placement.prefill_worker) == ("d2", None)
     assert placement.decode_match_tokens == 960
+
+
+def test_who_asks_where_a_prompt_lies_hears_of_every_tier():
+    router = Router()
+    router.on_event(WorkerJoined(info("d0")), 0.0)
+    router.on_event(WorkerJoined(info("c0", "cache")), 0.0)
+    router.on_event(KvEvents(worker_id="d0", seq=0, cleared=True, stored=names(1, 4)), 0.0)
+    router.on_event(KvEvents(worker_id="c0", seq=0, tier="host", cleared=True, stored=names(1, 6)), 0.0)
+    router.on_event(KvEvents(worker_id="c0", seq=1, tier="disk", stored=names(1, 4)), 0.0)
+    known = router.where(WhereBlocks(query_id="q", names=names(1, 10)))
+    here = (BlockHolder("d0", "device"), BlockHolder("c0", "host"), BlockHolder("c0", "disk"))
+    assert known == BlocksKnown(query_id="q", runs=(KnownRun(0, 4, here), KnownRun(4, 6, here[1:2])))
+    assert router.where(WhereBlocks(query_id="q", names=names(2, 10))).runs == ()
+    assert router.where(WhereBlocks(query_id="q", names=b"")).runs == ()
 
 
 def test_removed_blocks_attract_no_more():

@@ -74,17 +74,17 @@ class CacheClient:
         self.arena = open_region(region, is_writable=True)
         self._generations = np.frombuffer(self.arena.view, np.uint64, described.num_blocks)
 
-    async def room(self, names: Sequence[bytes], first_index: int = 0) -> RoomGranted:
+    async def room(self, names: Sequence[bytes], first_index: int = 0, tenant: int = 0) -> RoomGranted:
         request_id = f"room {next(_ids)}"
         indexes = list(range(first_index, first_index + len(names)))
-        self.client.send(RoomRequest(request_id=request_id, names=b"".join(names), indexes=indexes))
+        self.client.send(RoomRequest(request_id=request_id, names=b"".join(names), indexes=indexes, tenant=tenant))
         granted = await self._answer(request_id)
         assert isinstance(granted, RoomGranted)
         return granted
 
-    async def write(self, names: Sequence[bytes], first_index: int = 0) -> list[bytes]:
+    async def write(self, names: Sequence[bytes], first_index: int = 0, tenant: int = 0) -> list[bytes]:
         """Write blocks into the arena; return the names of those that the node cache has for sure taken in."""
-        granted = await self.room(names, first_index)
+        granted = await self.room(names, first_index, tenant)
         written: list[BlockLocation] = []
         for location in granted.blocks:
             self.on_step()

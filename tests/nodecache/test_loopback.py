@@ -54,3 +54,14 @@ def test_one_that_fails_or_does_not_answer_raises(store):
     with pytest.raises(StoreError, match=r"no answer within 0\.01 s"):
         store.read([], [], 0.01)
     assert list(store.names()) == []
+
+
+def test_pages_show_what_is_there_in_the_order_in_which_it_came(store):
+    names = names_of(range(4))
+    write(store, names)
+    first = store.page(0, 3)
+    assert [block.name for block in first.blocks] == names[:3]
+    assert first.num_held == 4
+    store.remove(names[:3])
+    last = store.page(first.next_cursor, 3)
+    assert ([block.name for block in last.blocks], last.next_cursor) == (names[3:], None)

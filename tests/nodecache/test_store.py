@@ -77,6 +77,44 @@ def test_what_was_removed_is_gone_and_may_come_again(store):
     assert read(store, 1, 2)[0] == [True, True]
 
 
+def pages(store, size, between=lambda: None):
+    found, cursor = [], 0
+    while cursor is not None:
+        page = store.page(cursor, size)
+        assert len(page.blocks) == len(page.places) <= size
+        assert page.num_held == len(list(store.names()))
+        found += page.blocks
+        cursor = page.next_cursor
+        between()
+    return found
+
+
+def test_pages_show_every_block_once(store):
+    assert pages(store, 10) == []
+    write(store, *range(25))
+    store.remove([name_of(3)])
+    wanted = [block_of(n) for n in range(25) if n != 3]
+    for size in (1, 7, 24, 1000):
+        assert sorted(pages(store, size)) == sorted(wanted)
+    places = store.page(0, 1000).places
+    assert len(set(places)) == len(places)
+    assert store.page(10**17, 10).blocks == []
+
+
+def test_blocks_that_are_removed_between_pages_hide_no_others(store):
+    write(store, *range(30))
+    left = iter(range(30))
+    found = pages(store, 5, lambda: store.remove([name_of(next(left)), name_of(next(left))]))
+    assert {block.name for block in found} >= {block.name for block in pages(store, 100)}
+
+
+def test_after_a_sync_all_is_as_before(store):
+    write(store, 1, 2)
+    store.remove([name_of(1)])
+    store.sync(DEADLINE_S)
+    assert list(store.names()) == [name_of(2)]
+
+
 def test_many_blocks_in_any_order(store):
     numbers = list(range(40))
     write(store, *numbers)

@@ -1,0 +1,269 @@
+"""The command line: kvray cache lookup, stats, table, clear, pin, unpin, check."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
+from messages.errors import ConfigError, WorkerError
+
+cache_app = typer.Typer(no_args_is_help=True, help="Show and steer what is cached where.")
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_TIMEOUT_S = 120.0  #: between two signs of life: a store has up to a minute for what it is asked
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_KIB = 1024
+
+Text = Annotated[str | None, typer.Argument(help="A prompt; -: from standard input.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--file", help="JSON with `prompt` (text, token ids) or `messages`, as the API takes them."),
+]
+CacheSalt = Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are meant.")]
+TierNames = Annotated[list[str] | None, typer.Option("--tier", help="host, disk, remote; default: all of them.")]
+
+
+@cache_app.command()
+def lookup(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which tokens of a prompt lie where."""
+    body = _prompt_body(text, file, cache_salt)
+    found = _answer(url, "/v1/cache/lookup", key_of(api_key, api_key_file), body)
+    if as_json:
+        _print_json(found)
+        return
+    by_tier = ", ".join(f"{tokens} on {tier}" for tier, tokens in found["tokens"].items())
+    _say(f"{found['held_tokens']} of {found['num_tokens']} tokens are held{f': {by_tier}' if by_tier else ''}")
+    for run in found["runs"]:
+        holders = ", ".join(f"{one['worker_id']} ({one['tier']})" for one in run["holders"])
+        _say(f"  {run['begin']}-{run['end']}: {holders}")
+
+
+@cache_app.command()
+def stats(
+    url: Url = DEFAULT_URL, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, as_json: AsJson = False
+) -> None:
+    """Show what workers and node caches hold, by tier."""
+    document = _answer(url, "/v1/cache/stats", key_of(api_key, api_key_file))
+    if as_json:
+        _print_json(document)
+        return
+    rows = [("OWNER", "NODE", "TIER", "BLOCKS", "BYTES", "CAPACITY", "HITS", "EVICTIONS")]
+    for owner in [*document["workers"], *document["caches"]]:
+        rows += [
+            (
+                *(owner["worker_id"], owner["node"], tier, _shown(one["blocks"])),
+                *(_size(one["bytes"]), _size(one["capacity_bytes"]), _shown(one["hits"]), _shown(one["evictions"])),
+            )
+            for tier, one in owner["tiers"].items()
+        ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@cache_app.command()
+def table(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: standard output.")] = None,
+    table_format: Annotated[str, typer.Option("--format", help="arrow (a stream), parquet, json.")] = "json",
+    tier: Annotated[str | None, typer.Option("--tier", help="host, disk, remote; default: all of them.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+) -> None:
+    """List the blocks that node caches hold."""
+    if output is None and table_format != "json" and sys.stdout.isatty():
+        raise ConfigError(f"{table_format} on a terminal; a file is wanted (--output)")
+    path = f"/v1/cache/table?format={table_format}" + ("" if tier is None else f"&tier={tier}")
+    with asked(url, path, key_of(api_key, api_key_file), "cache", _TIMEOUT_S) as response:
+        if output is None:
+            shutil.copyfileobj(response, sys.stdout.buffer)
+            return
+        try:
+            with output.open("wb") as stream:
+                shutil.copyfileobj(response, stream)
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+        _err.print(f"{response.headers['X-Num-Rows']} blocks in {output}", markup=False)
+
+
+@cache_app.command()
+def clear(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    everything: Annotated[bool, typer.Option("--everything", help="All blocks, in place of a prompt's.")] = False,
+    tier: TierNames = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Drop a prompt's blocks from node caches, or one salt's, or all. First look, then --no-dry-run."""
+    body = {**_prompt_body(text, file, cache_salt), **_tiers(tier), "everything": everything, "dry_run": dry_run}
+    done = _answer(url, "/v1/cache/clear", key_of(api_key, api_key_file), body)
+    _show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
+
+
+@cache_app.command()
+def pin(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    ttl_s: Annotated[float | None, typer.Option("--ttl", help="Seconds; default: for good.")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="-2 to 2: each doubles or halves the worth.")] = 0,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a prompt's blocks in host memory, as far as they lie there."""
+    body = {**_prompt_body(text, file, cache_salt), "priority": priority}
+    if ttl_s is not None:
+        body["ttl_s"] = ttl_s
+    _show_work(_answer(url, "/v1/cache/pin", key_of(api_key, api_key_file), body), "pinned", as_json=as_json)
+
+
+@cache_app.command()
+def unpin(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a prompt's blocks no longer than others."""
+    body = _prompt_body(text, file, cache_salt)
+    _show_work(_answer(url, "/v1/cache/unpin", key_of(api_key, api_key_file), body), "unpinned", as_json=as_json)
+
+
+@cache_app.command()
+def check(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    tier: TierNames = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read and verify a prompt's blocks, or all; damaged ones are dropped. Exit code 1 where there were any."""
+    body = {**_prompt_body(text, file, cache_salt), **_tiers(tier)}
+    bars = Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        console=_err,
+        disable=not _err.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+    whole: dict[str, Any] | None = None
+    with bars, asked(url, "/v1/cache/check", key_of(api_key, api_key_file), "cache", _TIMEOUT_S, body) as response:
+        for line in _lines(response):
+            if "held" not in line:
+                whole = line
+                continue
+            title = f"{line['worker_id']} {line['tier']}"
+            if title not in tasks:
+                tasks[title] = bars.add_task(title)
+            bars.update(tasks[title], completed=line["blocks"], total=line["held"])
+    if whole is None:
+        raise WorkerError("the answer was cut off: not all blocks were verified")
+    _show_work(whole, "verified", as_json=as_json)
+    if any(one["damaged"] for one in whole["tiers"].values()):
+        raise typer.Exit(1)
+
+
+def _prompt_body(text: str | None, file: Path | None, cache_salt: str | None) -> dict[str, Any]:
+    """Return the fields that say which prompt is meant, if any is."""
+    body: dict[str, Any] = {} if cache_salt is None else {"cache_salt": cache_salt}
+    if text is not None and file is not None:
+        raise ConfigError("a prompt and --file; one of them is wanted")
+    if text is not None:
+        return body | {"prompt": sys.stdin.read() if text == "-" else text}
+    if file is None:
+        return body
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file} holds no JSON object; one with `prompt` or `messages` is wanted")
+    return document | body
+
+
+def _tiers(names: list[str] | None) -> dict[str, Any]:
+    return {"tiers": names} if names else {}
+
+
+def _answer(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    with asked(url, path, api_key, "cache", _TIMEOUT_S, body) as response:
+        document: dict[str, Any] = json.load(response)
+    return document
+
+
+def _lines(response: Any) -> Iterator[dict[str, Any]]:
+    for line in response:
+        yield json.loads(line)
+
+
+def _show_work(done: dict[str, Any], verb: str, *, as_json: bool) -> None:
+    """Say what node caches did; exit code 1 where one failed."""
+    if as_json:
+        _print_json(done)
+    else:
+        if not done["num_caches"]:
+            _say("there is no node cache")
+        for tier, one in done["tiers"].items():
+            more = [f"{one['in_use']} in use stay"] if one["in_use"] else []
+            more += [f"{one['damaged']} damaged"] if one["damaged"] else []
+            counts = f"{one['blocks']} blocks ({one['tokens']} tokens, {_size(one['bytes'])}) {verb}"
+            _say(f"{tier}: {', '.join([counts, *more])}")
+    for failure in done["failures"]:
+        _err.print(f"kvray: {failure['worker_id']}: {failure['message']}", markup=False)
+    if done["failures"]:
+        raise typer.Exit(1)
+
+
+def _size(num_bytes: float | None) -> str:
+    if num_bytes is None:
+        return "-"
+    for unit in _UNITS[:-1]:
+        if num_bytes < _KIB:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= _KIB
+    return f"{num_bytes:.4g} {_UNITS[-1]}"
+
+
+def _shown(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _say(text: str) -> None:
+    _out.print(text, markup=False)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output

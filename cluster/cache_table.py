@@ -1,0 +1,200 @@
+"""What node caches hold as an Arrow table: a row for each block and tier. Imports pyarrow, and so only when asked.
+
+Columns are laid over the bytes that node caches sent, without a copy, but for names of tiers, nodes and the like, which
+are dictionaries. What a tier keeps nothing of is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvcache.names import NAME_BYTES
+from messages.cache import BlocksListed
+from messages.errors import WorkerError
+from messages.fleet import WorkerInfo
+from messages.tier import Tier
+
+TableFormat: TypeAlias = Literal["arrow", "parquet", "json"]
+MEDIA_TYPES: Final[dict[TableFormat, str]] = {
+    "arrow": "application/vnd.apache.arrow.stream",
+    "parquet": "application/vnd.apache.parquet",
+    "json": "application/json",
+}
+ROW_COUNT: Final = "num_rows"  #: in the schema's metadata: a stream that was cut reads as a shorter table
+
+_TEXT: Final = pa.dictionary(pa.int32(), pa.string())
+_FINGERPRINT: Final = pa.dictionary(pa.int32(), pa.binary())
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("fingerprint", _FINGERPRINT, nullable=False),
+        pa.field("layout_version", pa.uint32(), nullable=False),
+        pa.field("tenant", pa.uint64()),  # 0: nobody in particular
+        pa.field("name", pa.binary(NAME_BYTES), nullable=False),
+        pa.field("tier", _TEXT, nullable=False),
+        pa.field("node", _TEXT, nullable=False),
+        pa.field("node_cache", _TEXT, nullable=False),
+        pa.field("place", pa.uint64(), nullable=False),  # block id in the arena; where in a store
+        pa.field("num_tokens", pa.uint32(), nullable=False),
+        pa.field("checksum", pa.uint64(), nullable=False),
+        pa.field("num_pins", pa.int32()),  # readers right now
+        pa.field("kept_s", pa.float64()),  # until its pin expires; 0: it has none; inf: for good
+        pa.field("num_hits", pa.uint32()),
+        pa.field("age_s", pa.float64()),  # since its last use
+    ]
+)
+#: Columns that lie in a message: name, its field there, whether a tier may keep nothing of it.
+_COLUMNS: Final = (
+    ("name", "names", False),
+    ("place", "places", False),
+    ("num_tokens", "num_tokens", False),
+    ("checksum", "checksums", False),
+    ("tenant", "tenants", True),
+    ("num_pins", "num_pins", True),
+    ("kept_s", "kept_s", True),
+    ("num_hits", "num_hits", True),
+    ("age_s", "age_s", True),
+)
+_HEX: Final = ("fingerprint", "name")
+_NUMBERS_AS_TEXT: Final = ("tenant", "checksum")  #: 64 bits are more than JSON's readers keep
+
+
+class Listed(NamedTuple):
+    """Some blocks of a tier of a node cache."""
+
+    info: WorkerInfo
+    tier: Tier
+    listed: BlocksListed
+
+
+class CacheTable:
+    """A table of blocks. `batches` are made as they are asked for: some thousand rows each."""
+
+    def __init__(self, parts: Sequence[Listed]) -> None:
+        """Take in what node caches listed.
+
+        Raises:
+            WorkerError: a column has not as many values as there are blocks.
+        """
+        self._parts = [part for part in parts if part.listed.num_blocks]
+        for part in self._parts:
+            _check(part)
+        self.num_rows = sum(part.listed.num_blocks for part in self._parts)
+        self.schema = SCHEMA.with_metadata({ROW_COUNT: str(self.num_rows)})
+        self._words: dict[str, dict[Any, int]] = {
+            column: {word: number for number, word in enumerate(dict.fromkeys(words))}
+            for column, words in (
+                ("fingerprint", [part.info.fingerprint for part in self._parts]),
+                ("tier", [part.tier for part in self._parts]),
+                ("node", [part.info.node_id for part in self._parts]),
+                ("node_cache", [part.info.worker_id for part in self._parts]),
+            )
+        }
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Make the table, a batch for each part."""
+        for part in self._parts:
+            yield self._batch(part)
+
+    def arrow_stream(self) -> Iterator[bytes]:
+        """Write an Arrow IPC stream, a piece for each batch."""
+        sink = _Pieces()
+        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), self.schema) as writer:
+            for batch in self.batches():
+                writer.write_batch(batch)
+                yield sink.take()
+        yield sink.take()
+
+    def parquet(self) -> Iterator[bytes]:
+        """Write a Parquet file, a row group at a time."""
+        sink = _Pieces()
+        with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), self.schema, compression="zstd") as writer:
+            for batch in self.batches():
+                writer.write_batch(batch)
+                yield sink.take()
+        yield sink.take()
+
+    def json(self) -> Iterator[bytes]:
+        """Write one JSON object; names are hexadecimal digits, numbers of 64 bits decimal ones in quotes."""
+        yield b'{"num_rows":%d,"blocks":[' % self.num_rows
+        separator = b""
+        for batch in self.batches():
+            yield separator + b",".join(msgspec.json.encode(row) for row in _json_rows(batch))
+            separator = b","
+        yield b"]}"
+
+    def pieces(self, wanted: TableFormat) -> Iterator[bytes]:
+        """Write the table in the form that is wanted."""
+        return {"arrow": self.arrow_stream, "parquet": self.parquet, "json": self.json}[wanted]()
+
+    def _batch(self, part: Listed) -> pa.RecordBatch:
+        listed, count = part.listed, part.listed.num_blocks
+        columns: dict[str, pa.Array] = {
+            "fingerprint": self._same("fingerprint", part.info.fingerprint, count),
+            "tier": self._same("tier", part.tier, count),
+            "node": self._same("node", part.info.node_id, count),
+            "node_cache": self._same("node_cache", part.info.worker_id, count),
+            "layout_version": pa.array(np.full(count, listed.layout_version, np.uint32)),
+        }
+        for column, field, _ in _COLUMNS:
+            data, kind = getattr(listed, field), SCHEMA.field(column).type
+            columns[column] = (
+                pa.Array.from_buffers(kind, count, [None, pa.py_buffer(data)]) if data else pa.nulls(count, kind)
+            )
+        return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
+
+    def _same(self, column: str, word: object, count: int) -> pa.Array:
+        words = self._words[column]
+        kind = SCHEMA.field(column).type
+        indices = pa.array(np.full(count, words[word], np.int32))
+        return pa.DictionaryArray.from_arrays(indices, pa.array(list(words), kind.value_type))
+
+
+class _Pieces:
+    """A file to write to, whose bytes are taken out by and by."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._written: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self._written.append(bytes(data))
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: what is written is there."""
+
+    def close(self) -> None:
+        """Do nothing: what was written is taken out still."""
+
+    def take(self) -> bytes:
+        data = b"".join(self._written)
+        self._written.clear()
+        return data
+
+
+def _check(part: Listed) -> None:
+    for column, field, is_optional in _COLUMNS:
+        wanted = part.listed.num_blocks * SCHEMA.field(column).type.bit_width // 8
+        seen = len(getattr(part.listed, field))
+        if seen != wanted and not (is_optional and seen == 0):
+            raise WorkerError(
+                f"{part.info.worker_id} listed {part.listed.num_blocks} blocks with {seen} bytes of {column}; "
+                f"{wanted} are wanted"
+            )
+
+
+def _json_rows(batch: pa.RecordBatch) -> Iterable[dict[str, Any]]:
+    columns: dict[str, list[Any]] = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+    for name in _HEX:
+        columns[name] = [value.hex() for value in columns[name]]
+    for name in _NUMBERS_AS_TEXT:
+        columns[name] = [None if value is None else str(value) for value in columns[name]]
+    columns["kept_s"] = ["inf" if value == np.inf else value for value in columns["kept_s"]]
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))

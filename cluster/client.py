@@ -1,0 +1,72 @@
+"""How the command line asks a kvray that serves: over HTTP, with its API key."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.credentials import api_keys
+from messages.errors import ConfigError, KvrayError
+
+Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="Every user sees it in `ps`.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="API keys, one a line; default: KVRAY_API_KEY, if that is set.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The whole document.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_MAX_ERROR_BYTES = 1 << 16
+
+
+def key_of(api_key: str | None, api_key_file: Path | None) -> str | None:
+    """Return the key to ask with; None: without one."""
+    if api_key is not None:
+        return api_key
+    return next(iter(api_keys(None if api_key_file is None else str(api_key_file))), None)
+
+
+@contextmanager
+def asked(
+    url: str, path: str, api_key: str | None, what: str, timeout_s: float, body: dict[str, Any] | None = None
+) -> Iterator[http.client.HTTPResponse]:
+    """Ask for `path` (with a body: POST), and give the answer to be read; `what` it is about, for people.
+
+    Raises:
+        ConfigError: nobody answers there, or no kvray, or the key is wrong.
+        KvrayError: kvray refuses, with what it says.
+    """
+    url = url.rstrip("/")
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    data = None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        data = json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(f"{url}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            yield response
+    except urllib.error.HTTPError as error:
+        raise _refusal(url, what, error) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        text = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
+        raise ConfigError(f"no {what} from {url}: {text}; where does kvray serve? (--url)") from None
+
+
+def _refusal(url: str, what: str, error: urllib.error.HTTPError) -> KvrayError:
+    if error.code not in (401, 403):
+        try:
+            return KvrayError(str(json.loads(error.read(_MAX_ERROR_BYTES))["error"]["message"]), status=error.code)
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+            return ConfigError(f"no {what} from {url}: it answers HTTP {error.code}")
+    hint = "wanted the right API key (--api-key-file, KVRAY_API_KEY)"
+    return ConfigError(f"no {what} from {url}: it answers HTTP {error.code}: {hint}")

@@ -1,0 +1,159 @@
+"""What /v1/cache/... takes and gives, field by field. Unknown fields are refused: a typing error clears nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from cluster.openai.protocol import ChatMessage, Salt, Tool
+from messages.tier import Tier
+
+#: Those that node caches keep; what lies in workers' pools leaves by itself.
+CacheTier: TypeAlias = Literal["host", "disk", "remote"]
+CACHE_TIERS: tuple[CacheTier, ...] = ("host", "disk", "remote")
+
+Tiers = Annotated[list[CacheTier], Meta(min_length=1, description="default: all of them")]
+DryRun = Annotated[bool, Meta(description="say what would go, and drop nothing")]
+Everything = Annotated[bool, Meta(description="all blocks of these tiers, in place of a prompt or a cache_salt")]
+CacheSalt = Annotated[Salt, Meta(description="of the requests that the blocks are from")]
+TtlSeconds = Annotated[float, Meta(gt=0.0, le=1e9, description="default: for good")]
+BlockPriority = Annotated[int, Meta(ge=-2, le=2, description="each step doubles or halves what a block is worth")]
+
+
+class PromptFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whose blocks are meant: a `prompt`, as text or token ids, or `messages`, as the endpoints take them that answer.
+
+    Blocks that other prompts begin with too are theirs as well.
+    """
+
+    model: str | None = None
+    prompt: str | list[Any] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: CacheSalt | None = None
+
+
+class LookupRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/lookup."""
+
+
+class ClearRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/clear: a prompt's blocks; all of a `cache_salt`, as only host memory knows them; or everything."""
+
+    everything: Everything = False
+    tiers: Tiers | None = None
+    dry_run: DryRun = True
+
+
+class PinRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/pin: of the blocks that lie in host memory, half of which may be kept so."""
+
+    ttl_s: TtlSeconds | None = None
+    priority: BlockPriority = 0
+
+
+class UnpinRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/unpin."""
+
+
+class CheckRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/check: a prompt's blocks, or everything."""
+
+    tiers: Tiers | None = None
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds blocks, and where."""
+
+    worker_id: str  #: a worker or a node cache
+    node: str
+    tier: Tier
+
+
+class HeldTokens(msgspec.Struct, frozen=True):
+    """Tokens [begin, end) of a prompt have these holders."""
+
+    begin: int
+    end: int
+    holders: list[Holder]
+
+
+class LookupReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prompt's blocks lie, as far as the router knows, from its head to the first block that nobody holds."""
+
+    num_tokens: int  #: of the prompt
+    block_size: int  #: tokens; the last block of a prompt has no name until it is full
+    held_tokens: int  #: of the prompt, whoever holds them
+    tokens: dict[Tier, int]  #: of the prompt, that some holder has in this tier
+    runs: list[HeldTokens]
+
+
+class TierCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a tier's blocks."""
+
+    blocks: int = 0  #: dropped (or would be), kept, or verified
+    tokens: int = 0  #: of those
+    bytes: int = 0  #: of those
+    in_use: int = 0  #: blocks that stay because somebody uses them right now
+    damaged: int = 0  #: of the verified ones: they did not have their checksum
+
+
+class CacheFailure(msgspec.Struct, frozen=True):
+    """A node cache, or a store of it, that did not do all of it."""
+
+    worker_id: str
+    message: str
+
+
+class WorkReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What all node caches did."""
+
+    tiers: dict[CacheTier, TierCounts]
+    num_caches: int  #: that were asked
+    failures: list[CacheFailure] = []
+    dry_run: bool | None = None  #: of clear
+
+
+class CheckProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of /v1/cache/check while it goes on; the last line is the whole, a WorkReply."""
+
+    worker_id: str
+    tier: CacheTier
+    blocks: int  #: verified so far
+    damaged: int
+    held: int  #: blocks of the tier, or of the prompt there
+
+
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A tier's numbers; None: nobody counts it."""
+
+    blocks: int | None  #: that hold something
+    bytes: int | None
+    capacity_bytes: int | None
+    hits: int | None  #: blocks that were found there, since it was started
+    evictions: int | None  #: blocks that made room, since it was started
+
+
+class OwnerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker or a node cache, and its tiers."""
+
+    worker_id: str
+    role: str
+    node: str
+    block_bytes: int
+    block_size: int  #: tokens
+    is_answering: bool
+    tiers: dict[Tier, TierStats]
+
+
+class CacheStatsReply(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/cache/stats."""
+
+    workers: list[OwnerStats]
+    caches: list[OwnerStats]
