@@ -68,11 +68,14 @@ class Catalog:
         try:
             self._fs.make_folders(self._model.folder_name, [MANIFESTS, OBJECTS])
             if not is_described:
-                description = memoryview(layout.pack_description(self._model))
-                self._fs.write(self.path(DESCRIPTION_NAME), description)
+                self.describe()
         except DeniedError as error:
             return error
         return None
+
+    def describe(self) -> None:
+        """Say in the folder what it is for. As it says the same each time, this tells whether it can be written."""
+        self._fs.write(self.path(DESCRIPTION_NAME), memoryview(layout.pack_description(self._model)))
 
     def check(self) -> None:
         """Tell a missing object from a missing bucket, which are answered alike.

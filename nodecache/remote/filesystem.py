@@ -47,6 +47,8 @@ _DENIED_WORDS = (
     "HTTP STATUS 401",
 )
 
+_AWS = "AWS Error "
+
 _UNFINISHED = "unfinished"
 _UNFINISHED_S = 3600.0  #: what is older was left by a process that ended
 
@@ -190,9 +192,10 @@ class RemoteFilesystem:
         except FileNotFoundError as error:
             raise MissingError(f"{self.uri}: there is no {path or 'such directory'}") from error
         except (OSError, pa.ArrowException) as error:
-            text = first_line(error)
+            _, _, answer = str(error).partition(_AWS)  # behind the key, which is long
+            text = f"{_AWS}{answer.splitlines()[0][:200]}" if answer else first_line(error)
             is_denied = isinstance(error, OSError) and error.errno in _DENIED_ERRNOS
-            is_denied |= any(word in text.upper() for word in _DENIED_WORDS)
+            is_denied |= any(word in str(error).upper() for word in _DENIED_WORDS)
             raise (DeniedError if is_denied else StoreError)(f"{self.uri}: {text}") from error
 
 

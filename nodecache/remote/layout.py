@@ -160,36 +160,45 @@ def pack_object(model: Model, blocks: Sequence[StoredBlock], sources: Sequence[m
     Raises:
         StoreError: a source has not the checksum that its block is said to have.
     """
-    data = np.empty(len(blocks) * model.record_bytes, np.uint8)
-    records = data.reshape(len(blocks), model.record_bytes)
-    for position, (block, source) in enumerate(zip(blocks, sources, strict=True)):
-        records[position, :HEADER_BYTES] = np.frombuffer(pack_header(model, position, block), np.uint8)
-        found = copy_checked(records[position, HEADER_BYTES:], source)
+    records = np.empty((len(blocks), model.record_bytes), np.uint8)
+    records[:, :HEADER_BYTES] = pack_headers(model, list(enumerate(blocks)))
+    for record, block, source in zip(records, blocks, sources, strict=True):
+        found = copy_checked(record[HEADER_BYTES:], source)
         if found != block.checksum:
             raise StoreError(
                 f"block {block.name.hex()} to be written has checksum {found:x}, wanted {block.checksum:x}"
             )
-    return data
+    return records.reshape(-1)
 
 
-def pack_header(model: Model, position: int, block: StoredBlock) -> bytes:
-    """Return what is before a block in an object."""
-    header = np.zeros(1, _HEADER)
-    header["magic"] = _HEADER_MAGIC
-    header["version"] = FORMAT_VERSION
-    header["codec"] = _PLAIN_CODEC
-    header["model"] = np.void(model.digest)
-    header["name"] = np.void(block.name)
-    header["num_tokens"] = block.num_tokens
-    header["position"] = position
-    header["block_bytes"] = model.block_bytes
-    header["checksum"] = block.checksum
-    header["header_checksum"] = checksum(header.tobytes()[:_SUMMED_BYTES])
-    return header.tobytes()
+def pack_headers(model: Model, blocks: Sequence[tuple[int, StoredBlock]]) -> Bytes:
+    """Return what is before blocks, each at its position in an object, [num_blocks, HEADER_BYTES]."""
+    headers = np.zeros(len(blocks), _HEADER)
+    headers["magic"] = _HEADER_MAGIC
+    headers["version"] = FORMAT_VERSION
+    headers["codec"] = _PLAIN_CODEC
+    headers["model"] = np.void(model.digest)
+    headers["name"] = np.frombuffer(b"".join(block.name for _, block in blocks), "V16")
+    headers["num_tokens"] = [block.num_tokens for _, block in blocks]
+    headers["position"] = [position for position, _ in blocks]
+    headers["block_bytes"] = model.block_bytes
+    headers["checksum"] = np.array([block.checksum for _, block in blocks], np.uint64)
+    lines = headers.view(np.uint8).reshape(len(blocks), HEADER_BYTES)
+    headers["header_checksum"] = np.array([checksum(line[:_SUMMED_BYTES]) for line in lines], np.uint64)
+    return lines
 
 
-def copy_block(model: Model, position: int, block: StoredBlock, record: memoryview, target: memoryview) -> bool:
-    """Copy a block out of its record into `target` and tell whether it is the one that was wanted, and whole."""
-    if len(record) != model.record_bytes or record[:HEADER_BYTES] != pack_header(model, position, block):
-        return False
-    return copy_checked(target, record[HEADER_BYTES:]) == block.checksum
+def copy_blocks(
+    model: Model,
+    blocks: Sequence[tuple[int, StoredBlock]],
+    records: Sequence[memoryview],
+    targets: Sequence[memoryview],
+) -> list[bool]:
+    """Copy blocks, each at its position in an object, out of their records, and tell which are as wanted, and whole."""
+    headers = pack_headers(model, blocks)
+    return [
+        len(record) == model.record_bytes
+        and record[:HEADER_BYTES] == header.data
+        and copy_checked(target, record[HEADER_BYTES:]) == block.checksum
+        for (_, block), header, record, target in zip(blocks, headers, records, targets, strict=True)
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nodecache.remote.index import Place
-from nodecache.remote.layout import Model, copy_block
+from nodecache.remote.layout import Model, copy_blocks
 
 #: Blocks between wanted ones are read too, if they are no more than this: a request costs as much as some such.
 _MAX_GAP_BYTES = 1 << 20
@@ -49,10 +49,11 @@ def parts_of(places: Sequence[Place | None], model: Model) -> list[Part]:
 
 def copy_part(part: Part, data: bytes, targets: Sequence[memoryview], model: Model) -> list[bool]:
     """Copy what is wanted of a part into its targets, and tell of each, as in `wanted`, whether it came whole."""
-    view = memoryview(data)
-    came = []
-    for index, place in part.wanted:
-        begin = (place.position - part.first_position) * model.record_bytes
-        record = view[begin : begin + model.record_bytes]
-        came.append(copy_block(model, place.position, place.block, record, targets[index]))
-    return came
+    view, size = memoryview(data), model.record_bytes
+    starts = [(place.position - part.first_position) * size for _, place in part.wanted]
+    return copy_blocks(
+        model,
+        [(place.position, place.block) for _, place in part.wanted],
+        [view[start : start + size] for start in starts],
+        [targets[index] for index, _ in part.wanted],
+    )

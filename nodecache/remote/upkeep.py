@@ -200,9 +200,12 @@ class Upkeep:
         """Write the manifest of what was written and removed, merge manifests, delete objects."""
         with self._lock:
             has_work = bool(self._unlisted or self._doomed)
-        is_in = self._writing.reason is None
-        if not is_in and not (has_work and (is_waited_for or self._writing.takes_trial(time.monotonic()))):
-            return
+        if self._writing.reason is not None:
+            if is_waited_for:
+                if not self._can_write(is_needed=has_work):
+                    return
+            elif not has_work or not self._writing.takes_trial(time.monotonic()):
+                return
         with self._lock:
             unlisted, self._unlisted = self._unlisted, []
             num_doomed = min(len(self._doomed), _MAX_DELETED)
@@ -224,6 +227,18 @@ class Upkeep:
                     self._doomed.clear()
                 self._unlisted = [rows for rows in unlisted if len(rows)] + self._unlisted
             raise
+
+    def _can_write(self, *, is_needed: bool) -> bool:
+        """Try whether the store can be written again; denied access is no error where nothing is to be written."""
+        try:
+            self._catalog.describe()
+        except StoreError as error:
+            self._writing.on_failed(error.message, time.monotonic())
+            if is_needed or not isinstance(error, DeniedError):
+                raise
+            return False
+        self._writing.on_worked(was_trial=True)
+        return True
 
     def _delete(self, num_objects: int) -> None:
         for _ in range(num_objects):
