@@ -114,6 +114,7 @@ class Catalog:
         """
         listed = {each.name: each for each in self._fs.objects(self.path(MANIFESTS)) if each.name.endswith(SUFFIX)}
         self._known = {name: each for name, each in self._known.items() if name in listed}
+        self._unread &= set(listed)
         new = [each for each in listed.values() if _is_new(each, self._known.get(each.name))]
         return list(self._read(new).values())
 
@@ -148,19 +149,19 @@ class Catalog:
         reads = [(each, self._threads.submit(partial(self._read_one, each), end_s)) for each in listed]
         wait([future for _, future in reads], _READ_S)
         rows_by_name: dict[str, Rows] = {}
-        unread: set[str] = set()
         for each, future in reads:
             if future.cancel() or not future.done():
-                unread.add(each.name)
+                self._unread.add(each.name)
                 continue
             error = future.exception()
             if isinstance(error, MissingError):
                 continue  # merged by others meanwhile
             if isinstance(error, StoreError):
-                unread.add(each.name)
                 if each.name not in self._unread:
                     logger.warning("manifest %s cannot be read for now: %s", each.name, error)
+                self._unread.add(each.name)
                 continue
+            self._unread.discard(each.name)
             rows = future.result()
             if isinstance(rows, str):
                 self._stats.count("damaged_manifests")
@@ -169,7 +170,6 @@ class Catalog:
                 continue
             self._known[each.name] = _known(each, rows)
             rows_by_name[each.name] = rows
-        self._unread = unread
         return rows_by_name
 
     def _read_one(self, listed: Listed) -> Rows | str:

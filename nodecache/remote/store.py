@@ -39,7 +39,7 @@ T = TypeVar("T")
 _NUM_READERS = 8
 _NUM_WRITERS = 4  #: apart: a write that hangs does so for long
 _OPEN_S = 10.0  #: how long a start waits for the store
-_CLOSE_S = 5.0
+_CLOSE_S = 5.0  #: how long a stop waits for it
 
 
 class RemoteStore:
@@ -197,8 +197,10 @@ class RemoteStore:
     def close(self) -> None:
         """As `BlockStore.close`. What hangs is left behind."""
         self._is_closed = True
-        threads_ended = [self._upkeep.stop(_CLOSE_S), self._readers.stop(_CLOSE_S), self._writers.stop(_CLOSE_S)]
-        if not all(threads_ended):
+        end_s = time.monotonic() + _CLOSE_S
+        stops = (self._upkeep.stop, self._readers.stop, self._writers.stop)  # the first still needs the others
+        have_ended = [stop(max(0.0, end_s - time.monotonic())) for stop in stops]
+        if not all(have_ended):
             logger.warning("%s does not answer: what was written last may not be listed", self._fs.uri)
 
     def check_invariants(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -445,6 +446,33 @@ def test_failed_writes_take_writing_out_of_the_plan_until_one_works(opened, tmp_
     write(store, [5])
     assert read(store, [1, 5]) == [True, True]
     assert list((folder(tmp_path) / "unfinished").iterdir()) == []
+
+
+def test_reads_that_hang_hold_nobody_beyond_the_deadline_and_are_refused_once_all_do(opened, tmp_path):
+    store = opened()
+    for number in range(9):
+        write(store, [number])
+    paths = object_files(tmp_path)
+    contents = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.unlink()
+        os.mkfifo(path)  # to open it hangs until a writer comes
+    try:
+        with pytest.raises(StoreError, match=r"has not answered within 0.2 s"):
+            read(store, range(9), deadline_s=0.2)
+        with pytest.raises(StoreError, match=r"reading .* is given up for now: .* has not answered within 0.2 s"):
+            read(store, range(9))
+        assert held(store, range(9)) == list(range(9))
+        assert store.stats()["kvray_remote_timeouts_total"] == 1
+    finally:
+        for path, content in contents.items():
+            if path.is_fifo():
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                path.unlink()
+            path.write_bytes(content)
+    store.sync(DEADLINE_S)
+    assert read(store, range(9)) == [True] * 9
 
 
 def test_what_a_process_left_unfinished_is_deleted_in_time(opened, tmp_path):
