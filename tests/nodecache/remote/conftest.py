@@ -13,6 +13,14 @@ from tests.nodecache.remote.swift import Swift
 DISK_BYTES = 192 << 20
 
 
+def has_attributes(path):
+    try:
+        os.setxattr(path, "user.kvray", b"1")
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="session")
 def swift(tmp_path_factory):
     """One S3 server for all tests, on a small disk of its own where that can be mounted; running, and empty enough."""
@@ -23,15 +31,20 @@ def swift(tmp_path_factory):
     devices.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", devices]
     is_mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    if is_mounted and not has_attributes(devices):  # a tmpfs has them since Linux 6.6
+        subprocess.run(["umount", devices], check=True)
+        is_mounted = False
+    if not has_attributes(devices):
+        pytest.skip(f"no user attributes on {devices}, which Swift wants")
+    server = None
     try:
-        os.setxattr(devices, "user.kvray", b"1")
-    except OSError as error:
-        pytest.skip(f"no user attributes on {devices}, which Swift wants: {error}")
-    server = Swift(root, devices)
-    yield server
-    server.close()
-    if is_mounted:
-        subprocess.run(["umount", "--lazy", devices], check=True)
+        server = Swift(root, devices)
+        yield server
+    finally:
+        if server is not None:
+            server.close()
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", devices], check=True)
 
 
 @pytest.fixture

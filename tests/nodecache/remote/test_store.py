@@ -57,13 +57,6 @@ def test_what_was_written_is_found_and_read_in_any_order(opened):
     assert store.stats()["kvray_remote_read_blocks_total"] == 5
 
 
-def test_nothing_read_or_written_is_nothing(opened, tmp_path):
-    store = opened()
-    assert store.read([], [], DEADLINE_S) == []
-    write(store, [])
-    assert object_files(tmp_path) == []
-
-
 def test_a_chain_is_cut_into_objects_of_at_most_eight_mebibytes(opened, tmp_path):
     block_bytes = 3 << 20
     model = MODEL._replace(block_bytes=block_bytes)
@@ -102,38 +95,6 @@ def test_blocks_that_are_not_what_they_are_said_to_be_are_refused(opened):
         store.write([block_of(1)], [content_of(2)], DEADLINE_S)
     assert held(store, [1, 2]) == []
     assert store.stats()["kvray_remote_is_writable"] == 1
-
-
-def test_any_thread_may_call(opened):
-    store = opened()
-    errors = []
-
-    def work(first):
-        try:
-            for number in range(first, first + 20):
-                write(store, [number])
-                assert read(store, [number]) == [True]
-        except BaseException as error:
-            errors.append(error)
-            raise
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 10, 100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert len(held(store, range(200))) == 50
-
-
-def test_after_close_nothing_is_read_or_written(opened):
-    store = opened()
-    write(store, [1])
-    store.close()
-    store.close()
-    for call in (lambda: write(store, [2]), lambda: read(store, [1]), lambda: store.sync(DEADLINE_S)):
-        with pytest.raises(StoreError, match="closed"):
-            call()
 
 
 def test_what_was_removed_is_gone_everywhere_and_its_object_with_the_last_block(opened, tmp_path):
@@ -503,16 +464,6 @@ def test_a_uri_that_is_none_is_refused_without_its_secret(uri, words):
 def test_a_file_uri_is_a_directory(opened, tmp_path):
     write(opened(f"file://{tmp_path}"), [1])
     assert len(object_files(tmp_path)) == 1
-
-
-def test_its_counters_are_numbers_by_name(opened):
-    store = opened()
-    write(store, [1])
-    read(store, [1])
-    values = store.stats()
-    assert all(isinstance(value, float) for value in values.values())
-    assert all(name.startswith("kvray_remote_") for name in values)
-    assert values["kvray_remote_written_bytes_total"] == BLOCK_BYTES
 
 
 def test_a_name_of_another_length_of_tokens_is_another_object(opened, tmp_path):
