@@ -110,10 +110,10 @@ class Upkeep:
             StoreError: it is being deleted still at `end_s`.
         """
         with self._lock:
-            if digest in self._doomed:
-                self._doomed.remove(digest)
             if not self._lock.wait_for(lambda: self._deleting != digest, max(0.0, end_s - time.monotonic())):
                 raise StoreError(f"{self._fs.uri} has not answered in time: an object is being deleted")
+            if digest in self._doomed:
+                self._doomed.remove(digest)
 
     def reopen(self) -> None:
         """Look after the folder in the next round: something is wrong with it."""
@@ -251,6 +251,10 @@ class Upkeep:
                 self._deleting = digest
             try:
                 self._fs.delete(self._catalog.path(OBJECTS, digest.hex()))
+            except StoreError:
+                with self._lock:
+                    self._doomed.append(digest)
+                raise
             finally:
                 with self._lock:
                     self._deleting = None

@@ -77,9 +77,13 @@ class Swift:
         self.endpoint = f"127.0.0.1:{self._ports['proxy']}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._configure()
-        for service in _SERVICES:
-            self.start(service)
-        self.wait_until_ready()
+        try:
+            for service in _SERVICES:
+                self.start(service)
+            self.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def uri(self, bucket: str, user: tuple[str, str] = WRITER) -> str:
         """Return where a bucket's cache lies, with the user's keys."""
