@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from nodecache.disk.store import DiskStore
 from nodecache.store import BlockStore, StoreError
-from tests.nodecache.disk.blocks import (
-    BLOCK_BYTES,
-    DEADLINE_S,
-    block_of,
-    content_of,
-    name_of,
-    open_store,
-)
+from tests.nodecache.disk.blocks import MODEL, capacity_of
+from tests.nodecache.remote.blocks import BLOCK_BYTES, DEADLINE_S, block_of, content_of, name_of, open_store
+from transport.checksum import checksum
 
-OPENERS: dict[str, Callable[[Path], BlockStore]] = {"disk": open_store}
+OPENERS: dict[str, Callable[[Path], BlockStore]] = {
+    "disk": lambda root: DiskStore(root, MODEL, capacity_of(16), checksum),
+    "remote": open_store,
+}
 
 
 @pytest.fixture(params=OPENERS)

@@ -1,0 +1,1 @@
+"""Blocks in a bucket or a shared directory: objects with runs of blocks, found by manifests, shared by clusters."""

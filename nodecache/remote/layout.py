@@ -1,0 +1,204 @@
+"""How blocks lie in a bucket or directory. Pure: values in, bytes out.
+
+    URI/
+      <fingerprint>-<layout version>-<block bytes>-<digest of the kernel path>/
+        description.json         what this folder is for, in words
+        manifests/<digest of its bytes>.arrow
+        objects/<digest of what it holds>
+
+An object is a run of blocks of one chain, each behind a header, and nothing else; it is written once and never changed:
+
+    [header 0][block 0][header 1][block 1] ...          headers of 128 bytes, blocks of block_bytes
+
+A header follows from the block, its position and the model, so that a reader who knows these compares it whole. It
+tells the same to one who knows nothing; its last word is the checksum of what is before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from nodecache.store import StoredBlock, StoreError
+from transport.checksum import checksum, copy_checked
+
+FORMAT = "kvray remote store"
+FORMAT_VERSION = 1
+DESCRIPTION_NAME = "description.json"
+MANIFESTS = "manifests"
+OBJECTS = "objects"
+
+DIGEST_BYTES = 16
+#: Of an object, if one block is not longer: up to here pyarrow puts it in one request (measured with pyarrow 26).
+MAX_OBJECT_BYTES = 8 << 20
+
+_PLAIN_CODEC = 0
+_HEADER_MAGIC = 0x6B767272
+_HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u2"),
+        ("codec", "<u2"),  # of the stored bytes: 0, plain, is the only one
+        ("model", "V16"),  # Model.digest
+        ("name", "V16"),
+        ("num_tokens", "<u4"),
+        ("position", "<u4"),  # of the block in the object
+        ("block_bytes", "<u8"),
+        ("checksum", "<u8"),
+        ("unused", "V56"),
+        ("header_checksum", "<u8"),
+    ]
+)
+HEADER_BYTES = _HEADER.itemsize
+_SUMMED_BYTES = HEADER_BYTES - 8
+
+_FOLDER_NAME = re.compile(r"([0-9a-f]+)-(\d+)-(\d+)-([0-9a-f]{16})")
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Model(NamedTuple):
+    """Whose blocks a folder holds, and what computed them."""
+
+    fingerprint: bytes
+    layout_version: int
+    block_bytes: int
+    kernel_path: str
+
+    @property
+    def folder_name(self) -> str:
+        """Name of this model's folder."""
+        path = blake3(self.kernel_path.encode()).hexdigest(length=8)
+        return f"{self.fingerprint.hex()}-{self.layout_version}-{self.block_bytes}-{path}"
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that stand for it in every header."""
+        return blake3(self.folder_name.encode()).digest(length=DIGEST_BYTES)
+
+    @property
+    def record_bytes(self) -> int:
+        """A block with its header."""
+        return HEADER_BYTES + self.block_bytes
+
+    @property
+    def blocks_per_object(self) -> int:
+        """How many blocks an object has at most."""
+        return max(1, MAX_OBJECT_BYTES // self.record_bytes)
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What description.json says."""
+
+    format: str
+    format_version: int
+    fingerprint: str
+    layout_version: int
+    block_bytes: int
+    kernel_path: str
+
+
+def pack_description(model: Model) -> bytes:
+    """Return the content of a model's description.json."""
+    description = Description(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        fingerprint=model.fingerprint.hex(),
+        layout_version=model.layout_version,
+        block_bytes=model.block_bytes,
+        kernel_path=model.kernel_path,
+    )
+    return msgspec.json.format(msgspec.json.encode(description), indent=2)
+
+
+def unpack_description(data: bytes) -> Description | None:
+    """Read a description.json; None where it is none, or not whole."""
+    try:
+        return msgspec.json.decode(data, type=Description)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def why_unusable(folder_name: str, model: Model) -> str:
+    """Say why a folder beside the model's own is not used. Of another kernel path it is if nothing else differs."""
+    found = _FOLDER_NAME.fullmatch(folder_name)
+    if found is None:
+        return "it is no folder of a remote store"
+    if found[1] != model.fingerprint.hex():
+        return f"it is of another model, fingerprint {found[1][:16]}..., wanted {model.fingerprint.hex()[:16]}..."
+    if (int(found[2]), int(found[3])) != (model.layout_version, model.block_bytes):
+        return (
+            f"it is of layout {found[2]} with blocks of {found[3]} bytes, "
+            f"wanted layout {model.layout_version} with blocks of {model.block_bytes} bytes"
+        )
+    return OTHER_KERNEL_PATH
+
+
+#: What `why_unusable` says of a folder whose description tells more.
+OTHER_KERNEL_PATH = "it is of another kernel path"
+
+
+def object_digest(blocks: Sequence[StoredBlock]) -> bytes:
+    """Return the name of the object that holds these blocks: the same blocks with the same bytes have the same name."""
+    digest = blake3()
+    for block in blocks:
+        digest.update(block.name)
+        digest.update(block.num_tokens.to_bytes(8, "little"))
+        digest.update(block.checksum.to_bytes(8, "little"))
+    return digest.digest(length=DIGEST_BYTES)
+
+
+def pack_object(model: Model, blocks: Sequence[StoredBlock], sources: Sequence[memoryview]) -> Bytes:
+    """Return the bytes of the object of these blocks, copied and verified in one pass.
+
+    Raises:
+        StoreError: a source has not the checksum that its block is said to have.
+    """
+    records = np.empty((len(blocks), model.record_bytes), np.uint8)
+    records[:, :HEADER_BYTES] = pack_headers(model, list(enumerate(blocks)))
+    for record, block, source in zip(records, blocks, sources, strict=True):
+        found = copy_checked(record[HEADER_BYTES:], source)
+        if found != block.checksum:
+            raise StoreError(
+                f"block {block.name.hex()} to be written has checksum {found:x}, wanted {block.checksum:x}"
+            )
+    return records.reshape(-1)
+
+
+def pack_headers(model: Model, blocks: Sequence[tuple[int, StoredBlock]]) -> Bytes:
+    """Return what is before blocks, each at its position in an object, [num_blocks, HEADER_BYTES]."""
+    headers = np.zeros(len(blocks), _HEADER)
+    headers["magic"] = _HEADER_MAGIC
+    headers["version"] = FORMAT_VERSION
+    headers["codec"] = _PLAIN_CODEC
+    headers["model"] = np.void(model.digest)
+    headers["name"] = np.frombuffer(b"".join(block.name for _, block in blocks), "V16")
+    headers["num_tokens"] = [block.num_tokens for _, block in blocks]
+    headers["position"] = [position for position, _ in blocks]
+    headers["block_bytes"] = model.block_bytes
+    headers["checksum"] = np.array([block.checksum for _, block in blocks], np.uint64)
+    lines = headers.view(np.uint8).reshape(len(blocks), HEADER_BYTES)
+    headers["header_checksum"] = np.array([checksum(line[:_SUMMED_BYTES]) for line in lines], np.uint64)
+    return lines
+
+
+def copy_blocks(
+    model: Model,
+    blocks: Sequence[tuple[int, StoredBlock]],
+    records: Sequence[memoryview],
+    targets: Sequence[memoryview],
+) -> list[bool]:
+    """Copy blocks, each at its position in an object, out of their records, and tell which are as wanted, and whole."""
+    headers = pack_headers(model, blocks)
+    return [
+        len(record) == model.record_bytes
+        and record[:HEADER_BYTES] == header.data
+        and copy_checked(target, record[HEADER_BYTES:]) == block.checksum
+        for (_, block), header, record, target in zip(blocks, headers, records, targets, strict=True)
+    ]

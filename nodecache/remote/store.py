@@ -1,0 +1,251 @@
+"""The remote tier: whole blocks in a bucket or a shared directory, found by name, verified at every read.
+
+How they lie there is in `nodecache.remote.layout`. What `write` returned survives the end of the process once a
+manifest lists it: within some two seconds, when `sync` returns, and at `close`; other stores of the same bucket find it
+some five seconds after that. What a bucket may hold is its operator's to say, by its rules for the life of objects: an
+object that is gone is dropped when it is missed. In a directory nothing is synced: what a loss of power tears is
+noticed, as is every byte that is not as it was written.
+
+Faults: reading and writing are given up each for itself, after some failures in a row or while all calls hang, at once
+where access is denied; then calls raise at once, and it is tried again by and by. A store that may only be read is
+read. A bucket that is not there yet is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
+from functools import partial
+from typing import TypeVar
+
+from nodecache.remote.breaker import Breaker
+from nodecache.remote.catalog import Catalog, Unusable, now_us
+from nodecache.remote.filesystem import DeniedError, MissingError, RemoteFilesystem
+from nodecache.remote.index import Changes, Place, RemoteIndex
+from nodecache.remote.layout import OBJECTS, Bytes, Model, object_digest, pack_object
+from nodecache.remote.manifests import kept_rows
+from nodecache.remote.reader import Part, copy_part, parts_of
+from nodecache.remote.stats import RemoteStats
+from nodecache.remote.threads import RemoteThreads
+from nodecache.remote.upkeep import Upkeep
+from nodecache.store import StoredBlock, StoreError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NUM_READERS = 8
+_NUM_WRITERS = 4  #: apart: a write that hangs does so for long
+_OPEN_S = 10.0  #: how long a start waits for the store
+_CLOSE_S = 5.0  #: how long a stop waits for it
+
+
+class RemoteStore:
+    """A `nodecache.store.BlockStore` in a bucket or a shared directory. Any thread."""
+
+    def __init__(self, uri: str, model: Model, *, on_changes: Callable[[Changes], None] | None = None) -> None:
+        """Open `model`'s folder below `uri`, or make it; what is there already is found when this returns.
+
+        A store that does not answer within ten seconds, or refuses, is out of the plan, and is tried again later.
+
+        Args:
+            uri: a path, file:///DIR, s3://BUCKET/PREFIX?endpoint_override=...&scheme=...&region=..., gs://BUCKET/PREFIX,
+                or what else pyarrow.fs.FileSystem.from_uri takes. Keys for S3 are in it or where AWS's tools find them.
+            model: whose blocks, and what computed them; other folders below `uri` are left alone.
+            on_changes: called, by a thread of the store, with the names that others wrote and removed, also with those
+                that are found at first.
+
+        Raises:
+            ConfigError: the URI is none.
+        """
+        self._is_closed = False
+        self._model = model
+        self._fs = RemoteFilesystem(uri)
+        self._stats = RemoteStats()
+        self._index = RemoteIndex()
+        self._reading = Breaker(f"reading {self._fs.uri}")
+        self._writing = Breaker(f"writing {self._fs.uri}")
+        self._readers = RemoteThreads("remote-read", _NUM_READERS)
+        self._writers = RemoteThreads("remote-write", _NUM_WRITERS)
+        self._catalog = Catalog(self._fs, model, self._readers, self._stats)
+        self._upkeep = Upkeep(self._fs, self._catalog, self._index, self._reading, self._writing, on_changes)
+        try:
+            self._upkeep.sync(_OPEN_S)
+        except StoreError as error:
+            if self._upkeep.unusable is None and self._reading.reason is None:
+                self._reading.on_failed(error.message, time.monotonic(), is_lasting=True)
+
+    @property
+    def unusable(self) -> list[Unusable]:
+        """The folders beside the model's, which are left alone, and why."""
+        return self._upkeep.unusable or []
+
+    def find(self, name: bytes) -> StoredBlock | None:
+        """As `BlockStore.find`."""
+        return self._index.find(name)
+
+    def names(self) -> list[bytes]:
+        """As `BlockStore.names`."""
+        return self._index.names()
+
+    def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
+        """As `BlockStore.read`. Once it has returned or raised, nothing writes to the targets any more."""
+        end_s = time.monotonic() + deadline_s
+        self._check_open()
+        self._reading.check()
+        places = self._index.places(names)
+        came = [False] * len(names)
+        missing: list[Part] = []
+        futures: dict[Future[bytes], Part] = {}
+        try:
+            for part in parts_of(places, self._model):
+                futures[self._readers.submit(partial(self._read_part, part), end_s)] = part
+            for future in as_completed(list(futures), max(0.0, end_s - time.monotonic())):
+                part = futures.pop(future)
+                try:
+                    data = future.result()
+                except MissingError:
+                    missing.append(part)
+                    continue
+                for (index, _), is_whole in zip(part.wanted, copy_part(part, data, targets, self._model), strict=True):
+                    came[index] = is_whole
+            if missing:
+                self._wait(self._readers.submit(self._catalog.check, end_s), end_s)
+        except (StoreError, TimeoutError) as error:
+            raise self._failed(self._reading, error, list(futures), deadline_s) from error
+        num_whole = sum(came)
+        if num_whole:
+            self._reading.on_worked()
+        self._stats.count("read_blocks", num_whole)
+        self._stats.count("read_bytes", num_whole * self._model.block_bytes)
+        num_missing = sum(len(part.wanted) for part in missing)
+        lost = [place for place, is_whole in zip(places, came, strict=True) if place is not None and not is_whole]
+        self._stats.count("missing_blocks", num_missing)
+        self._stats.count("damaged_blocks", len(lost) - num_missing)
+        self._drop(lost)
+        return came
+
+    def write(self, blocks: Sequence[StoredBlock], sources: Sequence[memoryview], deadline_s: float) -> list[bytes]:
+        """As `BlockStore.write`, but that nothing is dropped to make room; see above for what survives.
+
+        Blocks that are held already are not written again.
+        """
+        end_s = time.monotonic() + deadline_s
+        wrong = {len(source) for source in sources} - {self._model.block_bytes}
+        if wrong:
+            raise StoreError(f"blocks of {sorted(wrong)} bytes; {self._model.block_bytes} are wanted")
+        self._check_open()
+        if self._writing.reason is not None and not self._writing.takes_trial(time.monotonic()):
+            self._writing.check()
+        new = {
+            block.name: (block, source)
+            for block, source in zip(blocks, sources, strict=True)
+            if self._index.find(block.name) is None
+        }
+        pairs = list(new.values())
+        size = self._model.blocks_per_object
+        objects = [_packed(self._model, pairs[begin : begin + size]) for begin in range(0, len(pairs), size)]
+        futures: list[Future[None]] = []
+        try:
+            for digest, _, data in objects:
+                self._upkeep.spare(digest, end_s)
+                futures.append(self._writers.submit(partial(self._write_object, digest, data), end_s))
+            for future in futures:
+                self._wait(future, end_s)
+        except (StoreError, TimeoutError) as error:
+            raise self._failed(self._writing, error, futures, deadline_s) from error
+        for digest, held, _ in objects:
+            rows = kept_rows(digest, held, self._index.times([block.name for block in held], now_us()))
+            self._index.apply(rows)
+            self._upkeep.add(rows)
+        if objects:
+            self._writing.on_worked()
+        self._stats.count("written_blocks", len(pairs))
+        self._stats.count("written_bytes", len(pairs) * self._model.block_bytes)
+        return []
+
+    def remove(self, names: Sequence[bytes]) -> None:
+        """As `BlockStore.remove`. Others learn of it as of blocks; where nothing can be written, they never do."""
+        places = [place for place in self._index.places(list(dict.fromkeys(names))) if place is not None]
+        self._stats.count("removed_blocks", len(places))
+        self._forget(places)
+
+    def sync(self, deadline_s: float) -> None:
+        """Return when others can find all that was written before, and all that others listed before is found here.
+
+        Tries a store again that is out of the plan.
+
+        Raises:
+            StoreError: it failed, or did not answer in time.
+        """
+        self._upkeep.sync(deadline_s)
+
+    def stats(self) -> dict[str, float]:
+        """As `BlockStore.stats`."""
+        return {
+            **self._stats.values(),
+            "kvray_remote_blocks": float(len(self._index)),
+            "kvray_remote_objects": float(self._index.num_objects),
+            "kvray_remote_manifests": float(self._catalog.num_manifests),
+            "kvray_remote_unusable_folders": float(len(self.unusable)),
+            "kvray_remote_is_readable": float(self._reading.reason is None),
+            "kvray_remote_is_writable": float(self._writing.reason is None),
+        }
+
+    def close(self) -> None:
+        """As `BlockStore.close`. What hangs is left behind."""
+        self._is_closed = True
+        end_s = time.monotonic() + _CLOSE_S
+        stops = (self._upkeep.stop, self._readers.stop, self._writers.stop)  # the first still needs the others
+        have_ended = [stop(max(0.0, end_s - time.monotonic())) for stop in stops]
+        if not all(have_ended):
+            logger.warning("%s does not answer: what was written last may not be listed", self._fs.uri)
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError where the books do not agree."""
+        self._index.check_invariants()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreError("the remote store is closed")
+
+    def _read_part(self, part: Part) -> bytes:
+        path = self._catalog.path(OBJECTS, part.object.hex())
+        return self._fs.read(path, part.offset(self._model), part.num_bytes(self._model))
+
+    def _write_object(self, digest: bytes, data: Bytes) -> None:
+        self._fs.write(self._catalog.path(OBJECTS, digest.hex()), data.data)
+
+    def _wait(self, future: Future[T], end_s: float) -> T:
+        return future.result(max(0.0, end_s - time.monotonic()))
+
+    def _failed(
+        self, breaker: Breaker, error: BaseException, futures: Sequence[Future[T]], deadline_s: float
+    ) -> StoreError:
+        """Give up what is under way, and note why."""
+        for future in futures:
+            future.cancel()
+        is_late = isinstance(error, TimeoutError)
+        reason = f"{self._fs.uri} has not answered within {deadline_s:g} s" if is_late else str(error)
+        self._stats.count("timeouts" if is_late else "errors")
+        are_hanging = self._readers.are_hanging if breaker is self._reading else self._writers.are_hanging
+        is_lasting = isinstance(error, DeniedError) or are_hanging
+        breaker.on_failed(reason, time.monotonic(), is_lasting=is_lasting)
+        self._upkeep.reopen()
+        return StoreError(reason)
+
+    def _drop(self, places: Sequence[Place]) -> None:
+        """Forget blocks that did not come whole, unless they were written anew meanwhile."""
+        self._forget([place for place in places if self._index.drop(place.block.name, place.object)])
+
+    def _forget(self, places: Sequence[Place]) -> None:
+        if places:
+            self._upkeep.remove([place.block.name for place in places], {place.object for place in places})
+
+
+def _packed(model: Model, pairs: Sequence[tuple[StoredBlock, memoryview]]) -> tuple[bytes, list[StoredBlock], Bytes]:
+    """Return the digest, the blocks and the bytes of an object."""
+    blocks = [block for block, _ in pairs]
+    return object_digest(blocks), blocks, pack_object(model, blocks, [source for _, source in pairs])
