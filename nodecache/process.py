@@ -61,6 +61,7 @@ from nodecache.management import (
 )
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks
+from nodecache.remote.index import Changes
 from nodecache.store import BlockStore, StoreError
 from nodecache.worth import Worth
 from nodecache.writing_down import WriteBlocks
@@ -254,6 +255,11 @@ class CacheProcess:
             case _:
                 logger.warning("a %s, which is nothing for a node cache", type(message).__name__)
 
+    def on_remote_changes(self, changes: Changes) -> None:
+        """Tell the router what others wrote to the remote store, or removed there."""
+        self.cache.tiers["remote"].on_changed(changes.stored, changes.removed)
+        self._tell_changes()
+
     def _on_lost(self, sender: bytes) -> None:
         self._subscribers.remove(sender)
         self._links.on_lost(sender)
@@ -425,13 +431,18 @@ async def _serve(start: Start) -> int:
         logger.critical("the node cache cannot go on: %s", context["message"], exc_info=context.get("exception"))
         end(_CRASH_STATUS)
 
+    def on_remote_changes(changes: Changes) -> None:
+        """Take in what other clusters did; what was there at first is in the first snapshot."""
+        loop.call_soon_threadsafe(lambda: None if process is None else process.on_remote_changes(changes))
+
+    process: CacheProcess | None = None
     loop.set_exception_handler(crash)
     loop.add_signal_handler(signal.SIGTERM, end, 0)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is its supervisor's
     loop.add_reader(_INPUT, lambda: end(0) if not os.read(_INPUT, 4096) else None)
     try:
         memory = start.options.layout.adopt(start.arena_fd)
-        stores = open_stores(start.options)
+        stores = await asyncio.to_thread(open_stores, start.options, on_remote_changes)
         process = CacheProcess(start.options, ClusterSecret.from_hex(start.secret), memory, stores)
     except KvrayError as error:
         _say(Started(error=error.info()))
@@ -446,8 +457,8 @@ async def _serve(start: Start) -> int:
     return status
 
 
-def open_stores(options: CacheOptions) -> dict[Tier, BlockStore]:
-    """Open the tiers below the arena that are wanted, the nearest first.
+def open_stores(options: CacheOptions, on_remote_changes: Callable[[Changes], None]) -> dict[Tier, BlockStore]:
+    """Open the tiers below the arena that are wanted, the nearest first. Arguments as RemoteStore's; may take seconds.
 
     Raises:
         ConfigError: one cannot be opened as configured: another instance has it, for example.
@@ -457,6 +468,12 @@ def open_stores(options: CacheOptions) -> dict[Tier, BlockStore]:
     if settings.disk_dir is not None:
         model = Model(layout.fingerprint, layout.version, layout.block_bytes)
         stores["disk"] = DiskStore(Path(settings.disk_dir), model, settings.disk_capacity_bytes, checksum)
+    if settings.remote is not None:
+        from nodecache.remote.layout import Model as RemoteModel  # pyarrow takes 0.3 s: only who has such a tier waits
+        from nodecache.remote.store import RemoteStore
+
+        remote_model = RemoteModel(layout.fingerprint, layout.version, layout.block_bytes, options.kernel_path)
+        stores["remote"] = RemoteStore(settings.remote, remote_model, on_changes=on_remote_changes)
     return stores
 
 
