@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from messages.errors import InvariantError
 from nodecache.remote.manifests import REMEMBERED_US, Rows
-from nodecache.store import StoredBlock
+from nodecache.store import StoredBlock, StorePage
 
 #: What is known of a block beside its name.
 _KNOWN = np.dtype(
@@ -47,7 +48,8 @@ class RemoteIndex:
         self._lock = threading.Lock()
         self._known = np.zeros(1024, _KNOWN)
         self._rows: dict[bytes, int] = {}  # of _known, by name
-        self._free: list[int] = list(range(len(self._known)))
+        self._names: list[bytes | None] = [None] * len(self._known)  # the other way round
+        self._free = array("I", range(len(self._known)))
         self._digests: dict[int, bytes] = {}  # of objects, by number
         self._numbers: dict[bytes, int] = {}
         self._num_live: dict[int, int] = {}  # blocks that are found in an object, by its number
@@ -72,6 +74,18 @@ class RemoteIndex:
         """Return the names of all blocks."""
         with self._lock:
             return list(self._rows)
+
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """Return the blocks from a row on, at most so many of so many rows, and where to go on."""
+        with self._lock:
+            end = min(max(cursor, 0) + max_blocks, len(self._names))
+            found = [(row, name) for row, name in enumerate(self._names[cursor:end], cursor) if name is not None]
+            kept = self._known[[row for row, _ in found]]
+            blocks = map(
+                StoredBlock, (name for _, name in found), kept["num_tokens"].tolist(), kept["checksum"].tolist()
+            )
+            next_cursor = end if end < len(self._names) else None
+            return StorePage(list(blocks), [row for row, _ in found], len(self._rows), next_cursor)
 
     def places(self, names: Sequence[bytes]) -> list[Place | None]:
         """Say where blocks lie."""
@@ -122,6 +136,8 @@ class RemoteIndex:
             used = set(self._rows.values())
             _require(counts == self._num_live, "blocks of objects add up")
             _require(len(used) == len(self._rows) and not used & set(self._free), "every block has a row of its own")
+            named = {name: row for row, name in enumerate(self._names) if name is not None}
+            _require(named == self._rows and len(self._names) == len(self._known), "rows and names agree")
             _require(len(used) + len(self._free) == len(self._known), "no row is lost")
             _require({digest: n for n, digest in self._digests.items()} == self._numbers, "objects are numbered once")
             _require(set(self._digests) == set(self._num_live), "every object holds a block")
@@ -170,14 +186,17 @@ class RemoteIndex:
         if not self._free:
             num_rows = len(self._known)
             self._known = np.concatenate([self._known, np.zeros(num_rows, _KNOWN)])
-            self._free = list(range(num_rows, 2 * num_rows))
+            self._names = self._names + [None] * num_rows
+            self._free = array("I", range(num_rows, 2 * num_rows))
         row = self._free.pop()
         self._known[row] = (number, *fields)
         self._rows[name] = row
+        self._names[row] = name
         self._num_live[number] += 1
 
     def _forget(self, name: bytes) -> None:
         row = self._rows.pop(name)
+        self._names[row] = None
         self._free.append(row)
         number = int(self._known["object"][row])
         self._num_live[number] -= 1

@@ -30,7 +30,7 @@ from nodecache.remote.reader import Part, copy_part, parts_of
 from nodecache.remote.stats import RemoteStats
 from nodecache.remote.threads import RemoteThreads
 from nodecache.remote.upkeep import Upkeep
-from nodecache.store import StoredBlock, StoreError
+from nodecache.store import StoredBlock, StoreError, StorePage
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,10 @@ class RemoteStore:
     def names(self) -> list[bytes]:
         """As `BlockStore.names`."""
         return self._index.names()
+
+    def page(self, cursor: int, max_blocks: int) -> StorePage:
+        """As `BlockStore.page`. A place is a number of this process."""
+        return self._index.page(cursor, max_blocks)
 
     def read(self, names: Sequence[bytes], targets: Sequence[memoryview], deadline_s: float) -> list[bool]:
         """As `BlockStore.read`. Once it has returned or raised, nothing writes to the targets any more."""
@@ -173,12 +177,9 @@ class RemoteStore:
         self._forget(places)
 
     def sync(self, deadline_s: float) -> None:
-        """Return when others can find all that was written before, and all that others listed before is found here.
+        """As `BlockStore.sync`: others can find it, and all that others listed before is found here.
 
         Tries a store again that is out of the plan.
-
-        Raises:
-            StoreError: it failed, or did not answer in time.
         """
         self._upkeep.sync(deadline_s)
 

@@ -103,7 +103,7 @@ def test_pages_show_every_block_once(store):
 def test_blocks_that_are_removed_between_pages_hide_no_others(store):
     write(store, *range(30))
     left = iter(range(30))
-    found = pages(store, 5, lambda: store.remove([name_of(next(left)), name_of(next(left))]))
+    found = pages(store, 5, lambda: store.remove([name_of(next(left, 0)), name_of(next(left, 0))]))
     assert {block.name for block in found} >= {block.name for block in pages(store, 100)}
 
 
