@@ -72,7 +72,7 @@ def status_table(status: dict[str, Any]) -> str:
     if status["workers"]:
         lines.append(f"checksums by {', '.join(sorted({worker['checksum_path'] for worker in status['workers']}))}")
     lines += [_road_line(worker["worker_id"], road) for worker in status["workers"] for road in worker["pulls_from"]]
-    lines += [_cache_line(cache) for cache in status["caches"]]
+    lines += [_cache_line(cache) for cache in status.get("caches", ())]
     for router in status["routers"]:
         values = router["values"]
         lines.append(

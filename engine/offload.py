@@ -29,7 +29,7 @@ from transport.shm import open_region
 
 logger = logging.getLogger(__name__)
 
-#: Chains that wait to be offered; the oldest are dropped: their blocks are the next to leave the pool.
+#: Chains that wait to be offered; more are dropped.
 _MAX_WAITING = 256
 #: Questions about one chain: a cache grants no more than half of its arena at a time.
 _MAX_TRIES = 4
