@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, SHORT_TOKENS, Computation, compute_s, handoff_s, harm_s
 from kvrouter.fit import can_ever_hold, can_hand_over
-from kvrouter.policy import Assumptions, Reserved, WorkerState, affinity_key, check_ttft, rendezvous
+from kvrouter.policy import Assumptions, affinity_key, check_ttft, rendezvous
+from kvrouter.worker_state import Reserved, WorkerState
 from messages.errors import CapacityError, RequestError, WorkerError
 from messages.fleet import WorkerInfo
 from messages.route import Placement, RouteRequest

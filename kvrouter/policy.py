@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from types import MappingProxyType
@@ -34,7 +34,6 @@ from kvcache.price import (
     HARM_WEIGHT,
     SHORT_SHARE,
     SHORT_TOKENS,
-    SHORT_WAITS,
     Computation,
     compute_s,
     handoff_s,
@@ -43,8 +42,9 @@ from kvcache.price import (
 )
 from kvrouter.fit import NODE_ROADS, can_hand_over, ceil_div
 from kvrouter.index import Run
+from kvrouter.worker_state import WorkerState, least_price
 from messages.errors import CapacityError
-from messages.fleet import LoadReport, WorkerInfo
+from messages.fleet import WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 from messages.route import RouteRequest
@@ -66,90 +66,6 @@ class Assumptions:
     decode_step_s: float = 0.05
     sequence_s: float = 10.0  #: how long a sequence holds its slot and blocks
     doubt: float = 0.5  #: a worker is taken to compute at least at this share of the fastest one's rate
-
-
-class Reserved(NamedTuple):
-    """What a placement will take at one worker, until the worker's own report shows it."""
-
-    compute_s: float
-    blocks: int
-    sequences: int
-    short_s: float = 0.0  #: of a short prompt: compute_s
-    short_sequences: int = 0  #: of a short prompt: sequences
-
-
-@dataclass(slots=True)
-class WorkerState:
-    """The router's view of one worker: its constants, its last report, and what was promised since."""
-
-    info: WorkerInfo
-    load: LoadReport | None = None
-    reserved: dict[str, Reserved] = field(default_factory=dict)  #: by request id
-    reserved_s: float = 0.0  #: the five are sums over `reserved`
-    reserved_blocks: int = 0
-    reserved_sequences: int = 0
-    reserved_short_s: float = 0.0
-    reserved_short_sequences: int = 0
-    moves: dict[tuple[str, Tier], MovePrice] = field(default_factory=dict)  #: by the source's address, and its tier
-    least_move: MovePrice | None = None  #: each part the least of `moves`
-
-    def reserve(self, request_id: str, reserved: Reserved) -> None:
-        """Count a placement, in the stead of one counted before for the same request."""
-        self.release(request_id)
-        self.reserved[request_id] = reserved
-        self.reserved_s += reserved.compute_s
-        self.reserved_blocks += reserved.blocks
-        self.reserved_sequences += reserved.sequences
-        self.reserved_short_s += reserved.short_s
-        self.reserved_short_sequences += reserved.short_sequences
-
-    def release(self, request_id: str) -> None:
-        """Count a placement no longer; unknown ids are ignored."""
-        reserved = self.reserved.pop(request_id, None)
-        if reserved is not None:
-            self.reserved_s -= reserved.compute_s
-            self.reserved_blocks -= reserved.blocks
-            self.reserved_sequences -= reserved.sequences
-            self.reserved_short_s -= reserved.short_s
-            self.reserved_short_sequences -= reserved.short_sequences
-            if not self.reserved:
-                self.reserved_s = self.reserved_short_s = 0.0  # what rounding left
-
-    def report(self, load: LoadReport) -> None:
-        """Take in the worker's report: the requests that it lists need no prediction any more."""
-        self.load = load
-        if load.moves:
-            self.moves |= {(price.source, price.tier): price for price in load.moves}
-            self.least_move = _least(self.moves.values())
-        for request_id in self.reserved.keys() & set(load.request_ids):
-            self.release(request_id)
-
-    def queue_s(self, num_tokens: int) -> float:
-        """Return the seconds of prefill, reported and promised, that a prompt with so much to compute waits for."""
-        queue_s = self.reserved_s + (self.load.queued_s if self.load else 0.0)
-        if num_tokens > SHORT_TOKENS:
-            return queue_s
-        return min(queue_s, SHORT_WAITS * (self.reserved_short_s + (self.load.queued_short_s if self.load else 0.0)))
-
-    @property
-    def num_short(self) -> int:
-        """Sequences with short prompts, running, waiting and promised."""
-        return self.reserved_short_sequences + (self.load.num_short if self.load else 0)
-
-    @property
-    def compute_price(self) -> ComputePrice | None:
-        """The price of computing that the worker last reported; None where it never measured one."""
-        return (self.load.compute if self.load else None) or self.info.compute
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences running, waiting and promised."""
-        return self.reserved_sequences + (self.load.num_running + self.load.num_waiting if self.load else 0)
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks free or evictable, less what was promised; negative where that was too much."""
-        return (self.load.free_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
 
 
 class Candidate(NamedTuple):
@@ -256,6 +172,16 @@ class Pricing:
         self._runs = runs
         self._workers = workers
         self._assumed = assumed
+        self._held_by = [{holder.worker_id for holder in run.holders if holder.tier == "device"} for run in runs]
+        self._sources = [  # of each run, some
+            [
+                (workers[holder.worker_id], holder.tier)
+                for holder in run.holders[:_MAX_COPIES]
+                if holder.worker_id in workers
+            ]
+            for run in runs
+        ]
+        self._reachable: dict[tuple[str, str, tuple[str, ...], bytes], bool] = {}
         self._num_leading: dict[str, int] = {}
         self._num_held: dict[str, int] = {}
         for run in runs:
@@ -267,7 +193,7 @@ class Pricing:
         self._key = affinity_key(request)
         self._computations: dict[tuple[int, bytes], tuple[Computation, float, float]] = {}
         self._road_moves: dict[tuple[object, ...], MovePrice] = {}
-        self._least_unmeasured = _least(prices.by_road.values()) if prices.by_road else assumed.move
+        self._least_unmeasured = least_price(prices.by_road.values()) if prices.by_road else assumed.move
 
     def best(self, decodes: Sequence[WorkerState], prefills: Iterable[WorkerState]) -> Candidate:
         """Return the cheapest placement; equals are told apart by least load, then by rendezvous hashing of the prompt.
@@ -306,7 +232,7 @@ class Pricing:
         """
         least_move = self._least_unmeasured
         if part.worker.least_move is not None:
-            least_move = _least((least_move, part.worker.least_move))
+            least_move = least_price((least_move, part.worker.least_move))
         best, best_s, best_handoff_s = None, math.inf, 0.0
         for prefill in prefills:
             enough_s = best_s - _COST_STEP_S
@@ -413,14 +339,23 @@ class Pricing:
 
     def _load_s(self, worker: WorkerState, num_bytes: int) -> float:
         """Return the seconds that bringing `num_bytes` takes from the cheapest copy of the longest run it lacks."""
-        lacking = [run for run in self._runs if (worker.info.worker_id, "device") not in run.holders]
-        longest = max(lacking, key=lambda run: run.end - run.begin)
+        worker_id = worker.info.worker_id
+        longest = max(
+            (number for number, held_by in enumerate(self._held_by) if worker_id not in held_by),
+            key=lambda number: self._runs[number].end - self._runs[number].begin,
+        )
         prices = [
-            self._move_price(source, worker, holder.tier)
-            for holder in longest.holders[:_MAX_COPIES]
-            if (source := self._workers.get(holder.worker_id)) is not None and can_hand_over(source.info, worker.info)
+            self._move_price(source, worker, tier)
+            for source, tier in self._sources[longest]
+            if self._can_reach(source.info, worker.info)
         ]
         return min((price.handoff_s + move_s(price, num_bytes) for price in prices), default=math.inf)
+
+    def _can_reach(self, source: WorkerInfo, target: WorkerInfo) -> bool:
+        key = (source.worker_id, target.node_id, target.roads, target.fingerprint)
+        if key not in self._reachable:
+            self._reachable[key] = can_hand_over(source, target)
+        return self._reachable[key]
 
     def _num_computed(self, match_tokens: int) -> int:
         """Count the tokens to compute: at least the last one, as somebody has to sample what follows it."""
@@ -502,13 +437,6 @@ class Pricing:
         if len(equals) == 1:
             return equals[0]
         return max(equals, key=lambda candidate: rendezvous(self._key, candidate.decode.info.worker_id))
-
-
-def _least(prices: Iterable[MovePrice]) -> MovePrice:
-    """Return a price that none of `prices` is below, in any part."""
-    columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
-    fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
-    return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)
 
 
 def check_ttft(delay_s: float, own_s: float, max_ttft_s: float) -> None:

@@ -17,7 +17,8 @@ from kvcache.price import Computation, compute_s
 from kvrouter.fit import blocks_wanted, can_ever_hold, can_hand_over
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
-from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, Reserved, WorkerState, check_ttft
+from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, check_ttft
+from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo

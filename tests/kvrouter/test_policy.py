@@ -6,7 +6,8 @@ import pytest
 
 from kvrouter.fit import can_ever_hold, can_hand_over
 from kvrouter.index import Holder, Run
-from kvrouter.policy import Assumptions, Prices, Pricing, Reserved, WorkerState, affinity_key, check_ttft, rendezvous
+from kvrouter.policy import Assumptions, Prices, Pricing, affinity_key, check_ttft, rendezvous
+from kvrouter.worker_state import Reserved, WorkerState
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
 from messages.price import ComputePrice, MovePrice
