@@ -17,6 +17,7 @@ again only when nothing of it is left. Memory follows what workers hold: about 1
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import count
@@ -130,8 +131,10 @@ class BlockIndex:
         """Return who holds this block."""
         return self._named(self._live & self._holders.get(name, 0))
 
-    def runs(self, names: bytes) -> list[Run]:
+    def runs(self, names: bytes, max_runs: int = sys.maxsize) -> list[Run]:
         """Divide a prompt with these concatenated names into runs with the same holders, up to the first without any.
+
+        At most `max_runs` of them, from the head on.
 
         A change of holders between two blocks that have the same ones may be missed: a hint, as everything here.
         """
@@ -140,7 +143,7 @@ class BlockIndex:
         live, get = self._live, self._holders.get
         begin = 0
         bits = live & get(names[:NAME_BYTES], 0)
-        while bits:
+        while bits and len(runs) < max_runs:
             same, step = begin, 1  # block `same` has the same holders
             while same + step < num_names:
                 at = (same + step) * NAME_BYTES

@@ -29,6 +29,8 @@ from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 _UNSEEN_S = 30.0
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
 _USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
+#: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
+_MAX_RUNS = 128
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
 
 
@@ -269,7 +271,7 @@ class Router:
 
     def _pricing(self, request: RouteRequest) -> Pricing:
         prices = Prices(self._best_compute, self._moves_by_road)
-        return Pricing(request, self._index.runs(request.names), self._workers, self._assumed, prices)
+        return Pricing(request, self._index.runs(request.names, _MAX_RUNS), self._workers, self._assumed, prices)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id

@@ -248,3 +248,10 @@ class IndexAgainstSets(RuleBasedStateMachine):
 
 TestIndexAgainstSets = IndexAgainstSets.TestCase
 TestIndexAgainstSets.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_no_more_runs_are_looked_for_than_wanted():
+    index = BlockIndex()
+    for position in range(40):
+        index.fold("a" if position % 2 else "b", stored=chain_names(1, position, position + 1))
+    assert [(run.begin, run.end) for run in index.runs(chain_names(1, 0, 40), 3)] == [(0, 1), (1, 2), (2, 3)]
