@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import msgspec
 
@@ -61,7 +61,6 @@ from nodecache.management import (
 )
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks
-from nodecache.remote.index import Changes
 from nodecache.store import BlockStore, StoreError
 from nodecache.worth import Worth
 from nodecache.writing_down import WriteBlocks
@@ -73,6 +72,9 @@ from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import NoVaults
 from transport.roads import Roads
 from transport.secret import ClusterSecret
+
+if TYPE_CHECKING:
+    from nodecache.remote.index import Changes  # with pyarrow, which only who has such a tier waits for
 
 logger = logging.getLogger(__name__)
 

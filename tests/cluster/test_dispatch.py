@@ -240,8 +240,9 @@ async def http(fleet, model_dir):
 
 
 def told(reply: dict) -> dict:
-    """A reply without what is new in each."""
-    return {key: value for key, value in reply.items() if key not in ("id", "created")}
+    """A reply without what is new in each: how a prompt was to be had says how long that took."""
+    kept = {key: value for key, value in reply.items() if key not in ("id", "created", "kvray")}
+    return kept | {"prompt_sources": reply["kvray"]["prompt_sources"]}
 
 
 def near(value: object) -> object:
