@@ -84,8 +84,7 @@ from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
-#: Blocks are offered to others when fewer than one in so many can be taken without a loss; so many at a time.
-_DISPENSABLE_SHARE = 2
+#: So many blocks are offered to others at a time.
 _NUM_OLDEST = 512
 #: The node cache is looked for so often, which keeps it alive, and sooner where there is none.
 _LOOK_FOR_CACHE_S = 15.0
@@ -221,6 +220,7 @@ class EngineWorker:
         self._role: WorkerRole | None = None
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
         self._offered: dict[bytes, float] = {}  #: as surplus, and when
+        self._num_lost = 0  #: blocks, when surplus was last looked for
         self._num_intakes = count()
         self._subscribers = Subscribers(worker_id, self.send)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -429,10 +429,11 @@ class EngineWorker:
         )
 
     def _offer_oldest(self) -> None:
-        """Tell what would be evicted next, once the pool has little else to give: another worker may keep it."""
-        pool = self.engine.pool
-        if pool.num_dispensable * _DISPENSABLE_SHARE > pool.num_blocks:
+        """Tell what would be evicted next, once sequences cost the pool what it kept: another worker may keep it."""
+        pool, num_lost = self.engine.pool, self.engine.scheduler.num_blocks_lost
+        if num_lost == self._num_lost:
             return
+        self._num_lost = num_lost
         now_s = time.monotonic()
         oldest = [
             (name, used_s)

@@ -46,6 +46,11 @@ class PoolStats:
     num_quarantined_blocks: int = 0
 
     @property
+    def num_lost_blocks(self) -> int:
+        """Evicted blocks that no other holder was known to keep."""
+        return self.num_evicted_blocks - self.num_evicted_spare_blocks
+
+    @property
     def hit_rate(self) -> float:
         """Share of all blocks handed out that did not have to be written; 0 before the first."""
         total = self.num_hit_blocks + self.num_allocated_blocks
@@ -196,10 +201,11 @@ class BlockPool:
             self._num_pins[block_id] += 1
         self.stats.num_hit_blocks += len(block_ids)
 
-    def unpin(self, block_ids: Sequence[int]) -> None:
+    def unpin(self, block_ids: Sequence[int], used_s: float | None = None) -> None:
         """Take one pin off each block of a chain, given head first.
 
-        What has no pin left is free if it has no name, else it may be evicted: tails before heads.
+        What has no pin left is free if it has no name, else it may be evicted: tails before heads. `used_s`: when what
+        nobody used here was last used elsewhere; it is the next to go.
         """
         for block_id in reversed(block_ids):
             if self._num_pins[block_id] < 1 or block_id in self._quarantined:
@@ -209,7 +215,10 @@ class BlockPool:
                 if self._names[block_id] is None:
                     self._free.append(block_id)
                 else:
-                    self._evictable[self._is_spare[block_id]][block_id] = self.now_s
+                    queue = self._evictable[self._is_spare[block_id]]
+                    queue[block_id] = self.now_s if used_s is None else used_s
+                    if used_s is not None:
+                        queue.move_to_end(block_id, last=False)
 
     def commit(self, block_id: int, name: bytes) -> bool:
         """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.

@@ -20,6 +20,7 @@ _MAX_BLOCKS = 1024
 class _Intake:
     source: str
     names: tuple[bytes, ...]
+    used_s: float  #: when the blocks were last used
     targets: dict[int, int]  #: block id, by position in `names`
     offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
@@ -33,6 +34,7 @@ class Intakes:
         self._pool = pool
         self._intakes: dict[str, _Intake] = {}
         self.num_blocks = 0  #: taken in since the start
+        self.num_displaced_blocks = 0  #: older ones that were evicted for them
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all that is under way."""
@@ -53,8 +55,10 @@ class Intakes:
         names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)[:room]
         if wanted.intake_id in self._intakes or not names:
             return
+        num_lost = self._pool.stats.num_lost_blocks
         targets = dict(enumerate(self._pool.allocate(len(names))))
-        self._intakes[wanted.intake_id] = _Intake(wanted.source, names, targets)
+        self.num_displaced_blocks += self._pool.stats.num_lost_blocks - num_lost
+        self._intakes[wanted.intake_id] = _Intake(wanted.source, names, wanted.used_s, targets)
         out.append(AskBlocks(wanted.intake_id, wanted.source, 0, names, is_tail_first=False))
 
     def take_blocks(self, offered: BlocksOffered, out: list[Instruction]) -> None:
@@ -96,5 +100,6 @@ class Intakes:
             pairs = [(location, intake.targets[index]) for index, location in offered.items()]
             out.append(PullBlocks(intake_id, intake.source, pairs))
         elif intake.is_offered_whole:
-            # Named as they would be evicted, tails before heads.
-            self._pool.unpin(list(reversed(self._intakes.pop(intake_id).targets.values())))
+            # Named as they are to be evicted; each goes before the one that was put back before it.
+            self._intakes.pop(intake_id)
+            self._pool.unpin(list(intake.targets.values()), intake.used_s)

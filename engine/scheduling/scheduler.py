@@ -121,6 +121,11 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------------------- load
 
     @property
+    def num_blocks_lost(self) -> int:
+        """Blocks evicted for sequences that no other holder was known to keep."""
+        return self._pool.stats.num_lost_blocks - self._ledger.intakes.num_displaced_blocks
+
+    @property
     def num_blocks_taken_in(self) -> int:
         """Blocks taken in from others that were about to lose them."""
         return self._ledger.intakes.num_blocks

@@ -538,3 +538,15 @@ class TestPoolMachine(PoolMachine.TestCase):
 @pytest.mark.long
 class TestPoolMachineAtLength(PoolMachine.TestCase):
     settings = settings(max_examples=700, stateful_step_count=60, deadline=None)
+
+
+def test_what_was_last_used_elsewhere_keeps_its_age_and_goes_next_in_the_order_given():
+    pool = BlockPool(4, 16)
+    pool.now_s = 50.0
+    old, first, second = pool.allocate(3)
+    for block_id, name in ((old, b"o" * 16), (first, b"1" * 16), (second, b"2" * 16)):
+        pool.commit(block_id, name)
+    pool.unpin([old])
+    pool.unpin([first, second], used_s=20.0)
+    assert pool.oldest(4) == [(b"1" * 16, 20.0), (b"2" * 16, 20.0), (b"o" * 16, 50.0)]
+    pool.check_invariants()
