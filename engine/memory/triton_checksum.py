@@ -33,6 +33,7 @@ def lane_totals(rows: torch.Tensor, block_ids: torch.Tensor, line_keys: torch.Te
     return totals
 
 
+# Triton compiles these from their source, and takes no annotations but its own.
 @triton.jit
 def _mix(word):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     word = (word ^ (word >> _SHIFT_0)) * _FACTOR_0
