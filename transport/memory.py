@@ -22,6 +22,7 @@ import secrets
 import stat
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ _CONTROL_GROUPS = (
 PAGE_BYTES = mmap.PAGESIZE
 NONCE_BYTES = 16
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap yet
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not in Python's mmap yet
 _POPULATE_BYTES = 2 << 20  # at a time, about 1 ms
 
 _HEADER = struct.Struct("<8sQQ16s")  # magic, layout version, num_bytes, nonce
@@ -150,10 +151,7 @@ class Memory:
 
         About 0.4 s per GiB; made for a thread beside others, as it stops often. Kernels before 5.14 cannot: no harm.
         """
-        with contextlib.suppress(OSError):
-            for offset in range(0, self.num_bytes, _POPULATE_BYTES):
-                self._mapping.madvise(_MADV_POPULATE_WRITE, offset, min(_POPULATE_BYTES, self.num_bytes - offset))
-                time.sleep(0.001)  # madvise keeps the interpreter's lock
+        _populate(self._mapping, self.num_bytes, _MADV_POPULATE_WRITE, lambda: self._fd >= 0)
 
     def publish(self) -> None:
         """Write the header: from now on `SharedView.open` with this nonce succeeds."""
@@ -211,11 +209,25 @@ class SharedView:
             raise ValueError("the nonce differs from the one described")
         return opened
 
+    def populate(self) -> None:
+        """As `Memory.populate`; ends early once the owner has withdrawn it."""
+        advice = _MADV_POPULATE_READ if self.view.readonly else _MADV_POPULATE_WRITE
+        _populate(self._mapping, self.num_bytes, advice, self.is_current)
+
     def is_current(self) -> bool:
         """Tell whether the owner still publishes this memory under the nonce it was opened with."""
         offset = _header_offset(self.num_bytes)
         expected = _HEADER.pack(_MAGIC, _VERSION, self.num_bytes, self._nonce)
         return self._mapping[offset : offset + _HEADER.size] == expected
+
+
+def _populate(mapping: mmap.mmap, num_bytes: int, advice: int, is_wanted: Callable[[], bool]) -> None:
+    with contextlib.suppress(OSError):
+        for offset in range(0, num_bytes, _POPULATE_BYTES):
+            if not is_wanted():
+                return
+            mapping.madvise(advice, offset, min(_POPULATE_BYTES, num_bytes - offset))
+            time.sleep(0.001)  # madvise keeps the interpreter's lock
 
 
 def as_host_memory(memory: RegionMemory, road: str) -> Memory:

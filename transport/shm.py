@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -124,6 +125,7 @@ class ShmTransport:
         opened = self._opened.get(source.nonce)
         if opened is None:
             opened = open_region(source)
+            threading.Thread(target=opened.populate, name="populate-shm", daemon=True).start()
             self._opened[source.nonce] = opened
             if not link.is_lost:
                 self._links.setdefault(link, set()).add(source.nonce)

@@ -9,7 +9,8 @@ import torch
 from engine.memory.device_checksum import device_checksums
 from engine.memory.kv_pool import KvPool
 from kvcache.pool import BlockPool
-from transport.checksum import checksum, copy_checked
+from transport.checksum import checksum, copy_all_checked
+from transport.protocol import Copy
 
 
 class BlockChecksums:
@@ -29,12 +30,14 @@ class BlockChecksums:
             self._known[block_id] = (generation(block_id), value)
         return [self._known[block_id][1] for block_id in block_ids]
 
-    def copy_out(self, block_id: int, target: memoryview, offset: int) -> int:
-        """Copy a block to `offset` of `target`, and return the checksum of what was copied. Any thread."""
-        num_bytes = self._rows.shape[1]
-        if self._host_rows is not None:
-            return copy_checked(target[offset : offset + num_bytes], self._host_rows[block_id])
-        return copy_checked(target[offset : offset + num_bytes], self._rows[block_id].cpu().numpy())
+    def copy_out(self, block_ids: Sequence[int], target: memoryview, offsets: Sequence[int]) -> list[int]:
+        """Copy blocks to these offsets of `target`; return the checksums of what was copied, in order. Any thread."""
+        rows, numbers = self._host_rows, block_ids
+        if rows is None:
+            rows, numbers = self._rows[list(block_ids)].cpu().numpy(), range(len(block_ids))
+        size = rows.shape[1]
+        copies = [Copy(number * size, offset, size) for number, offset in zip(numbers, offsets, strict=True)]
+        return copy_all_checked(target, rows.reshape(-1), copies)
 
     def compute(self, block_ids: Sequence[int]) -> list[int]:
         """Compute the checksums of what these blocks hold now. Any thread."""
