@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats
-from messages.request import GenerateRequest, SamplingParams
+from messages.request import GenerateRequest, HeldRun, SamplingParams
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.channel import ChannelClient
@@ -44,30 +44,47 @@ class DirectClient:
             pass
         return message.values
 
-    async def first_token_s(self, prompt: Sequence[int], prefill_address: str | None) -> float:
+    async def first_token_s(
+        self,
+        prompt: Sequence[int],
+        prefill_address: str | None,
+        *,
+        held: tuple[HeldRun, ...] = (),
+        kind: str = "direct",
+    ) -> float:
         """Return the seconds from sending a prompt to its first token, after the second and last one came.
 
-        Raises what `token_times_s` raises.
+        Arguments and errors as `token_times_s` has them.
         """
         begin_s = time.monotonic()
-        return (await self.token_times_s(prompt, prefill_address, max_tokens=2))[0] - begin_s
+        times_s = await self.token_times_s(prompt, prefill_address, max_tokens=2, held=held, kind=kind)
+        return times_s[0] - begin_s
 
     async def token_times_s(
-        self, prompt: Sequence[int], prefill_address: str | None, *, max_tokens: int
+        self,
+        prompt: Sequence[int],
+        prefill_address: str | None,
+        *,
+        max_tokens: int,
+        held: tuple[HeldRun, ...] = (),
+        kind: str = "direct",
     ) -> list[float]:
         """Send a prompt; return when each token came, on the machine's monotonic clock.
+
+        `held`: where its blocks lie. `kind`: what the request's id begins with.
 
         Raises:
             RuntimeError: the worker refused the prompt.
             ConnectionError: the worker is gone.
         """
         request = GenerateRequest(
-            request_id=f"direct-{next(self._ids)}",
+            request_id=f"{kind}-{next(self._ids)}",
             token_ids=pack_tokens(prompt),
             num_prompt_tokens=len(prompt),
             params=SamplingParams(max_tokens=max_tokens, temperature=0.0),
             prefill_worker=None if prefill_address is None else "prefill",
             prefill_address=prefill_address,
+            held=held,
         )
         self._client.send(request)
         times_s: list[float] = []
