@@ -5,12 +5,14 @@
     compute                        whatever loading does not bring, head first
     both                           loads come from the tail, computing goes on from the head, until they meet
 
-Computing the head while the tail is loaded is never slower than the quicker of the two alone, and takes half of its
-time where both are equally quick; where one is far quicker, the other would hardly help.
+Computing the head while the tail is loaded takes half of the time of either where both are equally quick, and a little
+more than that: it is computed in smaller steps, and at last one of the two is waited for. Where one is far quicker the
+other does not help.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,8 +20,10 @@ from kvcache.price import Computation, compute_s, harm_s, move_s
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 
-#: One way alone where the other takes so many times as long: both together would gain less than an eighth.
-_ALONE = 8.0
+#: Both together where they take less than this share of the quicker one alone: no prediction is better.
+_CLEARLY = 0.9
+#: Steps of a head's computing beyond those of computing all of it in one go: each takes most of what is left.
+_MORE_STEPS = 2
 
 
 class Load(NamedTuple):
@@ -34,18 +38,22 @@ class LoadPlan(NamedTuple):
     """What is to be loaded, head first, and whether the head is computed meanwhile. Without loads all is computed."""
 
     loads: tuple[Load, ...] = ()
-    is_mixed: bool = False
     load_s: float = 0.0  #: of loading all that others hold
     compute_s: float = 0.0  #: of computing it instead
+    mixed_s: float = math.inf  #: of both at once
+    is_mixed: bool = False
 
     @property
     def seconds(self) -> float:
         """Predicted seconds until what others hold lies here."""
         if not self.loads:
             return self.compute_s
-        if not self.is_mixed:
-            return self.load_s
-        return self.load_s * self.compute_s / (self.load_s + self.compute_s)
+        return self.mixed_s if self.is_mixed else self.load_s
+
+    @property
+    def computed_share(self) -> float:
+        """How much of it is computed where both meet, in [0, 1]."""
+        return self.load_s / (self.load_s + self.compute_s)
 
 
 def lacking_runs(held: Sequence[HeldRun], begin: int, end: int, is_here: Callable[[int], bool]) -> list[HeldRun]:
@@ -81,6 +89,7 @@ def plan_loads(
     *,
     block_size: int,
     block_bytes: int,
+    chunk_tokens: int,
     compute: ComputePrice,
     queue_s: float,
     num_beside: int,
@@ -92,6 +101,7 @@ def plan_loads(
         price_of: what bringing blocks from a copy costs this worker; None where they cannot come from there.
         block_size: in tokens.
         block_bytes: of one block.
+        chunk_tokens: of the smallest step in which a head is computed.
         compute: what computing costs this worker.
         queue_s: of computing that goes before.
         num_beside: sequences that run here, and wait for each step of it.
@@ -114,6 +124,10 @@ def plan_loads(
     if not loads:
         return LoadPlan()
     computing_s += queue_s + harm_s(computing_s, num_beside)
-    if computing_s * _ALONE < load_s:
-        return LoadPlan((), False, load_s, computing_s)
-    return LoadPlan(tuple(loads), load_s * _ALONE > computing_s, load_s, computing_s)
+    end = loads[-1].end * block_size
+    last_step_s = compute_s(compute, Computation.of(max(0, end - chunk_tokens), end))
+    mixed_s = load_s * computing_s / (load_s + computing_s) + last_step_s + _MORE_STEPS * compute.step_s
+    is_mixed = mixed_s < _CLEARLY * min(load_s, computing_s)
+    if not is_mixed and computing_s < load_s:
+        return LoadPlan((), load_s, computing_s, mixed_s)
+    return LoadPlan(tuple(loads), load_s, computing_s, mixed_s, is_mixed)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcache.price import LearnedPrices
 from messages.tier import Tier
 from nodecache.arena import BlockIds
 from nodecache.pool import HostPool, Written, as_names
@@ -19,6 +20,9 @@ from nodecache.tiers import Found, Tiers
 
 _SIGHTS = 2  #: somebody kept it, and somebody wants it
 _GRACE_S = 1.0  #: by which a store may answer too late
+#: A batch takes about so long, and so many times as long as a store needs for any read.
+_BATCH_S = 0.02
+_FIXED_TIMES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class _Read:
     tier: Tier
     wanted: list[tuple[bytes, _Wanted]]
     block_ids: BlockIds
+    began_s: float
     late_s: float  #: from then on it is overdue
     is_overdue: bool = False
 
@@ -69,12 +74,13 @@ class Reading:
     """
 
     def __init__(self, pool: HostPool, tiers: Tiers, batch_blocks: int, max_reads: int, deadline_s: float) -> None:
-        """Read into `pool`, `batch_blocks` at a time, `max_reads` batches of each store; each within `deadline_s`."""
+        """Read into `pool`: `batch_blocks` at a time at most, `max_reads` batches of a store, each within `deadline_s`."""
         self._pool = pool
         self._tiers = tiers
         self._batch_blocks = batch_blocks
         self._max_reads = max_reads
         self._deadline_s = deadline_s
+        self._prices = {entry.tier: LearnedPrices(2) for entry in tiers.all}  # of a read: 1, blocks
         self._wanted: dict[bytes, _Wanted] = {}
         self._queues: Mapping[Tier, OrderedDict[str, deque[bytes]]] = {entry.tier: OrderedDict() for entry in tiers.all}
         self._reads: dict[int, _Read] = {}
@@ -138,7 +144,7 @@ class Reading:
             has_hung = num_running >= self._max_reads and all(read.is_overdue for read in running)
             is_usable = self._tiers[tier].is_usable(now_s) and not has_hung
             while queue and (num_running < self._max_reads or not is_usable):
-                batch = self._next_batch(queue)
+                batch = self._next_batch(tier, queue)
                 if not batch:
                     continue
                 if not is_usable:
@@ -164,6 +170,7 @@ class Reading:
             entry.on_failed(now_s)
         if arrived is not None:
             entry.on_worked()
+            self._prices[read.tier].observe((1.0, float(len(read.wanted))), max(1e-6, now_s - read.began_s))
             lost = [name for (name, _), is_there in zip(read.wanted, arrived, strict=True) if not is_there]
             entry.on_changed([], [name for name in lost if entry.store.find(name) is None])
         kept = self._commit(read, came, now_s)
@@ -186,10 +193,18 @@ class Reading:
                     outcomes += self._outcomes(name, wanted, None, now_s)
         return outcomes
 
-    def _next_batch(self, queue: OrderedDict[str, deque[bytes]]) -> list[tuple[bytes, _Wanted]]:
+    def _num_at_once(self, tier: Tier) -> int:
+        """Return how many blocks to read together: whoever asks goes on with what has come, while more is read."""
+        fixed_s, block_s = self._prices[tier].prices
+        if block_s <= 0:
+            return self._batch_blocks
+        return min(self._batch_blocks, int(max(_BATCH_S, _FIXED_TIMES * fixed_s) / block_s) + 1)
+
+    def _next_batch(self, tier: Tier, queue: OrderedDict[str, deque[bytes]]) -> list[tuple[bytes, _Wanted]]:
+        num_blocks = self._num_at_once(tier)
         key, names = queue.popitem(last=False)
         batch: dict[bytes, _Wanted] = {}
-        while names and len(batch) < self._batch_blocks:
+        while names and len(batch) < num_blocks:
             name = names.popleft()
             wanted = self._wanted.get(name)
             if wanted is not None and not wanted.is_reading:
@@ -214,7 +229,7 @@ class Reading:
         for _, wanted in batch:
             wanted.is_reading = True
         read_id = next(self._ids)
-        self._reads[read_id] = _Read(tier, batch, block_ids, now_s + self._deadline_s + _GRACE_S)
+        self._reads[read_id] = _Read(tier, batch, block_ids, now_s, now_s + self._deadline_s + _GRACE_S)
         names = tuple(name for name, _ in batch)
         return ReadBlocks(read_id, tier, names, tuple(block_ids.tolist()), self._deadline_s), outcomes
 

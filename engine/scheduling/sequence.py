@@ -60,6 +60,7 @@ class RemotePull:
     deadline_s: float  #: of the whole phase
     expected_s: float = math.inf  #: by then it is predicted to be over
     is_mixed: bool = False
+    meet_tokens: int = 0  #: where computing and pulling are predicted to meet, where the head is computed meanwhile
     portion_blocks: int = sys.maxsize  #: in one pull, where the head is computed meanwhile
     found: frozenset[int] = frozenset()  #: indexes from `first_index` on that were held, too
     arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified; those found, too

@@ -25,7 +25,8 @@ class Sourcing:
     """Decides for sequences that were just admitted; `pulls` asks, `backlog` tells what computing costs.
 
     `price_of` tells what bringing blocks from a copy costs this worker, None where they cannot come from there.
-    `block_bytes` is of a block, `remote_timeout_s` the longest that others are waited for.
+    `block_bytes` is of a block, `chunk_tokens` of the smallest prefill step, `remote_timeout_s` the longest that others
+    are waited for.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Sourcing:
         price_of: Callable[[Copy], MovePrice | None],
         *,
         block_bytes: int,
+        chunk_tokens: int,
         remote_timeout_s: float,
     ) -> None:
         self._ledger = ledger
         self._backlog = backlog
         self.price_of = price_of
         self._block_bytes = block_bytes
+        self._chunk_tokens = chunk_tokens
         self._remote_timeout_s = remote_timeout_s
         self.pulls = RemotePulls(ledger, lambda seq: self.plan(seq).loads)
 
@@ -75,6 +78,7 @@ class Sourcing:
             price_of,
             block_size=seq.block_size,
             block_bytes=self._block_bytes,
+            chunk_tokens=self._chunk_tokens,
             compute=self._backlog.price,
             queue_s=max(0.0, self._backlog.seconds() - own_s),
             num_beside=len(self._ledger.running) - 1,
@@ -108,6 +112,7 @@ class Sourcing:
         pull.expected_s = now_s + plan.seconds
         if plan.is_mixed:
             pull.portion_blocks = max(1, int(_PORTION_S / plan.load_s * num_blocks))
+            pull.meet_tokens = seq.num_computed + int(plan.computed_share * num_blocks * seq.block_size)
         self.pulls.ask(seq, plan.loads, out)
         return deadline_s
 

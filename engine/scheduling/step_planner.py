@@ -14,6 +14,8 @@ from messages.errors import InvariantError
 
 # A prefill that got nothing for so many steps goes before all others, whatever their priority.
 _MAX_PASSED_OVER = 16
+#: Of what is to be computed before it meets what is pulled, so much in the next step: few steps, and a short last one.
+_OF_THE_WAY = 0.75
 
 
 class StepPlanner:
@@ -85,8 +87,10 @@ class StepPlanner:
             end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
             if seq.pull is not None:
                 end = _before_arrivals(seq, seq.pull, end)
-                if not seq.pull.is_over:  # a long step would compute what comes meanwhile
-                    end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
+                if not seq.pull.is_over:  # a longer step would compute what comes meanwhile
+                    rest = int(_OF_THE_WAY * (seq.pull.meet_tokens - start))
+                    num_quanta = max(1, rest // self._quantum_tokens)
+                    end = min(end, (start // self._quantum_tokens + num_quanta) * self._quantum_tokens)
             if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
                 end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
             if end > start and self._ledger.reserve(seq, end):

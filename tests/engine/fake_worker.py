@@ -229,7 +229,7 @@ class FakeWorker:
         self._forget_questions(seq_id)
         self.post(SequenceCancelled(seq_id))
 
-    def end_step(self, failed: set[str] = frozenset(), elapsed_s: float = 0.01) -> None:
+    def end_step(self, failed: set[str] = frozenset(), token_s: float = 1e-3) -> None:
         step = self.step
         assert step is not None
         self.step = None
@@ -256,6 +256,7 @@ class FakeWorker:
             sampled.pop(seq_id, None)
             if not self.sequences[seq_id].is_cancelled:
                 self.sequences[seq_id].reason = "error"
+        elapsed_s = token_s * sum(part.num_tokens for part in parts)
         self.post(StepEnded(StepResult(sampled=sampled, prompt_logprobs=logprobs, errors=errors, elapsed_s=elapsed_s)))
 
     def offer(

@@ -22,6 +22,7 @@ def plan(lacking, prices, *, token_s: float = 1e-3, queue_s: float = 0.0, num_be
         prices.get,
         block_size=16,
         block_bytes=1000,
+        chunk_tokens=64,
         compute=ComputePrice(token_s=token_s),
         queue_s=queue_s,
         num_beside=num_beside,

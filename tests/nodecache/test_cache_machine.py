@@ -14,7 +14,14 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvcache.leases import AskerLost, LeaseBook, TimePassed
 from kvcache.names import split_names
@@ -198,11 +205,11 @@ class CacheMachine(RuleBasedStateMachine):
         names = b"".join(name_of(index, chain) for index in indexes)
         self.post(Said(asker, RoomRequest(request_id=request_id, names=names, indexes=indexes)))
 
-    @rule(asker=askers, request_id=request_ids, written=st.integers(0, 255), is_told_wrongly=st.booleans())
-    def write(self, asker: bytes, request_id: str, written: int, is_told_wrongly: bool) -> None:
-        granted = self.grants.pop((asker, request_id), None)
-        if granted is None:
-            return
+    @precondition(lambda self: self.grants)
+    @rule(which=st.integers(0, 5), written=st.just(255) | st.integers(0, 255), is_told_wrongly=st.booleans())
+    def write(self, which: int, written: int, is_told_wrongly: bool) -> None:
+        asker, request_id = sorted(self.grants)[which % len(self.grants)]
+        granted = self.grants.pop((asker, request_id))
         told = []
         for position, location in enumerate(granted.blocks):
             if not written >> position & 1:
@@ -247,10 +254,10 @@ class CacheMachine(RuleBasedStateMachine):
         for granted in late:
             self.late += [(location.block_id, self.now_s + QUARANTINE_S) for location in granted.blocks]
 
+    @precondition(lambda self: self.pending)
     @rule(which=st.integers(0, 9), is_error=st.booleans())
     def let_a_store_answer(self, which: int, is_error: bool) -> None:
-        if self.pending:
-            self.answer(which, is_error=is_error and which > 6)
+        self.answer(which, is_error=is_error and which > 6)
 
     @rule(chain=chains, index=st.integers(0, MAX_LENGTH - 1), tier=st.sampled_from(["disk", "remote"]))
     def damage_a_store(self, chain: str, index: int, tier: str) -> None:

@@ -146,12 +146,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.worker.want_step()
 
     @precondition(lambda self: self.worker.step is not None)
-    @rule(data=st.data(), elapsed_s=st.sampled_from([0.001, 0.02, 0.5]))
-    def end_step(self, data, elapsed_s) -> None:
+    @rule(data=st.data(), token_s=st.sampled_from([1e-4, 1e-3, 0.05]))
+    def end_step(self, data, token_s) -> None:
         failed = set()
         if data.draw(st.sampled_from([False] * 9 + [True])):
             failed = {data.draw(st.sampled_from([part.seq_id for part in self.worker.step.plan.parts]))}
-        self.worker.end_step(failed, elapsed_s)
+        self.worker.end_step(failed, token_s)
 
     @precondition(lambda self: self.worker.step is None)
     @rule(num_steps=st.integers(1, 8))
@@ -311,7 +311,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
             worker.post(TimePassed())
         elif worker.step is not None:
             failed = {part.seq_id for part in worker.step.plan.parts if rng.random() < 0.005}
-            worker.end_step(failed, elapsed_s=rng.choice([0.001, 0.05]))
+            worker.end_step(failed, token_s=rng.choice([1e-4, 5e-3]))
         else:
             worker.want_step()
     return worker

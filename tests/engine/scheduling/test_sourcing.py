@@ -25,7 +25,9 @@ class Bench(LedgerBench):
         super().__init__(64)
         self.block_s = {NEAR: 1e-4} | {Copy(*key.split("_")): cost for key, cost in block_s.items()}
         self.backlog = Backlog(self.ledger, StepCost())
-        self.sourcing = Sourcing(self.ledger, self.backlog, self.price_of, block_bytes=1, remote_timeout_s=30.0)
+        self.sourcing = Sourcing(
+            self.ledger, self.backlog, self.price_of, block_bytes=1, chunk_tokens=4, remote_timeout_s=30.0
+        )
         self.out: list[Instruction] = []
 
     def price_of(self, copy: Copy) -> MovePrice | None:
