@@ -74,7 +74,7 @@ class Reading:
     """
 
     def __init__(self, pool: HostPool, tiers: Tiers, batch_blocks: int, max_reads: int, deadline_s: float) -> None:
-        """Read into `pool`: `batch_blocks` at a time at most, `max_reads` batches of a store, each within `deadline_s`."""
+        """Read into `pool`: `batch_blocks` or fewer at a time, `max_reads` batches of a store, within `deadline_s`."""
         self._pool = pool
         self._tiers = tiers
         self._batch_blocks = batch_blocks
