@@ -6,7 +6,9 @@ import asyncio
 import os
 import random
 import signal
+import time
 from contextlib import asynccontextmanager
+from unittest.mock import ANY
 
 import pytest
 
@@ -43,9 +45,9 @@ def prompt_of(seed: int, length: int) -> list[int]:
     return [rng.randrange(5, 250) for _ in range(length)]
 
 
-def options_of(model_dir, **settings):
+def options_of(model_dir, *, engine=None, **settings):
     cache = CacheSettings(**{"host_memory_bytes": 4 << 20} | settings)
-    return worker_options(model_dir, has_lower_tiers=True, cache=cache)
+    return worker_options(model_dir, has_lower_tiers=True, cache=cache, **engine or {})
 
 
 class Node:
@@ -112,9 +114,9 @@ def load_for_nothing(worker) -> None:
 
 
 @asynccontextmanager
-async def running(model_dir, node: Node, **settings):
+async def running(model_dir, node: Node, *, engine=None, **settings):
     """A decode worker of this node, an ingress of it, and a router, after the node cache was found."""
-    async with running_decode(options_of(model_dir, **settings), node.find) as (worker, ingress):
+    async with running_decode(options_of(model_dir, engine=engine, **settings), node.find) as (worker, ingress):
         load_for_nothing(worker)
         router = Router(ingress.info)
         await until(lambda: cache_of(worker), timeout_s=30)
@@ -196,4 +198,41 @@ async def test_what_everybody_forgot_comes_back_from_disk(model_dir, reference, 
         held = await router.hears(prompt, {"disk"})
         tokens, sources = await ask(ingress, "from disk", prompt, held)
         assert (tokens, sources.disk, sources.computed) == (wanted, 320, 10)
+        await until(lambda: not engine_of(worker).pool.num_used)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+async def test_128_k_tokens_come_back_from_host_and_from_disk(nodes, tmp_path):
+    num_tokens = 128 << 10
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model_dir = make_tiny_model(
+        tmp_path / "model", num_hidden_layers=2, max_position_embeddings=num_tokens + 64, **sizes
+    )
+    prompt = prompt_of(5, num_tokens)
+    settings = {"host_memory_bytes": 64 << 20, "disk_dir": str(tmp_path / "disk"), "disk_capacity_bytes": 256 << 20}
+
+    async def answer(ingress, request_id: str, held=()) -> tuple[list[int], object]:
+        began_s = time.monotonic()
+        asked = ingress.send(request_id, prompt, held=held)
+        (tokens,) = await ingress.finish(asked, timeout_s=1500)
+        print(f"{request_id}: {time.monotonic() - began_s:.3f} s")
+        return tokens, asked.sources
+
+    node = nodes()
+    options = {"kv_cache_bytes": 48 << 20}
+    async with running(model_dir, node, engine=options, **settings) as (worker, ingress, router):
+        cold, sources = await answer(ingress, "computed")
+        assert sources.computed == num_tokens
+        await router.hears(prompt, {"device", "host", "disk"})
+        assert await answer(ingress, "from the pool") == (cold, ANY)
+        engine_of(worker).pool.clear()
+        held = await router.hears(prompt, {"host", "disk"})
+        tokens, sources = await answer(ingress, "from host", held)
+        assert (tokens, sources.host) == (cold, num_tokens - 16)
+    await node.close()
+    async with running(model_dir, nodes(), engine=options, **settings) as (worker, ingress, router):
+        held = await router.hears(prompt, {"disk"})
+        tokens, sources = await answer(ingress, "from disk", held)
+        assert (tokens, sources.disk) == (cold, num_tokens - 16)
         await until(lambda: not engine_of(worker).pool.num_used)
