@@ -79,6 +79,9 @@ def serve(
         str | None,
         typer.Option("--remote", help="KV kept where all nodes reach it: a directory, s3://bucket/prefix, gs://..."),
     ] = None,
+    remote_compression: Annotated[
+        str | None, typer.Option("--remote-compression", help="lossless (the default) or off.")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads per worker.")] = None,
@@ -101,6 +104,7 @@ def serve(
             ("tiers", "disk_dir"): None if disk_dir is None else str(disk_dir.resolve()),
             ("tiers", "disk_capacity"): disk_capacity,
             ("tiers", "remote"): remote,
+            ("tiers", "remote_compression"): remote_compression,
             ("engine", "max_num_seqs"): max_num_seqs,
             ("engine", "max_num_batched_tokens"): max_num_batched_tokens,
             ("engine", "num_threads"): threads,

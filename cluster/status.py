@@ -109,6 +109,9 @@ def _cache_line(cache: dict[str, Any]) -> str:
         line += (
             f", disk {values['kvray_disk_bytes'] / 2**30:.2f} of {values['kvray_disk_capacity_bytes'] / 2**30:.2f} GiB"
         )
+    if "kvray_remote_bytes" in values:
+        plain = values["kvray_remote_plain_bytes"]
+        line += f", remote {values['kvray_remote_bytes'] / 2**30:.2f} GiB (plain {plain / 2**30:.2f} GiB)"
     return line
 
 

@@ -425,6 +425,7 @@ class EngineWorker:
             lease_s=options.lease_s,
             stall_s=options.stall_s,
             kernel_path=engine.loaded.kernel_path,
+            element_bytes=engine.loaded.dtype.itemsize,
             compute=engine.scheduler.cost.price,
         )
 

@@ -94,6 +94,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     disk_dir: str | None = None  #: None: no disk tier
     disk_capacity_bytes: int = 100 << 30
     remote: str | None = None  #: URI of the remote tier; None: there is none
+    is_remote_compressed: bool = True  #: without loss, where that makes blocks shorter
 
     def num_blocks(self, block_bytes: int) -> int:
         """Count the blocks that the arena has room for, at least one."""
@@ -114,6 +115,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     settings: CacheSettings = CacheSettings()
     ray_node_id: str = ""  #: in hex, of the node that the process runs on; "": there is no Ray
     kernel_path: str = ""  #: what computes the model's blocks, for people
+    element_bytes: int = 1  #: of a number of KV
     compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
     log_level: str = "info"
 
@@ -471,11 +473,13 @@ def open_stores(options: CacheOptions, on_remote_changes: Callable[[Changes], No
         model = Model(layout.fingerprint, layout.version, layout.block_bytes)
         stores["disk"] = DiskStore(Path(settings.disk_dir), model, settings.disk_capacity_bytes, checksum)
     if settings.remote is not None:
-        from nodecache.remote.layout import Model as RemoteModel  # pyarrow takes 0.3 s: only who has such a tier waits
+        from nodecache.codec import PLAIN, lossless_codec  # pyarrow takes 0.3 s: only who has such a tier waits
+        from nodecache.remote.layout import Model as RemoteModel
         from nodecache.remote.store import RemoteStore
 
         remote_model = RemoteModel(layout.fingerprint, layout.version, layout.block_bytes, options.kernel_path)
-        stores["remote"] = RemoteStore(settings.remote, remote_model, on_changes=on_remote_changes)
+        codec = lossless_codec(options.element_bytes) if settings.is_remote_compressed else PLAIN
+        stores["remote"] = RemoteStore(settings.remote, remote_model, codec=codec, on_changes=on_remote_changes)
     return stores
 
 

@@ -110,13 +110,22 @@ class Catalog:
     def read_new(self) -> list[Rows]:
         """Read the manifests that came since the last call; those that are not whole are dropped and told, once.
 
+        So are blocks that are encoded in a way that is not known here; others may know it, so that their rows stay.
         What cannot be read now is left for the next call, and is in `num_unread`.
         """
         listed = {each.name: each for each in self._fs.objects(self.path(MANIFESTS)) if each.name.endswith(SUFFIX)}
         self._known = {name: each for name, each in self._known.items() if name in listed}
         self._unread &= set(listed)
         new = [each for each in listed.values() if _is_new(each, self._known.get(each.name))]
-        return list(self._read(new).values())
+        found = []
+        for name, rows in self._read(new).items():
+            are_readable = manifests.are_readable(rows)
+            num_unreadable = len(rows) - int(are_readable.sum())
+            if num_unreadable:
+                self._stats.count("unknown_codec_blocks", num_unreadable)
+                logger.warning("manifest %s: %d blocks of an unknown codec are not used", name, num_unreadable)
+            found.append(rows[are_readable])
+        return found
 
     @property
     def num_unread(self) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from messages.errors import InvariantError
+from nodecache.remote.layout import Record
 from nodecache.remote.manifests import REMEMBERED_US, Rows
 from nodecache.store import StoredBlock, StorePage
 
@@ -17,12 +18,18 @@ from nodecache.store import StoredBlock, StorePage
 _KNOWN = np.dtype(
     [
         ("object", "<u4"),  # a number of our own
-        ("position", "<u4"),
+        ("position", "<u2"),
+        ("codec", "<u1"),
+        ("offset", "<u4"),
+        ("stored_bytes", "<u4"),
         ("num_tokens", "<u4"),
         ("written_us", "<i8"),
         ("checksum", "<u8"),
     ]
 )
+#: As numpy gives a manifest's row, in the order of `manifests.ROW`.
+ManifestRow: TypeAlias = tuple[bytes, bytes, int, int, int, int, bool, int, int, int]
+
 _ROWS_AT_A_TIME = 4096  #: a caller who asks waits for no more: some 10 ms
 
 
@@ -30,8 +37,7 @@ class Place(NamedTuple):
     """Where a block lies."""
 
     object: bytes  #: its digest
-    position: int
-    block: StoredBlock
+    record: Record
 
 
 class Changes(NamedTuple):
@@ -42,7 +48,7 @@ class Changes(NamedTuple):
 
 
 class RemoteIndex:
-    """Names of blocks to their places, in some 150 bytes a block and 200 an object. Any thread."""
+    """Names of blocks to their places, in some 170 bytes a block and 200 an object. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,6 +60,7 @@ class RemoteIndex:
         self._numbers: dict[bytes, int] = {}
         self._num_live: dict[int, int] = {}  # blocks that are found in an object, by its number
         self._next_number = 0
+        self._stored_bytes = 0
         self._removed_us: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -64,11 +71,16 @@ class RemoteIndex:
         """Objects that hold blocks."""
         return len(self._digests)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all blocks, as they lie in objects, without headers."""
+        return self._stored_bytes
+
     def find(self, name: bytes) -> StoredBlock | None:
         """Return what is known of a block; None where it is not there."""
         with self._lock:
             place = self._place(name)
-            return place and place.block
+            return place and place.record.block
 
     def names(self) -> list[bytes]:
         """Return the names of all blocks."""
@@ -141,6 +153,8 @@ class RemoteIndex:
             _require(len(used) + len(self._free) == len(self._known), "no row is lost")
             _require({digest: n for n, digest in self._digests.items()} == self._numbers, "objects are numbered once")
             _require(set(self._digests) == set(self._num_live), "every object holds a block")
+            stored_bytes = int(self._known["stored_bytes"][list(used)].sum())
+            _require(stored_bytes == self._stored_bytes, "bytes of blocks add up")
 
     # ---------------------------------------------------------------------------------------------------- with the lock
 
@@ -148,16 +162,17 @@ class RemoteIndex:
         row = self._rows.get(name)
         if row is None:
             return None
-        number, position, num_tokens, _, checksum = self._known[row].item()
-        return Place(self._digests[number], position, StoredBlock(name, num_tokens, checksum))
+        number, position, codec, offset, stored_bytes, num_tokens, _, checksum = self._known[row].item()
+        block = StoredBlock(name, num_tokens, checksum)
+        return Place(self._digests[number], Record(block, position, offset, codec, stored_bytes))
 
     def _last_us(self, name: bytes) -> int:
         row = self._rows.get(name)
         written_us = -1 if row is None else int(self._known["written_us"][row])
         return max(written_us, self._removed_us.get(name, -1))
 
-    def _apply(self, row: tuple[bytes, bytes, int, int, int, int, bool], changes: Changes) -> None:
-        name, digest, position, num_tokens, checksum, written_us, is_removed = row
+    def _apply(self, row: ManifestRow, changes: Changes) -> None:
+        name, digest, position, num_tokens, checksum, written_us, is_removed, codec, offset, stored_bytes = row
         last_us = self._last_us(name)
         is_there = name in self._rows
         if is_removed and written_us >= last_us:
@@ -170,13 +185,13 @@ class RemoteIndex:
                 self._forget(name)
             else:
                 changes.stored.append(name)
-            self._keep(name, digest, (position, num_tokens, written_us, checksum))
+            self._keep(name, digest, (position, codec, offset, stored_bytes, num_tokens, written_us, checksum))
 
     def _note_removed(self, name: bytes, written_us: int) -> None:
         self._removed_us.pop(name, None)  # and to the end
         self._removed_us[name] = written_us
 
-    def _keep(self, name: bytes, digest: bytes, fields: tuple[int, int, int, int]) -> None:
+    def _keep(self, name: bytes, digest: bytes, fields: tuple[int, ...]) -> None:
         number = self._numbers.get(digest)
         if number is None:
             number = self._numbers[digest] = self._next_number
@@ -193,12 +208,14 @@ class RemoteIndex:
         self._rows[name] = row
         self._names[row] = name
         self._num_live[number] += 1
+        self._stored_bytes += int(self._known["stored_bytes"][row])
 
     def _forget(self, name: bytes) -> None:
         row = self._rows.pop(name)
         self._names[row] = None
         self._free.append(row)
         number = int(self._known["object"][row])
+        self._stored_bytes -= int(self._known["stored_bytes"][row])
         self._num_live[number] -= 1
         if not self._num_live[number]:
             del self._num_live[number]

@@ -8,10 +8,11 @@
 
 An object is a run of blocks of one chain, each behind a header, and nothing else; it is written once and never changed:
 
-    [header 0][block 0][header 1][block 1] ...          headers of 128 bytes, blocks of block_bytes
+    [header 0][block 0][header 1][block 1] ...          headers of 128 bytes, blocks of block_bytes or, encoded, fewer
 
-A header follows from the block, its position and the model, so that a reader who knows these compares it whole. It
-tells the same to one who knows nothing; its last word is the checksum of what is before.
+A header follows from the block, where and how it lies there, and the model, so that a reader who knows these compares
+it whole. It tells the same to one who knows nothing; its last word is the checksum of what is before. A block's
+checksum is of its plain bytes, also where it is encoded (`nodecache.codec`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from nodecache.codec import PLAIN, decode, encode
 from nodecache.store import StoredBlock, StoreError
 from transport.checksum import checksum, copy_checked
 
@@ -38,20 +40,20 @@ DIGEST_BYTES = 16
 #: Of an object, if one block is not longer: up to here pyarrow puts it in one request (measured with pyarrow 26).
 MAX_OBJECT_BYTES = 8 << 20
 
-_PLAIN_CODEC = 0
 _HEADER_MAGIC = 0x6B767272
 _HEADER = np.dtype(
     [
         ("magic", "<u4"),
         ("version", "<u2"),
-        ("codec", "<u2"),  # of the stored bytes: 0, plain, is the only one
+        ("codec", "<u2"),  # of the stored bytes (nodecache.codec)
         ("model", "V16"),  # Model.digest
         ("name", "V16"),
         ("num_tokens", "<u4"),
         ("position", "<u4"),  # of the block in the object
         ("block_bytes", "<u8"),
         ("checksum", "<u8"),
-        ("unused", "V56"),
+        ("stored_bytes", "<u8"),  # 0: plain, as many as block_bytes
+        ("unused", "V48"),
         ("header_checksum", "<u8"),
     ]
 )
@@ -84,13 +86,33 @@ class Model(NamedTuple):
 
     @property
     def record_bytes(self) -> int:
-        """A block with its header."""
+        """A plain block with its header."""
         return HEADER_BYTES + self.block_bytes
 
     @property
     def blocks_per_object(self) -> int:
         """How many blocks an object has at most."""
         return max(1, MAX_OBJECT_BYTES // self.record_bytes)
+
+
+class Record(NamedTuple):
+    """A block with its header, in an object."""
+
+    block: StoredBlock
+    position: int  #: among the blocks of the object
+    offset: int  #: in the object
+    codec: int
+    stored_bytes: int  #: of the block, behind its header
+
+    @property
+    def num_bytes(self) -> int:
+        """How long it is."""
+        return HEADER_BYTES + self.stored_bytes
+
+    @property
+    def end(self) -> int:
+        """Offset of what is behind it."""
+        return self.offset + self.num_bytes
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,61 +166,81 @@ def why_unusable(folder_name: str, model: Model) -> str:
 OTHER_KERNEL_PATH = "it is of another kernel path"
 
 
-def object_digest(blocks: Sequence[StoredBlock]) -> bytes:
-    """Return the name of the object that holds these blocks: the same blocks with the same bytes have the same name."""
-    digest = blake3()
-    for block in blocks:
-        digest.update(block.name)
-        digest.update(block.num_tokens.to_bytes(8, "little"))
-        digest.update(block.checksum.to_bytes(8, "little"))
-    return digest.digest(length=DIGEST_BYTES)
+def pack_object(
+    model: Model, blocks: Sequence[StoredBlock], sources: Sequence[memoryview], codec: int = PLAIN
+) -> tuple[list[Record], Bytes]:
+    """Return where blocks lie in their object, and its bytes: copied and verified in one pass, then encoded.
 
-
-def pack_object(model: Model, blocks: Sequence[StoredBlock], sources: Sequence[memoryview]) -> Bytes:
-    """Return the bytes of the object of these blocks, copied and verified in one pass.
+    A block that would not be shorter is plain.
 
     Raises:
         StoreError: a source has not the checksum that its block is said to have.
     """
-    records = np.empty((len(blocks), model.record_bytes), np.uint8)
-    records[:, :HEADER_BYTES] = pack_headers(model, list(enumerate(blocks)))
-    for record, block, source in zip(records, blocks, sources, strict=True):
-        found = copy_checked(record[HEADER_BYTES:], source)
+    data = np.empty(len(blocks) * model.record_bytes, np.uint8)
+    records: list[Record] = []
+    offset = 0
+    for position, (block, source) in enumerate(zip(blocks, sources, strict=True)):
+        plain = data[offset + HEADER_BYTES : offset + model.record_bytes]
+        found = copy_checked(plain, source)
         if found != block.checksum:
             raise StoreError(
                 f"block {block.name.hex()} to be written has checksum {found:x}, wanted {block.checksum:x}"
             )
-    return records.reshape(-1)
+        encoded = encode(codec, plain)
+        if encoded is None:
+            records.append(Record(block, position, offset, PLAIN, model.block_bytes))
+        else:
+            records.append(Record(block, position, offset, codec, len(encoded)))
+            plain[: len(encoded)] = encoded
+        offset = records[-1].end
+    for record, header in zip(records, pack_headers(model, records), strict=True):
+        data[record.offset : record.offset + HEADER_BYTES] = header
+    return records, data[:offset]
 
 
-def pack_headers(model: Model, blocks: Sequence[tuple[int, StoredBlock]]) -> Bytes:
-    """Return what is before blocks, each at its position in an object, [num_blocks, HEADER_BYTES]."""
-    headers = np.zeros(len(blocks), _HEADER)
+def object_digest(records: Sequence[Record], data: Bytes) -> bytes:
+    """Return the name of the object of these bytes: the same blocks, stored as the same bytes, have the same name.
+
+    Encoded they may be others elsewhere: by another version of the codec, for instance.
+    """
+    digest = blake3()
+    for record in records:
+        digest.update(record.block.name)
+        digest.update(record.block.num_tokens.to_bytes(8, "little"))
+        digest.update(record.block.checksum.to_bytes(8, "little"))
+        if record.codec != PLAIN:
+            digest.update(record.codec.to_bytes(8, "little"))
+            digest.update(checksum(data[record.offset + HEADER_BYTES : record.end]).to_bytes(8, "little"))
+    return digest.digest(length=DIGEST_BYTES)
+
+
+def pack_headers(model: Model, records: Sequence[Record]) -> Bytes:
+    """Return what is before blocks, `[num_blocks, HEADER_BYTES]`."""
+    headers = np.zeros(len(records), _HEADER)
     headers["magic"] = _HEADER_MAGIC
     headers["version"] = FORMAT_VERSION
-    headers["codec"] = _PLAIN_CODEC
+    headers["codec"] = [record.codec for record in records]
     headers["model"] = np.void(model.digest)
-    headers["name"] = np.frombuffer(b"".join(block.name for _, block in blocks), "V16")
-    headers["num_tokens"] = [block.num_tokens for _, block in blocks]
-    headers["position"] = [position for position, _ in blocks]
+    headers["name"] = np.frombuffer(b"".join(record.block.name for record in records), "V16")
+    headers["num_tokens"] = [record.block.num_tokens for record in records]
+    headers["position"] = [record.position for record in records]
     headers["block_bytes"] = model.block_bytes
-    headers["checksum"] = np.array([block.checksum for _, block in blocks], np.uint64)
-    lines = headers.view(np.uint8).reshape(len(blocks), HEADER_BYTES)
+    headers["checksum"] = np.array([record.block.checksum for record in records], np.uint64)
+    headers["stored_bytes"] = [0 if record.codec == PLAIN else record.stored_bytes for record in records]
+    lines = headers.view(np.uint8).reshape(len(records), HEADER_BYTES)
     headers["header_checksum"] = np.array([checksum(line[:_SUMMED_BYTES]) for line in lines], np.uint64)
     return lines
 
 
-def copy_blocks(
-    model: Model,
-    blocks: Sequence[tuple[int, StoredBlock]],
-    records: Sequence[memoryview],
-    targets: Sequence[memoryview],
-) -> list[bool]:
-    """Copy blocks, each at its position in an object, out of their records, and tell which are as wanted, and whole."""
-    headers = pack_headers(model, blocks)
+def unpack_records(model: Model, records: Sequence[Record], parts: Sequence[memoryview]) -> list[memoryview | None]:
+    """Return the plain bytes of blocks from the bytes of their records; None where these are not as wanted.
+
+    They are block_bytes each, and their checksum is still to be compared.
+    """
+    headers = pack_headers(model, records)
     return [
-        len(record) == model.record_bytes
-        and record[:HEADER_BYTES] == header.data
-        and copy_checked(target, record[HEADER_BYTES:]) == block.checksum
-        for (_, block), header, record, target in zip(blocks, headers, records, targets, strict=True)
+        decode(record.codec, part[HEADER_BYTES:], model.block_bytes)
+        if len(part) == record.num_bytes and part[:HEADER_BYTES] == header.data
+        else None
+        for record, header, part in zip(records, headers, parts, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 Each row is one block, kept or removed, and when; of several rows of one name the latest counts, so that rows may be
 read in any order and any number of times. A manifest is named by the digest of its bytes, as Arrow files have none.
+Where all blocks are plain and lie where their positions say, it has fewer columns, as before blocks were encoded.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import pyarrow as pa
 from blake3 import blake3
 
 from messages.errors import first_line
-from nodecache.remote.layout import DIGEST_BYTES, FORMAT_VERSION, Model
-from nodecache.store import StoredBlock
+from nodecache.codec import KNOWN, PLAIN
+from nodecache.remote.layout import DIGEST_BYTES, FORMAT_VERSION, HEADER_BYTES, MAX_OBJECT_BYTES, Model, Record
 
 SUFFIX: Final = ".arrow"
 #: Longer ones are not read. As of objects: written in one request.
 MAX_MANIFEST_BYTES: Final = 8 << 20
-MAX_ROWS: Final = 130_000  #: of one manifest: 57 bytes each
+MAX_ROWS: Final = 115_000  #: of one manifest: 71 bytes each
 
 #: Manifests below half the largest size are merged once there are so many, or some more: not all nodes at once.
 MIN_MERGED: Final = 24
@@ -41,10 +42,15 @@ ROW = np.dtype(
         ("checksum", "<u8"),
         ("written_us", "<i8"),  # since 1970, by the writer's clock
         ("is_removed", "?"),  # then all but name and written_us are zero
+        ("codec", "<u2"),
+        ("offset", "<u4"),  # of its record in the object
+        ("stored_bytes", "<u8"),
     ]
 )
 _MAX_TOKENS = 1 << 24
 _MAX_WRITTEN_US = 1 << 53
+
+_OFFSET_VERSION = 2
 
 Rows: TypeAlias = npt.NDArray[np.void]
 
@@ -56,6 +62,12 @@ _FIELDS = [
     pa.field("checksum", pa.uint64(), nullable=False),
     pa.field("written", pa.timestamp("us", "UTC"), nullable=False),
     pa.field("is_removed", pa.bool_(), nullable=False),
+]
+#: Of manifests of _OFFSET_VERSION besides.
+_OFFSET_FIELDS = [
+    pa.field("codec", pa.uint16(), nullable=False),
+    pa.field("offset", pa.uint32(), nullable=False),
+    pa.field("stored_bytes", pa.uint64(), nullable=False),
 ]
 
 
@@ -69,15 +81,16 @@ class KnownManifest(NamedTuple):
     is_whole: bool = True
 
 
-def kept_rows(digest: bytes, blocks: Sequence[StoredBlock], written_us: Sequence[int]) -> Rows:
-    """Return the rows that say that an object holds these blocks, in this order."""
-    rows = np.zeros(len(blocks), ROW)
-    rows["name"] = np.frombuffer(b"".join(block.name for block in blocks), "V16")
+def kept_rows(digest: bytes, records: Sequence[Record], written_us: Sequence[int]) -> Rows:
+    """Return the rows that say that an object holds these records."""
+    rows = np.zeros(len(records), ROW)
+    rows["name"] = np.frombuffer(b"".join(record.block.name for record in records), "V16")
     rows["object"] = np.void(digest)
-    rows["position"] = np.arange(len(blocks))
-    rows["num_tokens"] = [block.num_tokens for block in blocks]
-    rows["checksum"] = [block.checksum for block in blocks]
+    rows["num_tokens"] = [record.block.num_tokens for record in records]
+    rows["checksum"] = [record.block.checksum for record in records]
     rows["written_us"] = written_us
+    for key in ("position", "codec", "offset", "stored_bytes"):
+        rows[key] = [getattr(record, key) for record in records]
     return rows
 
 
@@ -100,7 +113,10 @@ def pack_manifest(model: Model, rows: Rows) -> tuple[str, memoryview]:
         pa.array(np.ascontiguousarray(rows["written_us"])).cast(_FIELDS[5].type),
         pa.array(np.ascontiguousarray(rows["is_removed"])),
     ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=_schema(model))
+    has_offsets = bool(((rows["codec"] != PLAIN) | (rows["offset"] != _plain_offsets(model, rows))).any())
+    if has_offsets:
+        columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in _OFFSET_FIELDS]
+    batch = pa.RecordBatch.from_arrays(columns, schema=_schema(model, has_offsets=has_offsets))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         if num_rows:
@@ -118,15 +134,24 @@ def unpack_manifest(model: Model, file_name: str, data: bytes) -> Rows | str:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         return f"it is no Arrow file: {first_line(error)}"
-    schema = _schema(model)
+    has_offsets = len(table.schema) > len(_FIELDS)
+    schema = _schema(model, has_offsets=has_offsets)
     if not table.schema.equals(schema, check_metadata=True):
         return f"it has columns of {table.schema.metadata}, wanted {schema.metadata}"
     if any(column.null_count for column in table.columns):
         return "it has rows with nothing in them"
     rows = np.zeros(table.num_rows, ROW)
-    for key, column in zip(ROW.names or (), table.columns, strict=True):
-        rows[key] = _numbers(column)
+    for key, column in zip(schema.names, table.columns, strict=True):
+        rows["written_us" if key == "written" else key] = _numbers(column)
+    if not has_offsets:
+        rows["offset"] = _plain_offsets(model, rows)
+        rows["stored_bytes"] = np.where(rows["is_removed"], 0, model.block_bytes)
     return _why_wrong(model, rows) or rows
+
+
+def are_readable(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Tell which rows are not of blocks that are encoded in a way that is not known here."""
+    return np.isin(rows["codec"], KNOWN)
 
 
 def latest(rows: Rows) -> Rows:
@@ -161,8 +186,16 @@ def to_merge(known: Mapping[str, KnownManifest], min_merged: int) -> list[str]:
     return small if len(small) >= min_merged else []
 
 
-def _schema(model: Model) -> pa.Schema:
-    return pa.schema(_FIELDS, metadata={"kvray.format_version": str(FORMAT_VERSION), "kvray.model": model.folder_name})
+def _schema(model: Model, *, has_offsets: bool) -> pa.Schema:
+    version = _OFFSET_VERSION if has_offsets else FORMAT_VERSION
+    metadata = {"kvray.format_version": str(version), "kvray.model": model.folder_name}
+    return pa.schema(_FIELDS + _OFFSET_FIELDS if has_offsets else _FIELDS, metadata=metadata)
+
+
+def _plain_offsets(model: Model, rows: Rows) -> npt.NDArray[np.int64]:
+    """Return where records lie if those before them in their objects are plain; 0 for rows of what is removed."""
+    offsets: npt.NDArray[np.int64] = rows["position"].astype(np.int64) * model.record_bytes
+    return offsets
 
 
 def _file_name(data: bytes | memoryview) -> str:
@@ -190,10 +223,22 @@ def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
 
 def _why_wrong(model: Model, rows: Rows) -> str | None:
     kept = rows[~rows["is_removed"]]
+    known = kept[are_readable(kept)]
     if (kept["position"] >= model.blocks_per_object).any():
         return f"it has blocks at position {kept['position'].max()}; an object holds {model.blocks_per_object} at most"
     if ((kept["num_tokens"] < 1) | (kept["num_tokens"] > _MAX_TOKENS)).any():
         return f"it has blocks of {kept['num_tokens'].min()} to {kept['num_tokens'].max()} tokens"
     if ((rows["written_us"] < 0) | (rows["written_us"] > _MAX_WRITTEN_US)).any():
         return "it has rows of an impossible time"
+    stored = known["stored_bytes"]
+    if (
+        (stored < 1) | (stored > model.block_bytes) | ((stored == model.block_bytes) != (known["codec"] == PLAIN))
+    ).any():
+        return (
+            f"it has blocks stored as {stored.min()} to {stored.max()} bytes, "
+            f"wanted {model.block_bytes} or, encoded, fewer"
+        )
+    ends = known["offset"] + stored + HEADER_BYTES
+    if (ends > max(MAX_OBJECT_BYTES, model.record_bytes)).any():
+        return f"it has blocks up to offset {ends.max()}"
     return None

@@ -11,10 +11,13 @@ _COUNTERS = (
     "kvray_remote_missing_blocks_total",
     "kvray_remote_read_blocks_total",
     "kvray_remote_read_bytes_total",
+    "kvray_remote_read_stored_bytes_total",
     "kvray_remote_removed_blocks_total",
     "kvray_remote_timeouts_total",
+    "kvray_remote_unknown_codec_blocks_total",
     "kvray_remote_written_blocks_total",
     "kvray_remote_written_bytes_total",
+    "kvray_remote_written_stored_bytes_total",
 )
 
 

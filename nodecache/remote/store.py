@@ -20,13 +20,14 @@ from concurrent.futures import Future, as_completed
 from functools import partial
 from typing import TypeVar
 
+from nodecache.codec import PLAIN
 from nodecache.remote.breaker import Breaker
 from nodecache.remote.catalog import Catalog, Unusable, now_us
 from nodecache.remote.filesystem import DeniedError, MissingError, RemoteFilesystem
 from nodecache.remote.index import Changes, Place, RemoteIndex
-from nodecache.remote.layout import OBJECTS, Bytes, Model, object_digest, pack_object
+from nodecache.remote.layout import OBJECTS, Bytes, Model, Record, object_digest, pack_object
 from nodecache.remote.manifests import kept_rows
-from nodecache.remote.reader import Part, copy_part, parts_of
+from nodecache.remote.reader import Part, copy_part, parts_of, unpack_part
 from nodecache.remote.stats import RemoteStats
 from nodecache.remote.threads import RemoteThreads
 from nodecache.remote.upkeep import Upkeep
@@ -45,7 +46,9 @@ _CLOSE_S = 5.0  #: how long a stop waits for it
 class RemoteStore:
     """A `nodecache.store.BlockStore` in a bucket or a shared directory. Any thread."""
 
-    def __init__(self, uri: str, model: Model, *, on_changes: Callable[[Changes], None] | None = None) -> None:
+    def __init__(
+        self, uri: str, model: Model, *, codec: int = PLAIN, on_changes: Callable[[Changes], None] | None = None
+    ) -> None:
         """Open `model`'s folder below `uri`, or make it; what is there already is found when this returns.
 
         A store that does not answer within ten seconds, or refuses, is out of the plan, and is tried again later.
@@ -54,6 +57,7 @@ class RemoteStore:
             uri: a path, file:///DIR, s3://BUCKET/PREFIX?endpoint_override=...&scheme=...&region=..., gs://BUCKET/PREFIX,
                 or what else pyarrow.fs.FileSystem.from_uri takes. Keys for S3 are in it or where AWS's tools find them.
             model: whose blocks, and what computed them; other folders below `uri` are left alone.
+            codec: of nodecache.codec, how blocks are written; those of others are read, whatever it is.
             on_changes: called, by a thread of the store, with the names that others wrote and removed, also with those
                 that are found at first.
 
@@ -62,6 +66,7 @@ class RemoteStore:
         """
         self._is_closed = False
         self._model = model
+        self._codec = codec
         self._fs = RemoteFilesystem(uri)
         self._stats = RemoteStats()
         self._index = RemoteIndex()
@@ -102,18 +107,18 @@ class RemoteStore:
         places = self._index.places(names)
         came = [False] * len(names)
         missing: list[Part] = []
-        futures: dict[Future[bytes], Part] = {}
+        futures: dict[Future[list[memoryview | None]], Part] = {}
         try:
-            for part in parts_of(places, self._model):
+            for part in parts_of(places):
                 futures[self._readers.submit(partial(self._read_part, part), end_s)] = part
             for future in as_completed(list(futures), max(0.0, end_s - time.monotonic())):
                 part = futures.pop(future)
                 try:
-                    data = future.result()
+                    plain = future.result()
                 except MissingError:
                     missing.append(part)
                     continue
-                for (index, _), is_whole in zip(part.wanted, copy_part(part, data, targets, self._model), strict=True):
+                for (index, _), is_whole in zip(part.wanted, copy_part(part, plain, targets), strict=True):
                     came[index] = is_whole
             if missing:
                 self._wait(self._readers.submit(self._catalog.check, end_s), end_s)
@@ -124,6 +129,8 @@ class RemoteStore:
             self._reading.on_worked()
         self._stats.count("read_blocks", num_whole)
         self._stats.count("read_bytes", num_whole * self._model.block_bytes)
+        whole = [place.record for place, is_whole in zip(places, came, strict=True) if place is not None and is_whole]
+        self._stats.count("read_stored_bytes", sum(record.stored_bytes for record in whole))
         num_missing = sum(len(part.wanted) for part in missing)
         lost = [place for place, is_whole in zip(places, came, strict=True) if place is not None and not is_whole]
         self._stats.count("missing_blocks", num_missing)
@@ -150,7 +157,7 @@ class RemoteStore:
         }
         pairs = list(new.values())
         size = self._model.blocks_per_object
-        objects = [_packed(self._model, pairs[begin : begin + size]) for begin in range(0, len(pairs), size)]
+        objects = [self._packed(pairs[begin : begin + size]) for begin in range(0, len(pairs), size)]
         futures: list[Future[None]] = []
         try:
             for digest, _, data in objects:
@@ -160,14 +167,16 @@ class RemoteStore:
                 self._wait(future, end_s)
         except (StoreError, TimeoutError) as error:
             raise self._failed(self._writing, error, futures, deadline_s) from error
-        for digest, held, _ in objects:
-            rows = kept_rows(digest, held, self._index.times([block.name for block in held], now_us()))
+        for digest, records, _ in objects:
+            rows = kept_rows(digest, records, self._index.times([record.block.name for record in records], now_us()))
             self._index.apply(rows)
             self._upkeep.add(rows)
         if objects:
             self._writing.on_worked()
         self._stats.count("written_blocks", len(pairs))
         self._stats.count("written_bytes", len(pairs) * self._model.block_bytes)
+        stored_bytes = sum(record.stored_bytes for _, records, _ in objects for record in records)
+        self._stats.count("written_stored_bytes", stored_bytes)
         return []
 
     def remove(self, names: Sequence[bytes]) -> None:
@@ -188,6 +197,8 @@ class RemoteStore:
         return {
             **self._stats.values(),
             "kvray_remote_blocks": float(len(self._index)),
+            "kvray_remote_plain_bytes": float(len(self._index) * self._model.block_bytes),
+            "kvray_remote_bytes": float(self._index.stored_bytes),
             "kvray_remote_objects": float(self._index.num_objects),
             "kvray_remote_manifests": float(self._catalog.num_manifests),
             "kvray_remote_unusable_folders": float(len(self.unusable)),
@@ -212,9 +223,16 @@ class RemoteStore:
         if self._is_closed:
             raise StoreError("the remote store is closed")
 
-    def _read_part(self, part: Part) -> bytes:
+    def _read_part(self, part: Part) -> list[memoryview | None]:
+        """Read and decode: of what was encoded several threads decode at once."""
         path = self._catalog.path(OBJECTS, part.object.hex())
-        return self._fs.read(path, part.offset(self._model), part.num_bytes(self._model))
+        return unpack_part(part, self._fs.read(path, part.offset, part.num_bytes), self._model)
+
+    def _packed(self, pairs: Sequence[tuple[StoredBlock, memoryview]]) -> tuple[bytes, list[Record], Bytes]:
+        """Return the digest, the records and the bytes of an object."""
+        blocks, sources = zip(*pairs, strict=True)
+        records, data = pack_object(self._model, blocks, sources, self._codec)
+        return object_digest(records, data), records, data
 
     def _write_object(self, digest: bytes, data: Bytes) -> None:
         self._fs.write(self._catalog.path(OBJECTS, digest.hex()), data.data)
@@ -239,14 +257,9 @@ class RemoteStore:
 
     def _drop(self, places: Sequence[Place]) -> None:
         """Forget blocks that did not come whole, unless they were written anew meanwhile."""
-        self._forget([place for place in places if self._index.drop(place.block.name, place.object)])
+        self._forget([place for place in places if self._index.drop(place.record.block.name, place.object)])
 
     def _forget(self, places: Sequence[Place]) -> None:
         if places:
-            self._upkeep.remove([place.block.name for place in places], {place.object for place in places})
-
-
-def _packed(model: Model, pairs: Sequence[tuple[StoredBlock, memoryview]]) -> tuple[bytes, list[StoredBlock], Bytes]:
-    """Return the digest, the blocks and the bytes of an object."""
-    blocks = [block for block, _ in pairs]
-    return object_digest(blocks), blocks, pack_object(model, blocks, [source for _, source in pairs])
+            names = [place.record.block.name for place in places]
+            self._upkeep.remove(names, {place.object for place in places})

@@ -75,6 +75,10 @@ def test_what_is_shown_can_be_read_again():
             {"model": {"dtype": "float8"}},
             "model.dtype: wanted one of auto, float32, bfloat16, float16, saw str 'float8'",
         ),
+        (
+            {"tiers": {"remote_compression": "zip"}},
+            "tiers.remote_compression: wanted one of off, lossless, saw str 'zip'",
+        ),
         ({"log": {"format": "xml"}}, "log.format: wanted one of text, json, saw str 'xml'"),
         (
             {"model": {"tool_parser": "x"}},

@@ -1,13 +1,15 @@
-"""Small blocks whose bytes follow from their number, and remote stores of them."""
+"""Small blocks whose bytes follow from their number, and remote stores of them. A codec shortens every second one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from blake3 import blake3
 
-from nodecache.remote.layout import Model
+from nodecache.codec import PLAIN
+from nodecache.remote.layout import Model, Record
 from nodecache.remote.store import RemoteStore
 from nodecache.store import StoredBlock
 from transport.checksum import checksum
@@ -22,6 +24,11 @@ def name_of(number: int) -> bytes:
 
 
 def content_of(number: int, block_bytes: int = BLOCK_BYTES) -> memoryview:
+    return like_kv(number, block_bytes) if number % 2 else noise(number, block_bytes)
+
+
+def noise(number: int, block_bytes: int = BLOCK_BYTES) -> memoryview:
+    """Bytes that no codec makes fewer."""
     return memoryview(blake3(number.to_bytes(8, "little")).digest(length=block_bytes))
 
 
@@ -29,8 +36,22 @@ def block_of(number: int, block_bytes: int = BLOCK_BYTES) -> StoredBlock:
     return StoredBlock(name_of(number), 16 + number % 3, checksum(content_of(number, block_bytes)))
 
 
-def open_store(root: Path | str, model: Model = MODEL) -> RemoteStore:
-    return RemoteStore(str(root), model)
+def like_kv(number: int, block_bytes: int = BLOCK_BYTES) -> memoryview:
+    """Bytes as of bfloat16 numbers around zero, which a codec makes fewer."""
+    numbers = np.random.default_rng(number).standard_normal(block_bytes // 2, np.float32)
+    return memoryview((numbers.view(np.uint32) >> np.uint32(16)).astype("<u2").view(np.uint8))
+
+
+def records_of(numbers: Iterable[int], first_position: int = 0) -> list[Record]:
+    """Plain blocks one behind the other."""
+    return [
+        Record(block_of(number), position, position * MODEL.record_bytes, PLAIN, BLOCK_BYTES)
+        for position, number in enumerate(numbers, first_position)
+    ]
+
+
+def open_store(root: Path | str, model: Model = MODEL, codec: int = PLAIN) -> RemoteStore:
+    return RemoteStore(str(root), model, codec=codec)
 
 
 def write(

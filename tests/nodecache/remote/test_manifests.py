@@ -6,18 +6,31 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 
+from nodecache.codec import lossless_codec
 from nodecache.remote import manifests
 from nodecache.remote.layout import HEADER_BYTES
 from nodecache.remote.manifests import KnownManifest, are_forgotten, kept_rows, latest, removed_rows
-from tests.nodecache.remote.blocks import MODEL, block_of, name_of
+from tests.nodecache.remote.blocks import BLOCK_BYTES, MODEL, name_of, records_of
 
 DIGEST = b"d" * 16
+BFLOAT16 = lossless_codec(2)
 NOW_US = 1_700_000_000_000_000
 
 
 @pytest.fixture
+def wide():
+    """Rows of an object: one block is encoded, the next one is not, the last one is so as nobody knows."""
+    first, second, third = records_of(range(3))
+    encoded = first._replace(codec=BFLOAT16, stored_bytes=3000)
+    moved = second._replace(offset=encoded.end)
+    unknown = third._replace(codec=77, offset=123_456, stored_bytes=2 * BLOCK_BYTES)
+    kept = kept_rows(DIGEST, [encoded, moved, unknown], [NOW_US] * 3)
+    return np.concatenate([kept, removed_rows([name_of(7)], [NOW_US])])
+
+
+@pytest.fixture
 def rows():
-    kept = kept_rows(DIGEST, [block_of(n) for n in range(3)], [NOW_US + n for n in range(3)])
+    kept = kept_rows(DIGEST, records_of(range(3)), [NOW_US + n for n in range(3)])
     return np.concatenate([kept, removed_rows([name_of(7)], [NOW_US])])
 
 
@@ -41,6 +54,37 @@ def test_rows_are_read_as_they_were_written(rows):
     assert manifests.pack_manifest(MODEL, rows)[0] == name
 
 
+def test_rows_of_encoded_blocks_are_read_as_they_were_written(wide):
+    name, data = manifests.pack_manifest(MODEL, wide)
+    assert np.array_equal(manifests.unpack_manifest(MODEL, name, bytes(data)), wide)
+    assert manifests.are_readable(wide).tolist() == [True, True, False, True]
+    # Plain, but not where its position says: also of such rows alone, as after some were removed.
+    name, data = manifests.pack_manifest(MODEL, wide[1:2])
+    assert np.array_equal(manifests.unpack_manifest(MODEL, name, bytes(data)), wide[1:2])
+
+
+def test_plain_rows_are_written_as_before_there_was_another_codec(rows):
+    table = pa.ipc.open_file(pa.py_buffer(manifests.pack_manifest(MODEL, rows)[1])).read_all()
+    assert table.schema.metadata[b"kvray.format_version"] == b"1"
+    assert len(table.column_names) == 7
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("stored_bytes", [0, BLOCK_BYTES, 1, 0], "blocks stored as 0 to 5000 bytes, wanted 5000 or, encoded, fewer"),
+        ("stored_bytes", [BLOCK_BYTES, BLOCK_BYTES, 1, 0], "wanted 5000 or, encoded, fewer"),
+        ("stored_bytes", [3000, 3000, 1, 0], "wanted 5000 or, encoded, fewer"),
+        ("stored_bytes", [3000, 1 << 63, 1, 0], "wanted 5000 or, encoded, fewer"),
+        ("offset", [8 << 20, 0, 0, 0], "up to offset 8391736"),
+    ],
+)
+def test_places_that_cannot_be_are_told(wide, column, values, words):
+    types = {"stored_bytes": pa.uint64(), "offset": pa.uint32()}
+    found = manifests.unpack_manifest(MODEL, *repacked(wide, **{column: pa.array(values, types[column])}))
+    assert words in found
+
+
 def test_any_arrow_reader_opens_one(rows):
     table = pa.ipc.open_file(pa.py_buffer(manifests.pack_manifest(MODEL, rows)[1])).read_all()
     assert table.column_names == ["name", "object", "position", "num_tokens", "checksum", "written", "is_removed"]
@@ -56,6 +100,7 @@ def test_one_of_no_rows_is_one(rows):
 def test_the_longest_is_within_its_bounds():
     names = np.random.default_rng(1).bytes(16 * manifests.MAX_ROWS)
     rows = removed_rows([names[at : at + 16] for at in range(0, len(names), 16)], [NOW_US] * manifests.MAX_ROWS)
+    rows["codec"] = BFLOAT16  # with every column
     _, data = manifests.pack_manifest(MODEL, rows)
     assert len(data) <= manifests.MAX_MANIFEST_BYTES
     parts = manifests.split_rows(np.concatenate([rows, rows[:5]]))
@@ -120,9 +165,9 @@ def test_rows_in_several_batches_are_read(rows):
 def test_the_latest_row_of_a_name_counts_whatever_the_order():
     rows = np.concatenate(
         [
-            kept_rows(DIGEST, [block_of(1), block_of(2), block_of(3)], [10, 10, 10]),
+            kept_rows(DIGEST, records_of([1, 2, 3]), [10, 10, 10]),
             removed_rows([name_of(1), name_of(2), name_of(3)], [9, 10, 11]),
-            kept_rows(b"e" * 16, [block_of(3)], [12]),
+            kept_rows(b"e" * 16, records_of([3]), [12]),
         ]
     )
     rng = np.random.default_rng(1)

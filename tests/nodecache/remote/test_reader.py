@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+from nodecache.codec import PLAIN
 from nodecache.remote.index import Place
+from nodecache.remote.layout import HEADER_BYTES, Record
 from nodecache.remote.reader import parts_of
-from tests.nodecache.remote.blocks import MODEL, block_of
+from tests.nodecache.remote.blocks import block_of
 
 A, B = b"a" * 16, b"b" * 16
-LARGE = MODEL._replace(block_bytes=1 << 20)
+MIB = 1 << 20
 
 
-def parts(places, model=LARGE):
-    found = [place and Place(*place, block_of(index)) for index, place in enumerate(places)]
+def parts(places, stored_bytes=MIB):
+    """What is read of objects with records of one length."""
+    size = HEADER_BYTES + stored_bytes
+    found = [
+        place and Place(place[0], Record(block_of(index), place[1], place[1] * size, PLAIN, stored_bytes))
+        for index, place in enumerate(places)
+    ]
     return [
-        (part.object, part.first_position, part.num_blocks, [index for index, _ in part.wanted])
-        for part in parts_of(found, model)
+        (part.object, part.offset / size, part.num_bytes / size, [index for index, _ in part.wanted])
+        for part in parts_of(found)
     ]
 
 
@@ -29,10 +36,16 @@ def test_a_block_asked_twice_is_read_once():
 
 
 def test_small_gaps_are_read_too_large_ones_are_not():
-    assert parts([(A, 0), (A, 50)], MODEL) == [(A, 0, 51, [0, 1])]
+    assert parts([(A, 0), (A, 50)], 5000) == [(A, 0, 51, [0, 1])]
     assert parts([(A, 0), (A, 2)]) == [(A, 0, 1, [0]), (A, 2, 1, [1])]
 
 
-def test_a_part_says_where_it_lies_in_the_object():
-    (part,) = parts_of([Place(A, 3, block_of(0)), Place(A, 4, block_of(1))], MODEL)
-    assert (part.offset(MODEL), part.num_bytes(MODEL)) == (3 * MODEL.record_bytes, 2 * MODEL.record_bytes)
+def test_records_of_any_length_are_read_from_the_first_to_the_last_byte_wanted():
+    lengths = [500, 0, 300]
+    offsets = [7000, 7628, 7756]
+    places = [
+        Place(A, Record(block_of(n), n, offset, PLAIN, length))
+        for n, (offset, length) in enumerate(zip(offsets, lengths, strict=True))
+    ]
+    (part,) = parts_of([places[2], places[0]])
+    assert (part.offset, part.num_bytes) == (7000, 7756 + HEADER_BYTES + 300 - 7000)

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from messages.errors import ConfigError
+from nodecache.codec import PLAIN, lossless_codec
 from nodecache.remote import manifests, upkeep
-from nodecache.remote.layout import MAX_OBJECT_BYTES
+from nodecache.remote.layout import HEADER_BYTES, MAX_OBJECT_BYTES
 from nodecache.remote.store import RemoteStore
 from nodecache.store import StoredBlock, StoreError
 from tests.nodecache.remote.blocks import (
@@ -28,14 +29,16 @@ from tests.nodecache.remote.blocks import (
     write,
 )
 
+BFLOAT16 = lossless_codec(2)
+
 
 @pytest.fixture
 def opened(tmp_path):
     """Open stores in one directory, all at the same time; their books are in order at the end."""
     stores = []
 
-    def open_next(root=tmp_path, model=MODEL):
-        stores.append(open_store(root, model))
+    def open_next(root=tmp_path, model=MODEL, codec=PLAIN):
+        stores.append(open_store(root, model, codec))
         return stores[-1]
 
     yield open_next
@@ -198,6 +201,106 @@ def test_removals_go_once_everything_is_merged_and_they_are_old(opened, tmp_path
     rows = manifests.unpack_manifest(MODEL, path.name, path.read_bytes())
     assert len(rows) == 4
     assert held(opened(), range(10)) == [6, 7, 8, 9]
+
+
+# ------------------------------------------------------------------------------------------------------------- codecs
+
+
+def test_encoded_blocks_are_shorter_and_read_as_any(opened, tmp_path):
+    store = opened(codec=BFLOAT16)
+    write(store, range(40))
+    assert read(store, [7, 39, 40, 0, 8, 7]) == [True, True, False, True, True, True]
+    stats = store.stats()
+    assert stats["kvray_remote_plain_bytes"] == stats["kvray_remote_written_bytes_total"] == 40 * BLOCK_BYTES
+    stored_bytes = stats["kvray_remote_bytes"]
+    assert stored_bytes == stats["kvray_remote_written_stored_bytes_total"] < 0.9 * 40 * BLOCK_BYTES
+    assert sum(path.stat().st_size for path in object_files(tmp_path)) == 40 * HEADER_BYTES + stored_bytes
+    assert 3 * BLOCK_BYTES < stats["kvray_remote_read_stored_bytes_total"] < stats["kvray_remote_read_bytes_total"]
+
+
+def test_plain_and_encoded_blocks_lie_in_one_bucket_and_any_store_reads_both(opened, tmp_path):
+    plain, encoding = opened(), opened(codec=BFLOAT16)
+    write(plain, range(10))
+    write(encoding, range(10, 20))
+    for store in (plain, encoding, plain):
+        store.sync(DEADLINE_S)
+    for store in (plain, encoding, opened(), opened(codec=BFLOAT16)):
+        assert read(store, range(20)) == [True] * 20
+        assert store.find(name_of(11)) == block_of(11)
+    encoding.remove([name_of(n) for n in range(10, 20)])
+    for store in (encoding, plain):
+        store.sync(DEADLINE_S)
+    assert held(plain, range(20)) == list(range(10))
+    assert len(object_files(tmp_path)) == 1
+
+
+def test_the_same_blocks_encoded_and_plain_are_two_objects_each_of_them_whole(opened, tmp_path):
+    plain, encoding = opened(), opened(codec=BFLOAT16)
+    write(plain, range(6))
+    write(encoding, range(6))
+    assert len(object_files(tmp_path)) == 2
+    for store in (plain, encoding, plain):
+        store.sync(DEADLINE_S)
+    for store in (plain, encoding, opened()):
+        assert read(store, range(6)) == [True] * 6
+
+
+def test_manifests_of_both_kinds_are_merged(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "MIN_MERGED", 3)
+    monkeypatch.setattr(manifests, "MAX_MERGED", 3)
+    stores = [opened(), opened(codec=BFLOAT16)]
+    for number in range(12):
+        write(stores[number % 2], [2 * number, 2 * number + 1])
+        stores[number % 2].sync(DEADLINE_S)
+    assert len(manifest_files(tmp_path)) <= 4
+    assert read(opened(), range(24)) == [True] * 24
+
+
+def test_a_damaged_encoded_block_is_dropped_and_those_behind_it_are_read(opened, tmp_path):
+    store = opened(codec=BFLOAT16)
+    write(store, range(6))
+    records = {n: store._index.places([name_of(n)])[0].record for n in range(6)}
+    (path,) = object_files(tmp_path)
+    flip(path, records[1].offset + HEADER_BYTES + 9)  # what is plain of it
+    flip(path, records[3].end - 9)  # its frame
+    flip(path, records[5].offset + 6)  # the codec in its header
+    assert read(store, range(6)) == [True, False, True, False, True, False]
+    assert store.stats()["kvray_remote_damaged_blocks_total"] == 3
+    write(store, range(6))
+    assert read(store, range(6)) == [True] * 6
+
+
+def test_an_encoded_object_cut_short_is_noticed(opened, tmp_path):
+    store = opened(codec=BFLOAT16)
+    write(store, [1, 3])
+    (path,) = object_files(tmp_path)
+    os.truncate(path, path.stat().st_size - 1)
+    assert read(store, [1, 3]) == [True, False]
+
+
+def test_blocks_of_an_unknown_codec_are_counted_not_found_and_stay_for_those_who_know_it(
+    opened, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(manifests, "MIN_MERGED", 2)
+    monkeypatch.setattr(manifests, "MAX_MERGED", 2)
+    newer = opened(codec=BFLOAT16)
+    write(newer, range(4))
+    newer.sync(DEADLINE_S)
+    objects = object_files(tmp_path)
+    with monkeypatch.context() as patched:  # a process that knows one codec less
+        patched.setattr(manifests, "KNOWN", (PLAIN,))
+        older = opened()
+        assert held(older, range(4)) == [0, 2]
+        assert older.stats()["kvray_remote_unknown_codec_blocks_total"] == 2
+        assert [line for line in caplog.messages if "2 blocks of an unknown codec are not used" in line]
+        assert read(older, range(4)) == [True, False, True, False]
+        for number in (10, 12):  # and merges manifests
+            write(older, [number])
+            older.sync(DEADLINE_S)
+        assert older.stats()["kvray_remote_errors_total"] == older.stats()["kvray_remote_damaged_blocks_total"] == 0
+    assert set(objects) < set(object_files(tmp_path))
+    assert len(manifest_files(tmp_path)) == 1
+    assert read(opened(), [*range(4), 10, 12]) == [True] * 6
 
 
 # ------------------------------------------------------------------------------------------------------ other folders

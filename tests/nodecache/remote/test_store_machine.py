@@ -1,4 +1,7 @@
-"""Two stores of one directory, any order of calls, restarts and damage: never wrong bytes, in the end both agree."""
+"""Two stores of one directory, any order of calls, restarts and damage: never wrong bytes, in the end both agree.
+
+They write plain or encoded, by chance, and read what either wrote.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from nodecache.codec import PLAIN, lossless_codec
 from nodecache.remote import manifests
 from tests.nodecache.remote.blocks import (
     DEADLINE_S,
@@ -26,6 +30,7 @@ from tests.nodecache.remote.blocks import (
 )
 
 NUMBERS = range(30)
+BFLOAT16 = lossless_codec(2)
 STORES = st.integers(0, 1)
 
 
@@ -39,7 +44,7 @@ class RemoteStoreMachine(RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()
         for name, value in (("MIN_MERGED", 3), ("MAX_MERGED", 4)):
             self.patched.setattr(manifests, name, value)
-        self.stores = [open_store(self.root) for _ in range(2)]
+        self.stores = [open_store(self.root, codec=codec) for codec in (PLAIN, BFLOAT16)]
         self.are_manifests_whole = True
 
     @initialize(is_calm=st.booleans())
@@ -82,17 +87,17 @@ class RemoteStoreMachine(RuleBasedStateMachine):
     def sync(self, store):
         self.stores[store].sync(DEADLINE_S)
 
-    @rule(store=STORES)
-    def restart(self, store):
+    @rule(store=STORES, codec=st.sampled_from([PLAIN, BFLOAT16]))
+    def restart(self, store, codec):
         self.stores[store].close()
-        self.stores[store] = open_store(self.root)
+        self.stores[store] = open_store(self.root, codec=codec)
 
     @rule(store=STORES)
     def both_agree_in_the_end(self, store):
         self.settle()
         if self.are_manifests_whole:
             assert held(self.stores[0], NUMBERS) == held(self.stores[1], NUMBERS)
-            self.restart(store)
+            self.restart(store, PLAIN)
             assert held(self.stores[0], NUMBERS) == held(self.stores[1], NUMBERS)
 
     @rule(
