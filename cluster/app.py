@@ -160,7 +160,7 @@ def _cache_settings(tiers: TiersConfig) -> CacheSettings | None:
         disk_dir=tiers.disk_dir,
         disk_capacity_bytes=parse_size(tiers.disk_capacity),
         remote=tiers.remote,
-        is_remote_compressed=tiers.remote_compression == "lossless",
+        remote_compression=tiers.remote_compression,
     )
 
 

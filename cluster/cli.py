@@ -80,7 +80,8 @@ def serve(
         typer.Option("--remote", help="KV kept where all nodes reach it: a directory, s3://bucket/prefix, gs://..."),
     ] = None,
     remote_compression: Annotated[
-        str | None, typer.Option("--remote-compression", help="lossless (the default) or off.")
+        str | None,
+        typer.Option("--remote-compression", help="off, lossless (the default), int8 (changes KV a little)."),
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,

@@ -161,7 +161,8 @@ class TiersConfig(_Section, frozen=True):
     disk_dir: str | None = None  #: on each node: a directory for the blocks of this node
     disk_capacity: str = "100GiB"  #: of that directory, on each node
     remote: str | None = None  #: a URI that all nodes reach: a directory, s3://bucket/prefix, gs://bucket/prefix
-    remote_compression: Literal["off", "lossless"] = "lossless"  #: of what is written there; both are read
+    #: of what is written there. int8 changes KV a little, and what was kept without it is not used, in any tier
+    remote_compression: Literal["off", "lossless", "int8"] = "lossless"
 
     @property
     def is_wanted(self) -> bool:

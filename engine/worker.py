@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, assert_never
@@ -27,7 +27,7 @@ from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
 from engine.lending import Lender
 from engine.loans import SequenceOver
-from engine.memory.kv_pool import LAYOUT_VERSION
+from engine.memory.kv_pool import LAYOUT_VERSION, block_numbers
 from engine.model.load import load_model
 from engine.puller import BlockPuller
 from engine.scheduling.plan import (
@@ -190,6 +190,8 @@ class EngineWorker:
             use_kernels=options.use_kernels,
             on_progress=lambda text: logger.info("%s %s: %s", role, worker_id, text),
         )
+        if options.cache is not None:
+            loaded = replace(loaded, fingerprint=options.cache.fingerprint_of(loaded.fingerprint))
         self.engine = Engine.build(loaded, options.engine, model_dir=model_dir)
         self.engine.warm_up()
         self._secret = secret
@@ -425,7 +427,7 @@ class EngineWorker:
             lease_s=options.lease_s,
             stall_s=options.stall_s,
             kernel_path=engine.loaded.kernel_path,
-            element_bytes=engine.loaded.dtype.itemsize,
+            numbers=block_numbers(engine.loaded.layer_specs, engine.options.block_size, engine.loaded.dtype),
             compute=engine.scheduler.cost.price,
         )
 

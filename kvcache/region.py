@@ -9,9 +9,36 @@ were published whether the block was reused or the bytes were damaged. On an acc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 _PAGE = 4096
 GENERATION_BYTES = 8
+
+NumberKind: TypeAlias = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNumbers:
+    """What a block's bytes are: numbers of one kind, in groups `[num_heads, block_size, dim]`, one behind the other."""
+
+    kind: NumberKind
+    block_size: int  #: tokens
+    groups: tuple[tuple[int, int], ...]  #: num_heads and dim; of heads of one dim that follow each other, K or V
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number."""
+        return 4 if self.kind == "float32" else 2
+
+    @property
+    def num_numbers(self) -> int:
+        """How many a block has."""
+        return self.block_size * self.num_channels
+
+    @property
+    def num_channels(self) -> int:
+        """How many places of a token's K and V a block has, of all heads and layers."""
+        return sum(num_heads * dim for num_heads, dim in self.groups)
 
 
 @dataclass(frozen=True, slots=True)

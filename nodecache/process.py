@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, Literal, assert_never
 
 import msgspec
 
 from kvcache.leases import AskerLost, TimePassed
-from kvcache.region import GENERATION_BYTES
+from kvcache.region import GENERATION_BYTES, BlockNumbers
 from kvcache.subscribers import Subscribers
 from messages.cache import CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks
 from messages.errors import ErrorInfo, KvrayError
@@ -94,7 +95,16 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     disk_dir: str | None = None  #: None: no disk tier
     disk_capacity_bytes: int = 100 << 30
     remote: str | None = None  #: URI of the remote tier; None: there is none
-    is_remote_compressed: bool = True  #: without loss, where that makes blocks shorter
+    remote_compression: Literal["off", "lossless", "int8"] = "lossless"  #: of what is written there
+
+    def fingerprint_of(self, fingerprint: bytes) -> bytes:
+        """Return the fingerprint, 32 bytes, of a model whose blocks are kept so.
+
+        What is read back with a loss is nothing for who did not ask for it, in any tier: it goes by other names.
+        """
+        if self.remote is None or self.remote_compression != "int8":
+            return fingerprint
+        return blake2b(b"remote int8" + fingerprint, digest_size=32).digest()
 
     def num_blocks(self, block_bytes: int) -> int:
         """Count the blocks that the arena has room for, at least one."""
@@ -115,7 +125,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     settings: CacheSettings = CacheSettings()
     ray_node_id: str = ""  #: in hex, of the node that the process runs on; "": there is no Ray
     kernel_path: str = ""  #: what computes the model's blocks, for people
-    element_bytes: int = 1  #: of a number of KV
+    numbers: BlockNumbers | None = None  #: what the bytes of a block are; None: unknown, so that none is compressed
     compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
     log_level: str = "info"
 
@@ -473,12 +483,17 @@ def open_stores(options: CacheOptions, on_remote_changes: Callable[[Changes], No
         model = Model(layout.fingerprint, layout.version, layout.block_bytes)
         stores["disk"] = DiskStore(Path(settings.disk_dir), model, settings.disk_capacity_bytes, checksum)
     if settings.remote is not None:
-        from nodecache.codec import PLAIN, lossless_codec  # pyarrow takes 0.3 s: only who has such a tier waits
+        from nodecache.codec import INT8, PLAIN, lossless_codec  # pyarrow takes 0.3 s: only who has such a tier waits
         from nodecache.remote.layout import Model as RemoteModel
         from nodecache.remote.store import RemoteStore
 
         remote_model = RemoteModel(layout.fingerprint, layout.version, layout.block_bytes, options.kernel_path)
-        codec = lossless_codec(options.element_bytes) if settings.is_remote_compressed else PLAIN
+        codec = PLAIN
+        if options.numbers is not None and settings.remote_compression == "lossless":
+            codec = lossless_codec(options.numbers.element_bytes)
+        elif options.numbers is not None and settings.remote_compression == "int8":
+            codec = INT8
+            remote_model = remote_model._replace(numbers=options.numbers)
         stores["remote"] = RemoteStore(settings.remote, remote_model, codec=codec, on_changes=on_remote_changes)
     return stores
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
+from kvcache.region import BlockNumbers, NumberKind
 from messages.errors import ConfigError
 from transport.memory import available_bytes
 
 #: Part of every block name: changes whenever the bytes of a block, or their checksum (transport.checksum), mean
 #: something else.
 LAYOUT_VERSION = 2
+
+
+_KINDS: Final[dict[torch.dtype, NumberKind]] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,13 @@ def block_elements(layer_specs: Sequence[LayerSpec], block_size: int) -> int:
 def block_bytes(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block: `block_size` tokens of every layer."""
     return block_elements(layer_specs, block_size) * dtype.itemsize
+
+
+def block_numbers(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> BlockNumbers:
+    """Tell what the bytes of a block are to who has no torch. See KvPool."""
+    dims = [dim for spec in layer_specs for dim in [spec.k_dim] * spec.num_kv_heads + [spec.v_dim] * spec.num_kv_heads]
+    groups = tuple((len(list(same)), dim) for dim, same in itertools.groupby(dims))
+    return BlockNumbers(_KINDS[dtype], block_size, groups)
 
 
 class KvPool:

@@ -119,7 +119,7 @@ class Catalog:
         new = [each for each in listed.values() if _is_new(each, self._known.get(each.name))]
         found = []
         for name, rows in self._read(new).items():
-            are_readable = manifests.are_readable(rows)
+            are_readable = manifests.are_readable(self._model, rows)
             num_unreadable = len(rows) - int(are_readable.sum())
             if num_unreadable:
                 self._stats.count("unknown_codec_blocks", num_unreadable)

@@ -12,7 +12,7 @@ An object is a run of blocks of one chain, each behind a header, and nothing els
 
 A header follows from the block, where and how it lies there, and the model, so that a reader who knows these compares
 it whole. It tells the same to one who knows nothing; its last word is the checksum of what is before. A block's
-checksum is of its plain bytes, also where it is encoded (`nodecache.codec`).
+checksum is of the bytes that it is served as, also where it is encoded (`nodecache.codec`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from nodecache.codec import PLAIN, decode, encode
+from kvcache.region import BlockNumbers
+from nodecache.codec import INT8, LOSSLESS, PLAIN, decode, encode
 from nodecache.store import StoredBlock, StoreError
 from transport.checksum import checksum, copy_checked
 
@@ -72,6 +73,12 @@ class Model(NamedTuple):
     layout_version: int
     block_bytes: int
     kernel_path: str
+    numbers: BlockNumbers | None = None  #: None: what is kept with a loss is not for this model
+
+    @property
+    def codecs(self) -> tuple[int, ...]:
+        """Those of nodecache.codec that its blocks are read in."""
+        return LOSSLESS if self.numbers is None else (*LOSSLESS, INT8)
 
     @property
     def folder_name(self) -> str:
@@ -171,7 +178,7 @@ def pack_object(
 ) -> tuple[list[Record], Bytes]:
     """Return where blocks lie in their object, and its bytes: copied and verified in one pass, then encoded.
 
-    A block that would not be shorter is plain.
+    A block that would not be shorter is plain. One that is kept with a loss has another checksum from then on.
 
     Raises:
         StoreError: a source has not the checksum that its block is said to have.
@@ -186,10 +193,14 @@ def pack_object(
             raise StoreError(
                 f"block {block.name.hex()} to be written has checksum {found:x}, wanted {block.checksum:x}"
             )
-        encoded = encode(codec, plain)
+        encoded = encode(codec, plain, model.numbers)
         if encoded is None:
             records.append(Record(block, position, offset, PLAIN, model.block_bytes))
         else:
+            if codec not in LOSSLESS:
+                decoded = decode(codec, encoded.data, model.block_bytes, model.numbers)
+                assert decoded is not None
+                block = block._replace(checksum=checksum(decoded))
             records.append(Record(block, position, offset, codec, len(encoded)))
             plain[: len(encoded)] = encoded
         offset = records[-1].end
@@ -239,7 +250,7 @@ def unpack_records(model: Model, records: Sequence[Record], parts: Sequence[memo
     """
     headers = pack_headers(model, records)
     return [
-        decode(record.codec, part[HEADER_BYTES:], model.block_bytes)
+        decode(record.codec, part[HEADER_BYTES:], model.block_bytes, model.numbers)
         if len(part) == record.num_bytes and part[:HEADER_BYTES] == header.data
         else None
         for record, header, part in zip(records, headers, parts, strict=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from blake3 import blake3
 
 from messages.errors import first_line
-from nodecache.codec import KNOWN, PLAIN
+from nodecache.codec import PLAIN
 from nodecache.remote.layout import DIGEST_BYTES, FORMAT_VERSION, HEADER_BYTES, MAX_OBJECT_BYTES, Model, Record
 
 SUFFIX: Final = ".arrow"
@@ -149,9 +149,9 @@ def unpack_manifest(model: Model, file_name: str, data: bytes) -> Rows | str:
     return _why_wrong(model, rows) or rows
 
 
-def are_readable(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Tell which rows are not of blocks that are encoded in a way that is not known here."""
-    return np.isin(rows["codec"], KNOWN)
+def are_readable(model: Model, rows: Rows) -> npt.NDArray[np.bool_]:
+    """Tell which rows are not of blocks that are encoded in a way that is not known, or not wanted, here."""
+    return np.isin(rows["codec"], model.codecs)
 
 
 def latest(rows: Rows) -> Rows:
@@ -223,7 +223,7 @@ def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
 
 def _why_wrong(model: Model, rows: Rows) -> str | None:
     kept = rows[~rows["is_removed"]]
-    known = kept[are_readable(kept)]
+    known = kept[are_readable(model, kept)]
     if (kept["position"] >= model.blocks_per_object).any():
         return f"it has blocks at position {kept['position'].max()}; an object holds {model.blocks_per_object} at most"
     if ((kept["num_tokens"] < 1) | (kept["num_tokens"] > _MAX_TOKENS)).any():

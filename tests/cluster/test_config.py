@@ -77,7 +77,7 @@ def test_what_is_shown_can_be_read_again():
         ),
         (
             {"tiers": {"remote_compression": "zip"}},
-            "tiers.remote_compression: wanted one of off, lossless, saw str 'zip'",
+            "tiers.remote_compression: wanted one of off, lossless, int8, saw str 'zip'",
         ),
         ({"log": {"format": "xml"}}, "log.format: wanted one of text, json, saw str 'xml'"),
         (

@@ -185,6 +185,33 @@ async def test_what_left_the_pool_comes_back_from_host_also_to_another_worker_an
         assert (await ingress.stats())['kvray_blocks_rejected_total{reason="checksum"}'] == 0
 
 
+@pytest.mark.parametrize("compression", ["off", "lossless", "int8"])
+async def test_what_everybody_forgot_comes_back_from_the_bucket_to_who_keeps_it_alike(
+    model_dir, reference, nodes, tmp_path, compression
+):
+    prompt = prompt_of(5, 330)
+    wanted = reference.greedy(prompt, 16)
+    remote = {"remote": str(tmp_path), "remote_compression": compression}
+    node = nodes()
+    async with running(model_dir, node, **remote) as (_, ingress, router):
+        assert (await ask(ingress, "cold", prompt))[0] == wanted
+        await router.hears(prompt, {"device", "host", "remote"})
+        fingerprint = ingress.info.fingerprint
+    await node.close()  # and lists what it wrote
+    async with running(model_dir, nodes(), **remote) as (_, ingress, router):
+        assert ingress.info.fingerprint == fingerprint
+        held = await router.hears(prompt, {"remote"})
+        tokens, sources = await ask(ingress, "from the bucket", prompt, held)
+        assert (sources.remote, sources.computed) == (320, 10)
+        assert tokens == wanted or compression == "int8"
+    other = {"remote": str(tmp_path), "remote_compression": "int8" if compression != "int8" else "lossless"}
+    async with running(model_dir, nodes(), **other) as (worker, ingress, router):
+        assert await router.held(prompt) == ()
+        tokens, sources = await ask(ingress, "cold", prompt)
+        assert (tokens, sources.computed) == (wanted, 330)
+        await until(lambda: not engine_of(worker).pool.num_used)
+
+
 async def test_what_everybody_forgot_comes_back_from_disk(model_dir, reference, nodes, tmp_path):
     prompt = prompt_of(3, 330)
     wanted = reference.greedy(prompt, 16)

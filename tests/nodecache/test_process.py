@@ -13,7 +13,7 @@ from messages.fleet import WorkerInfo
 from messages.handoff import BlocksWritten, KvHandoff, ReleaseLease
 from nodecache.cache import CacheLimits
 from nodecache.loopback import LoopbackStore
-from nodecache.process import CacheOptions, CacheProcess
+from nodecache.process import CacheOptions, CacheProcess, CacheSettings
 from nodecache.store import StoreError
 from tests.nodecache.blocks import BLOCK_SIZE, checksum, content_of, layout_of, names_of
 from tests.nodecache.client import CacheClient
@@ -37,6 +37,16 @@ def options_of(num_blocks: int, **limits) -> CacheOptions:
         limits=CacheLimits(**{"lease_s": 30.0, "batch_bytes": 4 * BLOCK_BYTES} | limits),
         stall_s=5.0,
     )
+
+
+def test_blocks_kept_with_a_loss_go_by_other_names():
+    fingerprint = b"f" * 32
+    settings = [CacheSettings(remote="/b", remote_compression=each) for each in ("off", "lossless", "int8")]
+    exact, also_exact, lossy = (each.fingerprint_of(fingerprint) for each in settings)
+    assert exact == also_exact == fingerprint != lossy
+    assert len(lossy) == 32
+    assert settings[2].fingerprint_of(b"g" * 32) != lossy
+    assert CacheSettings(disk_dir="/d", remote_compression="int8").fingerprint_of(fingerprint) == fingerprint
 
 
 class Served:

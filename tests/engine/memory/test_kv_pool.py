@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from engine.memory import kv_pool
-from engine.memory.kv_pool import KvPool, LayerSpec, block_bytes, plan_num_blocks
+from engine.memory.kv_pool import KvPool, LayerSpec, block_bytes, block_numbers, plan_num_blocks
+from kvcache.region import BlockNumbers
 from messages.errors import ConfigError
 
 SPECS = [LayerSpec(2, 16, 16), LayerSpec(1, 24, 12), LayerSpec(4, 8, 32)]
@@ -24,6 +25,15 @@ def test_a_block_is_one_run_of_bytes_k_then_v_per_layer_heads_outermost():
             assert torch.equal(view, pool.data[:, offset : offset + size].view(3, spec.num_kv_heads, 4, dim))
             offset += size
     assert offset == pool.data.shape[1]
+
+
+def test_a_blocks_numbers_are_told_by_groups_of_heads_of_one_dim():
+    assert block_numbers(SPECS, 4, torch.bfloat16) == BlockNumbers(
+        "bfloat16", 4, ((4, 16), (1, 24), (1, 12), (4, 8), (4, 32))
+    )
+    numbers = block_numbers([LayerSpec(2, 16, 16)] * 3, 4, torch.float32)
+    assert numbers == BlockNumbers("float32", 4, ((12, 16),))
+    assert numbers.num_numbers * numbers.element_bytes == block_bytes([LayerSpec(2, 16, 16)] * 3, 4, torch.float32)
 
 
 def test_layers_do_not_overlap():

@@ -57,7 +57,7 @@ def test_rows_are_read_as_they_were_written(rows):
 def test_rows_of_encoded_blocks_are_read_as_they_were_written(wide):
     name, data = manifests.pack_manifest(MODEL, wide)
     assert np.array_equal(manifests.unpack_manifest(MODEL, name, bytes(data)), wide)
-    assert manifests.are_readable(wide).tolist() == [True, True, False, True]
+    assert manifests.are_readable(MODEL, wide).tolist() == [True, True, False, True]
     # Plain, but not where its position says: also of such rows alone, as after some were removed.
     name, data = manifests.pack_manifest(MODEL, wide[1:2])
     assert np.array_equal(manifests.unpack_manifest(MODEL, name, bytes(data)), wide[1:2])

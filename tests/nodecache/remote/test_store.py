@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
+from kvcache.region import BlockNumbers
 from messages.errors import ConfigError
-from nodecache.codec import PLAIN, lossless_codec
-from nodecache.remote import manifests, upkeep
+from nodecache.codec import INT8, PLAIN, lossless_codec
+from nodecache.remote import layout, manifests, upkeep
 from nodecache.remote.layout import HEADER_BYTES, MAX_OBJECT_BYTES
 from nodecache.remote.store import RemoteStore
 from nodecache.store import StoredBlock, StoreError
@@ -28,6 +29,7 @@ from tests.nodecache.remote.blocks import (
     read,
     write,
 )
+from transport.checksum import checksum
 
 BFLOAT16 = lossless_codec(2)
 
@@ -288,7 +290,7 @@ def test_blocks_of_an_unknown_codec_are_counted_not_found_and_stay_for_those_who
     newer.sync(DEADLINE_S)
     objects = object_files(tmp_path)
     with monkeypatch.context() as patched:  # a process that knows one codec less
-        patched.setattr(manifests, "KNOWN", (PLAIN,))
+        patched.setattr(layout, "LOSSLESS", (PLAIN,))
         older = opened()
         assert held(older, range(4)) == [0, 2]
         assert older.stats()["kvray_remote_unknown_codec_blocks_total"] == 2
@@ -301,6 +303,32 @@ def test_blocks_of_an_unknown_codec_are_counted_not_found_and_stay_for_those_who
     assert set(objects) < set(object_files(tmp_path))
     assert len(manifest_files(tmp_path)) == 1
     assert read(opened(), [*range(4), 10, 12]) == [True] * 6
+
+
+def test_blocks_kept_with_a_loss_have_the_checksum_of_what_is_served_and_are_for_none_but_who_asked(opened, tmp_path):
+    lossy_model = MODEL._replace(numbers=BlockNumbers("bfloat16", 20, ((5, 25),)))
+    assert lossy_model.numbers.num_numbers * 2 == BLOCK_BYTES
+    store = opened(model=lossy_model, codec=INT8)
+    numbers = [1, 3, 5]  # like KV; of others some numbers are infinite
+    write(store, numbers)
+    (path,) = object_files(tmp_path)
+    assert path.stat().st_size == 3 * (HEADER_BYTES + 2 * 125 + BLOCK_BYTES // 2)
+    served = {}
+    for number in numbers:
+        target = bytearray(BLOCK_BYTES)
+        assert store.read([name_of(number)], [memoryview(target)], DEADLINE_S) == [True]
+        assert target != content_of(number)
+        assert store.find(name_of(number)) == block_of(number)._replace(checksum=checksum(target))
+        served[number] = target
+    store.sync(DEADLINE_S)
+    other, exact = opened(model=lossy_model, codec=INT8), opened(codec=BFLOAT16)
+    target = bytearray(BLOCK_BYTES)
+    assert other.read([name_of(3)], [memoryview(target)], DEADLINE_S) == [True]
+    assert target == served[3]
+    assert held(exact, numbers) == []
+    assert exact.stats()["kvray_remote_unknown_codec_blocks_total"] == 3
+    flip(path, path.stat().st_size - 1)
+    assert store.read([name_of(5)], [memoryview(target)], DEADLINE_S) == [False]
 
 
 # ------------------------------------------------------------------------------------------------------ other folders
