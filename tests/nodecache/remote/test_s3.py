@@ -8,6 +8,7 @@ import time
 import pyarrow.fs
 import pytest
 
+from nodecache.codec import PLAIN, lossless_codec
 from nodecache.store import StoreError
 from tests.nodecache.remote.blocks import (
     DEADLINE_S,
@@ -30,8 +31,8 @@ LARGE = MODEL._replace(block_bytes=3 << 20)
 def opened():
     stores = []
 
-    def open_next(uri, model=MODEL):
-        stores.append(open_store(uri, model))
+    def open_next(uri, model=MODEL, codec=PLAIN):
+        stores.append(open_store(uri, model, codec))
         return stores[-1]
 
     yield open_next
@@ -75,8 +76,9 @@ def brought_back(store):
 
 
 @pytest.mark.slow
-def test_what_one_cluster_wrote_another_reads(swift, bucket, opened):
-    store, other = opened(swift.uri(bucket)), opened(swift.uri(bucket))
+@pytest.mark.parametrize("codec", [PLAIN, lossless_codec(2)])
+def test_what_one_cluster_wrote_another_reads(swift, bucket, opened, codec):
+    store, other = opened(swift.uri(bucket), codec=codec), opened(swift.uri(bucket))
     write(store, range(20))
     assert read(store, range(21)) == [True] * 20 + [False]
     store.sync(DEADLINE_S)
