@@ -28,7 +28,7 @@ from nodecache.disk.reader import read_run, runs
 from nodecache.disk.segment import OpenSegment, Segment
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call
-from nodecache.store import StoredBlock, StoreError
+from nodecache.store import Collected, StoredBlock, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -165,13 +165,35 @@ class Writer:
             StoreError: it could not; what may have got lost is dropped.
         """
         try:
-            while self._collection is not None:  # it may have copies of what was removed meanwhile
-                self._advance(1)
+            self._end_collection()  # it may have copies of what was removed meanwhile
             self._wipe()
             self._sync()
         except OSError as error:
             self._note(error)
             raise StoreError(f"{self._directory.path} cannot be synced: {error.strerror}") from error
+
+    def collect(self) -> Collected:
+        """Give up the segment that holds least, if half of it at most, and all of that can be copied.
+
+        Raises:
+            StoreError: it could not; no block is lost by that.
+        """
+        try:
+            self.sync()
+            num_bytes = self._index.num_bytes
+            segment = self._sparse_segment()
+            if segment is None:
+                return Collected(0, 0, has_more=False)
+            rows, _, _ = self._index.live_blocks(segment)
+            self._num_to_copy = len(rows)
+            self._collection = self._collect(segment, rows)
+            self._end_collection()
+            num_freed_bytes = num_bytes - self._index.num_bytes
+            num_files = num_freed_bytes // segment.geometry.num_bytes
+            return Collected(num_files, num_freed_bytes, has_more=num_files > 0 and self._sparse_segment() is not None)
+        except OSError as error:
+            self._note(error)
+            raise StoreError(f"{self._directory.path} cannot be collected: {error.strerror}") from error
 
     def work(self) -> bool:
         """Do some of what is not urgent; tell whether there is more that could be done at once."""
@@ -325,6 +347,17 @@ class Writer:
         self._collection = self._collect(chosen, kept)
         return True
 
+    def _sparse_segment(self) -> Segment | None:
+        """Return the segment that holds least, if it can be given up without losing a block."""
+        opened = self._open
+        sealed = [each for each in self._index.segments() if opened is None or each is not opened.segment]
+        if not sealed:
+            return None
+        least = min(sealed, key=lambda each: each.num_live)
+        num_free_rows = 0 if opened is None else opened.num_free_rows
+        is_sparse = least.num_live <= min(least.geometry.num_rows // 2, num_free_rows)
+        return least if is_sparse else None
+
     def _collect(self, victim: Segment, rows: list[int]) -> Generator[None]:
         """Copy these of its blocks, a run at a time, and delete it. Raises OSError: it stays, and the copies go."""
         self._index.pin_segment(victim)
@@ -402,6 +435,10 @@ class Writer:
         except OSError:
             self._collection = None
             raise
+
+    def _end_collection(self) -> None:
+        while self._collection is not None:
+            self._advance(1)
 
     # ---------------------------------------------------------------------------------------------------------- syncing
 
