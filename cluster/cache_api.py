@@ -1,7 +1,7 @@
 """/v1/cache/...: where a prompt's KV lies, what the caches hold, and what is to be dropped, kept, verified, moved.
 
 Whoever has an API key may do all of it, and so bring in whatever bytes under the names of a prompt: the operator's key
-is no client's.
+is no client's (docs/SECURITY.md).
 """
 
 from __future__ import annotations

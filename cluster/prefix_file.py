@@ -145,6 +145,8 @@ class PrefixFile:
         data, tokens = (schema.field(name).type if name in schema.names else None for name in ("data", "token_ids"))
         if not isinstance(data, pa.FixedSizeBinaryType) or not isinstance(tokens, pa.FixedSizeListType):
             raise self._wrong("it has no columns `data` and `token_ids` of fixed sizes")
+        if tokens.list_size < 1 or data.byte_width < 1:
+            raise self._wrong(f"its blocks have {tokens.list_size} tokens and {data.byte_width} bytes")
         wanted = schema_of(tokens.list_size, data.byte_width)
         if {key: metadata.get(key) for key in _FORMAT} != _FORMAT or not schema.equals(wanted):
             raise self._wrong(f"its columns are {', '.join(f'{field}' for field in schema)}")

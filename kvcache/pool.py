@@ -292,7 +292,7 @@ class BlockPool:
 
     def drop(self, block_ids: Iterable[int]) -> list[int]:
         """Free those of these blocks that are committed and that nobody uses; return which."""
-        dropped = [block_id for block_id in block_ids if self.state(block_id) is BlockState.EVICTABLE]
+        dropped = [each for each in dict.fromkeys(block_ids) if self.state(each) is BlockState.EVICTABLE]
         for block_id in dropped:
             del self._evictable[self._is_spare[block_id]][block_id]
             self._unname(block_id)

@@ -164,9 +164,9 @@ class Carrying:
         names = every[begin : begin + self._max_blocks]
         end = begin + len(names)
         answer = PieceDone(query_id=question.query_id, next_cursor=end if end < len(every) else None)
-        if question.tier == question.target:
-            return answer
         blocks, block_ids = self._held(question.tier, names)
+        if not blocks or question.tier == question.target:
+            return answer
         at_target = {block.name for block in self._held(question.target, names)[0]}
         settled = tuple(block.name for block in blocks if block.name in at_target)
         is_lacking = [block.name not in at_target for block in blocks]

@@ -87,7 +87,7 @@ class BlockStore(Protocol):
         ...
 
     def collect(self, deadline_s: float) -> Collected:
-        """Give up some files of which much was removed, now and not by and by; no block goes with them.
+        """Give up some files of which much was removed, now and not by and by; no block that can be read goes.
 
         Raises:
             StoreError: the store failed, or did not answer in time.

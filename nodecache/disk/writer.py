@@ -173,24 +173,23 @@ class Writer:
             raise StoreError(f"{self._directory.path} cannot be synced: {error.strerror}") from error
 
     def collect(self) -> Collected:
-        """Give up the segment that holds least, if half of it at most, and all of that can be copied.
+        """Give up the segment that holds least, if that is half of it at most, and copy what it holds.
 
         Raises:
             StoreError: it could not; no block is lost by that.
         """
         try:
             self.sync()
-            num_bytes = self._index.num_bytes
-            segment = self._sparse_segment()
-            if segment is None:
+            num_bytes, segment = self._index.num_bytes, self._sparse_segment()
+            if segment is None or not self._has_rows(segment.num_live):
                 return Collected(0, 0, has_more=False)
             rows, _, _ = self._index.live_blocks(segment)
             self._num_to_copy = len(rows)
             self._collection = self._collect(segment, rows)
             self._end_collection()
-            num_freed_bytes = num_bytes - self._index.num_bytes
+            num_freed_bytes = num_bytes - self._index.num_bytes  # none where a new segment was begun for the copies
             num_files = num_freed_bytes // segment.geometry.num_bytes
-            return Collected(num_files, num_freed_bytes, has_more=num_files > 0 and self._sparse_segment() is not None)
+            return Collected(num_files, num_freed_bytes, has_more=self._sparse_segment() is not None)
         except OSError as error:
             self._note(error)
             raise StoreError(f"{self._directory.path} cannot be collected: {error.strerror}") from error
@@ -348,15 +347,18 @@ class Writer:
         return True
 
     def _sparse_segment(self) -> Segment | None:
-        """Return the segment that holds least, if it can be given up without losing a block."""
-        opened = self._open
-        sealed = [each for each in self._index.segments() if opened is None or each is not opened.segment]
-        if not sealed:
-            return None
-        least = min(sealed, key=lambda each: each.num_live)
-        num_free_rows = 0 if opened is None else opened.num_free_rows
-        is_sparse = least.num_live <= min(least.geometry.num_rows // 2, num_free_rows)
-        return least if is_sparse else None
+        """Return the segment that holds least, if that is no more than half of it."""
+        sealed = [each for each in self._index.segments() if self._open is None or each is not self._open.segment]
+        least = min(sealed, key=lambda each: each.num_live, default=None)
+        return least if least is not None and least.num_live <= least.geometry.num_rows // 2 else None
+
+    def _has_rows(self, num_rows: int) -> bool:
+        """See to it that so many blocks can be appended without any that give way; False where they cannot."""
+        num_free_rows = 0 if self._open is None else self._open.num_free_rows
+        if num_rows > num_free_rows and self._index.num_bytes + self._geometry.num_bytes <= self._limit():
+            self._seal()
+            num_free_rows = self._roll().num_free_rows
+        return num_rows <= num_free_rows
 
     def _collect(self, victim: Segment, rows: list[int]) -> Generator[None]:
         """Copy these of its blocks, a run at a time, and delete it. Raises OSError: it stays, and the copies go."""
