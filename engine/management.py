@@ -166,6 +166,8 @@ class PoolManagement:
     async def _verified(self, block_ids: Sequence[int]) -> dict[int, bool]:
         """Tell of blocks whose checksums are known, and that are not reused meanwhile, whether they have theirs."""
         known = {block_id: value for block_id in block_ids if (value := self._checksums.known(block_id)) is not None}
+        if not known:
+            return {}
         before = self._generations(list(known))
         found = await asyncio.to_thread(self._checksums.compute, list(known))
         after = self._generations(list(known))
@@ -184,7 +186,9 @@ class PoolManagement:
             names = [pool.name(block_id) or b"" for block_id in block_ids]
             data = memoryview(bytearray(size * len(block_ids)))
             offsets = [i * size for i in range(len(block_ids))]
-            sums = await asyncio.to_thread(self._checksums.copy_out, block_ids, data, offsets)
+            sums: list[int] = []
+            if block_ids:
+                sums = await asyncio.to_thread(self._checksums.copy_out, block_ids, data, offsets)
             kept = [i for i, now in enumerate(self._generations(block_ids)) if now == generations[i]]
         answer = BlocksFetched(
             query_id=question.query_id,

@@ -115,14 +115,20 @@ async def test_no_more_than_a_piece_is_read_out():
     assert split_names(came.names) == NAMES[:2]
 
 
+async def test_what_is_not_there_is_nothing(bench):
+    for names in (b"", b"unknown " * 2, b"no name"):
+        came = await bench.ask(FetchBlocks(query_id="q", tier="device", names=names))
+        assert (came.names, came.checksums, bytes(came.data)) == (b"", b"", b"")
+        assert (await bench.ask(CheckBlocks(query_id="q", tier="device", names=names))).num_done == 0
+
+
 async def test_a_block_that_is_reused_while_it_is_read_out_does_not_come(bench, monkeypatch):
     copy_out = bench.shared.checksums.copy_out
 
-    def reuse(block_id, target, offset):
-        if block_id == bench.block_ids[1]:
-            bench.pool.drop([block_id])
-            bench.pool.unpin(bench.pool.allocate(bench.pool.num_free))
-        return copy_out(block_id, target, offset)
+    def reuse(block_ids, target, offsets):
+        bench.pool.drop(bench.block_ids[1:2])
+        bench.pool.unpin(bench.pool.allocate(bench.pool.num_free))
+        return copy_out(block_ids, target, offsets)
 
     monkeypatch.setattr(bench.shared.checksums, "copy_out", reuse)
     came = await bench.ask(FetchBlocks(query_id="q", tier="device", names=NAMES[1] + NAMES[4]))
