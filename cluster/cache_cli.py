@@ -49,7 +49,7 @@ def lookup(
     body = prompt_body(text, file, cache_salt)
     found = _answer(url, "/v1/cache/lookup", key_of(api_key, api_key_file), body)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     by_tier = ", ".join(f"{tokens} on {tier}" for tier, tokens in found["tokens"].items())
     _say(f"{found['held_tokens']} of {found['num_tokens']} tokens are held{f': {by_tier}' if by_tier else ''}")
@@ -65,7 +65,7 @@ def stats(
     """Show what workers and node caches hold, by tier."""
     document = _answer(url, "/v1/cache/stats", key_of(api_key, api_key_file))
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     rows = [("OWNER", "NODE", "TIER", "BLOCKS", "BYTES", "CAPACITY", "HITS", "EVICTIONS")]
     for owner in [*document["workers"], *document["caches"]]:
@@ -302,7 +302,7 @@ def _answer(url: str, path: str, api_key: str | None, body: dict[str, Any] | Non
 def show_work(done: dict[str, Any], verb: str, *, as_json: bool) -> None:
     """Say what workers and node caches did; exit code 1 where one failed."""
     if as_json:
-        _print_json(done)
+        print_json(done)
     else:
         if not done["num_caches"] and not done["num_workers"]:
             _say("there is no node cache")
@@ -346,5 +346,6 @@ def say_aside(text: str) -> None:
     _err.print(text, markup=False)
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def print_json(document: dict[str, Any]) -> None:
+    """Give programs the whole document."""
     print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output

@@ -16,6 +16,7 @@ from cluster.cache_cli import (
     CacheSalt,
     PromptFile,
     Text,
+    print_json,
     progress,
     prompt_body,
     say_aside,
@@ -33,6 +34,7 @@ def export(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a prompt's KV to an Arrow file, as far as it is held from the prompt's head on, and verify it there."""
     from cluster.prefix_file import PrefixFile
@@ -41,17 +43,19 @@ def export(
     body = prompt_body(text, file, cache_salt)
     try:
         with asked(url, "/v1/cache/export", key_of(api_key, api_key_file), "cache", TIMEOUT_S, body) as response:
-            num_rows = response.headers["X-Num-Rows"]
             _copy(response, unfinished, output)
         with contextlib.closing(PrefixFile(unfinished)) as prefix, progress() as bars:
             task = bars.add_task("verified", total=prefix.num_rows)
             for piece in prefix.pieces():
                 bars.advance(task, len(piece.checksums) // 8)
-            num_tokens = prefix.num_rows * prefix.model.block_size
+            told = {"blocks": prefix.num_rows, "tokens": prefix.num_rows * prefix.model.block_size, "file": str(output)}
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
-    say_aside(f"{num_rows} blocks ({num_tokens} tokens) in {output}")
+    if as_json:
+        print_json(told)
+    else:
+        say_aside(f"{told['blocks']} blocks ({told['tokens']} tokens) in {output}")
 
 
 def take_in(
@@ -85,9 +89,11 @@ def take_in(
 
 def _copy(response: http.client.HTTPResponse, unfinished: Path, output: Path) -> None:
     try:
-        with unfinished.open("wb") as stream:
+        with unfinished.open("wb") as stream, progress() as bars:
+            task = bars.add_task("bytes received", total=None)
             while data := _next_bytes(response):
                 stream.write(data)
+                bars.advance(task, len(data))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from None
 

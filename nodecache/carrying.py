@@ -3,7 +3,7 @@
     FetchBlocks --> ReadOut --------------------------------> BlocksFetched
     MoveBlocks ---> ReadOut --> FillBlocks (up to the arena) --> dropped where they lay --> PieceDone
                           '---> StoreBlocks (to a store) -----'
-    PutBlocks ----------------> FillBlocks ------------------> PieceDone
+    PutBlocks ----------------> FillBlocks --> StoreBlocks (to the nearest store) --> PieceDone
 
 What was read out is a copy in plain memory that has its checksum, so that nothing needs to be pinned meanwhile. Blocks
 of the arena that are filled are in nobody else's books; a process that dies leaves them to be quarantined.
@@ -68,7 +68,7 @@ class StoreBlocks:
     """Write blocks to a store, in any thread; BlocksStored answers."""
 
     asker: bytes
-    question: MoveBlocks
+    question: MoveBlocks | PutBlocks
     answer: PieceDone
     settled: tuple[bytes, ...]
     tier: Tier
@@ -248,7 +248,9 @@ class Carrying:
             *(tuple(blocks[:count]), tuple(indexes[:count]), tuple(sources[:count]), block_ids),
         )
 
-    def _end_fill(self, filled: FillBlocks, are_whole: npt.NDArray[np.bool_], now_s: float) -> CarryingAnswer:
+    def _end_fill(
+        self, filled: FillBlocks, are_whole: npt.NDArray[np.bool_], now_s: float
+    ) -> CarryingInstruction | CarryingAnswer:
         """Name what was filled, if all of it is whole."""
         pool, question, block_ids = self._pool, filled.question, filled.block_ids
         self._cache.num_filling -= len(block_ids)
@@ -273,17 +275,30 @@ class Carrying:
             return self._end_move(question, filled.answer, (*filled.settled, *names), len(names))
         self._cache.writing_down.offer(block_ids[is_new])
         num_tokens = sum(block.num_tokens for block in filled.blocks)
-        return _with_more(filled.answer, len(filled.blocks), num_tokens)
+        answer = _with_more(filled.answer, len(filled.blocks), num_tokens)
+        nearest = next((entry for entry in self._cache.tiers.all if entry.is_usable(now_s)), None)
+        if nearest is None:
+            return answer
+        # At once, so that more can be put in than the arena holds; what fails is written down like other blocks.
+        deadline_s = self._cache.limits.write_deadline_s
+        return StoreBlocks(
+            *(filled.asker, question, answer, (), nearest.tier),
+            *(filled.blocks, filled.sources, deadline_s),
+        )
 
     def _end_store(self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError) -> CarryingAnswer:
+        question = stored.question
         if isinstance(dropped, StoreError):
-            return msgspec.structs.replace(stored.answer, error=dropped.info())
+            is_put = isinstance(question, PutBlocks)  # then they are held all the same
+            return stored.answer if is_put else msgspec.structs.replace(stored.answer, error=dropped.info())
         entry = self._stores[stored.tier]
         names = [block.name for block in stored.blocks]
         kept = [name for name in names if entry.store.find(name) is not None]
         entry.is_full = bool(dropped)
         entry.on_changed(kept, dropped)
-        return self._end_move(stored.question, stored.answer, (*stored.settled, *kept), len(kept))
+        if isinstance(question, PutBlocks):
+            return stored.answer
+        return self._end_move(question, stored.answer, (*stored.settled, *kept), len(kept))
 
     def _end_move(
         self, question: MoveBlocks, answer: PieceDone, names: tuple[bytes, ...], num_new: int
@@ -363,6 +378,11 @@ class Carrying:
         last_index = question.first_index + len(names) - 1
         if not (question.first_index >= 0 and last_index <= _UINT32 and 0 < question.block_size <= _UINT32):
             raise RequestError(f"blocks: got {question.first_index} as the first, of {question.block_size} tokens")
+        if last_index >= self._pool.num_blocks and not self._stores:
+            raise RequestError(
+                f"a prefix of more than {last_index} blocks: host memory has room for {self._pool.num_blocks} here, "
+                "and there is no store below"
+            )
         return names
 
 

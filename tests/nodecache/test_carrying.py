@@ -102,7 +102,34 @@ def test_blocks_are_put_in_read_again_and_written_down():
     assert rows["index"].tolist() == [2, 3, 4, 5]
     assert set(rows["tenant"].tolist()) == {7}
     assert bytes(fetch(world, "host", names).data) == b"".join(map(content_of, names))
-    assert split_names(world.events()["host"][0]) == names
+    assert on_disk(world) == names
+    events = world.events()
+    assert split_names(events["host"][0]) == split_names(events["disk"][0]) == names
+
+
+def test_more_can_be_put_in_than_the_arena_holds_where_there_is_a_disk():
+    world = World(8)
+    for begin in range(0, 24, 4):
+        assert put(world, names_of(range(begin, begin + 4)), first_index=begin).num_done == 4
+    assert on_disk(world) == names_of(range(24))
+    assert world.pool.num_held == 8
+
+
+def test_where_there_is_no_store_a_prefix_that_the_arena_does_not_hold_is_refused():
+    world = World(8, has_disk=False)
+    assert put(world, names_of(range(4)), first_index=4).num_done == 4
+    done = put(world, names_of(range(8, 12)), first_index=8)
+    assert "host memory has room for 8 here, and there is no store below" in done.error.message
+    assert world.pool.num_held == 4
+
+
+def test_a_disk_that_cannot_be_written_costs_nothing_of_what_was_put_in():
+    world = World()
+    names = names_of(range(4))
+    world.disk.error = StoreError("the disk is full")
+    done = put(world, names)
+    assert (done.num_done, done.error, world.held(names)) == (4, None, names)
+    world.disk.error = None
     [write] = world.cache.writing_down.begin(world.now_s)
     assert [block.name for block in write.blocks] == names
 
@@ -164,7 +191,7 @@ def test_what_is_put_in_makes_room_by_worth_and_never_takes_what_is_used():
 def test_a_block_that_a_worker_writes_meanwhile_is_held_once():
     world = World()
     names = names_of(range(2))
-    world.between = lambda: world.write(names[:1])
+    world.between = lambda: world.held(names) or world.write(names[:1])
     assert put(world, names).num_done == 2
     assert (world.pool.num_held, world.pool.num_free) == (2, 64)
     world.cache.check_invariants()

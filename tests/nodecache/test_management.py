@@ -23,13 +23,14 @@ from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, checksum, checksum_o
 class World:
     """A node cache with a disk, and who manages it; the threads that its work wants are here."""
 
-    def __init__(self, num_blocks: int = 64, stored=(), **limits) -> None:
+    def __init__(self, num_blocks: int = 64, stored=(), *, has_disk: bool = True, **limits) -> None:
         self.pool = pool_of(num_blocks)
         self.disk = LoopbackStore(100_000, checksum)
         blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in stored]
         self.disk.write(blocks, [memoryview(content_of(name)) for name in stored], 1.0)
         limits = {"lease_s": 10.0, "batch_bytes": 4 * BLOCK_BYTES} | limits
-        self.cache = NodeCache(self.pool, {"disk": self.disk}, CacheLimits(**limits))
+        stores = {"disk": self.disk} if has_disk else {}
+        self.cache = NodeCache(self.pool, stores, CacheLimits(**limits))
         self.management = Management(self.cache)
         self.now_s = 100.0
         self.worker = LongWorker(self.pool.arena, {"disk": self.disk})
