@@ -187,7 +187,7 @@ class Writer:
             self._num_to_copy = len(rows)
             self._collection = self._collect(segment, rows)
             self._end_collection()
-            num_freed_bytes = num_bytes - self._index.num_bytes  # none where a new segment was begun for the copies
+            num_freed_bytes = max(0, num_bytes - self._index.num_bytes)  # none where a segment was begun for the copies
             num_files = num_freed_bytes // segment.geometry.num_bytes
             return Collected(num_files, num_freed_bytes, has_more=self._sparse_segment() is not None)
         except OSError as error:
@@ -355,7 +355,8 @@ class Writer:
     def _has_rows(self, num_rows: int) -> bool:
         """See to it that so many blocks can be appended without any that give way; False where they cannot."""
         num_free_rows = 0 if self._open is None else self._open.num_free_rows
-        if num_rows > num_free_rows and self._index.num_bytes + self._geometry.num_bytes <= self._limit():
+        # A new segment, and what is kept free behind it: otherwise it would begin with a collection of its own.
+        if num_rows > num_free_rows and self._index.num_bytes + 3 * self._geometry.num_bytes <= self._limit():
             self._seal()
             num_free_rows = self._roll().num_free_rows
         return num_rows <= num_free_rows

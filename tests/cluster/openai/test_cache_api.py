@@ -71,7 +71,8 @@ async def test_another_salts_blocks_are_others(world):
 
 
 async def test_a_long_prompt_is_looked_up_some_blocks_at_a_time(world, monkeypatch):
-    await world.write(PROMPT[:80])
+    names = await world.write(PROMPT[:80])
+    await until(lambda: all(world.is_known(names[-1], tier) for tier in ("host", "disk")))
     whole = await world.post("lookup", prompt=PROMPT)
     for size in (1, 2, 4, 5):
         monkeypatch.setattr(cluster.caches, "_NAMES_LOOKED_UP", size)
