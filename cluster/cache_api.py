@@ -1,4 +1,8 @@
-"""/v1/cache/...: where a prompt's KV lies, what the caches hold, and what is to be dropped, kept and verified."""
+"""/v1/cache/...: where a prompt's KV lies, what the caches hold, and what is to be dropped, kept, verified, moved.
+
+Whoever has an API key may do all of it, and so bring in whatever bytes under the names of a prompt: the operator's key
+is no client's (docs/SECURITY.md).
+"""
 
 from __future__ import annotations
 
@@ -14,31 +18,38 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from cluster.caches import Caches, PromptTokens, Sum
+from cluster.caches import Caches, Piece, PromptTokens, Sum
 from cluster.openai import prompts
 from cluster.openai.body import BodyDecoder, read_body
 from cluster.openai.cache_protocol import (
     CACHE_TIERS,
     CacheStatsReply,
-    CacheTier,
-    CheckProgress,
     CheckRequest,
     ClearRequest,
+    CollectRequest,
+    EvictRequest,
+    ExportRequest,
+    ImportRequest,
     LookupReply,
     LookupRequest,
+    MoveRequest,
     PinRequest,
     PromptFields,
     UnpinRequest,
+    WarmRequest,
+    WorkProgress,
     WorkReply,
 )
 from cluster.openai.conversation import rendered, template_tools
 from cluster.openai.docs_schema import answers, body_of
 from cluster.openai.errors import bad_field
 from cluster.openai.surface import Surface
+from cluster.prefixes import Prefixes
 from kvcache.names import tenant_of
 from messages.cache import BlocksListed
 from messages.errors import RequestError
 from messages.fleet import WorkerInfo
+from messages.tier import Tier
 
 #: Rows of a table, of some 100 bytes each: all of them are gathered before the first is sent, as it tells their number.
 _MAX_ROWS: Final = 2_000_000
@@ -53,22 +64,31 @@ _TABLES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def add_cache(app: FastAPI, surface: Surface, caches: Caches) -> None:
+_IMPORT_TYPE: Final = "application/msgpack"
+_FILES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "An Arrow IPC file, a row for each block; X-Num-Rows tells how many it is when it is whole"}
+}
+_SALT: Final = {"name": "cache_salt", "in": "query", "schema": {"type": "string"}, "description": "to name them with"}
+
+
+def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes) -> None:
     """Add the endpoints that manage what is cached."""
     max_bytes = surface.limits.max_body_bytes
     _add_views(app, surface, caches)
+    _add_moves(app, surface, caches)
+    _add_files(app, surface, prefixes)
     clear_decoder, check_decoder = BodyDecoder(ClearRequest), BodyDecoder(CheckRequest)
     pin_decoder, unpin_decoder = BodyDecoder(PinRequest), BodyDecoder(UnpinRequest)
 
     @app.post("/v1/cache/clear", openapi_extra=body_of(ClearRequest), responses=answers(WorkReply))
     async def clear(request: Request) -> Response:
-        """Drop blocks from node caches; with `dry_run`, which is the default, say what would go."""
+        """Drop blocks from pools and node caches; with `dry_run`, which is the default, say what would go."""
         fields = clear_decoder.decode(await read_body(request, max_bytes))
         tiers = fields.tiers or CACHE_TIERS
         prompt = await _prompt_of(surface, fields)
         tenant = None
         if prompt is None and fields.cache_salt is not None:
-            tenant = tenant_of(fields.cache_salt.encode())
+            tenant = tenant_of(_salt_of(fields.cache_salt))
             if list(tiers) != ["host"]:
                 raise bad_field(
                     "tiers", tiers, '["host"] with a cache_salt alone: no other tier knows whose blocks it has'
@@ -93,16 +113,93 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches) -> None:
         fields = unpin_decoder.decode(await read_body(request, max_bytes))
         return _json(await caches.keep(await _wanted_prompt_of(surface, fields), 0.0, 0))
 
-    @app.post("/v1/cache/check", openapi_extra=body_of(CheckRequest), responses=answers(CheckProgress))
+    @app.post("/v1/cache/check", openapi_extra=body_of(CheckRequest), responses=answers(WorkProgress))
     async def check(request: Request) -> Response:
         """Read and verify blocks, drop damaged ones. Lines of JSON: progress, at last the whole (WorkReply)."""
         fields = check_decoder.decode(await read_body(request, max_bytes))
         prompt = await _prompt_of(surface, fields)
         if prompt is None and fields.cache_salt is not None:
             raise bad_field("cache_salt", fields.cache_salt, "a prompt or messages with it, or none: everything")
-        infos = await caches.found()
-        lines = _check_lines(caches, infos, _unique(fields.tiers or CACHE_TIERS), prompt)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+        tiers = _unique(fields.tiers or CACHE_TIERS)
+        owners = await caches.owners(tiers)
+        return _lines(owners, caches.check(owners, tiers, prompt))
+
+
+def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
+    max_bytes = surface.limits.max_body_bytes
+    evict_decoder, move_decoder = BodyDecoder(EvictRequest), BodyDecoder(MoveRequest)
+    warm_decoder, collect_decoder = BodyDecoder(WarmRequest), BodyDecoder(CollectRequest)
+
+    @app.post("/v1/cache/evict", openapi_extra=body_of(EvictRequest), responses=answers(WorkReply))
+    async def evict(request: Request) -> Response:
+        """Drop a prompt's blocks, but those that are to be kept; with `dry_run`, the default, say what would go."""
+        fields = evict_decoder.decode(await read_body(request, max_bytes))
+        prompt = await _wanted_prompt_of(surface, fields)
+        tiers = _unique(fields.tiers or CACHE_TIERS)
+        return _json(await caches.clear(tiers, prompt, None, is_dry_run=fields.dry_run, spares_kept=True))
+
+    @app.post("/v1/cache/move", openapi_extra=body_of(MoveRequest), responses=answers(WorkProgress))
+    async def move(request: Request) -> Response:
+        """Bring a prompt's blocks from one tier of each node to another. Lines of JSON, as check."""
+        fields = move_decoder.decode(await read_body(request, max_bytes))
+        prompt = await _wanted_prompt_of(surface, fields)
+        if fields.source == fields.target:
+            raise bad_field("target", fields.target, "another tier than the source")
+        owners = await caches.owners((fields.source,))
+        return _lines(owners, caches.move(owners, fields.source, fields.target, prompt))
+
+    @app.post("/v1/cache/warm", openapi_extra=body_of(WarmRequest), responses=answers(WorkProgress))
+    async def warm(request: Request) -> Response:
+        """Bring a prompt's blocks up to host memory, and to the pool of a worker where one is named. Lines of JSON."""
+        fields = warm_decoder.decode(await read_body(request, max_bytes))
+        prompt = await _wanted_prompt_of(surface, fields)
+        worker = None if fields.worker_id is None else caches.worker(fields.worker_id)
+        owners = [*([] if worker is None else [worker]), *await caches.found()]
+        return _lines(owners, caches.warm(owners, worker, prompt))
+
+    @app.post("/v1/cache/gc", openapi_extra=body_of(CollectRequest), responses=answers(WorkProgress))
+    async def collect(request: Request) -> Response:
+        """Have disk and remote stores give back the room that dropped blocks take. Lines of JSON, as check."""
+        fields = collect_decoder.decode(await read_body(request, max_bytes))
+        owners = await caches.found()
+        return _lines(owners, caches.collect(owners, _unique(fields.tiers or ("disk", "remote"))))
+
+
+def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
+    export_decoder = BodyDecoder(ExportRequest)
+    import_decoder = msgspec.msgpack.Decoder(ImportRequest)
+
+    @app.post("/v1/cache/export", openapi_extra=body_of(ExportRequest), responses=_FILES)
+    async def export(request: Request) -> Response:
+        """Give a prompt's blocks, as far as they are held from its head on, as an Arrow IPC file."""
+        from cluster.prefix_file import MEDIA_TYPE, written
+
+        fields = export_decoder.decode(await read_body(request, surface.limits.max_body_bytes))
+        prefix = await prefixes.held(await _wanted_prompt_of(surface, fields))
+        pieces = written(prefix.model, prefix.num_blocks, prefix.pieces)
+        first = await anext(pieces)  # what is not there any more is an error, and no file that is cut off
+
+        async def whole() -> AsyncGenerator[bytes, None]:
+            yield first
+            async for piece in pieces:
+                yield piece
+
+        return StreamingResponse(whole(), media_type=MEDIA_TYPE, headers={"X-Num-Rows": str(prefix.num_blocks)})
+
+    @app.post(
+        "/v1/cache/import",
+        openapi_extra=body_of(ImportRequest, _IMPORT_TYPE) | {"parameters": [_SALT]},
+        responses=answers(WorkReply),
+    )
+    async def take_in(request: Request) -> Response:
+        """Put some blocks of an exported file into host memory, from where they are written down. All or none."""
+        body = await read_body(request, surface.limits.max_body_bytes, _IMPORT_TYPE)
+        try:
+            piece = import_decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"body: no blocks in MessagePack: {error}", code="invalid_body") from None
+        salt = request.query_params.get("cache_salt")
+        return _json(await prefixes.put(piece, _salt_of(salt)))
 
 
 def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
@@ -122,7 +219,7 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
 
     @app.get("/v1/cache/table", openapi_extra=_PARAMETERS, responses=_TABLES)
     async def table(request: Request) -> Response:
-        """List all that node caches hold, as an Arrow stream, a Parquet file or JSON."""
+        """List all that pools and node caches hold, as an Arrow stream, a Parquet file or JSON."""
         from cluster.cache_table import MEDIA_TYPES, CacheTable, Listed, TableFormat
 
         query = request.query_params
@@ -141,8 +238,8 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
         )
 
 
-async def _gathered(caches: Caches, tiers: Sequence[CacheTier]) -> list[tuple[WorkerInfo, CacheTier, BlocksListed]]:
-    parts: list[tuple[WorkerInfo, CacheTier, BlocksListed]] = []
+async def _gathered(caches: Caches, tiers: Sequence[Tier]) -> list[tuple[WorkerInfo, Tier, BlocksListed]]:
+    parts: list[tuple[WorkerInfo, Tier, BlocksListed]] = []
     num_rows = 0
     async with aclosing(caches.listed(tiers)) as listing:
         async for part in listing:
@@ -157,27 +254,30 @@ async def _gathered(caches: Caches, tiers: Sequence[CacheTier]) -> list[tuple[Wo
     return parts
 
 
-async def _check_lines(
-    caches: Caches, infos: Sequence[WorkerInfo], tiers: Sequence[CacheTier], prompt: PromptTokens | None
-) -> AsyncGenerator[bytes, None]:
-    total = Sum(len(infos))
-    verified: Counter[tuple[str, CacheTier]] = Counter()
-    damaged: Counter[tuple[str, CacheTier]] = Counter()
-    async with aclosing(caches.check(infos, tiers, prompt)) as pieces:
-        async for piece in pieces:
-            total.add(piece)
-            key = (piece.info.worker_id, piece.tier)
-            verified[key] += piece.done.num_done
-            damaged[key] += piece.done.num_damaged
-            line = CheckProgress(
-                worker_id=piece.info.worker_id,
-                tier=piece.tier,
-                blocks=verified[key],
-                damaged=damaged[key],
-                held=max(piece.done.num_held, verified[key]),
-            )
-            yield msgspec.json.encode(line) + b"\n"
-    yield msgspec.json.encode(total.reply()) + b"\n"
+def _lines(owners: Sequence[WorkerInfo], pieces: AsyncGenerator[Piece, None]) -> Response:
+    """Tell how far a long work is, a line for each piece, and at last the whole."""
+
+    async def lines() -> AsyncGenerator[bytes, None]:
+        total = Sum(owners)
+        done: Counter[tuple[str, Tier]] = Counter()
+        damaged: Counter[tuple[str, Tier]] = Counter()
+        async with aclosing(pieces):
+            async for piece in pieces:
+                total.add(piece)
+                key = (piece.info.worker_id, piece.tier)
+                done[key] += piece.done.num_done
+                damaged[key] += piece.done.num_damaged
+                line = WorkProgress(
+                    worker_id=piece.info.worker_id,
+                    tier=piece.tier,
+                    blocks=done[key],
+                    damaged=damaged[key],
+                    held=max(piece.done.num_held, done[key]),
+                )
+                yield msgspec.json.encode(line) + b"\n"
+        yield msgspec.json.encode(total.reply()) + b"\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 async def _wanted_prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens:
@@ -198,7 +298,7 @@ async def _prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens | N
         return None
     if fields.prompt is not None and fields.messages is not None:
         raise RequestError("prompt: want either prompt or messages", param="prompt", code="invalid_value")
-    salt = (fields.cache_salt or "").encode()
+    salt = _salt_of(fields.cache_salt)
     if fields.messages is not None:
         tools = template_tools(fields.tools) if fields.tools else None
         text = rendered(surface.tokenizer, fields.messages, fields, tools)
@@ -213,13 +313,18 @@ async def _prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens | N
     return PromptTokens(prompts.packed(prompts.fitted("prompt", prompt, None, None, surface.model)), salt)
 
 
+def _salt_of(cache_salt: str | None) -> bytes:
+    """Return what the names of blocks are salted with, of requests with this `cache_salt`."""
+    return (cache_salt or "").encode()
+
+
 async def _encoded(surface: Surface, param: str, text: str, adds_special: bool) -> bytes:
     prompts.check_chars(param, text, surface.max_token_chars, surface.model)
     token_ids = await surface.encode(text, add_special_tokens=adds_special)
     return prompts.packed(prompts.fitted(param, token_ids, None, None, surface.model))
 
 
-def _unique(tiers: Sequence[CacheTier]) -> list[CacheTier]:
+def _unique(tiers: Sequence[Tier]) -> list[Tier]:
     """Return the tiers in order, each once."""
     return [tier for tier in CACHE_TIERS if tier in tiers]
 

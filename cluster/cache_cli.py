@@ -1,11 +1,10 @@
-"""The command line: kvray cache lookup, stats, table, clear, pin, unpin, check."""
+"""The command line: kvray cache ..., but export and import, which are in cluster.prefix_cli."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ cache_app = typer.Typer(no_args_is_help=True, help="Show and steer what is cache
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_TIMEOUT_S = 120.0  #: between two signs of life: a store has up to a minute for what it is asked
+TIMEOUT_S = 120.0  #: between two signs of life: a store has up to a minute for what it is asked
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _KIB = 1024
 
@@ -31,7 +30,9 @@ PromptFile = Annotated[
     typer.Option("--file", help="JSON with `prompt` (text, token ids) or `messages`, as the API takes them."),
 ]
 CacheSalt = Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are meant.")]
-TierNames = Annotated[list[str] | None, typer.Option("--tier", help="host, disk, remote; default: all of them.")]
+TierNames = Annotated[
+    list[str] | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
+]
 
 
 @cache_app.command()
@@ -45,10 +46,10 @@ def lookup(
     as_json: AsJson = False,
 ) -> None:
     """Show which tokens of a prompt lie where."""
-    body = _prompt_body(text, file, cache_salt)
+    body = prompt_body(text, file, cache_salt)
     found = _answer(url, "/v1/cache/lookup", key_of(api_key, api_key_file), body)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     by_tier = ", ".join(f"{tokens} on {tier}" for tier, tokens in found["tokens"].items())
     _say(f"{found['held_tokens']} of {found['num_tokens']} tokens are held{f': {by_tier}' if by_tier else ''}")
@@ -64,7 +65,7 @@ def stats(
     """Show what workers and node caches hold, by tier."""
     document = _answer(url, "/v1/cache/stats", key_of(api_key, api_key_file))
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     rows = [("OWNER", "NODE", "TIER", "BLOCKS", "BYTES", "CAPACITY", "HITS", "EVICTIONS")]
     for owner in [*document["workers"], *document["caches"]]:
@@ -84,16 +85,18 @@ def stats(
 def table(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: standard output.")] = None,
     table_format: Annotated[str, typer.Option("--format", help="arrow (a stream), parquet, json.")] = "json",
-    tier: Annotated[str | None, typer.Option("--tier", help="host, disk, remote; default: all of them.")] = None,
+    tier: Annotated[
+        str | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
 ) -> None:
-    """List the blocks that node caches hold."""
+    """List the blocks that workers' pools and node caches hold."""
     if output is None and table_format != "json" and sys.stdout.isatty():
         raise ConfigError(f"{table_format} on a terminal; a file is wanted (--output)")
     path = f"/v1/cache/table?format={table_format}" + ("" if tier is None else f"&tier={tier}")
-    with asked(url, path, key_of(api_key, api_key_file), "cache", _TIMEOUT_S) as response:
+    with asked(url, path, key_of(api_key, api_key_file), "cache", TIMEOUT_S) as response:
         if output is None:
             shutil.copyfileobj(response, sys.stdout.buffer)
             return
@@ -102,7 +105,7 @@ def table(
                 shutil.copyfileobj(response, stream)
         except OSError as error:
             raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-        _err.print(f"{response.headers['X-Num-Rows']} blocks in {output}", markup=False)
+        say_aside(f"{response.headers['X-Num-Rows']} blocks in {output}")
 
 
 @cache_app.command()
@@ -118,10 +121,28 @@ def clear(
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Drop a prompt's blocks from node caches, or one salt's, or all. First look, then --no-dry-run."""
-    body = {**_prompt_body(text, file, cache_salt), **_tiers(tier), "everything": everything, "dry_run": dry_run}
+    """Drop a prompt's blocks from pools and node caches, or one salt's, or all. First look, then --no-dry-run."""
+    body = {**prompt_body(text, file, cache_salt), **_tiers(tier), "everything": everything, "dry_run": dry_run}
     done = _answer(url, "/v1/cache/clear", key_of(api_key, api_key_file), body)
-    _show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
+    show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
+
+
+@cache_app.command()
+def evict(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    tier: TierNames = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Drop a prompt's blocks as `clear` does, but those that are pinned."""
+    body = {**prompt_body(text, file, cache_salt), **_tiers(tier), "dry_run": dry_run}
+    done = _answer(url, "/v1/cache/evict", key_of(api_key, api_key_file), body)
+    show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
 
 
 @cache_app.command()
@@ -137,10 +158,9 @@ def pin(
     as_json: AsJson = False,
 ) -> None:
     """Keep a prompt's blocks in host memory, as far as they lie there."""
-    body = {**_prompt_body(text, file, cache_salt), "priority": priority}
-    if ttl_s is not None:
-        body["ttl_s"] = ttl_s
-    _show_work(_answer(url, "/v1/cache/pin", key_of(api_key, api_key_file), body), "pinned", as_json=as_json)
+    more = {"priority": priority} | ({} if ttl_s is None else {"ttl_s": ttl_s})
+    body = prompt_body(text, file, cache_salt) | more
+    show_work(_answer(url, "/v1/cache/pin", key_of(api_key, api_key_file), body), "pinned", as_json=as_json)
 
 
 @cache_app.command()
@@ -154,8 +174,56 @@ def unpin(
     as_json: AsJson = False,
 ) -> None:
     """Keep a prompt's blocks no longer than others."""
-    body = _prompt_body(text, file, cache_salt)
-    _show_work(_answer(url, "/v1/cache/unpin", key_of(api_key, api_key_file), body), "unpinned", as_json=as_json)
+    body = prompt_body(text, file, cache_salt)
+    show_work(_answer(url, "/v1/cache/unpin", key_of(api_key, api_key_file), body), "unpinned", as_json=as_json)
+
+
+@cache_app.command()
+def move(
+    source: Annotated[str, typer.Option("--from", help="host, disk, remote.")],
+    target: Annotated[str, typer.Option("--to", help="host, disk, remote.")],
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a prompt's blocks from one tier to another, on each node: copied and verified, then dropped above."""
+    body = prompt_body(text, file, cache_salt) | {"source": source, "target": target}
+    done = _followed(url, "/v1/cache/move", key_of(api_key, api_key_file), body)
+    show_work(done, f"moved to {target}", as_json=as_json)
+
+
+@cache_app.command()
+def warm(
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    worker: Annotated[str | None, typer.Option("--worker", help="Its id: and to the pool of this worker.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a prompt's blocks from disk or remote up to host memory, where they lie there; and to a worker's pool."""
+    body = prompt_body(text, file, cache_salt) | ({} if worker is None else {"worker_id": worker})
+    done = _followed(url, "/v1/cache/warm", key_of(api_key, api_key_file), body)
+    show_work(done, "brought up", as_json=as_json)
+
+
+@cache_app.command()
+def gc(
+    tier: Annotated[list[str] | None, typer.Option("--tier", help="disk, remote; default: both of them.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have disk and remote stores give back the room that dropped blocks take, now and not by and by."""
+    done = _followed(url, "/v1/cache/gc", key_of(api_key, api_key_file), _tiers(tier))
+    show_work(done, "collected", as_json=as_json)
 
 
 @cache_app.command()
@@ -170,16 +238,25 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read and verify a prompt's blocks, or all; damaged ones are dropped. Exit code 1 where there were any."""
-    body = {**_prompt_body(text, file, cache_salt), **_tiers(tier)}
-    bars = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        console=_err,
-        disable=not _err.is_terminal,
-    )
+    body = {**prompt_body(text, file, cache_salt), **_tiers(tier)}
+    done = _followed(url, "/v1/cache/check", key_of(api_key, api_key_file), body)
+    show_work(done, "verified", as_json=as_json)
+    if any(one["damaged"] for one in done["tiers"].values()):
+        raise typer.Exit(1)
+
+
+def progress() -> Progress:
+    """Make bars on standard error, if that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=_err, disable=not _err.is_terminal)
+
+
+def _followed(url: str, path: str, api_key: str | None, body: dict[str, Any]) -> dict[str, Any]:
+    """Have a long work done, and show how far it is, for each owner and tier; the answer to the whole."""
     tasks: dict[str, TaskID] = {}
     whole: dict[str, Any] | None = None
-    with bars, asked(url, "/v1/cache/check", key_of(api_key, api_key_file), "cache", _TIMEOUT_S, body) as response:
-        for line in _lines(response):
+    with progress() as bars, asked(url, path, api_key, "cache", TIMEOUT_S, body) as response:
+        for line in map(json.loads, response):
             if "held" not in line:
                 whole = line
                 continue
@@ -188,13 +265,11 @@ def check(
                 tasks[title] = bars.add_task(title)
             bars.update(tasks[title], completed=line["blocks"], total=line["held"])
     if whole is None:
-        raise WorkerError("the answer was cut off: not all blocks were verified")
-    _show_work(whole, "verified", as_json=as_json)
-    if any(one["damaged"] for one in whole["tiers"].values()):
-        raise typer.Exit(1)
+        raise WorkerError("the answer was cut off: not all of it was done")
+    return whole
 
 
-def _prompt_body(text: str | None, file: Path | None, cache_salt: str | None) -> dict[str, Any]:
+def prompt_body(text: str | None, file: Path | None, cache_salt: str | None) -> dict[str, Any]:
     """Return the fields that say which prompt is meant, if any is."""
     body: dict[str, Any] = {} if cache_salt is None else {"cache_salt": cache_salt}
     if text is not None and file is not None:
@@ -219,32 +294,33 @@ def _tiers(names: list[str] | None) -> dict[str, Any]:
 
 
 def _answer(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    with asked(url, path, api_key, "cache", _TIMEOUT_S, body) as response:
+    with asked(url, path, api_key, "cache", TIMEOUT_S, body) as response:
         document: dict[str, Any] = json.load(response)
     return document
 
 
-def _lines(response: Any) -> Iterator[dict[str, Any]]:
-    for line in response:
-        yield json.loads(line)
-
-
-def _show_work(done: dict[str, Any], verb: str, *, as_json: bool) -> None:
-    """Say what node caches did; exit code 1 where one failed."""
+def show_work(done: dict[str, Any], verb: str, *, as_json: bool) -> None:
+    """Say what workers and node caches did; exit code 1 where one failed."""
     if as_json:
-        _print_json(done)
+        print_json(done)
     else:
-        if not done["num_caches"]:
+        if not done["num_caches"] and not done["num_workers"]:
             _say("there is no node cache")
         for tier, one in done["tiers"].items():
-            more = [f"{one['in_use']} in use stay"] if one["in_use"] else []
-            more += [f"{one['damaged']} damaged"] if one["damaged"] else []
-            counts = f"{one['blocks']} blocks ({one['tokens']} tokens, {_size(one['bytes'])}) {verb}"
-            _say(f"{tier}: {', '.join([counts, *more])}")
+            _say(f"{tier}: {_counts(one, verb)}")
     for failure in done["failures"]:
-        _err.print(f"kvray: {failure['worker_id']}: {failure['message']}", markup=False)
+        say_aside(f"kvray: {failure['worker_id']}: {failure['message']}")
     if done["failures"]:
         raise typer.Exit(1)
+
+
+def _counts(one: dict[str, Any], verb: str) -> str:
+    if verb == "collected":
+        return f"{one['freed_files']} files or objects ({_size(one['freed_bytes'])}) given back"
+    more = [f"{one['in_use']} in use stay"] if one["in_use"] else []
+    more += [f"{one['damaged']} damaged"] if one["damaged"] else []
+    more += [f"{one['without_room']} without room"] if one["without_room"] else []
+    return ", ".join([f"{one['blocks']} blocks ({one['tokens']} tokens, {_size(one['bytes'])}) {verb}", *more])
 
 
 def _size(num_bytes: float | None) -> str:
@@ -265,5 +341,11 @@ def _say(text: str) -> None:
     _out.print(text, markup=False)
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def say_aside(text: str) -> None:
+    """Tell people something that is no part of the output."""
+    _err.print(text, markup=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Give programs the whole document."""
     print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output

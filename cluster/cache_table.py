@@ -1,6 +1,6 @@
-"""What node caches hold as an Arrow table: a row for each block and tier. Imports pyarrow, and so only when asked.
+"""What workers and node caches hold as an Arrow table: a row for each block and tier. Imports pyarrow when asked.
 
-Columns are laid over the bytes that node caches sent, without a copy, but for names of tiers, nodes and the like, which
+Columns are laid over the bytes that they sent, without a copy, but for names of tiers, nodes and the like, which
 are dictionaries. What a tier keeps nothing of is null.
 """
 
@@ -38,10 +38,10 @@ SCHEMA: Final = pa.schema(
         pa.field("name", pa.binary(NAME_BYTES), nullable=False),
         pa.field("tier", _TEXT, nullable=False),
         pa.field("node", _TEXT, nullable=False),
-        pa.field("node_cache", _TEXT, nullable=False),
+        pa.field("holder", _TEXT, nullable=False),  # a worker or a node cache
         pa.field("place", pa.uint64(), nullable=False),  # block id in the arena; where in a store
         pa.field("num_tokens", pa.uint32(), nullable=False),
-        pa.field("checksum", pa.uint64(), nullable=False),
+        pa.field("checksum", pa.uint64()),
         pa.field("num_pins", pa.int32()),  # readers right now
         pa.field("kept_s", pa.float64()),  # until its pin expires; 0: it has none; inf: for good
         pa.field("num_hits", pa.uint32()),
@@ -53,7 +53,7 @@ _COLUMNS: Final = (
     ("name", "names", False),
     ("place", "places", False),
     ("num_tokens", "num_tokens", False),
-    ("checksum", "checksums", False),
+    ("checksum", "checksums", True),
     ("tenant", "tenants", True),
     ("num_pins", "num_pins", True),
     ("kept_s", "kept_s", True),
@@ -65,7 +65,7 @@ _NUMBERS_AS_TEXT: Final = ("tenant", "checksum")  #: 64 bits are more than JSON'
 
 
 class Listed(NamedTuple):
-    """Some blocks of a tier of a node cache."""
+    """Some blocks of a tier of a worker or a node cache."""
 
     info: WorkerInfo
     tier: Tier
@@ -76,7 +76,7 @@ class CacheTable:
     """A table of blocks. `batches` are made as they are asked for: some thousand rows each."""
 
     def __init__(self, parts: Sequence[Listed]) -> None:
-        """Take in what node caches listed.
+        """Take in what they listed.
 
         Raises:
             WorkerError: a column has not as many values as there are blocks.
@@ -92,7 +92,7 @@ class CacheTable:
                 ("fingerprint", [part.info.fingerprint for part in self._parts]),
                 ("tier", [part.tier for part in self._parts]),
                 ("node", [part.info.node_id for part in self._parts]),
-                ("node_cache", [part.info.worker_id for part in self._parts]),
+                ("holder", [part.info.worker_id for part in self._parts]),
             )
         }
 
@@ -103,7 +103,7 @@ class CacheTable:
 
     def arrow_stream(self) -> Iterator[bytes]:
         """Write an Arrow IPC stream, a piece for each batch."""
-        sink = _Pieces()
+        sink = ByteSink()
         with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), self.schema) as writer:
             for batch in self.batches():
                 writer.write_batch(batch)
@@ -112,7 +112,7 @@ class CacheTable:
 
     def parquet(self) -> Iterator[bytes]:
         """Write a Parquet file, a row group at a time."""
-        sink = _Pieces()
+        sink = ByteSink()
         with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), self.schema, compression="zstd") as writer:
             for batch in self.batches():
                 writer.write_batch(batch)
@@ -138,7 +138,7 @@ class CacheTable:
             "fingerprint": self._same("fingerprint", part.info.fingerprint, count),
             "tier": self._same("tier", part.tier, count),
             "node": self._same("node", part.info.node_id, count),
-            "node_cache": self._same("node_cache", part.info.worker_id, count),
+            "holder": self._same("holder", part.info.worker_id, count),
             "layout_version": pa.array(np.full(count, listed.layout_version, np.uint32)),
         }
         for column, field, _ in _COLUMNS:
@@ -155,17 +155,24 @@ class CacheTable:
         return pa.DictionaryArray.from_arrays(indices, pa.array(list(words), kind.value_type))
 
 
-class _Pieces:
+class ByteSink:
     """A file to write to, whose bytes are taken out by and by."""
 
     closed = False
 
     def __init__(self) -> None:
         self._written: list[bytes] = []
+        self._num_bytes = 0
 
     def write(self, data: bytes) -> int:
+        """Take bytes in."""
         self._written.append(bytes(data))
+        self._num_bytes += len(data)
         return len(data)
+
+    def tell(self) -> int:
+        """Return how many bytes were written."""
+        return self._num_bytes
 
     def flush(self) -> None:
         """Do nothing: what is written is there."""
@@ -174,6 +181,7 @@ class _Pieces:
         """Do nothing: what was written is taken out still."""
 
     def take(self) -> bytes:
+        """Take out what was written since the last call."""
         data = b"".join(self._written)
         self._written.clear()
         return data

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from cluster import prefix_cli
 from cluster.cache_cli import cache_app
 from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
 from cluster.config import KvrayConfig, load_config, num_ingresses
@@ -30,6 +31,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+cache_app.command("export")(prefix_cli.export)
+cache_app.command("import")(prefix_cli.take_in)
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -36,9 +36,9 @@ def key_of(api_key: str | None, api_key_file: Path | None) -> str | None:
 
 @contextmanager
 def asked(
-    url: str, path: str, api_key: str | None, what: str, timeout_s: float, body: dict[str, Any] | None = None
+    url: str, path: str, api_key: str | None, what: str, timeout_s: float, body: dict[str, Any] | bytes | None = None
 ) -> Iterator[http.client.HTTPResponse]:
-    """Ask for `path` (with a body: POST), and give the answer to be read; `what` it is about, for people.
+    """Ask for `path` (with a body: POST; bytes are MessagePack), and give the answer to be read; `what` it is about.
 
     Raises:
         ConfigError: nobody answers there, or no kvray, or the key is wrong.
@@ -46,10 +46,9 @@ def asked(
     """
     url = url.rstrip("/")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    data = None
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
     if body is not None:
-        headers["Content-Type"] = "application/json"
-        data = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json" if isinstance(body, dict) else "application/msgpack"
     try:
         request = urllib.request.Request(f"{url}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as response:

@@ -40,9 +40,9 @@ from cluster.request_events import (
     WorkerLost,
 )
 from cluster.request_table import RequestLimits, RequestTable
-from messages.cache import BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
+from messages.cache import BlocksFetched, BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
 from messages.errors import CapacityError, WorkerError
-from messages.fleet import GetStats, Stats, WorkerInfo
+from messages.fleet import GetStats, Stats, TakeBlocks, WorkerInfo
 from messages.request import GenerateRequest
 from messages.route import Placement, RouteFailed
 from messages.stream import TokenBatch, TokenChunk
@@ -242,7 +242,7 @@ class Dispatcher:
         match message:
             case TokenBatch(chunks=chunks):
                 self._decide(ChunksArrived(worker_id, chunks))
-            case Stats() | BlocksListed() | PieceDone():
+            case Stats() | BlocksListed() | PieceDone() | BlocksFetched():
                 _take_answer(self._workers.get(worker_id), message)
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, worker_id)
@@ -317,16 +317,20 @@ class Dispatcher:
         assert isinstance(answer, BlocksKnown)
         return answer
 
-    async def ask_cache(self, cache: WorkerInfo, question: CacheQuestion, timeout_s: float) -> CacheAnswer:
-        """Ask a node cache; the question's id may be any, it gets another one.
+    async def ask_owner(self, owner: WorkerInfo, question: CacheQuestion, timeout_s: float) -> CacheAnswer:
+        """Ask a worker or a node cache; the question's id may be any, it gets another one.
 
         Raises:
             WorkerError: it was lost, or does not answer in time.
         """
         asked = msgspec.structs.replace(question, query_id=self._query_id())
-        answer = await self._answer(self._worker(cache.worker_id, cache.address), asked, timeout_s)
-        assert isinstance(answer, BlocksListed | PieceDone)
+        answer = await self._answer(self._worker(owner.worker_id, owner.address), asked, timeout_s)
+        assert isinstance(answer, CacheAnswer)
         return answer
+
+    def have_taken(self, worker: WorkerInfo, wanted: TakeBlocks) -> None:
+        """Tell a worker to pull blocks, as far as others there are worth less."""
+        self._worker(worker.worker_id, worker.address).client.send(wanted)
 
     async def _ask_stats(self, connection: _Connection) -> Stats:
         answer = await self._answer(connection, GetStats(query_id=self._query_id()), _STATS_TIMEOUT_S)

@@ -30,7 +30,7 @@ HELP: Final = {
     "kvray_blocks_rejected_total": "Pulled KV blocks that were not used, by what was wrong with them",
     "kvray_blocks_taken_in_total": "KV blocks that were pulled from others which were about to lose them",
     "kvray_cache_blocks_adopted": "KV blocks that the node cache found in its arena when it started",
-    "kvray_cache_blocks_held": "KV blocks in the arena that have their content",
+    "kvray_cache_blocks_held": "KV blocks in the pool or the arena that have a name",
     "kvray_cache_bookkeeping_bytes": "Bytes that the node cache keeps about its arena's blocks",
     "kvray_cache_checked_total": "KV blocks that were verified because somebody wanted it, by tier",
     "kvray_cache_cleared_total": "KV blocks that were dropped because somebody wanted it, by tier",

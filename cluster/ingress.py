@@ -26,6 +26,8 @@ from cluster.listener import take_listener
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.openai.metrics import HttpMetrics
+from cluster.openai.surface import Surface
+from cluster.prefixes import Prefixes
 from cluster.replica import prepare_replica
 from cluster.status import fleet_status
 from messages.errors import WorkerError
@@ -114,7 +116,7 @@ class Ingress:
             ),
             tool_parser=self._config.model.tool_parser,
             metrics=self._metrics,
-            extend=lambda app, surface: add_cache(app, surface, Caches(self._dispatcher)),
+            extend=self._add_cache,
         )
 
         @app.get("/status", summary="What is running where, for `kvray status`")
@@ -122,6 +124,10 @@ class Ingress:
             return await fleet_status(self._dispatcher)
 
         return app
+
+    def _add_cache(self, app: FastAPI, surface: Surface) -> None:
+        caches = Caches(self._dispatcher)
+        add_cache(app, surface, caches, Prefixes(self._dispatcher, caches))
 
     def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
         infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]

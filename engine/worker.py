@@ -27,6 +27,7 @@ from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
 from engine.lending import Lender
 from engine.loans import SequenceOver
+from engine.management import BlockKind, PoolManagement
 from engine.memory.kv_pool import LAYOUT_VERSION, block_numbers
 from engine.model.load import load_model
 from engine.puller import BlockPuller
@@ -49,6 +50,7 @@ from engine.scheduling.plan import (
 )
 from kvcache.names import split_names
 from kvcache.subscribers import Subscribers
+from messages.cache import CacheQuestion
 from messages.errors import InvariantError, KvrayError
 from messages.fleet import (
     GetStats,
@@ -184,7 +186,7 @@ class EngineWorker:
         loaded = load_model(
             model_dir,
             dtype=options.dtype,
-            device=_resolved_device(options.device),
+            device=options.device,
             num_threads=options.num_threads,
             max_model_len=options.max_model_len,
             use_kernels=options.use_kernels,
@@ -219,6 +221,14 @@ class EngineWorker:
         self._cache_wanted = asyncio.Event()
         self.engine.scheduler.set_prices(self.borrower.price_of)
         self._lender = Lender(options.lease_s, self.post, self.send, self.engine.checksums.published)
+        self._management = PoolManagement(
+            self.engine.pool,
+            self.engine.checksums,
+            BlockKind(self.engine.layout.block_bytes, LAYOUT_VERSION, loaded.kernel_path),
+            self.send,
+            self.spawn,
+            self._flush_events,
+        )
         self._role: WorkerRole | None = None
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
         self._offered: dict[bytes, float] = {}  #: as surplus, and when
@@ -340,6 +350,8 @@ class EngineWorker:
                 )
             case RoadMessage():
                 self._links.on_message(sender, message)
+            case _ if isinstance(message, CacheQuestion):
+                self._management.take(sender, message)
             case BlocksRequest() | RenewLease() | ReleaseLease() if self._lender.take(sender, message):
                 pass
             case _:
@@ -502,6 +514,7 @@ class EngineWorker:
         engine = self.engine
         values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
         values |= self._role.stats() | self.roads.stats() | self.borrower.stats()
+        values |= self._management.stats()
         roads = self.borrower.peers.statuses()
         for road in roads:
             labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
@@ -510,16 +523,6 @@ class EngineWorker:
             "kvray_blocks_offloaded_total": float(self.borrower.offloader.num_blocks),
             "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
             "kvray_blocks_lent_total": float(self._lender.num_lent_blocks),
-            "kvray_blocks": float(engine.layout.num_blocks),
-            "kvray_blocks_free": float(engine.pool.num_free),
-            "kvray_blocks_pinned": float(engine.pool.num_used),
-            "kvray_blocks_quarantined": float(engine.pool.num_quarantined),
-            "kvray_blocks_allocated_total": float(engine.pool.stats.num_allocated_blocks),
-            "kvray_blocks_hit_total": float(engine.pool.stats.num_hit_blocks),
-            "kvray_spare_blocks_evicted_total": float(engine.pool.stats.num_evicted_spare_blocks),
-            "kvray_blocks_evicted_total": float(engine.pool.stats.num_evicted_blocks),
-            "kvray_block_bytes": float(engine.layout.block_bytes),
-            "kvray_block_size_tokens": float(engine.options.block_size),
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
             "kvray_sequences_running": float(engine.scheduler.num_running),
             "kvray_queued_tokens": float(engine.scheduler.queued_tokens),
@@ -537,10 +540,3 @@ def _prepare_thread(engine: Engine) -> None:
     if engine.loaded.device.type == "cuda":
         torch.cuda.set_device(engine.loaded.device)
         torch.cuda.synchronize()
-
-
-def _resolved_device(device: str) -> str:
-    """Return what `device` stands for: auto is the accelerator, where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -49,6 +49,11 @@ def split_names(names: bytes) -> list[bytes]:
     return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
 
 
+def whole_names(names: bytes) -> list[bytes]:
+    """Split concatenated names that came from elsewhere, without a rest that is none."""
+    return split_names(names[: len(names) // NAME_BYTES * NAME_BYTES])
+
+
 def tenant_of(salt: bytes) -> int:
     """Return by what number blocks say whose they are, 64 bits: of whoever salts names so; 0: nobody in particular."""
     return int.from_bytes(blake2b(salt, digest_size=8).digest(), "little") if salt else 0

@@ -113,6 +113,11 @@ class BlockPool:
         return len(self._free) + len(self._evictable[1])
 
     @property
+    def num_named(self) -> int:
+        """Blocks that are committed under a name."""
+        return len(self._by_name)
+
+    @property
     def num_quarantined(self) -> int:
         """Blocks that nobody may use for a while."""
         return len(self._quarantined)
@@ -285,6 +290,15 @@ class BlockPool:
             self._free.append(self._evict())
         return num_evicted
 
+    def drop(self, block_ids: Iterable[int]) -> list[int]:
+        """Free those of these blocks that are committed and that nobody uses; return which."""
+        dropped = [each for each in dict.fromkeys(block_ids) if self.state(each) is BlockState.EVICTABLE]
+        for block_id in dropped:
+            del self._evictable[self._is_spare[block_id]][block_id]
+            self._unname(block_id)
+        self._free.extend(dropped)
+        return dropped
+
     def _evict(self) -> int:
         kept, spare = self._evictable
         is_spare = not kept
@@ -292,6 +306,13 @@ class BlockPool:
             kept_age, spare_age = (self.now_s - next(iter(queue.values())) for queue in self._evictable)
             is_spare = spare_age * _SPARE_AGES >= kept_age
         block_id, _ = self._evictable[is_spare].popitem(last=False)
+        self._unname(block_id)
+        self.stats.num_evicted_blocks += 1
+        self.stats.num_evicted_spare_blocks += is_spare
+        return block_id
+
+    def _unname(self, block_id: int) -> None:
+        """Let a block not be found any more."""
         self._is_spare[block_id] = False
         name = self._names[block_id]
         if name is None:
@@ -300,9 +321,6 @@ class BlockPool:
         del self._by_name[name]
         if self._stored.pop(name, _ABSENT) is _ABSENT:
             self._removed[name] = None
-        self.stats.num_evicted_blocks += 1
-        self.stats.num_evicted_spare_blocks += is_spare
-        return block_id
 
     # ---------------------------------------------------------------------------------------------------- what is told
 

@@ -1,17 +1,21 @@
-"""Managing what is cached: an ingress asks the router where blocks lie, and node caches to list, drop, keep, verify.
+"""Managing what is cached: an ingress asks the router where blocks lie, and their owners to do what is wanted.
 
-Node caches keep nothing of a question: each is about one tier, does a bounded piece of it and says where the next one
-begins; the asker goes on from there, at its own pace.
+Owners keep nothing of a question: each is about one tier, does a bounded piece of it and says where the next one
+begins; the asker goes on from there, at its own pace. Node caches answer all of them, workers those that can be asked
+of the tier "device".
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
 from messages.errors import ErrorInfo
 from messages.tier import Tier
+
+#: Bytes of blocks in a message, or one block where that is more: some ms of whoever sends or takes it.
+PIECE_BYTES: Final = 4 << 20
 
 
 class WhereBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -44,7 +48,7 @@ class BlocksKnown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ListBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a node cache: what do you hold in this tier? A block that is moved meanwhile may be listed twice."""
+    """To an owner: what do you hold in this tier? A block that is moved meanwhile may be listed twice."""
 
     query_id: str
     tier: Tier
@@ -70,7 +74,7 @@ class BlocksListed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ClearBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a node cache: drop blocks of this tier, whatever was said of keeping them.
+    """To an owner: drop blocks of this tier, whatever was said of keeping them, unless `spares_kept`.
 
     What is being read or written right now stays, and is counted. The answer to the last piece comes when what was
     dropped is gone from disk for good.
@@ -80,6 +84,7 @@ class ClearBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tier: Tier
     names: bytes | None = None  #: only these, 16 bytes each, concatenated
     tenant: int | None = None  #: only this one's; tiers below the host's do not know whose their blocks are
+    spares_kept: bool = False  #: as eviction does: what is to be kept stays, and counts as in use
     is_dry_run: bool = True  #: tell what would go
     is_last: bool = True  #: no more names come after these
     cursor: int = 0
@@ -95,7 +100,10 @@ class KeepBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CheckBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a node cache: read blocks of this tier, verify their checksums, drop those that do not have theirs."""
+    """To an owner: read blocks of this tier, verify their checksums, drop those that do not have theirs.
+
+    Of a worker's blocks those are verified whose checksums it knows, as it published them.
+    """
 
     query_id: str
     tier: Tier
@@ -103,18 +111,81 @@ class CheckBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cursor: int = 0
 
 
-class PieceDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer to ClearBlocks, KeepBlocks and CheckBlocks: what became of the blocks of this piece."""
+class MoveBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a node cache: bring blocks of this tier to another one; a bounded number of them for each question."""
 
     query_id: str
-    num_done: int = 0  #: blocks that were, or would be, dropped; that are kept; that were verified
+    tier: Tier  #: where they lie
+    target: Tier
+    names: bytes  #: 16 bytes each, concatenated, heads first
+    first_index: int = 0  #: position in its prefix of the first name
+    keeps_source: bool = False  #: they are to lie in both
+    cursor: int = 0  #: of the names, how many are done
+
+
+class CollectGarbage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a node cache: give the room back that dropped blocks of this tier take, some of it for each question."""
+
+    query_id: str
+    tier: Tier
+    cursor: int = 0
+
+
+class FetchBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To an owner: what do these blocks hold? Names beyond the first PIECE_BYTES of blocks are left out."""
+
+    query_id: str
+    tier: Tier
+    names: bytes  #: 16 bytes each, concatenated
+
+
+class BlocksFetched(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer: those of the blocks that are there and have their checksums, in the order wanted."""
+
+    query_id: str
+    layout_version: int = 0  #: of the bytes in a block, and of their checksum
+    kernel_path: str = ""  #: what computed them
+    names: bytes = b""  #: 16 bytes each
+    checksums: bytes = b""  #: uint64, little endian
+    data: memoryview = memoryview(b"")  #: the blocks, concatenated
+    error: ErrorInfo | None = None  #: the store failed
+
+
+class PutBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a node cache: take these whole blocks into the arena. All of them are verified before the first is held.
+
+    At most PIECE_BYTES, or one block. The answer is a PieceDone; an `error` says that none was taken.
+    """
+
+    query_id: str
+    fingerprint: bytes
+    layout_version: int
+    kernel_path: str
+    first_index: int  #: position in its prefix of the first one; the others follow
+    block_size: int  #: tokens in each
+    names: bytes  #: 16 bytes each
+    checksums: bytes  #: uint64, little endian
+    data: memoryview  #: the blocks, concatenated
+    tenant: int = 0  #: 64 bits of a digest of who they belong to; 0: nobody in particular
+
+
+class PieceDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to most questions: what became of the blocks of this piece."""
+
+    query_id: str
+    num_done: int = 0  #: blocks that were, or would be, dropped; that are kept; were verified; moved; taken in
     num_tokens: int = 0  #: of those
     num_in_use: int = 0  #: blocks that stay because somebody reads or writes them
     num_damaged: int = 0  #: of the verified ones, those that did not have their checksum
+    num_without_room: int = 0  #: blocks that were not taken in: what is there is worth more, or used
+    num_freed_files: int = 0  #: files or objects that were given up
+    num_freed_bytes: int = 0  #: that they took, as far as it is known
     num_held: int = 0  #: blocks of the whole tier, for who shows progress
     next_cursor: int | None = None  #: None: there is no more
-    error: ErrorInfo | None = None  #: the store failed; what is told besides was done all the same
+    error: ErrorInfo | None = None  #: it failed; what is told besides was done all the same
 
 
-CacheQuestion: TypeAlias = ListBlocks | ClearBlocks | KeepBlocks | CheckBlocks
-CacheAnswer: TypeAlias = BlocksListed | PieceDone
+CacheQuestion: TypeAlias = (
+    ListBlocks | ClearBlocks | KeepBlocks | CheckBlocks | MoveBlocks | CollectGarbage | FetchBlocks | PutBlocks
+)
+CacheAnswer: TypeAlias = BlocksListed | PieceDone | BlocksFetched

@@ -77,7 +77,7 @@ class SurplusBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Router to worker: these blocks are worth having. Pull those that are worth more than what you have."""
+    """Router, or an ingress for who manages caches, to worker: pull those of these that are worth more than yours."""
 
     address: str  #: of the owner that holds them: its channel endpoint
     names: bytes  #: 16 bytes each, concatenated

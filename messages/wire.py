@@ -6,16 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from messages.cache import (
-    BlocksKnown,
-    BlocksListed,
-    CheckBlocks,
-    ClearBlocks,
-    KeepBlocks,
-    ListBlocks,
-    PieceDone,
-    WhereBlocks,
-)
+from messages.cache import BlocksKnown, CacheAnswer, CacheQuestion, WhereBlocks
 from messages.fleet import (
     GetStats,
     KvEvents,
@@ -87,12 +78,8 @@ Message: TypeAlias = (
     | Stats
     | WhereBlocks
     | BlocksKnown
-    | ListBlocks
-    | BlocksListed
-    | ClearBlocks
-    | KeepBlocks
-    | CheckBlocks
-    | PieceDone
+    | CacheQuestion
+    | CacheAnswer
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvcache import leases
 from kvcache.leases import AskerLost, FreeBlocks, LeaseBook, TimePassed
-from kvcache.names import NAME_BYTES, split_names
+from kvcache.names import whole_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockLocation,
@@ -159,6 +159,7 @@ class NodeCache:
         self._questions: dict[str, _Question] = {}
         self._grants: dict[str, _Grant] = {}
         self._writing: set[bytes] = set()  # names that somebody was granted room for
+        self.num_filling = 0  #: blocks of the arena that who manages it writes into (nodecache.carrying)
         self.num_offered: dict[Tier, int] = {"host": 0, **dict.fromkeys(stores, 0)}  #: blocks, by where they lay
         self.num_missed = 0  #: blocks that were asked for and are nowhere
         self.num_granted = self.num_refused = self.num_written = self.num_seen_again = 0
@@ -279,7 +280,7 @@ class NodeCache:
 
     def _missing(self, message: RoomRequest) -> tuple[dict[bytes, int], bytes]:
         """Return what is neither held nor on its way, by name its position, and the names that are held."""
-        names = _whole_names(message.names)
+        names = whole_names(message.names)
         if len(message.indexes) != len(names):
             return {}, b""
         found = self.pool.find(message.names).tolist()
@@ -344,7 +345,7 @@ class NodeCache:
         """Offer what lies in the arena, and have the rest read as far as a store has it."""
         pool, key = self.pool, _offer_key(asker, message.request_id)
         self._free(self.leases.on_event(leases.Asked(key, asker), now_s), now_s)
-        names = _whole_names(message.names)
+        names = whole_names(message.names)
         first_index = min(max(message.first_index, 0), _UINT32 - len(names))
         found = pool.find(message.names)
         _, first = np.unique(as_names(message.names), axis=0, return_index=True)
@@ -479,15 +480,10 @@ class NodeCache:
         granted = [name for grant in self._grants.values() for name in grant.names]
         if len(granted) != len(self._writing) or set(granted) != self._writing:
             yield "the names in grants are not those that are being written"
-        num_bound = len(granted) + self.reading.num_bound
+        num_bound = len(granted) + self.reading.num_bound + self.num_filling
         is_idle = not self._questions and not self.writing_down.num_bound
         if is_idle and self.pool.num_used != num_bound:
             yield f"{self.pool.num_used} blocks are in use, {num_bound} are written or read"
-
-
-def _whole_names(names: bytes) -> list[bytes]:
-    """Split concatenated names, without a rest that is none."""
-    return split_names(names[: len(names) // NAME_BYTES * NAME_BYTES])
 
 
 def _offer_key(asker: bytes, request_id: str) -> str:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
-from nodecache.store import BlockStore, StoredBlock, StoreError, StorePage
+from nodecache.store import BlockStore, Collected, StoredBlock, StoreError, StorePage
 
 
 class LoopbackStore(BlockStore):
@@ -85,6 +85,11 @@ class LoopbackStore(BlockStore):
         with self._lock:
             for name in names:
                 self._blocks.pop(name, None)
+
+    def collect(self, deadline_s: float) -> Collected:
+        """Give nothing up: nothing takes room."""
+        self._meet_fault(deadline_s)
+        return Collected(0, 0, has_more=False)
 
     def sync(self, deadline_s: float) -> None:
         """Do nothing: nothing outlives the process."""

@@ -1,11 +1,13 @@
-"""What a node cache answers to who manages it: lists what it holds, drops, keeps and verifies blocks. Pure.
+"""What a node cache answers to who manages it: lists what it holds, drops, keeps, verifies, carries blocks. Pure.
 
     ListBlocks ---> BlocksListed       one tier, some thousand blocks at a time; nothing is kept between two questions
     ClearBlocks --> dropped -----------------------last piece, not a dry run--> SyncStore --> PieceDone
     KeepBlocks ---> the cache's own hint --> PieceDone
     CheckBlocks --> VerifyBlocks, VerifyStored --> what is damaged dropped --> PieceDone
+    CollectGarbage --> CollectStore --> PieceDone
+    FetchBlocks, PutBlocks, MoveBlocks --> nodecache.carrying
 
-`nodecache.process` carries out what takes time, on a thread of its own: one thing at a time, whoever asks.
+`nodecache.long_work` does what takes time: one thing at a time, whoever asks.
 """
 
 from __future__ import annotations
@@ -18,22 +20,36 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.names import NAME_BYTES, split_names
+from kvcache.names import whole_names
 from messages.cache import (
+    BlocksFetched,
     BlocksListed,
     CacheAnswer,
     CacheQuestion,
     CheckBlocks,
     ClearBlocks,
+    CollectGarbage,
+    FetchBlocks,
     KeepBlocks,
     ListBlocks,
+    MoveBlocks,
     PieceDone,
+    PutBlocks,
 )
 from messages.errors import ErrorInfo
 from messages.tier import Tier
 from nodecache.arena import BlockIds
 from nodecache.cache import CacheInstruction, Hinted, NodeCache
-from nodecache.store import StoredBlock, StoreError
+from nodecache.carrying import (
+    BlocksFilled,
+    BlocksStored,
+    Carrying,
+    CarryingAnswer,
+    CarryingEvent,
+    CarryingInstruction,
+    OutRead,
+)
+from nodecache.store import Collected, StoredBlock, StoreError
 from nodecache.tiers import TierStore
 
 #: Looked at for one answer: what takes some ms of the event loop.
@@ -83,7 +99,17 @@ class SyncStore:
     deadline_s: float
 
 
-ManagementInstruction: TypeAlias = Answer | VerifyBlocks | VerifyStored | SyncStore | CacheInstruction
+@dataclass(frozen=True, slots=True)
+class CollectStore:
+    """Have a store give up what it can for once, in any thread; StoreCollected answers."""
+
+    asker: bytes
+    question: CollectGarbage
+    deadline_s: float
+
+
+LongWork: TypeAlias = VerifyBlocks | VerifyStored | SyncStore | CollectStore | CarryingInstruction
+ManagementInstruction: TypeAlias = Answer | LongWork | CacheInstruction
 
 # ------------------------------------------------------------------------------------------------------------- events
 
@@ -120,7 +146,16 @@ class StoreSynced:
     error: StoreError | None
 
 
-ManagementEvent: TypeAlias = Asked | BlocksVerified | StoredVerified | StoreSynced
+@dataclass(frozen=True, slots=True)
+class StoreCollected:
+    """A CollectStore was carried out: what it came to, or that the store failed."""
+
+    collected: CollectStore
+    outcome: Collected | StoreError
+
+
+WorkDone: TypeAlias = BlocksVerified | StoredVerified | StoreSynced | StoreCollected | CarryingEvent
+ManagementEvent: TypeAlias = Asked | WorkDone
 
 # ---------------------------------------------------------------------------------------------------------- the decider
 
@@ -128,8 +163,10 @@ ManagementEvent: TypeAlias = Asked | BlocksVerified | StoredVerified | StoreSync
 class Management:
     """Answers questions about one node cache, and changes what it holds. `now_s` as for the cache."""
 
-    def __init__(self, cache: NodeCache) -> None:
+    def __init__(self, cache: NodeCache, kernel_path: str = "") -> None:
+        """Manage `cache`, whose blocks were computed by `kernel_path`."""
         self._cache = cache
+        self._carrying = Carrying(cache, kernel_path)
         self._pool = cache.pool
         self._batch_blocks = max(1, cache.limits.batch_bytes // cache.pool.arena.layout.block_bytes)
         self._stores: dict[Tier, TierStore] = {entry.tier: entry for entry in cache.tiers.all}
@@ -148,6 +185,14 @@ class Management:
                 return [Answer(verified.asker, self._note_verified(verified, arrived))]
             case StoreSynced(synced, error):
                 return [Answer(synced.asker, _with_error(synced.answer, error))]
+            case StoreCollected(collected, outcome):
+                return [Answer(collected.asker, _collected(collected.question, outcome))]
+            case OutRead(read):
+                return [self._carried(read.asker, self._carrying.on_event(event, now_s))]
+            case BlocksFilled(filled):
+                return [self._carried(filled.asker, self._carrying.on_event(event, now_s))]
+            case BlocksStored(stored):
+                return [self._carried(stored.asker, self._carrying.on_event(event, now_s))]
             case _ as unreachable:
                 assert_never(unreachable)
 
@@ -171,7 +216,7 @@ class Management:
             case ListBlocks():
                 return [Answer(asker, self._list_stored(question))]
             case ClearBlocks(tier="host"):
-                return [Answer(asker, self._clear_arena(question))]
+                return [Answer(asker, self._clear_arena(question, now_s))]
             case ClearBlocks():
                 return [self._clear_stored(asker, question)]
             case KeepBlocks():
@@ -180,6 +225,14 @@ class Management:
                 return [self._check_arena(asker, question)]
             case CheckBlocks():
                 return [self._check_stored(asker, question)]
+            case CollectGarbage():
+                return [self._collect(asker, question)]
+            case FetchBlocks():
+                return [self._carried(asker, self._carrying.fetch(asker, question))]
+            case PutBlocks():
+                return [self._carried(asker, self._carrying.put(asker, question, now_s))]
+            case MoveBlocks():
+                return [self._carried(asker, self._carrying.move(asker, question))]
             case _ as unreachable:
                 assert_never(unreachable)
 
@@ -219,12 +272,15 @@ class Management:
 
     # ------------------------------------------------------------------------------------------------------- clearing
 
-    def _clear_arena(self, question: ClearBlocks) -> PieceDone:
+    def _clear_arena(self, question: ClearBlocks, now_s: float) -> PieceDone:
         pool = self._pool
         block_ids, next_cursor = self._chosen(question.names, question.cursor)
         if question.tenant is not None:
             block_ids = block_ids[pool.records(block_ids)["tenant"] == question.tenant]
-        free_ids = block_ids[pool.num_pins(block_ids) == 0]
+        is_free = pool.num_pins(block_ids) == 0
+        if question.spares_kept:
+            is_free &= pool.records(block_ids)["pinned_until_s"] <= now_s
+        free_ids = block_ids[is_free]
         num_tokens = int(pool.records(free_ids)["num_tokens"].sum())
         if not question.is_dry_run:
             pool.drop(free_ids)
@@ -258,12 +314,20 @@ class Management:
             return Answer(asker, answer)
         return SyncStore(asker, answer, question.tier, self._cache.limits.write_deadline_s)
 
+    def _collect(self, asker: bytes, question: CollectGarbage) -> ManagementInstruction:
+        if question.tier not in self._stores:
+            return Answer(asker, PieceDone(query_id=question.query_id))
+        return CollectStore(asker, question, self._cache.limits.write_deadline_s)
+
+    def _carried(self, asker: bytes, outcome: CarryingInstruction | CarryingAnswer) -> Answer | CarryingInstruction:
+        return Answer(asker, outcome) if isinstance(outcome, PieceDone | BlocksFetched) else outcome
+
     # --------------------------------------------------------------------------------------------------------- keeping
 
     def _keep(self, asker: bytes, question: KeepBlocks, now_s: float) -> Sequence[ManagementInstruction]:
         pool, ttl_s = self._pool, max(0.0, question.ttl_s)
         until_s = now_s + ttl_s if ttl_s else 0.0
-        names = _whole(question.names)
+        names = b"".join(whole_names(question.names))
         instructions = self._cache.on_event(Hinted(names, question.priority, until_s), now_s)
         found = pool.find(names)
         rows = pool.records(found[found >= 0])
@@ -317,19 +381,17 @@ class Management:
     def _note_verified(self, verified: VerifyStored, arrived: Sequence[bool] | StoreError) -> PieceDone:
         if isinstance(arrived, StoreError):
             return _with_error(verified.answer, arrived)
-        entry = self._stores[verified.tier]
         came = [block for block, has_come in zip(verified.blocks, arrived, strict=True) if has_come]
-        lost = [block.name for block, has_come in zip(verified.blocks, arrived, strict=True) if not has_come]
-        gone = [name for name in lost if entry.store.find(name) is None]
-        entry.on_changed([], gone)
-        self.num_checked[verified.tier] += len(came) + len(lost)
-        self.num_damaged[verified.tier] += len(lost)
+        num_lost = len(verified.blocks) - len(came)
+        gone = self._carrying.forget_lost(verified.tier, verified.blocks, arrived)
+        self.num_checked[verified.tier] += len(verified.blocks)
+        self.num_damaged[verified.tier] += num_lost
         return msgspec.structs.replace(
             verified.answer,
-            num_done=len(came) + len(lost),
+            num_done=len(verified.blocks),
             num_tokens=sum(block.num_tokens for block in came),
-            num_damaged=len(lost),
-            num_in_use=len(lost) - len(gone),
+            num_damaged=num_lost,
+            num_in_use=num_lost - len(gone),
         )
 
     # --------------------------------------------------------------------------------------------- what is looked at
@@ -347,7 +409,7 @@ class Management:
         """Return the blocks of the arena that have these names; None: the next ones that hold something."""
         if names is None:
             return self._committed(cursor, num_blocks)
-        found = self._pool.find(_whole(names))
+        found = self._pool.find(b"".join(whole_names(names)))
         return np.unique(found[found >= 0]), None
 
     def _page(
@@ -366,7 +428,7 @@ class Management:
         entry = self._stores.get(tier)
         if entry is None:
             return (), 0, None
-        found = map(entry.store.find, dict.fromkeys(split_names(_whole(names))))
+        found = map(entry.store.find, dict.fromkeys(whole_names(names)))
         blocks = [block for block in found if block is not None]
         return blocks, len(blocks), None
 
@@ -376,6 +438,12 @@ def _with_error(answer: PieceDone, error: StoreError | None) -> PieceDone:
     return msgspec.structs.replace(answer, error=info)
 
 
-def _whole(names: bytes) -> bytes:
-    """Return concatenated names without a rest that is none."""
-    return names[: len(names) // NAME_BYTES * NAME_BYTES]
+def _collected(question: CollectGarbage, outcome: Collected | StoreError) -> PieceDone:
+    if isinstance(outcome, StoreError):
+        return PieceDone(query_id=question.query_id, error=outcome.info())
+    return PieceDone(
+        query_id=question.query_id,
+        num_freed_files=outcome.num_files,
+        num_freed_bytes=outcome.num_bytes,
+        next_cursor=question.cursor + 1 if outcome.has_more else None,
+    )

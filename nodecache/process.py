@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from kvcache.leases import AskerLost, TimePassed
 from kvcache.region import GENERATION_BYTES, BlockNumbers
 from kvcache.subscribers import Subscribers
-from messages.cache import CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks
+from messages.cache import CacheQuestion
 from messages.errors import ErrorInfo, KvrayError
 from messages.fleet import GetStats, LoadReport, Stats, Subscribe, WorkerInfo
 from messages.handoff import (
@@ -47,19 +47,8 @@ from nodecache.arena import RECORD, Arena, ArenaLayout
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheInstruction, CacheLimits, NodeCache, Said, Tell
 from nodecache.disk.layout import Model
 from nodecache.disk.store import DiskStore
-from nodecache.management import (
-    Answer,
-    Asked,
-    BlocksVerified,
-    Management,
-    ManagementEvent,
-    ManagementInstruction,
-    StoredVerified,
-    StoreSynced,
-    SyncStore,
-    VerifyBlocks,
-    VerifyStored,
-)
+from nodecache.long_work import LongWorker
+from nodecache.management import Answer, Asked, LongWork, Management, ManagementEvent, ManagementInstruction
 from nodecache.pool import HostPool
 from nodecache.reading import ReadBlocks
 from nodecache.store import BlockStore, StoreError
@@ -124,7 +113,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float  #: a pull is given up when nothing arrived for so long
     settings: CacheSettings = CacheSettings()
     ray_node_id: str = ""  #: in hex, of the node that the process runs on; "": there is no Ray
-    kernel_path: str = ""  #: what computes the model's blocks, for people
+    kernel_path: str = ""  #: what computes the model's blocks
     numbers: BlockNumbers | None = None  #: what the bytes of a block are; None: unknown, so that none is compressed
     compute: ComputePrice | None = None  #: what computing costs the workers, as they measured it
     log_level: str = "info"
@@ -179,7 +168,8 @@ class CacheProcess:
         worth = Worth(options.block_size, options.compute)
         pool = HostPool(arena, worth, time.monotonic(), options.limits.quarantine_s)
         self.cache = NodeCache(pool, stores, options.limits)
-        self.management = Management(self.cache)
+        self.management = Management(self.cache, options.kernel_path)
+        self._long_work = LongWorker(arena, stores)
         self._scratch = Memory.allocate(PAGE_BYTES)  # nothing is pulled by this process
         vaults = NoVaults(options.ray_node_id) if options.ray_node_id else None
         opened = open_roads(options.roads, secret, options.host, vaults, lambda: None)
@@ -247,7 +237,7 @@ class CacheProcess:
         match message:
             case RoomRequest() | BlocksWritten() | BlocksRequest() | RenewLease() | ReleaseLease():
                 self._post(Said(sender, message))
-            case ListBlocks() | ClearBlocks() | KeepBlocks() | CheckBlocks():
+            case _ if isinstance(message, CacheQuestion):
                 self._manage(Asked(sender, message))
             case Subscribe():
                 self._tell_changes()
@@ -298,10 +288,8 @@ class CacheProcess:
                 self._spawn(self._read(instruction), _MOVING)
             case WriteBlocks():
                 self._spawn(self._write(instruction), _MOVING)
-            case VerifyBlocks() | VerifyStored() | SyncStore():
+            case _:
                 self._spawn(self._look_after(instruction), _MOVING)
-            case _ as unreachable:
-                assert_never(unreachable)
 
     # ----------------------------------------------------------------------------------------------------- the stores
 
@@ -319,37 +307,11 @@ class CacheProcess:
         dropped = await _outcome_of(threads, call, write.tier)
         self._post(BlocksKept(write.write_id, None if dropped is None else tuple(dropped)))
 
-    async def _look_after(self, work: VerifyBlocks | VerifyStored | SyncStore) -> None:
+    async def _look_after(self, work: LongWork) -> None:
         """Do what managing takes time for, one thing after the other."""
-        loop, thread = asyncio.get_running_loop(), self._management_thread
-        match work:
-            case VerifyBlocks():
-                self._manage(BlocksVerified(work, await loop.run_in_executor(thread, self._verify, work)))
-            case VerifyStored():
-                self._manage(StoredVerified(work, await loop.run_in_executor(thread, self._read_again, work)))
-            case SyncStore():
-                self._manage(StoreSynced(work, await loop.run_in_executor(thread, self._sync, work)))
-
-    def _verify(self, work: VerifyBlocks) -> list[bool]:
-        block = self.cache.pool.arena.block
-        pairs = zip(work.block_ids.tolist(), work.checksums.tolist(), strict=True)
-        return [checksum(block(block_id)) == wanted for block_id, wanted in pairs]
-
-    def _read_again(self, work: VerifyStored) -> list[bool] | StoreError:
-        size = self._options.layout.block_bytes
-        scratch = memoryview(bytearray(size * len(work.blocks)))
-        targets = [scratch[begin : begin + size] for begin in range(0, len(scratch), size)]
-        try:
-            return self._stores[work.tier].read([block.name for block in work.blocks], targets, work.deadline_s)
-        except StoreError as error:
-            return error
-
-    def _sync(self, work: SyncStore) -> StoreError | None:
-        try:
-            self._stores[work.tier].sync(work.deadline_s)
-        except StoreError as error:
-            return error
-        return None
+        self._manage(
+            await asyncio.get_running_loop().run_in_executor(self._management_thread, self._long_work.do, work)
+        )
 
     # --------------------------------------------------------------------------------------- what others are told
 

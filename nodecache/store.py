@@ -31,6 +31,14 @@ class StorePage(NamedTuple):
     next_cursor: int | None  #: where to go on; None: there is no more
 
 
+class Collected(NamedTuple):
+    """What a store gave up."""
+
+    num_files: int  #: or objects
+    num_bytes: int  #: that they took, as far as it is known
+    has_more: bool  #: there is more that could be given up at once
+
+
 class BlockStore(Protocol):
     """A tier below host memory. Any thread may call; every call that does IO ends by its deadline at the latest.
 
@@ -76,6 +84,14 @@ class BlockStore(Protocol):
 
     def remove(self, names: Sequence[bytes]) -> None:
         """Forget blocks; unknown names are ignored. Their room comes back by and by."""
+        ...
+
+    def collect(self, deadline_s: float) -> Collected:
+        """Give up some files of which much was removed, now and not by and by; no block that can be read goes.
+
+        Raises:
+            StoreError: the store failed, or did not answer in time.
+        """
         ...
 
     def sync(self, deadline_s: float) -> None:

@@ -27,16 +27,17 @@ _WHOLE = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, media_type: str = "application/json") -> bytes:
     """Read the body, never more than `max_bytes` of it in memory.
 
     Raises:
-        RequestError: 415, not JSON; 413, too long (found from Content-Length where there is one, before reading).
+        RequestError: 415, not of the media type; 413, too long (found from Content-Length where there is one, before
+            reading).
     """
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
+    content_type = request.headers.get("content-type", media_type).partition(";")[0].strip().lower()
+    if content_type != media_type and not content_type.endswith(f"+{media_type.rpartition('/')[2]}"):
         raise RequestError(
-            f"Content-Type: got {shown(content_type)}, want application/json",
+            f"Content-Type: got {shown(content_type)}, want {media_type}",
             code="unsupported_media_type",
             status=415,
         )

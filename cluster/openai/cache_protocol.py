@@ -10,11 +10,13 @@ from msgspec import Meta
 from cluster.openai.protocol import ChatMessage, Salt, Tool
 from messages.tier import Tier
 
-#: Those that node caches keep; what lies in workers' pools leaves by itself.
-CacheTier: TypeAlias = Literal["host", "disk", "remote"]
-CACHE_TIERS: tuple[CacheTier, ...] = ("host", "disk", "remote")
+CACHE_TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
+#: Those of node caches.
+NodeTier: TypeAlias = Literal["host", "disk", "remote"]
+NODE_TIERS: tuple[NodeTier, ...] = ("host", "disk", "remote")
 
-Tiers = Annotated[list[CacheTier], Meta(min_length=1, description="default: all of them")]
+Tiers = Annotated[list[Tier], Meta(min_length=1, description="default: all of them")]
+StoreTiers = Annotated[list[Literal["disk", "remote"]], Meta(min_length=1, description="default: both of them")]
 DryRun = Annotated[bool, Meta(description="say what would go, and drop nothing")]
 Everything = Annotated[bool, Meta(description="all blocks of these tiers, in place of a prompt or a cache_salt")]
 CacheSalt = Annotated[Salt, Meta(description="of the requests that the blocks are from")]
@@ -43,6 +45,10 @@ class LookupRequest(PromptFields, frozen=True, kw_only=True):
     """POST /v1/cache/lookup."""
 
 
+class ExportRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/export."""
+
+
 class ClearRequest(PromptFields, frozen=True, kw_only=True):
     """POST /v1/cache/clear: a prompt's blocks; all of a `cache_salt`, as only host memory knows them; or everything."""
 
@@ -60,6 +66,47 @@ class PinRequest(PromptFields, frozen=True, kw_only=True):
 
 class UnpinRequest(PromptFields, frozen=True, kw_only=True):
     """POST /v1/cache/unpin."""
+
+
+class EvictRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/evict: a prompt's blocks, but those that are to be kept."""
+
+    tiers: Tiers | None = None
+    dry_run: DryRun = True
+
+
+class MoveRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/move: a prompt's blocks, on each node that has them."""
+
+    source: NodeTier
+    target: NodeTier
+
+
+class WarmRequest(PromptFields, frozen=True, kw_only=True):
+    """POST /v1/cache/warm: a prompt's blocks to host memory, and to a worker's pool where one is named."""
+
+    worker_id: str | None = None
+
+
+class CollectRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/gc."""
+
+    tiers: StoreTiers | None = None
+
+
+class ImportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/cache/import, as MessagePack: consecutive blocks of a prompt, some of a file's (cluster.prefix_file)."""
+
+    fingerprint: bytes
+    layout_version: int
+    kernel_path: str  #: what computed the blocks
+    block_size: int  #: tokens
+    block_bytes: int
+    first_block: int  #: position in the prompt
+    token_bytes: bytes  #: of the prompt up to the end of these blocks, uint32 each, little endian
+    names: bytes  #: of these blocks without a salt, 16 bytes each
+    checksums: bytes  #: uint64 each, little endian
+    data: memoryview  #: the blocks, concatenated
 
 
 class CheckRequest(PromptFields, frozen=True, kw_only=True):
@@ -97,35 +144,39 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True):
 class TierCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a tier's blocks."""
 
-    blocks: int = 0  #: dropped (or would be), kept, or verified
+    blocks: int = 0  #: dropped (or would be), kept, verified, moved, or taken in
     tokens: int = 0  #: of those
     bytes: int = 0  #: of those
     in_use: int = 0  #: blocks that stay because somebody uses them right now
     damaged: int = 0  #: of the verified ones: they did not have their checksum
+    without_room: int = 0  #: blocks that were not taken in: what is there is worth more, or used
+    freed_files: int = 0  #: files or objects that were given up
+    freed_bytes: int = 0  #: that they took, as far as it is known
 
 
 class CacheFailure(msgspec.Struct, frozen=True):
-    """A node cache, or a store of it, that did not do all of it."""
+    """A worker or a node cache, or a store of it, that did not do all of it."""
 
     worker_id: str
     message: str
 
 
 class WorkReply(msgspec.Struct, frozen=True, kw_only=True):
-    """What all node caches did."""
+    """What all workers and node caches did that were asked."""
 
-    tiers: dict[CacheTier, TierCounts]
-    num_caches: int  #: that were asked
+    tiers: dict[Tier, TierCounts]
+    num_caches: int  #: node caches that were asked
+    num_workers: int = 0  #: that were asked
     failures: list[CacheFailure] = []
     dry_run: bool | None = None  #: of clear
 
 
-class CheckProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of /v1/cache/check while it goes on; the last line is the whole, a WorkReply."""
+class WorkProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of check, move, warm and gc while they go on; the last line is the whole, a WorkReply."""
 
     worker_id: str
-    tier: CacheTier
-    blocks: int  #: verified so far
+    tier: Tier
+    blocks: int  #: done so far
     damaged: int
     held: int  #: blocks of the tier, or of the prompt there
 

@@ -31,7 +31,13 @@ _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
     cache_protocol.PinRequest,
     cache_protocol.UnpinRequest,
     cache_protocol.CheckRequest,
-    cache_protocol.CheckProgress,
+    cache_protocol.EvictRequest,
+    cache_protocol.MoveRequest,
+    cache_protocol.WarmRequest,
+    cache_protocol.CollectRequest,
+    cache_protocol.ExportRequest,
+    cache_protocol.ImportRequest,
+    cache_protocol.WorkProgress,
     cache_protocol.WorkReply,
     cache_protocol.CacheStatsReply,
     ErrorReply,
@@ -42,9 +48,9 @@ def _reference(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {"schema": {"$ref": _TEMPLATE.format(name=kind.__name__)}}
 
 
-def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Make a route's `openapi_extra` for a JSON body of `kind`."""
-    return {"requestBody": {"required": True, "content": {"application/json": _reference(kind)}}}
+def body_of(kind: type[msgspec.Struct], media_type: str = "application/json") -> dict[str, Any]:
+    """Make a route's `openapi_extra` for a body of `kind`."""
+    return {"requestBody": {"required": True, "content": {media_type: _reference(kind)}}}
 
 
 def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = None) -> dict[int | str, dict[str, Any]]:

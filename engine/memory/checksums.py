@@ -30,6 +30,11 @@ class BlockChecksums:
             self._known[block_id] = (generation(block_id), value)
         return [self._known[block_id][1] for block_id in block_ids]
 
+    def known(self, block_id: int) -> int | None:
+        """Return the checksum that a block was published with; None where it was not."""
+        generation, value = self._known.get(block_id, (None, 0))
+        return value if generation == self._pool.generation(block_id) else None
+
     def copy_out(self, block_ids: Sequence[int], target: memoryview, offsets: Sequence[int]) -> list[int]:
         """Copy blocks to these offsets of `target`; return the checksums of what was copied, in order. Any thread."""
         rows, numbers = self._host_rows, block_ids

@@ -86,7 +86,7 @@ def load_model(
         path: a transformers model directory.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but on a CPU float16 as float32, and bfloat16 too
             where the CPU would emulate it and the weights as float32 take at most a quarter of its memory.
-        device: "cpu" or a CUDA device.
+        device: "cpu", a CUDA device, or "auto": the accelerator, where there is one.
         num_threads: torch's threads from now on; None leaves them.
         max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
             with where its rotary frequencies change after that. Asking for more then gives all lengths the
@@ -98,6 +98,8 @@ def load_model(
         ConfigError: the model cannot be served; one line that says why.
     """
     say = on_progress or _log.info
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device} was asked for and torch sees no CUDA device")

@@ -35,7 +35,7 @@ from nodecache.disk.reader import Reader
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call, IoThreads
 from nodecache.disk.writer import Writer
-from nodecache.store import StoredBlock, StoreError, StorePage
+from nodecache.store import Collected, StoredBlock, StoreError, StorePage
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,10 @@ class DiskStore:
         """As `BlockStore.remove`. Survives what a write survives after as long; `sync` waits for it too."""
         for name in names:
             self._writer.forget(name)
+
+    def collect(self, deadline_s: float) -> Collected:
+        """As `BlockStore.collect`: a segment of which no more than half is held."""
+        return self._wait(Call(), self._writing.submit(self._writer.collect), deadline_s)
 
     def sync(self, deadline_s: float) -> None:
         """As `BlockStore.sync`: it is on disk."""

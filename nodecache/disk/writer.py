@@ -28,7 +28,7 @@ from nodecache.disk.reader import read_run, runs
 from nodecache.disk.segment import OpenSegment, Segment
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call
-from nodecache.store import StoredBlock, StoreError
+from nodecache.store import Collected, StoredBlock, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -165,13 +165,34 @@ class Writer:
             StoreError: it could not; what may have got lost is dropped.
         """
         try:
-            while self._collection is not None:  # it may have copies of what was removed meanwhile
-                self._advance(1)
+            self._end_collection()  # it may have copies of what was removed meanwhile
             self._wipe()
             self._sync()
         except OSError as error:
             self._note(error)
             raise StoreError(f"{self._directory.path} cannot be synced: {error.strerror}") from error
+
+    def collect(self) -> Collected:
+        """Give up the segment that holds least, if that is half of it at most, and copy what it holds.
+
+        Raises:
+            StoreError: it could not; no block is lost by that.
+        """
+        try:
+            self.sync()
+            num_bytes, segment = self._index.num_bytes, self._sparse_segment()
+            if segment is None or not self._has_rows(segment.num_live):
+                return Collected(0, 0, has_more=False)
+            rows, _, _ = self._index.live_blocks(segment)
+            self._num_to_copy = len(rows)
+            self._collection = self._collect(segment, rows)
+            self._end_collection()
+            num_freed_bytes = max(0, num_bytes - self._index.num_bytes)  # none where a segment was begun for the copies
+            num_files = num_freed_bytes // segment.geometry.num_bytes
+            return Collected(num_files, num_freed_bytes, has_more=self._sparse_segment() is not None)
+        except OSError as error:
+            self._note(error)
+            raise StoreError(f"{self._directory.path} cannot be collected: {error.strerror}") from error
 
     def work(self) -> bool:
         """Do some of what is not urgent; tell whether there is more that could be done at once."""
@@ -325,6 +346,21 @@ class Writer:
         self._collection = self._collect(chosen, kept)
         return True
 
+    def _sparse_segment(self) -> Segment | None:
+        """Return the segment that holds least, if that is no more than half of it."""
+        sealed = [each for each in self._index.segments() if self._open is None or each is not self._open.segment]
+        least = min(sealed, key=lambda each: each.num_live, default=None)
+        return least if least is not None and least.num_live <= least.geometry.num_rows // 2 else None
+
+    def _has_rows(self, num_rows: int) -> bool:
+        """See to it that so many blocks can be appended without any that give way; False where they cannot."""
+        num_free_rows = 0 if self._open is None else self._open.num_free_rows
+        # A new segment, and what is kept free behind it: otherwise it would begin with a collection of its own.
+        if num_rows > num_free_rows and self._index.num_bytes + 3 * self._geometry.num_bytes <= self._limit():
+            self._seal()
+            num_free_rows = self._roll().num_free_rows
+        return num_rows <= num_free_rows
+
     def _collect(self, victim: Segment, rows: list[int]) -> Generator[None]:
         """Copy these of its blocks, a run at a time, and delete it. Raises OSError: it stays, and the copies go."""
         self._index.pin_segment(victim)
@@ -402,6 +438,10 @@ class Writer:
         except OSError:
             self._collection = None
             raise
+
+    def _end_collection(self) -> None:
+        while self._collection is not None:
+            self._advance(1)
 
     # ---------------------------------------------------------------------------------------------------------- syncing
 

@@ -31,7 +31,7 @@ from nodecache.remote.reader import Part, copy_part, parts_of, unpack_part
 from nodecache.remote.stats import RemoteStats
 from nodecache.remote.threads import RemoteThreads
 from nodecache.remote.upkeep import Upkeep
-from nodecache.store import StoredBlock, StoreError, StorePage
+from nodecache.store import Collected, StoredBlock, StoreError, StorePage
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,12 @@ class RemoteStore:
         places = [place for place in self._index.places(list(dict.fromkeys(names))) if place is not None]
         self._stats.count("removed_blocks", len(places))
         self._forget(places)
+
+    def collect(self, deadline_s: float) -> Collected:
+        """As `BlockStore.collect`: objects without blocks, in one round of upkeep. How long they are is not known."""
+        num_deleted = self._upkeep.num_deleted
+        self._upkeep.sync(deadline_s)
+        return Collected(self._upkeep.num_deleted - num_deleted, 0, has_more=self._upkeep.num_doomed > 0)
 
     def sync(self, deadline_s: float) -> None:
         """As `BlockStore.sync`: others can find it, and all that others listed before is found here.

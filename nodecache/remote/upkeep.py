@@ -63,11 +63,17 @@ class Upkeep:
         self._list_by_s = float("inf")
         self._doomed: deque[bytes] = deque()  # objects without blocks, to be deleted once that is listed
         self._deleting: bytes | None = None
+        self.num_deleted = 0  #: objects, since the start
         self._num_wanted = self._num_done = 0  # rounds that somebody waits for
         self._error: KvrayError | None = None  # of the last round
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="remote-upkeep", daemon=True)
         self._thread.start()
+
+    @property
+    def num_doomed(self) -> int:
+        """Objects that are to be deleted."""
+        return len(self._doomed)
 
     def sync(self, deadline_s: float) -> None:
         """Return when a whole round was done since the call: all is listed, and what others listed is known.
@@ -251,6 +257,7 @@ class Upkeep:
                 self._deleting = digest
             try:
                 self._fs.delete(self._catalog.path(OBJECTS, digest.hex()))
+                self.num_deleted += 1
             except StoreError:
                 with self._lock:
                     self._doomed.append(digest)

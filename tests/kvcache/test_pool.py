@@ -190,6 +190,20 @@ def test_clear_evicts_all_but_what_is_in_use(pool: BlockPool) -> None:
     assert pool.num_free == 3
 
 
+def test_blocks_are_dropped_by_id_but_those_that_are_used_or_hold_nothing(pool: BlockPool) -> None:
+    kept = commit_chain(pool, 0, 1)
+    idle = commit_chain(pool, 10, 2)
+    pool.unpin(idle)
+    pool.mark([name_of(11)], is_spare=True)
+    pool.take_events()
+    free = next(block_id for block_id in range(pool.num_blocks) if pool.state(block_id) is BlockState.FREE)
+    assert pool.drop([*kept, *idle, free, idle[0]]) == idle
+    assert (pool.snapshot(), pool.num_named) == ([name_of(0)], 1)
+    assert pool.take_events() == ([], [name_of(10), name_of(11)])
+    pool.check_invariants()
+    assert pool.num_free == 3
+
+
 def test_events_tell_the_difference_since_the_last_call(pool: BlockPool) -> None:
     pool.unpin(commit_chain(pool, 0, 2))
     assert pool.take_events() == ([name_of(0), name_of(1)], [])
@@ -493,6 +507,16 @@ class PoolMachine(RuleBasedStateMachine):
         held = {block_id for table in self.tables_held.values() for block_id in table}
         self.content = {block_id: name for block_id, name in self.content.items() if block_id in held}
         self.spare &= held
+        assert set(self.pool.snapshot()) == set(self.content.values())
+
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        wanted = data.draw(st.sets(st.integers(0, self.pool.num_blocks - 1)))
+        held = {block_id for table in self.tables_held.values() for block_id in table}
+        gone = {block_id for block_id in wanted if block_id in self.content and block_id not in held}
+        assert set(self.pool.drop(sorted(wanted))) == gone
+        self.content = {block_id: name for block_id, name in self.content.items() if block_id not in gone}
+        self.spare -= gone
         assert set(self.pool.snapshot()) == set(self.content.values())
 
     @rule()

@@ -9,37 +9,32 @@ import pytest
 
 from kvcache.names import split_names, tenant_of
 from messages.cache import BlocksListed, CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks, PieceDone
-from nodecache.cache import CacheLimits, NodeCache
+from nodecache.cache import CacheLimits, NodeCache, Tell
+from nodecache.long_work import LongWorker
 from nodecache.loopback import LoopbackStore
-from nodecache.management import (
-    Answer,
-    Asked,
-    BlocksVerified,
-    Management,
-    StoredVerified,
-    StoreSynced,
-    SyncStore,
-    VerifyBlocks,
-    VerifyStored,
-)
+from nodecache.management import Answer, Asked, Management
 from nodecache.pool import Written, as_names
+from nodecache.reading import ReadBlocks
 from nodecache.store import StoredBlock, StoreError
+from nodecache.writing_down import WriteBlocks
 from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, checksum, checksum_of, content_of, names_of, pool_of
 
 
 class World:
     """A node cache with a disk, and who manages it; the threads that its work wants are here."""
 
-    def __init__(self, num_blocks: int = 64, stored=(), **limits) -> None:
+    def __init__(self, num_blocks: int = 64, stored=(), *, has_disk: bool = True, **limits) -> None:
         self.pool = pool_of(num_blocks)
         self.disk = LoopbackStore(100_000, checksum)
         blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in stored]
         self.disk.write(blocks, [memoryview(content_of(name)) for name in stored], 1.0)
         limits = {"lease_s": 10.0, "batch_bytes": 4 * BLOCK_BYTES} | limits
-        self.cache = NodeCache(self.pool, {"disk": self.disk}, CacheLimits(**limits))
+        stores = {"disk": self.disk} if has_disk else {}
+        self.cache = NodeCache(self.pool, stores, CacheLimits(**limits))
         self.management = Management(self.cache)
         self.now_s = 100.0
-        self.before_verifying = lambda: None
+        self.worker = LongWorker(self.pool.arena, {"disk": self.disk})
+        self.between = lambda: None  #: what happens when long work is done, before its outcome is known
 
     def write(self, names, tenant=0, *, is_pinned=False) -> None:
         count = len(names)
@@ -73,24 +68,11 @@ class World:
                     assert (asker, pending) == (b"m", [])
                     self.pool.check_invariants()
                     return message
-                case VerifyBlocks():
-                    blocks = map(self.pool.arena.block, work.block_ids.tolist())
-                    pairs = zip(blocks, work.checksums.tolist(), strict=True)
-                    whole = [checksum(block) == wanted for block, wanted in pairs]
-                    self.before_verifying()
-                    event = BlocksVerified(work, whole)
-                case VerifyStored():
-                    targets = [memoryview(bytearray(BLOCK_BYTES)) for _ in work.blocks]
-                    try:
-                        arrived = self.disk.read([block.name for block in work.blocks], targets, 1.0)
-                    except StoreError as error:
-                        arrived = error
-                    event = StoredVerified(work, arrived)
-                case SyncStore():
-                    event = StoreSynced(work, self.disk.error)
-                    self.disk.num_syncs += 1
-                case _:
+                case ReadBlocks() | WriteBlocks() | Tell():
                     continue  # the cache's own
+                case _:
+                    event = self.worker.do(work)
+                    self.between()
             pending += self.management.on_event(event, self.now_s)
 
     def all(self, question) -> list:
@@ -244,6 +226,19 @@ def test_what_somebody_uses_stays_and_is_counted_and_what_a_pin_keeps_goes():
     assert world.held(names) == names[:1]
 
 
+def test_eviction_spares_what_a_pin_keeps_until_it_ends():
+    world = World()
+    names = names_of(range(3))
+    world.write(names)
+    world.ask(KeepBlocks(query_id="q", names=names[1], ttl_s=60.0))
+    would = world.ask(clear(spares_kept=True, is_dry_run=True))
+    did = world.ask(clear(spares_kept=True))
+    assert (would.num_done, would.num_in_use) == (did.num_done, did.num_in_use) == (2, 1)
+    assert world.held(names) == names[1:2]
+    world.now_s += 61.0
+    assert world.ask(clear(spares_kept=True)).num_done == 1
+
+
 def test_what_was_cleared_can_be_written_again_and_is_told_as_new():
     world = World(4)
     names = names_of(range(4))
@@ -335,7 +330,7 @@ def test_a_block_that_was_reused_while_it_was_verified_is_not_dropped():
     [old, new] = names_of(range(2))
     world.write([old])
     world.damage(old)
-    world.before_verifying = lambda: world.write([new])
+    world.between = lambda: world.write([new])
     done = world.ask(CheckBlocks(query_id="q", tier="host"))
     assert (done.num_done, done.num_damaged) == (0, 0)
     assert world.held([old, new]) == [new]

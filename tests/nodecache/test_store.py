@@ -114,6 +114,18 @@ def test_after_a_sync_all_is_as_before(store):
     assert list(store.names()) == [name_of(2)]
 
 
+def test_what_is_collected_costs_no_block_and_ends(store):
+    write(store, *range(30))
+    store.remove([name_of(n) for n in range(30) if n % 7])
+    num_rounds = 0
+    while store.collect(DEADLINE_S).has_more:
+        num_rounds += 1
+        assert num_rounds < 100
+    left = [n for n in range(30) if n % 7 == 0]
+    assert sorted(store.names()) == sorted(name_of(n) for n in left)
+    assert read(store, *left)[0] == [True] * len(left)
+
+
 def test_many_blocks_in_any_order(store):
     numbers = list(range(40))
     write(store, *numbers)

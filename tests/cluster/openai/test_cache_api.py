@@ -1,180 +1,38 @@
-"""/v1/cache/... over real HTTP, with a real dispatcher, router and node cache; workers only say what they would say."""
+"""/v1/cache/... over real HTTP, with a real dispatcher, router and node cache, and a worker that is a pool."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
-import socket
 from collections.abc import Callable
 
-import httpx
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 
 import cluster.caches
-from cluster.cache_api import add_cache
-from cluster.caches import Caches
-from cluster.dispatch import Dispatcher, DispatchOptions
-from cluster.openai.app import create_app
 from cluster.openai.backend import ServedModel
-from kvcache.names import block_names, pack_tokens, split_names, tenant_of
-from kvrouter.worker import RouterWorker
-from messages.fleet import GetStats, KvEvents, LoadReport, NodeCacheFound, Stats, Subscribe, WorkerInfo
 from nodecache.disk.layout import Model
 from nodecache.disk.store import DiskStore
-from nodecache.process import CacheProcess
+from tests.cluster.openai.cache_world import HELD, PROMPT, managed, until
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, content_of
-from tests.nodecache.client import CacheClient
-from tests.nodecache.test_process import BLOCK_BYTES, options_of
+from tests.nodecache.test_process import BLOCK_BYTES
 from tests.served import run_kvray
 from text.tokenizer import Tokenizer
-from transport.channel import ChannelConfig, ChannelServer
-from transport.secret import ClusterSecret
-
-CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=2.0)
-KEY = {"Authorization": "Bearer a-key"}
-PROMPT = list(range(5, 105))  # 6 full blocks and some
-HELD = 3 * BLOCK_SIZE
 
 
-class SayingWorker:
-    """A decode worker as far as the router and an ingress hear it: it holds `names`, beside a node cache."""
-
-    def __init__(self, secret: ClusterSecret, names: bytes, cache: WorkerInfo) -> None:
-        self._names, self._cache = names, cache
-        self._server = ChannelServer(secret, "127.0.0.1", self._on_message, lambda _: None, CHANNEL)
-        self.close = self._server.close
-        self.info = WorkerInfo(
-            worker_id="decode-1",
-            role="decode",
-            address=self._server.address,
-            node_id="node-1",
-            fingerprint=FINGERPRINT,
-            block_size=BLOCK_SIZE,
-            num_blocks=100,
-            block_bytes=BLOCK_BYTES,
-            max_model_len=512,
-            max_num_seqs=8,
-            roads=("shm",),
-        )
-
-    def _on_message(self, peer: bytes, message: object) -> None:
-        if isinstance(message, Subscribe):
-            self._server.send(peer, KvEvents(worker_id="decode-1", seq=0, cleared=True, stored=self._names))
-            report = LoadReport(
-                worker_id="decode-1", queued_s=0.0, num_waiting=0, num_running=0, free_blocks=9, decode_step_s=0.0
-            )
-            self._server.send(peer, report)
-            self._server.send(peer, NodeCacheFound(worker_id="decode-1", info=self._cache))
-        if isinstance(message, GetStats):
-            values = {"kvray_blocks_hit_total": 12.0, "kvray_blocks_evicted_total": 3.0}
-            answer = Stats(query_id=message.query_id, worker_id="decode-1", role="decode", values=values)
-            self._server.send(peer, answer)
-
-
-class World:
-    """One node with its cache, the router, an ingress, and a client."""
-
-    cache: CacheProcess
-    writer: CacheClient
-    router: RouterWorker
-    dispatcher: Dispatcher
-    http: httpx.AsyncClient
-    disk: DiskStore
-
-    async def post(self, path: str, **body: object) -> dict:
-        reply = await self.http.post(f"/v1/cache/{path}", json=body)
-        assert reply.status_code == 200, reply.text
-        return reply.json()
-
-    async def lines(self, **body: object) -> list[dict]:
-        async with self.http.stream("POST", "/v1/cache/check", json=body) as reply:
-            assert reply.status_code == 200
-            return [json.loads(line) async for line in reply.aiter_lines()]
-
-    async def write(self, token_ids: list[int], salt: bytes = b"") -> list[bytes]:
-        """Have a prompt's blocks in the arena, and on disk."""
-        names = names_of(token_ids, salt)
-        assert await self.writer.write(names, tenant=tenant_of(salt)) == names
-        await until(lambda: all(self.disk.find(name) for name in names))
-        return names
-
-    def held(self, names: list[bytes]) -> list[bytes]:
-        return [name for name in names if self.cache.cache.pool.find(name)[0] >= 0]
-
-    def is_known(self, name: bytes, tier: str) -> bool:
-        return tier in [holder.tier for holder in self.router.router._index.holders(name)]
-
-
-def names_of(token_ids: list[int], salt: bytes = b"") -> list[bytes]:
-    return split_names(block_names(FINGERPRINT, salt, pack_tokens(token_ids), BLOCK_SIZE))
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_so():  # noqa: ASYNC110 - the state has no event
-            await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def serving(app):
-    """The URL of a real HTTP server on this loop."""
-    config = uvicorn.Config(app, log_level="warning", ws="none", lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        running = asyncio.create_task(server.serve(sockets=[listener]))
-        await until(lambda: server.started)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await running
+def counts_of(blocks: int, **others: int) -> dict[str, int]:
+    """What a WorkReply says of a tier of which so many blocks were done."""
+    none = dict.fromkeys(("in_use", "damaged", "without_room", "freed_files", "freed_bytes"), 0)
+    return {"blocks": blocks, "tokens": blocks * BLOCK_SIZE, "bytes": blocks * BLOCK_BYTES} | none | others
 
 
 @pytest.fixture
 async def world(tmp_path, tokenizer: Tokenizer, served_model: Callable[..., ServedModel]):
-    async with contextlib.AsyncExitStack() as stack:
-        made = World()
-        secret = ClusterSecret.generate()
-        made.disk = DiskStore(tmp_path, Model(FINGERPRINT, 1, BLOCK_BYTES), 64 << 20, checksum)
-        options = options_of(64)
-        made.cache = CacheProcess(options, secret, options.layout.allocate(), {"disk": made.disk})
-        info = await made.cache.start()
-        stack.push_async_callback(made.cache.close)
-        made.writer = CacheClient(secret, info.address, BLOCK_BYTES)
-        stack.callback(made.writer.close)
-        await made.writer.open()
-        worker = SayingWorker(secret, b"".join(names_of(PROMPT)[: HELD // BLOCK_SIZE]), info)
-        stack.callback(worker.close)
-        made.router = RouterWorker("router-1", secret, "127.0.0.1", CHANNEL)
-        stack.callback(made.router.close)
-        made.router.set_fleet([worker.info])
-        made.dispatcher = Dispatcher(
-            DispatchOptions(
-                ingress_id="ingress-1", secret=secret, channel=CHANNEL, request_timeout_s=60.0, max_ttft_s=20.0
-            )
-        )
-        stack.callback(made.dispatcher.close)
-        made.dispatcher.set_workers("decode", [worker.info])
-        made.dispatcher.set_routers([made.router.address])
-        app = create_app(
-            made.dispatcher,
-            served_model(tokenizer),
-            tokenizer,
-            version="1",
-            api_keys=["a-key"],
-            extend=lambda app, surface: add_cache(app, surface, Caches(made.dispatcher)),
-        )
-        url = await stack.enter_async_context(serving(app))
-        made.http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=KEY, timeout=20))
-        await until(lambda: bool(made.router._cache_stats))
+    async with managed(tmp_path, tokenizer, served_model(tokenizer)) as made:
         yield made
-        made.cache.cache.check_invariants()
 
 
 # ---------------------------------------------------------------------------------------------------------- looking up
@@ -213,7 +71,8 @@ async def test_another_salts_blocks_are_others(world):
 
 
 async def test_a_long_prompt_is_looked_up_some_blocks_at_a_time(world, monkeypatch):
-    await world.write(PROMPT[:80])
+    names = await world.write(PROMPT[:80])
+    await until(lambda: all(world.is_known(names[-1], tier) for tier in ("host", "disk")))
     whole = await world.post("lookup", prompt=PROMPT)
     for size in (1, 2, 4, 5):
         monkeypatch.setattr(cluster.caches, "_NAMES_LOOKED_UP", size)
@@ -252,7 +111,11 @@ async def test_the_table_is_whole_in_every_format(world):
     assert reply.headers["content-type"] == "application/vnd.apache.arrow.stream"
     table = pa.ipc.open_stream(reply.content).read_all()
     table.validate(full=True)
-    assert table.num_rows == 12 == int(reply.headers["x-num-rows"]) == int(table.schema.metadata[b"num_rows"])
+    assert table.num_rows == 15 == int(reply.headers["x-num-rows"]) == int(table.schema.metadata[b"num_rows"])
+    device = table.filter(pc.equal(table["tier"], "device"))
+    assert sorted(device["name"].to_pylist()) == sorted(names[: HELD // BLOCK_SIZE])
+    assert device["checksum"].to_pylist() == [None] * (HELD // BLOCK_SIZE)
+    assert set(device["holder"].to_pylist()) == {"decode-1"}
     by_tier = {tier: table.filter(pc.equal(table["tier"], tier)) for tier in ("host", "disk")}
     for rows in by_tier.values():
         assert sorted(rows["name"].to_pylist()) == sorted(names)
@@ -260,7 +123,7 @@ async def test_the_table_is_whole_in_every_format(world):
         wanted = {name: checksum(memoryview(content_of(name, BLOCK_BYTES))) for name in names}
         assert dict(zip(rows["name"].to_pylist(), rows["checksum"].to_pylist(), strict=True)) == wanted
         assert set(rows["fingerprint"].to_pylist()) == {FINGERPRINT}
-        assert set(rows["node_cache"].to_pylist()) == {world.cache.worker_id}
+        assert set(rows["holder"].to_pylist()) == {world.cache.worker_id}
     assert by_tier["host"]["tenant"].to_pylist() == [0] * 6
     assert by_tier["disk"]["tenant"].to_pylist() == [None] * 6
     parquet = await world.http.get("/v1/cache/table", params={"format": "parquet", "tier": "host"})
@@ -276,24 +139,26 @@ async def test_the_table_is_whole_in_every_format(world):
 
 async def test_a_prompt_is_cleared_from_all_tiers_after_a_dry_run(world):
     names, others = await world.write(PROMPT), await world.write(list(range(100, 200)))
-    counts = {"blocks": 6, "tokens": 96, "bytes": 6 * BLOCK_BYTES, "in_use": 0, "damaged": 0}
+    counts = counts_of(6)
     would = await world.post("clear", prompt=PROMPT)
     assert would["dry_run"] is True
     assert would["num_caches"] == 1
     assert would["failures"] == []
     assert would["tiers"]["host"] == would["tiers"]["disk"] == counts
+    assert would["tiers"]["device"] == counts_of(HELD // BLOCK_SIZE)
     assert world.held(names) == names
     did = await world.post("clear", prompt=PROMPT, dry_run=False)
     assert did == would | {"dry_run": False}
     assert world.held([*names, *others]) == others
     assert [name for name in [*names, *others] if world.disk.find(name)] == others
-    await until(lambda: not world.is_known(names[0], "host") and not world.is_known(names[0], "disk"))
+    assert world.worker.held(names) == []
+    await until(lambda: not any(world.is_known(names[0], tier) for tier in ("device", "host", "disk")))
 
 
 async def test_what_was_cleared_is_gone_from_disk_for_good(world, tmp_path):
     await world.write(PROMPT)
     did = await world.post("clear", everything=True, tiers=["disk"], dry_run=False)
-    assert did["tiers"] == {"disk": {"blocks": 6, "tokens": 96, "bytes": 6 * BLOCK_BYTES, "in_use": 0, "damaged": 0}}
+    assert did["tiers"] == {"disk": counts_of(6)}
     world.disk.close()
     reopened = DiskStore(tmp_path, Model(FINGERPRINT, 1, BLOCK_BYTES), 64 << 20, checksum)
     assert reopened.names() == []
@@ -311,7 +176,7 @@ async def test_one_salts_blocks_are_cleared_from_host_memory(world):
 async def test_a_prompt_is_pinned_and_unpinned(world):
     names = await world.write(PROMPT)
     kept = await world.post("pin", prompt=PROMPT, ttl_s=300, priority=1)
-    assert kept["tiers"] == {"host": {"blocks": 6, "tokens": 96, "bytes": 6 * BLOCK_BYTES, "in_use": 0, "damaged": 0}}
+    assert kept["tiers"] == {"host": counts_of(6)}
     rows = (await world.http.get("/v1/cache/table", params={"format": "json", "tier": "host"})).json()["blocks"]
     assert all(290 < row["kept_s"] <= 300 for row in rows)
     await world.post("pin", prompt=PROMPT)
@@ -326,28 +191,24 @@ async def test_check_drops_what_is_damaged_and_says_how_far_it_is(world):
     names = await world.write(PROMPT)
     pool = world.cache.cache.pool
     pool.arena.block(int(pool.find(names[2])[0]))[7] ^= 1
-    *progress, whole = await world.lines()
+    *progress, whole = await world.lines("check")
     assert {(line["worker_id"], line["tier"]) for line in progress} == {
-        (world.cache.worker_id, tier) for tier in ("host", "disk", "remote")
+        *((world.cache.worker_id, tier) for tier in ("host", "disk", "remote")),
+        ("decode-1", "device"),
     }
     last = {line["tier"]: (line["blocks"], line["damaged"]) for line in progress}
-    assert last == {"host": (6, 1), "disk": (6, 0), "remote": (0, 0)}
+    assert last == {"device": (0, 0), "host": (6, 1), "disk": (6, 0), "remote": (0, 0)}
     assert len([line for line in progress if line["tier"] == "disk"]) == 2  # a few blocks at a time, in this test
     assert (whole["tiers"]["host"]["damaged"], whole["tiers"]["disk"]["damaged"]) == (1, 0)
     assert world.held(names) == [name for name in names if name != names[2]]
-    *_, again = await world.lines(prompt=PROMPT, tiers=["host"])
-    assert again["tiers"]["host"] | {"tokens": 0, "bytes": 0} == {
-        "blocks": 5,
-        "tokens": 0,
-        "bytes": 0,
-        "in_use": 0,
-        "damaged": 0,
-    }
+    *_, again = await world.lines("check", prompt=PROMPT, tiers=["host"])
+    assert again["tiers"]["host"] == counts_of(5)
 
 
 # -------------------------------------------------------------------------------------------------- what cannot be done
 
 
+VERBS = ("lookup", "clear", "evict", "pin", "unpin", "check", "move", "warm", "gc", "export", "import")
 NONSENSE = [
     ("lookup", {}, "prompt", "want a prompt or messages"),
     ("lookup", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "either"),
@@ -362,7 +223,14 @@ NONSENSE = [
     ("clear", {"prompt": "abc", "everything": True}, "everything", "want a prompt"),
     ("clear", {"cache_salt": "a"}, "tiers", "host"),
     ("clear", {"cache_salt": "a", "everything": True, "tiers": ["host"]}, "everything", "cache_salt"),
-    ("clear", {"everything": True, "tiers": ["device"]}, "tiers[0]", "device"),
+    ("clear", {"everything": True, "tiers": ["tape"]}, "tiers[0]", "tape"),
+    ("evict", {"tiers": ["host"]}, "prompt", "missing"),
+    ("move", {"prompt": "a", "source": "host", "target": "device"}, "target", "device"),
+    ("move", {"prompt": "a", "source": "host", "target": "host"}, "target", "another tier"),
+    ("move", {"source": "host", "target": "disk"}, "prompt", "missing"),
+    ("warm", {"prompt": "a", "worker_id": "nobody"}, "worker_id", "want one of decode-1"),
+    ("gc", {"tiers": ["host"]}, "tiers[0]", "host"),
+    ("export", {}, "prompt", "missing"),
     ("clear", {"everything": True, "tiers": []}, "tiers", "[]"),
     ("pin", {"ttl_s": 5}, "prompt", "missing"),
     ("pin", {"prompt": "a", "ttl_s": 0}, "ttl_s", "0"),
@@ -380,14 +248,14 @@ async def test_what_makes_no_sense_is_a_400_that_says_so(world):
         assert words in error["message"]
 
 
-@pytest.mark.parametrize(("query", "param"), [({"format": "csv"}, "format"), ({"tier": "device"}, "tier")])
+@pytest.mark.parametrize(("query", "param"), [({"format": "csv"}, "format"), ({"tier": "tape"}, "tier")])
 async def test_a_table_that_there_is_not_is_a_400(world, query, param):
     reply = await world.http.get("/v1/cache/table", params=query)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
 async def test_all_of_it_wants_an_api_key(world):
-    calls = [("POST", verb) for verb in ("lookup", "clear", "pin", "unpin", "check")]
+    calls = [("POST", verb) for verb in VERBS]
     for method, path in [*calls, ("GET", "stats"), ("GET", "table")]:
         headers = {"Authorization": "Bearer another"}
         reply = await world.http.request(method, f"/v1/cache/{path}", json={"prompt": [5]}, headers=headers)
@@ -397,7 +265,7 @@ async def test_all_of_it_wants_an_api_key(world):
 async def test_the_documentation_names_every_endpoint_and_its_fields(world):
     schema = (await world.http.get("/openapi.json")).json()
     paths = {path for path in schema["paths"] if path.startswith("/v1/cache/")}
-    assert paths == {f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")}
+    assert paths == {f"/v1/cache/{verb}" for verb in (*VERBS, "stats", "table")}
     assert {"prompt", "messages", "cache_salt", "tiers", "dry_run", "everything"} <= set(
         schema["components"]["schemas"]["ClearRequest"]["properties"]
     )
@@ -446,7 +314,7 @@ async def test_the_command_line_does_all_of_it(world, tmp_path):
     stats = (await kvray(world, "stats")).stdout.splitlines()
     assert stats[0].split() == ["OWNER", "NODE", "TIER", "BLOCKS", "BYTES", "CAPACITY", "HITS", "EVICTIONS"]
     assert [line.split()[2] for line in stats[1:]] == ["device", "host", "disk"]
-    assert json.loads((await kvray(world, "table")).stdout)["num_rows"] == 12
+    assert json.loads((await kvray(world, "table")).stdout)["num_rows"] == 15
     output = tmp_path / "blocks.parquet"
     told = await kvray(world, "table", "--format", "parquet", "--tier", "disk", "--output", output)
     assert (told.stdout, told.stderr) == ("", f"6 blocks in {output}\n")
@@ -454,7 +322,7 @@ async def test_the_command_line_does_all_of_it(world, tmp_path):
     pinned = await kvray(world, "pin", "--file", file, "--ttl", 60)
     assert pinned.stdout == "host: 6 blocks (96 tokens, 24 KiB) pinned\n"
     assert (await kvray(world, "unpin", "--file", file)).stdout.startswith("host: 6 blocks")
-    assert (await kvray(world, "check")).stdout.splitlines()[1] == "disk: 6 blocks (96 tokens, 24 KiB) verified"
+    assert (await kvray(world, "check")).stdout.splitlines()[2] == "disk: 6 blocks (96 tokens, 24 KiB) verified"
     would = await kvray(world, "clear", "--everything", "--tier", "host")
     assert would.stdout == "host: 6 blocks (96 tokens, 24 KiB) would be dropped\n"
     assert world.held(names) == names

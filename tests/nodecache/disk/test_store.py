@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -17,6 +18,7 @@ from nodecache.store import StoredBlock, StoreError
 from tests.nodecache.disk.blocks import (
     BLOCK_BYTES,
     DEADLINE_S,
+    GEOMETRY,
     MODEL,
     ROWS,
     block_of,
@@ -125,6 +127,43 @@ def test_the_order_of_use_survives_with_the_checkpoint(opened, tmp_path, is_chec
         if name_of(3) in dropped:
             break
     assert (name_of(0) not in dropped) is is_checkpoint_kept
+
+
+def test_dropped_blocks_give_their_room_back_when_it_is_collected(opened, tmp_path):
+    store = opened()
+    write(store, range(6 * ROWS))
+    left = [number for number in range(6 * ROWS) if number % 4 == 0]
+    store.remove([name_of(number) for number in range(6 * ROWS) if number % 4])
+    before = used_bytes(tmp_path)
+    num_files = num_bytes = 0
+    while True:
+        collected = store.collect(DEADLINE_S)
+        num_files, num_bytes = num_files + collected.num_files, num_bytes + collected.num_bytes
+        if not collected.has_more:
+            break
+    assert num_files >= 3
+    assert num_bytes == num_files * GEOMETRY.num_bytes
+    assert used_bytes(tmp_path) <= before - num_bytes
+    assert held(store, range(6 * ROWS)) == left
+    store = opened()
+    assert read(store, left) == [True] * len(left)
+    assert store.collect(DEADLINE_S).num_files == 0
+
+
+def test_a_collection_that_is_wanted_and_fails_loses_nothing(tmp_path):
+    files = FaultyFiles()
+    store = open_store(tmp_path, files=files)
+    write(store, range(3 * ROWS))
+    left = list(range(0, 3 * ROWS, 4))
+    store.remove([name_of(number) for number in range(3 * ROWS) if number % 4])
+    store.sync(DEADLINE_S)
+    files.failing["unlink"] = errno.EIO
+    with pytest.raises(StoreError, match="cannot be collected"):
+        store.collect(DEADLINE_S)
+    files.failing.clear()
+    assert read(store, left) == [True] * len(left)
+    store.check_invariants()
+    store.close()
 
 
 def test_a_value_that_the_caller_gives_decides_who_goes(opened):

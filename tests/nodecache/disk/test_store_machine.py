@@ -72,6 +72,12 @@ class DiskStoreMachine(RuleBasedStateMachine):
     def sync(self):
         self.store.sync(DEADLINE_S)
 
+    @rule()
+    def collect(self):
+        before = self.present()
+        assert self.store.collect(DEADLINE_S).num_bytes >= 0
+        assert self.present() <= before
+
     @rule(is_checkpoint_kept=st.booleans(), num_segments=st.integers(4, 8))
     def restart(self, is_checkpoint_kept, num_segments):
         before = self.present()

@@ -1,0 +1,117 @@
+"""The command line: kvray cache export, import: a prompt's KV as a file that ships with a deployment."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+import msgspec
+import typer
+
+from cluster.cache_cli import (
+    TIMEOUT_S,
+    CacheSalt,
+    PromptFile,
+    Text,
+    print_json,
+    progress,
+    prompt_body,
+    say_aside,
+    show_work,
+)
+from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
+from messages.errors import ConfigError, WorkerError
+
+
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")],
+    text: Text = None,
+    file: PromptFile = None,
+    cache_salt: CacheSalt = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a prompt's KV to an Arrow file, as far as it is held from the prompt's head on, and verify it there."""
+    from cluster.prefix_file import PrefixFile
+
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    body = prompt_body(text, file, cache_salt)
+    try:
+        with asked(url, "/v1/cache/export", key_of(api_key, api_key_file), "cache", TIMEOUT_S, body) as response:
+            _copy(response, unfinished, output)
+        with contextlib.closing(PrefixFile(unfinished)) as prefix, progress() as bars:
+            task = bars.add_task("verified", total=prefix.num_rows)
+            for piece in prefix.pieces():
+                bars.advance(task, len(piece.checksums) // 8)
+            told = {"blocks": prefix.num_rows, "tokens": prefix.num_rows * prefix.model.block_size, "file": str(output)}
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if as_json:
+        print_json(told)
+    else:
+        say_aside(f"{told['blocks']} blocks ({told['tokens']} tokens) in {output}")
+
+
+def take_in(
+    file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    cache_salt: Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are to find it.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put an exported prompt's KV into host memory of each node, from where it is written down. For operators.
+
+    All of the file is verified before the first block is sent, and each block again where it is to lie.
+    """
+    from cluster.prefix_file import PrefixFile
+
+    path = "/v1/cache/import" + ("" if cache_salt is None else f"?{urlencode({'cache_salt': cache_salt})}")
+    key = key_of(api_key, api_key_file)
+    whole: dict[str, Any] = {}
+    with contextlib.closing(PrefixFile(file)) as prefix, progress() as bars:
+        task = bars.add_task("verified", total=prefix.num_rows)
+        for piece in prefix.pieces():
+            bars.advance(task, len(piece.checksums) // 8)
+        task = bars.add_task("taken in", total=prefix.num_rows)
+        for piece in prefix.pieces():
+            with asked(url, path, key, "cache", TIMEOUT_S, msgspec.msgpack.encode(piece)) as response:
+                whole = _added(whole, msgspec.json.decode(response.read()))
+            bars.advance(task, len(piece.checksums) // 8)
+    show_work(whole, "taken in", as_json=as_json)
+
+
+def _copy(response: http.client.HTTPResponse, unfinished: Path, output: Path) -> None:
+    try:
+        with unfinished.open("wb") as stream, progress() as bars:
+            task = bars.add_task("bytes received", total=None)
+            while data := _next_bytes(response):
+                stream.write(data)
+                bars.advance(task, len(data))
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+def _next_bytes(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(1 << 20)
+    except (OSError, http.client.HTTPException) as error:
+        raise WorkerError(
+            f"the answer was cut off ({type(error).__name__}): a block is held no more, ask again"
+        ) from None
+
+
+def _added(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Add what was done with one piece to what was done before."""
+    if not whole:
+        return part
+    for tier, counts in part["tiers"].items():
+        before = whole["tiers"].setdefault(tier, dict.fromkeys(counts, 0))
+        whole["tiers"][tier] = {name: before[name] + number for name, number in counts.items()}
+    return {**part, "tiers": whole["tiers"], "failures": [*whole["failures"], *part["failures"]]}

@@ -1,0 +1,392 @@
+"""Blocks carried out of a tier, into one, and from one to another, because somebody who manages it wants it. Pure.
+
+    FetchBlocks --> ReadOut --------------------------------> BlocksFetched
+    MoveBlocks ---> ReadOut --> FillBlocks (up to the arena) --> dropped where they lay --> PieceDone
+                          '---> StoreBlocks (to a store) -----'
+    PutBlocks ----------------> FillBlocks --> StoreBlocks (to the nearest store) --> PieceDone
+
+What was read out is a copy in plain memory that has its checksum, so that nothing needs to be pinned meanwhile. Blocks
+of the arena that are filled are in nobody else's books; a process that dies leaves them to be quarantined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.names import split_names, whole_names
+from messages.cache import PIECE_BYTES, BlocksFetched, FetchBlocks, MoveBlocks, PieceDone, PutBlocks
+from messages.errors import RequestError
+from messages.tier import Tier
+from nodecache.arena import BlockIds, as_ids
+from nodecache.cache import NodeCache
+from nodecache.pool import Written, as_names
+from nodecache.store import StoredBlock, StoreError
+from nodecache.tiers import TierStore
+from nodecache.worth import MAX_PRIORITY
+
+_SIGHTS: Final = 2  #: somebody kept it, and somebody wants it
+_UINT32: Final = 2**32 - 1
+_UINT64: Final = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadOut:
+    """Copy blocks of a tier to plain memory, and verify them there, in any thread; OutRead answers."""
+
+    asker: bytes
+    question: FetchBlocks | MoveBlocks
+    answer: PieceDone  #: to a MoveBlocks, as far as it is known
+    settled: tuple[bytes, ...]  #: names that the target of a MoveBlocks has already
+    tier: Tier
+    blocks: tuple[StoredBlock, ...]
+    block_ids: tuple[int, ...]  #: of each, where the tier is the arena
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FillBlocks:
+    """Copy blocks into those of the arena, and verify what was copied, in any thread; BlocksFilled answers."""
+
+    asker: bytes
+    question: MoveBlocks | PutBlocks
+    answer: PieceDone
+    settled: tuple[bytes, ...]
+    blocks: tuple[StoredBlock, ...]
+    indexes: tuple[int, ...]  #: their positions in their prefix
+    sources: tuple[memoryview, ...]
+    block_ids: BlockIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoreBlocks:
+    """Write blocks to a store, in any thread; BlocksStored answers."""
+
+    asker: bytes
+    question: MoveBlocks | PutBlocks
+    answer: PieceDone
+    settled: tuple[bytes, ...]
+    tier: Tier
+    blocks: tuple[StoredBlock, ...]
+    sources: tuple[memoryview, ...]
+    deadline_s: float
+
+
+CarryingInstruction: TypeAlias = ReadOut | FillBlocks | StoreBlocks
+CarryingAnswer: TypeAlias = PieceDone | BlocksFetched
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutRead:
+    """A ReadOut was carried out: which blocks came whole, or that the store failed; where they lie now."""
+
+    read: ReadOut
+    arrived: Sequence[bool] | StoreError
+    targets: Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksFilled:
+    """A FillBlocks was carried out: which blocks have their checksums."""
+
+    filled: FillBlocks
+    are_whole: Sequence[bool]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksStored:
+    """A StoreBlocks was carried out: the names that the store dropped for it, or that it failed."""
+
+    stored: StoreBlocks
+    dropped: Sequence[bytes] | StoreError
+
+
+CarryingEvent: TypeAlias = OutRead | BlocksFilled | BlocksStored
+
+
+class Carrying:
+    """What is carried into and out of one node cache. Keeps nothing but what the cache does."""
+
+    def __init__(self, cache: NodeCache, kernel_path: str) -> None:
+        """`kernel_path`: what computed the blocks that are here."""
+        self._cache = cache
+        self._pool = cache.pool
+        self._layout = cache.pool.arena.layout
+        self._kernel_path = kernel_path
+        self._max_blocks = max(1, PIECE_BYTES // self._layout.block_bytes)
+        self._stores: Mapping[Tier, TierStore] = {entry.tier: entry for entry in cache.tiers.all}
+
+    # ------------------------------------------------------------------------------------------- what somebody wants
+
+    def fetch(self, asker: bytes, question: FetchBlocks) -> CarryingInstruction | CarryingAnswer:
+        """Read blocks out for whoever asks."""
+        names = list(dict.fromkeys(split_names(question.names)))[: self._max_blocks]
+        blocks, block_ids = self._held(question.tier, names)
+        if not blocks:
+            return self._fetched(question)
+        answer = PieceDone(query_id=question.query_id)
+        deadline_s = self._cache.limits.read_deadline_s
+        return ReadOut(asker, question, answer, (), question.tier, blocks, block_ids, deadline_s)
+
+    def put(self, asker: bytes, question: PutBlocks, now_s: float) -> CarryingInstruction | CarryingAnswer:
+        """Take blocks in that are not here yet, as far as there is room that is worth no more."""
+        try:
+            names = self._checked(question)
+        except RequestError as error:
+            return PieceDone(query_id=question.query_id, error=error.info())
+        sums = np.frombuffer(question.checksums, "<u8").tolist()
+        here = self._pool.find(question.names) >= 0
+        lacking = np.flatnonzero(~here).tolist()
+        data, size = question.data, self._layout.block_bytes
+        answer = PieceDone(
+            query_id=question.query_id,
+            num_done=len(names) - len(lacking),
+            num_tokens=(len(names) - len(lacking)) * question.block_size,
+            num_held=self._pool.num_held,
+        )
+        blocks = [StoredBlock(names[i], question.block_size, sums[i]) for i in lacking]
+        indexes = [question.first_index + i for i in lacking]
+        sources = [data[i * size : (i + 1) * size] for i in lacking]
+        return self._fill(asker, question, answer, (), blocks, indexes, sources, now_s)
+
+    def move(self, asker: bytes, question: MoveBlocks) -> CarryingInstruction | CarryingAnswer:
+        """Bring the next blocks from their tier to another."""
+        if question.target != "host" and question.target not in self._stores:
+            error = RequestError(f"there is no {question.target} tier here")
+            return PieceDone(query_id=question.query_id, error=error.info())
+        begin = max(0, question.cursor)
+        every = whole_names(question.names)
+        names = every[begin : begin + self._max_blocks]
+        end = begin + len(names)
+        answer = PieceDone(query_id=question.query_id, next_cursor=end if end < len(every) else None)
+        blocks, block_ids = self._held(question.tier, names)
+        if not blocks or question.tier == question.target:
+            return answer
+        at_target = {block.name for block in self._held(question.target, names)[0]}
+        settled = tuple(block.name for block in blocks if block.name in at_target)
+        is_lacking = [block.name not in at_target for block in blocks]
+        if not any(is_lacking):
+            return self._end_move(question, answer, settled, 0)
+        return ReadOut(
+            asker,
+            question,
+            answer,
+            settled,
+            question.tier,
+            tuple(block for block, lacks in zip(blocks, is_lacking, strict=True) if lacks),
+            tuple(block_id for block_id, lacks in zip(block_ids, is_lacking, strict=False) if lacks),
+            self._cache.limits.read_deadline_s,
+        )
+
+    # ----------------------------------------------------------------------------------------------- what became of it
+
+    def on_event(self, event: CarryingEvent, now_s: float) -> CarryingInstruction | CarryingAnswer:
+        """Take in what was done; return what is to be done next, or the answer."""
+        match event:
+            case OutRead(read, arrived, targets):
+                return self._go_on(read, arrived, targets, now_s)
+            case BlocksFilled(filled, are_whole):
+                return self._end_fill(filled, np.asarray(are_whole, bool), now_s)
+            case BlocksStored(stored, dropped):
+                return self._end_store(stored, dropped)
+
+    def _go_on(
+        self, read: ReadOut, arrived: Sequence[bool] | StoreError, targets: Sequence[memoryview], now_s: float
+    ) -> CarryingInstruction | CarryingAnswer:
+        question = read.question
+        if isinstance(arrived, StoreError):
+            if isinstance(question, FetchBlocks):
+                return BlocksFetched(query_id=question.query_id, error=arrived.info())
+            return msgspec.structs.replace(read.answer, error=arrived.info())
+        if read.tier != "host":
+            self.forget_lost(read.tier, read.blocks, arrived)
+        came = [
+            (block, target) for block, target, is_there in zip(read.blocks, targets, arrived, strict=True) if is_there
+        ]
+        blocks, sources = [block for block, _ in came], [target for _, target in came]
+        if isinstance(question, FetchBlocks):
+            return self._fetched(question, blocks, sources)
+        if not blocks:
+            return self._end_move(question, read.answer, read.settled, 0)
+        if question.target == "host":
+            position = {name: index for index, name in enumerate(whole_names(question.names))}
+            indexes = [min(question.first_index + position[block.name], _UINT32) for block in blocks]
+            return self._fill(read.asker, question, read.answer, read.settled, blocks, indexes, sources, now_s)
+        deadline_s = self._cache.limits.write_deadline_s
+        return StoreBlocks(
+            *(read.asker, question, read.answer, read.settled, question.target),
+            *(tuple(blocks), tuple(sources), deadline_s),
+        )
+
+    def _fill(
+        self,
+        asker: bytes,
+        question: MoveBlocks | PutBlocks,
+        answer: PieceDone,
+        settled: tuple[bytes, ...],
+        blocks: Sequence[StoredBlock],
+        indexes: Sequence[int],
+        sources: Sequence[memoryview],
+        now_s: float,
+    ) -> CarryingInstruction | CarryingAnswer:
+        """Take room in the arena, heads first: whoever manages it values it more than who would be granted it."""
+        positions, ones = np.array(indexes, np.int64), np.ones(len(indexes), np.int64)
+        levels = self._pool.worth.levels(positions, _SIGHTS * ones, MAX_PRIORITY * ones)
+        block_ids = self._pool.take(levels.tolist(), now_s)
+        count = len(block_ids)
+        self._cache.num_filling += count
+        answer = msgspec.structs.replace(answer, num_without_room=len(blocks) - count)
+        if not count:
+            return self._end_move(question, answer, settled, 0) if isinstance(question, MoveBlocks) else answer
+        return FillBlocks(
+            *(asker, question, answer, settled),
+            *(tuple(blocks[:count]), tuple(indexes[:count]), tuple(sources[:count]), block_ids),
+        )
+
+    def _end_fill(
+        self, filled: FillBlocks, are_whole: npt.NDArray[np.bool_], now_s: float
+    ) -> CarryingInstruction | CarryingAnswer:
+        """Name what was filled, if all of it is whole."""
+        pool, question, block_ids = self._pool, filled.question, filled.block_ids
+        self._cache.num_filling -= len(block_ids)
+        if not are_whole.all():
+            pool.give_back(block_ids)
+            position = filled.indexes[int(np.argmin(are_whole))]
+            error = RequestError(f"block {position}: its bytes do not have its checksum; nothing of this piece is kept")
+            return msgspec.structs.replace(filled.answer, num_without_room=0, error=error.info())
+        written = Written(
+            block_ids,
+            as_names(b"".join(block.name for block in filled.blocks)),
+            np.array([block.checksum for block in filled.blocks], np.uint64),
+            np.array([block.num_tokens for block in filled.blocks], np.uint32),
+            np.array(filled.indexes, np.uint32),
+            question.tenant & _UINT64 if isinstance(question, PutBlocks) else 0,
+        )
+        is_new = pool.commit(written, np.full(len(block_ids), _SIGHTS, np.uint32), now_s)
+        pool.give_back(block_ids[~is_new])  # a worker wrote the same block meanwhile: that one will do
+        pool.unpin(block_ids[is_new])
+        if isinstance(question, MoveBlocks):
+            names = tuple(block.name for block in filled.blocks)
+            return self._end_move(question, filled.answer, (*filled.settled, *names), len(names))
+        self._cache.writing_down.offer(block_ids[is_new])
+        num_tokens = sum(block.num_tokens for block in filled.blocks)
+        answer = _with_more(filled.answer, len(filled.blocks), num_tokens)
+        nearest = next((entry for entry in self._cache.tiers.all if entry.is_usable(now_s)), None)
+        if nearest is None:
+            return answer
+        # At once, so that more can be put in than the arena holds; what fails is written down like other blocks.
+        deadline_s = self._cache.limits.write_deadline_s
+        return StoreBlocks(
+            *(filled.asker, question, answer, (), nearest.tier),
+            *(filled.blocks, filled.sources, deadline_s),
+        )
+
+    def _end_store(self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError) -> CarryingAnswer:
+        question = stored.question
+        if isinstance(dropped, StoreError):
+            is_put = isinstance(question, PutBlocks)  # then they are held all the same
+            return stored.answer if is_put else msgspec.structs.replace(stored.answer, error=dropped.info())
+        entry = self._stores[stored.tier]
+        names = [block.name for block in stored.blocks]
+        kept = [name for name in names if entry.store.find(name) is not None]
+        entry.is_full = bool(dropped)
+        entry.on_changed(kept, dropped)
+        if isinstance(question, PutBlocks):
+            return stored.answer
+        return self._end_move(question, stored.answer, (*stored.settled, *kept), len(kept))
+
+    def _end_move(
+        self, question: MoveBlocks, answer: PieceDone, names: tuple[bytes, ...], num_new: int
+    ) -> CarryingAnswer:
+        """Drop blocks where they lay, unless they are to stay; `num_new` of `names` were not at the target before."""
+        blocks, block_ids = self._held(question.tier, names)
+        if question.keeps_source:
+            return _with_more(answer, num_new, sum(block.num_tokens for block in blocks[len(blocks) - num_new :]))
+        if question.tier == "host":
+            gone = set(self._pool.drop(as_ids(block_ids)).tolist())
+            dropped = [block for block, block_id in zip(blocks, block_ids, strict=True) if block_id in gone]
+        else:
+            entry, dropped = self._stores[question.tier], list(blocks)
+            entry.store.remove([block.name for block in dropped])
+            entry.on_changed([], [block.name for block in dropped])
+        answer = msgspec.structs.replace(answer, num_in_use=len(blocks) - len(dropped))
+        return _with_more(answer, len(dropped), sum(block.num_tokens for block in dropped))
+
+    # ------------------------------------------------------------------------------------------------- what is here
+
+    def forget_lost(self, tier: Tier, blocks: Sequence[StoredBlock], arrived: Sequence[bool]) -> list[bytes]:
+        """Note which of the blocks that a store was to read are gone from it: they did not come whole. Their names."""
+        entry = self._stores[tier]
+        lost = [block.name for block, has_come in zip(blocks, arrived, strict=True) if not has_come]
+        gone = [name for name in lost if entry.store.find(name) is None]
+        entry.on_changed([], gone)
+        return gone
+
+    def _held(self, tier: Tier, names: Sequence[bytes]) -> tuple[tuple[StoredBlock, ...], tuple[int, ...]]:
+        """Return those of the blocks that a tier holds, in order, and their ids where that is the arena."""
+        if tier == "host":
+            found = self._pool.find(b"".join(names))
+            block_ids = found[found >= 0]
+            rows = self._pool.records(block_ids)
+            held = map(StoredBlock, self._pool.names(block_ids), rows["num_tokens"].tolist(), rows["checksum"].tolist())
+            return tuple(held), tuple(block_ids.tolist())
+        entry = self._stores.get(tier)
+        if entry is None:
+            return (), ()
+        return tuple(block for block in map(entry.store.find, names) if block is not None), ()
+
+    def _fetched(
+        self, question: FetchBlocks, blocks: Sequence[StoredBlock] = (), sources: Sequence[memoryview] = ()
+    ) -> BlocksFetched:
+        return BlocksFetched(
+            query_id=question.query_id,
+            layout_version=self._layout.version,
+            kernel_path=self._kernel_path,
+            names=b"".join(block.name for block in blocks),
+            checksums=np.array([block.checksum for block in blocks], "<u8").tobytes(),
+            data=memoryview(b"".join(sources)),
+        )
+
+    def _checked(self, question: PutBlocks) -> list[bytes]:
+        """Return the names of blocks that come from outside, which are blocks of this model.
+
+        Raises:
+            RequestError: they are not.
+        """
+        layout = self._layout
+        pairs: list[tuple[str, object, object]] = [
+            ("fingerprint", question.fingerprint.hex(), layout.fingerprint.hex()),
+            ("layout version", question.layout_version, layout.version),
+            ("kernel path", question.kernel_path, self._kernel_path),
+        ]
+        for what, seen, wanted in pairs:
+            if seen != wanted:
+                raise RequestError(f"{what} of the blocks: got {seen}, want {wanted}")
+        names = split_names(question.names)
+        wanted_bytes = (len(names) * 16, len(names) * 8, len(names) * layout.block_bytes)
+        seen_bytes = (len(question.names), len(question.checksums), len(question.data))
+        if seen_bytes != wanted_bytes or not 0 < len(names) <= self._max_blocks:
+            raise RequestError(
+                f"blocks: got {seen_bytes} bytes of names, checksums and blocks, want 16, 8 and {layout.block_bytes} "
+                f"for each of 1 to {self._max_blocks} blocks"
+            )
+        last_index = question.first_index + len(names) - 1
+        if not (question.first_index >= 0 and last_index <= _UINT32 and 0 < question.block_size <= _UINT32):
+            raise RequestError(f"blocks: got {question.first_index} as the first, of {question.block_size} tokens")
+        if last_index >= self._pool.num_blocks and not self._stores:
+            raise RequestError(
+                f"a prefix of more than {last_index} blocks: host memory has room for {self._pool.num_blocks} here, "
+                "and there is no store below"
+            )
+        return names
+
+
+def _with_more(answer: PieceDone, num_blocks: int, num_tokens: int) -> PieceDone:
+    return msgspec.structs.replace(
+        answer, num_done=answer.num_done + num_blocks, num_tokens=answer.num_tokens + num_tokens
+    )
