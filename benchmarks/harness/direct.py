@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats
+from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease
 from messages.request import GenerateRequest, HeldRun, SamplingParams
-from messages.stream import TokenBatch, TokenChunk
+from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.channel import ChannelClient
 from transport.secret import ClusterSecret
@@ -26,6 +27,7 @@ class DirectClient:
     def __init__(self, secret: ClusterSecret, address: str) -> None:
         self._inbox: asyncio.Queue[Message | str] = asyncio.Queue()  #: a string: why the worker was lost
         self._client = ChannelClient(secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait)
+        self.sources: PromptSources | None = None  #: of the last prompt
 
     def close(self) -> None:
         """Close the channel."""
@@ -60,6 +62,30 @@ class DirectClient:
         times_s = await self.token_times_s(prompt, prefill_address, max_tokens=2, held=held, kind=kind)
         return times_s[0] - begin_s
 
+    async def hold(self, prompt: Sequence[int]) -> None:
+        """Have the prefill worker at the other end compute a prompt and keep its full blocks, which nobody pulls.
+
+        Raises:
+            RuntimeError: the worker refused the prompt.
+            ConnectionError: the worker is gone.
+        """
+        request = GenerateRequest(
+            request_id=f"direct-{next(self._ids)}",
+            token_ids=pack_tokens(prompt),
+            num_prompt_tokens=len(prompt),
+            params=SamplingParams(max_tokens=1, temperature=0.0),
+        )
+        self._client.send(PrefillRequest(request=request, num_held_tokens=len(prompt)))
+        while True:
+            match await self._next():
+                case KvHandoff(is_last=True):
+                    self._client.send(ReleaseLease(request_id=request.request_id))
+                    return
+                case PrefillFailed(error=error):
+                    raise RuntimeError(error.message)
+                case _:
+                    pass
+
     async def token_times_s(
         self,
         prompt: Sequence[int],
@@ -87,10 +113,12 @@ class DirectClient:
             held=held,
         )
         self._client.send(request)
+        self.sources = None
         times_s: list[float] = []
         while True:
             chunk = await self._chunk()
             times_s += [time.monotonic()] * len(chunk.token_ids)
+            self.sources = chunk.sources or self.sources
             if chunk.error is not None:
                 raise RuntimeError(chunk.error.message)
             if chunk.finish_reason is not None:
