@@ -44,6 +44,7 @@ HELP: Final = {
     "kvray_cache_refused_total": "KV blocks that workers were refused room for, as it holds what is worth more",
     "kvray_cache_seen_again_total": "KV blocks that workers wanted room for and had wanted before",
     "kvray_cache_store_failures_total": "Times that a store failed or did not answer, by tier",
+    "kvray_cache_prefetched_total": "KV blocks that were read from a store for sequences that still waited",
     "kvray_cache_without_room_total": "KV blocks that were not read from a store, as the arena had no room",
     "kvray_cache_written_down_total": "KV blocks that went from the arena to a store, by tier",
     "kvray_cache_written_total": "KV blocks that workers wrote into the arena",

@@ -15,6 +15,7 @@ from engine.crashing import Crash
 from engine.loans import (
     AskOwner,
     BeginPull,
+    Found,
     HandedOff,
     LearnHandoff,
     LoanBook,
@@ -32,7 +33,7 @@ from engine.offload import Offloader
 from engine.peers import Peers
 from engine.puller import BlockPuller, PullOutcome
 from engine.scheduling.plan import Event, PullBlocks
-from messages.handoff import KvHandoff, PrefillFailed, RoomGranted
+from messages.handoff import BlocksFound, KvHandoff, PrefillFailed, RoomGranted
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.wire import Message
@@ -111,6 +112,8 @@ class Borrower:
         match message:
             case KvHandoff():
                 self.decide(HandedOff(address, message))
+            case BlocksFound():
+                self.decide(Found(address, message))
             case RoomGranted():
                 self.offloader.on_granted(message)
             case PrefillFailed(request_id=request_id, error=error):

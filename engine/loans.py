@@ -4,8 +4,8 @@
       '-----refused, owner lost-----> the scheduler asks another, or computes
 
 A loan is a lease seen from the asker's side: it begins with the question to the owner, which computes a prompt
-(PrefillRequest) or has the blocks (BlocksRequest), and ends with the word that nothing more of its blocks will be read,
-or when the owner says that there is nothing or is gone.
+(PrefillRequest), has the blocks (BlocksRequest) or makes them ready (PrefetchBlocks). It ends with the word that
+nothing more of its blocks will be read, or when the owner says that there is nothing or is gone.
 
 A sequence that ends while an owner still makes its blocks releases at once, even under a pull: the owner is to stop.
 Once all was offered the loan waits for the pull, for what comes whole is of use to the next request.
@@ -19,9 +19,11 @@ from itertools import count
 from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import (
+    AskAhead,
     AskBlocks,
     BlocksOffered,
     Event,
+    FoundAhead,
     KvOffered,
     KvRefused,
     PullBlocks,
@@ -30,7 +32,15 @@ from engine.scheduling.plan import (
     StopRemote,
 )
 from messages.errors import InvariantError
-from messages.handoff import BlocksRequest, KvHandoff, PrefillRequest, ReleaseLease, RenewLease
+from messages.handoff import (
+    BlocksFound,
+    BlocksRequest,
+    KvHandoff,
+    PrefetchBlocks,
+    PrefillRequest,
+    ReleaseLease,
+    RenewLease,
+)
 from messages.tier import Tier
 
 _AVOID_S = 1.0  #: how long an address is left alone after it was lost
@@ -52,6 +62,14 @@ class HandedOff:
 
     source: str
     handoff: KvHandoff
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An owner says where it has blocks that will be asked for."""
+
+    source: str
+    found: BlocksFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +124,13 @@ class SchedulerTold:
 #: What a scheduler wants done about blocks of others is an event here.
 LoanEvent: TypeAlias = (
     AskBlocks
+    | AskAhead
     | StopAsking
     | StopRemote
     | PullBlocks
     | PromptWanted
     | HandedOff
+    | Found
     | Refused
     | OwnerLost
     | PullProgressed
@@ -135,7 +155,7 @@ class AskOwner:
     """Connect to `source` unless that was done, and send it `message`."""
 
     source: str
-    message: PrefillRequest | BlocksRequest
+    message: PrefillRequest | BlocksRequest | PrefetchBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +197,8 @@ class _Loan:
     seq_id: str
     source: str
     asked_s: float
-    is_prompt: bool  #: the owner computes what it does not have
+    is_prompt: bool = False  #: the owner computes what it does not have
+    is_ahead: bool = False  #: the owner makes ready what it will be asked for
     is_wanted: bool = True  #: the sequence has not ended
     is_offered_whole: bool = False  #: the last handoff came
     tier: Tier = "device"  #: of the last handoff
@@ -217,9 +238,11 @@ class LoanBook:
         """
         match event:
             case PromptWanted(source, message):
-                self._loans[message.request.request_id] = _Loan(message.request.request_id, source, now_s, True)
+                self._loans[message.request.request_id] = _Loan(
+                    message.request.request_id, source, now_s, is_prompt=True
+                )
                 return [AskOwner(source, message)]
-            case AskBlocks():
+            case AskBlocks() | AskAhead():
                 return self._ask(event, now_s)
             case StopAsking(seq_id, source):
                 return self._give_up(seq_id, source)
@@ -229,9 +252,8 @@ class LoanBook:
                 return self._begin_pull(event)
             case HandedOff(source, handoff):
                 return self._take_handoff(source, handoff)
-            case Refused(source, loan_id):
-                loan = self._loans.get(loan_id)
-                return self._do_without(loan_id) if loan is not None and loan.source == source else []
+            case Found() | Refused():
+                return self._take_word(event)
             case OwnerLost(source):
                 self._avoided_until_s = {key: s for key, s in self._avoided_until_s.items() if s > now_s}
                 self._avoided_until_s[source] = now_s + _AVOID_S
@@ -268,17 +290,19 @@ class LoanBook:
     def _of(self, seq_id: str) -> list[tuple[str, _Loan]]:
         return [(loan_id, loan) for loan_id, loan in self._loans.items() if loan.seq_id == seq_id]
 
-    def _ask(self, asked: AskBlocks, now_s: float) -> list[LoanInstruction]:
+    def _ask(self, asked: AskBlocks | AskAhead, now_s: float) -> list[LoanInstruction]:
         """Ask a holder for blocks by name, in the stead of what it was asked for that sequence before."""
         ended = self._give_up(asked.seq_id, asked.source)
         loan_id = f"{asked.seq_id}#{next(self._numbers)}"
-        self._loans[loan_id] = _Loan(asked.seq_id, asked.source, now_s, False)
-        message = BlocksRequest(
-            request_id=loan_id,
-            first_index=asked.first_index,
-            names=b"".join(asked.names),
-            is_tail_first=asked.is_tail_first,
-        )
+        first_index, names = asked.first_index, b"".join(asked.names)
+        message: BlocksRequest | PrefetchBlocks
+        if isinstance(asked, AskAhead):
+            message = PrefetchBlocks(request_id=loan_id, first_index=first_index, names=names)
+        else:
+            message = BlocksRequest(
+                request_id=loan_id, first_index=first_index, names=names, is_tail_first=asked.is_tail_first
+            )
+        self._loans[loan_id] = _Loan(asked.seq_id, asked.source, now_s, is_ahead=isinstance(asked, AskAhead))
         return [*ended, AskOwner(asked.source, message)]
 
     def _give_up(self, seq_id: str, source: str | None) -> list[LoanInstruction]:
@@ -315,6 +339,16 @@ class LoanBook:
         )
         return [TellScheduler(loan.seq_id, offered)]
 
+    def _take_word(self, word: Found | Refused) -> list[LoanInstruction]:
+        """Take in what an owner has, or that it has nothing; not of a question that is over, or was another's."""
+        loan_id = word.found.request_id if isinstance(word, Found) else word.loan_id
+        loan = self._loans.get(loan_id)
+        if loan is None or loan.source != word.source:
+            return []
+        if isinstance(word, Refused):
+            return self._do_without(loan_id)
+        return [TellScheduler(loan.seq_id, FoundAhead(loan.seq_id, word.source, word.found.runs))]
+
     def _do_without(self, loan_id: str, *, is_suspect: bool = False) -> list[LoanInstruction]:
         """Forget a loan that ended at its owner; the scheduler is to do without what was not offered.
 
@@ -323,6 +357,8 @@ class LoanBook:
         loan = self._loans.pop(loan_id)
         if loan.is_offered_whole or not loan.is_wanted:
             return []
+        if loan.is_ahead:
+            return [TellScheduler(loan.seq_id, FoundAhead(loan.seq_id, loan.source, ()))]
         if not loan.is_prompt:
             return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, [], is_last=True))]
         self.num_refused += 1

@@ -32,6 +32,7 @@ from engine.memory.kv_pool import LAYOUT_VERSION, block_numbers
 from engine.model.load import load_model
 from engine.puller import BlockPuller
 from engine.scheduling.plan import (
+    AskAhead,
     AskBlocks,
     AskRemote,
     CompileGrammar,
@@ -372,7 +373,7 @@ class EngineWorker:
             match instruction:
                 case EmitTokens() | OfferBlocks() | AskRemote():
                     of_role.append(instruction)
-                case AskBlocks() | StopAsking() | StopRemote() | PullBlocks():
+                case AskBlocks() | AskAhead() | StopAsking() | StopRemote() | PullBlocks():
                     self.borrower.decide(instruction)
                 case LendBlocks() if self.borrower.offloader.is_own(instruction):
                     self.borrower.offloader.on_pinned(instruction)
@@ -404,6 +405,7 @@ class EngineWorker:
             return
         self._cache = info
         self.borrower.offloader.use(None if info is None else info.address)
+        self.engine.scheduler.set_node_cache("" if info is None else info.address)
         for subscriber in self._subscribers:
             self.send(subscriber, NodeCacheFound(worker_id=self.worker_id, info=info))
 

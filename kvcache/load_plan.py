@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from kvcache.price import Computation, compute_s, harm_s, move_s
+from messages.handoff import FoundRun
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 
@@ -54,6 +56,23 @@ class LoadPlan(NamedTuple):
     def computed_share(self) -> float:
         """How much of it is computed where both meet, in [0, 1]."""
         return self.load_s / (self.load_s + self.compute_s)
+
+
+def with_found(
+    held: Sequence[HeldRun], address: str, begin: int, end: int, found: Sequence[FoundRun]
+) -> tuple[HeldRun, ...]:
+    """Replace, within blocks [begin, end) of `held`, what it says of the owner at `address` by what that found."""
+    cuts = {begin, end, *(run.begin for run in held), *(run.begin for run in found)}
+    cuts |= {*(run.end for run in held), *(run.end for run in found)}
+    runs: list[HeldRun] = []
+    for left, right in pairwise(sorted(cuts)):
+        copies = next((run.copies for run in held if run.begin <= left < run.end), ())
+        if begin <= left < end:
+            now = (Copy(address, run.tier) for run in found if run.begin <= left < run.end)
+            copies = (*(copy for copy in copies if copy.address != address), *now)
+        if copies:
+            runs.append(HeldRun(left, right, copies))
+    return tuple(runs)
 
 
 def lacking_runs(held: Sequence[HeldRun], begin: int, end: int, is_here: Callable[[int], bool]) -> list[HeldRun]:

@@ -111,6 +111,7 @@ def choose(
         prefill_address=prefill.address if prefill else None,
         prefill_s=there_s + queue_s if prefill else 0.0,
         num_computed_tokens=request.num_prompt_tokens,
+        held=None,
         predicted_ttft_s=delay_s + own_s,
         reason="no router: rendezvous hashing of the first blocks",
     )

@@ -76,6 +76,33 @@ class BlocksRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     is_tail_first: bool = False  #: the last ones are wanted first: the head is being computed meanwhile
 
 
+class PrefetchBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to a node cache: a sequence that waits will ask for these. What of them do you hold, and where?
+
+    The answer is BlocksFound; and BlocksFound again when what lay on slower tiers was read up into the arena, as far
+    as there is room that is not worth more. Nothing is pinned. ReleaseLease of the same id ends what is not read yet.
+    """
+
+    request_id: str  #: of this question; the asker gives each another one
+    first_index: int  #: position in the asker's sequence of the first name
+    names: bytes  #: 16 bytes each, concatenated, of consecutive blocks
+
+
+class FoundRun(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks [begin, end) of the asker's sequence lie in this tier."""
+
+    begin: int
+    end: int
+    tier: Tier
+
+
+class BlocksFound(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Node cache to worker: where the blocks of a PrefetchBlocks lie now; those in no run are not there."""
+
+    request_id: str
+    runs: tuple[FoundRun, ...]
+
+
 class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Owner to asker: these blocks are readable until the lease ends. Prefill's last one carries the first token.
 

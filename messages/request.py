@@ -80,7 +80,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefill_address: str | None = None
     prefill_s: float = 0.0  #: predicted seconds until its KV lies here; computing it here is worth it below that
     predicted_ttft_s: float = 0.0  #: by whoever placed it
-    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first, as the router saw it
+    #: where blocks of the prompt lie, head first, as the router saw it; None: nobody knows
+    held: tuple[HeldRun, ...] | None = ()
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
 
 

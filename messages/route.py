@@ -36,7 +36,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     decode_match_tokens: int = 0
     prefill_match_tokens: int = 0
     num_computed_tokens: int = 0  #: that nobody holds, or that are cheaper to compute than to load
-    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt lie, head first; as far as anybody holds them
+    #: where blocks of the prompt lie, head first, as far as anybody holds them; None: it is not known
+    held: tuple[HeldRun, ...] | None = ()
     predicted_ttft_s: float = 0.0
     reason: str = ""
 

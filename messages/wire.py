@@ -19,10 +19,12 @@ from messages.fleet import (
     TakeBlocks,
 )
 from messages.handoff import (
+    BlocksFound,
     BlocksRequest,
     BlocksWritten,
     DescribeRegions,
     KvHandoff,
+    PrefetchBlocks,
     PrefillFailed,
     PrefillRequest,
     RegionsDescribed,
@@ -53,6 +55,8 @@ Message: TypeAlias = (
     | TokenBatch
     | PrefillRequest
     | BlocksRequest
+    | PrefetchBlocks
+    | BlocksFound
     | RoomRequest
     | RoomGranted
     | BlocksWritten

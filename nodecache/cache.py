@@ -6,6 +6,7 @@ Pure: `NodeCache.on_event(event, now_s)` returns what is to be done; `nodecache.
                           '--- lost, too late --> quarantined
     BlocksRequest --> what lies in the arena offered at once; the rest read, batch by batch, and offered as it comes
                           '--- ReleaseLease, asker lost, lease ended --> unpinned
+    PrefetchBlocks -> told where they lie, and told again when they were read into the arena
 
 Who asks is known by its channel, and each question by that and its id.
 """
@@ -24,9 +25,11 @@ from kvcache.names import whole_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockLocation,
+    BlocksFound,
     BlocksRequest,
     BlocksWritten,
     KvHandoff,
+    PrefetchBlocks,
     ReleaseLease,
     RenewLease,
     RoomGranted,
@@ -35,12 +38,13 @@ from messages.handoff import (
 from messages.tier import Tier
 from nodecache.arena import BlockIds, as_ids
 from nodecache.pool import HostPool, Written, as_names
+from nodecache.prefetching import Prefetching
 from nodecache.reading import Outcome, ReadBlocks, Reading
 from nodecache.store import BlockStore
 from nodecache.tiers import Tiers
 from nodecache.writing_down import WriteBlocks, WritingDown
 
-Asked: TypeAlias = RoomRequest | BlocksWritten | BlocksRequest | RenewLease | ReleaseLease
+Asked: TypeAlias = RoomRequest | BlocksWritten | BlocksRequest | PrefetchBlocks | RenewLease | ReleaseLease
 
 _UINT32: Final = 2**32 - 1
 _UINT64: Final = 2**64 - 1
@@ -93,7 +97,7 @@ class Tell:
     """Send `message` to the asker."""
 
     asker: bytes
-    message: RoomGranted | KvHandoff
+    message: RoomGranted | KvHandoff | BlocksFound
 
 
 CacheInstruction: TypeAlias = Tell | ReadBlocks | WriteBlocks
@@ -155,6 +159,7 @@ class NodeCache:
         self.leases = LeaseBook(limits.lease_s)
         batch_blocks = max(1, limits.batch_bytes // pool.arena.layout.block_bytes)
         self.reading = Reading(pool, self.tiers, batch_blocks, limits.max_reads, limits.read_deadline_s)
+        self.prefetching = Prefetching(pool, self.tiers, self.reading)
         self.writing_down = WritingDown(pool, self.tiers, batch_blocks, limits.write_deadline_s)
         self._questions: dict[str, _Question] = {}
         self._grants: dict[str, _Grant] = {}
@@ -183,7 +188,8 @@ class NodeCache:
                 self.pool.unpin(block_ids)
             case BlocksKept(write_id, dropped):
                 self.writing_down.end(write_id, None if dropped is None else list(dropped), now_s)
-            case AskerLost():
+            case AskerLost(asker):
+                self.prefetching.lose(asker)
                 self._free(self.leases.on_event(event, now_s), now_s)
             case TimePassed():
                 self._free(self.leases.on_event(event, now_s), now_s)
@@ -192,8 +198,10 @@ class NodeCache:
                 self.writing_down.give_up(now_s)
             case _ as unreachable:
                 assert_never(unreachable)
+        self.prefetching.begin(now_s)
         reads, without_room = self.reading.begin(now_s)
-        return [*done, *reads, *self._offer_outcomes(without_room, now_s), *self.writing_down.begin(now_s)]
+        done += [*reads, *self._offer_outcomes(without_room, now_s), *self.writing_down.begin(now_s)]
+        return [*done, *(Tell(*found) for found in self.prefetching.take_found(now_s))]
 
     def snapshot(self) -> list[tuple[Tier, bytes]]:
         """Return all names held, by tier. Call `take_events` with it, or a change is told twice."""
@@ -228,6 +236,7 @@ class NodeCache:
             "kvray_cache_duplicates_total": pool.num_duplicates,
             "kvray_cache_missed_total": self.num_missed,
             "kvray_cache_seen_again_total": self.num_seen_again,
+            "kvray_cache_prefetched_total": self.prefetching.num_read,
             "kvray_cache_without_room_total": self.reading.num_without_room,
         }
         for tier, num_offered in self.num_offered.items():
@@ -250,10 +259,14 @@ class NodeCache:
                 self._commit(asker, message, now_s)
             case BlocksRequest():
                 return self._offer(asker, message, now_s)
+            case PrefetchBlocks(request_id=request_id):
+                key, names = _ahead_key(asker, request_id), _whole_names(message.names)
+                return [Tell(asker, self.prefetching.ask(key, asker, message, names, now_s))]
             case RenewLease(request_id=request_id):
                 for key in (_offer_key(asker, request_id), _room_key(asker, request_id)):
                     self._free(self.leases.on_event(leases.Renewed(key, asker), now_s), now_s)
             case ReleaseLease(request_id=request_id):
+                self.prefetching.end(_ahead_key(asker, request_id))
                 self._free(self.leases.on_event(leases.Released(_offer_key(asker, request_id), asker), now_s), now_s)
                 grant = self._end_grant(asker, request_id, now_s)
                 if grant is not None:
@@ -384,6 +397,7 @@ class NodeCache:
         for outcome in outcomes:
             question = self._questions.get(outcome.key)
             if question is None:
+                self.prefetching.take(outcome)
                 continue
             question.waiting.discard(outcome.block.name)
             locations = told.setdefault((outcome.key, outcome.tier), [])
@@ -472,7 +486,7 @@ class NodeCache:
         """Raise InvariantError where the books do not agree."""
         self.pool.check_invariants()
         self.leases.check_invariants([*self._questions, *self._grants])
-        wrong = [*self.reading.check_invariants(), *self._wrong()]
+        wrong = [*self.reading.check_invariants(), *self.prefetching.check_invariants(), *self._wrong()]
         if wrong:
             raise InvariantError(f"node cache: {'; '.join(wrong)}")
 
@@ -488,6 +502,10 @@ class NodeCache:
 
 def _offer_key(asker: bytes, request_id: str) -> str:
     return f"offer/{asker.hex()}/{request_id}"
+
+
+def _ahead_key(asker: bytes, request_id: str) -> str:
+    return f"ahead/{asker.hex()}/{request_id}"
 
 
 def _room_key(asker: bytes, request_id: str) -> str:

@@ -34,6 +34,7 @@ from messages.handoff import (
     BlocksRequest,
     BlocksWritten,
     DescribeRegions,
+    PrefetchBlocks,
     RegionsDescribed,
     ReleaseLease,
     RenewLease,
@@ -235,7 +236,9 @@ class CacheProcess:
 
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
-            case RoomRequest() | BlocksWritten() | BlocksRequest() | RenewLease() | ReleaseLease():
+            case RoomRequest() | BlocksWritten() | RenewLease() | ReleaseLease():
+                self._post(Said(sender, message))
+            case BlocksRequest() | PrefetchBlocks():
                 self._post(Said(sender, message))
             case _ if isinstance(message, CacheQuestion):
                 self._manage(Asked(sender, message))

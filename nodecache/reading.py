@@ -19,6 +19,7 @@ from nodecache.store import StoredBlock
 from nodecache.tiers import Found, Tiers
 
 _SIGHTS = 2  #: somebody kept it, and somebody wants it
+_SIGHTS_AHEAD = 1  #: somebody kept it; when somebody asks for it that will be counted
 _GRACE_S = 1.0  #: by which a store may answer too late
 #: A batch takes about so long, and so many times as long as a store needs for any read.
 _BATCH_S = 0.02
@@ -52,6 +53,7 @@ class _Wanted:
 
     found: Found
     index: int  #: in the first asker's sequence, which all prefixes share
+    num_sights: int
     askers: dict[str, None] = field(default_factory=dict)
     is_reading: bool = False
 
@@ -69,8 +71,8 @@ class _Read:
 class Reading:
     """All reads of one node cache. Whoever waits is known by a key; each name is read once, for all who want it.
 
-    Askers take turns, a batch each; so many batches of a store are read at a time, and no more of the arena is bound by
-    them. A store that lets a read hang is given fewer.
+    Askers take turns, a batch each, and those who only will ask come last; so many batches of a store are read at a
+    time, and no more of the arena is bound by them. A store that lets a read hang is given fewer.
     """
 
     def __init__(self, pool: HostPool, tiers: Tiers, batch_blocks: int, max_reads: int, deadline_s: float) -> None:
@@ -83,6 +85,7 @@ class Reading:
         self._prices = {entry.tier: LearnedPrices(2) for entry in tiers.all}  # of a read: 1, blocks
         self._wanted: dict[bytes, _Wanted] = {}
         self._queues: Mapping[Tier, OrderedDict[str, deque[bytes]]] = {entry.tier: OrderedDict() for entry in tiers.all}
+        self._ahead: set[str] = set()  # keys of those who only will ask
         self._reads: dict[int, _Read] = {}
         self._ids = count()
         self.num_read = dict.fromkeys(self._queues, 0)  #: blocks, by tier
@@ -104,27 +107,34 @@ class Reading:
         wanted = self._wanted.get(name)
         return wanted is not None and wanted.is_reading
 
-    def want(self, key: str, blocks: Sequence[tuple[bytes, int]], now_s: float) -> set[bytes]:
+    def want(
+        self, key: str, blocks: Sequence[tuple[bytes, int]], now_s: float, *, is_ahead: bool = False
+    ) -> set[bytes]:
         """Note that blocks (name, index), none of them in the arena, are wanted in this order; which will be read.
 
-        Those that no store has are not.
+        Those that no store has are not. `is_ahead`: they will be asked for, and are not waited for yet.
         """
         awaited: set[bytes] = set()
+        num_sights = _SIGHTS_AHEAD if is_ahead else _SIGHTS
+        if is_ahead:
+            self._ahead.add(key)
         for name, index in blocks:
             wanted = self._wanted.get(name)
             if wanted is None:
                 found = self._tiers.find(name, now_s)
                 if found is None:
                     continue
-                wanted = self._wanted[name] = _Wanted(found, index)
+                wanted = self._wanted[name] = _Wanted(found, index, num_sights)
             wanted.askers[key] = None
             awaited.add(name)
             if not wanted.is_reading:
+                wanted.num_sights = max(wanted.num_sights, num_sights)
                 self._queues[wanted.found.tier].setdefault(key, deque()).append(name)
         return awaited
 
     def forget(self, key: str, names: Iterable[bytes]) -> None:
         """Note that nobody waits for `names` under `key` any more. What is being read for it is kept all the same."""
+        self._ahead.discard(key)
         for queue in self._queues.values():
             queue.pop(key, None)
         for name in names:
@@ -202,7 +212,8 @@ class Reading:
 
     def _next_batch(self, tier: Tier, queue: OrderedDict[str, deque[bytes]]) -> list[tuple[bytes, _Wanted]]:
         num_blocks = self._num_at_once(tier)
-        key, names = queue.popitem(last=False)
+        key = next((key for key in queue if key not in self._ahead), next(iter(queue)))
+        names = queue.pop(key)
         batch: dict[bytes, _Wanted] = {}
         while names and len(batch) < num_blocks:
             name = names.popleft()
@@ -217,8 +228,9 @@ class Reading:
         self, tier: Tier, batch: list[tuple[bytes, _Wanted]], now_s: float
     ) -> tuple[ReadBlocks | None, list[Outcome]]:
         index = np.array([wanted.index for _, wanted in batch])
-        ones = np.ones_like(index)
-        block_ids = self._pool.take(self._pool.worth.levels(index, _SIGHTS * ones, 0 * ones).tolist(), now_s)
+        num_sights = np.array([wanted.num_sights for _, wanted in batch])
+        levels = self._pool.worth.levels(index, num_sights, np.zeros_like(index))
+        block_ids = self._pool.take(levels.tolist(), now_s)
         outcomes: list[Outcome] = []
         for name, wanted in batch[len(block_ids) :]:
             self.num_without_room += 1
@@ -245,7 +257,8 @@ class Reading:
             np.array([wanted.index for _, wanted in here], np.uint32),
             0,
         )
-        is_new = self._pool.commit(written, np.full(len(here), _SIGHTS, np.uint32), now_s)
+        num_sights = np.array([wanted.num_sights for _, wanted in here], np.uint32)
+        is_new = self._pool.commit(written, num_sights, now_s)
         self._pool.give_back(np.concatenate([read.block_ids[~came], written.block_ids[~is_new]]))
         self.num_read[read.tier] += len(here)
         # A worker wrote the same block meanwhile: that one will do.
@@ -261,7 +274,7 @@ class Reading:
         if block_id is None and wanted.askers:
             found = self._tiers.find(name, now_s, below=wanted.found.tier)
             if found is not None:
-                again = self._wanted[name] = _Wanted(found, wanted.index, wanted.askers)
+                again = self._wanted[name] = _Wanted(found, wanted.index, wanted.num_sights, wanted.askers)
                 for key in again.askers:
                     self._queues[found.tier].setdefault(key, deque()).append(name)
                 return []

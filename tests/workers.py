@@ -81,7 +81,7 @@ class Ingress:
         request_id: str,
         prompt: Sequence[int],
         generated: Sequence[int] = (),
-        held: tuple[HeldRun, ...] = (),
+        held: tuple[HeldRun, ...] | None = (),
         **params: object,
     ) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""

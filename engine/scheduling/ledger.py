@@ -43,6 +43,7 @@ class SequenceLedger:
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
         self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
+        self._abandoned: list[tuple[str, str]] = []  # sequences that were preempted, and holders asked for them
         self.num_preemptions = 0
         self.num_device_tokens = 0  #: the four are prompt tokens by where their KV came from: `count_prompt`
         self.num_loaded_tokens: Counter[Tier] = Counter()
@@ -163,6 +164,7 @@ class SequenceLedger:
     def preempt(self, seq: Sequence) -> None:
         """Move `seq` from running back to waiting. Its full blocks stay named: most of it comes back by reuse."""
         if seq.pull is not None:
+            self._abandoned += [(seq.seq_id, address) for address in sorted(seq.pull.holders)]
             self._drop_tail(seq, seq.num_blocks_for(seq.num_computed))
         self._stop_running(seq)
         seq.extend_names()
@@ -177,6 +179,11 @@ class SequenceLedger:
         seq.phase = Phase.WAITING
         insort(self.waiting, seq, key=_seniority)
         self.num_preemptions += 1
+
+    def take_abandoned(self) -> list[tuple[str, str]]:
+        """Return, by sequence, the holders that are to offer nothing more as it was preempted, since the last call."""
+        abandoned, self._abandoned = self._abandoned, []
+        return abandoned
 
     def count_prompt(self, seq: Sequence) -> None:
         """Count where the KV of a prompt came from: once, when all of it is there, or about to be computed."""

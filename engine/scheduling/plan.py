@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from messages.errors import KvrayError
-from messages.handoff import BlockLocation
+from messages.handoff import BlockLocation, FoundRun
 from messages.request import Grammar, HeldRun, SamplingParams
 from messages.stream import FinishReason, PromptPlan, PromptSources, TokenLogprob
 from text.grammar import CompiledGrammar
@@ -35,7 +35,7 @@ class SequenceSpec:
     remote_s: float | None = None
     remote_source: str = ""  #: that prefill worker's address
     is_kept: bool = False  #: when it finishes, its blocks stay pinned until BlocksReleased
-    held: tuple[HeldRun, ...] = ()  #: where blocks of the prompt are said to lie, head first
+    held: tuple[HeldRun, ...] | None = ()  #: where blocks of the prompt are said to lie, head first; None: nobody knows
     is_suspect: bool = False  #: a worker crashed with it: alone in its steps until it gave SUSPECT_TOKENS
 
 
@@ -91,6 +91,15 @@ class BlocksOffered:
     source: str
     blocks: list[BlockLocation]
     is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAhead:
+    """Where the holder at `source` has the blocks that AskAhead named, once or more; nowhere if it was lost."""
+
+    seq_id: str
+    source: str
+    runs: tuple[FoundRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,7 @@ Event: TypeAlias = (
     | KvOffered
     | KvRefused
     | BlocksOffered
+    | FoundAhead
     | BlocksWanted
     | TakeIn
     | PullEnded
@@ -225,8 +235,21 @@ class AskBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class AskAhead:
+    """A sequence that waits will ask `source` for blocks: it is to say where it has them, and to bring them to hand.
+
+    The answer is FoundAhead.
+    """
+
+    seq_id: str
+    source: str
+    first_index: int  #: position in the sequence of the first name
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsking:
-    """Nothing more of what AskBlocks asked for is wanted of the holder at `source`."""
+    """Nothing more of what AskBlocks or AskAhead asked for is wanted of the holder at `source`."""
 
     seq_id: str
     source: str
@@ -299,6 +322,7 @@ Instruction: TypeAlias = (
     | AskRemote
     | StopRemote
     | AskBlocks
+    | AskAhead
     | StopAsking
     | PullBlocks
     | EmitTokens

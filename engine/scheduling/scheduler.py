@@ -6,19 +6,19 @@
        '---> pulling-'        (remote: another worker computes the prompt; falls back to computing here)
 
 `ledger` keeps the books, `room` tells who finds room, `step_planner` fills the steps, `remote_pulls` leads pulls to
-their end.
+their end, `prefetches` has made ready what those that wait will load.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable
 from itertools import count
 from typing import assert_never
 
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.config import SchedulerConfig
+from engine.scheduling.holding_back import hold_back
 from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.offers import Offers, prompt_plan, prompt_sources
@@ -29,6 +29,7 @@ from engine.scheduling.plan import (
     CompileGrammar,
     EmitTokens,
     Event,
+    FoundAhead,
     GrammarCompiled,
     Instruction,
     KvOffered,
@@ -44,10 +45,12 @@ from engine.scheduling.plan import (
     StepPlan,
     StepResult,
     StepWanted,
+    StopAsking,
     StopRemote,
     TakeIn,
     TimePassed,
 )
+from engine.scheduling.prefetches import Prefetches
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
 from engine.scheduling.remote_pulls import count_peer_tokens
 from engine.scheduling.room import Room
@@ -57,12 +60,7 @@ from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
 from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
-from kvcache.price import (
-    SHORT_TOKENS,
-    Computation,
-    compute_s,
-    harm_s,
-)
+from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy
@@ -104,6 +102,7 @@ class Scheduler:
             remote_timeout_s=config.remote_timeout_s,
         )
         self._remote = self._sourcing.pulls
+        self._prefetches = Prefetches(self._ledger, self._sourcing.plan)
         self._offers = Offers(self._ledger)
         self._planner = StepPlanner(
             self._ledger,
@@ -134,6 +133,10 @@ class Scheduler:
     def set_prices(self, price_of: Callable[[Copy], MovePrice | None]) -> None:
         """Price loading by `price_of` from now on."""
         self._sourcing.price_of = price_of
+
+    def set_node_cache(self, address: str) -> None:
+        """Ask the node cache at `address` what it has of sequences of which nobody said it; "": there is none."""
+        self._prefetches.cache_address = address
 
     def seq_ids(self) -> tuple[str, ...]:
         """Return the ids of all sequences that have not ended, kept ones included."""
@@ -245,6 +248,8 @@ class Scheduler:
                 self._take_answer(event, out)
             case BlocksWanted():
                 self._offers.lend(event, out)
+            case FoundAhead():
+                self._prefetches.take_found(event)
             case TakeIn():
                 self._ledger.intakes.begin(event, out)
             case PullEnded():
@@ -258,15 +263,19 @@ class Scheduler:
         self._admit(now_s, out)
         if isinstance(event, StepWanted):
             self._begin_step(out)
+        out += [StopAsking(seq_id, source) for seq_id, source in self._ledger.take_abandoned()]
+        self._prefetches.go_on(out)
         return out
 
     def check_invariants(self) -> None:
         """Raise InvariantError where the books do not agree, those of the pool included."""
         self._ledger.check_invariants()
+        for wrong in self._prefetches.check_invariants():
+            raise InvariantError(f"scheduler: sequence {wrong}")
         if self._ledger.running or self._blocked is not None or self.num_pulling >= self._config.max_num_seqs:
             return
         for seq in self._ledger.waiting:
-            if seq.lacks_grammar:
+            if not seq.is_ready:
                 continue
             if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
                 raise InvariantError(f"scheduler: sequence {seq.seq_id!r} waits beside an idle engine")
@@ -287,6 +296,7 @@ class Scheduler:
             )
             return
         self._ledger.enqueue(seq)
+        self._prefetches.look_up(seq, out)
         if not seq.wants_remote and not self._room.is_short(seq):
             seq.arrived_s, seq.expected_s = now_s, self.queued_s
         if spec.params.grammar is not None:
@@ -360,11 +370,11 @@ class Scheduler:
             seq = ledger.waiting[position]
             is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
             is_short = self._room.is_short(seq)
-            if seq.lacks_grammar or is_held_back or (self._blocked is not None and not is_short):
+            if not seq.is_ready or is_held_back or (self._blocked is not None and not is_short):
                 position += 1
                 continue
             matched = self._pool.match(seq.names[: seq.max_match_blocks])
-            if self._hold_back(seq, len(matched), now_s):
+            if hold_back(seq, len(matched), ledger, self._backlog, now_s):
                 position += 1
                 continue
             if self._room.has(seq, matched, is_short=is_short) and (
@@ -379,34 +389,8 @@ class Scheduler:
                 return
             position += 1
 
-    def _hold_back(self, seq: Sequence, num_matched: int, now_s: float) -> bool:
-        """Tell whether another is about to write the next block that `seq` lacks: so it is computed only once.
-
-        Who runs is waited for until it ends. Who pulls is waited for by others that are to pull, and by those
-        that would need longer without it, as long as was predicted: nobody waits beside an idle engine.
-        """
-        in_flight = self._ledger.in_flight
-        seq.held_for, seq.expected_match_tokens = None, 0
-        if num_matched >= seq.max_match_blocks:
-            return False
-        writer = in_flight.get(seq.names[num_matched])
-        if writer is None or writer.spec.priority > seq.spec.priority:  # the urgent do not wait for the patient
-            return False
-        end = num_matched
-        while end < seq.max_match_blocks and (seq.names[end] in in_flight or self._pool.holds(seq.names[end])):
-            end += 1
-        until_s = math.inf
-        if writer.pull is not None and not writer.pull.is_mixed and not seq.wants_remote:
-            until_s = writer.pull.expected_s
-            computation = Computation.of(num_matched * seq.block_size, end * seq.block_size)
-            alone_s = self.queued_s + harm_s(compute_s(self.compute_price, computation), self.num_running)
-            if not 0 < until_s - now_s <= alone_s:
-                return False
-        seq.held_for, seq.held_until_s = seq.names[num_matched], until_s
-        seq.expected_match_tokens = end * seq.block_size
-        return True
-
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
+        self._prefetches.end(seq.seq_id, out)
         self._ledger.admit(seq, matched)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)

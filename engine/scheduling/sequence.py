@@ -99,12 +99,14 @@ class Sequence:
         "grammar",
         "has_declined",
         "has_emitted",
+        "held",
         "held_for",
         "held_until_s",
         "is_counted",
         "is_handed_over",
         "is_in_step",
         "is_long",
+        "lacks_holders",
         "names",
         "num_computed",
         "num_device_tokens",
@@ -168,6 +170,8 @@ class Sequence:
             spec.num_prompt_tokens
         )
         self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
+        self.held = spec.held or ()  #: where blocks of it lie, as far as is known by now
+        self.lacks_holders = False  #: somebody was asked for that, and it is not admitted before there is an answer
         self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.grammar: CompiledGrammar | None = (
@@ -183,6 +187,11 @@ class Sequence:
     def lacks_grammar(self) -> bool:
         """Whether its grammar is not compiled yet."""
         return self.params.grammar is not None and self.grammar is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all is there that it takes to be admitted, but for the room."""
+        return not self.lacks_grammar and not self.lacks_holders
 
     @property
     def num_tokens(self) -> int:

@@ -53,7 +53,7 @@ class Sourcing:
         `beside`: the address of a worker that was asked for all that follows the head, and is not asked for more.
         Nothing is loaded while a pull that it did not wait for still runs: there is one at a time.
         """
-        if not seq.spec.held or seq.max_match_blocks == 0 or seq.seq_id in self._ledger.orphans:
+        if not seq.held or seq.max_match_blocks == 0 or seq.seq_id in self._ledger.orphans:
             return LoadPlan()
         pull, pool = seq.pull, self._ledger.pool
         refused = {beside} if pull is None else {beside, *pull.holders}
@@ -74,7 +74,7 @@ class Sourcing:
 
         own_s = self._backlog.compute_s(seq.num_computed, seq.num_tokens)
         return plan_loads(
-            lacking_runs(seq.spec.held, begin, end, is_here),
+            lacking_runs(seq.held, begin, end, is_here),
             price_of,
             block_size=seq.block_size,
             block_bytes=self._block_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from unittest.mock import ANY
 import pytest
 
 from kvcache.names import block_names, pack_tokens
+from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
 from messages.price import MovePrice
@@ -22,7 +24,16 @@ from nodecache.process import CacheOptions, CacheSettings
 from nodecache.supervisor import Supervisor
 from tests.models import make_tiny_model
 from tests.reference import Reference
-from tests.workers import CHANNEL, SECRET, engine_of, running_decode, until, worker_options
+from tests.workers import (
+    CHANNEL,
+    SECRET,
+    Steps,
+    borrower_of,
+    engine_of,
+    running_decode,
+    until,
+    worker_options,
+)
 from transport.channel import ChannelClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -74,7 +85,7 @@ class Router:
     """A router that subscribed to some workers."""
 
     def __init__(self, *workers: WorkerInfo) -> None:
-        self.worker = RouterWorker("router", SECRET, "127.0.0.1", CHANNEL)
+        self.worker = RouterWorker("router", SECRET, "127.0.0.1", CHANNEL, RouterConfig(max_ttft_s=math.inf))
         self.worker.set_fleet(workers)
         self._answers: asyncio.Queue = asyncio.Queue()
         self._client = ChannelClient(
@@ -226,6 +237,62 @@ async def test_what_everybody_forgot_comes_back_from_disk(model_dir, reference, 
         tokens, sources = await ask(ingress, "from disk", prompt, held)
         assert (tokens, sources.disk, sources.computed) == (wanted, 320, 10)
         await until(lambda: not engine_of(worker).pool.num_used)
+
+
+async def test_without_a_router_the_nodes_cache_is_asked_after_a_restart_and_when_it_is_killed_it_is_computed(
+    model_dir, reference, nodes, tmp_path
+):
+    prompt = prompt_of(4, 330)
+    wanted = reference.greedy(prompt, 16)
+    disk = {"disk_dir": str(tmp_path), "disk_capacity_bytes": 64 << 20}
+    node = nodes()
+    async with running(model_dir, node, **disk) as (worker, ingress, router):
+        assert (await ask(ingress, "cold", prompt, None))[0] == wanted
+        await router.hears(prompt, {"device", "host", "disk"})
+        engine_of(worker).pool.clear()
+        tokens, sources = await ask(ingress, "from host", prompt, None)
+        assert (tokens, sources.host, sources.computed) == (wanted, 320, 10)
+    await node.close()
+    node = nodes()
+    async with running(model_dir, node, **disk) as (worker, ingress, _):
+        tokens, sources = await ask(ingress, "from disk", prompt, None)
+        assert (tokens, sources.disk + sources.host, sources.computed) == (wanted, 320, 10)
+        os.kill(node.supervisor.pid, signal.SIGSTOP)
+        engine_of(worker).pool.clear()
+        tokens, sources = await ask(ingress, "from nowhere", prompt, None)
+        assert tokens == wanted
+        await until(lambda: not engine_of(worker).pool.num_used)
+
+
+async def test_what_a_waiting_sequence_wants_of_a_disk_lies_in_memory_when_it_is_admitted(
+    model_dir, reference, nodes, tmp_path
+):
+    first, second, third = prompt_of(5, 100), prompt_of(6, 330), prompt_of(7, 330)
+    disk = {"disk_dir": str(tmp_path), "disk_capacity_bytes": 64 << 20}
+    node = nodes()
+    async with running(model_dir, node, **disk) as (_, ingress, router):
+        for prompt in (second, third):
+            await ask(ingress, f"cold {prompt[0]}", prompt)
+            await router.hears(prompt, {"device", "host", "disk"})
+    await node.close()
+    node = nodes()
+    async with running(model_dir, node, engine={"max_num_seqs": 1}, **disk) as (worker, ingress, router):
+        steps = Steps(worker)
+        steps.hold("first", after=1)
+        running_first = ingress.send("first", first)
+        await until(lambda: steps.is_holding)
+        answer = ingress.send("second", second, held=await router.hears(second, {"disk"}))
+        left = ingress.send("third", third, held=await router.hears(third, {"disk"}))
+        held = await router.hears(second, {"disk", "host"})  # it was read up, and nothing is pinned for it
+        await router.hears(third, {"disk", "host"})
+        assert all(at.address == cache_of(worker).address for run in held for at in run.copies)
+        ingress.cancel("third")
+        steps.go_on()
+        assert await ingress.finish(running_first, answer) == [reference.greedy(p, 16) for p in (first, second)]
+        assert (answer.sources.host, answer.sources.disk, answer.sources.computed) == (320, 0, 10)
+        assert left.token_ids == []
+        await until(lambda: not engine_of(worker).pool.num_used)
+        assert not borrower_of(worker)._book._loans
 
 
 @pytest.mark.long

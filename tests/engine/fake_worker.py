@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
+    AskAhead,
     AskBlocks,
     AskRemote,
     BlocksOffered,
     BlocksReleased,
     BlocksWanted,
     EmitTokens,
+    FoundAhead,
     KvOffered,
     KvRefused,
     LendBlocks,
@@ -36,7 +38,7 @@ from engine.scheduling.scheduler import Scheduler
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError
-from messages.handoff import BlockLocation
+from messages.handoff import BlockLocation, FoundRun
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.stream import TokenLogprob
@@ -100,6 +102,7 @@ class FakeWorker:
         self.config = config
         self.pool = pool
         self.scheduler = Scheduler(config, pool, FINGERPRINT, price_of=price_of)
+        self.scheduler.set_node_cache("cache")
         self.slots = SlotMirror(config.max_num_seqs)
         self.max_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
         self.kv: list[list[int | None]] = [[None] * pool.block_size for _ in range(pool.num_blocks)]
@@ -111,6 +114,8 @@ class FakeWorker:
         self.pulls: dict[str, tuple[list[tuple[BlockLocation, int]], dict[int, int]]] = {}
         self.kept: dict[str, list[BlockLocation]] = {}  # offered, not released
         self.questions: dict[tuple[str, str], range] = {}  # by sequence and holder: indexes that were asked for
+        self.ahead: dict[tuple[str, str], range] = {}  # the same, of those that wait
+        self.num_found_ahead = 0
         self.lent: dict[str, list[BlockLocation]] = {}
         self.taken_in: dict[str, tuple[bytes, ...]] = {}  # names that were asked for, by intake
         self.num_intakes = 0
@@ -141,7 +146,14 @@ class FakeWorker:
                     self.taken_in[seq_id] = names
                     self.questions[seq_id, source] = range(len(names))
                     self.offered[seq_id] = set()
+                case AskAhead(seq_id, source, first_index, names):
+                    every = split_names(self.names_of(self.sequences[seq_id]))
+                    assert names
+                    assert list(names) == every[first_index : first_index + len(names)]
+                    assert (seq_id, source) not in self.ahead
+                    self.ahead[seq_id, source] = range(first_index, first_index + len(names))
                 case AskBlocks(seq_id, source, first_index, names, is_tail_first):
+                    assert (seq_id, source) not in self.ahead
                     self.num_mixed += is_tail_first
                     expected = self.sequences[seq_id]
                     every = split_names(self.names_of(expected))
@@ -149,6 +161,8 @@ class FakeWorker:
                     assert source != "lost"
                     self.questions[seq_id, source] = range(first_index, first_index + len(names))
                     self.offered.setdefault(seq_id, set())
+                case StopAsking(seq_id, source) if (seq_id, source) in self.ahead:
+                    del self.ahead[seq_id, source]
                 case StopAsking(seq_id, source):
                     del self.questions[seq_id, source]
                 case OffloadBlocks(names):
@@ -192,6 +206,11 @@ class FakeWorker:
         if is_last:
             del self.questions[seq_id, source]
         self.post(BlocksOffered(seq_id, source, blocks, is_last))
+
+    def find_ahead(self, seq_id: str, source: str, runs: list[FoundRun]) -> None:
+        """A holder says where it has what it will be asked for."""
+        self.num_found_ahead += 1
+        self.post(FoundAhead(seq_id, source, tuple(runs)))
 
     def lend(self, lease_id: str, seq_id: str, first_index: int) -> None:
         names = split_names(self.names_of(self.sequences[seq_id]))
@@ -439,6 +458,7 @@ class FakeWorker:
         alive = {seq_id for seq_id, expected in self.sequences.items() if not expected.is_over}
         assert set(self.scheduler.seq_ids()) - set(self.kept) == alive - set(self.kept)
         assert self.scheduler.queued_tokens >= 0
+        assert {seq_id for seq_id, _ in self.ahead} <= {seq.seq_id for seq in self.scheduler._ledger.waiting}
         under_way = {seq_id for seq_id, _ in self.questions} | self.pulls.keys()
         assert set(self.scheduler._ledger.intakes.ids()) == under_way & self.taken_in.keys()
         self.taken_in = {key: names for key, names in self.taken_in.items() if key in under_way}
@@ -453,6 +473,8 @@ class FakeWorker:
             elif self.questions:
                 seq_id, source = next(iter(self.questions))
                 self.offer_blocks(seq_id, source, [], is_last=True)
+            elif lacking := [key for key in self.ahead if self.scheduler._ledger.sequences[key[0]].lacks_holders]:
+                self.find_ahead(*lacking[0], [])
             elif self.lent:
                 self.end_lending(next(iter(self.lent)))
             elif self.asked:
@@ -474,5 +496,6 @@ class FakeWorker:
         self.now_s += 100
         self.post(TimePassed())
         assert self.scheduler.seq_ids() == ()
+        assert self.ahead == {}
         assert self.pool.num_used == 0
         assert self.pool.num_free == self.pool.num_blocks

@@ -9,6 +9,7 @@ import pytest
 from engine.loans import (
     AskOwner,
     BeginPull,
+    Found,
     HandedOff,
     LearnHandoff,
     LoanBook,
@@ -23,8 +24,10 @@ from engine.loans import (
     TellScheduler,
 )
 from engine.scheduling.plan import (
+    AskAhead,
     AskBlocks,
     BlocksOffered,
+    FoundAhead,
     KvOffered,
     KvRefused,
     PullBlocks,
@@ -34,7 +37,17 @@ from engine.scheduling.plan import (
 )
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError
-from messages.handoff import BlockLocation, BlocksRequest, KvHandoff, PrefillRequest, ReleaseLease, RenewLease
+from messages.handoff import (
+    BlockLocation,
+    BlocksFound,
+    BlocksRequest,
+    FoundRun,
+    KvHandoff,
+    PrefetchBlocks,
+    PrefillRequest,
+    ReleaseLease,
+    RenewLease,
+)
 from messages.request import GenerateRequest, SamplingParams
 from messages.tier import Tier
 
@@ -348,6 +361,41 @@ def test_what_was_offered_whole_is_not_given_up_before_its_pull_has_ended(bench)
     assert bench.post(StopAsking("r", P)) == []
     bench.end_pull()
     assert bench.post(SchedulerTold("r"))[0] == release(loan_id)
+
+
+def ask_ahead(bench) -> str:
+    bench.seq_ids.add("r")
+    [asked] = bench.post(AskAhead("r", P, 2, NAMES[2:]))
+    message = asked.message
+    assert message == PrefetchBlocks(request_id=message.request_id, first_index=2, names=b"".join(NAMES[2:]))
+    return message.request_id
+
+
+def find(bench, loan_id: str, source: str = P):
+    return bench.post(Found(source, BlocksFound(request_id=loan_id, runs=(FoundRun(2, 4, "disk"),))))
+
+
+def test_what_an_owner_makes_ready_is_told_as_often_as_it_says_it_until_it_is_given_up(bench):
+    loan_id = ask_ahead(bench)
+    told = [TellScheduler("r", FoundAhead("r", P, (FoundRun(2, 4, "disk"),)))]
+    assert find(bench, loan_id) == find(bench, loan_id) == told
+    assert bench.post(SchedulerTold("r")) == []
+    assert find(bench, loan_id, Q) == find(bench, "another") == []
+    assert bench.post(StopAsking("r", P)) == [release(loan_id)]
+    assert find(bench, loan_id) == []
+    bench.ask()
+
+
+def test_of_an_owner_that_is_lost_nothing_is_ready(bench):
+    ask_ahead(bench)
+    assert bench.post(OwnerLost(P)) == [TellScheduler("r", FoundAhead("r", P, ()))]
+    assert bench.over("r") == []
+
+
+def test_an_owner_need_not_go_on_for_a_sequence_that_ended(bench):
+    loan_id = ask_ahead(bench)
+    assert bench.over("r") == [release(loan_id)]
+    assert find(bench, loan_id) == []
 
 
 def test_who_computes_a_prompt_is_given_up_alone(bench):

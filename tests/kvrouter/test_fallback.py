@@ -81,6 +81,7 @@ def test_address_and_reason_come_with_it():
     placement = place(request(), [worker("d0")], {})
     assert placement.decode_address == "tcp://d0:1"
     assert "no router" in placement.reason
+    assert placement.held is None  # that is for the worker to find out
 
 
 def test_excluded_workers_are_not_chosen():

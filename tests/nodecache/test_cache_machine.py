@@ -28,9 +28,11 @@ from kvcache.names import split_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockLocation,
+    BlocksFound,
     BlocksRequest,
     BlocksWritten,
     KvHandoff,
+    PrefetchBlocks,
     ReleaseLease,
     RenewLease,
     RoomGranted,
@@ -101,6 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.slow: list[BlockLocation] = []  # granted long ago, to writers that still look before they write
         self.late: list[tuple[int, float]] = []  # blocks that lost writers were writing into, and until when
         self.offered: dict[tuple[bytes, str], Offered] = {}
+        self.ahead: dict[tuple[bytes, str], int] = {}  # times that it was told where the blocks lie
         self.told: dict[str, set[bytes]] = {tier: set(split_names(names)) for tier, names in self.cache.snapshot()}
 
     def stores_are_ahead(self) -> bool:
@@ -113,7 +116,7 @@ class CacheMachine(RuleBasedStateMachine):
         for _ in self.stores:  # no store answers any more: whoever waits is told, at last by the furthest one
             self.now_s += 5.0
             self.post(TimePassed())
-        if not all(offered.is_whole for offered in self.offered.values()):
+        if not all(offered.is_whole for offered in self.offered.values()) or self.cache.prefetching.num_waiting:
             raise InvariantError("somebody waits for ever")
         for asker in ASKERS:
             self.post(AskerLost(asker))
@@ -127,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_invariants()
         if self.pool.num_used or self.pool.num_quarantined:
             raise InvariantError("something is held for nobody")
-        if self.cache.leases.num_open or self.cache.reading.num_waiting:
+        if self.cache.leases.num_open or self.cache.reading.num_waiting or len(self.cache.prefetching):
             raise InvariantError("something is remembered of nobody")
         self.memory.close()
 
@@ -140,6 +143,9 @@ class CacheMachine(RuleBasedStateMachine):
                     self.grants[asker, granted.request_id] = granted
                 case Tell(asker, KvHandoff() as handoff):
                     self.take_offer(asker, handoff)
+                case Tell(asker, BlocksFound(request_id=request_id)):
+                    self.ahead[asker, request_id] += 1
+                    assert self.ahead[asker, request_id] <= 2
                 case _:
                     self.pending.append(instruction)
         for tier, stored, removed in self.cache.take_events():
@@ -237,6 +243,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.offered[asker, request_id] = Offered()
         message = BlocksRequest(request_id=request_id, first_index=begin, names=names, is_tail_first=tail)
         self.post(Said(asker, message))
+
+    @rule(asker=askers, request_id=request_ids, chain=chains, begin=st.integers(0, 3), length=lengths)
+    def will_ask_for_blocks(self, asker: bytes, request_id: str, chain: str, begin: int, length: int) -> None:
+        names = b"".join(name_of(index, chain) for index in range(begin, min(MAX_LENGTH, begin + length)))
+        self.ahead[asker, request_id] = 0
+        self.post(Said(asker, PrefetchBlocks(request_id=request_id, first_index=begin, names=names)))
+        assert self.ahead[asker, request_id]
 
     @rule(asker=askers, request_id=request_ids)
     def renew(self, asker: bytes, request_id: str) -> None:
@@ -361,6 +374,6 @@ def keep_pinned_what_was_written_down(
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:
     monkeypatch.setattr(owner, name, wrong)
-    enough = settings(max_examples=1000, derandomize=True, phases=[Phase.generate], database=None, **_SETTINGS)
+    enough = settings(max_examples=3000, derandomize=True, phases=[Phase.generate], database=None, **_SETTINGS)
     with pytest.raises((AssertionError, InvariantError, KeyError)):
         run_state_machine_as_test(CacheMachine, settings=enough)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -22,6 +23,7 @@ from engine.scheduling.plan import (
     TimePassed,
 )
 from kvcache.pool import BlockPool
+from messages.handoff import FoundRun
 from messages.request import Copy, HeldRun, SamplingParams
 from tests.engine.fake_worker import FakeWorker, expect
 from tests.fake_kv import BASES, STOP, VOCABULARY, kv_numbers, next_token
@@ -39,6 +41,20 @@ def held_at_random(rng: random.Random, num_blocks: int) -> tuple[HeldRun, ...]:
         runs.append(HeldRun(position, end, copies))
         position = end + (rng.random() < 0.1)
     return tuple(runs)
+
+
+def held_by_seed(seed: int | None, num_blocks: int) -> tuple[HeldRun, ...] | None:
+    """None: nobody holds any; 0: nobody said it."""
+    if not seed:
+        return () if seed is None else None
+    return held_at_random(random.Random(seed), num_blocks)
+
+
+def found_at_random(rng: random.Random, span: range) -> list[FoundRun]:
+    """Where a holder has some of the blocks that it will be asked for."""
+    cuts = sorted({span.start, span.stop, *(rng.randint(span.start, span.stop) for _ in range(2))})
+    runs = [FoundRun(begin, end, rng.choice(["host", "disk", "remote"])) for begin, end in pairwise(cuts)]
+    return [run for run in runs if rng.random() < 0.8]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -82,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         patience_s=st.sampled_from([None, None, None, 4.0]),
         remote_s=st.sampled_from([0.0, 0.0, 0.02, math.inf]),
-        held_seed=st.sampled_from([None, None, 1, 2, 3, 4]),
+        held_seed=st.sampled_from([None, None, 0, 1, 2, 3, 4]),
     )
     def add(
         self,
@@ -133,7 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 deadline_s=None if patience_s is None else self.worker.now_s + patience_s,
                 remote_s=remote_s if kind == "remote" else None,
                 is_kept=kind == "kept",
-                held=() if held_seed is None else held_at_random(random.Random(held_seed), len(tokens) // 4),
+                held=held_by_seed(held_seed, len(tokens) // 4),
             )
             expected = expect(spec, self.worker.max_len)
             if expected.token_ids == spec.token_ids:
@@ -198,6 +214,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         indexes = every if is_whole else data.draw(st.lists(st.sampled_from(every), unique=True))
         wrong = set(data.draw(st.sampled_from([[], [], [], indexes[:1]])))
         self.worker.offer_blocks(seq_id, source, indexes, is_last=is_last, wrong=wrong)
+
+    @precondition(lambda self: self.worker.ahead)
+    @rule(data=st.data(), seed=st.integers(0, 9))
+    def find_ahead(self, data, seed) -> None:
+        key = data.draw(st.sampled_from(list(self.worker.ahead)))
+        self.worker.find_ahead(*key, found_at_random(random.Random(seed), self.worker.ahead[key]))
 
     @precondition(lambda self: self.worker.sequences)
     @rule(data=st.data(), first_index=st.integers(0, 3), lease_id=st.sampled_from(["a lease", "another"]))
@@ -294,6 +316,9 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
                 indexes = rng.sample(indexes, rng.randint(0, len(indexes)))
             wrong = {index for index in indexes if rng.random() < 0.05}
             worker.offer_blocks(seq_id, source, indexes, is_last=rng.random() < 0.4, wrong=wrong)
+        elif action < 0.47 and worker.ahead:
+            key = rng.choice(list(worker.ahead))
+            worker.find_ahead(*key, found_at_random(rng, worker.ahead[key]))
         elif action < 0.46 and worker.sequences:
             worker.lend(f"lease {rng.randint(0, 2)}", rng.choice(list(worker.sequences)), rng.randint(0, 3))
         elif action < 0.47 and worker.lent:
@@ -333,7 +358,7 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
             priority=priority,
             remote_s=rng.choice([0.0, 0.0, 0.02]) if kind == "remote" else None,
             is_kept=kind == "kept",
-            held=held_at_random(rng, len(tokens) // 4) if rng.random() < 0.5 else (),
+            held=rng.choice([held_at_random(rng, len(tokens) // 4), (), None]),
         )
         worker.add(spec)
 
@@ -341,7 +366,7 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
 @pytest.mark.slow
 def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     seen: dict[str, int] = {}
-    num_evicted = num_hits = num_quarantined = num_mixed = num_spare = num_taken_in = num_offloaded = 0
+    num_evicted = num_hits = num_quarantined = num_mixed = num_spare = num_taken_in = num_offloaded = num_ahead = 0
     for seed in range(40):
         worker = drive_at_random(seed, 400)
         worker.drain()
@@ -354,9 +379,10 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
         num_spare += worker.pool.stats.num_evicted_spare_blocks
         num_taken_in += worker.scheduler.num_blocks_taken_in
         num_offloaded += len(worker.offloaded)
+        num_ahead += worker.num_found_ahead
     assert min(seen.values()) >= 10, f"the runs must meet everything that is counted: {seen}"
     assert min(num_evicted, num_hits, num_offloaded) > 500
-    assert min(num_spare, num_taken_in) > 20
+    assert min(num_spare, num_taken_in, num_ahead) > 20
     assert min(num_quarantined, num_mixed) > 0
 
 
@@ -387,4 +413,5 @@ def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() ->
     assert worker.scheduler.stats()["num_preemptions"] == 1
     assert worker.num_mixed == 1
     assert list(worker.pulls) == ["r"]
+    assert worker.questions == {}  # who is preempted wants nothing more
     worker.drain()
