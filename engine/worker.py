@@ -233,7 +233,7 @@ class EngineWorker:
         self._role: WorkerRole | None = None
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
         self._offered: dict[bytes, float] = {}  #: as surplus, and when
-        self._num_lost = 0  #: blocks, when surplus was last looked for
+        self._num_lost = self.engine.scheduler.num_blocks_lost  #: when surplus was last looked for
         self._num_intakes = count()
         self._subscribers = Subscribers(worker_id, self.send)
         self._tasks: set[asyncio.Task[None]] = set()

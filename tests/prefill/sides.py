@@ -37,6 +37,7 @@ from engine.loans import (
 )
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
+    AskAhead,
     AskBlocks,
     BlocksReleased,
     EmitTokens,
@@ -51,7 +52,15 @@ from engine.scheduling.plan import (
 )
 from kvcache.leases import AskerLost, FreeBlocks, LeaseEvent, Released, Renewed, TimePassed
 from kvcache.pool import BlockState
-from messages.handoff import BlocksRequest, KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
+from messages.handoff import (
+    BlocksRequest,
+    KvHandoff,
+    PrefetchBlocks,
+    PrefillFailed,
+    PrefillRequest,
+    ReleaseLease,
+    RenewLease,
+)
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.wire import Message
@@ -118,6 +127,8 @@ class PrefillSide:
         match message:
             case BlocksRequest() | RenewLease() | ReleaseLease() if self.lender.take(asker, message):
                 pass
+            case PrefetchBlocks():
+                pass  # it has no slower tier
             case PrefillRequest(request=request):
                 self.world.seen["asked again"] += self.book.leases.asker_of(request.request_id) is not None
                 self.decide(PromptAsked(asker, message))
@@ -245,7 +256,7 @@ class DecodeSide:
                 case AskBlocks(is_tail_first=is_mixed):
                     self.world.seen["head computed meanwhile"] += is_mixed
                     self.borrow(instruction)
-                case StopAsking() | StopRemote() | PullBlocks():
+                case AskAhead() | StopAsking() | StopRemote() | PullBlocks():
                     self.borrow(instruction)
                 case _:
                     of_streams.append(instruction)
