@@ -106,6 +106,7 @@ HELP: Final = {
     "kvray_router_placed_total": "Placements, of a decode worker alone or of a pair",
     "kvray_router_prompt_tokens_total": "Prompt tokens that the router placed, of the first prompt of each request",
     "kvray_router_refused_total": "Requests that the router refused, by the error",
+    "kvray_router_warmed_blocks_total": "KV blocks that workers were asked to take in as they joined",
     "kvray_router_requests": "Requests that were placed and have not ended",
     "kvray_router_reservations": "Placements that their workers have not reported yet",
     "kvray_router_workers": "Workers that the router hears",

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
-from kvcache.names import split_names
+from kvcache.names import NAME_BYTES, split_names
 from kvcache.price import Computation, compute_s
 from kvrouter.fit import blocks_wanted, can_ever_hold, can_hand_over
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
 from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, check_ttft
+from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
@@ -121,6 +122,7 @@ class Router:
         self._keepers = Keepers(
             self._index.holders, self._held_share, lambda worker_id: self._workers[worker_id].info.num_blocks
         )
+        self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
         self._workers: dict[str, WorkerState] = {}
         self._feeds: dict[str, _Feed] = {}
         self._placed: dict[str, _Placed] = {}
@@ -148,6 +150,8 @@ class Router:
                 self._workers[info.worker_id] = WorkerState(info)
                 self._feeds[info.worker_id] = _Feed()
                 self._note_compute(self._workers[info.worker_id])
+                if info.role != "cache":
+                    self._warming.begin(info.worker_id, now_s)
                 return [*told, *self._ask_snapshot(info.worker_id, now_s)]
             case WorkerLost(worker_id):
                 return self._forget_worker(worker_id)
@@ -181,6 +185,7 @@ class Router:
             "kvray_router_workers_out_of_step": sum(feed.asked_s is not None for feed in self._feeds.values()),
             "kvray_router_index_names": len(self._index),
             "kvray_router_requests": len(self._placed),
+            "kvray_router_warmed_blocks_total": self._warming.num_asked,
             "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
         }
         kept = {
@@ -228,6 +233,8 @@ class Router:
         self._counts[f'kvray_router_placed_total{{kind="{kind}"}}'] += 1
         self._counts["kvray_router_prompt_tokens_total"] += request.num_prompt_tokens
         self._counts["kvray_router_matched_tokens_total"] += request.num_prompt_tokens - best.num_computed_tokens
+        held = pricing.held(best)
+        self._warming.note(request.names[: NAME_BYTES * held[-1].end if held else 0], now_s)
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
         return Placement(
             request_id=request.request_id,
@@ -239,7 +246,7 @@ class Router:
             decode_match_tokens=best.decode_match_tokens,
             prefill_match_tokens=best.prefill_match_tokens,
             num_computed_tokens=best.num_computed_tokens,
-            held=pricing.held(best),
+            held=held,
             predicted_ttft_s=best.ttft_s,
             reason=best.reason(),
         )
@@ -263,11 +270,13 @@ class Router:
         return best
 
     def _candidates(self, role: str, request: RouteRequest) -> list[WorkerState]:
-        return [
+        """Return the workers that may take the request; one that is warming only where there is no other."""
+        there = [
             worker
             for worker_id, worker in self._workers.items()
             if worker.info.role == role and worker_id not in request.exclude
         ]
+        return [worker for worker in there if not self._warming.is_warming(worker.info.worker_id)] or there
 
     def _pricing(self, request: RouteRequest) -> Pricing:
         prices = Prices(self._best_compute, self._moves_by_road)
@@ -350,7 +359,12 @@ class Router:
         feed.asked_s = None
         feed.next_seq = event.seq + 1
         # What a snapshot names may have lain there for long: that is no sign of use.
-        return told + _telling(self._keepers.on_change(shared, None if event.cleared else event.worker_id))
+        told += _telling(self._keepers.on_change(shared, None if event.cleared else event.worker_id))
+        if event.cleared:
+            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
+        else:
+            warming = self._warming.on_stored(event.worker_id, event.stored)
+        return told + [TellWorker(event.worker_id, take) for take in warming]
 
     def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
         self._feeds[worker_id].asked_s = now_s
@@ -382,6 +396,7 @@ class Router:
     def _forget_worker(self, worker_id: str) -> list[Instruction]:
         self._workers.pop(worker_id, None)
         self._feeds.pop(worker_id, None)
+        self._warming.forget(worker_id)
         return self._drop_blocks(worker_id)
 
     def _drop_blocks(self, worker_id: str) -> list[Instruction]:
@@ -390,6 +405,7 @@ class Router:
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self._index.sweep(_SWEPT_PER_TICK)
+        self._warming.on_time(now_s)
         self._best_compute = {}
         for worker in self._workers.values():
             self._note_compute(worker)

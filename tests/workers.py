@@ -259,11 +259,11 @@ async def running_pair(
 
 @asynccontextmanager
 async def running_decode(
-    options: WorkerOptions, find_cache: FindCache | None = None
+    options: WorkerOptions, find_cache: FindCache | None = None, worker_id: str = "decode"
 ) -> AsyncIterator[tuple[DecodeWorker, Ingress]]:
     """A decode worker on the running loop, and an ingress in front of it that knows no prefill worker."""
     crashes: list[BaseException] = []
-    decode = DecodeWorker("decode", "127.0.0.1", options, SECRET, crashes.append, find_cache=find_cache)
+    decode = DecodeWorker(worker_id, "127.0.0.1", options, SECRET, crashes.append, find_cache=find_cache)
     ingress = Ingress(await decode.start(), None)
     try:
         yield decode, ingress
