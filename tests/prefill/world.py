@@ -273,7 +273,8 @@ class World:
         assert manners <= {"mute"}, "what was pulled, or is not wanted any more, is released"
         lent = [self.request_id_of(question.request_id) for _, question in self.prefill.lender._questions.values()]
         assert all(self.requests[request_id].manners == "mute" for request_id in lent)
-        asked = [loan_id for loan_id, loan in self.decode.loans._loans.items() if not loan.is_offered_whole]
+        loans = self.decode.loans._loans.items()
+        asked = [loan_id for loan_id, loan in loans if not (loan.is_offered_whole or loan.is_ahead)]
         assert set(asked) <= self.prefill.book._prompts.keys(), "who gets nothing is told"
 
     def is_clean(self) -> bool:
