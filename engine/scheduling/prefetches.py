@@ -40,8 +40,8 @@ class Prefetches:
     def take_found(self, found: FoundAhead) -> None:
         """Take in where a holder has what it was asked for, unless the sequence is not waiting any more."""
         span = self._asked.get(found.seq_id, {}).get(found.source)
-        if span is not None:
-            seq = self._ledger.sequences[found.seq_id]
+        seq = self._ledger.sequences.get(found.seq_id)  # its time may have ended just now
+        if span is not None and seq is not None:
             seq.lacks_holders = False
             seq.held = with_found(seq.held, found.source, *span, found.runs)
 

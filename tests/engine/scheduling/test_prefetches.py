@@ -88,6 +88,20 @@ def test_where_nobody_said_who_holds_the_blocks_the_node_cache_is_asked_before_a
     worker.drain()
 
 
+def test_an_answer_may_come_with_the_end_of_the_time_of_who_waits_for_it(worker):
+    params = SamplingParams(max_tokens=4)
+    deadline_s = worker.now_s + 1.0
+    spec = SequenceSpec(
+        seq_id="r", token_ids=BASES[1], num_prompt_tokens=40, params=params, held=None, deadline_s=deadline_s
+    )
+    worker.add(spec)
+    worker.now_s = deadline_s
+    worker.find_ahead("r", "cache", [])
+    assert worker.sequences["r"].is_over
+    assert worker.ahead == {}
+    worker.drain()
+
+
 def test_without_a_node_cache_nobody_waits_for_its_answer(worker):
     end_first(worker)
     worker.scheduler.set_node_cache("")
