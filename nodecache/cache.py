@@ -260,7 +260,7 @@ class NodeCache:
             case BlocksRequest():
                 return self._offer(asker, message, now_s)
             case PrefetchBlocks(request_id=request_id):
-                key, names = _ahead_key(asker, request_id), _whole_names(message.names)
+                key, names = _ahead_key(asker, request_id), whole_names(message.names)
                 return [Tell(asker, self.prefetching.ask(key, asker, message, names, now_s))]
             case RenewLease(request_id=request_id):
                 for key in (_offer_key(asker, request_id), _room_key(asker, request_id)):

@@ -236,9 +236,7 @@ class CacheProcess:
 
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
-            case RoomRequest() | BlocksWritten() | RenewLease() | ReleaseLease():
-                self._post(Said(sender, message))
-            case BlocksRequest() | PrefetchBlocks():
+            case RoomRequest() | BlocksWritten() | BlocksRequest() | PrefetchBlocks() | RenewLease() | ReleaseLease():
                 self._post(Said(sender, message))
             case _ if isinstance(message, CacheQuestion):
                 self._manage(Asked(sender, message))
