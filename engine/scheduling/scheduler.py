@@ -98,7 +98,7 @@ class Scheduler:
             self._backlog,
             price_of,
             block_bytes=config.block_bytes,
-            chunk_tokens=config.chunk_quantum_tokens,
+            chunk_tokens=min(config.chunk_quantum_tokens, config.max_num_batched_tokens),
             remote_timeout_s=config.remote_timeout_s,
         )
         self._remote = self._sourcing.pulls

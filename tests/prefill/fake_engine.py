@@ -168,7 +168,8 @@ class FakeEngine:
             if part.is_kept:
                 end = -(-part.end // SIZE) if part.is_sampled else part.end // SIZE
                 self.published(table[part.start // SIZE : end])
-        return StepResult(sampled=sampled, errors={seq_id: WorkerError("no") for seq_id in failed}, elapsed_s=0.01)
+        elapsed_s = 1e-3 * sum(part.num_tokens for part in plan.parts)
+        return StepResult(sampled=sampled, errors={seq_id: WorkerError("no") for seq_id in failed}, elapsed_s=elapsed_s)
 
     def _at(self, table: list[int], position: int) -> int:
         return self.kv[table[position // SIZE]][position % SIZE]

@@ -58,7 +58,7 @@ class LeaseMachine(RuleBasedStateMachine):
         prefill=st.builds(
             config_of, st.sampled_from([4, 6, 8]), st.sampled_from([8, 12, 24]), max_num_seqs=st.integers(1, 4)
         ),
-        decode=st.builds(config_of, st.just(8), st.sampled_from([8, 24]), st.integers(2, 5)),
+        decode=st.builds(config_of, st.sampled_from([4, 8]), st.sampled_from([8, 24]), st.integers(2, 5)),
         prefill_s=st.sampled_from([0.0, 0.0, 0.01]),
     )
     def make(self, num_prefill_blocks, num_decode_blocks, prefill, decode, prefill_s) -> None:
@@ -200,7 +200,7 @@ def drive_at_random(seed: int, num_events: int) -> World:
     """Progress most of the time, so that every stage is reached, with everything else in between."""
     rng = random.Random(seed)
     prefill = config_of(rng.choice([4, 6, 8]), rng.choice([8, 12, 24]), rng.randint(1, 4))
-    decode = config_of(8, rng.choice([8, 24]), rng.randint(2, 6))
+    decode = config_of(4, rng.choice([8, 24]), rng.randint(2, 6))
     world = World(prefill, decode, rng.randint(6, 10), rng.randint(10, 20), prefill_s=rng.choice([0.0, 0.01]))
     for _ in range(num_events):
         action = rng.random()
