@@ -61,7 +61,6 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
-    SurplusBlocks,
     TakeBlocks,
     WorkerInfo,
 )
@@ -87,12 +86,11 @@ from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
-#: So many blocks are offered to others at a time.
-_NUM_OLDEST = 512
+#: Of blocks that were not used for long so many are looked at for a report.
+_NUM_LOOKED_AT = 512
 #: The node cache is looked for so often, which keeps it alive, and sooner where there is none.
 _LOOK_FOR_CACHE_S = 15.0
 _LOOK_AGAIN_S = 1.0
-_OFFERED_S = 0.5  #: for so long blocks are not offered again
 _REPORT_S = 1.0  #: a report at least this often
 _REPORT_MIN_S = 0.02  #: and at most this often
 
@@ -232,8 +230,6 @@ class EngineWorker:
         )
         self._role: WorkerRole | None = None
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
-        self._offered: dict[bytes, float] = {}  #: as surplus, and when
-        self._num_lost = self.engine.scheduler.num_blocks_lost  #: when surplus was last looked for
         self._num_intakes = count()
         self._subscribers = Subscribers(worker_id, self.send)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -390,7 +386,6 @@ class EngineWorker:
             if isinstance(emitted, EmitTokens) and emitted.finish_reason is not None:
                 self.borrower.decide(SequenceOver(emitted.seq_id))
         self._flush_events()
-        self._offer_oldest()
         self._report_wanted.set()
 
     # -------------------------------------------------------------------------------------------------- the node cache
@@ -445,28 +440,6 @@ class EngineWorker:
             compute=engine.scheduler.cost.price,
         )
 
-    def _offer_oldest(self) -> None:
-        """Tell what would be evicted next, once sequences cost the pool what it kept: another worker may keep it."""
-        pool, num_lost = self.engine.pool, self.engine.scheduler.num_blocks_lost
-        if num_lost == self._num_lost:
-            return
-        self._num_lost = num_lost
-        now_s = time.monotonic()
-        oldest = [
-            (name, used_s)
-            for name, used_s in pool.oldest(_NUM_OLDEST)
-            if self._offered.get(name, 0.0) < now_s - _OFFERED_S
-        ]
-        if not oldest:
-            return
-        if len(self._offered) > pool.num_blocks:
-            self._offered.clear()
-        names = [name for name, _ in oldest]
-        self._offered |= dict.fromkeys(names, now_s)
-        age_s = pool.now_s - oldest[0][1]
-        for subscriber in self._subscribers:
-            self.send(subscriber, SurplusBlocks(worker_id=self.worker_id, names=b"".join(names), age_s=age_s))
-
     async def _expire_forever(self) -> None:
         """Look for ended leases time and again: one that ends frees its blocks even when nobody says anything."""
         while True:
@@ -503,6 +476,8 @@ class EngineWorker:
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             free_blocks=pool.num_free,
+            idle_blocks=pool.num_idle(pool.num_dispensable + _NUM_LOOKED_AT),
+            reused_share=pool.reused_share,
             decode_step_s=scheduler.decode_step_s,
             compute=scheduler.cost.price,
             moves=moves,

@@ -46,11 +46,6 @@ class PoolStats:
     num_quarantined_blocks: int = 0
 
     @property
-    def num_lost_blocks(self) -> int:
-        """Evicted blocks that no other holder was known to keep."""
-        return self.num_evicted_blocks - self.num_evicted_spare_blocks
-
-    @property
     def hit_rate(self) -> float:
         """Share of all blocks handed out that did not have to be written; 0 before the first."""
         total = self.num_hit_blocks + self.num_allocated_blocks
@@ -91,6 +86,8 @@ class BlockPool:
         # Two queues, least recently used first, kept blocks and spare ones, with the time of the last use.
         self._evictable: tuple[OrderedDict[int, float], OrderedDict[int, float]] = (OrderedDict(), OrderedDict())
         self.now_s = 0.0  #: of its owner's clock: as of then blocks that are unpinned count as used
+        self._reuse_age_s: float | None = None  # how long blocks lay unused that were used again, the mean of late
+        self.reused_share = 0.0  #: of what lay unused and was kept, what was used again and not evicted: of late, too
         self._quarantined: dict[int, float] = {}  # block id -> until when
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -164,6 +161,19 @@ class BlockPool:
         self.stats.num_allocated_blocks += num_blocks
         return block_ids
 
+    def num_idle(self, most: int) -> int:
+        """Count the blocks that can be had without loss, up to `most`: dispensable ones, and those that lay too long.
+
+        Of blocks that lie unused for several times as long as those do that are used again hardly any will be.
+        """
+        if self._reuse_age_s is None:
+            return min(most, self.num_dispensable)
+        return self.num_worth_less(self.now_s - _DEAD_AGES * self._reuse_age_s, most)
+
+    def is_dispensable(self, block_id: int) -> bool:
+        """Tell whether a committed block is a copy that another holder keeps, and nobody uses."""
+        return block_id in self._evictable[1]
+
     def num_worth_less(self, used_s: float, most: int) -> int:
         """Count the blocks that are worth less than one that was last used at `used_s`, up to `most`."""
         num_older = 0
@@ -172,11 +182,6 @@ class BlockPool:
                 break
             num_older += 1
         return min(most, self.num_dispensable + num_older)
-
-    def oldest(self, num_blocks: int) -> list[tuple[bytes, float]]:
-        """Return the names of the blocks that are evicted next, and when they were last used; no spare copies."""
-        oldest = islice(self._evictable[0].items(), num_blocks)
-        return [(name, used_s) for block_id, used_s in oldest if (name := self._names[block_id]) is not None]
 
     def match(self, names: Iterable[bytes]) -> list[int]:
         """Find the longest leading run of `names` that is held; its block ids. Pin them before the next `allocate`."""
@@ -198,12 +203,17 @@ class BlockPool:
 
     def pin(self, block_ids: Sequence[int]) -> None:
         """Forbid eviction, once more for each call, of blocks that `match` gave."""
+        idle_s: list[float] = []
         for block_id in block_ids:
             if self._num_pins[block_id] == 0:
                 if self._names[block_id] is None:
                     raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only committed ones match")
-                del self._evictable[self._is_spare[block_id]][block_id]
+                idle_s.append(self.now_s - self._evictable[self._is_spare[block_id]].pop(block_id))
             self._num_pins[block_id] += 1
+        if idle_s:
+            age_s, before_s = max(idle_s), self._reuse_age_s
+            self._reuse_age_s = age_s if before_s is None else before_s + _AGE_WEIGHT * (age_s - before_s)
+            self._learn_reuse(len(idle_s), is_reused=True)
         self.stats.num_hit_blocks += len(block_ids)
 
     def unpin(self, block_ids: Sequence[int], used_s: float | None = None) -> None:
@@ -300,15 +310,13 @@ class BlockPool:
         return dropped
 
     def _evict(self) -> int:
-        kept, spare = self._evictable
-        is_spare = not kept
-        if kept and spare:
-            kept_age, spare_age = (self.now_s - next(iter(queue.values())) for queue in self._evictable)
-            is_spare = spare_age * _SPARE_AGES >= kept_age
+        is_spare = bool(self._evictable[1])  # what others keep goes first
         block_id, _ = self._evictable[is_spare].popitem(last=False)
         self._unname(block_id)
         self.stats.num_evicted_blocks += 1
         self.stats.num_evicted_spare_blocks += is_spare
+        if not is_spare:
+            self._learn_reuse(1, is_reused=False)
         return block_id
 
     def _unname(self, block_id: int) -> None:
@@ -321,6 +329,11 @@ class BlockPool:
         del self._by_name[name]
         if self._stored.pop(name, _ABSENT) is _ABSENT:
             self._removed[name] = None
+
+    def _learn_reuse(self, num_blocks: int, *, is_reused: bool) -> None:
+        """Learn what became of kept blocks that lay unused; as many as the pool has count."""
+        weight = min(1.0, num_blocks / self.num_blocks)
+        self.reused_share += weight * (is_reused - self.reused_share)
 
     # ---------------------------------------------------------------------------------------------------- what is told
 
@@ -367,8 +380,10 @@ class BlockPool:
 
 
 _ABSENT = object()
-#: A copy that another holder keeps is worth the pull that it saves, a kept one the computation: so many times as much.
-_SPARE_AGES = 16
+#: What lay unused for so many times as long as blocks do that are used again will hardly be.
+_DEAD_AGES = 8.0
+#: Weight of the last hit in the mean age at which blocks are used again.
+_AGE_WEIGHT = 0.05
 
 
 def _require(is_true: bool, what: str) -> None:

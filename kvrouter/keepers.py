@@ -78,18 +78,6 @@ class Keepers:
         del self._num_spare[worker_id]
         return told
 
-    def on_surplus(self, names: Iterable[bytes], worker_id: str) -> list[Appointed]:
-        """Let others keep these blocks, which `worker_id` has no use for, where there are any."""
-
-        def another(now: list[str]) -> str | None:
-            return min((other for other in now if other != worker_id), key=self.kept_share, default=None)
-
-        return self._appoint(names, another)
-
-    def is_sole(self, name: bytes, worker_id: str) -> bool:
-        """Tell whether a block is at hand nowhere but at this worker."""
-        return [holder.worker_id for holder in self._holders(name) if holder.tier in _AT_HAND] == [worker_id]
-
     def check_invariants(self) -> None:
         """Raise InvariantError where somebody is said to keep, or to have spare, what is not so."""
         num_spare: Counter[str] = Counter()

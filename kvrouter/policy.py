@@ -7,6 +7,7 @@ For one request, each decode worker d, alone or with a prefill worker p that can
                           or, alone: load(d) + queue(d) + compute(d)
     cost                = time to first token
                         + harm to the sequences on d: one more beside them, and its prefill where d does that
+                        + computing again what d, and p, evict for it though nobody else keeps it
 
 Load is what others hold of the prompt and a worker lacks, where bringing it costs less than computing it.
 
@@ -82,6 +83,7 @@ class Candidate(NamedTuple):
     compute_s: float
     pull_s: float  #: what the handoff adds, with what is pulled after the computation
     harm_s: float
+    displaced_s: float  #: of computing again what is evicted for it
     prefill_s: float  #: once the prefill worker is asked, until its KV lies on the decode worker; 0 without one
 
     @property
@@ -91,8 +93,8 @@ class Candidate(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        """Seconds that placements are compared by: time to first token, and the harm to others."""
-        return self.ttft_s + self.harm_s
+        """Seconds that placements are compared by: time to first token, the harm to others, and what is lost."""
+        return self.ttft_s + self.harm_s + self.displaced_s
 
     @property
     def delay_s(self) -> float:
@@ -135,7 +137,9 @@ class _PrefillPart(NamedTuple):
     load_s: float
     queue_s: float
     compute_s: float
-    cost_s: float  #: the four together
+    displaced_s: float
+    seconds: float  #: of waiting, loading, queueing and computing
+    cost_s: float  #: with what is displaced
 
 
 class _DecodePart(NamedTuple):
@@ -147,6 +151,7 @@ class _DecodePart(NamedTuple):
     num_sequences: int
     wait_s: float
     crowding_s: float  #: the harm of one sequence more
+    displaced_s: float
 
 
 class Prices(NamedTuple):
@@ -259,6 +264,7 @@ class Pricing:
             compute_s=computing_s,
             pull_s=0.0,
             harm_s=part.crowding_s + harm_s(computing_s, part.num_sequences),
+            displaced_s=part.displaced_s,
             prefill_s=0.0,
         )
 
@@ -275,7 +281,8 @@ class Pricing:
             compute_s=prefill.compute_s,
             pull_s=added_s,
             harm_s=part.crowding_s,
-            prefill_s=prefill.cost_s + added_s,
+            displaced_s=part.displaced_s + prefill.displaced_s,
+            prefill_s=prefill.seconds + added_s,
         )
 
     def _handoff_s(self, part: _DecodePart, prefill: _PrefillPart) -> float:
@@ -295,6 +302,7 @@ class Pricing:
             num_sequences,
             self._wait_s(decode, cover.num_covered, num_blocks - cover.num_held, num_sequences),
             HARM_WEIGHT * step_s * num_sequences,
+            self._displaced_s(decode, num_blocks - cover.num_held),
         )
 
     def _prefill_part(self, prefill: WorkerState) -> _PrefillPart:
@@ -303,9 +311,20 @@ class Pricing:
         num_computed = self._num_computed(cover.num_covered * info.block_size)
         wait_s = self._wait_s(prefill, cover.num_covered, num_lacking, prefill.num_sequences)
         queue_s, computing_s = prefill.queue_s(num_computed), self._compute_s(prefill, num_computed)
-        cost_s = wait_s + cover.load_s + queue_s + computing_s
-        match_tokens = cover.num_leading * info.block_size
-        return _PrefillPart(prefill, match_tokens, num_computed, wait_s, cover.load_s, queue_s, computing_s, cost_s)
+        displaced_s = self._displaced_s(prefill, num_lacking)
+        seconds = wait_s + cover.load_s + queue_s + computing_s
+        return _PrefillPart(
+            prefill,
+            cover.num_leading * info.block_size,
+            num_computed,
+            wait_s,
+            cover.load_s,
+            queue_s,
+            computing_s,
+            displaced_s,
+            seconds,
+            seconds + displaced_s,
+        )
 
     def held(self, placed: Candidate) -> tuple[HeldRun, ...]:
         """Tell the workers of a placement where blocks of the prompt lie: a few copies of each, their own first."""
@@ -401,6 +420,17 @@ class Pricing:
             road = next((road for road in common if (road in NODE_ROADS) is is_near), "")
             self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
         return self._road_moves[kind] if tier in ("device", "host") else ASSUMED_MOVES[tier]
+
+    def _displaced_s(self, worker: WorkerState, num_lacking_blocks: int) -> float:
+        """Return the seconds of computing again what `worker` evicts for blocks that it lacks, and nobody else keeps.
+
+        As if it were of a prompt as long as this one.
+        """
+        num_displaced = min(num_lacking_blocks, num_lacking_blocks - worker.idle_blocks)
+        if num_displaced <= 0:
+            return 0.0
+        num_tokens = min(num_displaced * worker.info.block_size, self._request.num_prompt_tokens)
+        return (worker.load.reused_share if worker.load else 0.0) * self._compute_s(worker, num_tokens)
 
     def _wait_s(self, worker: WorkerState, num_covered: int, num_lacking_blocks: int, num_sequences: int) -> float:
         """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""

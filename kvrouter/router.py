@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
-from kvcache.names import NAME_BYTES, split_names
+from kvcache.names import NAME_BYTES
 from kvcache.price import Computation, compute_s
-from kvrouter.fit import blocks_wanted, can_ever_hold, can_hand_over
+from kvrouter.fit import blocks_wanted, can_ever_hold
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
 from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, check_ttft
@@ -22,7 +22,7 @@ from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
@@ -64,9 +64,7 @@ class TimePassed:
     """Some time passed; comes about once a second."""
 
 
-Event: TypeAlias = (
-    WorkerJoined | WorkerLost | KvEvents | SurplusBlocks | LoadReport | RouteRequest | RequestEnded | TimePassed
-)
+Event: TypeAlias = WorkerJoined | WorkerLost | KvEvents | LoadReport | RouteRequest | RequestEnded | TimePassed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class TellWorker:
     """Send `message` to this worker."""
 
     worker_id: str
-    message: SpareBlocks | TakeBlocks
+    message: SpareBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +135,6 @@ class Router:
                 return [Reply(self._route(event, now_s))]
             case KvEvents():
                 return self._fold(event, now_s)
-            case SurplusBlocks():
-                return self._relieve(event)
             case LoadReport():
                 self._take_report(event, now_s)
                 return []
@@ -372,26 +368,6 @@ class Router:
 
     def _held_share(self, worker_id: str) -> float:
         return self._index.num_held(worker_id) / self._workers[worker_id].info.num_blocks
-
-    def _relieve(self, surplus: SurplusBlocks) -> list[Instruction]:
-        """Let others keep what a worker has no use for: those that hold it, else whoever keeps least for its size."""
-        worker = self._workers.get(surplus.worker_id)
-        if worker is None:
-            return []
-        names = split_names(surplus.names)
-        told = _telling(self._keepers.on_surplus(names, surplus.worker_id))
-        sole = [name for name in names if self._keepers.is_sole(name, surplus.worker_id)]
-        shares = [
-            (self._keepers.kept_share(worker_id), worker_id)
-            for worker_id, other in self._workers.items()
-            if other.info.role != "cache" and worker is not other and can_hand_over(worker.info, other.info)
-        ]
-        _, target = min(shares, default=(1.0, ""))
-        if sole and target:
-            told.append(
-                TellWorker(target, TakeBlocks(address=worker.info.address, names=b"".join(sole), age_s=surplus.age_s))
-            )
-        return told
 
     def _forget_worker(self, worker_id: str) -> list[Instruction]:
         self._workers.pop(worker_id, None)

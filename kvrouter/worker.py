@@ -31,8 +31,6 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
-    SurplusBlocks,
-    TakeBlocks,
     WorkerInfo,
 )
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -161,7 +159,7 @@ class RouterWorker:
                 self._follow_fleet()
             case Stats() if message.worker_id == worker_id:
                 self._cache_stats[worker_id] = message
-            case KvEvents() | SurplusBlocks() | LoadReport() if message.worker_id == worker_id:
+            case KvEvents() | LoadReport() if message.worker_id == worker_id:
                 self._decide(message)
             case _:
                 logger.warning("router: unexpected %s from %s", type(message).__name__, worker_id)
@@ -225,7 +223,7 @@ class RouterWorker:
                 case _:
                     assert_never(instruction)
 
-    def _send(self, worker_id: str, message: Subscribe | SpareBlocks | TakeBlocks) -> None:
+    def _send(self, worker_id: str, message: Subscribe | SpareBlocks) -> None:
         client = self._links[worker_id].client
         if client is not None:
             client.send(message)

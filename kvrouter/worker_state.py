@@ -95,6 +95,11 @@ class WorkerState:
         """Blocks free or evictable, less what was promised; negative where that was too much."""
         return (self.load.free_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
 
+    @property
+    def idle_blocks(self) -> int:
+        """Blocks whose loss costs nothing, less what was promised; negative where that was too much."""
+        return (self.load.idle_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
+
 
 def least_price(prices: Iterable[MovePrice]) -> MovePrice:
     """Return a price that none of `prices` is below, in any part."""

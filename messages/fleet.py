@@ -68,14 +68,6 @@ class SpareBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kept: bytes = b""
 
 
-class SurplusBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Worker to router: nobody uses these blocks here, and they go when room is wanted. Let another one keep them."""
-
-    worker_id: str
-    names: bytes  #: 16 bytes each, concatenated
-    age_s: float  #: since the first of them was last used
-
-
 class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Router, or an ingress for who manages caches, to worker: pull those of these that are worth more than yours."""
 
@@ -95,6 +87,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_waiting: int
     num_running: int
     free_blocks: int  #: free or evictable
+    idle_blocks: int = 0  #: of those, the ones that are no loss, up to some: free, kept by others, or unused for long
+    reused_share: float = 0.0  #: of what lay unused and nobody else kept, what was used again and not evicted, of late
     decode_step_s: float  #: measured median; 0 before the first measurement
     compute: ComputePrice | None = None  #: None before the first measurement
     moves: tuple[MovePrice, ...] = ()  #: of sources whose price changed since the last report; all after Subscribe

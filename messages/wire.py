@@ -15,7 +15,6 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
-    SurplusBlocks,
     TakeBlocks,
 )
 from messages.handoff import (
@@ -75,7 +74,6 @@ Message: TypeAlias = (
     | KvEvents
     | NodeCacheFound
     | SpareBlocks
-    | SurplusBlocks
     | TakeBlocks
     | LoadReport
     | GetStats

@@ -34,7 +34,6 @@ class Intakes:
         self._pool = pool
         self._intakes: dict[str, _Intake] = {}
         self.num_blocks = 0  #: taken in since the start
-        self.num_displaced_blocks = 0  #: older ones that were evicted for them
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all that is under way."""
@@ -55,9 +54,7 @@ class Intakes:
         names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)[:room]
         if wanted.intake_id in self._intakes or not names:
             return
-        num_lost = self._pool.stats.num_lost_blocks
         targets = dict(enumerate(self._pool.allocate(len(names))))
-        self.num_displaced_blocks += self._pool.stats.num_lost_blocks - num_lost
         self._intakes[wanted.intake_id] = _Intake(wanted.source, names, wanted.used_s, targets)
         out.append(AskBlocks(wanted.intake_id, wanted.source, 0, names, is_tail_first=False))
 

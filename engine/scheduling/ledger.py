@@ -64,6 +64,7 @@ class SequenceLedger:
         seq.block_table = matched
         seq.num_computed = len(matched) * seq.block_size
         seq.num_passed_over = 0
+        seq.lacks_room_s = None
         if not seq.has_emitted:
             seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
         for name in seq.names[len(matched) :]:

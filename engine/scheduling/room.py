@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from engine.scheduling.backlog import Backlog
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.sequence import Sequence
-from kvcache.price import SHORT_SHARE, SHORT_TOKENS
+from kvcache.price import SHORT_SHARE, SHORT_TOKENS, harm_s
 
-#: Prompts that are pulled at a time where more would cost what the pool keeps: one is computed while one is pulled.
-_MAX_PULLING = 2
+#: Room that costs nothing is waited for up to so many times as long as computing again takes what would be lost.
+_PATIENCE = 8.0
 
 
 class Room:
     """What there is room for beside the sequences of `ledger`.
 
-    `watermark`: share of the pool left free, at least a block, for who runs to grow into.
+    `watermark`: share of the pool left free, at least a block, for who runs to grow into. `backlog` tells what
+    computing costs.
     """
 
-    def __init__(self, ledger: SequenceLedger, max_num_seqs: int, watermark: float) -> None:
+    def __init__(self, ledger: SequenceLedger, backlog: Backlog, max_num_seqs: int, watermark: float) -> None:
         self._ledger = ledger
+        self._backlog = backlog
         self._max_num_seqs = max_num_seqs
         self._watermark = watermark
 
@@ -50,20 +53,31 @@ class Room:
             wanted += max(1, int(self._watermark * pool.num_blocks)) + int(share * pool.num_blocks)
         return wanted <= available
 
-    def is_too_early(self, seq: Sequence, num_matched: int) -> bool:
-        """Tell whether admitting `seq` would evict what only this pool keeps, before anything can be done for `seq`.
+    def num_displaced(self, seq: Sequence, matched: list[int]) -> int:
+        """Count the blocks that admitting `seq` would evict though only this pool keeps them, and may yet want them."""
+        pool = self._ledger.pool
+        wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
+        wanted += sum(map(pool.is_dispensable, matched))
+        return wanted - pool.num_idle(wanted)
 
-        Those that are computed before it, or pulled, are there: until it is its turn it only would sit on its blocks.
+    def is_too_early(self, seq: Sequence, matched: list[int], now_s: float, *, is_next: bool) -> bool:
+        """Tell whether `seq` had better wait for room that costs nothing.
+
+        While others go on here blocks come free, or are used again by those who wait behind it: that is worth waiting
+        for as long as computing them again would take, and harm those beside. Who is not next waits in any case.
         """
-        if seq.num_blocks_for(seq.num_tokens) - num_matched <= self._ledger.pool.num_dispensable:
+        num_displaced = self.num_displaced(seq, matched)
+        if num_displaced <= 0 or not self._admitted():
+            seq.lacks_room_s = None
             return False
-        if seq.wants_remote or len(self._ledger.pulling) >= _MAX_PULLING:
-            return len(self._ledger.pulling) >= _MAX_PULLING
-        num_lacking = seq.num_tokens - num_matched * seq.block_size
-        return any(
-            not other.is_decoding and other.num_tokens - other.num_computed <= num_lacking
-            for other in self._ledger.running.values()
-        )
+        if not is_next:
+            return True
+        if seq.lacks_room_s is None:
+            seq.lacks_room_s = now_s
+        num_tokens = min(num_displaced * seq.block_size, seq.num_tokens)  # as if of a prompt as long as this one
+        computing_s = self._backlog.compute_s(seq.num_tokens - num_tokens, seq.num_tokens)
+        computing_s *= self._ledger.pool.reused_share
+        return now_s < seq.lacks_room_s + _PATIENCE * (computing_s + harm_s(computing_s, len(self._ledger.running)))
 
     def _admitted(self) -> tuple[Sequence, ...]:
         return (*self._ledger.running.values(), *self._ledger.pulling.values())

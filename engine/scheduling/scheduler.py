@@ -67,6 +67,9 @@ from messages.request import Copy
 from messages.stream import FinishReason
 from text.grammar import CompiledGrammar
 
+#: Sequences that are looked at in vain, at most, before steps go on.
+_MAX_PASSED = 32
+
 
 class Scheduler:
     """Decides for one worker. It is the only one who pins blocks of `pool`. One thread.
@@ -91,8 +94,8 @@ class Scheduler:
         self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
         self.lateness = Lateness()
         self._ledger = SequenceLedger(pool)
-        self._room = Room(self._ledger, config.max_num_seqs, config.watermark)
         self._backlog = Backlog(self._ledger, self.cost)
+        self._room = Room(self._ledger, self._backlog, config.max_num_seqs, config.watermark)
         self._sourcing = Sourcing(
             self._ledger,
             self._backlog,
@@ -119,11 +122,6 @@ class Scheduler:
         self._num_generated_tokens = 0
 
     # ----------------------------------------------------------------------------------------------------------- load
-
-    @property
-    def num_blocks_lost(self) -> int:
-        """Blocks evicted for sequences that no other holder was known to keep."""
-        return self._pool.stats.num_lost_blocks - self._ledger.intakes.num_displaced_blocks
 
     @property
     def num_blocks_taken_in(self) -> int:
@@ -365,8 +363,10 @@ class Scheduler:
         if self._blocked is not None:
             return
         ledger = self._ledger
-        position = 0
-        while position < len(ledger.waiting) and self.num_running + self.num_pulling < self._config.max_num_seqs:
+        position = num_passed = 0
+        while position < len(ledger.waiting) and num_passed < _MAX_PASSED:
+            if self.num_running + self.num_pulling >= self._config.max_num_seqs:
+                return
             seq = ledger.waiting[position]
             is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
             is_short = self._room.is_short(seq)
@@ -377,17 +377,18 @@ class Scheduler:
             if hold_back(seq, len(matched), ledger, self._backlog, now_s):
                 position += 1
                 continue
-            if self._room.has(seq, matched, is_short=is_short) and (
-                is_short or not self._room.is_too_early(seq, len(matched))
-            ):
+            has_room = self._room.has(seq, matched, is_short=is_short)
+            is_next = self._blocked is None
+            if has_room and not self._room.is_too_early(seq, matched, now_s, is_next=is_next):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 continue
             self._blocked = self._blocked or seq
-            self._is_full = is_short
-            if is_short:
+            self._is_full = is_short and not has_room
+            if self._is_full:
                 return
             position += 1
+            num_passed += 1
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._prefetches.end(seq.seq_id, out)

@@ -107,6 +107,7 @@ class Sequence:
         "is_in_step",
         "is_long",
         "lacks_holders",
+        "lacks_room_s",
         "names",
         "num_computed",
         "num_device_tokens",
@@ -166,6 +167,7 @@ class Sequence:
         self.plan = LoadPlan()  #: what was decided when it was admitted
         self.is_handed_over = False  #: a prefill worker was asked for what follows
         self.is_long = False  #: since it was admitted: more of it was to be computed than of a short prompt
+        self.lacks_room_s: float | None = None  #: since when it waits for room that costs nothing
         self.wants_prompt_logprobs = spec.params.prompt_logprobs is not None and len(self.token_ids) == (
             spec.num_prompt_tokens
         )

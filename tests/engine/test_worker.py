@@ -21,7 +21,6 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
-    SurplusBlocks,
     TakeBlocks,
 )
 from messages.handoff import BlocksRequest, DescribeRegions, KvHandoff, RegionsDescribed, ReleaseLease
@@ -228,23 +227,6 @@ async def test_what_others_keep_is_marked_until_whoever_says_so_begins_anew(sett
     await until(lambda: pool.num_dispensable == num_dispensable + 1)
     await caller.subscribe()
     assert pool.num_dispensable == num_dispensable
-
-
-async def test_who_has_little_to_give_up_offers_what_goes_next(model_dir):
-    async with running(model_dir, kv_cache_bytes=9 * BLOCK_BYTES, max_model_len=64) as setting:
-        caller = setting.caller()
-        await caller.subscribe()
-        await setting.run("a", 10)
-        first = setting.held()
-        await setting.run("b", 100)
-        await setting.run("c", 150)  # nine blocks, all of them taken
-        assert caller.of(SurplusBlocks) == []
-        await setting.run("d", 200)
-        await until(lambda: caller.of(SurplusBlocks))
-        surplus = caller.of(SurplusBlocks)[0]
-        assert surplus.worker_id == "w"
-        assert set(split_names(surplus.names)) <= setting.held() - first
-        assert surplus.age_s >= 0
 
 
 async def test_what_another_is_about_to_lose_is_taken_in_and_let_go_of_there(model_dir):

@@ -237,6 +237,11 @@ def use(pool: BlockPool, first: int, length: int, now_s: float) -> None:
     pool.unpin(block_ids)
 
 
+def oldest(pool: BlockPool, num_blocks: int) -> list[tuple[bytes | None, float]]:
+    """What is evicted next of what only this pool keeps, and when it was last used."""
+    return [(pool.name(block_id), used_s) for block_id, used_s in pool._evictable[0].items()][:num_blocks]
+
+
 def numbers(pool: BlockPool) -> set[int]:
     return {int.from_bytes(name, "little") for name in pool.snapshot()}
 
@@ -251,16 +256,42 @@ def test_a_copy_that_another_keeps_goes_before_what_was_used_earlier(pool: Block
     assert (pool.stats.num_evicted_blocks, pool.stats.num_evicted_spare_blocks) == (2, 2)
 
 
-def test_a_copy_that_another_keeps_saves_a_pull_and_so_outlives_what_was_not_used_for_long(pool: BlockPool) -> None:
-    use(pool, 0, 2, now_s=10.0)
-    use(pool, 10, 2, now_s=1000.0)
-    pool.mark([name_of(10), name_of(11)], is_spare=True)
-    pool.now_s = 1060.0  # 60 s count as 960 s
-    pool.allocate(1)
-    assert numbers(pool) == {0, 10, 11}
-    pool.now_s = 1070.0
-    pool.allocate(1)
-    assert numbers(pool) == {0, 10}
+def use_again(pool: BlockPool, first: int, length: int, now_s: float) -> None:
+    """A chain that is held."""
+    pool.now_s = now_s
+    block_ids = pool.match(name_of(number) for number in range(first, first + length))
+    assert len(block_ids) == length
+    pool.pin(block_ids)
+    pool.unpin(block_ids)
+
+
+def test_what_lay_much_longer_than_blocks_do_that_are_used_again_counts_as_idle() -> None:
+    pool = BlockPool(8, 16)
+    use(pool, 0, 2, now_s=0.0)
+    use(pool, 10, 3, now_s=0.0)
+    pool.now_s = 99.0
+    assert pool.num_idle(9) == 3  # nobody knows yet
+    use_again(pool, 0, 2, now_s=100.0)
+    pool.now_s = 799.0
+    assert pool.num_idle(9) == 3
+    pool.now_s = 801.0
+    assert pool.num_idle(9) == 6
+    assert pool.num_idle(4) == 4
+
+
+def test_what_is_kept_is_worth_as_much_as_is_used_again_of_it() -> None:
+    pool = BlockPool(8, 16)
+    use(pool, 0, 4, now_s=1.0)
+    assert pool.reused_share == 0.0
+    for _ in range(5):
+        use_again(pool, 0, 4, now_s=2.0)
+    reused_share = pool.reused_share
+    assert reused_share == 1 - 0.5**5
+    pool.mark([name_of(0), name_of(1)], is_spare=True)
+    pool.unpin(pool.allocate(6))
+    assert pool.reused_share == reused_share  # copies are no loss
+    pool.unpin(pool.allocate(8))
+    assert pool.reused_share == pytest.approx(reused_share * (7 / 8) ** 2)
 
 
 def test_of_spare_copies_tails_go_before_heads(pool: BlockPool) -> None:
@@ -276,9 +307,9 @@ def test_what_is_spare_no_more_goes_as_if_it_had_never_been(pool: BlockPool) -> 
     pool.mark([name_of(0), name_of(1)], is_spare=True)
     use(pool, 2, 2, now_s=3.0)
     pool.mark([name_of(0)], is_spare=False)
-    assert pool.oldest(9) == [(name_of(0), 1.0), (name_of(3), 3.0), (name_of(2), 3.0)]
+    assert oldest(pool, 9) == [(name_of(0), 1.0), (name_of(3), 3.0), (name_of(2), 3.0)]
     pool.mark([name_of(1)], is_spare=False)
-    assert {name for name, _ in pool.oldest(2)} == {name_of(0), name_of(1)}
+    assert {name for name, _ in oldest(pool, 2)} == {name_of(0), name_of(1)}
 
 
 def test_what_is_marked_while_it_is_used_waits_among_its_like_afterwards(pool: BlockPool) -> None:
@@ -286,7 +317,7 @@ def test_what_is_marked_while_it_is_used_waits_among_its_like_afterwards(pool: B
     pool.mark([name_of(0), name_of(1), name_of(77)], is_spare=True)
     pool.mark([name_of(1)], is_spare=False)
     pool.unpin(block_ids)
-    assert pool.oldest(9) == [(name_of(1), 0.0)]
+    assert oldest(pool, 9) == [(name_of(1), 0.0)]
     assert pool.num_dispensable == 3
     pool.pin(block_ids)
     assert (pool.num_dispensable, pool.num_evictable) == (2, 0)
@@ -297,15 +328,15 @@ def test_a_block_that_is_written_anew_is_kept(pool: BlockPool) -> None:
     pool.mark([name_of(0)], is_spare=True)
     pool.clear()
     use(pool, 0, 1, now_s=2.0)
-    assert pool.oldest(9) == [(name_of(0), 2.0)]
+    assert oldest(pool, 9) == [(name_of(0), 2.0)]
 
 
 def test_the_oldest_are_named_as_they_would_go_without_spare_copies(pool: BlockPool) -> None:
     use(pool, 0, 2, now_s=1.0)
     use(pool, 10, 2, now_s=2.0)
     pool.mark([name_of(1)], is_spare=True)
-    assert pool.oldest(2) == [(name_of(0), 1.0), (name_of(11), 2.0)]
-    assert pool.oldest(0) == []
+    assert oldest(pool, 2) == [(name_of(0), 1.0), (name_of(11), 2.0)]
+    assert oldest(pool, 0) == []
 
 
 def test_free_blocks_spare_copies_and_what_was_used_longer_ago_are_worth_less(pool: BlockPool) -> None:
@@ -471,9 +502,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert number <= min(most, num_others + sum(before < used_s for before in kept))
         assert number >= min(most, num_others)
         used = {self.content[block_id]: self.used_s[block_id] for block_id in self._idle()}
-        oldest = self.pool.oldest(most)
-        assert len(oldest) == min(most, len(kept))
-        assert all(used[name] == before for name, before in oldest)
+        next_to_go = oldest(self.pool, most)
+        assert len(next_to_go) == min(most, len(kept))
+        assert all(used[name] == before for name, before in next_to_go)
 
     def _idle(self) -> list[int]:
         held = {block_id for table in self.tables_held.values() for block_id in table}
@@ -541,7 +572,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.num_free + pool.num_used + pool.num_quarantined == pool.num_blocks
         num_kept = sum(block_id not in self.spare for block_id in self._idle())
         assert pool.num_dispensable == pool.num_free - num_kept
-        assert {name for name, _ in pool.oldest(99)} == {
+        assert {name for name, _ in oldest(pool, 99)} == {
             self.content[block_id] for block_id in self._idle() if block_id not in self.spare
         }
         assert pool.num_quarantined == len(self.quarantined)
@@ -572,5 +603,5 @@ def test_what_was_last_used_elsewhere_keeps_its_age_and_goes_next_in_the_order_g
         pool.commit(block_id, name)
     pool.unpin([old])
     pool.unpin([first, second], used_s=20.0)
-    assert pool.oldest(4) == [(b"1" * 16, 20.0), (b"2" * 16, 20.0), (b"o" * 16, 50.0)]
+    assert oldest(pool, 4) == [(b"1" * 16, 20.0), (b"2" * 16, 20.0), (b"o" * 16, 50.0)]
     pool.check_invariants()

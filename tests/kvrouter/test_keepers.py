@@ -40,9 +40,6 @@ class World:
     def drop(self, worker_id):
         return self.keepers.on_dropped(self.index.drop(worker_id), worker_id)
 
-    def surplus(self, worker_id, *numbers):
-        return self.keepers.on_surplus(map(name, numbers), worker_id)
-
 
 @pytest.fixture
 def world():
@@ -54,15 +51,11 @@ def world():
 def test_a_block_that_one_holds_is_nobodys_concern(world):
     assert world.store("small", 1, 2) == []
     assert len(world.keepers) == 0
-    assert world.keepers.is_sole(name(1), "small")
-    assert not world.keepers.is_sole(name(1), "large")
-    assert not world.keepers.is_sole(name(3), "small")
 
 
 def test_who_stored_it_last_keeps_it(world):
     world.store("small", 1, 2)
     assert world.store("large", 1, 2) == [Appointed("small", names(1, 2), b"")]
-    assert not world.keepers.is_sole(name(1), "small")
     assert world.keepers.kept_share("small") == 0
     assert world.keepers.kept_share("large") == 2 / 16
 
@@ -86,7 +79,6 @@ def test_a_node_cache_keeps_whoever_uses_it_meanwhile(world):
     world.store("small", 1)
     assert world.store("cache", 1, tier="host") == [Appointed("small", names(1), b"")]
     assert world.store("large", 1) == [Appointed("large", names(1), b"")]
-    assert world.surplus("cache", 1) == []
     assert world.remove("cache", 1, tier="host") == [Appointed("small", b"", names(1))]
 
 
@@ -94,15 +86,7 @@ def test_a_node_cache_keeps_whoever_uses_it_meanwhile(world):
 def test_a_copy_that_is_not_at_hand_does_not_count(world, tier):
     world.store("small", 1)
     assert world.store("cache", 1, tier=tier) == []
-    assert world.keepers.is_sole(name(1), "small")
     assert len(world.keepers) == 0
-
-
-def test_who_has_no_use_for_a_block_leaves_it_to_another(world):
-    world.store("small", 1, 2)
-    world.store("large", 1)
-    assert world.surplus("small", 1, 2) == []  # spare there already, or nowhere else
-    assert sorted(world.surplus("large", 1)) == [Appointed("large", names(1), b""), Appointed("small", b"", names(1))]
 
 
 def test_who_is_lost_keeps_nothing_and_has_nothing_spare(world):
@@ -184,14 +168,6 @@ class KeepersMachine(RuleBasedStateMachine):
     def remove_below(self, numbers, tier):
         self.tell(self.world.remove("cache", *numbers, tier=tier))
 
-    @rule(worker=workers, numbers=numbers)
-    def surplus(self, worker, numbers):
-        others = [other for other in NUM_BLOCKS if other != worker]
-        self.tell(self.world.surplus(worker, *numbers))
-        for number in numbers:
-            if name(number) in self.held(worker) and any(name(number) in self.held(other) for other in others):
-                assert name(number) in self.spare[worker]
-
     @rule(worker=st.sampled_from(sorted(NUM_BLOCKS)), numbers=numbers, is_back=st.booleans())
     def lose(self, worker, numbers, is_back):
         self.spare[worker].clear()
@@ -210,8 +186,6 @@ class KeepersMachine(RuleBasedStateMachine):
             keepers = [worker for worker in holders if block not in self.spare[worker]]
             assert len(keepers) == min(1, len(holders))
             assert "cache" not in holders or keepers == ["cache"]
-            for worker in NUM_BLOCKS:
-                assert self.world.keepers.is_sole(block, worker) is (holders == [worker])
         assert len(self.world.keepers) == sum(
             sum(name(number) in self.held(worker) for worker in NUM_BLOCKS) > 1 for number in range(5)
         )

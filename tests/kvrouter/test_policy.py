@@ -250,6 +250,40 @@ def test_worker_without_free_blocks_or_slots_is_waited_for_and_avoided():
     assert best(request(1600), {}, [free]).wait_s == 0
 
 
+def test_who_would_evict_what_is_used_again_costs_what_computing_that_again_does():
+    full = WorkerState(info("full"), load("full", idle_blocks=40, reused_share=0.5))
+    idle = WorkerState(info("idle"), load("idle", idle_blocks=100, queued_s=0.2, reused_share=0.5))
+    alone = best(request(1600), {}, [full])  # 100 blocks, 60 of them kept
+    assert alone.displaced_s == pytest.approx(0.5 * 0.96)
+    assert alone.cost_s == pytest.approx(alone.ttft_s + alone.harm_s + 0.48)
+    assert best(request(1600), {}, [full, idle]).decode is idle
+    assert best(request(1600), {"full": 70}, [full]).displaced_s == 0
+    full.load = load("full", idle_blocks=40, reused_share=0.0)  # nothing of it is ever used again
+    assert best(request(1600), {}, [full, idle]).decode is full
+
+
+def test_a_handoff_costs_what_both_of_its_workers_evict():
+    decode = WorkerState(info("d"), load("d", idle_blocks=90, reused_share=1.0))
+    prefill = WorkerState(info("p", "prefill"), load("p", idle_blocks=80, reused_share=1.0))
+    alone, pair = sorted(
+        pricing(request(1600), {}, [decode, prefill]).all([decode], [prefill]),
+        key=lambda c: c.decode is None or c.prefill is not None,
+    )
+    assert alone.displaced_s == pytest.approx(0.16)
+    assert pair.displaced_s == pytest.approx(0.16 + 0.32)
+    assert pair.prefill_s == pytest.approx(pair.ttft_s - pair.wait_s)
+    full = WorkerState(info("full", "prefill"), load("full", idle_blocks=0, reused_share=1.0))
+    chosen = best(request(1600), {}, [decode], [full, prefill])
+    assert chosen.prefill is not full
+
+
+def test_what_was_promised_evicts_too():
+    state = WorkerState(info("d"), load("d", idle_blocks=100))
+    state.reserve("other", Reserved(compute_s=0.0, blocks=30, sequences=1))
+    assert state.idle_blocks == 70
+    assert WorkerState(info("new")).idle_blocks == info("new").num_blocks
+
+
 def test_more_choices_need_more_slots():
     decode = WorkerState(info("d"), load("d", num_running=60))
     assert best(request(160, num_sequences=4), {}, [decode]).wait_s == 0

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvrouter.policy import Assumptions
 from kvrouter.router import AskSnapshot, Reply, Router, RouterConfig, TellWorker, TimePassed, WorkerJoined, WorkerLost
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, SurplusBlocks, TakeBlocks, WorkerInfo
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -453,27 +453,6 @@ def test_a_snapshot_is_no_sign_of_use():
     assert told == [spare("d0", names(0, 2))]  # d1, which is larger, goes on
 
 
-def test_of_surplus_blocks_others_that_hold_them_keep_them_and_one_takes_the_rest():
-    fleet = Fleet(info("d0"), info("d1"), info("p", "prefill"))
-    fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 1)))
-    fleet.tell(KvEvents(worker_id="d1", seq=2, stored=names(7, 50)))
-    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 3)))
-    told = fleet.tell(SurplusBlocks(worker_id="d0", names=names(0, 3), age_s=4.0))
-    assert spare("d0", names(0, 1)) in told
-    assert kept("d1", names(0, 1)) in told
-    # p holds nothing, so it is the one with most room
-    assert told[-1] == TellWorker("p", TakeBlocks(address="tcp://d0:1", names=names(0, 3)[16:], age_s=4.0))
-    assert len(told) == 3
-
-
-@pytest.mark.parametrize("stranger", [{"fingerprint": b"g"}, {"node_id": "n2"}, {"role": "cache"}])
-def test_surplus_blocks_go_to_nobody_who_cannot_take_them(stranger):
-    fleet = Fleet(info("d"), info("x", **{"role": "decode"} | stranger))
-    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 3)))
-    assert fleet.tell(SurplusBlocks(worker_id="d", names=names(0, 3), age_s=4.0)) == []
-    assert fleet.tell(SurplusBlocks(worker_id="nobody", names=names(0, 3), age_s=4.0)) == []
-
-
 def test_the_share_that_a_worker_keeps_leaves_spare_copies_out():
     fleet = Fleet(info("d", num_blocks=10), info("p", "prefill", num_blocks=20))
     fleet.tell(KvEvents(worker_id="p", seq=1, stored=names(0, 8)))
@@ -531,12 +510,6 @@ class RouterMachine(RuleBasedStateMachine):
         for instruction in self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, tier=tier, **change)):
             assert instruction.worker_id in self.there
             assert isinstance(instruction, TellWorker) or instruction == AskSnapshot(worker)
-
-    @rule(worker=workers, chain=st.integers(0, 1), n=st.integers(0, 12))
-    def surplus(self, worker, chain, n):
-        for instruction in self.tell(SurplusBlocks(worker_id=worker, names=names(chain, n), age_s=1.0)):
-            assert instruction.worker_id in self.there
-            assert instruction.message.__class__ is SpareBlocks or instruction.worker_id not in (worker, "c")
 
     @rule(worker=workers, free=st.integers(0, 50), running=st.integers(0, 5), ids=st.lists(ids))
     def report(self, worker, free, running, ids):

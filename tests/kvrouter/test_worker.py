@@ -16,8 +16,6 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
-    SurplusBlocks,
-    TakeBlocks,
     WorkerInfo,
 )
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -188,7 +186,7 @@ async def test_stats_answer_by_name(setting):
     assert stats.values['kvray_router_refused_total{kind="CapacityError"}'] == 1
 
 
-async def test_workers_are_told_what_is_spare_and_what_to_take(setting):
+async def test_workers_are_told_what_is_spare(setting):
     router, _, closing = setting
     workers = [FakeWorker("a", held=2), FakeWorker("b")]
     closing += [worker.channel for worker in workers]
@@ -197,10 +195,6 @@ async def test_workers_are_told_what_is_spare_and_what_to_take(setting):
     workers[1].say(KvEvents(worker_id="b", seq=1, stored=names(1)))
     await eventually(lambda: workers[0].told)
     assert workers[0].told == [SpareBlocks(spare=names(1))]
-    workers[0].say(SurplusBlocks(worker_id="a", names=names(2)[16:], age_s=2.0))
-    await eventually(lambda: workers[1].told)
-    assert workers[1].told == [TakeBlocks(address=workers[0].info.address, names=names(2)[16:], age_s=2.0)]
-    workers[1].say(SurplusBlocks(worker_id="a", names=names(2), age_s=2.0))  # not its own: ignored
     workers[1].say(KvEvents(worker_id="b", seq=2, removed=names(1)))
     await eventually(lambda: len(workers[0].told) == 2)
     assert workers[0].told[1] == SpareBlocks(kept=names(1))

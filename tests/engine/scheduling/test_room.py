@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from engine.scheduling.backlog import Backlog
 from engine.scheduling.room import Room
+from engine.scheduling.step_cost import StepCost
 from kvcache.price import SHORT_TOKENS
 from tests.engine.scheduling.ledger_bench import LedgerBench
 
@@ -11,7 +13,8 @@ LONG = 2 * SHORT_TOKENS  # tokens, 128 blocks
 
 def bench_of(num_blocks: int, max_num_seqs: int = 32, watermark: float = 0.0) -> LedgerBench:
     made = LedgerBench(num_blocks)
-    made.room = Room(made.ledger, max_num_seqs, watermark)
+    cost = StepCost()
+    made.room = Room(made.ledger, Backlog(made.ledger, cost), max_num_seqs, watermark)
     return made
 
 
@@ -87,43 +90,68 @@ def test_long_prompts_leave_slots_and_blocks_to_short_ones():
 # ------------------------------------------------------------------------------------------------------------ too early
 
 
-def full_of_kept_blocks(num_free: int) -> LedgerBench:
+def full_of_kept_blocks(num_free: int, reused_share: float = 1.0) -> LedgerBench:
     """Of 32 blocks all but `num_free` hold what only this pool keeps."""
     bench = bench_of(32)
     bench.hold([7] * 4 * (32 - num_free))
+    bench.pool.reused_share = reused_share
     return bench
+
+
+def is_too_early(bench, seq, now_s=0.0, *, is_next=True) -> bool:
+    return bench.room.is_too_early(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), now_s, is_next=is_next)
 
 
 def test_what_costs_nothing_that_is_kept_is_never_too_early():
     bench = full_of_kept_blocks(8)
     bench.running("other", 4)
-    assert not bench.room.is_too_early(bench.waiting("a", 32), 0)
-    assert bench.room.is_too_early(bench.waiting("b", 33), 0)
+    assert not is_too_early(bench, bench.waiting("a", 32), is_next=False)
+    assert is_too_early(bench, bench.waiting("b", 33))
     bench.pool.mark(bench.pool.snapshot()[-1:], is_spare=True)
-    assert not bench.room.is_too_early(bench.waiting("c", 36), 0)
-    assert not bench.room.is_too_early(bench.waiting("d", 40), 1)
+    assert not is_too_early(bench, bench.waiting("c", 36))
+    assert is_too_early(bench, bench.waiting("d", 37))
 
 
-def test_who_would_evict_waits_for_those_that_are_computed_before_it():
+def test_what_is_found_is_no_loss_but_a_spare_copy_that_is_used_is_no_room_for_others():
+    bench = full_of_kept_blocks(2)
+    bench.running("other", 4)
+    prompt = [7] * 24
+    assert not is_too_early(bench, bench.waiting("a", [*prompt, *range(8)]))
+    bench.pool.mark(bench.pool.snapshot()[:6], is_spare=True)
+    assert not is_too_early(bench, bench.waiting("b", [*prompt, *range(8)]))
+    assert is_too_early(bench, bench.waiting("c", [*prompt, *range(9)]))
+
+
+def test_who_would_evict_waits_while_others_go_on_for_as_long_as_computing_again_is_worth():
     bench = full_of_kept_blocks(8)
+    seq = bench.waiting("a", 40)  # evicts two blocks: 8 ms, by the assumed price, and the harm of that
+    assert not is_too_early(bench, seq)
+    bench.running("other", 4)
+    assert is_too_early(bench, seq, 5.0)
+    assert is_too_early(bench, seq, 5.0 + 8 * (0.008 + 0.2 * 0.008 * 2) - 0.001)
+    assert not is_too_early(bench, seq, 5.0 + 8 * (0.008 + 0.2 * 0.008 * 2) + 0.001)
+
+
+def test_who_is_not_next_never_evicts():
+    bench = full_of_kept_blocks(8)
+    bench.running("other", 4)
     seq = bench.waiting("a", 40)
-    assert not bench.room.is_too_early(seq, 0)  # nobody is before it
-    longer = bench.running("longer", 48)
-    assert not bench.room.is_too_early(seq, 0)
-    bench.compute(longer, 8)
-    assert bench.room.is_too_early(seq, 0)
-    bench.compute(longer, 48)
-    bench.append(longer)
-    assert not bench.room.is_too_early(seq, 0)  # it decodes
+    assert is_too_early(bench, seq, 0.0)
+    assert not is_too_early(bench, seq, 100.0)
+    assert is_too_early(bench, seq, 100.0, is_next=False)
 
 
-def test_who_would_evict_to_pull_waits_for_two_that_pull():
+def test_nobody_waits_for_blocks_of_which_none_is_ever_used_again():
+    bench = full_of_kept_blocks(8, reused_share=0.0)
+    bench.running("other", 4)
+    assert not is_too_early(bench, bench.waiting("a", 40))
+
+
+def test_who_waited_for_room_waits_anew_once_it_was_admitted():
     bench = full_of_kept_blocks(8)
-    bench.running("other", 4)  # of no concern to who is not computed here
-    seq = bench.waiting("a", 40, remote_s=1.0)
-    bench.pulling("first", 4)
-    assert not bench.room.is_too_early(seq, 0)
-    bench.pulling("second", 4)
-    assert bench.room.is_too_early(seq, 0)
-    assert bench.room.is_too_early(bench.waiting("b", 40), 0)  # they are computed next, maybe
-    assert not bench.room.is_too_early(bench.waiting("c", 4, remote_s=1.0), 0)
+    bench.running("other", 4)
+    seq = bench.waiting("a", 40)
+    assert is_too_early(bench, seq, 1.0)
+    bench.ledger.admit(seq, [])
+    bench.ledger.preempt(seq)
+    assert is_too_early(bench, seq, 100.0)
