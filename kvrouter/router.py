@@ -22,7 +22,7 @@ from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
+from messages.fleet import KvEvents, LoadReport, SpareBlocks, TakeBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
@@ -79,7 +79,7 @@ class TellWorker:
     """Send `message` to this worker."""
 
     worker_id: str
-    message: SpareBlocks
+    message: SpareBlocks | TakeBlocks
 
 
 @dataclass(frozen=True, slots=True)

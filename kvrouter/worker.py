@@ -31,6 +31,7 @@ from messages.fleet import (
     SpareBlocks,
     Stats,
     Subscribe,
+    TakeBlocks,
     WorkerInfo,
 )
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -223,7 +224,7 @@ class RouterWorker:
                 case _:
                     assert_never(instruction)
 
-    def _send(self, worker_id: str, message: Subscribe | SpareBlocks) -> None:
+    def _send(self, worker_id: str, message: Subscribe | SpareBlocks | TakeBlocks) -> None:
         client = self._links[worker_id].client
         if client is not None:
             client.send(message)

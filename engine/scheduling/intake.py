@@ -1,4 +1,4 @@
-"""Blocks that this worker takes in without a sequence that wants them: others are about to lose them, or it is warming.
+"""Blocks that this worker takes in without a sequence that wants them: somebody says that they are worth having.
 
 They go where there are free blocks, copies that other holders keep, or blocks that were used longer ago. One pull at a
 time for each intake, as for a sequence.

@@ -60,18 +60,16 @@ class Room:
         wanted += sum(map(pool.is_dispensable, matched))
         return wanted - pool.num_idle(wanted)
 
-    def is_too_early(self, seq: Sequence, matched: list[int], now_s: float, *, is_next: bool) -> bool:
+    def is_too_early(self, seq: Sequence, matched: list[int], now_s: float) -> bool:
         """Tell whether `seq` had better wait for room that costs nothing.
 
         While others go on here blocks come free, or are used again by those who wait behind it: that is worth waiting
-        for as long as computing them again would take, and harm those beside. Who is not next waits in any case.
+        for as long as computing them again would take, and harm those beside.
         """
         num_displaced = self.num_displaced(seq, matched)
         if num_displaced <= 0 or not self._admitted():
             seq.lacks_room_s = None
             return False
-        if not is_next:
-            return True
         if seq.lacks_room_s is None:
             seq.lacks_room_s = now_s
         num_tokens = min(num_displaced * seq.block_size, seq.num_tokens)  # as if of a prompt as long as this one

@@ -378,8 +378,7 @@ class Scheduler:
                 position += 1
                 continue
             has_room = self._room.has(seq, matched, is_short=is_short)
-            is_next = self._blocked is None
-            if has_room and not self._room.is_too_early(seq, matched, now_s, is_next=is_next):
+            if has_room and not self._room.is_too_early(seq, matched, now_s):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 continue

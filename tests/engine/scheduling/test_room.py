@@ -98,14 +98,14 @@ def full_of_kept_blocks(num_free: int, reused_share: float = 1.0) -> LedgerBench
     return bench
 
 
-def is_too_early(bench, seq, now_s=0.0, *, is_next=True) -> bool:
-    return bench.room.is_too_early(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), now_s, is_next=is_next)
+def is_too_early(bench, seq, now_s=0.0) -> bool:
+    return bench.room.is_too_early(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), now_s)
 
 
 def test_what_costs_nothing_that_is_kept_is_never_too_early():
     bench = full_of_kept_blocks(8)
     bench.running("other", 4)
-    assert not is_too_early(bench, bench.waiting("a", 32), is_next=False)
+    assert not is_too_early(bench, bench.waiting("a", 32))
     assert is_too_early(bench, bench.waiting("b", 33))
     bench.pool.mark(bench.pool.snapshot()[-1:], is_spare=True)
     assert not is_too_early(bench, bench.waiting("c", 36))
@@ -130,15 +130,6 @@ def test_who_would_evict_waits_while_others_go_on_for_as_long_as_computing_again
     assert is_too_early(bench, seq, 5.0)
     assert is_too_early(bench, seq, 5.0 + 8 * (0.008 + 0.2 * 0.008 * 2) - 0.001)
     assert not is_too_early(bench, seq, 5.0 + 8 * (0.008 + 0.2 * 0.008 * 2) + 0.001)
-
-
-def test_who_is_not_next_never_evicts():
-    bench = full_of_kept_blocks(8)
-    bench.running("other", 4)
-    seq = bench.waiting("a", 40)
-    assert is_too_early(bench, seq, 0.0)
-    assert not is_too_early(bench, seq, 100.0)
-    assert is_too_early(bench, seq, 100.0, is_next=False)
 
 
 def test_nobody_waits_for_blocks_of_which_none_is_ever_used_again():
