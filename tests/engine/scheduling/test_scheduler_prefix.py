@@ -136,3 +136,28 @@ def test_who_shares_blocks_with_a_pull_waits_for_it_as_long_as_was_predicted(ben
     assert bench.step() == []
     bench.now_s += 0.2
     assert bench.step()[0][0] == "a"
+
+
+def test_who_would_evict_what_is_used_again_waits_and_who_finds_its_prompt_goes_first():
+    bench = Bench(num_blocks=16)
+    bench.add("held", PROMPT, max_tokens=1)
+    bench.run()  # four blocks are kept
+    bench.pool.reused_share = 1.0
+    bench.add("other", 8, max_tokens=100)
+    bench.step()
+    bench.add("large", 44, max_tokens=1)
+    bench.add("again", PROMPT, max_tokens=1)
+    assert [part.seq_id for part in bench.start()] == ["other", "again"]
+    bench.finish()
+    bench.now_s += 1.0  # longer than what it evicts is worth
+    bench.post(TimePassed())
+    assert [part.seq_id for part in bench.start()] == ["other", "large"]
+
+
+def test_who_would_evict_does_not_wait_for_nobody():
+    bench = Bench(num_blocks=16)
+    bench.add("held", PROMPT, max_tokens=1)
+    bench.run()
+    bench.pool.reused_share = 1.0
+    bench.add("large", 60, max_tokens=1)
+    assert [part.seq_id for part in bench.start()] == ["large"]
