@@ -18,7 +18,16 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import AUTO_SIZE, KvrayConfig, TiersConfig, num_ingresses, parse_config, parse_size
+from cluster.config import (
+    AUTO_SIZE,
+    KvrayConfig,
+    TenantConfig,
+    TenantsConfig,
+    TiersConfig,
+    num_ingresses,
+    parse_config,
+    parse_size,
+)
 from cluster.credentials import cluster_secret, refuse_keys
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
@@ -27,8 +36,11 @@ from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.core import EngineOptions
 from engine.worker import WorkerOptions
+from kvcache.names import tenant_number
 from kvrouter.actor import RouterActor, RouterOptions
+from messages.tier import Tier
 from nodecache.process import CacheSettings
+from nodecache.quotas import TenantQuota
 from prefill.worker import PrefillWorker
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
@@ -141,7 +153,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         channel=_channel(config),
         lease_s=config.network.lease_s,
         stall_s=config.network.stall_s,
-        cache=_cache_settings(config.tiers),
+        cache=_cache_settings(config.tiers, config.tenants),
         roads=RoadOptions(
             names=config.network.roads,
             port_range=config.network.port_range,
@@ -151,7 +163,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
     )
 
 
-def _cache_settings(tiers: TiersConfig) -> CacheSettings | None:
+def _cache_settings(tiers: TiersConfig, tenants: TenantsConfig) -> CacheSettings | None:
     if not tiers.is_wanted:
         return None
     is_sized = tiers.host_memory not in (None, AUTO_SIZE)
@@ -161,7 +173,20 @@ def _cache_settings(tiers: TiersConfig) -> CacheSettings | None:
         disk_capacity_bytes=parse_size(tiers.disk_capacity),
         remote=tiers.remote,
         remote_compression=tiers.remote_compression,
+        tenants=tuple(
+            TenantQuota(tenant=tenant_number(tenant.name), name=tenant.name, max_bytes=_quotas(tenant))
+            for tenant in tenants.members
+        ),
     )
+
+
+def _quotas(tenant: TenantConfig) -> dict[Tier, int]:
+    sizes: dict[Tier, str | None] = {
+        "host": tenant.host_quota,
+        "disk": tenant.disk_quota,
+        "remote": tenant.remote_quota,
+    }
+    return {tier: parse_size(size) for tier, size in sizes.items() if size is not None}
 
 
 def _threads_per_worker(config: KvrayConfig) -> int:

@@ -40,12 +40,12 @@ from cluster.openai.cache_protocol import (
     WorkProgress,
     WorkReply,
 )
+from cluster.openai.callers import Caller, not_allowed
 from cluster.openai.conversation import rendered, template_tools
 from cluster.openai.docs_schema import answers, body_of
 from cluster.openai.errors import bad_field
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
-from kvcache.names import tenant_of
 from messages.cache import BlocksListed
 from messages.errors import RequestError
 from messages.fleet import WorkerInfo
@@ -57,6 +57,7 @@ _PARAMETERS: Final = {
     "parameters": [
         {"name": "format", "in": "query", "schema": {"enum": ["arrow", "parquet", "json"], "default": "arrow"}},
         {"name": "tier", "in": "query", "schema": {"enum": list(CACHE_TIERS)}, "description": "default: all of them"},
+        {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "default: all of them"},
     ]
 }
 _TABLES: Final[dict[int | str, dict[str, Any]]] = {
@@ -68,7 +69,10 @@ _IMPORT_TYPE: Final = "application/msgpack"
 _FILES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "An Arrow IPC file, a row for each block; X-Num-Rows tells how many it is when it is whole"}
 }
-_SALT: Final = {"name": "cache_salt", "in": "query", "schema": {"type": "string"}, "description": "to name them with"}
+_WHOSE: Final = [
+    {"name": "cache_salt", "in": "query", "schema": {"type": "string"}, "description": "to name them with"},
+    {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "whose they become"},
+]
 
 
 def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes) -> None:
@@ -85,25 +89,18 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
         """Drop blocks from pools and node caches; with `dry_run`, which is the default, say what would go."""
         fields = clear_decoder.decode(await read_body(request, max_bytes))
         tiers = fields.tiers or CACHE_TIERS
-        prompt = await _prompt_of(surface, fields)
-        tenant = None
-        if prompt is None and fields.cache_salt is not None:
-            tenant = tenant_of(_salt_of(fields.cache_salt))
-            if list(tiers) != ["host"]:
-                raise bad_field(
-                    "tiers", tiers, '["host"] with a cache_salt alone: no other tier knows whose blocks it has'
-                )
-        elif (prompt is None) != fields.everything:
-            raise bad_field("everything", fields.everything, "a prompt, messages, a cache_salt, or everything: true")
-        if tenant is not None and fields.everything:
-            raise bad_field("everything", True, "it false where there is a cache_salt")
-        return _json(await caches.clear(_unique(tiers), prompt, tenant, is_dry_run=fields.dry_run))
+        prompt = await _prompt_of(surface, request, fields)
+        if prompt is not None and fields.everything:
+            raise bad_field("everything", True, "it false where there is a prompt")
+        owner = _owner_to_clear(surface, request, fields) if prompt is None else None
+        return _json(await caches.clear(_unique(tiers), prompt, owner, is_dry_run=fields.dry_run))
 
     @app.post("/v1/cache/pin", openapi_extra=body_of(PinRequest), responses=answers(WorkReply))
     async def pin(request: Request) -> Response:
         """Keep a prompt's blocks in host memory, where they lie there: for `ttl_s` seconds, or for good."""
         fields = pin_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, fields)
+        _require_hints(request)
+        prompt = await _wanted_prompt_of(surface, request, fields)
         ttl_s = math.inf if fields.ttl_s is None else fields.ttl_s
         return _json(await caches.keep(prompt, ttl_s, fields.priority))
 
@@ -111,15 +108,20 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
     async def unpin(request: Request) -> Response:
         """Keep a prompt's blocks no longer than others."""
         fields = unpin_decoder.decode(await read_body(request, max_bytes))
-        return _json(await caches.keep(await _wanted_prompt_of(surface, fields), 0.0, 0))
+        _require_hints(request)
+        return _json(await caches.keep(await _wanted_prompt_of(surface, request, fields), 0.0, 0))
 
     @app.post("/v1/cache/check", openapi_extra=body_of(CheckRequest), responses=answers(WorkProgress))
     async def check(request: Request) -> Response:
         """Read and verify blocks, drop damaged ones. Lines of JSON: progress, at last the whole (WorkReply)."""
         fields = check_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _prompt_of(surface, fields)
-        if prompt is None and fields.cache_salt is not None:
-            raise bad_field("cache_salt", fields.cache_salt, "a prompt or messages with it, or none: everything")
+        prompt = await _prompt_of(surface, request, fields)
+        if prompt is None:
+            for param in ("cache_salt", "tenant"):
+                if getattr(fields, param) is not None:
+                    raise bad_field(param, getattr(fields, param), "a prompt or messages with it, or none: everything")
+            if not _caller(request).is_operator:
+                raise not_allowed("prompt", "check of everything")
         tiers = _unique(fields.tiers or CACHE_TIERS)
         owners = await caches.owners(tiers)
         return _lines(owners, caches.check(owners, tiers, prompt))
@@ -134,7 +136,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def evict(request: Request) -> Response:
         """Drop a prompt's blocks, but those that are to be kept; with `dry_run`, the default, say what would go."""
         fields = evict_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, fields)
+        prompt = await _wanted_prompt_of(surface, request, fields)
         tiers = _unique(fields.tiers or CACHE_TIERS)
         return _json(await caches.clear(tiers, prompt, None, is_dry_run=fields.dry_run, spares_kept=True))
 
@@ -142,7 +144,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def move(request: Request) -> Response:
         """Bring a prompt's blocks from one tier of each node to another. Lines of JSON, as check."""
         fields = move_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, fields)
+        prompt = await _wanted_prompt_of(surface, request, fields)
         if fields.source == fields.target:
             raise bad_field("target", fields.target, "another tier than the source")
         owners = await caches.owners((fields.source,))
@@ -152,7 +154,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def warm(request: Request) -> Response:
         """Bring a prompt's blocks up to host memory, and to the pool of a worker where one is named. Lines of JSON."""
         fields = warm_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, fields)
+        prompt = await _wanted_prompt_of(surface, request, fields)
         worker = None if fields.worker_id is None else caches.worker(fields.worker_id)
         owners = [*([] if worker is None else [worker]), *await caches.found()]
         return _lines(owners, caches.warm(owners, worker, prompt))
@@ -175,7 +177,7 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
         from cluster.prefix_file import MEDIA_TYPE, written
 
         fields = export_decoder.decode(await read_body(request, surface.limits.max_body_bytes))
-        prefix = await prefixes.held(await _wanted_prompt_of(surface, fields))
+        prefix = await prefixes.held(await _wanted_prompt_of(surface, request, fields))
         pieces = written(prefix.model, prefix.num_blocks, prefix.pieces)
         first = await anext(pieces)  # what is not there any more is an error, and no file that is cut off
 
@@ -188,7 +190,7 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
 
     @app.post(
         "/v1/cache/import",
-        openapi_extra=body_of(ImportRequest, _IMPORT_TYPE) | {"parameters": [_SALT]},
+        openapi_extra=body_of(ImportRequest, _IMPORT_TYPE) | {"parameters": _WHOSE},
         responses=answers(WorkReply),
     )
     async def take_in(request: Request) -> Response:
@@ -198,8 +200,10 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
             piece = import_decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"body: no blocks in MessagePack: {error}", code="invalid_body") from None
-        salt = request.query_params.get("cache_salt")
-        return _json(await prefixes.put(piece, _salt_of(salt)))
+        query = request.query_params
+        meant = surface.callers.meant(_caller(request), query.get("tenant"))
+        cache_salt = query.get("cache_salt")
+        return _json(await prefixes.put(piece, meant.salt(cache_salt), meant.owner(cache_salt)))
 
 
 def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
@@ -210,16 +214,17 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def lookup(request: Request) -> Response:
         """Tell which of a prompt's tokens lie where."""
         fields = decoder.decode(await read_body(request, surface.limits.max_body_bytes))
-        return _json(await caches.lookup(await _wanted_prompt_of(surface, fields)))
+        return _json(await caches.lookup(await _wanted_prompt_of(surface, request, fields)))
 
     @app.get("/v1/cache/stats", responses=answers(CacheStatsReply))
-    async def stats() -> Response:
-        """Tell what workers and node caches hold, by tier."""
-        return _json(await caches.stats())
+    async def stats(request: Request) -> Response:
+        """Tell what workers and node caches hold, by tier; a tenant is told what its own blocks take."""
+        caller = _caller(request)
+        return _json(await caches.stats(None if caller.is_operator else caller.name))
 
     @app.get("/v1/cache/table", openapi_extra=_PARAMETERS, responses=_TABLES)
     async def table(request: Request) -> Response:
-        """List all that pools and node caches hold, as an Arrow stream, a Parquet file or JSON."""
+        """List what pools and node caches hold, of a tenant its own, as an Arrow stream, a Parquet file or JSON."""
         from cluster.cache_table import MEDIA_TYPES, CacheTable, Listed, TableFormat
 
         query = request.query_params
@@ -231,17 +236,47 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
         tiers = [tier for tier in CACHE_TIERS if tier == query.get("tier", tier)]
         if not tiers:
             raise bad_field("tier", query.get("tier"), f"one of {', '.join(CACHE_TIERS)}")
+        caller = _caller(request)
+        meant = surface.callers.meant(caller, query.get("tenant"))
+        owner = None if meant.is_operator and meant is caller else meant.owner(None)
         async with tabling:  # one at a time is in memory before it is sent
-            made = CacheTable([Listed(*part) for part in await _gathered(caches, tiers)])
+            made = CacheTable([Listed(*part) for part in await _gathered(caches, tiers, owner)], surface.callers.names)
         return StreamingResponse(
             made.pieces(wanted), media_type=MEDIA_TYPES[wanted], headers={"X-Num-Rows": str(made.num_rows)}
         )
 
 
-async def _gathered(caches: Caches, tiers: Sequence[Tier]) -> list[tuple[WorkerInfo, Tier, BlocksListed]]:
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _require_hints(request: Request) -> None:
+    """Refuse a tenant that may not say what is to be kept."""
+    caller = _caller(request)
+    if not (caller.is_operator or caller.may_hint):
+        raise not_allowed(None, "to say what is to be kept")
+
+
+def _owner_to_clear(surface: Surface, request: Request, fields: ClearRequest) -> int | None:
+    """Say whose blocks are to be cleared where no prompt says which; None: everybody's."""
+    caller = _caller(request)
+    meant = surface.callers.meant(caller, fields.tenant)
+    if meant.name and fields.cache_salt is not None:
+        raise bad_field("cache_salt", fields.cache_salt, "a prompt or messages with it: blocks of tenants know no more")
+    is_somebodys = fields.tenant is not None or fields.cache_salt is not None
+    if fields.everything == is_somebodys:
+        wanted = "a prompt, messages, a tenant, a cache_salt, or everything: true"
+        raise bad_field("everything", fields.everything, "it false where there is one" if is_somebodys else wanted)
+    return None if fields.everything and caller.is_operator else meant.owner(fields.cache_salt)
+
+
+async def _gathered(
+    caches: Caches, tiers: Sequence[Tier], owner: int | None
+) -> list[tuple[WorkerInfo, Tier, BlocksListed]]:
     parts: list[tuple[WorkerInfo, Tier, BlocksListed]] = []
     num_rows = 0
-    async with aclosing(caches.listed(tiers)) as listing:
+    async with aclosing(caches.listed(tiers, owner)) as listing:
         async for part in listing:
             num_rows += part[2].num_blocks
             if num_rows > _MAX_ROWS:
@@ -280,25 +315,25 @@ def _lines(owners: Sequence[WorkerInfo], pieces: AsyncGenerator[Piece, None]) ->
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
-async def _wanted_prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens:
-    prompt = await _prompt_of(surface, fields)
+async def _wanted_prompt_of(surface: Surface, request: Request, fields: PromptFields) -> PromptTokens:
+    prompt = await _prompt_of(surface, request, fields)
     if prompt is None:
         raise RequestError("prompt: missing, want a prompt or messages", param="prompt", code="missing_required_field")
     return prompt
 
 
-async def _prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens | None:
+async def _prompt_of(surface: Surface, request: Request, fields: PromptFields) -> PromptTokens | None:
     """Tokenize the prompt that is meant as the endpoints do that answer it; None: there is none.
 
     Raises:
-        RequestError: it is none that a model served here could answer: too long, for example.
+        RequestError: no model served here could answer it: it is too long, for example; or it is another tenant's.
     """
     surface.check_model(fields.model)
     if fields.prompt is None and fields.messages is None:
         return None
     if fields.prompt is not None and fields.messages is not None:
         raise RequestError("prompt: want either prompt or messages", param="prompt", code="invalid_value")
-    salt = _salt_of(fields.cache_salt)
+    salt = surface.callers.meant(_caller(request), fields.tenant).salt(fields.cache_salt)
     if fields.messages is not None:
         tools = template_tools(fields.tools) if fields.tools else None
         text = rendered(surface.tokenizer, fields.messages, fields, tools)
@@ -311,11 +346,6 @@ async def _prompt_of(surface: Surface, fields: PromptFields) -> PromptTokens | N
     if isinstance(prompt, str):
         return PromptTokens(await _encoded(surface, "prompt", prompt, fields.add_special_tokens is not False), salt)
     return PromptTokens(prompts.packed(prompts.fitted("prompt", prompt, None, None, surface.model)), salt)
-
-
-def _salt_of(cache_salt: str | None) -> bytes:
-    """Return what the names of blocks are salted with, of requests with this `cache_salt`."""
-    return (cache_salt or "").encode()
 
 
 async def _encoded(surface: Surface, param: str, text: str, adds_special: bool) -> bytes:

@@ -6,7 +6,7 @@ are dictionaries. What a tier keeps nothing of is null.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -35,6 +35,7 @@ SCHEMA: Final = pa.schema(
         pa.field("fingerprint", _FINGERPRINT, nullable=False),
         pa.field("layout_version", pa.uint32(), nullable=False),
         pa.field("tenant", pa.uint64()),  # 0: nobody in particular
+        pa.field("tenant_name", _TEXT),  # where the configuration knows it
         pa.field("name", pa.binary(NAME_BYTES), nullable=False),
         pa.field("tier", _TEXT, nullable=False),
         pa.field("node", _TEXT, nullable=False),
@@ -75,8 +76,8 @@ class Listed(NamedTuple):
 class CacheTable:
     """A table of blocks. `batches` are made as they are asked for: some thousand rows each."""
 
-    def __init__(self, parts: Sequence[Listed]) -> None:
-        """Take in what they listed.
+    def __init__(self, parts: Sequence[Listed], tenants: Mapping[int, str] | None = None) -> None:
+        """Take in what they listed; `tenants`: names by their numbers.
 
         Raises:
             WorkerError: a column has not as many values as there are blocks.
@@ -84,6 +85,7 @@ class CacheTable:
         self._parts = [part for part in parts if part.listed.num_blocks]
         for part in self._parts:
             _check(part)
+        self._tenants = dict(tenants or {})
         self.num_rows = sum(part.listed.num_blocks for part in self._parts)
         self.schema = SCHEMA.with_metadata({ROW_COUNT: str(self.num_rows)})
         self._words: dict[str, dict[Any, int]] = {
@@ -140,6 +142,7 @@ class CacheTable:
             "node": self._same("node", part.info.node_id, count),
             "holder": self._same("holder", part.info.worker_id, count),
             "layout_version": pa.array(np.full(count, listed.layout_version, np.uint32)),
+            "tenant_name": self._tenant_names(listed),
         }
         for column, field, _ in _COLUMNS:
             data, kind = getattr(listed, field), SCHEMA.field(column).type
@@ -147,6 +150,14 @@ class CacheTable:
                 pa.Array.from_buffers(kind, count, [None, pa.py_buffer(data)]) if data else pa.nulls(count, kind)
             )
         return pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
+
+    def _tenant_names(self, listed: BlocksListed) -> pa.Array:
+        numbers = np.frombuffer(listed.tenants, "<u8")
+        indices = np.full(listed.num_blocks, -1, np.int32)
+        for index, number in enumerate(self._tenants):
+            indices[: len(numbers)][numbers == np.uint64(number)] = index
+        words = pa.array(list(self._tenants.values()), pa.string())
+        return pa.DictionaryArray.from_arrays(pa.array(indices, mask=indices < 0), words)
 
     def _same(self, column: str, word: object, count: int) -> pa.Array:
         words = self._words[column]

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cluster.dispatch import Dispatcher
+from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import (
     NODE_TIERS,
     CacheFailure,
@@ -19,7 +20,9 @@ from cluster.openai.cache_protocol import (
     HeldTokens,
     Holder,
     LookupReply,
+    NodeTier,
     OwnerStats,
+    TenantStats,
     TierCounts,
     TierStats,
     WorkReply,
@@ -194,8 +197,11 @@ class Caches:
                 break
         return runs
 
-    async def stats(self) -> CacheStatsReply:
-        """Return what workers and node caches count of their tiers; who does not answer is without numbers."""
+    async def stats(self, tenant: str | None) -> CacheStatsReply:
+        """Return what workers and node caches count of their tiers; who does not answer is without numbers.
+
+        `tenant`: only what this one has; None: all.
+        """
         told = await self._dispatcher.fleet_stats()
         values = {stats.worker_id: stats.values for stats in told}
         workers = [
@@ -203,10 +209,20 @@ class Caches:
             for info in sorted(self._dispatcher.fleet.values(), key=lambda info: (info.role, info.worker_id))
         ]
         caches = [_owner(cache.info, cache.values, NODE_TIERS) for stats in told for cache in stats.caches]
-        return CacheStatsReply(workers=workers, caches=caches)
+        if tenant is None:
+            return CacheStatsReply(workers=workers, caches=caches)
+        own = [
+            msgspec.structs.replace(
+                cache, tiers={}, tenants={name: one for name, one in cache.tenants.items() if name == tenant}
+            )
+            for cache in caches
+        ]
+        return CacheStatsReply(workers=[], caches=own)
 
-    async def listed(self, tiers: Sequence[Tier]) -> AsyncGenerator[tuple[WorkerInfo, Tier, BlocksListed], None]:
-        """Yield all that workers and node caches hold in these tiers, some thousand blocks at a time.
+    async def listed(
+        self, tiers: Sequence[Tier], tenant: int | None
+    ) -> AsyncGenerator[tuple[WorkerInfo, Tier, BlocksListed], None]:
+        """Yield all that workers and node caches hold in these tiers, or of a tenant, some thousand blocks at a time.
 
         Raises:
             WorkerError: one was lost, or does not answer.
@@ -215,7 +231,7 @@ class Caches:
             for tier in _tiers_of(info, tiers):
                 cursor: int | None = 0
                 while cursor is not None:
-                    question = ListBlocks(query_id="", tier=tier, cursor=cursor)
+                    question = ListBlocks(query_id="", tier=tier, tenant=tenant, cursor=cursor)
                     listed = await self._dispatcher.ask_owner(info, question, _TIMEOUT_S)
                     assert isinstance(listed, BlocksListed)
                     yield info, tier, listed
@@ -430,7 +446,19 @@ def _owner(info: WorkerInfo, values: dict[str, float] | None, tiers: Sequence[Ti
         block_size=info.block_size,
         is_answering=values is not None,
         tiers={tier: one for tier, one in stats.items() if one is not None},
+        tenants=_tenant_stats(values or {}),
     )
+
+
+def _tenant_stats(values: dict[str, float]) -> dict[str, dict[NodeTier, TenantStats]]:
+    found: dict[str, dict[NodeTier, TenantStats]] = {}
+    for full_name, value in values.items():
+        if full_name.startswith("kvray_cache_tenant_bytes{"):
+            name, tier = labels_of(full_name)["tenant"], labels_of(full_name)["tier"]
+            quota = values.get(full_name.replace("_bytes{", "_quota_bytes{"))
+            one = TenantStats(bytes=int(value), quota_bytes=None if quota is None else int(quota))
+            found.setdefault(name, {}).update({known: one for known in NODE_TIERS if known == tier})
+    return found
 
 
 def _tier_stats(info: WorkerInfo, tier: Tier, values: dict[str, float]) -> TierStats | None:

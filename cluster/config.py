@@ -6,6 +6,8 @@
     http:    where clients are served, and what a request may ask for
     connections:  what clients may hold of an ingress
     network: the channels between processes, and the roads between pools
+    tiers:   where KV goes that no pool has room for
+    tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
 
 An unknown key is an error that names it. Flags of the command line override the file; the file overrides defaults.
@@ -109,6 +111,8 @@ class HttpConfig(_Section, frozen=True):
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
+    #: what requests say of keeping what is cached (`kvray.cache`); of tenants each one's own setting counts
+    cache_hints: Literal["refuse", "use"] = "refuse"
     #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
     client_priority: Literal["ignore", "use"] = "ignore"
     grammar_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0  #: of processor time, to compile a grammar
@@ -170,6 +174,27 @@ class TiersConfig(_Section, frozen=True):
         return any(value is not None for value in (self.host_memory, self.disk_dir, self.remote))
 
 
+class TenantConfig(_Section, frozen=True):
+    """One who shares no cached block with others. Quotas are of what its blocks take; None: no limit of its own."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    api_key_file: str  #: one key a line, several while one follows another; read where an ingress runs
+    role: Literal["member", "operator"] = "member"  #: operators manage and see all that is cached
+    cache_hints: Literal["refuse", "use"] = "refuse"  #: whether it may say in requests what is to be kept
+    host_quota: str | None = None  #: of each node's host memory
+    disk_quota: str | None = None  #: of each node's disk
+    remote_quota: str | None = None  #: of the remote store, whoever wrote it there
+
+
+class TenantsConfig(_Section, frozen=True):
+    """Who shares the cluster and not the cache. Keys that are no member's are an operator's."""
+
+    #: 64 hexadecimal digits, read where an ingress runs; None: KVRAY_TENANT_SALT_FILE or KVRAY_TENANT_SALT of its
+    #: node. The same wherever one remote store is shared; with another one all that tenants have cached is lost to them
+    salt_file: str | None = None
+    members: tuple[TenantConfig, ...] = ()
+
+
 class LogConfig(_Section, frozen=True):
     """How much is logged, and in which form."""
 
@@ -187,6 +212,7 @@ class KvrayConfig(_Section, frozen=True):
     connections: ConnectionsConfig = ConnectionsConfig()
     network: NetworkConfig = NetworkConfig()
     tiers: TiersConfig = TiersConfig()
+    tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
 
 
@@ -237,7 +263,9 @@ def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-_Credential = Literal["KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY"]
+_Credential = Literal[
+    "KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY", "KVRAY_TENANT_SALT", "KVRAY_TENANT_SALT_FILE"
+]
 
 
 def environment_credential(name: _Credential) -> str | None:
@@ -375,6 +403,13 @@ def _check(config: KvrayConfig) -> None:
         "tiers.host_memory": None if config.tiers.host_memory == AUTO_SIZE else config.tiers.host_memory,
         "tiers.disk_capacity": config.tiers.disk_capacity,
     }
+    names = [tenant.name for tenant in config.tenants.members]
+    for number, tenant in enumerate(config.tenants.members):
+        place = f"tenants.members[{number}]"
+        if tenant.name in names[:number]:
+            raise ConfigError(f"{place}.name: wanted each name once, saw {tenant.name} again")
+        for tier in ("host", "disk", "remote"):
+            sizes[f"{place}.{tier}_quota"] = getattr(tenant, f"{tier}_quota")
     for place, size in sizes.items():
         try:
             if size is not None:
@@ -386,23 +421,31 @@ def _check(config: KvrayConfig) -> None:
 def _refusal(document: dict[str, Any], complaint: str) -> str:
     """Tell what msgspec finds wrong with `document`, in our words: where, what was seen, what is wanted."""
     what, _, where = complaint.partition(" - at `$")
-    keys = re.findall(r"\.(\w+)", where)
-    place = ".".join(keys)
+    steps = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", where)
+    is_of_entry = bool(steps) and not steps[-1][0] and not what.startswith("Object")
     seen: Any = document
-    for key in keys:
-        seen = seen[key]
+    place = ""
+    for key, index in steps[:-1] if is_of_entry else steps:
+        seen = seen[key or int(index)]
+        place += f"[{index}]" if index else f"{'.' if place else ''}{key}"
     unknown = re.match("Object contains unknown field `(.*)`", what)
     if unknown:
         known = [field.name for field in msgspec.structs.fields(_section_at(place))]
         near = difflib.get_close_matches(unknown[1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"{place + '.' if place else ''}{unknown[1]}: no such key; {hint}"
+    missing = re.match("Object missing required field `(.*)`", what)
+    if missing:
+        return f"{place}.{missing[1]}: missing, a value is wanted"
     shown = "something else" if place == _PRIVATE else _shown(seen)
     if what.startswith("Invalid enum value"):
         section, _, name = place.rpartition(".")
         choices = re.findall(r"'([^']*)'", str(get_type_hints(_section_at(section))[name]))
         return f"{place}: wanted one of {', '.join(choices)}, saw {shown}"
-    in_entries = " in every entry" if "[" in where else ""
+    in_entries = " in every entry" if is_of_entry else ""
+    pattern = re.match("Expected `str` matching regex '(.*)'", what)
+    if pattern:
+        return f"{place}: wanted what matches {pattern[1]}, saw {shown}"
     if re.match("Expected `(int|float)` [<>]=", what):
         low, high = _range_of(place)
         return f"{place}: wanted {low:.15g} to {high:.15g}{in_entries}, saw {shown if in_entries else f'{seen:.15g}'}"
@@ -415,7 +458,11 @@ def _refusal(document: dict[str, Any], complaint: str) -> str:
 
 
 def _section_at(place: str) -> type[msgspec.Struct]:
-    found: type[msgspec.Struct] = get_type_hints(KvrayConfig)[place] if place else KvrayConfig
+    found: type[msgspec.Struct] = KvrayConfig
+    for key in re.findall(r"[^.\[\]]+", place):
+        if not key.isdecimal():
+            kind = get_type_hints(found)[key]
+            found = get_args(kind)[0] if get_args(kind) else kind
     return found
 
 

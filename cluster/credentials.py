@@ -1,4 +1,4 @@
-"""The cluster secret and the API keys: each process finds them for itself, at its start, on its own node.
+"""The secrets and the API keys: each process finds them for itself, at its start, on its own node.
 
 Ray and Serve keep, log and show what is handed from process to process, so that only the name of a file is handed on;
 without one the node's environment decides. On a Ray of our own the command line keeps the file (`CredentialFiles`).
@@ -15,8 +15,10 @@ from pathlib import Path
 import msgspec
 
 from cluster.config import KvrayConfig, environment_credential
+from cluster.openai.callers import Caller, Callers
+from kvcache.names import tenant_salt
 from messages.errors import ConfigError
-from transport.secret import ClusterSecret
+from transport.secret import SECRET_BYTES, ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +60,70 @@ def api_keys(path: str | None, *, is_required: bool = False) -> tuple[str, ...]:
     Raises:
         ConfigError: the file cannot be read, there is no key where there should be, or keys are required and not there.
     """
-    text = environment_credential("KVRAY_API_KEY") if path is None else _read(path, "http.api_key_file")
-    keys = tuple(word for word in re.split(r"[\s,]+", text or "") if word)
+    if path is not None:
+        return _keys_in(path, "http.api_key_file")
+    text = environment_credential("KVRAY_API_KEY")
+    keys = _split_keys(text or "")
     if text is not None and not keys:
-        raise ConfigError(f"{'KVRAY_API_KEY' if path is None else f'http.api_key_file: {path}'} has no key in it")
+        raise ConfigError("KVRAY_API_KEY has no key in it")
     if is_required and not keys:
         raise ConfigError(
             f"no API key on node {os.uname().nodename}, and http.requires_api_key is set: set KVRAY_API_KEY in the "
             "environment of every node's Ray, or name a file that is there (http.api_key_file)"
         )
     return keys
+
+
+def _keys_in(path: str, source: str) -> tuple[str, ...]:
+    keys = _split_keys(_read(path, source))
+    if not keys:
+        raise ConfigError(f"{source}: {path} has no key in it")
+    return keys
+
+
+def _split_keys(text: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\s,]+", text) if word)
+
+
+def callers(config: KvrayConfig) -> Callers:
+    """Read all API keys, each with whose it is, and what the salts of tenants follow from.
+
+    Raises:
+        ConfigError: as `api_keys` of any of them; a key is of two tenants; or there are tenants and no salt secret.
+    """
+    http, members = config.http, config.tenants.members
+    nobody = Caller(may_hint=http.cache_hints == "use")
+    is_required = http.requires_api_key and not members
+    keys = [(key, nobody) for key in api_keys(http.api_key_file, is_required=is_required)]
+    secret = _tenant_salt_secret(config.tenants.salt_file) if members else b""
+    for number, member in enumerate(members):
+        caller = Caller(
+            name=member.name,
+            base_salt=tenant_salt(member.name, secret),
+            is_operator=member.role == "operator",
+            may_hint=member.cache_hints == "use",
+        )
+        keys += [(key, caller) for key in _keys_in(member.api_key_file, f"tenants.members[{number}].api_key_file")]
+    return Callers(keys, nobody)
+
+
+def _tenant_salt_secret(path: str | None) -> bytes:
+    source, text = "KVRAY_TENANT_SALT", environment_credential("KVRAY_TENANT_SALT")
+    if path is not None:
+        source, text = "tenants.salt_file", _read(path, "tenants.salt_file")
+    elif (named := environment_credential("KVRAY_TENANT_SALT_FILE")) is not None:
+        source, text = "KVRAY_TENANT_SALT_FILE", _read(named, "KVRAY_TENANT_SALT_FILE")
+    if text is None:
+        raise ConfigError(
+            f"no salt secret for tenants on node {os.uname().nodename}: name a file (tenants.salt_file), or set "
+            "KVRAY_TENANT_SALT_FILE or KVRAY_TENANT_SALT in the environment of every node's Ray, everywhere the same "
+            "64 hexadecimal digits (openssl rand -hex 32)"
+        )
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * SECRET_BYTES}}}", text.strip()):
+        raise ConfigError(
+            f"{source}: wanted {2 * SECRET_BYTES} hexadecimal digits, saw {len(text)} characters that are not"
+        )
+    return bytes.fromhex(text.strip())
 
 
 def for_joined_cluster(config: KvrayConfig) -> KvrayConfig:
@@ -112,11 +168,26 @@ class CredentialFiles:
             ConfigError: a file that `config` or the environment names will not do.
         """
         secret = _found_secret(config.network.secret_file) or ClusterSecret.generate()
-        keys = config.http.api_keys or api_keys(config.http.api_key_file, is_required=config.http.requires_api_key)
+        http, tenants = config.http, config.tenants
+        keys = http.api_keys or api_keys(http.api_key_file, is_required=http.requires_api_key and not tenants.members)
         network = msgspec.structs.replace(config.network, secret_file=self._file(secret.hex()))
         key_file = self._file("\n".join(keys)) if keys else None
-        http = msgspec.structs.replace(config.http, api_keys=(), api_key_file=key_file)
-        return msgspec.structs.replace(config, network=network, http=http)
+        http = msgspec.structs.replace(http, api_keys=(), api_key_file=key_file)
+        if tenants.members:
+            members = [
+                msgspec.structs.replace(
+                    member,
+                    api_key_file=self._file(
+                        "\n".join(_keys_in(member.api_key_file, f"tenants.members[{number}].api_key_file"))
+                    ),
+                )
+                for number, member in enumerate(tenants.members)
+            ]
+            salt_file = self._file(_tenant_salt_secret(tenants.salt_file).hex())
+            tenants = msgspec.structs.replace(tenants, salt_file=salt_file, members=tuple(members))
+        kept = msgspec.structs.replace(config, network=network, http=http, tenants=tenants)
+        callers(kept)  # nobody is to start with keys that will not do
+        return kept
 
     def close(self) -> None:
         """Forget it all: nobody is to start any more."""

@@ -45,6 +45,8 @@ HELP: Final = {
     "kvray_cache_seen_again_total": "KV blocks that workers wanted room for and had wanted before",
     "kvray_cache_store_failures_total": "Times that a store failed or did not answer, by tier",
     "kvray_cache_prefetched_total": "KV blocks that were read from a store for sequences that still waited",
+    "kvray_cache_tenant_bytes": "Bytes of KV blocks of a tenant, uncompressed, by tier",
+    "kvray_cache_tenant_quota_bytes": "Bytes that KV blocks of a tenant may take, by tier",
     "kvray_cache_without_room_total": "KV blocks that were not read from a store, as the arena had no room",
     "kvray_cache_written_down_total": "KV blocks that went from the arena to a store, by tier",
     "kvray_cache_written_total": "KV blocks that workers wrote into the arena",
@@ -126,6 +128,11 @@ _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _PART_OF_HISTOGRAM: Final = re.compile("(.*)_(bucket|sum|count)")
 
 
+def labels_of(text: str) -> dict[str, str]:
+    """Return the labels in a name with labels."""
+    return dict(_LABEL.findall(text))
+
+
 def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -> list[Metric]:
     """Gather what `sources` count into families.
 
@@ -143,5 +150,5 @@ def families(sources: Iterable[tuple[Mapping[str, str], Mapping[str, float]]]) -
             kind = "histogram" if part else "counter" if name.endswith("_total") else "gauge"
             family_name = part[1] if part else name.removesuffix("_total")
             family = found.setdefault(family_name, Metric(family_name, HELP.get(name, "Not described"), kind))
-            family.add_sample(name, {**common, **dict(_LABEL.findall(text))}, value)
+            family.add_sample(name, {**common, **labels_of(text)}, value)
     return list(found.values())

@@ -19,7 +19,7 @@ from cluster.cache_api import add_cache
 from cluster.caches import Caches
 from cluster.config import KvrayConfig
 from cluster.connections import http_server
-from cluster.credentials import api_keys, cluster_secret
+from cluster.credentials import callers, cluster_secret
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
@@ -107,7 +107,7 @@ class Ingress:
             model=model,
             tokenizer=self._tokenizer,
             version=package_version("kvray"),
-            api_keys=api_keys(http.api_key_file, is_required=http.requires_api_key),
+            callers=callers(self._config),
             limits=HttpLimits(
                 max_body_bytes=http.max_body_bytes,
                 max_choices=http.max_choices,

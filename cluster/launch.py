@@ -139,7 +139,8 @@ class Launched:
             else:
                 self._config = for_joined_cluster(self._config)
             http = self._config.http
-            self.wants_api_key = http.requires_api_key or http.api_key_file is not None
+            has_tenants = bool(self._config.tenants.members)
+            self.wants_api_key = http.requires_api_key or http.api_key_file is not None or has_tenants
             listener = SharedListener(self._config.http.host, self._config.http.port) if address is None else None
             with contextlib.closing(listener) if listener is not None else contextlib.nullcontext():
                 self._keep_up(address, listener)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from cluster.caches import Caches, Piece, PromptTokens, Sum, names_of
 from cluster.dispatch import Dispatcher
 from cluster.openai.cache_protocol import ImportRequest, WorkReply
-from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names, split_names, tenant_of
+from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names, split_names
 from messages.cache import PIECE_BYTES, BlocksFetched, FetchBlocks, KnownRun, PieceDone, PutBlocks
 from messages.errors import CapacityError, KvrayError, RequestError, WorkerError, error_from_info
 from messages.fleet import WorkerInfo
@@ -143,8 +143,10 @@ class Prefixes:
 
     # -------------------------------------------------------------------------------------------------------------- in
 
-    async def put(self, piece: ImportRequest, salt: bytes) -> WorkReply:
+    async def put(self, piece: ImportRequest, salt: bytes, tenant: int) -> WorkReply:
         """Put some blocks of a file into the host memory of each node that serves their model, under names of `salt`.
+
+        `tenant`: whose they are from then on.
 
         Raises:
             CapacityError: no router, or no node cache is there.
@@ -167,7 +169,7 @@ class Prefixes:
             names=names,
             checksums=piece.checksums,
             data=piece.data,
-            tenant=tenant_of(salt),
+            tenant=tenant,
         )
         total = Sum(fitting)
         asked = [self._dispatcher.ask_owner(info, question, _TIMEOUT_S) for info in fitting]

@@ -68,7 +68,7 @@ class PoolManagement:
     def take(self, asker: bytes, question: CacheQuestion) -> None:
         """Take in a question; the answer goes to the asker, now or later."""
         match question:
-            case ListBlocks(tier="device"):
+            case ListBlocks(tier="device", tenant=None):
                 self._send(asker, self._list(question))
             case ListBlocks():
                 self._send(asker, self._listed(question, [], None))

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from engine.memory.checksums import BlockChecksums
 from engine.peers import Peers
 from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks, OffloadBlocks
-from kvcache.names import tenant_of
 from messages.handoff import BlockLocation, BlocksWritten, RoomGranted, RoomRequest
 from transport.memory import SharedView
 from transport.protocol import RegionError
@@ -100,7 +99,7 @@ class Offloader:
                 request_id=self._asked,
                 names=b"".join(chain.names),
                 indexes=list(range(len(chain.names))),
-                tenant=tenant_of(chain.salt),
+                tenant=chain.tenant,
             ),
         )
 

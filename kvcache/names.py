@@ -17,6 +17,7 @@ from hashlib import blake2b
 NAME_BYTES = 16
 TOKEN_BYTES = 4
 _CONTEXT = b"kvray names v1"  # at most 16 bytes
+_SALT_BYTES = 16
 
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
@@ -57,6 +58,16 @@ def whole_names(names: bytes) -> list[bytes]:
 def tenant_of(salt: bytes) -> int:
     """Return by what number blocks say whose they are, 64 bits: of whoever salts names so; 0: nobody in particular."""
     return int.from_bytes(blake2b(salt, digest_size=8).digest(), "little") if salt else 0
+
+
+def tenant_number(name: str) -> int:
+    """Return by what number blocks say that they are those of the tenant of this name: 64 bits, the same everywhere."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8, person=b"kvray tenant").digest(), "little") or 1
+
+
+def tenant_salt(name: str, secret: bytes) -> bytes:
+    """Return what stands before every salt of a tenant's block names, 16 bytes: nobody without `secret` can tell it."""
+    return blake2b(name.encode(), digest_size=_SALT_BYTES, key=secret, person=b"kvray salt").digest()
 
 
 def block_names(fingerprint: bytes, salt: bytes, token_bytes: bytes, block_size: int, *, adapter: bytes = b"") -> bytes:

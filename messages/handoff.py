@@ -131,7 +131,7 @@ class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str  #: of this question; the asker gives each another one
     names: bytes  #: 16 bytes each, concatenated
     indexes: list[int]  #: of each, its position in its prefix: later ones cost more to recompute
-    tenant: int = 0  #: 64 bits of a digest of who they belong to; 0: nobody in particular
+    tenant: int = 0  #: whose they are, 64 bits; 0: nobody's in particular
 
 
 class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):

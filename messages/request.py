@@ -73,7 +73,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     token_ids: bytes
     num_prompt_tokens: int
     params: SamplingParams
-    salt: bytes = b""  #: tenant salt of block names
+    salt: bytes = b""  #: of block names: the tenant's, then the client's own
+    tenant: int = 0  #: whose blocks it writes, 64 bits; 0: nobody's in particular
     priority: int = 0  #: smaller is sooner, as in vLLM
     deadline_s: float | None = None  #: seconds from arrival at the worker; None: no limit but the worker's own
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice

@@ -135,7 +135,6 @@ class _Grant:
     blocks: dict[int, BlockLocation]  #: by block id
     num_sights: dict[int, int]  #: by block id
     held: bytes  #: names of the same prefix that were held already
-    tenant: int
 
     @property
     def block_ids(self) -> BlockIds:
@@ -316,9 +315,9 @@ class NodeCache:
         levels = pool.worth.levels(indexes, sights, np.zeros_like(sights))
         order = np.lexsort((indexes, -levels))
         order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
-        block_ids = pool.take(levels[order].tolist(), now_s)
+        block_ids = pool.take(levels[order].tolist(), now_s, tenant)
         generations = pool.arena.generations[block_ids].tolist()
-        grant = _Grant({}, {}, held, tenant)
+        grant = _Grant({}, {}, held)
         for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):
             grant.blocks[block_id] = BlockLocation(int(indexes[i]), block_id, generation, names[i], 0)
             grant.num_sights[block_id] = int(sights[i])
@@ -343,7 +342,6 @@ class NodeCache:
             np.array([location.checksum & _UINT64 for location in told.values()], np.uint64),
             np.array([location.num_tokens for location in told.values()], np.uint32),
             np.array([granted[block_id].index for block_id in told], np.uint32),
-            grant.tenant,
         )
         is_new = pool.commit(written, np.array([grant.num_sights[block_id] for block_id in told], np.uint32), now_s)
         kept = block_ids[is_new]
@@ -408,7 +406,12 @@ class NodeCache:
             self.pool.pin(block_ids)
             question.pinned.append(block_ids)
             generation = int(self.pool.arena.generations[outcome.block_id])
-            locations.append(BlockLocation(outcome.position, outcome.block_id, generation, *outcome.block))
+            block = outcome.block
+            locations.append(
+                BlockLocation(
+                    outcome.position, outcome.block_id, generation, block.name, block.num_tokens, block.checksum
+                )
+            )
             self.num_offered[outcome.tier] += 1
         handoffs: list[CacheInstruction] = []
         for key, tier in sorted(told):

@@ -149,7 +149,7 @@ class Carrying:
             num_tokens=(len(names) - len(lacking)) * question.block_size,
             num_held=self._pool.num_held,
         )
-        blocks = [StoredBlock(names[i], question.block_size, sums[i]) for i in lacking]
+        blocks = [StoredBlock(names[i], question.block_size, sums[i], question.tenant & _UINT64) for i in lacking]
         indexes = [question.first_index + i for i in lacking]
         sources = [data[i * size : (i + 1) * size] for i in lacking]
         return self._fill(asker, question, answer, (), blocks, indexes, sources, now_s)
@@ -237,7 +237,8 @@ class Carrying:
         """Take room in the arena, heads first: whoever manages it values it more than who would be granted it."""
         positions, ones = np.array(indexes, np.int64), np.ones(len(indexes), np.int64)
         levels = self._pool.worth.levels(positions, _SIGHTS * ones, MAX_PRIORITY * ones)
-        block_ids = self._pool.take(levels.tolist(), now_s)
+        tenant = blocks[0].tenant if blocks else 0  # of one chain
+        block_ids = self._pool.take(levels.tolist(), now_s, tenant)
         count = len(block_ids)
         self._cache.num_filling += count
         answer = msgspec.structs.replace(answer, num_without_room=len(blocks) - count)
@@ -265,7 +266,6 @@ class Carrying:
             np.array([block.checksum for block in filled.blocks], np.uint64),
             np.array([block.num_tokens for block in filled.blocks], np.uint32),
             np.array(filled.indexes, np.uint32),
-            question.tenant & _UINT64 if isinstance(question, PutBlocks) else 0,
         )
         is_new = pool.commit(written, np.full(len(block_ids), _SIGHTS, np.uint32), now_s)
         pool.give_back(block_ids[~is_new])  # a worker wrote the same block meanwhile: that one will do
@@ -294,7 +294,7 @@ class Carrying:
         entry = self._stores[stored.tier]
         names = [block.name for block in stored.blocks]
         kept = [name for name in names if entry.store.find(name) is not None]
-        entry.is_full = bool(dropped)
+        entry.on_written({block.tenant for block in stored.blocks}, dropped)
         entry.on_changed(kept, dropped)
         if isinstance(question, PutBlocks):
             return stored.answer
@@ -333,7 +333,8 @@ class Carrying:
             found = self._pool.find(b"".join(names))
             block_ids = found[found >= 0]
             rows = self._pool.records(block_ids)
-            held = map(StoredBlock, self._pool.names(block_ids), rows["num_tokens"].tolist(), rows["checksum"].tolist())
+            columns = (rows[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
+            held = map(StoredBlock, self._pool.names(block_ids), *columns)
             return tuple(held), tuple(block_ids.tolist())
         entry = self._stores.get(tier)
         if entry is None:

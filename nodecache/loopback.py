@@ -5,19 +5,25 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from itertools import count, islice
 
+from nodecache.quotas import Accounts
 from nodecache.store import BlockStore, Collected, StoredBlock, StoreError, StorePage
 
 
 class LoopbackStore(BlockStore):
     """Holds at most `max_blocks`; the least recently written goes first. `checksum`: of a block's bytes, 64 bits.
 
+    `accounts`: of the tenants that are counted.
+
     `error`: raised by whatever does IO while it is set. While `answers` is cleared, such calls wait, and raise when
     their deadline is over.
     """
 
-    def __init__(self, max_blocks: int, checksum: Callable[[memoryview], int]) -> None:
+    def __init__(
+        self, max_blocks: int, checksum: Callable[[memoryview], int], accounts: Accounts | None = None
+    ) -> None:
+        self._accounts = Accounts() if accounts is None else accounts
         self._max_blocks = max_blocks
         self._checksum = checksum
         self._blocks: OrderedDict[bytes, tuple[StoredBlock, bytes]] = OrderedDict()
@@ -28,6 +34,11 @@ class LoopbackStore(BlockStore):
         self.answers = threading.Event()
         self.answers.set()
         self.num_reads = self.num_writes = self.num_syncs = 0
+
+    @property
+    def accounts(self) -> Accounts:
+        """Return the blocks by tenant."""
+        return self._accounts
 
     def find(self, name: bytes) -> StoredBlock | None:
         """Return what is kept of a block; None where it is not there."""
@@ -74,17 +85,31 @@ class LoopbackStore(BlockStore):
         self._meet_fault(deadline_s)
         self.num_writes += 1
         with self._lock:
+            dropped: list[bytes] = []
             for block, source in zip(blocks, sources, strict=True):
+                if block.name in self._blocks:
+                    self._forget(block.name)
+                if self._accounts.num_over(block.tenant, 1):
+                    own = [name for name, (other, _) in self._blocks.items() if other.tenant == block.tenant]
+                    if not own or own[0] in {new.name for new in blocks}:
+                        continue
+                    dropped.append(own[0])
+                    self._forget(own[0])
                 self._blocks[block.name] = (block, bytes(source))
                 self._places[block.name] = next(self._numbers)
+                self._accounts.add(block.tenant, 1)
             num_over = max(0, len(self._blocks) - self._max_blocks)
-            return [self._blocks.popitem(last=False)[0] for _ in range(num_over)]
+            surplus = list(islice(self._blocks, num_over))
+            for name in surplus:
+                self._forget(name)
+            return [*dropped, *surplus]
 
     def remove(self, names: Sequence[bytes]) -> None:
         """Forget blocks."""
         with self._lock:
             for name in names:
-                self._blocks.pop(name, None)
+                if name in self._blocks:
+                    self._forget(name)
 
     def collect(self, deadline_s: float) -> Collected:
         """Give nothing up: nothing takes room."""
@@ -108,6 +133,10 @@ class LoopbackStore(BlockStore):
         with self._lock:
             block, data = self._blocks[name]
             self._blocks[name] = (block, bytes([data[0] ^ 1]) + data[1:])
+
+    def _forget(self, name: bytes) -> None:
+        block, _ = self._blocks.pop(name)
+        self._accounts.add(block.tenant, -1)
 
     def _meet_fault(self, deadline_s: float) -> None:
         if not self.answers.wait(deadline_s):

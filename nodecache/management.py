@@ -240,6 +240,8 @@ class Management:
 
     def _list_arena(self, question: ListBlocks, now_s: float) -> BlocksListed:
         block_ids, next_cursor = self._committed(question.cursor, _LISTED_BLOCKS)
+        if question.tenant is not None:
+            block_ids = block_ids[self._pool.records(block_ids)["tenant"] == question.tenant]
         rows = self._pool.records(block_ids)
         return BlocksListed(
             query_id=question.query_id,
@@ -259,6 +261,11 @@ class Management:
 
     def _list_stored(self, question: ListBlocks) -> BlocksListed:
         blocks, places, _, next_cursor = self._page(question.tier, question.cursor, _TOUCHED_BLOCKS)
+        if question.tenant is not None:
+            pairs = [
+                (block, place) for block, place in zip(blocks, places, strict=True) if block.tenant == question.tenant
+            ]
+            blocks, places = [block for block, _ in pairs], [place for _, place in pairs]
         return BlocksListed(
             query_id=question.query_id,
             layout_version=self._pool.arena.layout.version,
@@ -267,6 +274,7 @@ class Management:
             places=np.array(places, "<u8").tobytes(),
             num_tokens=np.array([block.num_tokens for block in blocks], "<u4").tobytes(),
             checksums=np.array([block.checksum for block in blocks], "<u8").tobytes(),
+            tenants=np.array([block.tenant for block in blocks], "<u8").tobytes(),
             next_cursor=next_cursor,
         )
 
@@ -296,6 +304,8 @@ class Management:
 
     def _clear_stored(self, asker: bytes, question: ClearBlocks) -> ManagementInstruction:
         blocks, num_held, next_cursor = self._chosen_stored(question.tier, question.names, question.cursor)
+        if question.tenant is not None:
+            blocks = [block for block in blocks if block.tenant == question.tenant]
         answer = PieceDone(
             query_id=question.query_id,
             num_done=len(blocks),

@@ -12,6 +12,7 @@ lie in the arena's records, so that a successor finds them; who pins what does n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from kvcache.names import NAME_BYTES
 from kvcache.pool import BlockState
 from messages.errors import InvariantError
 from nodecache.arena import RECORD, Arena, BlockIds, RecordState, as_ids
-from nodecache.worth import MAX_PRIORITY, Ghosts, Levels, Worth, heads_last
+from nodecache.quotas import Accounts
+from nodecache.worth import MAX_PRIORITY, Ghosts, Levels, Worth, heads_last, no_links
 
 Names = npt.NDArray[np.uint64]  #: `[n, 2]`, 16 bytes each
 
@@ -37,28 +39,42 @@ class Written(NamedTuple):
     checksums: npt.NDArray[np.uint64]
     num_tokens: npt.NDArray[np.uint32]
     indexes: npt.NDArray[np.uint32]  #: positions in the prefix
-    tenant: int
 
 
 class HostPool:
     """The bookkeeping of one arena. One thread; `now_s` is CLOCK_MONOTONIC (`time.monotonic`)."""
 
-    def __init__(self, arena: Arena, worth: Worth, now_s: float, quarantine_s: float) -> None:
-        """Take in what the arena holds; what its last owner had given out to write is quarantined for so long."""
+    def __init__(
+        self, arena: Arena, worth: Worth, now_s: float, quarantine_s: float, accounts: Accounts | None = None
+    ) -> None:
+        """Take in what the arena holds; what its last owner had given out to write is quarantined for so long.
+
+        `accounts`: of the tenants that are counted; of what one has above its quota the least worthy is dropped.
+        """
         count = arena.layout.num_blocks
         self.num_blocks = count
         self.arena = arena
         self.worth = worth
         self.ghosts = Ghosts(count)
+        self.accounts = Accounts() if accounts is None else accounts
         self.num_taken = self.num_evicted = self.num_dropped = self.num_committed = self.num_duplicates = 0
         self._records: npt.NDArray[Any] = arena.records
         self._levels = Levels(count)
+        # Those of each tenant with a quota once more, in an order of their own: which of them goes first.
+        limited = list(self.accounts.limited())
+        links = no_links(count, len(limited)) if limited else None
+        self._own = {
+            tenant: Levels(count, links=links, number=number, turn_blocks=self.accounts.max_blocks[tenant])
+            for number, tenant in enumerate(limited)
+        }
+        self._num_own_bytes = 0 if links is None else links.nbytes
         self._num_pins = np.zeros(count, np.int32)
         self._buckets = np.full(1 << (count - 1).bit_length(), _NOBODY, np.int32)  # by name: the first block there
         self._chain = np.full(count, _NOBODY, np.int32)  # the next block of the same bucket
         # Views of the same numbers: one at a time costs half of what it does by numpy.
         self._buckets_view, self._chain_view = self._buckets.data, self._chain.data
         self._pinned_until_s = self._records["pinned_until_s"].data
+        self._tenants = self._records["tenant"].data
         self._quarantined: dict[int, float] = {}  # block id -> until when
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -78,6 +94,11 @@ class HostPool:
         held = held[np.argsort(self._records["used_s"][held], kind="stable")]
         for chain in np.split(held, np.flatnonzero(np.diff(self._records["used_s"][held])) + 1):
             self._place(chain)  # what was used together, the least recently used first
+        for tenant in self._records["tenant"][held].tolist():
+            self.accounts.add(tenant, 1)
+        for tenant, own in self._own.items():
+            self.drop(as_ids(list(islice(own.in_order(), self.accounts.num_over(tenant)))))
+        self._removed.clear()  # nobody was told of them
 
     # --------------------------------------------------------------------------------------------------------- counts
 
@@ -110,7 +131,8 @@ class HostPool:
     def num_bookkeeping_bytes(self) -> int:
         """All bytes besides the blocks that grow with their number."""
         arrays = (self._records, self.arena.generations, self._num_pins, self._buckets, self._chain, self._free)
-        return sum(array.nbytes for array in arrays) + self._levels.num_bytes + self.ghosts.num_bytes
+        own_bytes = self._levels.num_bytes + self._num_own_bytes + self.ghosts.num_bytes
+        return sum(array.nbytes for array in arrays) + own_bytes
 
     def state(self, block_id: int) -> BlockState:
         """Return the one state that the block is in."""
@@ -161,18 +183,27 @@ class HostPool:
 
     # ------------------------------------------------------------------------------------------------- a block's life
 
-    def take(self, levels: Sequence[int], now_s: float) -> BlockIds:
-        """Take blocks to write, each pinned once: as many as there is room for, the first of `levels` first.
+    def take(self, levels: Sequence[int], now_s: float, tenant: int = 0) -> BlockIds:
+        """Take blocks for a tenant to write, each pinned once: as many as there is room for, the first `levels` first.
 
-        `levels`: what each newcomer is worth; it gets an empty block, or that of a block worth no more.
+        `levels`: what each newcomer is worth; it gets an empty block, or that of a block worth no more, beyond the
+        tenant's quota only one of its own.
         """
-        num_empty = min(len(levels), self._num_free)
+        room = self.accounts.room(tenant)
+        num_within = len(levels) if room is None else min(room, len(levels))
+        num_empty = min(num_within, self._num_free)
         self._num_free -= num_empty
         empty = self._free[self._num_free : self._num_free + num_empty][::-1]
-        evicted = self._evict(levels[num_empty:], now_s)
+        evicted = self._evict(levels[num_empty:num_within], now_s, self._levels)
+        if num_empty + len(evicted) == num_within < len(levels):
+            evicted = np.concatenate([evicted, self._evict(levels[num_within:], now_s, self._own[tenant])])
         self._levels.on_wanted(len(levels))
+        if tenant in self._own:
+            self._own[tenant].on_wanted(len(levels))
         block_ids = np.concatenate([empty, evicted])
         self.arena.renew(block_ids)
+        self._records["tenant"][block_ids] = tenant
+        self.accounts.add(tenant, len(block_ids))
         self._num_pins[block_ids] = 1
         self.num_taken += len(block_ids)
         return block_ids
@@ -195,7 +226,7 @@ class HostPool:
         rows["num_tokens"] = written.num_tokens[is_new]
         rows["index"] = written.indexes[is_new]
         rows["num_sights"] = num_sights[is_new]
-        rows["tenant"] = written.tenant
+        rows["tenant"] = self._records["tenant"][block_ids]
         rows["used_s"] = now_s
         rows["state"] = RecordState.WRITING
         self._records[block_ids] = rows
@@ -210,8 +241,7 @@ class HostPool:
 
     def pin(self, block_ids: BlockIds) -> None:
         """Forbid eviction of committed blocks, once more for each call; no block is given twice."""
-        for block_id in block_ids[self._num_pins[block_ids] == 0].tolist():
-            self._levels.remove(block_id)
+        self._displace(block_ids[self._num_pins[block_ids] == 0])
         self._num_pins[block_ids] += 1
 
     def unpin(self, block_ids: BlockIds, *, are_leaving: bool = False) -> None:
@@ -226,7 +256,7 @@ class HostPool:
         if not are_leaving:
             self._place(placed)
         for block_id in reversed(placed.tolist() if are_leaving else []):
-            self._levels.place(block_id, 0)
+            self._place_one(block_id, 0)
 
     def see(self, block_ids: BlockIds, now_s: float) -> None:
         """Note that committed blocks were wanted again, and by that are worth more."""
@@ -237,8 +267,7 @@ class HostPool:
     def replace(self, block_ids: BlockIds) -> None:
         """Put those of a chain's blocks that may be evicted where they belong by now: the last to go of their worth."""
         placed = block_ids[self._num_pins[block_ids] == 0]
-        for block_id in placed.tolist():
-            self._levels.remove(block_id)
+        self._displace(placed)
         self._place(placed)
 
     def hint(self, block_ids: BlockIds, priority: int, pinned_until_s: float) -> None:
@@ -255,20 +284,22 @@ class HostPool:
         """Free blocks that were taken and that nobody writes into any more."""
         self._require_writing(block_ids)
         self._num_pins[block_ids] = 0
+        self._disown(block_ids)
         self._push_empty(block_ids)
 
     def quarantine(self, block_ids: BlockIds, until_s: float) -> None:
         """Give up blocks that were taken, and into which late bytes may land: nobody gets them before `until_s`."""
         self._require_writing(block_ids)
         self._num_pins[block_ids] = 0
+        self._disown(block_ids)
         self._quarantined.update(dict.fromkeys(block_ids.tolist(), until_s))
 
     def drop(self, block_ids: BlockIds) -> BlockIds:
         """Forget committed blocks that nobody uses, whatever hints say; return those that it did forget."""
         dropped: BlockIds = block_ids[self._num_pins[block_ids] == 0]
-        for block_id in dropped.tolist():
-            self._levels.remove(block_id)
+        self._displace(dropped)
         self._unname(dropped)
+        self._disown(dropped)
         self.num_dropped += len(dropped)
         self.arena.renew(dropped)
         self._push_empty(dropped)
@@ -310,6 +341,13 @@ class HostPool:
         _require(bool(committed[as_ids(placed)].all()), "what may be evicted is committed")
         _require(not committed[as_ids(empty)].any(), "empty blocks have no name")
         _require(not committed[as_ids(list(self._quarantined))].any(), "quarantined blocks have no name")
+        owned = self._records["tenant"][as_ids(sorted({*placed, *used}))].tolist()
+        for tenant, limit in self.accounts.max_blocks.items():
+            _require(self.accounts[tenant] == owned.count(tenant), "what tenants have adds up")
+            _require(limit is None or self.accounts[tenant] <= limit, "no tenant is above its quota")
+        for tenant, own in self._own.items():
+            ids = sorted(block_id for block_id in placed if self._tenants[block_id] == tenant)
+            _require(sorted(own.in_order()) == ids, "a tenant's order has its blocks")
         held = np.flatnonzero(committed)
         found = self.find(self._records["name"][held].tobytes())
         _require(bool((found == held).all()), "names and blocks correspond one to one")
@@ -317,8 +355,6 @@ class HostPool:
         _require(linked == len(held), "what is found is committed")
         _require(bool((self.find(b"".join(self._stored)) >= 0).all()), "what was told stored is held")
         _require(bool((self.find(b"".join(self._removed)) < 0).all()), "what was told removed is not held")
-
-        """Evict the first to go that is worth at most `worth`; -1: none is. `passed` gets what a hint keeps."""
 
     def _bucket_of(self, names: Names) -> npt.NDArray[np.uint64]:
         return names[:, 0] & np.uint64(len(self._buckets) - 1)
@@ -353,25 +389,43 @@ class HostPool:
     def _place(self, block_ids: BlockIds) -> None:
         order, levels = heads_last(self._records["index"][block_ids], self._levels_of(block_ids))
         for block_id, worth in zip(block_ids[order].tolist(), levels.tolist(), strict=True):
-            self._levels.place(block_id, worth)
+            self._place_one(block_id, worth)
 
-    def _evict(self, levels: Sequence[int], now_s: float) -> BlockIds:
-        """Evict one block for each of `levels` that is worth at most that, until there is none."""
+    def _place_one(self, block_id: int, levels: int) -> None:
+        self._levels.place(block_id, levels)
+        own = self._own.get(self._tenants[block_id]) if self._own else None
+        if own is not None:
+            own.place(block_id, levels)
+
+    def _displace(self, block_ids: BlockIds) -> None:
+        """Take blocks out of the order in which they go."""
+        for block_id in block_ids.tolist():
+            self._displace_one(block_id)
+
+    def _displace_one(self, block_id: int) -> None:
+        self._levels.remove(block_id)
+        own = self._own.get(self._tenants[block_id]) if self._own else None
+        if own is not None:
+            own.remove(block_id)
+
+    def _evict(self, levels: Sequence[int], now_s: float, order: Levels) -> BlockIds:
+        """Evict one block of `order` for each of `levels` that is worth at most that, until there is none."""
         evicted: list[int] = []
         kept: list[int] = []  # by a hint
         for worth in levels:
-            lowest = self._levels.lowest()
+            lowest = order.lowest()
             while lowest is not None and self._pinned_until_s[lowest[0]] > now_s and len(kept) < _MAX_PASSED:
-                self._levels.remove(lowest[0])
+                self._displace_one(lowest[0])
                 kept.append(lowest[0])
-                lowest = self._levels.lowest()
+                lowest = order.lowest()
             if lowest is None or lowest[1] > worth or len(kept) >= _MAX_PASSED:
                 break
-            self._levels.remove(lowest[0])
+            self._displace_one(lowest[0])
             evicted.append(lowest[0])
         self._place(as_ids(kept))
         block_ids = as_ids(evicted)
         self._unname(block_ids)
+        self._disown(block_ids)
         self.ghosts.add(self._records["name"][block_ids])
         self.num_evicted += len(evicted)
         return block_ids
@@ -383,6 +437,11 @@ class HostPool:
             self._unlink(block_id, bucket)
             if self._stored.pop(name, _ABSENT) is _ABSENT:
                 self._removed[name] = None
+
+    def _disown(self, block_ids: BlockIds) -> None:
+        """Count blocks as nobody's any more."""
+        for tenant in self._records["tenant"][block_ids].tolist() if self.accounts else ():
+            self.accounts.add(tenant, -1)
 
     def _push_empty(self, block_ids: BlockIds) -> None:
         self.arena.free(block_ids)

@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
@@ -51,6 +51,7 @@ from nodecache.disk.store import DiskStore
 from nodecache.long_work import LongWorker
 from nodecache.management import Answer, Asked, LongWork, Management, ManagementEvent, ManagementInstruction
 from nodecache.pool import HostPool
+from nodecache.quotas import Accounts, TenantQuota, tenant_stats
 from nodecache.reading import ReadBlocks
 from nodecache.store import BlockStore, StoreError
 from nodecache.worth import Worth
@@ -86,6 +87,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     disk_capacity_bytes: int = 100 << 30
     remote: str | None = None  #: URI of the remote tier; None: there is none
     remote_compression: Literal["off", "lossless", "int8"] = "lossless"  #: of what is written there
+    tenants: tuple[TenantQuota, ...] = ()  #: who is counted, and what each may have
 
     def fingerprint_of(self, fingerprint: bytes) -> bytes:
         """Return the fingerprint, 32 bytes, of a model whose blocks are kept so.
@@ -167,7 +169,8 @@ class CacheProcess:
         self.worker_id = f"cache-{os.uname().nodename}-{secrets.token_hex(4)}"
         arena = Arena(memory, options.layout)
         worth = Worth(options.block_size, options.compute)
-        pool = HostPool(arena, worth, time.monotonic(), options.limits.quarantine_s)
+        accounts = Accounts.of(options.settings.tenants, "host", options.layout.block_bytes)
+        pool = HostPool(arena, worth, time.monotonic(), options.limits.quarantine_s, accounts)
         self.cache = NodeCache(pool, stores, options.limits)
         self.management = Management(self.cache, options.kernel_path)
         self._long_work = LongWorker(arena, stores)
@@ -352,9 +355,16 @@ class CacheProcess:
         values = self.cache.stats() | self.management.stats() | self._roads.stats()
         for store in self._stores.values():
             values |= store.stats()
+        for tier, accounts in self._accounts():
+            values |= tenant_stats(self._options.settings.tenants, tier, accounts, self._options.layout.block_bytes)
         values["kvray_block_size_tokens"] = float(self._options.block_size)
         values["kvray_process_cpu_seconds_total"] = time.process_time()
         return values
+
+    def _accounts(self) -> Iterator[tuple[Tier, Accounts]]:
+        yield "host", self.cache.pool.accounts
+        for tier, store in self._stores.items():
+            yield tier, store.accounts
 
     def _spawn(self, coroutine: Any, name: str = "") -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -444,7 +454,9 @@ def open_stores(options: CacheOptions, on_remote_changes: Callable[[Changes], No
     stores: dict[Tier, BlockStore] = {}
     if settings.disk_dir is not None:
         model = Model(layout.fingerprint, layout.version, layout.block_bytes)
-        stores["disk"] = DiskStore(Path(settings.disk_dir), model, settings.disk_capacity_bytes, checksum)
+        accounts = Accounts.of(settings.tenants, "disk", layout.block_bytes)
+        root, capacity_bytes = Path(settings.disk_dir), settings.disk_capacity_bytes
+        stores["disk"] = DiskStore(root, model, capacity_bytes, checksum, accounts=accounts)
     if settings.remote is not None:
         from nodecache.codec import INT8, PLAIN, lossless_codec  # pyarrow takes 0.3 s: only who has such a tier waits
         from nodecache.remote.layout import Model as RemoteModel
@@ -457,7 +469,10 @@ def open_stores(options: CacheOptions, on_remote_changes: Callable[[Changes], No
         elif options.numbers is not None and settings.remote_compression == "int8":
             codec = INT8
             remote_model = remote_model._replace(numbers=options.numbers)
-        stores["remote"] = RemoteStore(settings.remote, remote_model, codec=codec, on_changes=on_remote_changes)
+        accounts = Accounts.of(settings.tenants, "remote", layout.block_bytes)
+        stores["remote"] = RemoteStore(
+            settings.remote, remote_model, codec=codec, on_changes=on_remote_changes, accounts=accounts
+        )
     return stores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -211,6 +211,7 @@ class Reading:
         return min(self._batch_blocks, int(max(_BATCH_S, _FIXED_TIMES * fixed_s) / block_s) + 1)
 
     def _next_batch(self, tier: Tier, queue: OrderedDict[str, deque[bytes]]) -> list[tuple[bytes, _Wanted]]:
+        """Take the next blocks of whose turn it is, all of one tenant."""
         num_blocks = self._num_at_once(tier)
         key = next((key for key in queue if key not in self._ahead), next(iter(queue)))
         names = queue.pop(key)
@@ -218,8 +219,12 @@ class Reading:
         while names and len(batch) < num_blocks:
             name = names.popleft()
             wanted = self._wanted.get(name)
-            if wanted is not None and not wanted.is_reading:
-                batch[name] = wanted
+            if wanted is None or wanted.is_reading:
+                continue
+            if any(wanted.found.block.tenant != first.found.block.tenant for first in islice(batch.values(), 1)):
+                names.appendleft(name)
+                break
+            batch[name] = wanted
         if names:
             queue[key] = names
         return list(batch.items())
@@ -230,7 +235,7 @@ class Reading:
         index = np.array([wanted.index for _, wanted in batch])
         num_sights = np.array([wanted.num_sights for _, wanted in batch])
         levels = self._pool.worth.levels(index, num_sights, np.zeros_like(index))
-        block_ids = self._pool.take(levels.tolist(), now_s)
+        block_ids = self._pool.take(levels.tolist(), now_s, batch[0][1].found.block.tenant)
         outcomes: list[Outcome] = []
         for name, wanted in batch[len(block_ids) :]:
             self.num_without_room += 1
@@ -255,7 +260,6 @@ class Reading:
             np.array([block.checksum for block in blocks], np.uint64),
             np.array([block.num_tokens for block in blocks], np.uint32),
             np.array([wanted.index for _, wanted in here], np.uint32),
-            0,
         )
         num_sights = np.array([wanted.num_sights for _, wanted in here], np.uint32)
         is_new = self._pool.commit(written, num_sights, now_s)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from messages.errors import KvrayError
+from nodecache.quotas import Accounts
 
 
 class StoreError(KvrayError):
@@ -20,6 +21,7 @@ class StoredBlock(NamedTuple):
     name: bytes  #: 16 bytes
     num_tokens: int
     checksum: int  #: of the plain bytes, 64 bits (transport.checksum)
+    tenant: int = 0  #: whose it is, 64 bits; 0: nobody's in particular
 
 
 class StorePage(NamedTuple):
@@ -42,7 +44,8 @@ class Collected(NamedTuple):
 class BlockStore(Protocol):
     """A tier below host memory. Any thread may call; every call that does IO ends by its deadline at the latest.
 
-    A store holds blocks of one model fingerprint, layout version and size in bytes, which it was opened with.
+    A store holds blocks of one model fingerprint, layout version and size in bytes, which it was opened with, and of a
+    tenant no more than its quota: beyond it a write drops others of the same tenant, or does not take in its last ones.
     """
 
     def find(self, name: bytes) -> StoredBlock | None:
@@ -100,6 +103,11 @@ class BlockStore(Protocol):
         Raises:
             StoreError: the store failed, or did not answer in time.
         """
+        ...
+
+    @property
+    def accounts(self) -> Accounts:
+        """Blocks by tenant, and their quotas; to be read only."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from messages.tier import Tier
 from nodecache.store import BlockStore, StoredBlock
@@ -37,6 +40,16 @@ class TierStore:
     def is_usable(self, now_s: float) -> bool:
         """Tell whether the store is in the plan."""
         return now_s >= self._rests_until_s
+
+    def have_room(self, tenants: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Tell of each block, by whose it is, whether it goes in without another going out, as far as is known."""
+        with_room = [tenant for tenant in np.unique(tenants).tolist() if self.store.accounts.room(tenant) != 0]
+        return np.isin(tenants, np.array(with_room, np.uint64)) & (not self.is_full)
+
+    def on_written(self, tenants: Collection[int], dropped: Sequence[bytes]) -> None:
+        """Note what went out for blocks of these tenants; where a quota was full nothing is known of the store."""
+        if all(self.store.accounts.room(tenant) != 0 for tenant in tenants):
+            self.is_full = bool(dropped)
 
     def on_failed(self, now_s: float) -> None:
         """Note that it did not answer, or refused: it is left alone for a while."""

@@ -14,7 +14,7 @@ would cost a comparison in Python for each of its storeys, and ten times the mem
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ import numpy.typing as npt
 from kvcache.price import ASSUMED_COMPUTE
 from messages.price import ComputePrice
 from nodecache.arena import BlockIds
+
+Links: TypeAlias = npt.NDArray[np.int32]  #: `[2, blocks and sentinels]`: the next and the one before
 
 NUM_LEVELS: Final = 64
 MAX_PRIORITY: Final = 2
@@ -80,17 +82,36 @@ class Worth:
         return levels
 
 
+def no_links(num_blocks: int, num_orders: int = 1) -> Links:
+    """Make the links of so many orders of the same blocks: circular lists through sentinels, which come after them.
+
+    Each order has a sentinel for each level modulo NUM_LEVELS.
+    """
+    return np.full((2, num_blocks + num_orders * NUM_LEVELS), -1, np.int32)
+
+
 class Levels:
     """The blocks that may be evicted, in the order in which they go."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self._num_blocks = num_blocks
+    def __init__(
+        self, num_blocks: int, *, links: Links | None = None, number: int = 0, turn_blocks: int | None = None
+    ) -> None:
+        """Order blocks with ids below `num_blocks`.
+
+        Args:
+            num_blocks: all there are.
+            links: of several orders beside each other, in no two of which a block is; None: of this one alone.
+            number: of this one among them.
+            turn_blocks: for how many the clock goes on by eight levels; None: for as many as there are.
+        """
+        self._num_turn_blocks = turn_blocks or num_blocks
+        self._first_sentinel = num_blocks + number * NUM_LEVELS
         self._clock = 0
         self._num_wanted = 0  #: since the clock last went on
-        # Circular lists through sentinels, which come after the blocks: one for each level modulo NUM_LEVELS.
-        links = np.full((2, num_blocks + NUM_LEVELS), -1, np.int32)
-        sentinels = np.arange(num_blocks, num_blocks + NUM_LEVELS, dtype=np.int32)
-        links[:, num_blocks:] = sentinels
+        if links is None:
+            links = no_links(num_blocks)
+        sentinels = np.arange(self._first_sentinel, self._first_sentinel + NUM_LEVELS, dtype=np.int32)
+        links[:, sentinels] = sentinels
         self._next = memoryview(links[0])
         self._prev = memoryview(links[1])
         self.num_bytes = links.nbytes
@@ -138,7 +159,7 @@ class Levels:
     def on_wanted(self, num_blocks: int) -> None:
         """Note that room was wanted for blocks, whether they got it or not: by that the clock goes on."""
         self._num_wanted += num_blocks * _TURN_LEVELS
-        num_steps, self._num_wanted = divmod(self._num_wanted, self._num_blocks)
+        num_steps, self._num_wanted = divmod(self._num_wanted, self._num_turn_blocks)
         for _ in range(min(num_steps, NUM_LEVELS)):
             self._run_out(self._sentinel(self._clock), self._sentinel(self._clock + 1))
             self._clock += 1
@@ -154,7 +175,7 @@ class Levels:
         self._next[old] = self._prev[old] = old
 
     def _sentinel(self, level: int) -> int:
-        return self._num_blocks + level % NUM_LEVELS
+        return self._first_sentinel + level % NUM_LEVELS
 
 
 class Ghosts:

@@ -49,6 +49,7 @@ class WriteBlocks:
 class _Write:
     tier: Tier
     names: list[bytes]
+    tenants: set[int]
     block_ids: BlockIds
     are_leaving: bool
     late_s: float
@@ -104,7 +105,7 @@ class WritingDown:
                 entry.on_failed(now_s)
             return
         entry.on_worked()
-        entry.is_full = bool(dropped)
+        entry.on_written(write.tenants, dropped)
         kept = [name for name in write.names if entry.store.find(name) is not None]  # others may remove some
         entry.on_changed(kept, dropped)
         self.num_written[write.tier] += len(write.names)
@@ -136,8 +137,8 @@ class WritingDown:
             chain = queue.popleft()
             is_wanted = pool.arena.committed(chain.block_ids)
             is_wanted &= pool.arena.generations[chain.block_ids] == chain.generations
-            if entry.is_full:
-                is_wanted &= pool.records(chain.block_ids)["num_sights"] > 1
+            rows = pool.records(chain.block_ids)
+            is_wanted &= (rows["num_sights"] > 1) | entry.have_room(rows["tenant"])
             chain = _picked(chain, is_wanted)
             end = self._batch_blocks
             if len(chain.block_ids) > end:
@@ -152,10 +153,13 @@ class WritingDown:
         pool, block_ids = self._pool, chain.block_ids
         names, rows = pool.names(block_ids), pool.records(block_ids)
         pool.pin(block_ids)
-        blocks = tuple(map(StoredBlock, names, rows["num_tokens"].tolist(), rows["checksum"].tolist()))
+        columns = (rows[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
+        blocks = tuple(map(StoredBlock, names, *columns))
         write_id = next(self._ids)
         late_s = now_s + self._deadline_s + _GRACE_S
-        self._writes[write_id] = _Write(entry.tier, names, block_ids, chain.are_leaving, late_s)
+        self._writes[write_id] = _Write(
+            entry.tier, names, set(rows["tenant"].tolist()), block_ids, chain.are_leaving, late_s
+        )
         return WriteBlocks(write_id, entry.tier, blocks, tuple(block_ids.tolist()), self._deadline_s)
 
 

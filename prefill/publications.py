@@ -142,6 +142,7 @@ class PublicationBook:
             num_prompt_tokens=request.num_prompt_tokens,
             params=request.params,
             salt=request.salt,
+            tenant=request.tenant,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             is_kept=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from cluster.openai import replies
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
 from cluster.openai.body import BodyDecoder, nested_too_deeply, read_body
+from cluster.openai.callers import Callers
 from cluster.openai.chat import start_chat
 from cluster.openai.completions import start_completion
 from cluster.openai.conversation import tool_format
@@ -43,7 +44,7 @@ def create_app(
     *,
     version: str,
     limits: HttpLimits | None = None,
-    api_keys: Sequence[str] = (),
+    callers: Callers | None = None,
     tool_parser: ToolFormat | None = None,
     metrics: HttpMetrics | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
@@ -56,7 +57,7 @@ def create_app(
         tokenizer: of that model.
         version: of the product, for /version.
         limits: what one client may ask for.
-        api_keys: where there are any, every path but /health, /ready and /version wants one of them.
+        callers: where they have keys, every path but /health, /ready and /version wants one; None: everybody.
         tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
         metrics: where to count; None: in ones of its own.
         extend: adds more endpoints.
@@ -70,6 +71,7 @@ def create_app(
         tokenizer=tokenizer,
         grammars=GrammarChecks(model, tokenizer, limits),
         limits=limits,
+        callers=callers or Callers(),
         metrics=metrics or HttpMetrics(),
         tool_format=kind,
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
@@ -84,7 +86,7 @@ def create_app(
     extend(app, surface)
     _add_error_handlers(app)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    app.add_middleware(Edge, api_keys=tuple(api_keys), metrics=surface.metrics, paths=paths)
+    app.add_middleware(Edge, callers=surface.callers, metrics=surface.metrics, paths=paths)
     return app
 
 
@@ -122,7 +124,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
     async def chat_completions(request: Request) -> Response:
         """Generate the assistant's next turn."""
         fields = chat_decoder.decode(await read_body(request, max_bytes))
-        chat = await start_chat(surface, fields, _request_id(request, fields.request_id))
+        chat = await start_chat(surface, request.state.caller, fields, _request_id(request, fields.request_id))
         return await chat.respond(request)
 
     @app.post(
@@ -133,7 +135,9 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
     async def completions(request: Request) -> Response:
         """Generate what follows a prompt."""
         fields = completion_decoder.decode(await read_body(request, max_bytes))
-        completion = await start_completion(surface, fields, _request_id(request, fields.request_id))
+        completion = await start_completion(
+            surface, request.state.caller, fields, _request_id(request, fields.request_id)
+        )
         return await completion.respond(request)
 
 

@@ -18,8 +18,9 @@ NODE_TIERS: tuple[NodeTier, ...] = ("host", "disk", "remote")
 Tiers = Annotated[list[Tier], Meta(min_length=1, description="default: all of them")]
 StoreTiers = Annotated[list[Literal["disk", "remote"]], Meta(min_length=1, description="default: both of them")]
 DryRun = Annotated[bool, Meta(description="say what would go, and drop nothing")]
-Everything = Annotated[bool, Meta(description="all blocks of these tiers, in place of a prompt or a cache_salt")]
+Everything = Annotated[bool, Meta(description="all blocks of these tiers that the caller may clear")]
 CacheSalt = Annotated[Salt, Meta(description="of the requests that the blocks are from")]
+TenantName = Annotated[str, Meta(max_length=64, description="whose blocks; default: the caller's own")]
 TtlSeconds = Annotated[float, Meta(gt=0.0, le=1e9, description="default: for good")]
 BlockPriority = Annotated[int, Meta(ge=-2, le=2, description="each step doubles or halves what a block is worth")]
 
@@ -39,6 +40,7 @@ class PromptFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: CacheSalt | None = None
+    tenant: TenantName | None = None
 
 
 class LookupRequest(PromptFields, frozen=True, kw_only=True):
@@ -50,7 +52,7 @@ class ExportRequest(PromptFields, frozen=True, kw_only=True):
 
 
 class ClearRequest(PromptFields, frozen=True, kw_only=True):
-    """POST /v1/cache/clear: a prompt's blocks; all of a `cache_salt`, as only host memory knows them; or everything."""
+    """POST /v1/cache/clear: a prompt's blocks; all of a `tenant`, or of nobody's `cache_salt`; or everything."""
 
     everything: Everything = False
     tiers: Tiers | None = None
@@ -191,6 +193,13 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int | None  #: blocks that made room, since it was started
 
 
+class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant's blocks take of a tier, uncompressed; of the remote store all that is known to lie there."""
+
+    bytes: int
+    quota_bytes: int | None  #: None: no limit of its own
+
+
 class OwnerStats(msgspec.Struct, frozen=True, kw_only=True):
     """A worker or a node cache, and its tiers."""
 
@@ -201,10 +210,11 @@ class OwnerStats(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int  #: tokens
     is_answering: bool
     tiers: dict[Tier, TierStats]
+    tenants: dict[str, dict[NodeTier, TenantStats]] = {}  #: of a node cache, by name
 
 
 class CacheStatsReply(msgspec.Struct, frozen=True, kw_only=True):
-    """GET /v1/cache/stats."""
+    """GET /v1/cache/stats. A tenant is told of node caches, and in each of its own blocks only."""
 
     workers: list[OwnerStats]
     caches: list[OwnerStats]

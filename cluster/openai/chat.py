@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.openai import prompts
 from cluster.openai.answer import Answer
+from cluster.openai.callers import Caller
 from cluster.openai.constraints import constraint_of
 from cluster.openai.conversation import rendered
 from cluster.openai.errors import bad_field
@@ -44,7 +45,7 @@ from messages.stream import TokenLogprob
 _encode = msgspec.json.Encoder().encode
 
 
-async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> Chat:
+async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, request_id: str) -> Chat:
     """Check, render and tokenize a request; nothing runs yet.
 
     Raises:
@@ -65,7 +66,7 @@ async def start_chat(surface: Surface, fields: ChatRequest, request_id: str) -> 
         grammar=structure if tools.grammar is None else (tools.grammar_param, tools.grammar),
         keeps_special_tokens=tools.keeps_special_tokens,
     )
-    generation = await start(surface, fields, request_id, [token_ids], plan)
+    generation = await start(surface, caller, fields, request_id, [token_ids], plan)
     return Chat(surface, fields, f"chatcmpl-{request_id}", token_ids, tools, generation)
 
 

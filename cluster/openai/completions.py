@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.openai import prompts as prompt_checks
 from cluster.openai.answer import Answer
+from cluster.openai.callers import Caller
 from cluster.openai.constraints import constraint_of
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
@@ -33,7 +34,7 @@ _encode = msgspec.json.Encoder().encode
 _OPENAI_MAX_TOKENS = 16  # the API's own default for text completions
 
 
-async def start_completion(surface: Surface, fields: CompletionRequest, request_id: str) -> Completion:
+async def start_completion(surface: Surface, caller: Caller, fields: CompletionRequest, request_id: str) -> Completion:
     """Check and tokenize a request; nothing runs yet.
 
     Raises:
@@ -52,7 +53,7 @@ async def start_completion(surface: Surface, fields: CompletionRequest, request_
         prompt_logprobs=_prompt_logprobs(fields),
         grammar=constraint_of(fields),
     )
-    generation = await start(surface, fields, request_id, prompts, plan)
+    generation = await start(surface, caller, fields, request_id, prompts, plan)
     return Completion(surface, fields, f"cmpl-{request_id}", prompts, texts, generation)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from secrets import token_hex
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.openai.callers import Callers, not_allowed
 from cluster.openai.errors import send_error
 from cluster.openai.metrics import HttpMetrics
 from messages.errors import KvrayError, RequestError
@@ -21,16 +20,32 @@ from messages.errors import KvrayError, RequestError
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
+#: What a tenant may ask who is no operator. All other paths show, or touch, what is others' too.
+TENANT_PATHS: Final = frozenset(
+    {
+        *OPEN_PATHS,
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{id}",
+        "/tokenize",
+        "/detokenize",
+        "/docs",
+        "/openapi.json",
+        *(f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")),
+    }
+)
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
+_OTHER: Final = "other"  # label of paths that are none
 
 
 class Edge:
-    """Wraps the application. Leaves `request_id` in the scope's state; a handler may put another one there."""
+    """Wraps the application; leaves `caller` and `request_id` in the scope's state; handlers may put another id."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], metrics: HttpMetrics, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, callers: Callers, metrics: HttpMetrics, paths: Collection[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in api_keys]
+        self._callers = callers
         self._metrics = metrics
         self._paths = frozenset(paths)  # known ones; others share a label, or a scanner could fill memory
 
@@ -42,26 +57,25 @@ class Edge:
         await _Exchange(self._metrics, self._label(scope), scope, send).run(self._guarded, receive)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._digests or _path(scope) in OPEN_PATHS or self._is_known(Headers(scope=scope)):
-            await self._app(scope, receive, send)
+        caller = self._callers.find(Headers(scope=scope).get("authorization", ""))
+        label = self._label(scope)
+        if caller is None and label not in OPEN_PATHS:
+            error = RequestError(
+                "Authorization: want Bearer and one of the server's API keys", code="invalid_api_key", status=401
+            )
+            await send_error(error, send)
             return
-        error = RequestError(
-            "Authorization: want Bearer and one of the server's API keys", code="invalid_api_key", status=401
-        )
-        await send_error(error, send)
-
-    def _is_known(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
-        # All keys are compared, whole, so that time says nothing about any of them.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        if caller is not None and not caller.is_operator and label != _OTHER and label not in TENANT_PATHS:
+            await send_error(not_allowed(None, label), send)
+            return
+        scope["state"]["caller"] = caller
+        await self._app(scope, receive, send)
 
     def _label(self, scope: Scope) -> str:
         path = _path(scope)
         if path.startswith("/v1/models/"):
             return "/v1/models/{id}"
-        return path if path in self._paths else "other"
+        return path if path in self._paths else _OTHER
 
 
 class _Exchange:
@@ -116,8 +130,3 @@ def _path(scope: Scope) -> str:
     """Return the path below the application's root."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
-
-
-def _digest(key: str) -> bytes:
-    """Hash a key, so that all are of one length for a comparison in constant time."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import msgspec
 
+from cluster.openai.callers import Caller
 from cluster.openai.generation import Generation
 from cluster.openai.prompts import packed
 from cluster.openai.protocol import SharedFields
 from cluster.openai.sampling import num_choices, sampling_params, stop_strings
 from cluster.openai.surface import Surface
 from cluster.openai.transcript import TextOptions, Transcript
-from messages.request import GenerateRequest, Grammar, SamplingParams
+from messages.request import GenerateRequest, Grammar
 
 
 class OutputPlan(NamedTuple):
@@ -28,7 +29,12 @@ class OutputPlan(NamedTuple):
 
 
 async def start(
-    surface: Surface, fields: SharedFields, request_id: str, prompts: Sequence[list[int]], plan: OutputPlan
+    surface: Surface,
+    caller: Caller,
+    fields: SharedFields,
+    request_id: str,
+    prompts: Sequence[list[int]],
+    plan: OutputPlan,
 ) -> Generation:
     """Make the generation of `n` choices for each of `prompts`, checked but not yet running.
 
@@ -51,6 +57,7 @@ async def start(
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
     # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
     priority = (fields.priority or 0) if surface.limits.uses_priority else 0
+    salt, owner = caller.salt(fields.cache_salt), caller.owner(fields.cache_salt)
     requests: list[GenerateRequest] = []
     for token_ids, max_tokens in zip(prompts, plan.max_tokens, strict=True):
         params = sampling_params(
@@ -64,27 +71,16 @@ async def start(
         )
         data = packed(token_ids)
         requests += [
-            _sequence(fields, f"{base}-{len(requests) + i}", data, len(token_ids), params, i, priority)
-            for i in range(n)
+            GenerateRequest(
+                request_id=f"{base}-{len(requests) + choice}",
+                token_ids=data,
+                num_prompt_tokens=len(token_ids),
+                params=msgspec.structs.replace(params, choice=choice) if choice else params,
+                salt=salt,
+                tenant=owner,
+                priority=priority,
+            )
+            for choice in range(n)
         ]
     transcripts = [Transcript(surface.tokenizer, options) for _ in requests]
     return Generation(surface.backend, surface.metrics, requests, transcripts, n)
-
-
-def _sequence(
-    fields: SharedFields,
-    sequence_id: str,
-    data: bytes,
-    num_tokens: int,
-    params: SamplingParams,
-    choice: int,
-    priority: int,
-) -> GenerateRequest:
-    return GenerateRequest(
-        request_id=sequence_id,
-        token_ids=data,
-        num_prompt_tokens=num_tokens,
-        params=msgspec.structs.replace(params, choice=choice) if choice else params,
-        salt=(fields.cache_salt or "").encode(),
-        priority=priority,
-    )

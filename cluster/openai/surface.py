@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
+from cluster.openai.callers import Callers
 from cluster.openai.errors import model_not_found
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
@@ -28,6 +29,7 @@ class Surface:
     tokenizer: Tokenizer
     grammars: GrammarChecks
     limits: HttpLimits
+    callers: Callers
     metrics: HttpMetrics
     tool_format: ToolFormat | None  #: how the model writes tool calls
     hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls

@@ -53,7 +53,7 @@ class Offers:
         num_blocks = seq.num_computed // seq.block_size
         if num_blocks > seq.num_offloaded_blocks:
             seq.num_offloaded_blocks = num_blocks
-            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.salt))
+            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.tenant))
 
     def _location(self, index: int, block_id: int, name: bytes, num_tokens: int) -> BlockLocation:
         return BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens)

@@ -28,6 +28,7 @@ class SequenceSpec:
     num_prompt_tokens: int
     params: SamplingParams
     salt: bytes = b""
+    tenant: int = 0  #: whose its blocks are; 0: nobody's in particular
     priority: int = 0  #: smaller is sooner
     deadline_s: float | None = None  #: by the scheduler's clock; past it the sequence ends with an error
     #: predicted seconds until a prefill worker's KV of the prompt, and its first token, lie here; None: nobody's will.
@@ -268,7 +269,7 @@ class OffloadBlocks:
     """A sequence has written these blocks, all full ones of its tokens from the first on: lower tiers may want them."""
 
     names: tuple[bytes, ...]
-    salt: bytes
+    tenant: int
 
 
 @dataclass(frozen=True, slots=True)

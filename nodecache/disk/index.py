@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from messages.errors import InvariantError
 from nodecache.disk.files import Files
 from nodecache.disk.segment import Segment
+from nodecache.quotas import Accounts
 from nodecache.store import StoredBlock, StorePage
 
 # A place is one int below 2^60, as is a key: such take 32 bytes of memory each.
@@ -19,6 +21,7 @@ _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
 _KEY_MASK = (1 << 60) - 1
 _MAX_USE = (1 << 32) - 1
+_COLD_BLOCKS = 256  #: of a tenant at its quota, that are looked for at a time: some ms with a million blocks
 
 
 class Place(NamedTuple):
@@ -28,6 +31,14 @@ class Place(NamedTuple):
     row: int
 
 
+class _Use(NamedTuple):
+    """Where a block lay, and when it was used last."""
+
+    segment: Segment
+    row: int
+    use: int
+
+
 class DiskIndex:
     """Names of blocks to their places, in about 150 bytes a block. Any thread.
 
@@ -35,7 +46,8 @@ class DiskIndex:
     not there: names are compared whole.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, accounts: Accounts) -> None:
+        """`accounts`: of the tenants that are counted."""
         self._files = files
         self._lock = threading.Lock()
         self._unpinned = threading.Condition(self._lock)
@@ -43,6 +55,8 @@ class DiskIndex:
         self._segments: dict[int, Segment] = {}
         self._retired: list[Segment] = []  # whose files are deleted, and open still
         self._use = 0
+        self.accounts = accounts
+        self._cold: dict[int, deque[_Use]] = {}  # of tenants that were at their quota: what goes first
 
     # ---------------------------------------------------------------------------------------------------- what is there
 
@@ -96,6 +110,36 @@ class DiskIndex:
         with self._lock:
             rows = segment.live_rows()
             return rows, [segment.name(row) for row in rows], segment.last_use[rows]
+
+    def coldest(self, tenant: int, num_blocks: int, besides: Collection[bytes]) -> list[bytes]:
+        """Return the names of the tenant's least recently used blocks, at most so many, none of them in `besides`.
+
+        Looked for among all of the tenant's for some hundred of them at a time.
+        """
+        found: list[bytes] = []
+        with self._lock:
+            for is_new in (False, True):
+                if is_new:
+                    self._cold[tenant] = self._by_use(tenant, max(4 * num_blocks, _COLD_BLOCKS))
+                cold = self._cold.get(tenant, deque())
+                while cold and len(found) < num_blocks:
+                    segment, row, use = cold.popleft()
+                    name = segment.name(row)
+                    is_same = bool(segment.is_live[row]) and segment.last_use[row] == use
+                    if is_same and name not in besides and name not in found:
+                        found.append(name)
+        return found
+
+    def _by_use(self, tenant: int, num_blocks: int) -> deque[_Use]:
+        """Return the places of the tenant's least recently used blocks, with the lock."""
+        parts = []
+        for segment in self._segments.values():
+            rows = np.flatnonzero(segment.is_live & (segment.tenants == np.uint64(tenant)))
+            ids = np.full(len(rows), segment.segment_id)
+            parts.append(np.stack([segment.last_use[rows].astype(np.int64), ids, rows], axis=1))
+        every = np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
+        first = every[np.argsort(every[:, 0], kind="stable")[:num_blocks]].tolist()
+        return deque(_Use(self._segments[segment_id], row, use) for use, segment_id, row in first)
 
     def places_by_use(self) -> tuple[npt.NDArray[np.uint64], int]:
         """Return segment id and row of every block, [num_blocks, 2], least recently used first, and the use count."""
@@ -197,19 +241,18 @@ class DiskIndex:
             if place is None or of not in (None, place):
                 return None
             del self._places[_key(name)]
-            place.segment.is_live[place.row] = False
-            place.segment.num_live -= 1
+            self._leave(place)
             return place
 
     def retire(self, segment: Segment) -> list[bytes]:
         """Forget a segment, whose file is deleted; return the names of the blocks that it still held."""
         with self._lock:
-            names = [segment.name(row) for row in segment.live_rows()]
-            for name in names:
+            rows = segment.live_rows()
+            names = [segment.name(row) for row in rows]
+            for row, name in zip(rows, names, strict=True):
                 del self._places[_key(name)]
+                self._leave(Place(segment, row))
             del self._segments[segment.segment_id]
-            segment.is_live[:] = False
-            segment.num_live = 0
             segment.is_retired = True
             self._retired.append(segment)
             return names
@@ -237,6 +280,9 @@ class DiskIndex:
                     "every live row is where its name is found",
                 )
             _require(num_live == len(self._places), "every name has one live row")
+            for tenant in self.accounts.max_blocks:
+                num_own = sum(int((each.is_live & (each.tenants == tenant)).sum()) for each in self._segments.values())
+                _require(self.accounts[tenant] == num_own, "what tenants have adds up")
 
     # ---------------------------------------------------------------------------------------------------- with the lock
 
@@ -253,13 +299,20 @@ class DiskIndex:
         displaced = None
         if number is not None:
             displaced = Place(self._segments[number >> _ROW_BITS], number & _ROW_MASK)
-            displaced.segment.is_live[displaced.row] = False
-            displaced.segment.num_live -= 1
+            self._leave(displaced)
         self._places[key] = segment.segment_id << _ROW_BITS | row
         segment.is_live[row] = True
         segment.num_live += 1
         segment.last_use[row] = self._use
+        self.accounts.add(int(segment.tenants[row]), 1)
         return displaced
+
+    def _leave(self, place: Place) -> None:
+        """Note that a row holds nothing any more."""
+        segment, row = place
+        segment.is_live[row] = False
+        segment.num_live -= 1
+        self.accounts.add(int(segment.tenants[row]), -1)
 
     def _use_places(self, places: Sequence[Place | None]) -> None:
         if self._use > _MAX_USE - len(places):  # once in four billion uses: all are equal again

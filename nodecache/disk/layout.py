@@ -25,7 +25,7 @@ import numpy.typing as npt
 from nodecache.disk.files import ALIGN_BYTES, aligned
 from nodecache.store import StoredBlock
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PLAIN_CODEC = 0
 
 _MAGIC = b"kvrayseg"
@@ -47,7 +47,8 @@ RECORD = np.dtype(
         ("stored_bytes", "<u8"),
         ("checksum", "<u8"),
         ("sequence", "<u8"),  # counts all records that the directory ever had
-        ("unused", "V32"),
+        ("tenant", "<u8"),  # 0: nobody's in particular
+        ("unused", "V24"),
         ("header_checksum", "<u8"),
     ]
 )
@@ -180,6 +181,7 @@ def pack_records(
     records["name"] = np.frombuffer(b"".join(block.name for block in blocks), "V16")
     records["num_tokens"] = [block.num_tokens for block in blocks]
     records["checksum"] = [block.checksum for block in blocks]
+    records["tenant"] = [block.tenant for block in blocks]
     records["header_checksum"] = _header_checksums(records.tobytes())
     return records.tobytes()
 

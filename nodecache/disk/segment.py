@@ -29,7 +29,7 @@ UNFINISHED_SUFFIX = ".new"
 
 
 class Segment:
-    """A segment's file, open for reading, and its table in memory, 33 bytes a row, guarded by the index's lock."""
+    """A segment's file, open for reading, and its table in memory, 41 bytes a row, guarded by the index's lock."""
 
     def __init__(self, path: Path, segment_id: int, geometry: Geometry, fd: int) -> None:
         num_rows = geometry.num_rows
@@ -43,6 +43,8 @@ class Segment:
         self.names = bytearray(num_rows * NAME_BYTES)
         self.checksums = array("Q", bytes(8 * num_rows))
         self.num_tokens = array("I", bytes(4 * num_rows))
+        #: [num_rows] uint64, whose each row's block is
+        self.tenants = np.zeros(num_rows, np.uint64)
         #: [num_rows] uint32, when a row was used last, by the index's count of uses
         self.last_use = np.zeros(num_rows, np.uint32)
         #: [num_rows] bool, whether the index points here
@@ -54,13 +56,14 @@ class Segment:
 
     def block(self, row: int) -> StoredBlock:
         """Return what is known of the block in a row."""
-        return StoredBlock(self.name(row), self.num_tokens[row], self.checksums[row])
+        return StoredBlock(self.name(row), self.num_tokens[row], self.checksums[row], int(self.tenants[row]))
 
     def put(self, row: int, block: StoredBlock) -> None:
         """Note the block that a row holds."""
         self.names[row * NAME_BYTES : (row + 1) * NAME_BYTES] = block.name
         self.num_tokens[row] = block.num_tokens
         self.checksums[row] = block.checksum
+        self.tenants[row] = block.tenant
 
     def live_rows(self) -> list[int]:
         """Return the rows that the index points to."""
@@ -112,6 +115,7 @@ def scan(files: Files, path: Path, model: Model) -> Scanned | str:
     segment.names[:] = records["name"].tobytes()
     segment.checksums = array("Q", records["checksum"].tobytes())
     segment.num_tokens = array("I", records["num_tokens"].tobytes())
+    segment.tenants[:] = records["tenant"]
     return Scanned(
         segment,
         records,

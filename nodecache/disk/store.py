@@ -35,6 +35,7 @@ from nodecache.disk.reader import Reader
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call, IoThreads
 from nodecache.disk.writer import Writer
+from nodecache.quotas import Accounts
 from nodecache.store import Collected, StoredBlock, StoreError, StorePage
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class DiskStore:
         checksum: Callable[[memoryview], int],
         *,
         keep_value: Callable[[bytes], float] | None = None,
+        accounts: Accounts | None = None,
         files: Files | None = None,
     ) -> None:
         """Open `model`'s folder below `root`, or make it.
@@ -72,6 +74,7 @@ class DiskStore:
             checksum: of a block's plain bytes, 64 bits.
             keep_value: what the block of a name is worth, in any unit; called by the store's writer. What does not fit
                 pushes out segments that are worth least. None: the time of the last use.
+            accounts: of the tenants that are counted.
             files: the calls that reach the disk.
 
         Raises:
@@ -93,7 +96,7 @@ class DiskStore:
         self._is_closed = False
         files = files or Files()
         self._stats = DiskStats()
-        self._index = DiskIndex(files)
+        self._index = DiskIndex(files, Accounts() if accounts is None else accounts)
         directory = ModelDirectory(root, model, files)
         self._writer = Writer(directory, self._index, files, geometry, room_bytes, checksum, keep_value, self._stats)
         #: what lies in the directory and is not used, and why; left alone
@@ -106,6 +109,11 @@ class DiskStore:
     def find(self, name: bytes) -> StoredBlock | None:
         """As `BlockStore.find`."""
         return self._index.find(name)
+
+    @property
+    def accounts(self) -> Accounts:
+        """As `BlockStore.accounts`."""
+        return self._index.accounts
 
     def names(self) -> list[bytes]:
         """As `BlockStore.names`."""
@@ -213,4 +221,6 @@ class DiskStore:
         last_id = max((int(path.stem) for path in paths if path.stem.isdecimal()), default=-1)
         last = found[-1] if found and found[-1].segment.segment_id == last_id else None
         self._writer.resume(last, last_id + 1, int(sequences.max()) + 1 if len(sequences) else 0, unwanted)
+        self._writer.keep_quotas()
+        self._writer.take_dropped()  # nobody was told of them
         return unusable

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from messages.errors import InvariantError
+from nodecache.quotas import Accounts
 from nodecache.remote.layout import Record
 from nodecache.remote.manifests import REMEMBERED_US, Rows
 from nodecache.store import StoredBlock, StorePage
@@ -25,10 +26,11 @@ _KNOWN = np.dtype(
         ("num_tokens", "<u4"),
         ("written_us", "<i8"),
         ("checksum", "<u8"),
+        ("tenant", "<u8"),
     ]
 )
 #: As numpy gives a manifest's row, in the order of `manifests.ROW`.
-ManifestRow: TypeAlias = tuple[bytes, bytes, int, int, int, int, bool, int, int, int]
+ManifestRow: TypeAlias = tuple[bytes, bytes, int, int, int, int, int, bool, int, int, int]
 
 _ROWS_AT_A_TIME = 4096  #: a caller who asks waits for no more: some 10 ms
 
@@ -48,9 +50,11 @@ class Changes(NamedTuple):
 
 
 class RemoteIndex:
-    """Names of blocks to their places, in some 170 bytes a block and 200 an object. Any thread."""
+    """Names of blocks to their places, in some 180 bytes a block and 200 an object. Any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, accounts: Accounts | None = None) -> None:
+        """`accounts`: of the tenants that are counted."""
+        self.accounts = Accounts() if accounts is None else accounts
         self._lock = threading.Lock()
         self._known = np.zeros(1024, _KNOWN)
         self._rows: dict[bytes, int] = {}  # of _known, by name
@@ -93,9 +97,8 @@ class RemoteIndex:
             end = min(max(cursor, 0) + max_blocks, len(self._names))
             found = [(row, name) for row, name in enumerate(self._names[cursor:end], cursor) if name is not None]
             kept = self._known[[row for row, _ in found]]
-            blocks = map(
-                StoredBlock, (name for _, name in found), kept["num_tokens"].tolist(), kept["checksum"].tolist()
-            )
+            columns = (kept[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
+            blocks = map(StoredBlock, (name for _, name in found), *columns)
             next_cursor = end if end < len(self._names) else None
             return StorePage(list(blocks), [row for row, _ in found], len(self._rows), next_cursor)
 
@@ -103,6 +106,17 @@ class RemoteIndex:
         """Say where blocks lie."""
         with self._lock:
             return [self._place(name) for name in names]
+
+    def oldest(self, tenant: int, num_blocks: int, besides: Collection[bytes]) -> list[Place]:
+        """Return the places of the tenant's blocks that were written first, at most so many, none in `besides`."""
+        with self._lock:
+            rows = np.flatnonzero(self._known["tenant"] == np.uint64(tenant))  # some ms with a million blocks
+            kept = self._known[rows]
+            order = np.lexsort((-kept["position"].astype(np.int64), kept["written_us"]))  # tails before heads
+            rows = rows[order[: num_blocks + len(besides)]]
+            names = [self._names[row] for row in rows.tolist()]
+            places = [self._place(name) for name in names if name is not None and name not in besides]
+            return [place for place in places if place is not None][:num_blocks]
 
     def times(self, names: Iterable[bytes], now_us: int) -> list[int]:
         """Return a time for each of these blocks at which a row of it counts, whatever is known of it: now, or later.
@@ -155,6 +169,9 @@ class RemoteIndex:
             _require(set(self._digests) == set(self._num_live), "every object holds a block")
             stored_bytes = int(self._known["stored_bytes"][list(used)].sum())
             _require(stored_bytes == self._stored_bytes, "bytes of blocks add up")
+            for tenant in self.accounts.max_blocks:
+                num_own = int((self._known["tenant"] == np.uint64(tenant)).sum())
+                _require(self.accounts[tenant] == num_own, "what tenants have adds up")
 
     # ---------------------------------------------------------------------------------------------------- with the lock
 
@@ -162,8 +179,8 @@ class RemoteIndex:
         row = self._rows.get(name)
         if row is None:
             return None
-        number, position, codec, offset, stored_bytes, num_tokens, _, checksum = self._known[row].item()
-        block = StoredBlock(name, num_tokens, checksum)
+        number, position, codec, offset, stored_bytes, num_tokens, _, checksum, tenant = self._known[row].item()
+        block = StoredBlock(name, num_tokens, checksum, tenant)
         return Place(self._digests[number], Record(block, position, offset, codec, stored_bytes))
 
     def _last_us(self, name: bytes) -> int:
@@ -172,7 +189,7 @@ class RemoteIndex:
         return max(written_us, self._removed_us.get(name, -1))
 
     def _apply(self, row: ManifestRow, changes: Changes) -> None:
-        name, digest, position, num_tokens, checksum, written_us, is_removed, codec, offset, stored_bytes = row
+        name, digest, position, num_tokens, checksum, tenant, written_us, is_removed, codec, offset, stored_bytes = row
         last_us = self._last_us(name)
         is_there = name in self._rows
         if is_removed and written_us >= last_us:
@@ -185,7 +202,8 @@ class RemoteIndex:
                 self._forget(name)
             else:
                 changes.stored.append(name)
-            self._keep(name, digest, (position, codec, offset, stored_bytes, num_tokens, written_us, checksum))
+            fields = (position, codec, offset, stored_bytes, num_tokens, written_us, checksum, tenant)
+            self._keep(name, digest, fields)
 
     def _note_removed(self, name: bytes, written_us: int) -> None:
         self._removed_us.pop(name, None)  # and to the end
@@ -209,11 +227,14 @@ class RemoteIndex:
         self._names[row] = name
         self._num_live[number] += 1
         self._stored_bytes += int(self._known["stored_bytes"][row])
+        self.accounts.add(int(self._known["tenant"][row]), 1)
 
     def _forget(self, name: bytes) -> None:
         row = self._rows.pop(name)
         self._names[row] = None
         self._free.append(row)
+        self.accounts.add(int(self._known["tenant"][row]), -1)
+        self._known["tenant"][row] = 0
         number = int(self._known["object"][row])
         self._stored_bytes -= int(self._known["stored_bytes"][row])
         self._num_live[number] -= 1

@@ -32,7 +32,7 @@ from nodecache.store import StoredBlock, StoreError
 from transport.checksum import checksum, copy_checked
 
 FORMAT = "kvray remote store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION_NAME = "description.json"
 MANIFESTS = "manifests"
 OBJECTS = "objects"
@@ -54,7 +54,8 @@ _HEADER = np.dtype(
         ("block_bytes", "<u8"),
         ("checksum", "<u8"),
         ("stored_bytes", "<u8"),  # 0: plain, as many as block_bytes
-        ("unused", "V48"),
+        ("tenant", "<u8"),  # 0: nobody's in particular
+        ("unused", "V40"),
         ("header_checksum", "<u8"),
     ]
 )
@@ -219,6 +220,7 @@ def object_digest(records: Sequence[Record], data: Bytes) -> bytes:
         digest.update(record.block.name)
         digest.update(record.block.num_tokens.to_bytes(8, "little"))
         digest.update(record.block.checksum.to_bytes(8, "little"))
+        digest.update(record.block.tenant.to_bytes(8, "little"))
         if record.codec != PLAIN:
             digest.update(record.codec.to_bytes(8, "little"))
             digest.update(checksum(data[record.offset + HEADER_BYTES : record.end]).to_bytes(8, "little"))
@@ -237,6 +239,7 @@ def pack_headers(model: Model, records: Sequence[Record]) -> Bytes:
     headers["position"] = [record.position for record in records]
     headers["block_bytes"] = model.block_bytes
     headers["checksum"] = np.array([record.block.checksum for record in records], np.uint64)
+    headers["tenant"] = np.array([record.block.tenant for record in records], np.uint64)
     headers["stored_bytes"] = [0 if record.codec == PLAIN else record.stored_bytes for record in records]
     lines = headers.view(np.uint8).reshape(len(records), HEADER_BYTES)
     headers["header_checksum"] = np.array([checksum(line[:_SUMMED_BYTES]) for line in lines], np.uint64)

@@ -22,7 +22,7 @@ from nodecache.remote.layout import DIGEST_BYTES, FORMAT_VERSION, HEADER_BYTES, 
 SUFFIX: Final = ".arrow"
 #: Longer ones are not read. As of objects: written in one request.
 MAX_MANIFEST_BYTES: Final = 8 << 20
-MAX_ROWS: Final = 115_000  #: of one manifest: 71 bytes each
+MAX_ROWS: Final = 100_000  #: of one manifest: 79 bytes each
 
 #: Manifests below half the largest size are merged once there are so many, or some more: not all nodes at once.
 MIN_MERGED: Final = 24
@@ -40,6 +40,7 @@ ROW = np.dtype(
         ("position", "<u4"),  # of the block in it
         ("num_tokens", "<u4"),
         ("checksum", "<u8"),
+        ("tenant", "<u8"),  # 0: nobody's in particular
         ("written_us", "<i8"),  # since 1970, by the writer's clock
         ("is_removed", "?"),  # then all but name and written_us are zero
         ("codec", "<u2"),
@@ -50,7 +51,7 @@ ROW = np.dtype(
 _MAX_TOKENS = 1 << 24
 _MAX_WRITTEN_US = 1 << 53
 
-_OFFSET_VERSION = 2
+_OFFSET_VERSION = FORMAT_VERSION + 1
 
 Rows: TypeAlias = npt.NDArray[np.void]
 
@@ -60,6 +61,7 @@ _FIELDS = [
     pa.field("position", pa.uint32(), nullable=False),
     pa.field("num_tokens", pa.uint32(), nullable=False),
     pa.field("checksum", pa.uint64(), nullable=False),
+    pa.field("tenant", pa.uint64(), nullable=False),
     pa.field("written", pa.timestamp("us", "UTC"), nullable=False),
     pa.field("is_removed", pa.bool_(), nullable=False),
 ]
@@ -88,6 +90,7 @@ def kept_rows(digest: bytes, records: Sequence[Record], written_us: Sequence[int
     rows["object"] = np.void(digest)
     rows["num_tokens"] = [record.block.num_tokens for record in records]
     rows["checksum"] = [record.block.checksum for record in records]
+    rows["tenant"] = [record.block.tenant for record in records]
     rows["written_us"] = written_us
     for key in ("position", "codec", "offset", "stored_bytes"):
         rows[key] = [getattr(record, key) for record in records]
@@ -109,8 +112,8 @@ def pack_manifest(model: Model, rows: Rows) -> tuple[str, memoryview]:
     columns = [
         _binary(rows["name"]),
         _binary(rows["object"]),
-        *(pa.array(np.ascontiguousarray(rows[key])) for key in ("position", "num_tokens", "checksum")),
-        pa.array(np.ascontiguousarray(rows["written_us"])).cast(_FIELDS[5].type),
+        *(pa.array(np.ascontiguousarray(rows[key])) for key in ("position", "num_tokens", "checksum", "tenant")),
+        pa.array(np.ascontiguousarray(rows["written_us"])).cast(_FIELDS[6].type),
         pa.array(np.ascontiguousarray(rows["is_removed"])),
     ]
     has_offsets = bool(((rows["codec"] != PLAIN) | (rows["offset"] != _plain_offsets(model, rows))).any())

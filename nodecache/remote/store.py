@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from functools import partial
 from typing import TypeVar
 
 from nodecache.codec import PLAIN
+from nodecache.quotas import Accounts
 from nodecache.remote.breaker import Breaker
 from nodecache.remote.catalog import Catalog, Unusable, now_us
 from nodecache.remote.filesystem import DeniedError, MissingError, RemoteFilesystem
@@ -47,7 +49,13 @@ class RemoteStore:
     """A `nodecache.store.BlockStore` in a bucket or a shared directory. Any thread."""
 
     def __init__(
-        self, uri: str, model: Model, *, codec: int = PLAIN, on_changes: Callable[[Changes], None] | None = None
+        self,
+        uri: str,
+        model: Model,
+        *,
+        codec: int = PLAIN,
+        on_changes: Callable[[Changes], None] | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
         """Open `model`'s folder below `uri`, or make it; what is there already is found when this returns.
 
@@ -60,6 +68,7 @@ class RemoteStore:
             codec: of nodecache.codec, how blocks are written; those of others are read, whatever it is.
             on_changes: called, by a thread of the store, with the names that others wrote and removed, also with those
                 that are found at first.
+            accounts: of the tenants that are counted: all that is found, whoever wrote it.
 
         Raises:
             ConfigError: the URI is none.
@@ -69,7 +78,7 @@ class RemoteStore:
         self._codec = codec
         self._fs = RemoteFilesystem(uri)
         self._stats = RemoteStats()
-        self._index = RemoteIndex()
+        self._index = RemoteIndex(accounts)
         self._reading = Breaker(f"reading {self._fs.uri}")
         self._writing = Breaker(f"writing {self._fs.uri}")
         self._readers = RemoteThreads("remote-read", _NUM_READERS)
@@ -90,6 +99,11 @@ class RemoteStore:
     def find(self, name: bytes) -> StoredBlock | None:
         """As `BlockStore.find`."""
         return self._index.find(name)
+
+    @property
+    def accounts(self) -> Accounts:
+        """As `BlockStore.accounts`."""
+        return self._index.accounts
 
     def names(self) -> list[bytes]:
         """As `BlockStore.names`."""
@@ -139,7 +153,7 @@ class RemoteStore:
         return came
 
     def write(self, blocks: Sequence[StoredBlock], sources: Sequence[memoryview], deadline_s: float) -> list[bytes]:
-        """As `BlockStore.write`, but that nothing is dropped to make room; see above for what survives.
+        """As `BlockStore.write`; see above for what survives. Only for a quota anything is dropped: the oldest blocks.
 
         Blocks that are held already are not written again.
         """
@@ -155,7 +169,7 @@ class RemoteStore:
             for block, source in zip(blocks, sources, strict=True)
             if self._index.find(block.name) is None
         }
-        pairs = list(new.values())
+        pairs = self._within_quotas(list(new.values()))
         size = self._model.blocks_per_object
         objects = [self._packed(pairs[begin : begin + size]) for begin in range(0, len(pairs), size)]
         futures: list[Future[None]] = []
@@ -177,7 +191,7 @@ class RemoteStore:
         self._stats.count("written_bytes", len(pairs) * self._model.block_bytes)
         stored_bytes = sum(record.stored_bytes for _, records, _ in objects for record in records)
         self._stats.count("written_stored_bytes", stored_bytes)
-        return []
+        return self._keep_quotas([block for block, _ in pairs])
 
     def remove(self, names: Sequence[bytes]) -> None:
         """As `BlockStore.remove`. Others learn of it as of blocks; where nothing can be written, they never do."""
@@ -228,6 +242,30 @@ class RemoteStore:
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreError("the remote store is closed")
+
+    def _within_quotas(self, pairs: list[tuple[StoredBlock, memoryview]]) -> list[tuple[StoredBlock, memoryview]]:
+        """Leave out what is more than all of a tenant's quota."""
+        num_taken: Counter[int] = Counter()
+        taken = []
+        for block, source in pairs:
+            limit = self.accounts.max_blocks.get(block.tenant)
+            if limit is None or num_taken[block.tenant] < limit:
+                num_taken[block.tenant] += 1
+                taken.append((block, source))
+        return taken
+
+    def _keep_quotas(self, blocks: Sequence[StoredBlock]) -> list[bytes]:
+        """Remove, of whom these blocks are that were just written, the oldest others above the quota; their names."""
+        names = {block.name for block in blocks}
+        removed: list[bytes] = []
+        for tenant in sorted({block.tenant for block in blocks}):
+            num_over = self.accounts.num_over(tenant)
+            if num_over:
+                places = self._index.oldest(tenant, num_over, names)
+                self._stats.count("removed_blocks", len(places))
+                self._forget(places)
+                removed += [place.record.block.name for place in places]
+        return removed
 
     def _read_part(self, part: Part) -> list[memoryview | None]:
         """Read and decode: of what was encoded several threads decode at once."""

@@ -61,7 +61,10 @@ def test_what_is_shown_can_be_read_again():
     ("document", "words"),
     [
         ({"engin": {}}, "engin: no such key; did you mean engine?"),
-        ({"zebra": {}}, "zebra: no such key; known are model, engine, pools, http, connections, network, tiers, log"),
+        (
+            {"zebra": {}},
+            "zebra: no such key; known are model, engine, pools, http, connections, network, tiers, tenants, log",
+        ),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
         ({"http": 3}, "http: wanted a mapping, saw int 3"),
@@ -187,6 +190,33 @@ def test_secrets_are_never_repeated_in_a_refusal(document):
     assert "541" not in refusal(document)
 
 
+MEMBER = {"name": "acme", "api_key_file": "/run/keys"}
+
+
+def test_tenants_have_names_key_files_and_quotas():
+    config = parse_config({"tenants": {"salt_file": "/run/salt", "members": [{**MEMBER, "host_quota": "2GiB"}]}})
+    [member] = config.tenants.members
+    assert (member.name, member.role, member.cache_hints, member.host_quota) == ("acme", "member", "refuse", "2GiB")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([MEMBER, MEMBER], "tenants.members[1].name: wanted each name once, saw acme again"),
+        ([{**MEMBER, "name": "a b"}], "tenants.members[0].name: wanted what matches ^[A-Za-z0-9]"),
+        ([MEMBER, {"name": "b"}], "tenants.members[1].api_key_file: missing, a value is wanted"),
+        ([{**MEMBER, "disk_quota": "lots"}], "tenants.members[0].disk_quota: wanted a size such as 512MiB"),
+        ([{**MEMBER, "disc_quota": "1GiB"}], "tenants.members[0].disc_quota: no such key; did you mean disk_quota?"),
+        ([{**MEMBER, "role": "boss"}], "tenants.members[0].role: wanted one of member, operator, saw str 'boss'"),
+        ([{**MEMBER, "host_quota": 5}], "tenants.members[0].host_quota: wanted str, saw int 5"),
+        (["acme"], "tenants.members: wanted a mapping in every entry, saw list ['acme']"),
+        ("acme", "tenants.members: wanted a list, saw str 'acme'"),
+    ],
+)
+def test_a_tenant_that_makes_no_sense_is_refused_where_it_stands(members, words):
+    assert refusal({"tenants": {"members": members}}).startswith(words)
+
+
 def test_an_empty_api_key_is_refused():
     assert "wanted keys without white space and commas" in refusal({"http": {"api_keys": [""]}})
 
@@ -198,7 +228,10 @@ def test_no_form_of_a_configuration_shows_an_api_key():
 
 
 def test_no_process_started_from_now_on_inherits_a_credential(monkeypatch):
-    for name in ("KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY"):
+    for name in (
+        *("KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY"),
+        *("KVRAY_TENANT_SALT", "KVRAY_TENANT_SALT_FILE"),
+    ):
         monkeypatch.setenv(name, "5417041")
     forget_credentials()
     code = "import os; print(dict(os.environ))"

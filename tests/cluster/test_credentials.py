@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import KvrayConfig, parse_config
-from cluster.credentials import CredentialFiles, api_keys, cluster_secret, for_joined_cluster
+from cluster.credentials import CredentialFiles, api_keys, callers, cluster_secret, for_joined_cluster
+from kvcache.names import tenant_salt
 from messages.errors import ConfigError
 from transport.secret import ClusterSecret
 
@@ -21,7 +22,7 @@ NODE = os.uname().nodename
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch):
-    for name in ("KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY"):
+    for name in ("KVRAY_SECRET", "KVRAY_SECRET_FILE", "KVRAY_API_KEY", "KVRAY_TENANT_SALT", "KVRAY_TENANT_SALT_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -148,6 +149,74 @@ def test_an_ingress_elsewhere_must_have_keys_where_the_command_line_has_some(mon
     told = for_joined_cluster(KvrayConfig())
     assert told.http.requires_api_key
     assert b"5417041" not in pickle.dumps(told)
+
+
+# -------------------------------------------------------------------------------------------------------------- tenants
+
+
+@pytest.fixture
+def with_tenants(file):
+    """A configuration with two tenants: acme has two keys, globex one."""
+
+    def make(salt: str | None = "ab" * 32, **http) -> KvrayConfig:
+        members = [
+            {"name": "acme", "api_key_file": file("acme-1\nacme-2\n"), "cache_hints": "use"},
+            {"name": "globex", "api_key_file": file("globex-1"), "role": "operator"},
+        ]
+        tenants = {"salt_file": None if salt is None else file(salt), "members": members}
+        return parse_config({"tenants": tenants, "http": http})
+
+    return make
+
+
+def test_keys_are_their_tenants_and_those_without_a_tenant_nobodys(with_tenants, file):
+    found = callers(with_tenants(api_key_file=file("plain"), cache_hints="use"))
+    acme, globex, plain = (found.find(f"Bearer {key}") for key in ("acme-1", "globex-1", "plain"))
+    assert found.find("Bearer acme-2") == acme
+    assert (acme.name, acme.is_operator, acme.may_hint) == ("acme", False, True)
+    assert (globex.name, globex.is_operator, globex.may_hint) == ("globex", True, False)
+    assert (plain.name, plain.is_operator, plain.may_hint) == ("", True, True)
+    assert acme.base_salt == tenant_salt("acme", b"\xab" * 32) != globex.base_salt
+
+
+def test_tenants_alone_are_keys_enough(with_tenants):
+    found = callers(with_tenants(requires_api_key=True))
+    assert found.find("") is None
+
+
+def test_tenants_without_a_salt_secret_are_refused_with_what_to_set(with_tenants, monkeypatch, file):
+    config = with_tenants(None)
+    words = complaint(callers, config)
+    assert words.startswith(f"no salt secret for tenants on node {NODE}: name a file (tenants.salt_file), or set")
+    monkeypatch.setenv("KVRAY_TENANT_SALT", "cd" * 32)
+    assert callers(config).find("Bearer acme-1").base_salt == tenant_salt("acme", b"\xcd" * 32)
+    monkeypatch.setenv("KVRAY_TENANT_SALT_FILE", file("ef" * 32))
+    assert callers(config).find("Bearer acme-1").base_salt == tenant_salt("acme", b"\xef" * 32)
+    words = complaint(callers, with_tenants("5417041"))
+    assert words == "tenants.salt_file: wanted 64 hexadecimal digits, saw 7 characters that are not"
+
+
+def test_a_key_of_two_is_refused_before_anything_starts(with_tenants, file, files):
+    config = with_tenants(api_key_file=file("acme-2"))
+    assert "one is of no tenant and of tenant acme" in complaint(callers, config)
+    assert "one is of no tenant and of tenant acme" in complaint(files.keep, config)
+    assert "acme-2" not in complaint(callers, config)
+
+
+def test_a_tenant_without_a_key_is_refused(file, monkeypatch):
+    path = file("\n")
+    config = parse_config({"tenants": {"members": [{"name": "acme", "api_key_file": path}]}})
+    monkeypatch.setenv("KVRAY_TENANT_SALT", "ab" * 32)
+    assert complaint(callers, config) == f"tenants.members[0].api_key_file: {path} has no key in it"
+
+
+def test_what_tenants_have_is_kept_and_not_handed_on(with_tenants, files):
+    config = with_tenants()
+    kept = files.keep(config)
+    assert callers(kept).find("Bearer acme-2") == callers(config).find("Bearer acme-1")
+    assert not any(word in pickle.dumps(kept) for word in (b"acme-1", b"globex-1", b"ab" * 32, b"\xab" * 16))
+    paths = [kept.tenants.salt_file, *(member.api_key_file for member in kept.tenants.members)]
+    assert all(path.startswith("/proc/") for path in paths)
 
 
 # ----------------------------------------------------------------------------------------------- a Ray of our own

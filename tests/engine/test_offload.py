@@ -86,8 +86,8 @@ class Worker:
         assert block_id is not None
         return bytes(self.memory.view[self.layout.block_offset(block_id) :][:BLOCK_BYTES])
 
-    def offer(self, *numbers: int, salt: bytes = b"") -> None:
-        self.offloader.offer(OffloadBlocks(tuple(map(name, numbers)), salt))
+    def offer(self, *numbers: int, tenant: int = 0) -> None:
+        self.offloader.offer(OffloadBlocks(tuple(map(name, numbers)), tenant))
 
     def post(self, event: Event) -> None:
         for instruction in self.scheduler.on_event(event, 0.0):
@@ -248,18 +248,17 @@ async def test_room_that_was_taken_back_is_not_written_to(world):
     assert await world.fetch(1, 2) == {number: world.worker.content(number) for number in (1, 2)}
 
 
-async def test_the_tenant_follows_from_the_salt(world, monkeypatch):
+async def test_whose_blocks_they_are_is_told(world, monkeypatch):
     world.worker.commit(1, 2, 3)
     await world.use()
     asked: list[RoomRequest] = []
     send = world.worker.peers.send
     monkeypatch.setattr(world.worker.peers, "send", lambda to, message: (asked.append(message), send(to, message)))
-    for number, salt in ((1, b""), (2, b"a"), (3, b"a")):
-        world.worker.offer(number, salt=salt)
+    for number, tenant in ((1, 0), (2, 77), (3, 2**64 - 1)):
+        world.worker.offer(number, tenant=tenant)
         await world.worker.settled(number)
     tenants = {message.names: message.tenant for message in asked if isinstance(message, RoomRequest)}
-    assert tenants[name(1)] == 0
-    assert tenants[name(2)] == tenants[name(3)] != 0
+    assert tenants == {name(1): 0, name(2): 77, name(3): 2**64 - 1}
 
 
 async def test_of_too_many_that_wait_the_oldest_are_forgotten(world):

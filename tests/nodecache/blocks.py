@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from nodecache.arena import Arena, ArenaLayout
 from nodecache.pool import HostPool
+from nodecache.quotas import Accounts
 from nodecache.worth import Worth
 from transport.checksum import checksum
 
@@ -36,6 +37,6 @@ def layout_of(num_blocks: int, block_bytes: int = BLOCK_BYTES, *, version: int =
     return ArenaLayout(fingerprint=FINGERPRINT, version=version, block_bytes=block_bytes, num_blocks=num_blocks)
 
 
-def pool_of(num_blocks: int, now_s: float = 0.0) -> HostPool:
+def pool_of(num_blocks: int, now_s: float = 0.0, accounts: Accounts | None = None) -> HostPool:
     layout = layout_of(num_blocks)
-    return HostPool(Arena(layout.allocate(), layout), Worth(BLOCK_SIZE), now_s, QUARANTINE_S)
+    return HostPool(Arena(layout.allocate(), layout), Worth(BLOCK_SIZE), now_s, QUARANTINE_S, accounts)

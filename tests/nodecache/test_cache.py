@@ -19,6 +19,7 @@ from messages.handoff import (
 from nodecache.cache import BlocksKept, BlocksRead, CacheLimits, Hinted, NodeCache, Said, Tell
 from nodecache.loopback import LoopbackStore
 from nodecache.pool import as_names
+from nodecache.quotas import Accounts
 from nodecache.reading import ReadBlocks
 from nodecache.store import StoredBlock
 from nodecache.writing_down import WriteBlocks
@@ -30,8 +31,8 @@ LEASE_S = 10.0
 class World:
     """A node cache and one worker that does what it says it does; stores do what they are asked when told to."""
 
-    def __init__(self, num_blocks: int, stores=None, **limits) -> None:
-        self.pool = pool_of(num_blocks)
+    def __init__(self, num_blocks: int, stores=None, quotas=None, **limits) -> None:
+        self.pool = pool_of(num_blocks, accounts=Accounts(quotas))
         self.stores = stores or {}
         options = {"lease_s": LEASE_S, "batch_bytes": 4 * BLOCK_BYTES, "read_deadline_s": 3.0} | limits
         self.cache = NodeCache(self.pool, self.stores, CacheLimits(**options))
@@ -68,8 +69,8 @@ class World:
             )
         self.say(BlocksWritten(request_id=granted.request_id, blocks=blocks), asker)
 
-    def write(self, names, begin=0) -> list[bytes]:
-        granted = self.room(names, begin)
+    def write(self, names, begin=0, tenant=0) -> list[bytes]:
+        granted = self.room(names, begin, tenant=tenant)
         self.written(granted)
         return [location.name for location in granted.blocks]
 
@@ -101,9 +102,9 @@ class World:
                 return self.post(BlocksKept(write_id, None if failing else tuple(store.write(blocks, views, 1.0))))
 
 
-def stored(names) -> LoopbackStore:
-    store = LoopbackStore(1000, checksum)
-    blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in names]
+def stored(names, tenant=0, quotas=None) -> LoopbackStore:
+    store = LoopbackStore(1000, checksum, Accounts(quotas))
+    blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name), tenant) for name in names]
     store.write(blocks, [memoryview(content_of(name)) for name in names], 1.0)
     return store
 
@@ -576,3 +577,44 @@ def test_every_counter_is_told():
     assert values["kvray_cache_missed_total"] == 1
     assert values["kvray_cache_blocks_held"] == 4
     assert np.isfinite(list(values.values())).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- tenants
+
+
+def test_what_comes_up_from_a_store_is_its_tenants_and_within_the_quota():
+    names, others = names_of(range(6)), names_of(range(4), "others")
+    world = World(12, {"disk": stored(names, 7)}, quotas={7: 4})
+    world.write(others, tenant=8)
+    world.ask(names)
+    handoffs = world.move()
+    world.release()
+    assert sum(len(handoff.blocks) for handoff in handoffs) == 4
+    assert handoffs[-1].is_last
+    assert world.pool.accounts[7] == 4
+    assert world.held(others) == others
+    found = world.pool.find(b"".join(world.held(names)))
+    assert set(world.pool.records(found)["tenant"].tolist()) == {7}
+
+
+def test_a_tenant_is_granted_no_more_than_its_quota():
+    world = World(20, quotas={7: 3})
+    assert len(world.write(names_of(range(8)), tenant=7)) == 3
+    assert world.held(names_of(range(8))) == names_of(range(3)), "heads first"
+    assert len(world.write(names_of(range(8), "other"), tenant=8)) == 8
+
+
+def test_what_a_tenant_wanted_once_pushes_nothing_out_of_a_store_where_it_is_at_its_quota():
+    disk = stored(names_of(range(2), "before"), 7, {7: 2})
+    world = World(20, {"disk": disk})
+    world.write(names_of(range(2)), tenant=7)
+    world.move()
+    assert list(disk.names()) == names_of(range(2), "before")
+    world.ask(names_of(range(2)))
+    world.release()
+    world.move()
+    assert list(disk.names()) == names_of(range(2))
+    assert not world.cache.tiers["disk"].is_full
+    world.write(names_of(range(3), "others"), tenant=8)
+    world.move()
+    assert all(disk.find(name) for name in names_of(range(3), "others")), "others' room is not taken for full"

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
@@ -38,10 +39,11 @@ from messages.handoff import (
     RoomGranted,
     RoomRequest,
 )
-from nodecache.arena import Arena
+from nodecache.arena import Arena, as_ids
 from nodecache.cache import BlocksKept, BlocksRead, CacheEvent, CacheLimits, Hinted, NodeCache, Said, Tell
 from nodecache.loopback import LoopbackStore
 from nodecache.pool import HostPool
+from nodecache.quotas import Accounts
 from nodecache.reading import ReadBlocks, Reading
 from nodecache.store import StoredBlock, StoreError
 from nodecache.worth import Worth
@@ -59,6 +61,7 @@ from tests.nodecache.blocks import (
 
 ASKERS = (b"one", b"two", b"three")
 CHAINS = "abcd"
+OWNERS = {"a": 1, "b": 2, "c": 3, "d": 0}  #: whose a chain's blocks are; 3 has no quota, 0 is nobody
 MAX_LENGTH = 8
 LEASE_S = 10.0
 
@@ -66,6 +69,7 @@ askers = st.sampled_from(ASKERS)
 request_ids = st.sampled_from(["p", "q"])
 chains = st.sampled_from(CHAINS)
 lengths = st.integers(1, MAX_LENGTH)
+quotas = st.none() | st.integers(0, 6)  #: blocks
 
 
 @dataclasses.dataclass
@@ -81,18 +85,27 @@ class CacheMachine(RuleBasedStateMachine):
         num_blocks=st.integers(2, 12),
         sizes=st.lists(st.integers(1, 40), max_size=2),
         kept=st.lists(st.sets(chains), min_size=2, max_size=2),
+        quotas=st.lists(st.tuples(quotas, quotas), min_size=3, max_size=3),
     )
-    def open(self, num_blocks: int, sizes: list[int], kept: list[set[str]]) -> None:
+    def open(
+        self, num_blocks: int, sizes: list[int], kept: list[set[str]], quotas: list[tuple[int | None, int | None]]
+    ) -> None:
         self.now_s = 100.0
         layout = layout_of(num_blocks)
         self.memory = layout.allocate()
-        self.pool = HostPool(Arena(self.memory, layout), Worth(BLOCK_SIZE), self.now_s, QUARANTINE_S)
+        accounts, *below = [Accounts({1: one, 2: other, 3: None}) for one, other in quotas]
+        self.pool = HostPool(Arena(self.memory, layout), Worth(BLOCK_SIZE), self.now_s, QUARANTINE_S, accounts)
         self.stores = {
-            tier: LoopbackStore(size, checksum) for tier, size in zip(("disk", "remote"), sizes, strict=False)
+            tier: LoopbackStore(size, checksum, own)
+            for tier, size, own in zip(("disk", "remote"), sizes, below, strict=False)
         }
         for store, there in zip(self.stores.values(), kept, strict=False):
             names = [name_of(index, chain) for chain in sorted(there) for index in range(MAX_LENGTH)]
-            blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in names]
+            blocks = [
+                StoredBlock(name_of(index, chain), BLOCK_SIZE, checksum_of(name_of(index, chain)), OWNERS[chain])
+                for chain in sorted(there)
+                for index in range(MAX_LENGTH)
+            ]
             store.write(blocks, [memoryview(content_of(name)) for name in names], 0.0)
         limits = CacheLimits(
             lease_s=LEASE_S, quarantine_s=QUARANTINE_S, batch_bytes=2 * BLOCK_BYTES, max_reads=2, read_deadline_s=3.0
@@ -213,7 +226,8 @@ class CacheMachine(RuleBasedStateMachine):
     def ask_for_room(self, asker: bytes, request_id: str, chain: str, begin: int, length: int) -> None:
         indexes = list(range(begin, min(MAX_LENGTH, begin + length)))
         names = b"".join(name_of(index, chain) for index in indexes)
-        self.post(Said(asker, RoomRequest(request_id=request_id, names=names, indexes=indexes)))
+        message = RoomRequest(request_id=request_id, names=names, indexes=indexes, tenant=OWNERS[chain])
+        self.post(Said(asker, message))
 
     @precondition(lambda self: self.grants)
     @rule(which=st.integers(0, 5), written=st.just(255) | st.integers(0, 255), is_told_wrongly=st.booleans())
@@ -303,6 +317,22 @@ class CacheMachine(RuleBasedStateMachine):
                 assert set(split_names(names)) == self.told[tier]
 
     @invariant()
+    def no_store_has_more_of_a_tenant_than_it_may(self) -> None:
+        for store in getattr(self, "stores", {}).values():
+            tenants = [block.tenant for block in store.page(0, 1000).blocks]
+            for tenant, limit in store.accounts.max_blocks.items():
+                assert store.accounts[tenant] == tenants.count(tenant)
+                assert limit is None or tenants.count(tenant) <= limit
+
+    @invariant()
+    def blocks_are_whose_they_are(self) -> None:
+        if hasattr(self, "pool"):
+            block_ids = as_ids(np.flatnonzero(self.pool.arena.committed()))
+            owners = {name_of(index, chain): OWNERS[chain] for chain in CHAINS for index in range(MAX_LENGTH)}
+            wanted = [owners[name] for name in self.pool.names(block_ids)]
+            assert self.pool.records(block_ids)["tenant"].tolist() == wanted
+
+    @invariant()
     def what_is_leased_does_not_change(self) -> None:
         for offered in getattr(self, "offered", {}).values():
             for location in offered.locations:
@@ -345,6 +375,14 @@ def tell_nothing_of_losses(book: LeaseBook, request_ids: list[str], *, is_expire
 _end = WritingDown.end
 
 
+def disown_nothing(pool: HostPool, block_ids: Sequence[int]) -> None:
+    """Wrong: what a tenant lost counts as its own for ever."""
+
+
+def have_room_for_all(accounts: Accounts, tenant: int) -> None:
+    """Wrong: nobody is told that a quota is full."""
+
+
 def give_up_nobody(reading: Reading, now_s: float) -> list[object]:
     """Wrong: a store that does not answer is waited for."""
     return []
@@ -370,6 +408,8 @@ def keep_pinned_what_was_written_down(
         (LeaseBook, "_free", tell_nothing_of_losses),
         (Reading, "give_up", give_up_nobody),
         (WritingDown, "end", keep_pinned_what_was_written_down),
+        (HostPool, "_disown", disown_nothing),
+        (Accounts, "room", have_room_for_all),
     ],
 )
 def test_the_machine_finds_what_is_wrong(monkeypatch, owner, name, wrong) -> None:

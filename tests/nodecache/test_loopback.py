@@ -1,6 +1,7 @@
 import pytest
 
 from nodecache.loopback import LoopbackStore
+from nodecache.quotas import Accounts
 from nodecache.store import StoredBlock, StoreError
 from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, checksum, checksum_of, content_of, names_of
 
@@ -65,3 +66,16 @@ def test_pages_show_what_is_there_in_the_order_in_which_it_came(store):
     store.remove(names[:3])
     last = store.page(first.next_cursor, 3)
     assert ([block.name for block in last.blocks], last.next_cursor) == (names[3:], None)
+
+
+def test_a_tenant_at_its_quota_gives_up_its_own():
+    store = LoopbackStore(100, checksum, Accounts({7: 2}))
+    names = names_of(range(5))
+    write(store, names[:1])
+    blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name), 7) for name in names[1:]]
+    sources = [memoryview(content_of(name)) for name in names[1:]]
+    assert store.write(blocks[:2], sources[:2], 1.0) == []
+    assert store.write(blocks[2:3], sources[2:3], 1.0) == [names[1]]
+    assert list(store.names()) == [names[0], *names[2:4]]
+    store.remove(names[2:3])
+    assert store.accounts[7] == 1

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kvcache.names import split_names, tenant_of
+from kvcache.names import split_names
 from messages.cache import BlocksListed, CheckBlocks, ClearBlocks, KeepBlocks, ListBlocks, PieceDone
 from nodecache.cache import CacheLimits, NodeCache, Tell
 from nodecache.long_work import LongWorker
@@ -38,7 +38,7 @@ class World:
 
     def write(self, names, tenant=0, *, is_pinned=False) -> None:
         count = len(names)
-        block_ids = self.pool.take([63] * count, self.now_s)
+        block_ids = self.pool.take([63] * count, self.now_s, tenant)
         assert len(block_ids) == count
         for block_id, name in zip(block_ids.tolist(), names, strict=True):
             self.pool.arena.block(block_id)[:] = content_of(name)
@@ -48,7 +48,6 @@ class World:
             np.array([checksum_of(name) for name in names], np.uint64),
             np.full(count, BLOCK_SIZE, np.uint32),
             np.arange(count, dtype=np.uint32),
-            tenant,
         )
         assert self.pool.commit(written, np.ones(count, np.uint32), self.now_s).all()
         if not is_pinned:
@@ -135,7 +134,6 @@ def test_a_large_arena_and_a_large_store_are_listed_in_pieces_each_block_once():
     below = world.all(ListBlocks(query_id="q", tier="disk"))
     assert listed_names(below) == stored
     assert max(answer.num_blocks for answer in below) <= 512
-    assert not below[0].tenants
     assert not below[0].age_s
 
 
@@ -206,13 +204,20 @@ def test_names_that_come_in_parts_are_synced_after_the_last():
     assert world.disk.num_syncs == 1
 
 
-def test_of_the_arena_one_tenants_blocks_go():
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_of_every_tier_one_tenants_blocks_are_listed_and_go(tier):
     world = World()
     names = names_of(range(4))
-    world.write(names[:2], tenant_of(b"one"))
-    world.write(names[2:], tenant_of(b"other"))
-    assert world.ask(clear(tenant=tenant_of(b"one"))).num_done == 2
-    assert world.held(names) == names[2:]
+    world.write(names[:2], 7)
+    world.write(names[2:], 2**64 - 1)
+    rows = [
+        (name, BLOCK_SIZE, checksum_of(name), tenant) for name, tenant in zip(names, [7, 7, 2**64 - 1, 0], strict=True)
+    ]
+    world.disk.write([StoredBlock(*row) for row in rows], [memoryview(content_of(name)) for name in names], 1.0)
+    assert listed_names(world.all(ListBlocks(query_id="q", tier=tier, tenant=7))) == names[:2]
+    assert world.ask(clear(tier, tenant=7)).num_done == 2
+    assert listed_names(world.all(ListBlocks(query_id="q", tier=tier))) == names[2:]
+    assert world.ask(clear(tier, tenant=7, names=names[3])).num_done == 0
 
 
 def test_what_somebody_uses_stays_and_is_counted_and_what_a_pin_keeps_goes():

@@ -8,6 +8,7 @@ from kvcache.pool import BlockState
 from messages.errors import InvariantError
 from nodecache.arena import Arena, as_ids
 from nodecache.pool import HostPool, Written, as_names
+from nodecache.quotas import Accounts
 from nodecache.worth import Worth
 from tests.nodecache.blocks import BLOCK_SIZE, QUARANTINE_S, checksum_of, layout_of, names_of, pool_of
 
@@ -20,15 +21,14 @@ def commit(pool, block_ids, names, *, indexes=None, sights=1, now_s=0.0):
         np.array([checksum_of(name) for name in names], np.uint64),
         np.full(count, BLOCK_SIZE, np.uint32),
         np.array(range(count) if indexes is None else indexes, np.uint32),
-        7,
     )
     return pool.commit(written, np.full(count, sights, np.uint32), now_s)
 
 
 def hold(pool, names, **options):
     """Have the pool hold these names, evictable; their blocks."""
-    block_ids = pool.take([options.get("worth", 3)] * len(names), options.get("now_s", 0.0))
-    options.pop("worth", None)
+    worth, tenant = options.pop("worth", 3), options.pop("tenant", 0)
+    block_ids = pool.take([worth] * len(names), options.get("now_s", 0.0), tenant)
     assert len(block_ids) == len(names)
     assert commit(pool, block_ids, names, **options).all()
     pool.unpin(block_ids)
@@ -237,3 +237,87 @@ def test_bookkeeping_takes_at_most_160_bytes_a_block_with_every_block_held():
 def test_bookkeeping_takes_at_most_160_bytes_a_block_whatever_their_number(num_blocks):
     pool = pool_of(num_blocks)
     assert pool.num_bookkeeping_bytes <= 160 * num_blocks + 1024
+
+
+# -------------------------------------------------------------------------------------------------------------- quotas
+
+MINE, OTHERS = 7, 2**64 - 1
+
+
+def pool_with(num_blocks, quotas, arena=None):
+    layout = layout_of(num_blocks)
+    arena = arena or Arena(layout.allocate(), layout)
+    return HostPool(arena, Worth(BLOCK_SIZE), 0.0, QUARANTINE_S, Accounts(quotas))
+
+
+def test_a_tenant_at_its_quota_takes_the_room_of_its_own_blocks_alone():
+    pool = pool_with(10, {MINE: 3})
+    others = hold(pool, names_of(range(4), "others"), worth=3)
+    first = names_of(range(3), "first")
+    hold(pool, first, tenant=MINE, worth=3)
+    assert pool.num_empty == 3, "and there would be room"
+    taken = pool.take([60] * 5, 0.0, MINE)
+    assert len(taken) == 3
+    assert held(pool, first) == [False] * 3
+    assert held(pool, names_of(range(4), "others")) == [True] * 4
+    assert not set(others.tolist()) & set(taken.tolist())
+    assert pool.accounts[MINE] == 3
+    pool.check_invariants()
+
+
+def test_at_its_quota_what_is_worth_less_than_all_it_has_is_not_taken_in():
+    pool = pool_with(10, {MINE: 3})
+    names = names_of(range(3))
+    hold(pool, names, tenant=MINE, sights=3)
+    assert len(pool.take([1], 0.0, MINE)) == 0
+    assert held(pool, names) == [True] * 3
+
+
+def test_within_its_quota_a_tenant_is_one_of_all():
+    pool = pool_with(4, {MINE: 4})
+    hold(pool, names_of(range(4), "others"))
+    assert len(pool.take([60] * 4, 0.0, MINE)) == 4
+    pool = pool_with(4, {MINE: 4})
+    hold(pool, names_of(range(4), "mine"), tenant=MINE)
+    assert len(pool.take([60] * 4, 0.0, 0)) == 4, "a quota keeps nothing for anybody"
+
+
+def test_a_pin_does_not_let_a_tenant_go_beyond_its_quota():
+    pool = pool_with(10, {MINE: 2})
+    names = names_of(range(2))
+    pool.hint(hold(pool, names, tenant=MINE), 0, 100.0)
+    assert len(pool.take([60], 50.0, MINE)) == 0
+    assert held(pool, names) == [True] * 2
+    assert len(pool.take([60], 150.0, MINE)) == 1
+
+
+def test_what_is_given_back_quarantined_or_dropped_counts_no_more():
+    pool = pool_with(10, {MINE: 3})
+    [given_back, quarantined, kept] = pool.take([1] * 3, 0.0, MINE).tolist()
+    assert pool.accounts.room(MINE) == 0
+    pool.give_back(as_ids([given_back]))
+    pool.quarantine(as_ids([quarantined]), 10.0)
+    assert pool.accounts.room(MINE) == 2
+    commit(pool, [kept], names_of([0]))
+    pool.unpin(as_ids([kept]))
+    pool.drop(as_ids([kept]))
+    assert pool.accounts.room(MINE) == 3
+    pool.check_invariants()
+
+
+def test_a_successor_counts_what_it_finds_and_drops_what_is_above_a_smaller_quota():
+    pool = pool_with(10, {MINE: 6})
+    names, others = names_of(range(6), "mine"), names_of(range(3), "others")
+    hold(pool, names, tenant=MINE)
+    hold(pool, others, tenant=OTHERS)
+    again = pool_with(10, {MINE: 4, OTHERS: None}, Arena(pool.arena.memory, pool.arena.layout))
+    assert (again.accounts[MINE], again.accounts[OTHERS]) == (4, 3)
+    assert held(again, names) == [True] * 4 + [False] * 2
+    assert held(again, others) == [True] * 3
+    assert again.take_events() == (b"", b"")
+    again.check_invariants()
+
+
+def test_quotas_keep_within_160_bytes_a_block():
+    pool = pool_with(100_000, dict.fromkeys(range(1, 50), 1000))
+    assert pool.num_bookkeeping_bytes / pool.num_blocks <= 160

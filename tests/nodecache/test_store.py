@@ -10,22 +10,52 @@ from pathlib import Path
 import pytest
 
 from nodecache.disk.store import DiskStore
+from nodecache.quotas import Accounts
+from nodecache.remote.store import RemoteStore
 from nodecache.store import BlockStore, StoreError
 from tests.nodecache.disk.blocks import MODEL, capacity_of
-from tests.nodecache.remote.blocks import BLOCK_BYTES, DEADLINE_S, block_of, content_of, name_of, open_store
+from tests.nodecache.remote.blocks import BLOCK_BYTES, DEADLINE_S, block_of, content_of, name_of
+from tests.nodecache.remote.blocks import MODEL as REMOTE_MODEL
 from transport.checksum import checksum
 
-OPENERS: dict[str, Callable[[Path], BlockStore]] = {
-    "disk": lambda root: DiskStore(root, MODEL, capacity_of(16), checksum),
-    "remote": open_store,
+OPENERS: dict[str, Callable[[Path, Accounts], BlockStore]] = {
+    "disk": lambda root, accounts: DiskStore(root, MODEL, capacity_of(16), checksum, accounts=accounts),
+    "remote": lambda root, accounts: RemoteStore(str(root), REMOTE_MODEL, accounts=accounts),
 }
+MINE, OTHERS = 7, 2**64 - 1
 
 
 @pytest.fixture(params=OPENERS)
 def store(request, tmp_path) -> Iterator[BlockStore]:
-    store = OPENERS[request.param](tmp_path)
+    store = OPENERS[request.param](tmp_path, Accounts())
     yield store
     store.close()
+
+
+@pytest.fixture(params=OPENERS)
+def reopen(request, tmp_path):
+    """Opens one store after the other in one place; each with quotas in blocks, by tenant."""
+    opened: list[BlockStore] = []
+
+    def open_next(quotas: dict[int, int | None]) -> BlockStore:
+        for store in opened:
+            store.close()
+        opened.append(OPENERS[request.param](tmp_path, Accounts(quotas)))
+        return opened[-1]
+
+    yield open_next
+    for store in opened:
+        store.check_invariants()
+        store.close()
+
+
+def write_of(store, tenant, *numbers):
+    blocks = [block_of(n)._replace(tenant=tenant) for n in numbers]
+    return store.write(blocks, [content_of(n) for n in numbers], DEADLINE_S)
+
+
+def held(store, *numbers):
+    return [n for n in numbers if store.find(name_of(n))]
 
 
 def write(store, *numbers):
@@ -178,3 +208,65 @@ def test_its_counters_are_numbers_by_name(store):
     values = store.stats()
     assert all(isinstance(value, float) for value in values.values())
     assert all(name.startswith("kvray_") for name in values)
+
+
+# -------------------------------------------------------------------------------------------------------------- tenants
+
+
+def test_whose_blocks_they_are_is_known_after_a_restart(reopen):
+    store = reopen({})
+    write_of(store, MINE, 1, 2)
+    write_of(store, OTHERS, 3)
+    write(store, 4)
+    store = reopen({MINE: None})
+    assert [store.find(name_of(n)).tenant for n in (1, 2, 3, 4)] == [MINE, MINE, OTHERS, 0]
+    assert {block.tenant for block in store.page(0, 10_000).blocks} == {MINE, OTHERS, 0}
+    assert (store.accounts[MINE], store.accounts[OTHERS]) == (2, 0), "who has no account is not counted"
+    assert read(store, 1, 3, 4)[1] == [content_of(1), content_of(3), content_of(4)]
+
+
+def test_a_tenant_at_its_quota_gives_up_its_own_oldest_blocks(reopen):
+    store = reopen({MINE: 4, OTHERS: None})
+    assert write_of(store, OTHERS, *range(100, 120)) == []
+    assert write_of(store, MINE, 1, 2, 3) == []
+    assert store.accounts.room(MINE) == 1
+    assert sorted(write_of(store, MINE, 4, 5, 6)) == sorted([name_of(2), name_of(3)]), "tails before heads"
+    assert held(store, *range(1, 7)) == [1, 4, 5, 6]
+    assert held(store, *range(100, 120)) == list(range(100, 120))
+    assert (store.accounts[MINE], store.accounts[OTHERS], store.accounts.room(MINE)) == (4, 20, 0)
+    assert write_of(store, MINE, 5, 6) == [], "what is held already pushes nothing out"
+    assert read(store, 1, 4, 5, 6)[0] == [True] * 4
+
+
+def test_of_a_chain_longer_than_the_quota_the_head_is_taken_in(reopen):
+    store = reopen({MINE: 3})
+    write_of(store, MINE, 1, 2)
+    assert sorted(write_of(store, MINE, *range(10, 20))) == sorted([name_of(1), name_of(2)])
+    assert held(store, *range(20)) == [10, 11, 12]
+    assert store.accounts[MINE] == 3
+
+
+def test_who_may_have_nothing_has_nothing(reopen):
+    store = reopen({MINE: 0})
+    assert write_of(store, MINE, 1, 2) == []
+    assert held(store, 1, 2) == []
+    assert write(store, 3) == []
+    assert held(store, 3) == [3]
+
+
+def test_what_is_removed_or_read_damaged_counts_no_more(reopen):
+    store = reopen({MINE: 2})
+    write_of(store, MINE, 1, 2)
+    store.remove([name_of(1)])
+    assert store.accounts[MINE] == 1
+    assert write_of(store, MINE, 3) == []
+    assert held(store, 1, 2, 3) == [2, 3]
+
+
+def test_a_smaller_quota_after_a_restart_holds_with_the_next_write(reopen):
+    store = reopen({MINE: 10})
+    write_of(store, MINE, *range(10))
+    store = reopen({MINE: 4})
+    write_of(store, MINE, 20)
+    assert store.accounts[MINE] == 4
+    assert held(store, 20) == [20]

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
+import msgspec
 import torch
 import uvicorn
 
@@ -21,11 +22,12 @@ from cluster.caches import Caches
 from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.openai.app import create_app
 from cluster.openai.backend import ServedModel
+from cluster.openai.callers import NOBODY, Caller, Callers
 from cluster.prefixes import Prefixes
 from engine.management import BlockKind, PoolManagement
 from engine.memory.checksums import BlockChecksums
 from engine.memory.kv_pool import KvPool, LayerSpec
-from kvcache.names import block_names, pack_tokens, split_names, tenant_of
+from kvcache.names import block_names, pack_tokens, split_names, tenant_salt
 from kvcache.pool import BlockPool
 from kvcache.subscribers import Subscribers
 from kvrouter.worker import RouterWorker
@@ -33,7 +35,8 @@ from messages.cache import CacheQuestion
 from messages.fleet import GetStats, LoadReport, NodeCacheFound, Stats, Subscribe, TakeBlocks, WorkerInfo
 from nodecache.disk.layout import Model
 from nodecache.disk.store import DiskStore
-from nodecache.process import CacheProcess
+from nodecache.process import CacheProcess, CacheSettings
+from nodecache.quotas import Accounts, TenantQuota
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, content_of
 from tests.nodecache.client import CacheClient
 from tests.nodecache.test_process import BLOCK_BYTES, options_of
@@ -42,7 +45,8 @@ from transport.channel import ChannelConfig, ChannelServer
 from transport.secret import ClusterSecret
 
 CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=2.0)
-KEY = {"Authorization": "Bearer a-key"}
+ACME = Caller(name="acme", base_salt=tenant_salt("acme", bytes(32)), is_operator=False)
+GLOBEX = Caller(name="globex", base_salt=tenant_salt("globex", bytes(32)), is_operator=False, may_hint=True)
 PROMPT = list(range(5, 105))  # 6 full blocks and some
 HELD = 3 * BLOCK_SIZE  #: of the prompt, in the pool of the worker
 _NUM_POOL_BLOCKS = 100
@@ -133,8 +137,8 @@ class World:
     http: httpx.AsyncClient
     disk: DiskStore
 
-    async def post(self, path: str, **body: object) -> dict:
-        reply = await self.http.post(f"/v1/cache/{path}", json=body)
+    async def post(self, path: str, *, key: str = "a-key", **body: object) -> dict:
+        reply = await self.http.post(f"/v1/cache/{path}", json=body, headers=bearer(key))
         assert reply.status_code == 200, reply.text
         return reply.json()
 
@@ -143,10 +147,10 @@ class World:
             assert reply.status_code == 200, await reply.aread()
             return [json.loads(line) async for line in reply.aiter_lines()]
 
-    async def write(self, token_ids: list[int], salt: bytes = b"") -> list[bytes]:
+    async def write(self, token_ids: list[int], cache_salt: str | None = None, caller: Caller = NOBODY) -> list[bytes]:
         """Have a prompt's blocks in the arena, and on disk."""
-        names = names_of(token_ids, salt)
-        assert await self.writer.write(names, tenant=tenant_of(salt)) == names
+        names = names_of(token_ids, caller.salt(cache_salt))
+        assert await self.writer.write(names, tenant=caller.owner(cache_salt)) == names
         await until(lambda: all(self.disk.find(name) for name in names))
         return names
 
@@ -155,6 +159,10 @@ class World:
 
     def is_known(self, name: bytes, tier: str) -> bool:
         return tier in [holder.tier for holder in self.router.router._index.holders(name)]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def names_of(token_ids: list[int], salt: bytes = b"") -> list[bytes]:
@@ -186,12 +194,17 @@ async def serving(app):
 async def managed(
     root: Path, tokenizer: Tokenizer, model: ServedModel, *, num_blocks: int = 64, num_held: int = HELD
 ) -> AsyncIterator[World]:
-    """A deployment whose node has a disk at `root`, and an arena of `num_blocks`."""
+    """A deployment whose node has a disk at `root`, and an arena of `num_blocks`, of which acme may have 8."""
     async with contextlib.AsyncExitStack() as stack:
         made = World()
         secret = ClusterSecret.generate()
-        made.disk = DiskStore(root, Model(FINGERPRINT, 1, BLOCK_BYTES), 64 << 20, checksum)
-        options = options_of(num_blocks)
+        quotas = (
+            TenantQuota(tenant=ACME.owner(None), name="acme", max_bytes={"host": 8 * BLOCK_BYTES}),
+            TenantQuota(tenant=GLOBEX.owner(None), name="globex"),
+        )
+        accounts = Accounts.of(quotas, "disk", BLOCK_BYTES)
+        made.disk = DiskStore(root, Model(FINGERPRINT, 1, BLOCK_BYTES), 64 << 20, checksum, accounts=accounts)
+        options = msgspec.structs.replace(options_of(num_blocks), settings=CacheSettings(tenants=quotas))
         made.cache = CacheProcess(options, secret, options.layout.allocate(), {"disk": made.disk})
         info = await made.cache.start()
         stack.push_async_callback(made.cache.close)
@@ -217,11 +230,12 @@ async def managed(
             model,
             tokenizer,
             version="1",
-            api_keys=["a-key"],
+            callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX)]),
             extend=lambda app, surface: add_cache(app, surface, caches, Prefixes(made.dispatcher, caches)),
         )
         url = await stack.enter_async_context(serving(app))
-        made.http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=KEY, timeout=20))
+        client = httpx.AsyncClient(base_url=url, headers=bearer("a-key"), timeout=20)
+        made.http = await stack.enter_async_context(client)
         await until(lambda: bool(made.router._cache_stats))
         yield made
         made.cache.cache.check_invariants()

@@ -64,7 +64,7 @@ async def test_text_and_messages_are_looked_up_as_the_endpoints_that_answer_woul
 
 
 async def test_another_salts_blocks_are_others(world):
-    await world.write(PROMPT, b"mine")
+    await world.write(PROMPT, "mine")
     assert (await world.post("lookup", prompt=PROMPT, cache_salt="mine"))["held_tokens"] == 96
     assert (await world.post("lookup", prompt=PROMPT, cache_salt="other"))["held_tokens"] == 0
     assert (await world.post("lookup", prompt=PROMPT))["held_tokens"] == HELD
@@ -125,7 +125,7 @@ async def test_the_table_is_whole_in_every_format(world):
         assert set(rows["fingerprint"].to_pylist()) == {FINGERPRINT}
         assert set(rows["holder"].to_pylist()) == {world.cache.worker_id}
     assert by_tier["host"]["tenant"].to_pylist() == [0] * 6
-    assert by_tier["disk"]["tenant"].to_pylist() == [None] * 6
+    assert by_tier["disk"]["tenant"].to_pylist() == [0] * 6
     parquet = await world.http.get("/v1/cache/table", params={"format": "parquet", "tier": "host"})
     read = pq.read_table(io.BytesIO(parquet.content))
     assert read.drop_columns(["age_s"]).to_pylist() == by_tier["host"].drop_columns(["age_s"]).to_pylist()
@@ -165,12 +165,18 @@ async def test_what_was_cleared_is_gone_from_disk_for_good(world, tmp_path):
     reopened.close()
 
 
-async def test_one_salts_blocks_are_cleared_from_host_memory(world):
-    names = await world.write(PROMPT, b"mine")
+async def test_one_salts_blocks_are_cleared_from_all_tiers_of_nodes(world):
+    names = await world.write(PROMPT, "mine")
     others = await world.write(PROMPT)
-    did = await world.post("clear", cache_salt="mine", tiers=["host"], dry_run=False)
-    assert did["tiers"]["host"]["blocks"] == 6
+    did = await world.post("clear", cache_salt="mine", dry_run=False)
+    assert {tier: one["blocks"] for tier, one in did["tiers"].items()} == {
+        "device": 0,
+        "host": 6,
+        "disk": 6,
+        "remote": 0,
+    }
     assert world.held([*names, *others]) == others
+    assert [name for name in [*names, *others] if world.disk.find(name)] == others
 
 
 async def test_a_prompt_is_pinned_and_unpinned(world):
@@ -218,11 +224,15 @@ NONSENSE = [
     ("lookup", {"prompt": [264]}, "prompt[0]", "264"),
     ("lookup", {"prompts": "a", "prompt": "a"}, None, "prompts"),
     ("lookup", {"prompt": "a", "model": "other"}, "model", "tiny"),
-    ("clear", {}, "everything", "want a prompt, messages, a cache_salt, or everything: true"),
+    ("clear", {}, "everything", "want a prompt, messages, a tenant, a cache_salt, or everything: true"),
     ("clear", {"dry_run": False, "tiers": ["host"]}, "everything", "want a prompt"),
-    ("clear", {"prompt": "abc", "everything": True}, "everything", "want a prompt"),
-    ("clear", {"cache_salt": "a"}, "tiers", "host"),
-    ("clear", {"cache_salt": "a", "everything": True, "tiers": ["host"]}, "everything", "cache_salt"),
+    ("clear", {"prompt": "abc", "everything": True}, "everything", "want it false"),
+    ("clear", {"cache_salt": "a", "everything": True, "tiers": ["host"]}, "everything", "want it false"),
+    ("clear", {"tenant": "acme", "everything": True}, "everything", "want it false"),
+    ("clear", {"tenant": "acme", "cache_salt": "a"}, "cache_salt", "a prompt or messages with it"),
+    ("clear", {"tenant": "initech"}, "tenant", "one of acme, globex"),
+    ("lookup", {"prompt": "a", "tenant": "initech"}, "tenant", "one of acme, globex"),
+    ("check", {"tenant": "acme"}, "tenant", "a prompt or messages with it"),
     ("clear", {"everything": True, "tiers": ["tape"]}, "tiers[0]", "tape"),
     ("evict", {"tiers": ["host"]}, "prompt", "missing"),
     ("move", {"prompt": "a", "source": "host", "target": "device"}, "target", "device"),

@@ -12,6 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.openai.callers import Callers
 from messages.errors import CapacityError, ErrorInfo, WorkerError
 from messages.stream import TokenChunk
 
@@ -197,7 +198,7 @@ def test_errors_and_streams_carry_the_request_id_too(server):
 
 
 def test_api_keys_guard_all_but_probes(serve):
-    server = serve(api_keys=("first", "sécond"))
+    server = serve(callers=Callers.of_keys(["first", "sécond"]))
     for path in ("/health", "/ready", "/version"):
         assert server.http.get(server.url + path).status_code == 200
     for path in ("/v1/models", "/metrics", "/status", "/docs", "/openapi.json", "/nowhere"):

@@ -18,7 +18,7 @@ from cluster.prefix_file import PrefixFile
 from cluster.prefixes import Prefixes
 from kvcache.names import block_names, pack_tokens, tenant_of
 from messages.errors import WorkerError
-from tests.cluster.openai.cache_world import HELD, PROMPT, World, managed, names_of, until
+from tests.cluster.openai.cache_world import ACME, GLOBEX, HELD, PROMPT, World, managed, names_of, until
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, content_of
 from tests.nodecache.test_process import BLOCK_BYTES
 from tests.served import run_kvray
@@ -99,7 +99,7 @@ async def test_a_long_prefix_goes_in_pieces(world, other, tmp_path, monkeypatch)
 
 
 async def test_each_salt_has_names_of_its_own_for_what_came_without_one(world, other, tmp_path):
-    names = await world.write(PROMPT, b"mine")
+    names = await world.write(PROMPT, "mine")
     await until(lambda: world.is_known(names[-1], "host"))
     assert await exported(world, tmp_path / "file", cache_salt="mine") == ALL
     [piece] = pieces_of(tmp_path / "file")
@@ -278,3 +278,15 @@ async def test_the_command_line_carries_a_prefix_from_one_to_the_other(world, ot
     assert "of which nobody holds the first block" in nobody.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "prefix.arrow", "prompt.json", "two"]
     assert [text.stderr.count("\n") for text in (refused, cut, nobody)] == [1, 1, 1]
+
+
+async def test_what_is_exported_of_one_tenant_becomes_anothers(world, other, tmp_path):
+    await world.write(PROMPT, None, ACME)
+    assert await exported(world, tmp_path / "file", tenant="acme") == ALL
+    for piece in pieces_of(tmp_path / "file"):
+        assert (await take_in(other, piece, tenant="globex")).status_code == 200
+    names = names_of(PROMPT, GLOBEX.salt(None))
+    assert other.held(names) == names
+    assert other.cache.cache.pool.accounts[GLOBEX.owner(None)] == ALL
+    refused = await take_in(other, pieces_of(tmp_path / "file")[0], tenant="initech")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tenant")

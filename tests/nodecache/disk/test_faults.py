@@ -13,7 +13,7 @@ import pytest
 
 from nodecache.disk import reader, threads, writer
 from nodecache.disk.files import Files
-from nodecache.disk.layout import pack_segment_header
+from nodecache.disk.layout import FORMAT_VERSION, pack_segment_header
 from nodecache.store import StoreError
 from tests.nodecache.disk.blocks import (
     BLOCK_BYTES,
@@ -428,13 +428,15 @@ def test_a_file_that_is_no_segment_of_ours_is_left_alone_with_the_reason(tmp_pat
 
 
 def test_a_segment_of_a_later_format_is_left_alone_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("nodecache.disk.layout.FORMAT_VERSION", 2)
+    monkeypatch.setattr("nodecache.disk.layout.FORMAT_VERSION", FORMAT_VERSION + 1)
     store = open_store(tmp_path)
     write(store, [1])
     store.close()
     monkeypatch.undo()
     store = open_store(tmp_path)
-    assert [unusable.reason for unusable in store.unusable] == ["it is of format version 2, wanted 1"]
+    assert [unusable.reason for unusable in store.unusable] == [
+        f"it is of format version {FORMAT_VERSION + 1}, wanted {FORMAT_VERSION}"
+    ]
     assert held(store, [1]) == []
     write(store, [1])
     assert read(store, [1]) == [True]

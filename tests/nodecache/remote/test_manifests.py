@@ -8,7 +8,7 @@ from hypothesis import given
 
 from nodecache.codec import lossless_codec
 from nodecache.remote import manifests
-from nodecache.remote.layout import HEADER_BYTES
+from nodecache.remote.layout import FORMAT_VERSION, HEADER_BYTES
 from nodecache.remote.manifests import KnownManifest, are_forgotten, kept_rows, latest, removed_rows
 from tests.nodecache.remote.blocks import BLOCK_BYTES, MODEL, name_of, records_of
 
@@ -87,7 +87,9 @@ def test_places_that_cannot_be_are_told(wide, column, values, words):
 
 def test_any_arrow_reader_opens_one(rows):
     table = pa.ipc.open_file(pa.py_buffer(manifests.pack_manifest(MODEL, rows)[1])).read_all()
-    assert table.column_names == ["name", "object", "position", "num_tokens", "checksum", "written", "is_removed"]
+    assert table.column_names == [
+        *("name", "object", "position", "num_tokens", "checksum", "tenant", "written", "is_removed")
+    ]
     assert table["name"][0].as_py() == name_of(0)
     assert table["is_removed"].to_pylist() == [False, False, False, True]
 
@@ -130,7 +132,7 @@ def test_a_file_cut_anywhere_and_named_anew_is_told_or_has_no_rows(rows):
 def test_one_of_another_model_is_told(rows):
     other = MODEL._replace(layout_version=2)
     name, data = manifests.pack_manifest(other, rows)
-    assert f"wanted {{b'kvray.format_version': b'1', b'kvray.model': b'{MODEL.folder_name}'}}" in (
+    assert f"wanted {{b'kvray.format_version': b'{FORMAT_VERSION}', b'kvray.model': b'{MODEL.folder_name}'}}" in (
         manifests.unpack_manifest(MODEL, name, bytes(data))
     )
 
