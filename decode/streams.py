@@ -153,6 +153,7 @@ class StreamBook:
             params=request.params,
             salt=request.salt,
             tenant=request.tenant,
+            hints=request.hints,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             remote_s=_remote_s(event),

@@ -100,6 +100,7 @@ class Offloader:
                 names=b"".join(chain.names),
                 indexes=list(range(len(chain.names))),
                 tenant=chain.tenant,
+                hints=chain.hints,
             ),
         )
 

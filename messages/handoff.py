@@ -121,6 +121,15 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tier: Tier = "device"  #: where the owner had these blocks
 
 
+class BlockHint(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of the blocks at positions [begin, end) of a prefix; the other fields as CacheHint's."""
+
+    begin: int
+    end: int | None
+    priority: int | None
+    ttl_s: float
+
+
 class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Worker to the node cache of its node: I could write these blocks into your arena.
 
@@ -132,6 +141,7 @@ class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     names: bytes  #: 16 bytes each, concatenated
     indexes: list[int]  #: of each, its position in its prefix: later ones cost more to recompute
     tenant: int = 0  #: whose they are, 64 bits; 0: nobody's in particular
+    hints: tuple[BlockHint, ...] = ()  #: of those that are held, and of the others once they are written
 
 
 class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -63,6 +63,15 @@ class HeldRun(msgspec.Struct, frozen=True, array_like=True):
     copies: tuple[Copy, ...]
 
 
+class CacheHint(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of the blocks of a sequence's tokens [begin, end) in node caches, once they are there."""
+
+    begin: int
+    end: int | None  #: None: to the sequence's end
+    priority: int | None  #: -2 to 2, each step doubles or halves their worth; None: as it is
+    ttl_s: float  #: not to be evicted for so long; 0: no longer than they are
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One sequence to generate (one choice of a client's request).
 
@@ -75,6 +84,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: SamplingParams
     salt: bytes = b""  #: of block names: the tenant's, then the client's own
     tenant: int = 0  #: whose blocks it writes, 64 bits; 0: nobody's in particular
+    hints: tuple[CacheHint, ...] = ()  #: of several about one block the last counts
     priority: int = 0  #: smaller is sooner, as in vLLM
     deadline_s: float | None = None  #: seconds from arrival at the worker; None: no limit but the worker's own
     prefill_worker: str | None = None  #: where to prefill, by worker id; None: the decode worker's own choice

@@ -24,6 +24,7 @@ from kvcache.leases import AskerLost, FreeBlocks, LeaseBook, TimePassed
 from kvcache.names import whole_names
 from messages.errors import InvariantError
 from messages.handoff import (
+    BlockHint,
     BlockLocation,
     BlocksFound,
     BlocksRequest,
@@ -37,6 +38,7 @@ from messages.handoff import (
 )
 from messages.tier import Tier
 from nodecache.arena import BlockIds, as_ids
+from nodecache.keeping import Keeping, priorities
 from nodecache.pool import HostPool, Written, as_names
 from nodecache.prefetching import Prefetching
 from nodecache.reading import Outcome, ReadBlocks, Reading
@@ -49,7 +51,6 @@ Asked: TypeAlias = RoomRequest | BlocksWritten | BlocksRequest | PrefetchBlocks 
 _UINT32: Final = 2**32 - 1
 _UINT64: Final = 2**64 - 1
 _MAX_WRITING_SHARE: Final = 0.5  #: of the arena's blocks, given out to be written at a time
-_MAX_KEPT_SHARE: Final = 0.5  #: of the arena's blocks that hints may keep: the rest must do for everybody
 
 # ------------------------------------------------------------------------------------------------------------- events
 
@@ -135,6 +136,7 @@ class _Grant:
     blocks: dict[int, BlockLocation]  #: by block id
     num_sights: dict[int, int]  #: by block id
     held: bytes  #: names of the same prefix that were held already
+    hints: tuple[BlockHint, ...]
 
     @property
     def block_ids(self) -> BlockIds:
@@ -156,6 +158,7 @@ class NodeCache:
         self.limits = limits
         self.tiers = Tiers(stores)
         self.leases = LeaseBook(limits.lease_s)
+        self.keeping = Keeping(pool)
         batch_blocks = max(1, limits.batch_bytes // pool.arena.layout.block_bytes)
         self.reading = Reading(pool, self.tiers, batch_blocks, limits.max_reads, limits.read_deadline_s)
         self.prefetching = Prefetching(pool, self.tiers, self.reading)
@@ -179,8 +182,9 @@ class NodeCache:
         match event:
             case Said(asker, message):
                 done += self._take(asker, message, now_s)
-            case Hinted():
-                self._hint(event, now_s)
+            case Hinted(names, priority, pinned_until_s):
+                found = self.pool.find(names)
+                self.keeping.decree(np.unique(found[found >= 0]), priority, pinned_until_s, now_s)
             case BlocksRead(read_id, arrived):
                 outcomes, block_ids = self.reading.end(read_id, arrived, now_s)
                 done += self._offer_outcomes(outcomes, now_s)
@@ -279,7 +283,10 @@ class NodeCache:
         key = _room_key(asker, message.request_id)
         self._free(self.leases.on_event(leases.Asked(key, asker), now_s), now_s)
         missing, held = self._missing(message)
-        grant = self._take_room(missing, held, message.tenant & _UINT64, now_s)
+        if message.hints:
+            found = self.pool.find(held)
+            self.keeping.advise(found[found >= 0], message.hints, now_s)
+        grant = self._take_room(missing, held, message, now_s)
         self.num_granted += len(grant.blocks)
         self.num_refused += len(missing) - len(grant.blocks)
         if grant.blocks:
@@ -304,7 +311,7 @@ class NodeCache:
         held = b"".join(name for name, block_id in zip(names, found, strict=True) if block_id >= 0)
         return missing, held
 
-    def _take_room(self, missing: dict[bytes, int], held: bytes, tenant: int, now_s: float) -> _Grant:
+    def _take_room(self, missing: dict[bytes, int], held: bytes, message: RoomRequest, now_s: float) -> _Grant:
         """Take blocks for what is missing, the dearest first, heads before tails."""
         pool, names = self.pool, list(missing)
         wanted = as_names(b"".join(names))
@@ -312,12 +319,12 @@ class NodeCache:
         self.num_seen_again += int((sights > 1).sum())
         pool.ghosts.add(wanted)
         indexes = np.array(list(missing.values()), np.int64)
-        levels = pool.worth.levels(indexes, sights, np.zeros_like(sights))
+        levels = pool.worth.levels(indexes, sights, priorities(indexes, message.hints))
         order = np.lexsort((indexes, -levels))
         order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
-        block_ids = pool.take(levels[order].tolist(), now_s, tenant)
+        block_ids = pool.take(levels[order].tolist(), now_s, message.tenant & _UINT64)
         generations = pool.arena.generations[block_ids].tolist()
-        grant = _Grant({}, {}, held)
+        grant = _Grant({}, {}, held, message.hints)
         for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):
             grant.blocks[block_id] = BlockLocation(int(indexes[i]), block_id, generation, names[i], 0)
             grant.num_sights[block_id] = int(sights[i])
@@ -347,6 +354,7 @@ class NodeCache:
         kept = block_ids[is_new]
         pool.give_back(np.setdiff1d(grant.block_ids, kept))
         pool.unpin(kept)
+        self.keeping.advise(kept, grant.hints, now_s)
         held = pool.find(grant.held)
         pool.replace(np.union1d(held[held >= 0], kept))  # heads after their tails
         self.num_written += len(kept)
@@ -447,18 +455,6 @@ class NodeCache:
             tier=tier,
         )
         return Tell(question.asker, handoff)
-
-    def _hint(self, event: Hinted, now_s: float) -> None:
-        """Take a hint; of more blocks than hints may keep, heads are kept."""
-        pool, found = self.pool, self.pool.find(event.names)
-        block_ids = np.unique(found[found >= 0])
-        block_ids = block_ids[np.argsort(pool.records(block_ids)["index"], kind="stable")]
-        num_kept = 0
-        if event.pinned_until_s > now_s:
-            pool.hint(block_ids, event.priority, 0.0)  # those that were kept before do not count twice
-            num_kept = max(0, int(pool.num_blocks * _MAX_KEPT_SHARE) - pool.num_hinted(now_s))
-        pool.hint(block_ids[:num_kept], event.priority, event.pinned_until_s)
-        pool.hint(block_ids[num_kept:], event.priority, 0.0)
 
     # --------------------------------------------------------------------------------------------- what was held ends
 

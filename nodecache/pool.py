@@ -270,9 +270,17 @@ class HostPool:
         self._displace(placed)
         self._place(placed)
 
-    def hint(self, block_ids: BlockIds, priority: int, pinned_until_s: float) -> None:
-        """Keep committed blocks until then (inf: for good; 0: no longer than others), and value them by `priority`."""
-        self._records["priority"][block_ids] = max(-MAX_PRIORITY, min(MAX_PRIORITY, priority))
+    def hint(
+        self,
+        block_ids: BlockIds,
+        priority: int | npt.NDArray[np.int8],
+        pinned_until_s: float | npt.NDArray[np.float64],
+    ) -> None:
+        """Keep committed blocks until then (inf: for good; 0: no longer than others), and value them by `priority`.
+
+        Both for all of them, or `[n]`.
+        """
+        self._records["priority"][block_ids] = np.clip(priority, -MAX_PRIORITY, MAX_PRIORITY)
         self._records["pinned_until_s"][block_ids] = pinned_until_s
         self.replace(block_ids)
 

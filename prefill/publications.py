@@ -143,6 +143,7 @@ class PublicationBook:
             params=request.params,
             salt=request.salt,
             tenant=request.tenant,
+            hints=request.hints,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
             is_kept=True,

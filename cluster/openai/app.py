@@ -24,6 +24,7 @@ from cluster.openai.docs_schema import answers, body_of, describe
 from cluster.openai.edge import CLIENT_LEFT, Edge
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
 from cluster.openai.grammar_checks import GrammarChecks
+from cluster.openai.hints import HEADER, with_header
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.openai.surface import Surface
@@ -124,6 +125,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
     async def chat_completions(request: Request) -> Response:
         """Generate the assistant's next turn."""
         fields = chat_decoder.decode(await read_body(request, max_bytes))
+        fields = with_header(fields, request.headers.get(HEADER))
         chat = await start_chat(surface, request.state.caller, fields, _request_id(request, fields.request_id))
         return await chat.respond(request)
 
@@ -135,6 +137,7 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
     async def completions(request: Request) -> Response:
         """Generate what follows a prompt."""
         fields = completion_decoder.decode(await read_body(request, max_bytes))
+        fields = with_header(fields, request.headers.get(HEADER))
         completion = await start_completion(
             surface, request.state.caller, fields, _request_id(request, fields.request_id)
         )

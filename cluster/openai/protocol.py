@@ -28,6 +28,11 @@ SessionId = Annotated[str, Meta(max_length=256)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
+TokenRange = tuple[Count, Count | None]
+HintTokens = Annotated[
+    TokenRange, Meta(description="[begin, end) of prompt and answer; end null: to the end. Default: all of them")
+]
+
 ReturnTokenIds = Annotated[bool, Meta(description="token_ids per choice, and prompt_token_ids")]
 ReturnPromptSources = Annotated[
     bool,
@@ -70,6 +75,41 @@ class StructuredOutputs(msgspec.Struct, frozen=True, rename={"json_": "json"}):
     json_object: bool | None = None
 
 
+class PinHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kvray.cache.pin`: these tokens' blocks are not evicted from host memory for so long."""
+
+    tokens: HintTokens | None = None
+    ttl_s: Annotated[float, Meta(gt=0.0, le=86400.0)] = 300.0
+
+
+class RetainHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kvray.cache.retain`: they are worth more than they seem; each step of `priority` doubles it."""
+
+    tokens: HintTokens | None = None
+    priority: Annotated[int, Meta(ge=1, le=2)] = 1
+
+
+class DemoteHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kvray.cache.demote`: they are worth less; each step of `priority` halves it."""
+
+    tokens: HintTokens | None = None
+    priority: Annotated[int, Meta(ge=-2, le=-1)] = -2
+
+
+class CacheHints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kvray.cache`, where the operator allows it."""
+
+    pin: PinHint | None = None
+    retain: RetainHint | None = None
+    demote: DemoteHint | None = None
+
+
+class KvrayFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kvray`: what no other server knows."""
+
+    cache: CacheHints | None = None
+
+
 class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     """What chat and text completions have in common."""
 
@@ -108,6 +148,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     request_id: RequestId | None = None
     session_id: SessionId | None = None
     cache_salt: Salt | None = None
+    kvray: KvrayFields | None = None
     return_token_ids: ReturnTokenIds | None = None
     return_prompt_sources: ReturnPromptSources | None = None
     user: str | None = None

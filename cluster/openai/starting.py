@@ -10,6 +10,7 @@ import msgspec
 
 from cluster.openai.callers import Caller
 from cluster.openai.generation import Generation
+from cluster.openai.hints import hints_of
 from cluster.openai.prompts import packed
 from cluster.openai.protocol import SharedFields
 from cluster.openai.sampling import num_choices, sampling_params, stop_strings
@@ -57,6 +58,7 @@ async def start(
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
     # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
     priority = (fields.priority or 0) if surface.limits.uses_priority else 0
+    hints = hints_of(fields, caller)
     salt, owner = caller.salt(fields.cache_salt), caller.owner(fields.cache_salt)
     requests: list[GenerateRequest] = []
     for token_ids, max_tokens in zip(prompts, plan.max_tokens, strict=True):
@@ -78,6 +80,7 @@ async def start(
                 params=msgspec.structs.replace(params, choice=choice) if choice else params,
                 salt=salt,
                 tenant=owner,
+                hints=hints,
                 priority=priority,
             )
             for choice in range(n)

@@ -7,7 +7,8 @@ from collections import Counter
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import BlocksWanted, Instruction, LendBlocks, OfferBlocks, OffloadBlocks
 from engine.scheduling.sequence import Phase, Sequence
-from messages.handoff import BlockLocation
+from messages.handoff import BlockHint, BlockLocation
+from messages.request import CacheHint
 from messages.stream import PlannedRun, PromptPlan, PromptSources
 
 
@@ -53,10 +54,19 @@ class Offers:
         num_blocks = seq.num_computed // seq.block_size
         if num_blocks > seq.num_offloaded_blocks:
             seq.num_offloaded_blocks = num_blocks
-            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.tenant))
+            hints = tuple(_block_hint(hint, seq.block_size) for hint in seq.spec.hints)
+            out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.tenant, hints))
 
     def _location(self, index: int, block_id: int, name: bytes, num_tokens: int) -> BlockLocation:
         return BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens)
+
+
+def _block_hint(hint: CacheHint, block_size: int) -> BlockHint:
+    """Say of which blocks a hint about tokens is: of those that have some of them, or, to their loss, nothing else."""
+    begin, end = hint.begin, hint.end
+    if hint.priority is not None and hint.priority < 0:
+        return BlockHint(-(-begin // block_size), None if end is None else end // block_size, hint.priority, hint.ttl_s)
+    return BlockHint(begin // block_size, None if end is None else -(-end // block_size), hint.priority, hint.ttl_s)
 
 
 def prompt_sources(seq: Sequence) -> PromptSources:

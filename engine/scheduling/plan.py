@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from messages.errors import KvrayError
-from messages.handoff import BlockLocation, FoundRun
-from messages.request import Grammar, HeldRun, SamplingParams
+from messages.handoff import BlockHint, BlockLocation, FoundRun
+from messages.request import CacheHint, Grammar, HeldRun, SamplingParams
 from messages.stream import FinishReason, PromptPlan, PromptSources, TokenLogprob
 from text.grammar import CompiledGrammar
 
@@ -29,6 +29,7 @@ class SequenceSpec:
     params: SamplingParams
     salt: bytes = b""
     tenant: int = 0  #: whose its blocks are; 0: nobody's in particular
+    hints: tuple[CacheHint, ...] = ()  #: what is wanted of its blocks in lower tiers
     priority: int = 0  #: smaller is sooner
     deadline_s: float | None = None  #: by the scheduler's clock; past it the sequence ends with an error
     #: predicted seconds until a prefill worker's KV of the prompt, and its first token, lie here; None: nobody's will.
@@ -270,6 +271,7 @@ class OffloadBlocks:
 
     names: tuple[bytes, ...]
     tenant: int
+    hints: tuple[BlockHint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

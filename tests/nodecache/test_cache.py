@@ -7,6 +7,7 @@ import pytest
 
 from kvcache.leases import AskerLost, TimePassed
 from messages.handoff import (
+    BlockHint,
     BlockLocation,
     BlocksRequest,
     BlocksWritten,
@@ -618,3 +619,26 @@ def test_what_a_tenant_wanted_once_pushes_nothing_out_of_a_store_where_it_is_at_
     world.write(names_of(range(3), "others"), tenant=8)
     world.move()
     assert all(disk.find(name) for name in names_of(range(3), "others")), "others' room is not taken for full"
+
+
+# --------------------------------------------------------------------------------------------------- hints of requests
+
+
+def test_a_requests_hints_reach_what_is_held_and_what_is_written_later():
+    world = World(20)
+    names = names_of(range(4))
+    world.write(names[:2])
+    message = RoomRequest(
+        request_id="r",
+        names=b"".join(names),
+        indexes=list(range(4)),
+        hints=(BlockHint(0, 3, None, 60.0), BlockHint(3, None, -1, 0.0)),
+    )
+    [granted] = world.say(message)
+    held = world.pool.find(b"".join(names[:2]))
+    assert world.pool.records(held)["pinned_until_s"].tolist() == [60.0, 60.0]
+    world.now_s = 10.0
+    world.written(granted)
+    rows = world.pool.records(world.pool.find(b"".join(names)))
+    assert rows["pinned_until_s"].tolist() == [60.0, 60.0, 70.0, 0.0]
+    assert rows["priority"].tolist() == [0, 0, 0, -1]

@@ -28,6 +28,7 @@ from kvcache.leases import AskerLost, LeaseBook, TimePassed
 from kvcache.names import split_names
 from messages.errors import InvariantError
 from messages.handoff import (
+    BlockHint,
     BlockLocation,
     BlocksFound,
     BlocksRequest,
@@ -69,6 +70,13 @@ askers = st.sampled_from(ASKERS)
 request_ids = st.sampled_from(["p", "q"])
 chains = st.sampled_from(CHAINS)
 lengths = st.integers(1, MAX_LENGTH)
+hints = st.builds(
+    BlockHint,
+    st.integers(0, MAX_LENGTH),
+    st.none() | st.integers(0, MAX_LENGTH),
+    st.none() | st.integers(-2, 2),
+    st.sampled_from([0.0, 5.0, 100.0]),
+)
 quotas = st.none() | st.integers(0, 6)  #: blocks
 
 
@@ -222,11 +230,21 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------------------------------------------------- rules
 
-    @rule(asker=askers, request_id=request_ids, chain=chains, begin=st.integers(0, MAX_LENGTH - 1), length=lengths)
-    def ask_for_room(self, asker: bytes, request_id: str, chain: str, begin: int, length: int) -> None:
+    @rule(
+        asker=askers,
+        request_id=request_ids,
+        chain=chains,
+        begin=st.integers(0, MAX_LENGTH - 1),
+        length=lengths,
+        hints=st.lists(hints, max_size=2),
+    )
+    def ask_for_room(
+        self, asker: bytes, request_id: str, chain: str, begin: int, length: int, hints: list[BlockHint]
+    ) -> None:
         indexes = list(range(begin, min(MAX_LENGTH, begin + length)))
         names = b"".join(name_of(index, chain) for index in indexes)
-        message = RoomRequest(request_id=request_id, names=names, indexes=indexes, tenant=OWNERS[chain])
+        tenant = OWNERS[chain]
+        message = RoomRequest(request_id=request_id, names=names, indexes=indexes, tenant=tenant, hints=tuple(hints))
         self.post(Said(asker, message))
 
     @precondition(lambda self: self.grants)
@@ -315,6 +333,11 @@ class CacheMachine(RuleBasedStateMachine):
         for tier, names in self.cache.snapshot():
             if tier == "host" or not self.stores_are_ahead():
                 assert set(split_names(names)) == self.told[tier]
+
+    @invariant()
+    def hints_keep_no_more_than_half(self) -> None:
+        if hasattr(self, "pool"):
+            assert self.pool.num_hinted(self.now_s) <= self.pool.num_blocks // 2
 
     @invariant()
     def no_store_has_more_of_a_tenant_than_it_may(self) -> None:

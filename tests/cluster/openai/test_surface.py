@@ -41,6 +41,7 @@ def surface(served_model, tokenizer) -> Surface:
         tokenizer=Watched(tokenizer.backend),
         grammars=GrammarChecks(model, tokenizer, HttpLimits()),
         limits=HttpLimits(),
+        callers=Callers(),
         metrics=HttpMetrics(),
         tool_format=None,
         hidden_ids=frozenset(),
