@@ -37,7 +37,6 @@ TENANT_PATHS: Final = frozenset(
 )
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
-_OTHER: Final = "other"  # label of paths that are none
 
 
 class Edge:
@@ -65,8 +64,8 @@ class Edge:
             )
             await send_error(error, send)
             return
-        if caller is not None and not caller.is_operator and label != _OTHER and label not in TENANT_PATHS:
-            await send_error(not_allowed(None, label), send)
+        if caller is not None and not caller.is_operator and label not in TENANT_PATHS:
+            await send_error(not_allowed(None, _path(scope)), send)
             return
         scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
@@ -75,7 +74,7 @@ class Edge:
         path = _path(scope)
         if path.startswith("/v1/models/"):
             return "/v1/models/{id}"
-        return path if path in self._paths else _OTHER
+        return path if path in self._paths else "other"
 
 
 class _Exchange:
