@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
@@ -30,6 +32,7 @@ PromptFile = Annotated[
     typer.Option("--file", help="JSON with `prompt` (text, token ids) or `messages`, as the API takes them."),
 ]
 CacheSalt = Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are meant.")]
+Tenant = Annotated[str | None, typer.Option("--tenant", help="Whose blocks; default: the API key's own.")]
 TierNames = Annotated[
     list[str] | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
 ]
@@ -40,13 +43,14 @@ def lookup(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which tokens of a prompt lie where."""
-    body = prompt_body(text, file, cache_salt)
+    body = prompt_body(text, file, cache_salt, tenant)
     found = _answer(url, "/v1/cache/lookup", key_of(api_key, api_key_file), body)
     if as_json:
         print_json(found)
@@ -76,9 +80,16 @@ def stats(
             )
             for tier, one in owner["tiers"].items()
         ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _print_rows(rows)
+    used = [
+        (name, owner["worker_id"], tier, _size(one["bytes"]), _size(one["quota_bytes"]))
+        for owner in document["caches"]
+        for name, tiers in owner["tenants"].items()
+        for tier, one in tiers.items()
+    ]
+    if used:
+        _say("")
+        _print_rows([("TENANT", "OWNER", "TIER", "BYTES", "QUOTA"), *used])
 
 
 @cache_app.command()
@@ -88,6 +99,7 @@ def table(
     tier: Annotated[
         str | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
     ] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Whose blocks; default: all that may be seen.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -95,7 +107,8 @@ def table(
     """List the blocks that workers' pools and node caches hold."""
     if output is None and table_format != "json" and sys.stdout.isatty():
         raise ConfigError(f"{table_format} on a terminal; a file is wanted (--output)")
-    path = f"/v1/cache/table?format={table_format}" + ("" if tier is None else f"&tier={tier}")
+    query = {"format": table_format, "tier": tier, "tenant": tenant}
+    path = f"/v1/cache/table?{urlencode({name: value for name, value in query.items() if value is not None})}"
     with asked(url, path, key_of(api_key, api_key_file), "cache", TIMEOUT_S) as response:
         if output is None:
             shutil.copyfileobj(response, sys.stdout.buffer)
@@ -113,6 +126,7 @@ def clear(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     everything: Annotated[bool, typer.Option("--everything", help="All blocks, in place of a prompt's.")] = False,
     tier: TierNames = None,
     dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
@@ -121,8 +135,8 @@ def clear(
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Drop a prompt's blocks from pools and node caches, or one salt's, or all. First look, then --no-dry-run."""
-    body = {**prompt_body(text, file, cache_salt), **_tiers(tier), "everything": everything, "dry_run": dry_run}
+    """Drop a prompt's blocks from pools and node caches, or a tenant's, one salt's, or all. First look, then --no-dry-run."""
+    body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier), "everything": everything, "dry_run": dry_run}
     done = _answer(url, "/v1/cache/clear", key_of(api_key, api_key_file), body)
     show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
 
@@ -132,6 +146,7 @@ def evict(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     tier: TierNames = None,
     dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
     url: Url = DEFAULT_URL,
@@ -140,7 +155,7 @@ def evict(
     as_json: AsJson = False,
 ) -> None:
     """Drop a prompt's blocks as `clear` does, but those that are pinned."""
-    body = {**prompt_body(text, file, cache_salt), **_tiers(tier), "dry_run": dry_run}
+    body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier), "dry_run": dry_run}
     done = _answer(url, "/v1/cache/evict", key_of(api_key, api_key_file), body)
     show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
 
@@ -150,6 +165,7 @@ def pin(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     ttl_s: Annotated[float | None, typer.Option("--ttl", help="Seconds; default: for good.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="-2 to 2: each doubles or halves the worth.")] = 0,
     url: Url = DEFAULT_URL,
@@ -159,7 +175,7 @@ def pin(
 ) -> None:
     """Keep a prompt's blocks in host memory, as far as they lie there."""
     more = {"priority": priority} | ({} if ttl_s is None else {"ttl_s": ttl_s})
-    body = prompt_body(text, file, cache_salt) | more
+    body = prompt_body(text, file, cache_salt, tenant) | more
     show_work(_answer(url, "/v1/cache/pin", key_of(api_key, api_key_file), body), "pinned", as_json=as_json)
 
 
@@ -168,13 +184,14 @@ def unpin(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep a prompt's blocks no longer than others."""
-    body = prompt_body(text, file, cache_salt)
+    body = prompt_body(text, file, cache_salt, tenant)
     show_work(_answer(url, "/v1/cache/unpin", key_of(api_key, api_key_file), body), "unpinned", as_json=as_json)
 
 
@@ -185,13 +202,14 @@ def move(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring a prompt's blocks from one tier to another, on each node: copied and verified, then dropped above."""
-    body = prompt_body(text, file, cache_salt) | {"source": source, "target": target}
+    body = prompt_body(text, file, cache_salt, tenant) | {"source": source, "target": target}
     done = _followed(url, "/v1/cache/move", key_of(api_key, api_key_file), body)
     show_work(done, f"moved to {target}", as_json=as_json)
 
@@ -201,6 +219,7 @@ def warm(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     worker: Annotated[str | None, typer.Option("--worker", help="Its id: and to the pool of this worker.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -208,7 +227,7 @@ def warm(
     as_json: AsJson = False,
 ) -> None:
     """Bring a prompt's blocks from disk or remote up to host memory, where they lie there; and to a worker's pool."""
-    body = prompt_body(text, file, cache_salt) | ({} if worker is None else {"worker_id": worker})
+    body = prompt_body(text, file, cache_salt, tenant) | ({} if worker is None else {"worker_id": worker})
     done = _followed(url, "/v1/cache/warm", key_of(api_key, api_key_file), body)
     show_work(done, "brought up", as_json=as_json)
 
@@ -231,6 +250,7 @@ def check(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     tier: TierNames = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -238,7 +258,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read and verify a prompt's blocks, or all; damaged ones are dropped. Exit code 1 where there were any."""
-    body = {**prompt_body(text, file, cache_salt), **_tiers(tier)}
+    body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier)}
     done = _followed(url, "/v1/cache/check", key_of(api_key, api_key_file), body)
     show_work(done, "verified", as_json=as_json)
     if any(one["damaged"] for one in done["tiers"].values()):
@@ -269,9 +289,10 @@ def _followed(url: str, path: str, api_key: str | None, body: dict[str, Any]) ->
     return whole
 
 
-def prompt_body(text: str | None, file: Path | None, cache_salt: str | None) -> dict[str, Any]:
-    """Return the fields that say which prompt is meant, if any is."""
-    body: dict[str, Any] = {} if cache_salt is None else {"cache_salt": cache_salt}
+def prompt_body(text: str | None, file: Path | None, cache_salt: str | None, tenant: str | None) -> dict[str, Any]:
+    """Return the fields that say which prompt is meant, if any is, and whose."""
+    named = {"cache_salt": cache_salt, "tenant": tenant}
+    body: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if text is not None and file is not None:
         raise ConfigError("a prompt and --file; one of them is wanted")
     if text is not None:
@@ -335,6 +356,12 @@ def _size(num_bytes: float | None) -> str:
 
 def _shown(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _say(text: str) -> None:

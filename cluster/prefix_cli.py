@@ -15,6 +15,7 @@ from cluster.cache_cli import (
     TIMEOUT_S,
     CacheSalt,
     PromptFile,
+    Tenant,
     Text,
     print_json,
     progress,
@@ -31,6 +32,7 @@ def export(
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
+    tenant: Tenant = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -40,7 +42,7 @@ def export(
     from cluster.prefix_file import PrefixFile
 
     unfinished = output.with_name(f"{output.name}.unfinished")
-    body = prompt_body(text, file, cache_salt)
+    body = prompt_body(text, file, cache_salt, tenant)
     try:
         with asked(url, "/v1/cache/export", key_of(api_key, api_key_file), "cache", TIMEOUT_S, body) as response:
             _copy(response, unfinished, output)
@@ -61,6 +63,7 @@ def export(
 def take_in(
     file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
     cache_salt: Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are to find it.")] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Whose requests are to find it.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -72,7 +75,8 @@ def take_in(
     """
     from cluster.prefix_file import PrefixFile
 
-    path = "/v1/cache/import" + ("" if cache_salt is None else f"?{urlencode({'cache_salt': cache_salt})}")
+    query = {"cache_salt": cache_salt, "tenant": tenant}
+    path = f"/v1/cache/import?{urlencode({name: value for name, value in query.items() if value is not None})}"
     key = key_of(api_key, api_key_file)
     whole: dict[str, Any] = {}
     with contextlib.closing(PrefixFile(file)) as prefix, progress() as bars:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.openai.callers import Callers, not_allowed
-from cluster.openai.errors import send_error
+from cluster.openai.errors import send_error, shown
 from cluster.openai.metrics import HttpMetrics
 from messages.errors import KvrayError, RequestError
 
@@ -65,7 +65,7 @@ class Edge:
             await send_error(error, send)
             return
         if caller is not None and not caller.is_operator and label not in TENANT_PATHS:
-            await send_error(not_allowed(None, _path(scope)), send)
+            await send_error(not_allowed(None, f"path {shown(_path(scope))}"), send)
             return
         scope["state"]["caller"] = caller
         await self._app(scope, receive, send)

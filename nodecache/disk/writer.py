@@ -13,7 +13,7 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from nodecache.disk.directory import ModelDirectory
 from nodecache.disk.files import Files, aligned_buffer
 from nodecache.disk.index import DiskIndex, Place
 from nodecache.disk.layout import Geometry, pack_records
+from nodecache.disk.quotas import above_quotas, within_quotas
 from nodecache.disk.reader import read_run, runs
 from nodecache.disk.segment import OpenSegment, Segment
 from nodecache.disk.stats import DiskStats
@@ -131,7 +132,9 @@ class Writer:
             StoreError: it could not, or was given up; none of them is held because of this call.
         """
         lacking = {block.name: number for number, block in enumerate(blocks) if block.name not in self._index}
-        todo = deque(self._within_quotas(blocks, lacking))
+        taken, leaving = within_quotas(self._index, blocks, lacking.values())
+        self._drop(leaving)
+        todo = deque(taken)
         written: list[bytes] = []
         try:
             while todo:
@@ -234,30 +237,14 @@ class Writer:
         self._directory.unlock()
 
     def keep_quotas(self) -> None:
-        """Drop what tenants have above their quotas, which may be smaller than those of the process before."""
-        for tenant in self._index.accounts.limited():
-            self._drop_coldest(tenant, self._index.accounts.num_over(tenant), ())
+        """Drop what tenants have above their quotas."""
+        self._drop(above_quotas(self._index))
 
-    def _within_quotas(self, blocks: Sequence[StoredBlock], lacking: dict[bytes, int]) -> list[int]:
-        """Make room in the quotas for blocks to be written, by number; return those that are taken in: heads first."""
-        todo = list(lacking.values())
-        for tenant in {blocks[number].tenant for number in todo}:
-            own = [number for number in todo if blocks[number].tenant == tenant]
-            num_over = self._index.accounts.num_over(tenant, len(own))
-            num_short = num_over - self._drop_coldest(tenant, num_over, {block.name for block in blocks})
-            if num_short > 0:
-                left_out = set(own[-num_short:])
-                todo = [number for number in todo if number not in left_out]
-        return todo
-
-    def _drop_coldest(self, tenant: int, num_blocks: int, besides: Collection[bytes]) -> int:
-        """Drop a tenant's least recently used blocks; return how many that were."""
-        if not num_blocks:
-            return 0
-        names = [name for name in self._index.coldest(tenant, num_blocks, besides) if self.forget(name)]
-        self._dropped.extend(names)
-        self._stats.count("evicted_blocks", len(names))
-        return len(names)
+    def _drop(self, names: Sequence[bytes]) -> None:
+        """Drop blocks to make room for others of their tenants."""
+        gone = [name for name in names if self.forget(name)]
+        self._dropped.extend(gone)
+        self._stats.count("evicted_blocks", len(gone))
 
     # ------------------------------------------------------------------------------------------------------- appending
 

@@ -15,8 +15,10 @@ from cluster.ingress import Ingress
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.worker import WorkerOptions
+from kvcache.names import tenant_number
 from kvrouter.actor import RouterActor
 from messages.errors import ConfigError
+from nodecache.quotas import TenantQuota
 from prefill.worker import PrefillWorker
 from transport.secret import ClusterSecret
 
@@ -121,6 +123,16 @@ def test_a_workers_options_are_the_documents_in_the_engines_units():
 def test_without_a_size_the_pool_is_a_share_of_what_is_free():
     found = options(engine={"kv_cache_share": 0.5})
     assert (found.engine.kv_cache_bytes, found.engine.kv_cache_share, found.use_kernels) == (None, 0.5, True)
+
+
+def test_node_caches_are_told_whose_blocks_may_take_how_much():
+    member = {"name": "acme", "api_key_file": "/run/acme", "host_quota": "1KiB", "remote_quota": "2GB"}
+    other = {"name": "globex", "api_key_file": "/run/globex"}
+    found = options(tiers={"host_memory": "1GiB"}, tenants={"members": [member, other]})
+    assert found.cache.tenants == (
+        TenantQuota(tenant=tenant_number("acme"), name="acme", max_bytes={"host": 1024, "remote": 2 * 10**9}),
+        TenantQuota(tenant=tenant_number("globex"), name="globex"),
+    )
 
 
 def test_router_and_workers_share_one_secret_and_one_idea_of_silence(tmp_path):

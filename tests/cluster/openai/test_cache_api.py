@@ -323,12 +323,17 @@ async def test_the_command_line_does_all_of_it(world, tmp_path):
     assert json.loads((await kvray(world, "lookup", "--json", "unknown " * 5)).stdout)["held_tokens"] == 0
     stats = (await kvray(world, "stats")).stdout.splitlines()
     assert stats[0].split() == ["OWNER", "NODE", "TIER", "BLOCKS", "BYTES", "CAPACITY", "HITS", "EVICTIONS"]
-    assert [line.split()[2] for line in stats[1:]] == ["device", "host", "disk"]
+    assert [line.split()[2] for line in stats[1:4]] == ["device", "host", "disk"]
+    assert stats[5].split() == ["TENANT", "OWNER", "TIER", "BYTES", "QUOTA"]
+    rows = [[line.split()[0], *line.split()[2:]] for line in stats[6:]]
+    assert rows[:2] == [["acme", "host", "0", "B", "32", "KiB"], ["acme", "disk", "0", "B", "-"]]
     assert json.loads((await kvray(world, "table")).stdout)["num_rows"] == 15
     output = tmp_path / "blocks.parquet"
     told = await kvray(world, "table", "--format", "parquet", "--tier", "disk", "--output", output)
     assert (told.stdout, told.stderr) == ("", f"6 blocks in {output}\n")
     assert pq.read_table(output).num_rows == 6
+    assert json.loads((await kvray(world, "table", "--tenant", "acme")).stdout)["num_rows"] == 0
+    assert "want one of acme, globex" in (await kvray(world, "lookup", "a", "--tenant", "x", code=1)).stderr
     pinned = await kvray(world, "pin", "--file", file, "--ttl", 60)
     assert pinned.stdout == "host: 6 blocks (96 tokens, 24 KiB) pinned\n"
     assert (await kvray(world, "unpin", "--file", file)).stdout.startswith("host: 6 blocks")
