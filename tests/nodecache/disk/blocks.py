@@ -9,6 +9,7 @@ from pathlib import Path
 from nodecache.disk.files import Files
 from nodecache.disk.layout import Geometry, Model
 from nodecache.disk.store import DiskStore
+from nodecache.quotas import Accounts
 from nodecache.store import StoredBlock
 from transport.checksum import checksum
 
@@ -48,8 +49,10 @@ def open_store(
     model: Model = MODEL,
     files: Files | None = None,
     keep_value: Callable[[bytes], float] | None = None,
+    accounts: Accounts | None = None,
 ) -> DiskStore:
-    return DiskStore(root, model, capacity_of(num_segments), checksum, keep_value=keep_value, files=files)
+    capacity_bytes = capacity_of(num_segments)
+    return DiskStore(root, model, capacity_bytes, checksum, keep_value=keep_value, accounts=accounts, files=files)
 
 
 def write(store: DiskStore, numbers: Iterable[int], deadline_s: float = DEADLINE_S) -> list[bytes]:

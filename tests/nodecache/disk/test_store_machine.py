@@ -10,19 +10,27 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from nodecache.quotas import Accounts
+from nodecache.store import StoredBlock
 from tests.nodecache.disk.blocks import (
     DEADLINE_S,
     block_of,
     capacity_of,
+    content_of,
     folder,
     name_of,
     open_store,
     read,
     used_bytes,
-    write,
 )
 
 NUMBERS = range(60)
+MINE = 1  #: a tenant that may have a quota; blocks are by turns those of nobody, of it and of another
+quotas = st.none() | st.integers(0, 20)
+
+
+def owned(number: int) -> StoredBlock:
+    return block_of(number)._replace(tenant=number % 3)
 
 
 class DiskStoreMachine(RuleBasedStateMachine):
@@ -36,11 +44,16 @@ class DiskStoreMachine(RuleBasedStateMachine):
         self.removed: set[int] = set()  # and never written again
         self.number_of = {name_of(number): number for number in NUMBERS}
 
-    @initialize(num_segments=st.integers(4, 8), has_values=st.booleans())
-    def open(self, num_segments, has_values):
+    @initialize(num_segments=st.integers(4, 8), has_values=st.booleans(), quota=quotas)
+    def open(self, num_segments, has_values, quota):
         self.num_segments = num_segments
         self.keep_value = (lambda name: float(self.number_of[name] % 5)) if has_values else None
-        self.store = open_store(self.root, num_segments, keep_value=self.keep_value)
+        self.open_with(quota)
+
+    def open_with(self, quota):
+        self.quota = quota
+        accounts = Accounts({MINE: quota, 2: None})
+        self.store = open_store(self.root, self.num_segments, keep_value=self.keep_value, accounts=accounts)
 
     def present(self) -> set[int]:
         return {self.number_of[name] for name in self.store.names()}
@@ -49,9 +62,12 @@ class DiskStoreMachine(RuleBasedStateMachine):
     def write(self, first, length):
         chain = [number for number in range(first, first + length) if number in NUMBERS]
         missing = self.held - self.present()
-        dropped = {self.number_of[name] for name in write(self.store, chain)}
+        blocks, sources = [owned(number) for number in chain], [content_of(number) for number in chain]
+        dropped = {self.number_of[name] for name in self.store.write(blocks, sources, DEADLINE_S)}
         assert missing <= dropped | set(chain)
-        self.held = (self.held | set(chain)) - dropped
+        left_out = set(chain) - self.present() - dropped
+        assert all(number % 3 == MINE for number in left_out - self.held)
+        self.held = (self.held | set(chain)) - dropped - left_out
         self.removed -= set(chain)
 
     @rule(numbers=st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=12, unique=True))
@@ -78,16 +94,17 @@ class DiskStoreMachine(RuleBasedStateMachine):
         assert self.store.collect(DEADLINE_S).num_bytes >= 0
         assert self.present() <= before
 
-    @rule(is_checkpoint_kept=st.booleans(), num_segments=st.integers(4, 8))
-    def restart(self, is_checkpoint_kept, num_segments):
+    @rule(is_checkpoint_kept=st.booleans(), num_segments=st.integers(4, 8), quota=quotas)
+    def restart(self, is_checkpoint_kept, num_segments, quota):
         before = self.present()
         self.store.close()
         if not is_checkpoint_kept:
             (folder(self.root) / "checkpoint").unlink(missing_ok=True)
         self.num_segments = max(num_segments, self.num_segments)
-        self.store = open_store(self.root, self.num_segments, keep_value=self.keep_value)
+        self.open_with(quota)
         after = self.present()
-        assert before <= after
+        assert {number for number in before if number % 3 != MINE} <= after
+        assert quota is not None or before <= after
         assert not after & self.removed
         assert self.store.unusable == []
         self.held = after
@@ -100,7 +117,9 @@ class DiskStoreMachine(RuleBasedStateMachine):
         present = self.present()
         assert present <= self.held
         for number in present:
-            assert self.store.find(name_of(number)) in (block_of(number), None)
+            assert self.store.find(name_of(number)) in (owned(number), None)
+        if self.quota is not None:
+            assert sum(number % 3 == MINE for number in present) <= self.quota
         assert used_bytes(self.root) <= capacity_of(self.num_segments)
         assert self.store.stats()["kvray_disk_damaged_blocks_total"] == 0
 
