@@ -25,7 +25,7 @@ import numpy.typing as npt
 from nodecache.disk.files import ALIGN_BYTES, aligned
 from nodecache.store import StoredBlock
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 _PLAIN_CODEC = 0
 
 _MAGIC = b"kvrayseg"

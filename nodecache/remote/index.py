@@ -30,7 +30,7 @@ _KNOWN = np.dtype(
     ]
 )
 #: As numpy gives a manifest's row, in the order of `manifests.ROW`.
-ManifestRow: TypeAlias = tuple[bytes, bytes, int, int, int, int, int, bool, int, int, int]
+ManifestRow: TypeAlias = tuple[bytes, bytes, int, int, int, int, bool, int, int, int, int]
 
 _ROWS_AT_A_TIME = 4096  #: a caller who asks waits for no more: some 10 ms
 
@@ -189,7 +189,7 @@ class RemoteIndex:
         return max(written_us, self._removed_us.get(name, -1))
 
     def _apply(self, row: ManifestRow, changes: Changes) -> None:
-        name, digest, position, num_tokens, checksum, tenant, written_us, is_removed, codec, offset, stored_bytes = row
+        name, digest, position, num_tokens, checksum, written_us, is_removed, codec, offset, stored_bytes, tenant = row
         last_us = self._last_us(name)
         is_there = name in self._rows
         if is_removed and written_us >= last_us:

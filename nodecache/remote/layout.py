@@ -32,7 +32,7 @@ from nodecache.store import StoredBlock, StoreError
 from transport.checksum import checksum, copy_checked
 
 FORMAT = "kvray remote store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 DESCRIPTION_NAME = "description.json"
 MANIFESTS = "manifests"
 OBJECTS = "objects"
@@ -220,7 +220,8 @@ def object_digest(records: Sequence[Record], data: Bytes) -> bytes:
         digest.update(record.block.name)
         digest.update(record.block.num_tokens.to_bytes(8, "little"))
         digest.update(record.block.checksum.to_bytes(8, "little"))
-        digest.update(record.block.tenant.to_bytes(8, "little"))
+        if record.block.tenant:
+            digest.update(record.block.tenant.to_bytes(8, "little"))
         if record.codec != PLAIN:
             digest.update(record.codec.to_bytes(8, "little"))
             digest.update(checksum(data[record.offset + HEADER_BYTES : record.end]).to_bytes(8, "little"))

@@ -40,18 +40,18 @@ ROW = np.dtype(
         ("position", "<u4"),  # of the block in it
         ("num_tokens", "<u4"),
         ("checksum", "<u8"),
-        ("tenant", "<u8"),  # 0: nobody's in particular
         ("written_us", "<i8"),  # since 1970, by the writer's clock
         ("is_removed", "?"),  # then all but name and written_us are zero
         ("codec", "<u2"),
         ("offset", "<u4"),  # of its record in the object
         ("stored_bytes", "<u8"),
+        ("tenant", "<u8"),  # 0: nobody's in particular
     ]
 )
 _MAX_TOKENS = 1 << 24
 _MAX_WRITTEN_US = 1 << 53
 
-_OFFSET_VERSION = FORMAT_VERSION + 1
+_WIDE_VERSION = 2
 
 Rows: TypeAlias = npt.NDArray[np.void]
 
@@ -61,15 +61,15 @@ _FIELDS = [
     pa.field("position", pa.uint32(), nullable=False),
     pa.field("num_tokens", pa.uint32(), nullable=False),
     pa.field("checksum", pa.uint64(), nullable=False),
-    pa.field("tenant", pa.uint64(), nullable=False),
     pa.field("written", pa.timestamp("us", "UTC"), nullable=False),
     pa.field("is_removed", pa.bool_(), nullable=False),
 ]
-#: Of manifests of _OFFSET_VERSION besides.
-_OFFSET_FIELDS = [
+#: Of manifests of _WIDE_VERSION besides.
+_WIDE_FIELDS = [
     pa.field("codec", pa.uint16(), nullable=False),
     pa.field("offset", pa.uint32(), nullable=False),
     pa.field("stored_bytes", pa.uint64(), nullable=False),
+    pa.field("tenant", pa.uint64(), nullable=False),
 ]
 
 
@@ -112,14 +112,15 @@ def pack_manifest(model: Model, rows: Rows) -> tuple[str, memoryview]:
     columns = [
         _binary(rows["name"]),
         _binary(rows["object"]),
-        *(pa.array(np.ascontiguousarray(rows[key])) for key in ("position", "num_tokens", "checksum", "tenant")),
-        pa.array(np.ascontiguousarray(rows["written_us"])).cast(_FIELDS[6].type),
+        *(pa.array(np.ascontiguousarray(rows[key])) for key in ("position", "num_tokens", "checksum")),
+        pa.array(np.ascontiguousarray(rows["written_us"])).cast(_FIELDS[5].type),
         pa.array(np.ascontiguousarray(rows["is_removed"])),
     ]
-    has_offsets = bool(((rows["codec"] != PLAIN) | (rows["offset"] != _plain_offsets(model, rows))).any())
-    if has_offsets:
-        columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in _OFFSET_FIELDS]
-    batch = pa.RecordBatch.from_arrays(columns, schema=_schema(model, has_offsets=has_offsets))
+    is_plain = (rows["codec"] == PLAIN) & (rows["offset"] == _plain_offsets(model, rows))
+    is_wide = not bool((is_plain & (rows["tenant"] == 0)).all())
+    if is_wide:
+        columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in _WIDE_FIELDS]
+    batch = pa.RecordBatch.from_arrays(columns, schema=_schema(model, is_wide=is_wide))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         if num_rows:
@@ -137,8 +138,8 @@ def unpack_manifest(model: Model, file_name: str, data: bytes) -> Rows | str:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         return f"it is no Arrow file: {first_line(error)}"
-    has_offsets = len(table.schema) > len(_FIELDS)
-    schema = _schema(model, has_offsets=has_offsets)
+    is_wide = len(table.schema) > len(_FIELDS)
+    schema = _schema(model, is_wide=is_wide)
     if not table.schema.equals(schema, check_metadata=True):
         return f"it has columns of {table.schema.metadata}, wanted {schema.metadata}"
     if any(column.null_count for column in table.columns):
@@ -146,7 +147,7 @@ def unpack_manifest(model: Model, file_name: str, data: bytes) -> Rows | str:
     rows = np.zeros(table.num_rows, ROW)
     for key, column in zip(schema.names, table.columns, strict=True):
         rows["written_us" if key == "written" else key] = _numbers(column)
-    if not has_offsets:
+    if not is_wide:
         rows["offset"] = _plain_offsets(model, rows)
         rows["stored_bytes"] = np.where(rows["is_removed"], 0, model.block_bytes)
     return _why_wrong(model, rows) or rows
@@ -189,10 +190,10 @@ def to_merge(known: Mapping[str, KnownManifest], min_merged: int) -> list[str]:
     return small if len(small) >= min_merged else []
 
 
-def _schema(model: Model, *, has_offsets: bool) -> pa.Schema:
-    version = _OFFSET_VERSION if has_offsets else FORMAT_VERSION
+def _schema(model: Model, *, is_wide: bool) -> pa.Schema:
+    version = _WIDE_VERSION if is_wide else FORMAT_VERSION
     metadata = {"kvray.format_version": str(version), "kvray.model": model.folder_name}
-    return pa.schema(_FIELDS + _OFFSET_FIELDS if has_offsets else _FIELDS, metadata=metadata)
+    return pa.schema(_FIELDS + _WIDE_FIELDS if is_wide else _FIELDS, metadata=metadata)
 
 
 def _plain_offsets(model: Model, rows: Rows) -> npt.NDArray[np.int64]:

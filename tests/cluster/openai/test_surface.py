@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from cluster.openai.backend import HttpLimits
+from cluster.openai.callers import Callers
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface

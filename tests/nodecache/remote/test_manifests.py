@@ -69,6 +69,14 @@ def test_plain_rows_are_written_as_before_there_was_another_codec(rows):
     assert len(table.column_names) == 7
 
 
+def test_whose_blocks_they_are_is_told_where_they_are_somebodys(rows):
+    rows["tenant"][1] = 2**64 - 1
+    name, data = manifests.pack_manifest(MODEL, rows)
+    assert np.array_equal(manifests.unpack_manifest(MODEL, name, bytes(data)), rows)
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    assert (table.schema.metadata[b"kvray.format_version"], table["tenant"][1].as_py()) == (b"2", 2**64 - 1)
+
+
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
@@ -87,9 +95,7 @@ def test_places_that_cannot_be_are_told(wide, column, values, words):
 
 def test_any_arrow_reader_opens_one(rows):
     table = pa.ipc.open_file(pa.py_buffer(manifests.pack_manifest(MODEL, rows)[1])).read_all()
-    assert table.column_names == [
-        *("name", "object", "position", "num_tokens", "checksum", "tenant", "written", "is_removed")
-    ]
+    assert table.column_names == ["name", "object", "position", "num_tokens", "checksum", "written", "is_removed"]
     assert table["name"][0].as_py() == name_of(0)
     assert table["is_removed"].to_pylist() == [False, False, False, True]
 
