@@ -135,7 +135,7 @@ def clear(
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Drop a prompt's blocks from pools and node caches, or a tenant's, one salt's, or all. First look, then --no-dry-run."""
+    """Drop a prompt's blocks from all caches, or a tenant's, or one salt's, or all. First look, then --no-dry-run."""
     body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier), "everything": everything, "dry_run": dry_run}
     done = _answer(url, "/v1/cache/clear", key_of(api_key, api_key_file), body)
     show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)

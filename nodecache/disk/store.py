@@ -31,6 +31,7 @@ from nodecache.disk.directory import ModelDirectory, Unusable, checkpoint_bytes,
 from nodecache.disk.files import Files, aligned
 from nodecache.disk.index import DiskIndex
 from nodecache.disk.layout import Geometry, Model
+from nodecache.disk.quotas import above_quotas
 from nodecache.disk.reader import Reader
 from nodecache.disk.stats import DiskStats
 from nodecache.disk.threads import Call, IoThreads
@@ -221,6 +222,6 @@ class DiskStore:
         last_id = max((int(path.stem) for path in paths if path.stem.isdecimal()), default=-1)
         last = found[-1] if found and found[-1].segment.segment_id == last_id else None
         self._writer.resume(last, last_id + 1, int(sequences.max()) + 1 if len(sequences) else 0, unwanted)
-        self._writer.keep_quotas()
+        self._writer.drop(above_quotas(self._index))
         self._writer.take_dropped()  # nobody was told of them
         return unusable

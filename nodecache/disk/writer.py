@@ -24,7 +24,7 @@ from nodecache.disk.directory import ModelDirectory
 from nodecache.disk.files import Files, aligned_buffer
 from nodecache.disk.index import DiskIndex, Place
 from nodecache.disk.layout import Geometry, pack_records
-from nodecache.disk.quotas import above_quotas, within_quotas
+from nodecache.disk.quotas import within_quotas
 from nodecache.disk.reader import read_run, runs
 from nodecache.disk.segment import OpenSegment, Segment
 from nodecache.disk.stats import DiskStats
@@ -133,7 +133,7 @@ class Writer:
         """
         lacking = {block.name: number for number, block in enumerate(blocks) if block.name not in self._index}
         taken, leaving = within_quotas(self._index, blocks, lacking.values())
-        self._drop(leaving)
+        self.drop(leaving)
         todo = deque(taken)
         written: list[bytes] = []
         try:
@@ -236,12 +236,8 @@ class Writer:
             self._open = None
         self._directory.unlock()
 
-    def keep_quotas(self) -> None:
-        """Drop what tenants have above their quotas."""
-        self._drop(above_quotas(self._index))
-
-    def _drop(self, names: Sequence[bytes]) -> None:
-        """Drop blocks to make room for others of their tenants."""
+    def drop(self, names: Sequence[bytes]) -> None:
+        """Drop blocks that are above their tenants' quotas."""
         gone = [name for name in names if self.forget(name)]
         self._dropped.extend(gone)
         self._stats.count("evicted_blocks", len(gone))

@@ -24,7 +24,7 @@ from nodecache.management import (
 )
 from nodecache.pool import HostPool
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, checksum_of, content_of, name_of
-from tests.nodecache.test_cache_machine import MAX_LENGTH, CacheMachine, chains
+from tests.nodecache.test_cache_machine import MAX_LENGTH, OWNERS, CacheMachine, chains
 
 tiers = st.sampled_from(["host", "disk", "remote"])
 
@@ -57,6 +57,7 @@ class ManagedMachine(CacheMachine):
             **{"query_id": "q", "fingerprint": FINGERPRINT, "layout_version": 1, "kernel_path": ""},
             **{"first_index": begin, "block_size": BLOCK_SIZE, "names": b"".join(names), "data": memoryview(data)},
             checksums=np.array([checksum_of(name) for name in names], "<u8").tobytes(),
+            tenant=OWNERS[chain],
         )
         self.manage(Asked(b"m", question))
 
