@@ -534,7 +534,7 @@ async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_t
     async with running_decode(options) as (_, asked), running_decode(options) as (borrower, ingress):
         await asked.finish(asked.send("first", shared))
         scheduler = engine_of(borrower).scheduler
-        price_loading(borrower, scheduler._backlog.compute_s(0, 640) / 40)
+        price_loading(borrower, 1.2 * scheduler._backlog.compute_s(0, 640) / 40)  # so long, with the harm, as computing
         steps = Steps(borrower)
         steps.hold("r", after=1)  # the roads are tried meanwhile, and blocks come
         answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))
