@@ -9,8 +9,9 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
+from engine.scheduling.backlog import Backlog
 from messages.handoff import KvHandoff, ReleaseLease
-from messages.price import MovePrice
+from messages.price import ComputePrice, MovePrice
 from messages.request import CancelRequest, Copy, Grammar, HeldRun
 from tests.harness import harness_workers
 from tests.models import make_tiny_model
@@ -470,6 +471,12 @@ def price_loading(worker, block_s: float) -> None:
     scheduler.set_prices(lambda copy: None if price_of(copy) is None else price)
 
 
+class PricedBacklog(Backlog):
+    """Of a larger model: a millisecond a token, and steps that cost nothing by themselves."""
+
+    price = ComputePrice(token_s=1e-3)
+
+
 async def test_a_prefix_comes_from_another_decode_worker_that_is_named_and_when_it_is_killed_it_is_computed(
     model_dir, reference
 ):
@@ -534,7 +541,8 @@ async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_t
     async with running_decode(options) as (_, asked), running_decode(options) as (borrower, ingress):
         await asked.finish(asked.send("first", shared))
         scheduler = engine_of(borrower).scheduler
-        price_loading(borrower, 1.2 * scheduler._backlog.compute_s(0, 640) / 40)  # so long, with the harm, as computing
+        scheduler._sourcing._backlog = PricedBacklog(scheduler._ledger, scheduler.cost)
+        price_loading(borrower, 0.016)  # about what computing it is said to cost
         steps = Steps(borrower)
         steps.hold("r", after=1)  # the roads are tried meanwhile, and blocks come
         answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))
