@@ -220,8 +220,8 @@ class FakeWorker:
         del self.lent[lease_id]
         self.post(BlocksReleased(lease_id))
 
-    def take_in(self, seq_id: str, first_index: int, used_s: float) -> None:
-        """Another worker is about to lose blocks of this sequence."""
+    def take_in(self, seq_id: str, first_index: int, used_s: float | None) -> None:
+        """Somebody says that blocks of this sequence are worth having."""
         self.num_intakes += 1
         names = split_names(self.names_of(self.sequences[seq_id]))[first_index:]
         self.post(TakeIn(f"intake {self.num_intakes}", "near", tuple(reversed(names)), used_s))
@@ -351,7 +351,8 @@ class FakeWorker:
             if part.kind == "prefill":
                 assert part.end <= num_prompt
                 if part.end % self.config.chunk_quantum_tokens and part.end != num_prompt:
-                    assert expected.spec.held, "only blocks that are on their way cut a chunk"
+                    held = self.scheduler._ledger.sequences[part.seq_id].held  # as placed, or found ahead
+                    assert held, "only blocks that are on their way cut a chunk"
                     assert part.end % size == 0
             else:
                 assert part.start >= num_prompt, "a prompt is never computed as decode rows"
