@@ -27,7 +27,7 @@ from cluster.openai.cache_protocol import (
     TierStats,
     WorkReply,
 )
-from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names
+from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names, split_names
 from messages.cache import (
     BlocksListed,
     CheckBlocks,
@@ -39,7 +39,7 @@ from messages.cache import (
     MoveBlocks,
     PieceDone,
 )
-from messages.errors import CapacityError, KvrayError, RequestError, error_from_info
+from messages.errors import CapacityError, KvrayError, RequestError, WorkerError, error_from_info
 from messages.fleet import TakeBlocks, WorkerInfo
 from messages.tier import Tier
 
@@ -301,27 +301,41 @@ class Caches:
         loop = asyncio.get_running_loop()
         for part, _, _ in _parts(names):
             assert part is not None
-            num_before = num_now = await self._num_held(worker, "device", part)
-            for cache in caches:
-                num_there = await self._num_held(cache, "host", part)
-                self._dispatcher.have_taken(worker, TakeBlocks(address=cache.address, names=part, age_s=0.0))
-                until_s = loop.time() + _PATIENCE_S
-                while (num_now := await self._num_held(worker, "device", part)) < num_there:
-                    if loop.time() >= until_s:
-                        break
-                    await asyncio.sleep(_LOOK_S)
-            num_taken = num_now - num_before
+            tails_first = b"".join(reversed(split_names(part)))
+            try:
+                num_before = num_now = await self._num_held(worker, "device", part)
+                for cache in caches:
+                    num_there = await self._num_held(cache, "host", part)
+                    self._dispatcher.have_taken(
+                        worker, TakeBlocks(address=cache.address, names=tails_first, age_s=None)
+                    )
+                    until_s = loop.time() + _PATIENCE_S
+                    while (num_now := await self._num_held(worker, "device", part)) < num_there:
+                        if loop.time() >= until_s:
+                            break
+                        await asyncio.sleep(_LOOK_S)
+            except WorkerError as error:
+                yield Piece(worker, "device", failure=error.message)
+                break
+            num_taken = max(0, num_now - num_before)  # others may have gone for what was wanted beside
             done = PieceDone(query_id="", num_done=num_taken, num_tokens=num_taken * worker.block_size)
             yield Piece(worker, "device", done)
             if num_taken == 0 and num_before == 0:
                 break  # what it has is worth more, or used
 
     async def _num_held(self, info: WorkerInfo, tier: Tier, names: bytes) -> int:
-        """Count those of the blocks that an owner has in a tier, used or not."""
+        """Count those of the blocks that an owner has in a tier, used or not.
+
+        Raises:
+            WorkerError: it does not answer.
+        """
         work = ClearBlocks(query_id="", tier=tier, is_dry_run=True)
-        return sum(
-            [piece.done.num_done + piece.done.num_in_use async for piece in self._pieces(info, work, (tier,), names)]
-        )
+        num_held = 0
+        async for piece in self._pieces(info, work, (tier,), names):
+            if piece.failure is not None:
+                raise WorkerError(f"{info.worker_id}: {piece.failure}")
+            num_held += piece.done.num_done + piece.done.num_in_use
+        return num_held
 
     async def keep(self, prompt: PromptTokens, ttl_s: float, priority: int) -> WorkReply:
         """Keep a prompt's blocks in host memory for so long (inf: for good; 0: no longer than others)."""

@@ -322,7 +322,7 @@ class EngineWorker:
     def _on_message(self, sender: bytes, message: Message) -> None:
         match message:
             case TakeBlocks(address=address, names=names, age_s=age_s):
-                used_s = time.monotonic() - age_s
+                used_s = None if age_s is None else time.monotonic() - age_s
                 self.post(TakeIn(f"intake {next(self._num_intakes)}", address, tuple(split_names(names)), used_s))
             case SpareBlocks(spare=spare, kept=kept):
                 self.engine.pool.mark(split_names(spare), is_spare=True)

@@ -2,8 +2,8 @@
 
     joins --snapshot--> asked to take in some blocks at a time, from who has them at hand --all came, too long--> ready
 
-What is worth most is what prompts that were placed lately found held, the last one first. It goes where the worker has
-room, by the messages that relieve full pools, and is pulled beside the steps.
+What is worth most is what prompts that were placed lately found held, the last one first. It is pulled beside the
+steps, as far as the worker has room.
 """
 
 from __future__ import annotations

@@ -69,11 +69,14 @@ class SpareBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Router, or an ingress for who manages caches, to worker: pull those of these that are worth more than yours."""
+    """Router, or an ingress for who manages caches, to worker: pull those of these that are worth more than yours.
+
+    They are of one prefix, and come as they are to be evicted: tails before heads. For whom there is no room are tails.
+    """
 
     address: str  #: of the owner that holds them: its channel endpoint
     names: bytes  #: 16 bytes each, concatenated
-    age_s: float  #: since they were last used
+    age_s: float | None  #: since they were last used; None: they are wanted now
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -391,7 +391,8 @@ class Worker:
         now_s = self.fleet.clock.now_s
         match message:
             case TakeBlocks(address=address, names=names, age_s=age_s):
-                self.post(TakeIn(f"intake {next(self.num_intakes)}", address, tuple(split_names(names)), now_s - age_s))
+                used_s = None if age_s is None else now_s - age_s
+                self.post(TakeIn(f"intake {next(self.num_intakes)}", address, tuple(split_names(names)), used_s))
             case SpareBlocks(spare=spare, kept=kept):
                 self.pool.mark(split_names(spare), is_spare=True)
                 self.pool.mark(split_names(kept), is_spare=False)

@@ -20,7 +20,7 @@ _MAX_BLOCKS = 1024
 class _Intake:
     source: str
     names: tuple[bytes, ...]
-    used_s: float  #: when the blocks were last used
+    used_s: float | None  #: when the blocks were last used; None: they are wanted now
     targets: dict[int, int]  #: block id, by position in `names`
     offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
@@ -50,8 +50,10 @@ class Intakes:
     def begin(self, wanted: TakeIn, out: list[Instruction]) -> None:
         """Ask for those of the blocks that are not here, as far as others here are worth less."""
         under_way = {name for intake in self._intakes.values() for name in intake.names}
-        room = self._pool.num_worth_less(wanted.used_s, max(0, _MAX_BLOCKS - len(self.targets())))
-        names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)[:room]
+        used_s = self._pool.now_s if wanted.used_s is None else wanted.used_s
+        room = self._pool.num_worth_less(used_s, max(0, _MAX_BLOCKS - len(self.targets())))
+        names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)
+        names = names[max(0, len(names) - room) :]
         if wanted.intake_id in self._intakes or not names:
             return
         targets = dict(enumerate(self._pool.allocate(len(names))))
@@ -97,6 +99,9 @@ class Intakes:
             pairs = [(location, intake.targets[index]) for index, location in offered.items()]
             out.append(PullBlocks(intake_id, intake.source, pairs))
         elif intake.is_offered_whole:
-            # Named as they are to be evicted; each goes before the one that was put back before it.
             self._intakes.pop(intake_id)
-            self._pool.unpin(list(intake.targets.values()), intake.used_s)
+            tails_first = list(intake.targets.values())
+            if intake.used_s is None:
+                self._pool.unpin(tails_first[::-1])
+            else:  # each goes before the one that was put back before it
+                self._pool.unpin(tails_first, intake.used_s)

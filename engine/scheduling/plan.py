@@ -120,7 +120,7 @@ class BlocksWanted:
 class TakeIn:
     """These blocks are worth having, and `source` holds them: pull those that are worth more than others here.
 
-    Their names come as they would be evicted: tails before heads.
+    Their names come as they would be evicted: tails before heads. Where there is not room for all, heads are pulled.
 
     `intake_id` stands for a sequence's id in what follows; no sequence has it.
     """
@@ -128,7 +128,7 @@ class TakeIn:
     intake_id: str
     source: str
     names: tuple[bytes, ...]
-    used_s: float  #: when they were last used, by the scheduler's clock
+    used_s: float | None  #: when they were last used, by the scheduler's clock; None: they are wanted now
 
 
 @dataclass(frozen=True, slots=True)

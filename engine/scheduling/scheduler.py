@@ -125,7 +125,7 @@ class Scheduler:
 
     @property
     def num_blocks_taken_in(self) -> int:
-        """Blocks taken in from others that were about to lose them."""
+        """Blocks taken in from others though no sequence wanted them."""
         return self._ledger.intakes.num_blocks
 
     def set_prices(self, price_of: Callable[[Copy], MovePrice | None]) -> None:

@@ -16,7 +16,7 @@ from cluster.caches import Caches, PromptTokens
 from cluster.openai.cache_protocol import ImportRequest
 from cluster.prefix_file import PrefixFile
 from cluster.prefixes import Prefixes
-from kvcache.names import block_names, pack_tokens, tenant_of
+from kvcache.names import block_names, pack_tokens, split_names, tenant_of
 from messages.errors import WorkerError
 from tests.cluster.openai.cache_world import ACME, GLOBEX, HELD, PROMPT, World, managed, names_of, until
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, content_of
@@ -206,7 +206,17 @@ async def test_a_prompt_is_moved_down_and_warmed_up_again_to_a_worker(world):
     assert world.held(names) == world.worker.held(names) == names
     assert all(world.disk.find(name) for name in names)
     [taken] = world.worker.taken
-    assert (taken.address, taken.age_s) == (world.cache._server.address, 0.0)
+    assert (taken.address, taken.age_s) == (world.cache._server.address, None)
+    assert split_names(taken.names) == names[::-1]  # tails go before heads
+
+
+async def test_a_worker_that_ends_while_it_is_warmed_is_a_failure(world):
+    names = await world.write(PROMPT)
+    await until(lambda: world.is_known(names[-1], "host"))
+    world.worker.close()
+    *_, whole = await world.lines("warm", prompt=PROMPT, worker_id="decode-1")
+    assert [failure["worker_id"] for failure in whole["failures"]] == ["decode-1"]
+    assert whole["tiers"]["device"]["blocks"] == 0
 
 
 async def test_where_the_target_is_not_there_the_node_says_so(world):

@@ -1,4 +1,4 @@
-"""Blocks taken in from others that are about to lose them: asked for, pulled, named, or given back."""
+"""Blocks taken in because somebody says that they are worth having: asked for, pulled, named, or given back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bench:
         self.pool.unpin(block_ids)
         self.pool.mark(names, is_spare=is_spare)
 
-    def begin(self, names: tuple[bytes, ...], used_s: float = 5.0, intake_id: str = "i") -> list[Instruction]:
+    def begin(self, names: tuple[bytes, ...], used_s: float | None = 5.0, intake_id: str = "i") -> list[Instruction]:
         out: list[Instruction] = []
         self.intakes.begin(TakeIn(intake_id, "source", names, used_s), out)
         self.check()
@@ -103,7 +103,7 @@ def test_only_what_is_worth_less_makes_room(bench):
     bench.pool.now_s = 9.0
     bench.use(3)
     (asked,) = bench.begin(NAMES[4:], used_s=6.0)  # one block is free, one spare
-    assert asked.names == NAMES[4:6]
+    assert asked.names == NAMES[7:]  # the head
     assert set(bench.pool.snapshot()) == set(NAMES[:3])
 
 
@@ -112,8 +112,23 @@ def test_what_was_used_longer_ago_makes_room(bench):
     bench.hold(NAMES[2:3], used_s=9.0)
     bench.use(5)
     (asked,) = bench.begin(NAMES[4:8], used_s=5.0)
-    assert asked.names == NAMES[4:6]
+    assert asked.names == NAMES[6:8]
     assert bench.pool.snapshot() == [NAMES[2]]
+
+
+def test_what_is_wanted_now_is_the_last_to_go_and_makes_no_room_for_what_follows_it(bench):
+    bench.hold(NAMES[6:], used_s=1.0)
+    for names, now_s in ((NAMES[2:4], 8.0), (NAMES[:2], 8.5)):  # the head, then its tail
+        bench.pool.now_s = now_s
+        bench.begin(names, used_s=None)
+        bench.offer(*(at(index, name) for index, name in enumerate(names)))
+        bench.finish()
+    bench.hold(NAMES[5:6], used_s=9.0)
+    gone = []
+    while held := set(bench.pool.snapshot()):
+        bench.use(1)
+        gone += held.difference(bench.pool.snapshot())
+    assert gone[-5:] == [NAMES[2], NAMES[3], NAMES[0], NAMES[1], NAMES[5]]
 
 
 def test_where_there_is_no_room_nothing_is_asked(bench):
@@ -126,7 +141,7 @@ def test_so_much_is_taken_in_at_a_time(bench, monkeypatch):
     monkeypatch.setattr("engine.scheduling.intake._MAX_BLOCKS", 3)
     (first,) = bench.begin(NAMES[:2])
     (second,) = bench.begin(NAMES[2:5], intake_id="j")
-    assert (first.names, second.names) == (NAMES[:2], NAMES[2:3])
+    assert (first.names, second.names) == (NAMES[:2], NAMES[4:5])
     assert bench.begin(NAMES[5:], intake_id="k") == []
 
 

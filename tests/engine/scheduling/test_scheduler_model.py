@@ -232,10 +232,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.worker.end_lending(data.draw(st.sampled_from(list(self.worker.lent))))
 
     @precondition(lambda self: self.worker.sequences)
-    @rule(data=st.data(), first_index=st.integers(0, 3), age_s=st.sampled_from([-1.0, 0.0, 5.0]))
+    @rule(data=st.data(), first_index=st.integers(0, 3), age_s=st.sampled_from([None, -1.0, 0.0, 5.0]))
     def take_in(self, data, first_index, age_s) -> None:
         seq_id = data.draw(st.sampled_from(list(self.worker.sequences)))
-        self.worker.take_in(seq_id, first_index, self.worker.now_s - age_s)
+        self.worker.take_in(seq_id, first_index, None if age_s is None else self.worker.now_s - age_s)
 
     @precondition(lambda self: self.worker.sequences)
     @rule(data=st.data(), first_index=st.integers(0, 3), is_spare=st.sampled_from([True, True, False]))
