@@ -298,7 +298,8 @@ class Carrying:
         entry.on_changed(kept, dropped)
         if isinstance(question, PutBlocks):
             return stored.answer
-        return self._end_move(question, stored.answer, (*stored.settled, *kept), len(kept))
+        answer = msgspec.structs.replace(stored.answer, num_without_room=len(names) - len(kept))  # above a quota
+        return self._end_move(question, answer, (*stored.settled, *kept), len(kept))
 
     def _end_move(
         self, question: MoveBlocks, answer: PieceDone, names: tuple[bytes, ...], num_new: int

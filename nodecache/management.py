@@ -359,7 +359,7 @@ class Management:
         answer = PieceDone(
             query_id=question.query_id,
             num_tokens=int(rows["num_tokens"].sum()),
-            num_held=pool.num_held,
+            num_held=pool.num_held if question.names is None else len(block_ids),
             next_cursor=next_cursor,
         )
         return VerifyBlocks(asker, answer, block_ids, rows["generation"], rows["checksum"])

@@ -183,6 +183,12 @@ class Reading:
             self._prices[read.tier].observe((1.0, float(len(read.wanted))), max(1e-6, now_s - read.began_s))
             lost = [name for (name, _), is_there in zip(read.wanted, arrived, strict=True) if not is_there]
             entry.on_changed([], [name for name in lost if entry.store.find(name) is None])
+            # Others may have written a block anew meanwhile, with other bytes: which came, nobody knows.
+            now = [entry.store.find(name) for name, _ in read.wanted]
+            came &= [
+                block is None or block.checksum == wanted.found.block.checksum
+                for (_, wanted), block in zip(read.wanted, now, strict=True)
+            ]
         kept = self._commit(read, came, now_s)
         outcomes: list[Outcome] = []
         for (name, wanted), block_id in zip(read.wanted, kept, strict=True):

@@ -475,6 +475,20 @@ def test_a_block_that_a_worker_wrote_while_it_was_read_is_offered_as_that_one():
     assert world.pool.num_used == 0
 
 
+def test_a_block_that_was_written_anew_before_it_was_read_does_not_come_with_the_checksum_of_before():
+    names = names_of(range(2))
+    world = World(16, {"disk": stored(names)})
+    world.ask(names)
+    other = memoryview(bytes(BLOCK_BYTES))
+    world.stores["disk"].write([StoredBlock(names[1], BLOCK_SIZE, checksum(other))], [other], 1.0)
+    assert offered(world.move()) == world.held(names) == names[:1]
+    world.release()
+    assert offered(world.ask(names) + world.move()) == names
+    [block_id] = world.pool.find(names[1]).tolist()
+    assert world.pool.records(world.pool.find(names[1]))["checksum"].tolist() == [checksum(other)]
+    assert world.pool.arena.block(block_id) == other
+
+
 def test_without_room_what_would_be_read_is_not_waited_for():
     names = names_of(range(12))
     world = World(8, {"disk": stored(names)})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from kvcache.names import split_names
 from messages.cache import PIECE_BYTES, CollectGarbage, FetchBlocks, MoveBlocks, PutBlocks
 from messages.errors import ErrorInfo
-from nodecache.store import Collected, StoreError
-from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, FINGERPRINT, checksum_of, content_of, names_of
+from nodecache.store import Collected, StoredBlock, StoreError
+from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, FINGERPRINT, checksum, checksum_of, content_of, names_of
 from tests.nodecache.test_management import World
 
 
@@ -213,6 +215,33 @@ def test_blocks_are_moved_down_and_up_again():
     assert (world.held(names), on_disk(world)) == (names, [])
     assert bytes(fetch(world, "host", names).data) == b"".join(map(content_of, names))
     assert world.pool.records(world.pool.find(b"".join(names)))["index"].tolist() == list(range(20))
+
+
+def test_a_block_that_was_written_anew_before_it_was_read_is_not_carried_with_the_checksum_of_before():
+    [name] = names_of([0])
+    world = World(64, [name])
+    do, versions = world.worker.do, itertools.count(1)
+
+    def write_anew_first(work):
+        other = memoryview(bytes([next(versions)]) * BLOCK_BYTES)
+        world.disk.write([StoredBlock(name, BLOCK_SIZE, checksum(other))], [other], 1.0)
+        return do(work)
+
+    world.worker.do = write_anew_first
+    assert fetch(world, "disk", [name]).names == b""
+    [done] = move(world, "disk", "host", [name])
+    assert (done.num_done, done.error, world.held([name]), on_disk(world)) == (0, None, [], [name])
+    world.worker.do = do
+    assert fetch(world, "disk", [name]).names == name
+
+
+def test_what_is_above_a_quota_at_the_target_stays_and_is_told():
+    names = names_of(range(5))
+    world = World(quotas={7: 3})
+    world.write(names, tenant=7)
+    [done] = move(world, "host", "disk", names)
+    assert (done.num_done, done.num_without_room) == (3, 2)
+    assert (world.held(names), on_disk(world)) == (names[3:], names[:3])
 
 
 def test_what_the_target_has_already_is_only_dropped_at_its_source():
