@@ -236,9 +236,8 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
         tiers = [tier for tier in CACHE_TIERS if tier == query.get("tier", tier)]
         if not tiers:
             raise bad_field("tier", query.get("tier"), f"one of {', '.join(CACHE_TIERS)}")
-        caller = _caller(request)
-        meant = surface.callers.meant(caller, query.get("tenant"))
-        owner = None if meant.is_operator and meant is caller else meant.owner(None)
+        caller, tenant = _caller(request), query.get("tenant")
+        owner = None if tenant is None and caller.is_operator else surface.callers.meant(caller, tenant).owner(None)
         async with tabling:  # one at a time is in memory before it is sent
             made = CacheTable([Listed(*part) for part in await _gathered(caches, tiers, owner)], surface.callers.names)
         return StreamingResponse(

@@ -158,7 +158,7 @@ class PoolManagement:
             num_tokens=num_verified * pool.block_size,
             num_damaged=damaged,
             num_in_use=damaged - len(dropped),
-            num_held=pool.num_named,
+            num_held=pool.num_named if question.names is None else len(block_ids),
             next_cursor=next_cursor,
         )
         self._send(asker, answer)

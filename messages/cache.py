@@ -181,7 +181,7 @@ class PieceDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_without_room: int = 0  #: blocks that were not taken in: what is there is worth more, or used
     num_freed_files: int = 0  #: files or objects that were given up
     num_freed_bytes: int = 0  #: that they took, as far as it is known
-    num_held: int = 0  #: blocks of the whole tier, for who shows progress
+    num_held: int = 0  #: blocks of the whole tier, or of what was asked for by name: for who shows progress
     next_cursor: int | None = None  #: None: there is no more
     error: ErrorInfo | None = None  #: it failed; what is told besides was done all the same
 

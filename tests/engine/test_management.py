@@ -145,7 +145,7 @@ async def test_what_was_published_is_verified_and_dropped_where_it_is_damaged(be
     for index in (1, 4):
         bench.shared.damage(bench.block_ids[index])
     found = await bench.ask(CheckBlocks(query_id="q", tier="device", names=b"".join(NAMES[1:])))
-    assert (found.num_done, found.num_damaged, found.num_in_use) == (4, 2, 1)
+    assert (found.num_done, found.num_damaged, found.num_in_use, found.num_held) == (4, 2, 1, 4)
     assert bench.held() == [name for name in NAMES if name != NAMES[1]]
     assert bench.num_changes == 1
 

@@ -47,6 +47,7 @@ from transport.secret import ClusterSecret
 CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=2.0)
 ACME = Caller(name="acme", base_salt=tenant_salt("acme", bytes(32)), is_operator=False)
 GLOBEX = Caller(name="globex", base_salt=tenant_salt("globex", bytes(32)), is_operator=False, may_hint=True)
+OPS = Caller(name="ops", base_salt=tenant_salt("ops", bytes(32)))  #: a tenant, and an operator
 PROMPT = list(range(5, 105))  # 6 full blocks and some
 HELD = 3 * BLOCK_SIZE  #: of the prompt, in the pool of the worker
 _NUM_POOL_BLOCKS = 100
@@ -230,7 +231,7 @@ async def managed(
             model,
             tokenizer,
             version="1",
-            callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX)]),
+            callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX), ("ops-key", OPS)]),
             extend=lambda app, surface: add_cache(app, surface, caches, Prefixes(made.dispatcher, caches)),
         )
         url = await stack.enter_async_context(serving(app))

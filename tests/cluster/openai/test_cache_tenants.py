@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from cluster.openai.backend import ServedModel
 from cluster.openai.callers import NOBODY
 from kvcache.names import tenant_number
-from tests.cluster.openai.cache_world import ACME, GLOBEX, PROMPT, bearer, managed, until
+from tests.cluster.openai.cache_world import ACME, GLOBEX, OPS, PROMPT, bearer, managed, until
 from tests.nodecache.test_process import BLOCK_BYTES
 from text.tokenizer import Tokenizer
 
@@ -78,6 +79,23 @@ async def test_the_table_names_tenants_and_shows_each_its_own(world):
         rows = (await world.http.get("/v1/cache/table", params=params, headers=bearer(key))).json()
         assert rows["num_rows"] == num_rows
         assert {row["tenant_name"] for row in rows["blocks"]} <= {"acme"}
+
+
+async def test_an_operator_that_names_a_tenant_is_shown_that_one_alone_its_own_too(world):
+    await world.write(PROMPT, None, ACME)
+    await world.write(PROMPT, None, OPS)
+    for query, num_rows in (({}, 24), ({"tenant": "acme"}, 12), ({"tenant": "ops"}, 12)):
+        params = {"format": "json", **query}
+        rows = (await world.http.get("/v1/cache/table", params=params, headers=bearer("ops-key"))).json()
+        assert rows["num_rows"] == num_rows
+
+
+async def test_a_tenants_check_tells_nothing_of_how_much_others_have(world):
+    await world.write(PROMPT, None, GLOBEX)
+    await world.write(PROMPT, None, ACME)
+    reply = await world.http.post("/v1/cache/check", json={"prompt": PROMPT}, headers=bearer("acme-key"))
+    progress = [json.loads(line) for line in reply.text.splitlines()[:-1]]
+    assert {line["tier"]: line["held"] for line in progress} == {"device": 0, "host": 6, "disk": 6, "remote": 0}
 
 
 async def test_stats_tell_what_tenants_have_and_each_its_own(world):
