@@ -14,10 +14,13 @@ _MAX_REMEMBERED = 10_000
 
 
 def digest(asked: Sequence[GenerateRequest]) -> bytes:
-    """Return 16 bytes, the same for the same prompt and parameters but for the seed, which is often drawn by us."""
+    """Return 16 bytes, the same for the same prompt and parameters but for the seed, which is often drawn by us.
+
+    Of another tenant, or with another cache_salt, they differ: nobody can tell by it what others asked.
+    """
     first = asked[0]
     params = msgspec.structs.replace(first.params, seed=0)
-    return hashlib.blake2b(msgspec.msgpack.encode((first.token_ids, params)), digest_size=16).digest()
+    return hashlib.blake2b(msgspec.msgpack.encode((first.salt, first.token_ids, params)), digest_size=16).digest()
 
 
 class Suspects:

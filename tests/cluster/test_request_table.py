@@ -137,6 +137,19 @@ def test_all_that_ran_on_a_crashed_worker_are_suspects_until_they_gave_some_toke
     assert ingress.has_ended()
 
 
+def test_what_was_a_suspect_is_none_with_another_salt(ingress):
+    ingress.run("d1")
+    ingress.tell(WorkerLost("d1", "disconnected"))
+    ingress.tell(placed("r#2", "d2"))
+    ((_, message),) = ingress.sent()
+    assert message.is_suspect
+    for request_id, salt, is_suspect in (("s", b"another tenant's", False), ("t", b"", True)):
+        ingress.tell(RequestAdded((msgspec.structs.replace(ask(request_id), salt=salt),)))
+        ingress.tell(placed(request_id, "d3"))
+        ((_, message),) = ingress.sent()
+        assert (message.salt, message.is_suspect) == (salt, is_suspect)
+
+
 def test_who_was_alone_in_the_step_of_the_second_crash_ends_and_the_others_move(ingress):
     ingress.run("d1", ask("bad"))
     ingress.run("d1", ask("good", seed=1))
