@@ -193,7 +193,7 @@ class Carrying:
             case BlocksFilled(filled, are_whole):
                 return self._end_fill(filled, np.asarray(are_whole, bool), now_s)
             case BlocksStored(stored, dropped):
-                return self._end_store(stored, dropped)
+                return self._end_store(stored, dropped, now_s)
 
     def _go_on(
         self, read: ReadOut, arrived: Sequence[bool] | StoreError, targets: Sequence[memoryview], now_s: float
@@ -286,12 +286,13 @@ class Carrying:
             *(filled.blocks, filled.sources, deadline_s),
         )
 
-    def _end_store(self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError) -> CarryingAnswer:
-        question = stored.question
+    def _end_store(self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError, now_s: float) -> CarryingAnswer:
+        question, entry = stored.question, self._stores[stored.tier]
         if isinstance(dropped, StoreError):
+            entry.on_failed(now_s)  # or each further piece of an import would wait for it as long
             is_put = isinstance(question, PutBlocks)  # then they are held all the same
             return stored.answer if is_put else msgspec.structs.replace(stored.answer, error=dropped.info())
-        entry = self._stores[stored.tier]
+        entry.on_worked()
         names = [block.name for block in stored.blocks]
         kept = [name for name in names if entry.store.find(name) is not None]
         entry.on_written({block.tenant for block in stored.blocks}, dropped)

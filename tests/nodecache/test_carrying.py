@@ -131,7 +131,10 @@ def test_a_disk_that_cannot_be_written_costs_nothing_of_what_was_put_in():
     world.disk.error = StoreError("the disk is full")
     done = put(world, names)
     assert (done.num_done, done.error, world.held(names)) == (4, None, names)
+    assert put(world, names_of(range(4, 8)), first_index=4).num_done == 4
+    assert world.cache.tiers["disk"].num_failed == 1  # it is left alone: nobody waits for it again and again
     world.disk.error = None
+    world.now_s += 1
     [write] = world.cache.writing_down.begin(world.now_s)
     assert [block.name for block in write.blocks] == names
 
