@@ -141,7 +141,8 @@ def unpack_manifest(model: Model, file_name: str, data: bytes) -> Rows | str:
     is_wide = len(table.schema) > len(_FIELDS)
     schema = _schema(model, is_wide=is_wide)
     if not table.schema.equals(schema, check_metadata=True):
-        return f"it has columns of {table.schema.metadata}, wanted {schema.metadata}"
+        seen, wanted = (", ".join(f"{each.name} {each.type}" for each in one) for one in (table.schema, schema))
+        return f"it has columns of {table.schema.metadata}, wanted {schema.metadata}: {seen}, wanted {wanted}"
     if any(column.null_count for column in table.columns):
         return "it has rows with nothing in them"
     rows = np.zeros(table.num_rows, ROW)

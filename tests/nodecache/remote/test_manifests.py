@@ -151,7 +151,7 @@ def test_one_of_another_model_is_told(rows):
         ("num_tokens", pa.array([16, 1 << 31, 16, 0], pa.uint32()), "blocks of 16 to 2147483648 tokens"),
         ("written", pa.array([1, 2, -3, 4], pa.timestamp("us", "UTC")), "rows of an impossible time"),
         ("written", pa.array([1, 2, 1 << 62, 4], pa.timestamp("us", "UTC")), "rows of an impossible time"),
-        ("position", pa.array([0, 1, 2, 3], pa.uint64()), "it has columns of"),
+        ("position", pa.array([0, 1, 2, 3], pa.uint64()), "position uint64, "),
         ("position", pa.array([0, 1, None, 3], pa.uint32()), "nothing in them"),
     ],
 )
