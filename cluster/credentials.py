@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -39,11 +40,7 @@ def cluster_secret(path: str | None) -> ClusterSecret:
 
 
 def _found_secret(path: str | None) -> ClusterSecret | None:
-    source, text = "KVRAY_SECRET", environment_credential("KVRAY_SECRET")
-    if path is not None:
-        source, text = "network.secret_file", _read(path, "network.secret_file")
-    elif (named := environment_credential("KVRAY_SECRET_FILE")) is not None:
-        source, text = "KVRAY_SECRET_FILE", _read(named, "KVRAY_SECRET_FILE")
+    source, text = _text_of("network.secret_file", path, "KVRAY_SECRET_FILE", "KVRAY_SECRET")
     if text is None:
         return None
     try:
@@ -108,11 +105,7 @@ def callers(config: KvrayConfig) -> Callers:
 
 
 def _tenant_salt_secret(path: str | None) -> bytes:
-    source, text = "KVRAY_TENANT_SALT", environment_credential("KVRAY_TENANT_SALT")
-    if path is not None:
-        source, text = "tenants.salt_file", _read(path, "tenants.salt_file")
-    elif (named := environment_credential("KVRAY_TENANT_SALT_FILE")) is not None:
-        source, text = "KVRAY_TENANT_SALT_FILE", _read(named, "KVRAY_TENANT_SALT_FILE")
+    source, text = _text_of("tenants.salt_file", path, "KVRAY_TENANT_SALT_FILE", "KVRAY_TENANT_SALT")
     if text is None:
         raise ConfigError(
             f"no salt secret for tenants on node {os.uname().nodename}: name a file (tenants.salt_file), or set "
@@ -200,6 +193,21 @@ class CredentialFiles:
         os.fchmod(descriptor, stat.S_IRUSR | stat.S_IWUSR)
         os.write(descriptor, text.encode())
         return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _text_of(
+    setting: str,
+    path: str | None,
+    file_variable: Literal["KVRAY_SECRET_FILE", "KVRAY_TENANT_SALT_FILE"],
+    variable: Literal["KVRAY_SECRET", "KVRAY_TENANT_SALT"],
+) -> tuple[str, str | None]:
+    """Return where a secret was found, and its text: in the file that is set, or what the environment says; or None."""
+    if path is not None:
+        return setting, _read(path, setting)
+    named = environment_credential(file_variable)
+    if named is not None:
+        return file_variable, _read(named, file_variable)
+    return variable, environment_credential(variable)
 
 
 def _read(path: str, source: str) -> str:
