@@ -208,7 +208,7 @@ def move(
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a prompt's blocks from one tier to another, on each node: copied and verified, then dropped above."""
+    """Bring a prompt's blocks from one tier to another, on each node: copied and verified, then dropped there."""
     body = prompt_body(text, file, cache_salt, tenant) | {"source": source, "target": target}
     done = _followed(url, "/v1/cache/move", key_of(api_key, api_key_file), body)
     show_work(done, f"moved to {target}", as_json=as_json)
