@@ -287,6 +287,18 @@ def test_what_a_hint_keeps_stays_and_hints_keep_at_most_half():
     assert world.held(kept) == []
 
 
+def test_what_one_tenant_keeps_costs_others_no_room_but_its_own():
+    world = World(400, quotas={7: 200})
+    for chain in range(5):
+        names = b"".join(names_of(range(40), f"kept {chain}"))
+        hints = (BlockHint(0, None, -2, 0.0), BlockHint(0, None, None, 600.0))
+        [granted] = world.say(RoomRequest(request_id="r", names=names, indexes=list(range(40)), tenant=7, hints=hints))
+        world.written(granted)
+    for chain in range(30):
+        assert len(world.write(names_of(range(40), f"others {chain}"))) == 40
+    assert world.pool.accounts[7] == 200
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
