@@ -334,10 +334,7 @@ class Carrying:
         if tier == "host":
             found = self._pool.find(b"".join(names))
             block_ids = found[found >= 0]
-            rows = self._pool.records(block_ids)
-            columns = (rows[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
-            held = map(StoredBlock, self._pool.names(block_ids), *columns)
-            return tuple(held), tuple(block_ids.tolist())
+            return self._pool.stored_blocks(block_ids), tuple(block_ids.tolist())
         entry = self._stores.get(tier)
         if entry is None:
             return (), ()

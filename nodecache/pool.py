@@ -23,6 +23,7 @@ from kvcache.pool import BlockState
 from messages.errors import InvariantError
 from nodecache.arena import RECORD, Arena, BlockIds, RecordState, as_ids
 from nodecache.quotas import Accounts
+from nodecache.store import StoredBlock
 from nodecache.worth import MAX_PRIORITY, Ghosts, Levels, Worth, heads_last, no_links
 
 Names = npt.NDArray[np.uint64]  #: `[n, 2]`, 16 bytes each
@@ -173,6 +174,12 @@ class HostPool:
         """Return copies of the records of blocks, `[n]` RECORD."""
         copies: npt.NDArray[Any] = self._records[block_ids]
         return copies
+
+    def stored_blocks(self, block_ids: BlockIds) -> tuple[StoredBlock, ...]:
+        """Return what a store is to keep of committed blocks."""
+        rows = self._records[block_ids]
+        columns = (rows[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
+        return tuple(map(StoredBlock, self.names(block_ids), *columns))
 
     def num_pins(self, block_ids: BlockIds) -> npt.NDArray[np.int32]:
         """Return how often each of these blocks is pinned."""

@@ -151,14 +151,13 @@ class WritingDown:
 
     def _begin(self, entry: TierStore, chain: _Chain, now_s: float) -> WriteBlocks:
         pool, block_ids = self._pool, chain.block_ids
-        names, rows = pool.names(block_ids), pool.records(block_ids)
+        blocks = pool.stored_blocks(block_ids)
         pool.pin(block_ids)
-        columns = (rows[key].tolist() for key in ("num_tokens", "checksum", "tenant"))
-        blocks = tuple(map(StoredBlock, names, *columns))
         write_id = next(self._ids)
         late_s = now_s + self._deadline_s + _GRACE_S
         self._writes[write_id] = _Write(
-            entry.tier, names, set(rows["tenant"].tolist()), block_ids, chain.are_leaving, late_s
+            *(entry.tier, [block.name for block in blocks], {block.tenant for block in blocks}),
+            *(block_ids, chain.are_leaving, late_s),
         )
         return WriteBlocks(write_id, entry.tier, blocks, tuple(block_ids.tolist()), self._deadline_s)
 
