@@ -65,6 +65,7 @@ _TABLES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
+_MAX_IMPORT_BYTES: Final = 32 << 20  #: of a piece, which has one block at least, however large
 _IMPORT_TYPE: Final = "application/msgpack"
 _FILES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "An Arrow IPC file, a row for each block; X-Num-Rows tells how many it is when it is whole"}
@@ -195,7 +196,7 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
     )
     async def take_in(request: Request) -> Response:
         """Put some blocks of an exported file into host memory, from where they are written down. All or none."""
-        body = await read_body(request, surface.limits.max_body_bytes, _IMPORT_TYPE)
+        body = await read_body(request, max(surface.limits.max_body_bytes, _MAX_IMPORT_BYTES), _IMPORT_TYPE)
         try:
             piece = import_decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
@@ -76,11 +77,13 @@ class RayNodeCache:
     def __init__(
         self, options: CacheOptions, read_secret: Callable[[], ClusterSecret], *, idle_s: float = _IDLE_S
     ) -> None:
-        """Use the node cache of this node for the model of `options`; it is made with these if there is none."""
+        """Use the node cache of this node for the model and settings of `options`, which is made if there is none."""
         self._node_id: str = ray.get_runtime_context().get_node_id()
         options = msgspec.structs.replace(options, ray_node_id=self._node_id)
         self._arguments = (options, read_secret, idle_s)
-        self._name = f"kvray-cache-{self._node_id}-{options.layout.fingerprint.hex()[:16]}"
+        # Of other settings another one: what an earlier deployment left ends by itself, with who still asks it.
+        settings = blake2b(msgspec.msgpack.encode(options.settings), digest_size=4).hexdigest()
+        self._name = f"kvray-cache-{self._node_id}-{options.layout.fingerprint.hex()[:16]}-{settings}"
         self._actor: Any = None
 
     async def info(self) -> WorkerInfo:
