@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, assert_never
 
+from messages.cache import MoveBlocks
 from messages.tier import Tier
 from nodecache.arena import Arena
 from nodecache.carrying import BlocksFilled, BlocksStored, FillBlocks, OutRead, ReadOut, StoreBlocks
@@ -66,10 +67,17 @@ class LongWorker:
                 granted = map(self._arena.block, work.block_ids.tolist())
                 return BlocksFilled(work, _copied(granted, work.sources, work.blocks))
             case StoreBlocks():
-                store = self._stores[work.tier]
-                return BlocksStored(work, _outcome(lambda: store.write(work.blocks, work.sources, work.deadline_s)))
+                return BlocksStored(work, _outcome(lambda: self._store(work)))
             case _ as unreachable:
                 assert_never(unreachable)
+
+    def _store(self, work: StoreBlocks) -> list[bytes]:
+        """Write blocks; those of which no other copy will stay are there for good."""
+        store = self._stores[work.tier]
+        dropped = store.write(work.blocks, work.sources, work.deadline_s)
+        if isinstance(work.question, MoveBlocks) and not work.question.keeps_source:
+            store.sync(work.deadline_s)
+        return dropped
 
     def _room(self, blocks: Sequence[StoredBlock]) -> list[memoryview]:
         size = self._block_bytes

@@ -212,6 +212,7 @@ def test_blocks_are_moved_down_and_up_again():
     world.events()
     assert sum(done.num_done for done in move(world, "host", "disk", names)) == 20
     assert (world.held(names), on_disk(world)) == ([], names)
+    assert world.disk.num_syncs > 0, "what lies nowhere else is there for good"
     events = world.events()
     assert (split_names(events["disk"][0]), set(split_names(events["host"][1]))) == (names, set(names))
     assert sum(done.num_tokens for done in move(world, "disk", "host", names)) == 20 * BLOCK_SIZE
