@@ -1,6 +1,6 @@
 """What tiers cost when nobody needs them: processor time of a worker per token, with and without host tier and disk.
 
-    python benchmarks/tiers_idle.py            five pairs, about eight minutes
+    python benchmarks/tiers_idle.py            three pairs, about four minutes
     python benchmarks/tiers_idle.py --quick    one pair, within 60 s
     python benchmarks/tiers_idle.py --record   also append to benchmarks/results/tiers_idle.jsonl
 
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser(__doc__, "tiers_idle", quick="one pair").parse_args()
     print(hardware())
     pairs: list[tuple[float, float]] = []
-    for number in range(1 if args.quick else 5):
+    for number in range(1 if args.quick else 3):
         disk = Path(tempfile.mkdtemp(prefix="kvray-disk-"))
         ways = {"off": [], "on": ["--host-memory", "256MiB", "--disk-dir", str(disk)]}
         taken = {name: measure(ways[name]) for name in sorted(ways, reverse=bool(number % 2))}
