@@ -137,7 +137,7 @@ def test_a_prompt_comes_back_from_disk_after_every_process_was_killed(slow_argum
         served.wait_until_idle()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.long
 def test_another_cluster_finds_in_a_bucket_what_this_one_computed(slow_arguments, swift, tmp_path):
     prompt = [random.Random(9).randrange(5, 250) for _ in range(1600)]
     remote = ["--remote", swift]
