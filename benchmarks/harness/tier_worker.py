@@ -91,7 +91,7 @@ class TierWorker:
     async def store(self, names: list[bytes]) -> None:
         """Write blocks of the pool into the arena, until the node cache has them committed."""
         num_wanted = self._offloader.num_blocks + len(names)
-        self._offloader.offer(OffloadBlocks(tuple(names), b""))
+        self._offloader.offer(OffloadBlocks(tuple(names), tenant=0))
         while self._offloader.num_blocks < num_wanted:
             await self._released.wait()
             self._released.clear()
@@ -141,7 +141,7 @@ class TierWorker:
             self._answers.put_nowait(message)
 
     def _lose(self, reason: object) -> None:
-        raise RuntimeError(f"the node cache is lost: {reason}")
+        raise SystemExit(f"the node cache is lost: {reason}")  # what an event loop lets through
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
