@@ -24,6 +24,7 @@ _GRACE_S = 1.0  #: by which a store may answer too late
 #: A batch takes about so long, and so many times as long as a store needs for any read.
 _BATCH_S = 0.02
 _FIXED_TIMES = 4.0
+_SLOW_READS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,10 @@ class Reading:
         self._batch_blocks = batch_blocks
         self._max_reads = max_reads
         self._deadline_s = deadline_s
-        self._prices = {entry.tier: LearnedPrices(2) for entry in tiers.all}  # of a read: 1, blocks
+        self._prices = {
+            entry.tier: LearnedPrices(2) for entry in tiers.all
+        }  # of a read: blocks, 1; all is laid to blocks at first
+        self._ended_s: dict[Tier, float] = {}  # the last read
         self._wanted: dict[bytes, _Wanted] = {}
         self._queues: Mapping[Tier, OrderedDict[str, deque[bytes]]] = {entry.tier: OrderedDict() for entry in tiers.all}
         self._ahead: set[str] = set()  # keys of those who only will ask
@@ -153,7 +157,11 @@ class Reading:
             num_running = len(running)
             has_hung = num_running >= self._max_reads and all(read.is_overdue for read in running)
             is_usable = self._tiers[tier].is_usable(now_s) and not has_hung
-            while queue and (num_running < self._max_reads or not is_usable):
+            # Of a slow store one more than is being read: what is wanted first would not come first.
+            is_slow = self._num_at_once(tier) < self._batch_blocks
+            num_hung = sum(read.is_overdue for read in running)
+            limit = min(self._max_reads, _SLOW_READS + num_hung) if is_slow else self._max_reads
+            while queue and (num_running < limit or not is_usable):
                 batch = self._next_batch(tier, queue)
                 if not batch:
                     continue
@@ -180,7 +188,10 @@ class Reading:
             entry.on_failed(now_s)
         if arrived is not None:
             entry.on_worked()
-            self._prices[read.tier].observe((1.0, float(len(read.wanted))), max(1e-6, now_s - read.began_s))
+            # Since the one before it came: a disk serves those that run beside each other one after the other.
+            elapsed_s = now_s - max(read.began_s, self._ended_s.get(read.tier, 0.0))
+            self._prices[read.tier].observe((float(len(read.wanted)), 1.0), max(1e-6, elapsed_s))
+            self._ended_s[read.tier] = now_s
             lost = [name for (name, _), is_there in zip(read.wanted, arrived, strict=True) if not is_there]
             entry.on_changed([], [name for name in lost if entry.store.find(name) is None])
             # Others may have written a block anew meanwhile, with other bytes: which came, nobody knows.
@@ -211,7 +222,7 @@ class Reading:
 
     def _num_at_once(self, tier: Tier) -> int:
         """Return how many blocks to read together: whoever asks goes on with what has come, while more is read."""
-        fixed_s, block_s = self._prices[tier].prices
+        block_s, fixed_s = self._prices[tier].prices
         if block_s <= 0:
             return self._batch_blocks
         return min(self._batch_blocks, int(max(_BATCH_S, _FIXED_TIMES * fixed_s) / block_s) + 1)
