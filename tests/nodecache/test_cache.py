@@ -668,3 +668,21 @@ def test_a_requests_hints_reach_what_is_held_and_what_is_written_later():
     rows = world.pool.records(world.pool.find(b"".join(names)))
     assert rows["pinned_until_s"].tolist() == [60.0, 60.0, 70.0, 0.0]
     assert rows["priority"].tolist() == [0, 0, 0, -1]
+
+
+def test_of_a_slow_store_a_little_is_read_at_a_time_in_the_order_wanted():
+    names = names_of(range(40))
+    world = World(64, {"disk": stored(names)}, batch_bytes=8 * BLOCK_BYTES)
+    world.ask(names[:8], "first")
+    world.now_s += 0.08  # ten milliseconds a block
+    world.move()
+    world.release("first")
+    world.ask(names[8:], "second", is_tail_first=True, first_index=8)
+    reads = [read for read in world.pending if isinstance(read, ReadBlocks)]
+    assert [read.names for read in reads] == [tuple(names[39:36:-1]), tuple(names[36:33:-1])]
+    world.now_s += 0.03
+    world.do(world.pending.pop(world.pending.index(reads[0])))
+    reads = [read for read in world.pending if isinstance(read, ReadBlocks)]
+    assert [read.names for read in reads] == [tuple(names[36:33:-1]), tuple(names[33:30:-1])]
+    world.move()
+    assert world.held(names) == names
