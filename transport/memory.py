@@ -58,6 +58,7 @@ NONCE_BYTES = 16
 
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not in Python's mmap yet
 _POPULATE_BYTES = 2 << 20  # at a time, about 1 ms
+_MAX_POPULATED_BYTES = 16 << 30  # of another's memory: the tables of these pages take 32 MiB in each process
 
 _HEADER = struct.Struct("<8sQQ16s")  # magic, layout version, num_bytes, nonce
 _MAGIC = b"kvraymem"
@@ -210,9 +211,9 @@ class SharedView:
         return opened
 
     def populate(self) -> None:
-        """As `Memory.populate`; ends early once the owner has withdrawn it."""
+        """As `Memory.populate`, of the first 16 GiB; ends early once the owner has withdrawn it."""
         advice = _MADV_POPULATE_READ if self.view.readonly else _MADV_POPULATE_WRITE
-        _populate(self._mapping, self.num_bytes, advice, self.is_current)
+        _populate(self._mapping, min(self.num_bytes, _MAX_POPULATED_BYTES), advice, self.is_current)
 
     def is_current(self) -> bool:
         """Tell whether the owner still publishes this memory under the nonce it was opened with."""

@@ -203,6 +203,20 @@ def test_nothing_remains_after_a_process_was_killed():
     assert held - shared_bytes() > num_bytes / 2
 
 
+@pytest.mark.parametrize("is_writable", [False, True])
+def test_anothers_memory_is_populated_without_a_change_and_not_once_it_was_withdrawn(is_writable):
+    memory = Memory.allocate((5 << 20) + 123)
+    memory.view[:4] = b"here"
+    memory.publish()
+    view = SharedView.open(os.getpid(), memory.fd, memory.num_bytes, memory.nonce, is_writable=is_writable)
+    view.populate()
+    assert bytes(view.view[:4]) == b"here"
+    assert not any(view.view[4:])
+    memory.withdraw()
+    view.populate()
+    memory.close()
+
+
 def test_populating_changes_no_byte():
     memory = Memory.allocate((5 << 20) + 123)
     memory.view[:4] = b"here"
