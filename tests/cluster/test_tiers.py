@@ -167,7 +167,8 @@ def test_every_answer_is_right_while_blocks_move_and_node_caches_are_killed_and_
 def test_every_answer_of_every_kind_of_model_is_right_while_blocks_move(family, tmp_path):
     sizes = {"max_position_embeddings": 2048, **FAMILIES[family]}
     model_dir = make_tiny_model(tmp_path / "tiny", family, **sizes)
-    arguments = [str(model_dir), "--dtype", "float32", "--prefill", "1", "--decode", "2", *SIZES]
+    memory = ["--kv-cache-memory", "6MiB", "--host-memory", "4MiB", "--disk-capacity", "64MiB"]
+    arguments = [str(model_dir), "--dtype", "float32", "--prefill", "1", "--decode", "2", *memory]
     asks = [ask for ask in mixed_asks(230, seed=family) if len(ask.prompt) < 1900][:200] * 2
     check_beside_kills(arguments, Reference(model_dir), tmp_path, asks, num_kills=20)
 
