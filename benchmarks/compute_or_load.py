@@ -54,7 +54,7 @@ MIB = 1 << 20
 LENGTHS = (1024, 4096, 7680)  #: tokens
 SPEEDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0)  #: seconds of loading for a second of computing
 NUM_LEARNING = 4
-DISK_BYTES = 2 << 30
+DISK_BYTES = 8 << 30
 DEADLINE_S = 60.0
 #: Where loading takes between this and its inverse of computing, a mixture is to help.
 MIXED = 0.5
