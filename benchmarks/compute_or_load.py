@@ -144,6 +144,10 @@ class Prompts:
             self._store.write(some, [self._block] * len(some), DEADLINE_S)
         return prompt
 
+    def draw_many(self, num_tokens: int, num_prompts: int) -> list[list[int]]:
+        """Make some."""
+        return [self.draw(num_tokens) for _ in range(num_prompts)]
+
     def close(self) -> None:
         """Let another process have the directory."""
         self._store.sync(DEADLINE_S)
@@ -189,9 +193,10 @@ async def measure(model: str, lengths: tuple[int, ...], speeds: tuple[float, ...
                 directory = root / str(num_tokens)
                 prompts = Prompts(worker.info, directory, vocabulary)
                 each = 3 * (num_rounds + NUM_LEARNING)
-                drawn = [[prompts.draw(num_tokens) for _ in range(each)] for _ in speeds]
-                alone = [prompts.draw(num_tokens) for _ in range(5)]
-                prompts.close()
+                # In a thread: a client that says nothing for seconds is taken for lost.
+                drawn = [await asyncio.to_thread(prompts.draw_many, num_tokens, each) for _ in speeds]
+                alone = await asyncio.to_thread(prompts.draw_many, num_tokens, 5)
+                await asyncio.to_thread(prompts.close)
                 compute_s = median([await client.first_token_s(p, None, kind="compute") for p in alone])
                 num_bytes = num_tokens // worker.info.block_size * worker.info.block_bytes
                 for speed, some in zip(speeds, drawn, strict=True):
