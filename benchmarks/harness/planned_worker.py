@@ -34,7 +34,7 @@ def _forced_loads(*arguments: Any, **options: Any) -> LoadPlan:
     return _plan_loads(*arguments, **(options | {"queue_s": _FOREVER_S}))
 
 
-sourcing.Sourcing.plan = planned  # type: ignore[method-assign]
+sourcing.Sourcing.plan = planned
 
 if __name__ == "__main__":
     asyncio.run(main())

@@ -55,7 +55,8 @@ class Fleet:
         self._gone: dict[bytes, tuple[str, float]] = {}  # of what nobody holds any more: whose was the last copy, when
         self._numbers = count()
         self._router = Router()
-        roles: list[Role] = [*["prefill"] * num_prefill, *["decode"] * num_decode]  # type: ignore[list-item]
+        counts: dict[Role, int] = {"prefill": num_prefill, "decode": num_decode}
+        roles = [role for role, number in counts.items() for _ in range(number)]
         self._workers = {
             worker_id: Worker(self, role, worker_id, num_blocks)
             for worker_id, role in ((f"{role} {number}", role) for number, role in enumerate(roles))

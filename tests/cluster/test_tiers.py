@@ -129,7 +129,7 @@ def test_a_prompt_comes_back_from_disk_after_every_process_was_killed(slow_argum
     with serving(*slow_arguments, *disk, log_dir=tmp_path / "two") as served:
         wait_for_cache(served, "kvray_disk_blocks", len(prompt) // 16)
         warm, sources = ask(served, prompt)
-        assert sources["disk"] > 0, "all of it was computed again"
+        assert sources["disk"] >= len(prompt) // 2, "most of it was not computed again"
         assert warm == cold
         again, sources = ask(served, prompt)
         assert sources["disk"] == 0, "what came up stays up"
@@ -151,7 +151,7 @@ def test_another_cluster_finds_in_a_bucket_what_this_one_computed(slow_arguments
     with serving(*slow_arguments, *remote, log_dir=tmp_path / "two") as served:
         wait_for_cache(served, "kvray_remote_blocks", len(prompt) // 16)
         warm, sources = ask(served, prompt)
-        assert sources["remote"] > 0, "all of it was computed again"
+        assert sources["remote"] >= len(prompt) // 2, "most of it was not computed again"
         assert warm == cold
         served.wait_until_idle()
 
