@@ -240,9 +240,10 @@ def draw(cells: list[Cell], path: Path) -> None:
 def main() -> None:
     options = parser(__doc__, "compute_or_load", quick="one length, three speeds")
     options.add_argument("--model", default="demo")
+    options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     args = options.parse_args()
     print(hardware())
-    lengths, speeds, num_rounds = ((2048,), (0.25, 1.0, 4.0), 5) if args.quick else (LENGTHS, SPEEDS, 7)
+    lengths, speeds, num_rounds = ((2048,), (0.25, 1.0, 4.0), 5) if args.quick else (tuple(args.lengths), SPEEDS, 7)
     cells = asyncio.run(measure(args.model, lengths, speeds, num_rounds))
     if args.record:
         record("compute_or_load", [asdict(cell) for cell in cells])
