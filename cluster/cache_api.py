@@ -23,6 +23,7 @@ from cluster.openai import prompts
 from cluster.openai.body import BodyDecoder, read_body
 from cluster.openai.cache_protocol import (
     CACHE_TIERS,
+    NODE_TIERS,
     CacheStatsReply,
     CheckRequest,
     ClearRequest,
@@ -70,9 +71,15 @@ _IMPORT_TYPE: Final = "application/msgpack"
 _FILES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "An Arrow IPC file, a row for each block; X-Num-Rows tells how many it is when it is whole"}
 }
-_WHOSE: Final = [
+_IMPORT_QUERY: Final = [
     {"name": "cache_salt", "in": "query", "schema": {"type": "string"}, "description": "to name them with"},
     {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "whose they become"},
+    {
+        "name": "tier",
+        "in": "query",
+        "schema": {"type": "array", "items": {"enum": list(NODE_TIERS)}},
+        "description": "may take them in, the nearest first; default: all of them",
+    },
 ]
 
 
@@ -191,11 +198,11 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
 
     @app.post(
         "/v1/cache/import",
-        openapi_extra=body_of(ImportRequest, _IMPORT_TYPE) | {"parameters": _WHOSE},
+        openapi_extra=body_of(ImportRequest, _IMPORT_TYPE) | {"parameters": _IMPORT_QUERY},
         responses=answers(WorkReply),
     )
     async def take_in(request: Request) -> Response:
-        """Put some blocks of an exported file into host memory, from where they are written down. All or none."""
+        """Put some blocks of an exported file into host memory, and a store below it; damaged ones: none at all."""
         body = await read_body(request, max(surface.limits.max_body_bytes, _MAX_IMPORT_BYTES), _IMPORT_TYPE)
         try:
             piece = import_decoder.decode(body)
@@ -203,8 +210,11 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
             raise RequestError(f"body: no blocks in MessagePack: {error}", code="invalid_body") from None
         query = request.query_params
         meant = surface.callers.meant(_caller(request), query.get("tenant"))
-        cache_salt = query.get("cache_salt")
-        return _json(await prefixes.put(piece, meant.salt(cache_salt), meant.owner(cache_salt)))
+        cache_salt, wanted = query.get("cache_salt"), query.getlist("tier") or NODE_TIERS
+        tiers: list[Tier] = [tier for tier in NODE_TIERS if tier in wanted]
+        if unknown := set(wanted).difference(NODE_TIERS):
+            raise bad_field("tier", min(unknown), f"one of {', '.join(NODE_TIERS)}")
+        return _json(await prefixes.put(piece, meant.salt(cache_salt), meant.owner(cache_salt), tiers))
 
 
 def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:

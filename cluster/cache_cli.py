@@ -340,7 +340,10 @@ def _counts(one: dict[str, Any], verb: str) -> str:
         return f"{one['freed_files']} files or objects ({_size(one['freed_bytes'])}) given back"
     more = [f"{one['in_use']} in use stay"] if one["in_use"] else []
     more += [f"{one['damaged']} damaged"] if one["damaged"] else []
+    more += [f"{count} of them to {tier} only" for tier, count in one["below"].items()]
     more += [f"{one['without_room']} without room"] if one["without_room"] else []
+    more += [f"{one['above_quota']} above the quota"] if one["above_quota"] else []
+    more += [f"{one['not_stored']} not stored"] if one["not_stored"] else []
     return ", ".join([f"{one['blocks']} blocks ({one['tokens']} tokens, {_size(one['bytes'])}) {verb}", *more])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -98,7 +99,10 @@ class Sum:
             bytes=before.bytes + done.num_done * info.block_bytes,
             in_use=before.in_use + done.num_in_use,
             damaged=before.damaged + done.num_damaged,
+            below=dict(Counter(before.below) + Counter(done.num_below)),
             without_room=before.without_room + done.num_without_room,
+            above_quota=before.above_quota + done.num_above_quota,
+            not_stored=before.not_stored + done.num_failed,
             freed_files=before.freed_files + done.num_freed_files,
             freed_bytes=before.freed_bytes + done.num_freed_bytes,
         )

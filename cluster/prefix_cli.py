@@ -64,19 +64,24 @@ def take_in(
     file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
     cache_salt: Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are to find it.")] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Whose requests are to find it.")] = None,
+    tier: Annotated[
+        list[str] | None, typer.Option("--tier", help="host, disk, remote: which may take it in; default: all of them.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put an exported prompt's KV into host memory of each node, from where it is written down. For operators.
+    """Put an exported prompt's KV into host memory of each node, and to its nearest store. For operators.
 
-    All of the file is verified before the first block is sent, and each block again where it is to lie.
+    What host memory has no room for goes to the store alone. All of the file is verified before the first block is
+    sent, and each block again where it is to lie.
     """
     from cluster.prefix_file import PrefixFile
 
     query = {"cache_salt": cache_salt, "tenant": tenant}
-    path = f"/v1/cache/import?{urlencode({name: value for name, value in query.items() if value is not None})}"
+    named = [(name, value) for name, value in query.items() if value is not None]
+    path = f"/v1/cache/import?{urlencode([*named, *(('tier', one) for one in tier or ())])}"
     key = key_of(api_key, api_key_file)
     whole: dict[str, Any] = {}
     with contextlib.closing(PrefixFile(file)) as prefix, progress() as bars:
@@ -112,10 +117,15 @@ def _next_bytes(response: http.client.HTTPResponse) -> bytes:
 
 
 def _added(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Add what was done with one piece to what was done before."""
+    """Add what was done with one piece to what was done before; a failure that goes on is told once."""
     if not whole:
         return part
-    for tier, counts in part["tiers"].items():
-        before = whole["tiers"].setdefault(tier, dict.fromkeys(counts, 0))
-        whole["tiers"][tier] = {name: before[name] + number for name, number in counts.items()}
-    return {**part, "tiers": whole["tiers"], "failures": [*whole["failures"], *part["failures"]]}
+    failures = [*whole["failures"], *(one for one in part["failures"] if one not in whole["failures"])]
+    return {**part, "tiers": _summed(whole["tiers"], part["tiers"]), "failures": failures}
+
+
+def _summed(one: Any, other: Any) -> Any:
+    """Add numbers, and those of the same names in mappings."""
+    if isinstance(one, int):
+        return one + other
+    return {**one, **{name: _summed(one[name], value) if name in one else value for name, value in other.items()}}

@@ -143,10 +143,10 @@ class Prefixes:
 
     # -------------------------------------------------------------------------------------------------------------- in
 
-    async def put(self, piece: ImportRequest, salt: bytes, tenant: int) -> WorkReply:
-        """Put some blocks of a file into the host memory of each node that serves their model, under names of `salt`.
+    async def put(self, piece: ImportRequest, salt: bytes, tenant: int, tiers: Sequence[Tier]) -> WorkReply:
+        """Put some blocks of a file into the tiers of each node that serves their model, under names of `salt`.
 
-        `tenant`: whose they are from then on.
+        `tenant`: whose they are from then on. `tiers`: that may have them, the nearest first.
 
         Raises:
             CapacityError: no router, or no node cache is there.
@@ -170,19 +170,21 @@ class Prefixes:
             checksums=piece.checksums,
             data=piece.data,
             tenant=tenant,
+            tiers=tuple(tiers),
         )
         total = Sum(fitting)
         asked = [self._dispatcher.ask_owner(info, question, _TIMEOUT_S) for info in fitting]
         for info, answer in zip(fitting, await asyncio.gather(*asked, return_exceptions=True), strict=True):
             if isinstance(answer, KvrayError):
-                total.add(Piece(info, "host", failure=answer.message))
+                total.add(Piece(info, tiers[0], failure=answer.message))
             elif isinstance(answer, BaseException):
                 raise answer
             else:
                 assert isinstance(answer, PieceDone)
-                if answer.error is not None:
-                    raise error_from_info(answer.error)
-                total.add(Piece(info, "host", answer))
+                error = None if answer.error is None else error_from_info(answer.error)
+                if isinstance(error, RequestError):
+                    raise error
+                total.add(Piece(info, tiers[0], answer, None if error is None else error.message))
         return total.reply()
 
 

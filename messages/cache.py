@@ -113,7 +113,10 @@ class CheckBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class MoveBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a node cache: bring blocks of this tier to another one; a bounded number of them for each question."""
+    """To a node cache: bring blocks of this tier to another one; a bounded number of them for each question.
+
+    What a tier above does not take in comes as far up as there is room, and stays where it is at worst.
+    """
 
     query_id: str
     tier: Tier  #: where they lie
@@ -155,7 +158,8 @@ class BlocksFetched(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class PutBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To a node cache: take these whole blocks into the arena. All of them are verified before the first is held.
 
-    At most PIECE_BYTES, or one block. The answer is a PieceDone; an `error` says that none was taken.
+    At most PIECE_BYTES, or one block. They go to the nearest store at once, and so do those that find no room above.
+    The answer is a PieceDone; a RequestError in it says that none was taken.
     """
 
     query_id: str
@@ -168,6 +172,7 @@ class PutBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     checksums: bytes  #: uint64, little endian
     data: memoryview  #: the blocks, concatenated
     tenant: int = 0  #: 64 bits of a digest of who they belong to; 0: nobody in particular
+    tiers: tuple[Tier, ...] = ("host", "disk", "remote")  #: that may take them in now, the nearest first
 
 
 class PieceDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -178,7 +183,10 @@ class PieceDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_tokens: int = 0  #: of those
     num_in_use: int = 0  #: blocks that stay because somebody reads or writes them
     num_damaged: int = 0  #: of the verified ones, those that did not have their checksum
-    num_without_room: int = 0  #: blocks that were not taken in: what is there is worth more, or used
+    num_below: dict[Tier, int] = {}  #: of those taken in or moved, the blocks that came no further up than this tier
+    num_without_room: int = 0  #: blocks that no tier took in: what is there is worth more, or used
+    num_above_quota: int = 0  #: blocks that no tier took in: their tenant has its quota
+    num_failed: int = 0  #: blocks that no tier took in: the store that might have had them failed
     num_freed_files: int = 0  #: files or objects that were given up
     num_freed_bytes: int = 0  #: that they took, as far as it is known
     num_held: int = 0  #: blocks of the whole tier, or of what was asked for by name: for who shows progress

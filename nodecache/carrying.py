@@ -1,9 +1,12 @@
 """Blocks carried out of a tier, into one, and from one to another, because somebody who manages it wants it. Pure.
 
     FetchBlocks --> ReadOut --------------------------------> BlocksFetched
-    MoveBlocks ---> ReadOut --> FillBlocks (up to the arena) --> dropped where they lay --> PieceDone
-                          '---> StoreBlocks (to a store) -----'
+    MoveBlocks ---> ReadOut --> FillBlocks (up to the arena) --> StoreBlocks --> dropped where they lay --> PieceDone
+                          '--------------------------------------^
     PutBlocks ----------------> FillBlocks --> StoreBlocks (to the nearest store) --> PieceDone
+
+What a tier does not take in goes to the next one below it that may have it, of a move the ones above its source; the
+answer counts what lies where, and what lies nowhere, by why.
 
 What was read out is a copy in plain memory that has its checksum, so that nothing needs to be pinned meanwhile. Blocks
 of the arena that are filled are in nobody else's books; a process that dies leaves them to be quarantined.
@@ -11,9 +14,10 @@ of the arena that are filled are in nobody else's books; a process that dies lea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -34,6 +38,9 @@ _SIGHTS: Final = 2  #: somebody kept it, and somebody wants it
 _UINT32: Final = 2**32 - 1
 _UINT64: Final = 2**64 - 1
 
+#: Why a tier did not take blocks in: what is there is worth more or used; their tenant's quota; its store failed.
+Refusal: TypeAlias = Literal["no room", "quota", "failure"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadOut:
@@ -51,7 +58,10 @@ class ReadOut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FillBlocks:
-    """Copy blocks into those of the arena, and verify what was copied, in any thread; BlocksFilled answers."""
+    """Copy blocks into those of the arena, and verify what was copied, in any thread; BlocksFilled answers.
+
+    Blocks beyond `block_ids` found no room: they are only verified.
+    """
 
     asker: bytes
     question: MoveBlocks | PutBlocks
@@ -61,6 +71,7 @@ class FillBlocks:
     indexes: tuple[int, ...]  #: their positions in their prefix
     sources: tuple[memoryview, ...]
     block_ids: BlockIds
+    refusal: Refusal  #: of those beyond `block_ids`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +82,11 @@ class StoreBlocks:
     question: MoveBlocks | PutBlocks
     answer: PieceDone
     settled: tuple[bytes, ...]
+    arrived: tuple[bytes, ...]  #: names of blocks of a MoveBlocks that lie nearer than their source now
     tier: Tier
     blocks: tuple[StoredBlock, ...]
     sources: tuple[memoryview, ...]
+    num_above: int  #: of them, the first, that lie in the arena too: those of a PutBlocks
     deadline_s: float
 
 
@@ -92,7 +105,7 @@ class OutRead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlocksFilled:
-    """A FillBlocks was carried out: which blocks have their checksums."""
+    """A FillBlocks was carried out: which blocks have their checksums, also of those that are only verified."""
 
     filled: FillBlocks
     are_whole: Sequence[bool]
@@ -134,14 +147,14 @@ class Carrying:
         return ReadOut(asker, question, answer, (), question.tier, blocks, block_ids, deadline_s)
 
     def put(self, asker: bytes, question: PutBlocks, now_s: float) -> CarryingInstruction | CarryingAnswer:
-        """Take blocks in that are not here yet, as far as there is room that is worth no more."""
+        """Take blocks in that are not here yet: into the arena where there is room that is worth no more, or below."""
         try:
             names = self._checked(question)
         except RequestError as error:
             return PieceDone(query_id=question.query_id, error=error.info())
         sums = np.frombuffer(question.checksums, "<u8").tolist()
-        here = self._pool.find(question.names) >= 0
-        lacking = np.flatnonzero(~here).tolist()
+        here = {block.name for block in self._held(_wanted(question), names)[0]}
+        lacking = [i for i, name in enumerate(names) if name not in here]
         data, size = question.data, self._layout.block_bytes
         answer = PieceDone(
             query_id=question.query_id,
@@ -152,6 +165,8 @@ class Carrying:
         blocks = [StoredBlock(names[i], question.block_size, sums[i], question.tenant & _UINT64) for i in lacking]
         indexes = [question.first_index + i for i in lacking]
         sources = [data[i * size : (i + 1) * size] for i in lacking]
+        if not blocks:
+            return answer
         return self._fill(asker, question, answer, (), blocks, indexes, sources, now_s)
 
     def move(self, asker: bytes, question: MoveBlocks) -> CarryingInstruction | CarryingAnswer:
@@ -171,7 +186,7 @@ class Carrying:
         settled = tuple(block.name for block in blocks if block.name in at_target)
         is_lacking = [block.name not in at_target for block in blocks]
         if not any(is_lacking):
-            return self._end_move(question, answer, settled, 0)
+            return self._end_move(question, answer, settled, ())
         return ReadOut(
             asker,
             question,
@@ -212,15 +227,14 @@ class Carrying:
         if isinstance(question, FetchBlocks):
             return self._fetched(question, blocks, sources)
         if not blocks:
-            return self._end_move(question, read.answer, read.settled, 0)
+            return self._end_move(question, read.answer, read.settled, ())
         if question.target == "host":
             position = {name: index for index, name in enumerate(whole_names(question.names))}
             indexes = [min(question.first_index + position[block.name], _UINT32) for block in blocks]
             return self._fill(read.asker, question, read.answer, read.settled, blocks, indexes, sources, now_s)
-        deadline_s = self._cache.limits.write_deadline_s
         return StoreBlocks(
-            *(read.asker, question, read.answer, read.settled, question.target),
-            *(tuple(blocks), tuple(sources), deadline_s),
+            *(read.asker, question, read.answer, read.settled, (), question.target),
+            *(tuple(blocks), tuple(sources), 0, self._cache.limits.write_deadline_s),
         )
 
     def _fill(
@@ -233,82 +247,130 @@ class Carrying:
         indexes: Sequence[int],
         sources: Sequence[memoryview],
         now_s: float,
-    ) -> CarryingInstruction | CarryingAnswer:
+    ) -> FillBlocks:
         """Take room in the arena, heads first: whoever manages it values it more than who would be granted it."""
-        positions, ones = np.array(indexes, np.int64), np.ones(len(indexes), np.int64)
-        levels = self._pool.worth.levels(positions, _SIGHTS * ones, MAX_PRIORITY * ones)
-        tenant = blocks[0].tenant if blocks else 0  # of one chain
-        block_ids = self._pool.take(levels.tolist(), now_s, tenant)
-        count = len(block_ids)
-        self._cache.num_filling += count
-        answer = msgspec.structs.replace(answer, num_without_room=len(blocks) - count)
-        if not count:
-            return self._end_move(question, answer, settled, 0) if isinstance(question, MoveBlocks) else answer
+        tenant = blocks[0].tenant  # of one chain
+        block_ids = as_ids([])
+        if isinstance(question, MoveBlocks) or "host" in question.tiers:
+            positions, ones = np.array(indexes, np.int64), np.ones(len(indexes), np.int64)
+            levels = self._pool.worth.levels(positions, _SIGHTS * ones, MAX_PRIORITY * ones)
+            block_ids = self._pool.take(levels.tolist(), now_s, tenant)
+        self._cache.num_filling += len(block_ids)
+        refusal: Refusal = "quota" if self._pool.accounts.room(tenant) == 0 else "no room"
         return FillBlocks(
             *(asker, question, answer, settled),
-            *(tuple(blocks[:count]), tuple(indexes[:count]), tuple(sources[:count]), block_ids),
+            blocks=tuple(blocks),
+            indexes=tuple(indexes),
+            sources=tuple(sources),
+            block_ids=block_ids,
+            refusal=refusal,
         )
 
     def _end_fill(
         self, filled: FillBlocks, are_whole: npt.NDArray[np.bool_], now_s: float
     ) -> CarryingInstruction | CarryingAnswer:
-        """Name what was filled, if all of it is whole."""
+        """Name what was filled, if all of it is whole; have the rest of it written below."""
         pool, question, block_ids = self._pool, filled.question, filled.block_ids
         self._cache.num_filling -= len(block_ids)
         if not are_whole.all():
             pool.give_back(block_ids)
             position = filled.indexes[int(np.argmin(are_whole))]
             error = RequestError(f"block {position}: its bytes do not have its checksum; nothing of this piece is kept")
-            return msgspec.structs.replace(filled.answer, num_without_room=0, error=error.info())
+            return msgspec.structs.replace(filled.answer, error=error.info())
+        count = len(block_ids)
+        above = filled.blocks[:count]
         written = Written(
             block_ids,
-            as_names(b"".join(block.name for block in filled.blocks)),
-            np.array([block.checksum for block in filled.blocks], np.uint64),
-            np.array([block.num_tokens for block in filled.blocks], np.uint32),
-            np.array(filled.indexes, np.uint32),
+            as_names(b"".join(block.name for block in above)),
+            np.array([block.checksum for block in above], np.uint64),
+            np.array([block.num_tokens for block in above], np.uint32),
+            np.array(filled.indexes[:count], np.uint32),
         )
-        is_new = pool.commit(written, np.full(len(block_ids), _SIGHTS, np.uint32), now_s)
+        is_new = pool.commit(written, np.full(count, _SIGHTS, np.uint32), now_s)
         pool.give_back(block_ids[~is_new])  # a worker wrote the same block meanwhile: that one will do
         pool.unpin(block_ids[is_new])
         if isinstance(question, MoveBlocks):
-            names = tuple(block.name for block in filled.blocks)
-            return self._end_move(question, filled.answer, (*filled.settled, *names), len(names))
-        self._cache.writing_down.offer(block_ids[is_new])
-        num_tokens = sum(block.num_tokens for block in filled.blocks)
-        answer = _with_more(filled.answer, len(filled.blocks), num_tokens)
-        nearest = next((entry for entry in self._cache.tiers.all if entry.is_usable(now_s)), None)
-        if nearest is None:
-            return answer
-        # At once, so that more can be put in than the arena holds; what fails is written down like other blocks.
-        deadline_s = self._cache.limits.write_deadline_s
-        return StoreBlocks(
-            *(filled.asker, question, answer, (), nearest.tier),
-            *(filled.blocks, filled.sources, deadline_s),
-        )
+            arrived = tuple(block.name for block in above)
+            rest = StoreBlocks(
+                *(filled.asker, question, filled.answer, filled.settled, arrived, "host"),
+                *(filled.blocks[count:], filled.sources[count:], 0, 0.0),
+            )
+        else:
+            self._cache.writing_down.offer(block_ids[is_new])
+            answer = _with_more(filled.answer, count, sum(block.num_tokens for block in above))
+            # All of them at once, so that more can be put in than the arena holds.
+            rest = StoreBlocks(
+                *(filled.asker, question, answer, (), (), "host"), *(filled.blocks, filled.sources, count, 0.0)
+            )
+        return self._go_below(rest, filled.refusal, now_s)
 
-    def _end_store(self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError, now_s: float) -> CarryingAnswer:
+    def _go_below(self, left: StoreBlocks, refusal: Refusal, now_s: float) -> StoreBlocks | CarryingAnswer:
+        """Have what a tier did not take in written to the next one that may have it; `refusal`: why it did not."""
+        question = left.question
+        for entry in self._allowed_below(question, left.tier) if left.blocks else ():
+            if entry.is_usable(now_s):
+                deadline_s = self._cache.limits.write_deadline_s
+                return dataclasses.replace(left, tier=entry.tier, deadline_s=deadline_s)
+            refusal = "failure"
+        answer = _with_refused(left.answer, len(left.blocks) - left.num_above, refusal)
+        if isinstance(question, MoveBlocks):
+            return self._end_move(question, answer, left.settled, left.arrived)
+        return answer
+
+    def _allowed_below(self, question: MoveBlocks | PutBlocks, tier: Tier) -> list[TierStore]:
+        """Return the stores below a tier that may have blocks which that one did not take in, the nearest first."""
+        tiers: list[Tier] = ["host", *self._stores]
+        below = tiers[tiers.index(tier) + 1 :]
+        if isinstance(question, PutBlocks):
+            return [self._stores[one] for one in below if one in question.tiers]
+        is_above_source = tiers.index(question.tier)  # what does not come so far stays where it is
+        return [self._stores[one] for one in below if tiers.index(one) < is_above_source]
+
+    def _end_store(
+        self, stored: StoreBlocks, dropped: Sequence[bytes] | StoreError, now_s: float
+    ) -> StoreBlocks | CarryingAnswer:
+        """Count what a store took in, and go on with what it did not."""
         question, entry = stored.question, self._stores[stored.tier]
+        refusal: Refusal = "failure"
+        kept: set[bytes] = set()
+        answer = stored.answer
         if isinstance(dropped, StoreError):
             entry.on_failed(now_s)  # or each further piece of an import would wait for it as long
-            is_put = isinstance(question, PutBlocks)  # then they are held all the same
-            return stored.answer if is_put else msgspec.structs.replace(stored.answer, error=dropped.info())
-        entry.on_worked()
-        names = [block.name for block in stored.blocks]
-        kept = [name for name in names if entry.store.find(name) is not None]
-        entry.on_written({block.tenant for block in stored.blocks}, dropped)
-        entry.on_changed(kept, dropped)
+            answer = msgspec.structs.replace(answer, error=dropped.info())
+        else:
+            entry.on_worked()
+            names = [block.name for block in stored.blocks]
+            kept = {name for name in names if entry.store.find(name) is not None}
+            tenants = {block.tenant for block in stored.blocks}
+            entry.on_written(tenants, dropped)
+            entry.on_changed([name for name in names if name in kept], dropped)
+            has_quota = any(entry.store.accounts.room(tenant) is not None for tenant in tenants)
+            refusal = "quota" if has_quota else "no room"
+        nowhere_else = list(zip(stored.blocks, stored.sources, strict=True))[stored.num_above :]
+        came = [block for block, _ in nowhere_else if block.name in kept]
+        left = [(block, source) for block, source in nowhere_else if block.name not in kept]
+        if stored.tier != _wanted(question) and came:
+            answer = msgspec.structs.replace(answer, num_below=answer.num_below | {stored.tier: len(came)})
         if isinstance(question, PutBlocks):
-            return stored.answer
-        answer = msgspec.structs.replace(stored.answer, num_without_room=len(names) - len(kept))  # above a quota
-        return self._end_move(question, answer, (*stored.settled, *kept), len(kept))
+            answer = _with_more(answer, len(came), sum(block.num_tokens for block in came))
+        rest = dataclasses.replace(
+            stored,
+            answer=answer,
+            arrived=(*stored.arrived, *(block.name for block in came)),
+            blocks=tuple(block for block, _ in left),
+            sources=tuple(source for _, source in left),
+            num_above=0,
+        )
+        return self._go_below(rest, refusal, now_s)
 
     def _end_move(
-        self, question: MoveBlocks, answer: PieceDone, names: tuple[bytes, ...], num_new: int
+        self, question: MoveBlocks, answer: PieceDone, settled: tuple[bytes, ...], arrived: tuple[bytes, ...]
     ) -> CarryingAnswer:
-        """Drop blocks where they lay, unless they are to stay; `num_new` of `names` were not at the target before."""
-        blocks, block_ids = self._held(question.tier, names)
+        """Drop blocks where they lay, unless they are to stay: what `arrived` elsewhere, or was there before."""
         if question.keeps_source:
-            return _with_more(answer, num_new, sum(block.num_tokens for block in blocks[len(blocks) - num_new :]))
+            blocks, _ = self._held(question.tier, arrived)
+            return _with_more(answer, len(arrived), sum(block.num_tokens for block in blocks))
+        blocks, block_ids = self._held(question.tier, (*settled, *arrived))
         if question.tier == "host":
             gone = set(self._pool.drop(as_ids(block_ids)).tolist())
             dropped = [block for block, block_id in zip(blocks, block_ids, strict=True) if block_id in gone]
@@ -378,12 +440,30 @@ class Carrying:
         last_index = question.first_index + len(names) - 1
         if not (question.first_index >= 0 and last_index <= _UINT32 and 0 < question.block_size <= _UINT32):
             raise RequestError(f"blocks: got {question.first_index} as the first, of {question.block_size} tokens")
-        if last_index >= self._pool.num_blocks and not self._stores:
+        if not any(tier == "host" or tier in self._stores for tier in question.tiers):
+            there = ", ".join(["host", *self._stores])
+            raise RequestError(f"tiers: got {', '.join(question.tiers)}, want one of those that are here: {there}")
+        if last_index >= self._pool.num_blocks and not self._allowed_below(question, "host"):
             raise RequestError(
                 f"a prefix of more than {last_index} blocks: host memory has room for {self._pool.num_blocks} here, "
-                "and there is no store below"
+                "and there is no store below that may take them in"
             )
         return names
+
+
+def _wanted(question: MoveBlocks | PutBlocks) -> Tier:
+    """Return the tier where blocks are wanted first of all."""
+    return question.target if isinstance(question, MoveBlocks) else question.tiers[0]
+
+
+def _with_refused(answer: PieceDone, num_blocks: int, refusal: Refusal) -> PieceDone:
+    match refusal:
+        case "no room":
+            return msgspec.structs.replace(answer, num_without_room=num_blocks)
+        case "quota":
+            return msgspec.structs.replace(answer, num_above_quota=num_blocks)
+        case "failure":
+            return msgspec.structs.replace(answer, num_failed=num_blocks)
 
 
 def _with_more(answer: PieceDone, num_blocks: int, num_tokens: int) -> PieceDone:

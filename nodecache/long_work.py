@@ -64,8 +64,10 @@ class LongWorker:
                 sources = map(self._arena.block, work.block_ids)
                 return OutRead(work, _copied(targets, sources, work.blocks), targets)
             case FillBlocks():
-                granted = map(self._arena.block, work.block_ids.tolist())
-                return BlocksFilled(work, _copied(granted, work.sources, work.blocks))
+                granted, count = map(self._arena.block, work.block_ids.tolist()), len(work.block_ids)
+                copied = _copied(granted, work.sources[:count], work.blocks[:count])
+                rest = zip(work.sources[count:], work.blocks[count:], strict=True)
+                return BlocksFilled(work, [*copied, *(checksum(source) == block.checksum for source, block in rest)])
             case StoreBlocks():
                 return BlocksStored(work, _outcome(lambda: self._store(work)))
             case _ as unreachable:

@@ -151,7 +151,10 @@ class TierCounts(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0  #: of those
     in_use: int = 0  #: blocks that stay because somebody uses them right now
     damaged: int = 0  #: of the verified ones: they did not have their checksum
-    without_room: int = 0  #: blocks that were not taken in: what is there is worth more, or used
+    below: dict[Tier, int] = {}  #: of those taken in or moved, the blocks that came no further up than this tier
+    without_room: int = 0  #: blocks that no tier took in: what is there is worth more, or used
+    above_quota: int = 0  #: blocks that no tier took in: their tenant has its quota
+    not_stored: int = 0  #: blocks that no tier took in: the store that might have had them failed
     freed_files: int = 0  #: files or objects that were given up
     freed_bytes: int = 0  #: that they took, as far as it is known
 

@@ -125,13 +125,15 @@ def test_where_there_is_no_store_a_prefix_that_the_arena_does_not_hold_is_refuse
     assert world.pool.num_held == 4
 
 
-def test_a_disk_that_cannot_be_written_costs_nothing_of_what_was_put_in():
+def test_a_disk_that_cannot_be_written_is_told_and_costs_nothing_of_what_is_in_the_arena():
     world = World()
     names = names_of(range(4))
     world.disk.error = StoreError("the disk is full")
     done = put(world, names)
-    assert (done.num_done, done.error, world.held(names)) == (4, None, names)
-    assert put(world, names_of(range(4, 8)), first_index=4).num_done == 4
+    assert (done.num_done, done.num_failed, world.held(names)) == (4, 0, names)
+    assert (done.error.kind, done.error.message) == ("StoreError", "the disk is full")
+    done = put(world, names_of(range(4, 8)), first_index=4)
+    assert (done.num_done, done.error) == (4, None)
     assert world.cache.tiers["disk"].num_failed == 1  # it is left alone: nobody waits for it again and again
     world.disk.error = None
     world.now_s += 1
@@ -182,15 +184,92 @@ def test_what_are_no_blocks_of_this_model_is_refused_with_the_reason(fields, wor
     assert world.pool.num_held == 0
 
 
-def test_what_is_put_in_makes_room_by_worth_and_never_takes_what_is_used():
-    world = World(8)
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_what_is_put_in_makes_room_by_worth_and_never_takes_what_is_used(has_disk):
+    world = World(8, has_disk=has_disk)
     used, cold = names_of(range(3)), names_of(range(10, 15))
     world.write(used, is_pinned=True)
     world.write(cold)
     done = put(world, names_of(range(20, 28)))
-    assert (done.num_done, done.num_without_room) == (5, 3)
+    assert (done.num_done, done.num_without_room, done.num_below) == ((8, 0, {"disk": 3}) if has_disk else (5, 3, {}))
+    assert done.num_tokens == done.num_done * BLOCK_SIZE
     assert world.held([*used, *cold]) == used
     assert world.held(names_of(range(20, 28))) == names_of(range(20, 25))  # heads
+    assert on_disk(world) == (names_of(range(20, 28)) if has_disk else [])
+
+
+def full_world(**fields) -> World:
+    """One whose arena takes nothing in: all of it is used."""
+    world = World(2, **fields)
+    world.write(names_of(range(90, 92)), is_pinned=True)
+    return world
+
+
+def refused(done) -> tuple[int, int, int]:
+    return done.num_without_room, done.num_above_quota, done.num_failed
+
+
+def test_what_no_tier_takes_in_is_told_with_the_reason():
+    names = names_of(range(4))
+    world = full_world(has_disk=False)
+    assert refused(put(world, names[:2])) == (2, 0, 0)
+    world = full_world(quotas={7: 3})
+    done = put(world, names, tenant=7)
+    assert (done.num_done, done.num_below, refused(done)) == (3, {"disk": 3}, (0, 1, 0))
+    assert on_disk(world) == names[:3]
+    world = full_world()
+    world.disk.error = StoreError("the disk is full")
+    done = put(world, names)
+    assert (done.num_done, done.error.message, refused(done)) == (0, "the disk is full", (0, 0, 4))
+    done = put(world, names)  # the disk is left alone: nobody waits for it
+    assert (done.num_done, done.error, refused(done)) == (0, None, (0, 0, 4))
+    world.disk.error = None
+    world.now_s += 10
+    assert put(world, names).num_below == {"disk": 4}
+
+
+def test_what_the_nearest_store_does_not_take_in_goes_to_the_one_below_it():
+    names = names_of(range(4))
+    for quotas, error, below in (
+        ({7: 1}, None, {"disk": 1, "remote": 3}),
+        ({}, StoreError("the disk is full"), {"remote": 4}),
+    ):
+        world = full_world(quotas=quotas, has_remote=True)
+        world.disk.error = error
+        done = put(world, names, tenant=7)
+        assert (done.num_done, done.num_below, refused(done)) == (4, below, (0, 0, 0))
+        assert done.error == (error and error.info())
+        assert list(world.remote.names()) == names[4 - below["remote"] :]
+        assert world.events()["remote"] == (b"".join(names[4 - below["remote"] :]), b"")
+    both = World(64, has_remote=True)
+    put(both, names)
+    assert (on_disk(both), list(both.remote.names())) == (names, [])
+
+
+def test_blocks_go_into_the_tiers_that_are_wanted_and_into_no_others():
+    names = names_of(range(4))
+    world = World(64, names[:1], has_remote=True)
+    done = put(world, names, tiers=("disk",))
+    assert (done.num_done, done.num_below, world.held(names), on_disk(world)) == (4, {}, [], names)
+    assert split_names(world.events()["disk"][0]) == names[1:]
+    done = put(world, names, tiers=("remote",))
+    assert (done.num_done, done.num_below, list(world.remote.names())) == (4, {}, names)
+    full = full_world()
+    done = put(full, names[:2], tiers=("host",))
+    assert (done.num_done, refused(done), on_disk(full)) == (0, (2, 0, 0), [])
+    for tiers in ((), ("device",), ("remote",)):
+        done = put(full, names, tiers=tiers)
+        assert "want one of those that are here: host, disk" in done.error.message
+
+
+def test_what_goes_to_a_store_only_is_verified_before():
+    world = full_world()
+    names = names_of(range(4))
+    data = bytearray(b"".join(map(content_of, names)))
+    data[-1] ^= 1
+    done = put(world, names, data=memoryview(data))
+    assert "block 3: its bytes do not have its checksum" in done.error.message
+    assert (done.num_done, refused(done), on_disk(world)) == (0, (0, 0, 0), [])
 
 
 def test_a_block_that_a_worker_writes_meanwhile_is_held_once():
@@ -244,7 +323,7 @@ def test_what_is_above_a_quota_at_the_target_stays_and_is_told():
     world = World(quotas={7: 3})
     world.write(names, tenant=7)
     [done] = move(world, "host", "disk", names)
-    assert (done.num_done, done.num_without_room) == (3, 2)
+    assert (done.num_done, refused(done)) == (3, (0, 2, 0))
     assert (world.held(names), on_disk(world)) == (names[3:], names[:3])
 
 
@@ -299,6 +378,7 @@ def test_a_store_that_cannot_be_written_leaves_all_where_it_was():
     world.disk.error = StoreError("the disk is full")
     [done] = move(world, "host", "disk", names)
     assert (done.error.message, done.num_done, world.held(names)) == ("the disk is full", 0, names)
+    assert refused(done) == (0, 0, 2)
 
 
 def test_without_room_above_it_stays_below():
@@ -306,8 +386,25 @@ def test_without_room_above_it_stays_below():
     world = World(4, names)
     world.write(names_of(range(10, 13)), is_pinned=True)
     [done] = move(world, "disk", "host", names)
-    assert (done.num_done, done.num_without_room) == (1, 3)
+    assert (done.num_done, done.num_below, refused(done)) == (1, {}, (3, 0, 0))
     assert (world.held(names), on_disk(world)) == (names[:1], names[1:])
+
+
+@pytest.mark.parametrize("keeps_source", [False, True])
+def test_without_room_above_it_comes_up_as_far_as_there_is_room(keeps_source):
+    names = names_of(range(4))
+    world = World(4, quotas={7: 2}, has_remote=True)
+    world.remote.write(
+        [StoredBlock(name, BLOCK_SIZE, checksum_of(name), 7) for name in names],
+        [memoryview(content_of(name)) for name in names],
+        1.0,
+    )
+    world.write(names_of(range(10, 13)), is_pinned=True)
+    [done] = move(world, "remote", "host", names, keeps_source=keeps_source)
+    assert (done.num_done, done.num_tokens, done.num_below, refused(done)) == (3, 48, {"disk": 2}, (0, 1, 0))
+    assert (world.held(names), on_disk(world)) == (names[:1], names[1:3])
+    assert list(world.remote.names()) == (names if keeps_source else names[3:])
+    assert (world.disk.num_syncs > 0) is not keeps_source
 
 
 def test_a_tier_that_is_not_there_is_an_error_only_as_a_target():

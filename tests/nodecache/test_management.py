@@ -24,18 +24,21 @@ from tests.nodecache.blocks import BLOCK_BYTES, BLOCK_SIZE, checksum, checksum_o
 class World:
     """A node cache with a disk, and who manages it; the threads that its work wants are here."""
 
-    def __init__(self, num_blocks: int = 64, stored=(), *, has_disk: bool = True, quotas=None, **limits) -> None:
+    def __init__(
+        self, num_blocks: int = 64, stored=(), *, has_disk: bool = True, has_remote: bool = False, quotas=None, **limits
+    ) -> None:
         """`quotas`: in blocks, of tenants on disk."""
         self.pool = pool_of(num_blocks)
         self.disk = LoopbackStore(100_000, checksum, Accounts(quotas))
         blocks = [StoredBlock(name, BLOCK_SIZE, checksum_of(name)) for name in stored]
         self.disk.write(blocks, [memoryview(content_of(name)) for name in stored], 1.0)
         limits = {"lease_s": 10.0, "batch_bytes": 4 * BLOCK_BYTES} | limits
-        stores = {"disk": self.disk} if has_disk else {}
+        self.remote = LoopbackStore(100_000, checksum)
+        stores = ({"disk": self.disk} if has_disk else {}) | ({"remote": self.remote} if has_remote else {})
         self.cache = NodeCache(self.pool, stores, CacheLimits(**limits))
         self.management = Management(self.cache)
         self.now_s = 100.0
-        self.worker = LongWorker(self.pool.arena, {"disk": self.disk})
+        self.worker = LongWorker(self.pool.arena, stores)
         self.between = lambda: None  #: what happens when long work is done, before its outcome is known
 
     def write(self, names, tenant=0, *, is_pinned=False) -> None:

@@ -39,6 +39,7 @@ from nodecache.process import CacheProcess, CacheSettings
 from nodecache.quotas import Accounts, TenantQuota
 from tests.nodecache.blocks import BLOCK_SIZE, FINGERPRINT, checksum, content_of
 from tests.nodecache.client import CacheClient
+from tests.nodecache.disk.faulty_files import FaultyFiles
 from tests.nodecache.test_process import BLOCK_BYTES, options_of
 from text.tokenizer import Tokenizer
 from transport.channel import ChannelConfig, ChannelServer
@@ -137,6 +138,7 @@ class World:
     dispatcher: Dispatcher
     http: httpx.AsyncClient
     disk: DiskStore
+    files: FaultyFiles  #: of the disk
 
     async def post(self, path: str, *, key: str = "a-key", **body: object) -> dict:
         reply = await self.http.post(f"/v1/cache/{path}", json=body, headers=bearer(key))
@@ -204,7 +206,9 @@ async def managed(
             TenantQuota(tenant=GLOBEX.owner(None), name="globex"),
         )
         accounts = Accounts.of(quotas, "disk", BLOCK_BYTES)
-        made.disk = DiskStore(root, Model(FINGERPRINT, 1, BLOCK_BYTES), 64 << 20, checksum, accounts=accounts)
+        made.files = FaultyFiles()
+        model_on_disk = Model(FINGERPRINT, 1, BLOCK_BYTES)
+        made.disk = DiskStore(root, model_on_disk, 64 << 20, checksum, accounts=accounts, files=made.files)
         options = msgspec.structs.replace(options_of(num_blocks), settings=CacheSettings(tenants=quotas))
         made.cache = CacheProcess(options, secret, options.layout.allocate(), {"disk": made.disk})
         info = await made.cache.start()

@@ -25,7 +25,8 @@ from text.tokenizer import Tokenizer
 
 def counts_of(blocks: int, **others: int) -> dict[str, int]:
     """What a WorkReply says of a tier of which so many blocks were done."""
-    none = dict.fromkeys(("in_use", "damaged", "without_room", "freed_files", "freed_bytes"), 0)
+    refused = ("without_room", "above_quota", "not_stored")
+    none = dict.fromkeys(("in_use", "damaged", *refused, "freed_files", "freed_bytes"), 0) | {"below": {}}
     return {"blocks": blocks, "tokens": blocks * BLOCK_SIZE, "bytes": blocks * BLOCK_BYTES} | none | others
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from pathlib import Path
 
 import httpx
@@ -53,7 +54,7 @@ def pieces_of(path: Path) -> list[ImportRequest]:
         return [msgspec.structs.replace(piece, data=memoryview(bytes(piece.data))) for piece in prefix.pieces()]
 
 
-async def take_in(world: World, piece: ImportRequest, **query: str) -> httpx.Response:
+async def take_in(world: World, piece: ImportRequest, **query: str | list[str]) -> httpx.Response:
     body = msgspec.msgpack.encode(piece)
     return await world.http.post("/v1/cache/import", content=body, headers=MSGPACK, params=query)
 
@@ -180,6 +181,46 @@ async def test_what_is_altered_or_of_another_model_is_a_400_and_nothing_of_it_is
     assert (await take_in(other, good_piece())).status_code == 200
 
 
+@pytest.fixture
+async def small(tmp_path, tokenizer, served_model):
+    """A deployment with an arena of four blocks."""
+    async with managed(tmp_path / "small", tokenizer, served_model(tokenizer), num_held=0, num_blocks=4) as made:
+        yield made
+
+
+async def test_what_host_memory_has_no_room_for_lies_on_disk_and_the_answer_says_so(small, tmp_path):
+    names = names_of(PROMPT)
+    counts = (await take_in(small, good_piece())).json()["tiers"]["host"]
+    assert (counts["blocks"], counts["below"], counts["without_room"]) == (ALL, {"disk": 2}, 0)
+    assert small.held(names) == names[:4]
+    await until(lambda: small.is_known(names[-1], "disk"))
+    assert (await small.post("lookup", prompt=PROMPT))["tokens"] == {"host": 64, "disk": ALL * BLOCK_SIZE}
+    await exported(small, tmp_path / "file")
+    table = pa.ipc.open_file(tmp_path / "file").read_all()
+    assert table["data"].to_pylist() == [content_of(name, BLOCK_BYTES) for name in names]
+
+
+async def test_an_import_goes_into_the_tiers_that_it_names(small):
+    refused = await take_in(small, good_piece(), tier="host")
+    assert (refused.status_code, "no store below that may take them in" in refused.text) == (400, True)
+    tiers = (await take_in(small, good_piece(), tier=["remote", "disk"])).json()["tiers"]
+    assert (list(tiers), tiers["disk"]["blocks"], tiers["disk"]["below"]) == (["disk"], ALL, {})
+    refused = await take_in(small, good_piece(), tier=["host", "device"])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tier")
+    refused = await take_in(small, good_piece(), tier="remote")
+    assert (refused.status_code, "want one of those that are here: host, disk" in refused.text) == (400, True)
+
+
+async def test_a_disk_that_fails_is_told_beside_what_was_taken_in(small):
+    small.files.failing = dict.fromkeys(("open", "write"), errno.ENOSPC)
+    reply = (await take_in(small, good_piece())).json()
+    counts = reply["tiers"]["host"]
+    assert (counts["blocks"], counts["not_stored"], counts["below"]) == (4, 2, {})
+    [failure] = reply["failures"]
+    assert failure["worker_id"] == small.cache.worker_id
+    assert "No space left on device" in failure["message"]
+
+
 async def test_without_a_node_cache_there_is_nowhere_to_put_it(other):
     other.router._cache_stats.clear()
     await other.cache.close()
@@ -246,6 +287,25 @@ async def test_garbage_is_collected(world):
 
 
 # ------------------------------------------------------------------------------------------------------ kvray cache ...
+
+
+@pytest.mark.slow
+async def test_the_command_line_says_what_was_taken_in_where_and_what_was_not(world, small, tmp_path):
+    names = await world.write(PROMPT)
+    await world.post("clear", everything=True, tiers=["device"], dry_run=False)  # what lies in one place is one piece
+    await until(lambda: world.is_known(names[-1], "host") and not world.is_known(names[0], "device"))
+    file = tmp_path / "prefix.arrow"
+    await exported(world, file)
+    did = await kvray(small, "import", file)
+    assert did.stdout == "host: 6 blocks (96 tokens, 24 KiB) taken in, 2 of them to disk only\n"
+    await kvray(small, "clear", "--everything", "--no-dry-run")
+    did = await kvray(small, "import", file, "--tier", "disk")
+    assert did.stdout == "disk: 6 blocks (96 tokens, 24 KiB) taken in\n"
+    await kvray(small, "clear", "--everything", "--no-dry-run")
+    small.files.failing = dict.fromkeys(("open", "write"), errno.ENOSPC)
+    did = await kvray(small, "import", file, code=1)
+    assert did.stdout == "host: 4 blocks (64 tokens, 16 KiB) taken in, 2 not stored\n"
+    assert "No space left on device" in did.stderr
 
 
 async def kvray(world: World, *arguments: object, code: int = 0):
