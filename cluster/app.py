@@ -154,6 +154,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         lease_s=config.network.lease_s,
         stall_s=config.network.stall_s,
         cache=_cache_settings(config.tiers, config.tenants),
+        tenants={tenant_number(tenant.name): tenant.name for tenant in config.tenants.members},
         roads=RoadOptions(
             names=config.network.roads,
             port_range=config.network.port_range,

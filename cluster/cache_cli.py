@@ -83,7 +83,7 @@ def stats(
     _print_rows(rows)
     used = [
         (name, owner["worker_id"], tier, _size(one["bytes"]), _size(one["quota_bytes"]))
-        for owner in document["caches"]
+        for owner in [*document["workers"], *document["caches"]]
         for name, tiers in owner["tenants"].items()
         for tier, one in tiers.items()
     ]

@@ -15,13 +15,13 @@ import msgspec
 from cluster.dispatch import Dispatcher
 from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import (
+    CACHE_TIERS,
     NODE_TIERS,
     CacheFailure,
     CacheStatsReply,
     HeldTokens,
     Holder,
     LookupReply,
-    NodeTier,
     OwnerStats,
     TenantStats,
     TierCounts,
@@ -215,13 +215,10 @@ class Caches:
         caches = [_owner(cache.info, cache.values, NODE_TIERS) for stats in told for cache in stats.caches]
         if tenant is None:
             return CacheStatsReply(workers=workers, caches=caches)
-        own = [
-            msgspec.structs.replace(
-                cache, tiers={}, tenants={name: one for name, one in cache.tenants.items() if name == tenant}
-            )
-            for cache in caches
-        ]
-        return CacheStatsReply(workers=[], caches=own)
+        return CacheStatsReply(
+            workers=[_seen_by(tenant, worker) for worker in workers],
+            caches=[_seen_by(tenant, cache) for cache in caches],
+        )
 
     async def listed(
         self, tiers: Sequence[Tier], tenant: int | None
@@ -468,14 +465,20 @@ def _owner(info: WorkerInfo, values: dict[str, float] | None, tiers: Sequence[Ti
     )
 
 
-def _tenant_stats(values: dict[str, float]) -> dict[str, dict[NodeTier, TenantStats]]:
-    found: dict[str, dict[NodeTier, TenantStats]] = {}
+def _seen_by(tenant: str, owner: OwnerStats) -> OwnerStats:
+    """Return of what an owner has only what it has of a tenant."""
+    own = {name: one for name, one in owner.tenants.items() if name == tenant}
+    return msgspec.structs.replace(owner, tiers={}, tenants=own)
+
+
+def _tenant_stats(values: dict[str, float]) -> dict[str, dict[Tier, TenantStats]]:
+    found: dict[str, dict[Tier, TenantStats]] = {}
     for full_name, value in values.items():
         if full_name.startswith("kvray_cache_tenant_bytes{"):
             name, tier = labels_of(full_name)["tenant"], labels_of(full_name)["tier"]
             quota = values.get(full_name.replace("_bytes{", "_quota_bytes{"))
             one = TenantStats(bytes=int(value), quota_bytes=None if quota is None else int(quota))
-            found.setdefault(name, {}).update({known: one for known in NODE_TIERS if known == tier})
+            found.setdefault(name, {}).update({known: one for known in CACHE_TIERS if known == tier})
     return found
 
 

@@ -8,7 +8,7 @@ another generation, and counts as not there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -54,25 +54,30 @@ class PoolManagement:
         send: Callable[[bytes, Message], object],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_changed: Callable[[], None],
+        tenants: Mapping[int, str],
     ) -> None:
-        """Answer by `send`; what takes time is spawned. `on_changed` is called when blocks were dropped."""
+        """Answer by `send`; what takes time is spawned. `on_changed` is called when blocks were dropped.
+
+        `tenants`: names of those that are counted, by the numbers in their blocks.
+        """
         self._pool = pool
         self._checksums = checksums
         self._kind = kind
         self._send = send
         self._spawn = spawn
         self._on_changed = on_changed
+        self._tenants = tenants
         self._max_blocks = max(1, PIECE_BYTES // kind.block_bytes)
         self._turn = asyncio.Lock()  # one piece at a time is copied or verified, whoever asks
 
     def take(self, asker: bytes, question: CacheQuestion) -> None:
         """Take in a question; the answer goes to the asker, now or later."""
         match question:
-            case ListBlocks(tier="device", tenant=None):
+            case ListBlocks(tier="device"):
                 self._send(asker, self._list(question))
             case ListBlocks():
                 self._send(asker, self._listed(question, [], None))
-            case ClearBlocks(tier="device", tenant=None):
+            case ClearBlocks(tier="device"):
                 self._send(asker, self._clear(question))
             case CheckBlocks(tier="device"):
                 self._spawn(self._check(asker, question))
@@ -102,10 +107,15 @@ class PoolManagement:
             "kvray_block_bytes": self._kind.block_bytes,
             "kvray_block_size_tokens": pool.block_size,
         }
+        num_blocks = pool.num_blocks_by_tenant() if self._tenants else {}
+        for tenant, name in self._tenants.items():
+            label = f'{{tenant="{name}",tier="device"}}'
+            values[f"kvray_cache_tenant_bytes{label}"] = num_blocks.get(tenant, 0) * self._kind.block_bytes
         return {name: float(value) for name, value in values.items()}
 
     def _list(self, question: ListBlocks) -> BlocksListed:
-        return self._listed(question, *self._chosen(None, question.cursor, _LISTED_BLOCKS))
+        block_ids, next_cursor = self._chosen(None, question.cursor, _LISTED_BLOCKS)
+        return self._listed(question, self._of_tenant(block_ids, question.tenant), next_cursor)
 
     def _listed(self, question: ListBlocks, block_ids: Sequence[int], next_cursor: int | None) -> BlocksListed:
         pool = self._pool
@@ -117,6 +127,7 @@ class PoolManagement:
             places=np.array(block_ids, "<u8").tobytes(),
             num_tokens=np.full(len(block_ids), pool.block_size, "<u4").tobytes(),
             checksums=b"",  # most are not known
+            tenants=np.array([pool.tenant(block_id) for block_id in block_ids], "<u8").tobytes(),
             num_pins=np.array([pool.num_pins(block_id) for block_id in block_ids], "<i4").tobytes(),
             next_cursor=next_cursor,
         )
@@ -124,6 +135,7 @@ class PoolManagement:
     def _clear(self, question: ClearBlocks) -> PieceDone:
         pool = self._pool
         block_ids, next_cursor = self._chosen(question.names, question.cursor, _TOUCHED_BLOCKS)
+        block_ids = self._of_tenant(block_ids, question.tenant)
         gone = [block_id for block_id in block_ids if pool.state(block_id) is BlockState.EVICTABLE]
         if not question.is_dry_run:
             gone = pool.drop(gone)
@@ -211,6 +223,10 @@ class PoolManagement:
         end = begin + num_blocks
         found = [block_id for block_id in map(pool.find, every[begin:end]) if block_id is not None]
         return found, end if end < len(every) else None
+
+    def _of_tenant(self, block_ids: list[int], tenant: int | None) -> list[int]:
+        """Return those of the blocks that are this one's; None: all."""
+        return block_ids if tenant is None else [each for each in block_ids if self._pool.tenant(each) == tenant]
 
     def _generations(self, block_ids: Sequence[int]) -> list[int]:
         return [self._pool.generation(block_id) for block_id in block_ids]

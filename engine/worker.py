@@ -13,8 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, assert_never
@@ -126,6 +126,7 @@ class WorkerOptions:
     stall_s: float  #: a pull is given up when nothing arrived for so long
     roads: RoadOptions
     cache: CacheSettings | None = None  #: of this node's cache; None: there is to be none
+    tenants: Mapping[int, str] = field(default_factory=dict)  #: names of those that are counted, by number
 
 
 #: Finds the node cache of this node for a model, which is started if it does not run; a KvrayError where it cannot.
@@ -227,6 +228,7 @@ class EngineWorker:
             self.send,
             self.spawn,
             self._flush_events,
+            options.tenants,
         )
         self._role: WorkerRole | None = None
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker

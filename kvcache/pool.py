@@ -14,7 +14,7 @@ a peer who copies a block can see that it was reused meanwhile.
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -80,6 +80,7 @@ class BlockPool:
             self._generations[block_id] = base
         self._num_pins = [0] * num_blocks
         self._names: list[bytes | None] = [None] * num_blocks
+        self._tenants = [0] * num_blocks  # 0: nobody's in particular, or without a name
         self._by_name: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the last freed is the first reused, still in cache
         self._is_spare = bytearray(num_blocks)  # another holder keeps the block that is committed there
@@ -131,6 +132,16 @@ class BlockPool:
     def name(self, block_id: int) -> bytes | None:
         """Return the name under which the block is committed; None where it has none."""
         return self._names[block_id]
+
+    def tenant(self, block_id: int) -> int:
+        """Return whose the block is, 64 bits; 0: nobody's in particular, or it has no name."""
+        return self._tenants[block_id]
+
+    def num_blocks_by_tenant(self) -> Counter[int]:
+        """Count the blocks of each tenant; what is nobody's is left out. Looks at all blocks: 3 ms for 100,000."""
+        counts = Counter(self._tenants)
+        del counts[0]
+        return counts
 
     def num_pins(self, block_id: int) -> int:
         """Return how many times the block is pinned."""
@@ -235,8 +246,10 @@ class BlockPool:
                     if used_s is not None:
                         queue.move_to_end(block_id, last=False)
 
-    def commit(self, block_id: int, name: bytes) -> bool:
+    def commit(self, block_id: int, name: bytes, tenant: int = 0) -> bool:
         """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
+
+        `tenant`: whose it is, 64 bits (kvcache.names); 0: nobody's in particular.
 
         Raises:
             InvariantError: the block is not being written, or has another name.
@@ -248,6 +261,7 @@ class BlockPool:
             return False
         if self._names[block_id] is None:
             self._names[block_id] = name
+            self._tenants[block_id] = tenant
             self.stats.num_committed_blocks += 1
             if self._removed.pop(name, _ABSENT) is _ABSENT:
                 self._stored[name] = None
@@ -326,6 +340,7 @@ class BlockPool:
         if name is None:
             raise InvariantError(f"block {block_id} is evictable without a name")
         self._names[block_id] = None
+        self._tenants[block_id] = 0
         del self._by_name[name]
         if self._stored.pop(name, _ABSENT) is _ABSENT:
             self._removed[name] = None
@@ -371,6 +386,10 @@ class BlockPool:
             all(self._names[b] is not None for b in range(self.num_blocks) if self._is_spare[b]), "spares are named"
         )
         _require(all(self._names[b] is None for b in self._quarantined), "quarantined blocks have no name")
+        _require(
+            all(self._names[b] is not None for b in range(self.num_blocks) if self._tenants[b]),
+            "blocks without a name are nobody's",
+        )
         _require(all(self._names[b] is not None for b in evictable), "evictable blocks have a name")
         named = {name: block_id for block_id, name in zip(count(), self._names) if name is not None}
         _require(named == self._by_name, "names and blocks correspond one to one")

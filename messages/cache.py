@@ -84,7 +84,7 @@ class ClearBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     query_id: str
     tier: Tier
     names: bytes | None = None  #: only these, 16 bytes each, concatenated
-    tenant: int | None = None  #: only this one's; pools of workers do not know whose their blocks are
+    tenant: int | None = None  #: only this one's
     spares_kept: bool = False  #: as eviction does: what is to be kept stays, and counts as in use
     is_dry_run: bool = True  #: tell what would go
     is_last: bool = True  #: no more names come after these

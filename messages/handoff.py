@@ -61,6 +61,7 @@ class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
     name: bytes  #: digest of the prefix up to its end; b"" for a partial last block
     num_tokens: int  #: valid tokens, block_size unless partial
     checksum: int = 0  #: of all its bytes, 64 bits (transport.checksum)
+    tenant: int = 0  #: whose it is, 64 bits, for an asker that knows only its name; 0: nobody's in particular
 
 
 class BlocksRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

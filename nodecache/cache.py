@@ -394,6 +394,7 @@ class NodeCache:
             pool.names(block_ids),
             rows["num_tokens"].tolist(),
             rows["checksum"].tolist(),
+            rows["tenant"].tolist(),
         )
         return [self._handoff(key, question, "host", list(locations)[::step], now_s)]
 
@@ -417,7 +418,8 @@ class NodeCache:
             block = outcome.block
             locations.append(
                 BlockLocation(
-                    outcome.position, outcome.block_id, generation, block.name, block.num_tokens, block.checksum
+                    *(outcome.position, outcome.block_id, generation, block.name, block.num_tokens, block.checksum),
+                    tenant=block.tenant,
                 )
             )
             self.num_offered[outcome.tier] += 1

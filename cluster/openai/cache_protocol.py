@@ -213,11 +213,11 @@ class OwnerStats(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int  #: tokens
     is_answering: bool
     tiers: dict[Tier, TierStats]
-    tenants: dict[str, dict[NodeTier, TenantStats]] = {}  #: of a node cache, by name
+    tenants: dict[str, dict[Tier, TenantStats]] = {}  #: by name
 
 
 class CacheStatsReply(msgspec.Struct, frozen=True, kw_only=True):
-    """GET /v1/cache/stats. A tenant is told of node caches, and in each of its own blocks only."""
+    """GET /v1/cache/stats. A tenant is told of its own blocks only."""
 
     workers: list[OwnerStats]
     caches: list[OwnerStats]

@@ -77,10 +77,10 @@ class Intakes:
     def finish_pull(self, ended: PullEnded, out: list[Instruction]) -> None:
         """Name what came well, and go on with what was offered meanwhile."""
         intake = self._intakes[ended.seq_id]
-        for index in intake.open:
+        for index, location in intake.open.items():
             block_id = intake.targets[index]
             if index not in ended.bad_indexes:
-                self.num_blocks += self._pool.commit(block_id, intake.names[index])
+                self.num_blocks += self._pool.commit(block_id, intake.names[index], location.tenant)
             elif ended.quarantine_until_s is not None:
                 self._pool.quarantine([intake.targets.pop(index)], ended.quarantine_until_s)
         intake.open = {}

@@ -26,6 +26,7 @@ class PullTarget:
     index: int
     block_id: int
     name: bytes  #: b"" for a partial block
+    tenant: int  #: whose it is
 
 
 class SequenceLedger:
@@ -286,7 +287,7 @@ class SequenceLedger:
 
     def commit(self, seq: Sequence, index: int) -> None:
         """Name the block at `index` of the table, which is full, and right."""
-        self.pool.commit(seq.block_table[index], seq.names[index])
+        self.pool.commit(seq.block_table[index], seq.names[index], seq.spec.tenant)
         self._forget_in_flight(seq, index, index + 1)
 
     def free_orphans(self, seq_id: str, bad_indexes: frozenset[int], quarantine_until_s: float | None) -> None:
@@ -297,7 +298,7 @@ class SequenceLedger:
                 self.pool.quarantine([target.block_id], quarantine_until_s)
                 continue
             if target.name and not is_bad:
-                self.pool.commit(target.block_id, target.name)
+                self.pool.commit(target.block_id, target.name, target.tenant)
             self.pool.unpin([target.block_id])
 
     def lend(self, lease_id: str, block_ids: list[int]) -> None:
@@ -314,8 +315,9 @@ class SequenceLedger:
     def _drop_tail(self, seq: Sequence, num_blocks: int) -> None:
         """Give back a pulling sequence's blocks from index `num_blocks` on; those being written are orphans first."""
         pull = _pull_of(seq)
+        num_named, tenant = pull.end_tokens // seq.block_size, seq.spec.tenant
         targets = [
-            PullTarget(i, seq.block_table[i], seq.names[i] if (i + 1) * seq.block_size <= pull.end_tokens else b"")
+            PullTarget(i, seq.block_table[i], seq.names[i] if i < num_named else b"", tenant)
             for i in pull.open
             if i not in pull.arrived
         ]

@@ -40,9 +40,12 @@ class Offers:
 
     def lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
         """Pin what the pool has of the blocks that somebody wants, and say where they lie."""
-        found = ((index, name, self._pool.find(name)) for index, name in enumerate(wanted.names, wanted.first_index))
+        pool = self._pool
+        found = ((index, name, pool.find(name)) for index, name in enumerate(wanted.names, wanted.first_index))
         blocks = [
-            self._location(index, block_id, name, self._pool.block_size)
+            BlockLocation(
+                *(index, block_id, pool.generation(block_id), name, pool.block_size), tenant=pool.tenant(block_id)
+            )
             for index, name, block_id in found
             if block_id is not None
         ]

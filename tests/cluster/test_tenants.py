@@ -134,6 +134,43 @@ def test_no_word_of_another_tenant_tells_anything(served):
     assert not any(key in scraped for key in (*KEYS.values(), "ab" * 32))
 
 
+def on_devices(served: Served, tenant: str) -> int:
+    """Bytes of a tenant's blocks in the pools of all workers."""
+    workers = done(served, "/v1/cache/stats", tenant)["workers"]
+    return sum(worker["tenants"][tenant]["device"]["bytes"] for worker in workers)
+
+
+def test_a_tenants_blocks_are_cleared_from_the_pools_of_workers_and_nobody_elses(served):
+    prompt = prompt_of("cleared")
+    for tenant in ("acme", "globex", None):
+        ask(served, tenant, prompt)
+        wait_until_held(served, tenant, prompt, "device")
+    for tenant in ("acme", "globex", None):
+        wait_until_held(served, tenant, prompt, "host")  # nothing of it is read any more
+    rows = done(served, "/v1/cache/table?format=json&tier=device", "acme")["blocks"]
+    assert {row["tenant_name"] for row in rows} == {"acme"}
+    ends_s = time.monotonic() + 30
+    while on_devices(served, "acme") != len(rows) * BLOCK_BYTES:
+        assert time.monotonic() < ends_s, f"counted {on_devices(served, 'acme')} bytes of {len(rows)} blocks"
+        time.sleep(0.2)
+    assert on_devices(served, "globex") > 0
+    wanted = {"tenant": "acme", "tiers": ["device"]}
+    would = done(served, "/v1/cache/clear", None, wanted)["tiers"]["device"]
+    assert would["blocks"] + would["in_use"] == len(rows)
+    did = done(served, "/v1/cache/clear", None, wanted | {"dry_run": False})["tiers"]["device"]
+    assert did["blocks"] + did["in_use"] == len(rows)
+    while done(served, "/v1/cache/table?format=json&tier=device", "acme")["blocks"]:  # what was in use then
+        assert time.monotonic() < ends_s
+        done(served, "/v1/cache/clear", None, wanted | {"dry_run": False})
+    for tenant in ("globex", None):
+        assert held(served, tenant, prompt)["device"] == len(prompt)
+    ends_s = time.monotonic() + 30
+    while "device" in held(served, "acme", prompt):
+        assert time.monotonic() < ends_s, "the router does not hear that they are gone"
+        time.sleep(0.2)
+    assert ask(served, "acme", prompt)["device"] == 0
+
+
 def test_a_quota_holds_in_every_tier_while_both_write(served):
     async def write(tenant: str, client: openai.AsyncOpenAI) -> None:
         for number in range(12):

@@ -31,7 +31,7 @@ class Bench:
         self.lender = Lender(LEASE_S, self.post, lambda asker, message: self.sent.append((asker, message)), checksums)
         self.held = self.pool.allocate(len(NAMES))
         for block_id, name in zip(self.held, NAMES, strict=True):
-            self.pool.commit(block_id, name)
+            self.pool.commit(block_id, name, tenant=7)
         self.pool.unpin(self.held)
 
     def post(self, event: Event) -> None:
@@ -80,6 +80,7 @@ def test_what_is_there_is_offered_pinned_with_its_place_and_checksum(bench):
     assert [block.block_id for block in handoff.blocks] == bench.held[1:3]
     assert [block.generation for block in handoff.blocks] == [bench.pool.generation(b) for b in bench.held[1:3]]
     assert [block.checksum for block in handoff.blocks] == checksums(bench.held[1:3])
+    assert [block.tenant for block in handoff.blocks] == [7, 7]
     assert bench.pinned() == [0, 1, 1, 0]
     assert bench.lender.num_lent_blocks == 2
 

@@ -25,25 +25,27 @@ from tests.engine.shared_pools import NUM_BLOCKS, SIZE, SharedPool
 from transport.checksum import checksum
 
 NAMES = [bytes([index]) * 16 for index in range(5)]
+ACMES = NAMES[2:]
 TIERS: tuple[Tier, ...] = ("host", "disk", "remote")
 
 
 class Bench:
-    """A pool that holds NAMES, of which the last one is in use."""
+    """A pool that holds NAMES, ACMES of tenant 7, of which the last one is in use."""
 
     def __init__(self, block_bytes: int | None = None) -> None:
         self.shared = SharedPool({})
         self.pool = self.shared.books
         self.block_ids = self.pool.allocate(len(NAMES))
         for block_id, name in zip(self.block_ids, NAMES, strict=True):
-            self.pool.commit(block_id, name)
+            self.pool.commit(block_id, name, tenant=7 if name in ACMES else 0)
         self.pool.unpin(self.block_ids[:-1])
         self.sent: list[tuple[bytes, object]] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.num_changes = 0
         kind = BlockKind(block_bytes or self.shared.layout.block_bytes, 3, "a path")
         self.management = PoolManagement(
-            self.pool, self.shared.checksums, kind, lambda *sent: self.sent.append(sent), self.spawn, self.note_change
+            *(self.pool, self.shared.checksums, kind, lambda *sent: self.sent.append(sent), self.spawn),
+            *(self.note_change, {7: "acme", 9: "globex"}),
         )
 
     def spawn(self, coroutine) -> None:
@@ -157,8 +159,6 @@ async def test_other_tiers_are_none_of_a_workers(bench):
         assert await bench.ask(CheckBlocks(query_id="q", tier=tier)) == PieceDone(query_id="q")
         came = await bench.ask(FetchBlocks(query_id="q", tier=tier, names=NAMES[0]))
         assert came == BlocksFetched(query_id="q")
-    tenants = await bench.ask(ClearBlocks(query_id="q", tier="device", tenant=7, is_dry_run=False))
-    assert (tenants.num_done, bench.held()) == (0, NAMES)
     refused = await bench.ask(CollectGarbage(query_id="q", tier="device"))
     assert refused.error.message == "a worker's pool does not take CollectGarbage"
     piece = PutBlocks(
@@ -166,6 +166,28 @@ async def test_other_tiers_are_none_of_a_workers(bench):
         **{"block_size": SIZE, "names": b"", "checksums": b"", "data": memoryview(b"")},
     )
     assert "PutBlocks" in (await bench.ask(piece)).error.message
+
+
+async def test_a_tenants_blocks_are_listed_and_dropped_and_nobody_elses(bench):
+    listed = await bench.ask(ListBlocks(query_id="q", tier="device"))
+    assert np.frombuffer(listed.tenants, "<u8").tolist() == [0, 0, 7, 7, 7]
+    listed = await bench.ask(ListBlocks(query_id="q", tier="device", tenant=7))
+    assert split_names(listed.names) == ACMES
+    for is_dry_run in (True, False):
+        done = await bench.ask(ClearBlocks(query_id="q", tier="device", tenant=7, is_dry_run=is_dry_run))
+        assert (done.num_done, done.num_in_use) == (2, 1)
+        assert bench.held() == ([*NAMES] if is_dry_run else [*NAMES[:2], NAMES[4]])
+    for tenant in (9, 0):
+        done = await bench.ask(ClearBlocks(query_id="q", tier="device", tenant=tenant))
+        assert done.num_done == (2 if tenant == 0 else 0)
+
+
+async def test_what_tenants_have_is_counted_by_their_names(bench):
+    values = bench.management.stats()
+    assert {name: value for name, value in values.items() if "tenant" in name} == {
+        'kvray_cache_tenant_bytes{tenant="acme",tier="device"}': 3.0 * bench.shared.layout.block_bytes,
+        'kvray_cache_tenant_bytes{tenant="globex",tier="device"}': 0.0,
+    }
 
 
 async def test_its_counters_are_numbers_by_name(bench):

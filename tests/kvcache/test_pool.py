@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -393,6 +394,10 @@ def _break_nameless_spares(pool: BlockPool, held: list[int]) -> None:
     pool._is_spare[3 - held[0]] = pool._is_spare[3 - held[1]] = True
 
 
+def _break_tenants(pool: BlockPool, held: list[int]) -> None:
+    pool._tenants[3 - held[0]] = 7
+
+
 def _break_events(pool: BlockPool, held: list[int]) -> None:
     pool._removed[name_of(0)] = None
 
@@ -401,7 +406,7 @@ def _break_events(pool: BlockPool, held: list[int]) -> None:
     "damage",
     [
         *(_break_pins, _break_names, _break_twice_named, _break_free),
-        *(_break_spares, _break_nameless_spares, _break_events),
+        *(_break_spares, _break_nameless_spares, _break_tenants, _break_events),
     ],
 )
 def test_damage_to_the_books_is_noticed(damage) -> None:
@@ -411,6 +416,9 @@ def test_damage_to_the_books_is_noticed(damage) -> None:
     damage(pool, held)
     with pytest.raises(InvariantError, match="not true that"):
         pool.check_invariants()
+
+
+CHAIN_OF = {name_of(100 * chain + index): chain for chain in range(3) for index in range(20)}
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -467,7 +475,7 @@ class PoolMachine(RuleBasedStateMachine):
                     self.pool.commit(block_id, name)
                 continue
             is_new = name not in self.content.values() or self.content.get(block_id) == name
-            assert self.pool.commit(block_id, name) == is_new
+            assert self.pool.commit(block_id, name, chain) == is_new
             if is_new:
                 self.content[block_id] = name
 
@@ -569,6 +577,11 @@ class PoolMachine(RuleBasedStateMachine):
             assert pool.num_pins(block_id) == sum(table.count(block_id) for table in self.tables_held.values())
             if pool.name(block_id) is not None:
                 assert pool.name(block_id) == self.content[block_id]
+        tenants = {block_id: CHAIN_OF[name] for block_id, name in self.content.items()}
+        assert [pool.tenant(block_id) for block_id in range(pool.num_blocks)] == [
+            tenants.get(block_id, 0) for block_id in range(pool.num_blocks)
+        ]
+        assert pool.num_blocks_by_tenant() == Counter(filter(None, tenants.values()))
         assert pool.num_free + pool.num_used + pool.num_quarantined == pool.num_blocks
         num_kept = sum(block_id not in self.spare for block_id in self._idle())
         assert pool.num_dispensable == pool.num_free - num_kept

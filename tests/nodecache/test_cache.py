@@ -221,10 +221,13 @@ def test_a_writer_that_renews_keeps_its_room_and_one_that_releases_frees_it_at_o
     assert (world.pool.num_used, world.pool.num_quarantined) == (0, 0)
 
 
-def test_the_tenant_of_a_block_is_kept():
+def test_the_tenant_of_a_block_is_kept_and_told_to_who_asks_for_the_block():
     world = World(32)
     world.written(world.room(names_of([0]), tenant=77))
     assert world.pool.records(world.pool.find(names_of([0])[0]))["tenant"].tolist() == [77]
+    [handoff] = world.ask(names_of([0]))
+    assert [block.tenant for block in handoff.blocks] == [77]
+    world.release()
 
 
 # ---------------------------------------------------------------------------------------------------------- what stays
@@ -622,6 +625,7 @@ def test_what_comes_up_from_a_store_is_its_tenants_and_within_the_quota():
     assert world.held(others) == others
     found = world.pool.find(b"".join(world.held(names)))
     assert set(world.pool.records(found)["tenant"].tolist()) == {7}
+    assert {block.tenant for handoff in handoffs for block in handoff.blocks} == {7}
 
 
 def test_a_tenant_is_granted_no_more_than_its_quota():

@@ -70,7 +70,8 @@ class PoolWorker:
         self._subscribers = Subscribers("decode-1", self._server.send)
         kind = BlockKind(BLOCK_BYTES, 1, "")
         self._management = PoolManagement(
-            self.pool, self.checksums, kind, self._server.send, self._spawn, self._tell_changes
+            *(self.pool, self.checksums, kind, self._server.send, self._spawn, self._tell_changes),
+            {ACME.owner(None): "acme", GLOBEX.owner(None): "globex"},
         )
         self.taken: list[TakeBlocks] = []
         self.info = WorkerInfo(
@@ -87,12 +88,12 @@ class PoolWorker:
             roads=("shm",),
         )
 
-    def hold(self, names: list[bytes]) -> None:
-        """Have these blocks in the pool, their bytes as is told by their names."""
+    def hold(self, names: list[bytes], tenant: int = 0) -> None:
+        """Have these blocks of a tenant in the pool, their bytes as is told by their names."""
         block_ids = self.pool.allocate(len(names))
         for block_id, name in zip(block_ids, names, strict=True):
             self.rows[block_id] = list(content_of(name, BLOCK_BYTES))
-            self.pool.commit(block_id, name)
+            self.pool.commit(block_id, name, tenant)
         self.pool.unpin(block_ids)
 
     def held(self, names: list[bytes]) -> list[bytes]:
@@ -108,7 +109,8 @@ class PoolWorker:
             self._server.send(peer, report)
             self._server.send(peer, NodeCacheFound(worker_id="decode-1", info=self._cache))
         if isinstance(message, GetStats):
-            values = {"kvray_blocks_hit_total": 12.0, "kvray_blocks_evicted_total": 3.0}
+            values = {name: value for name, value in self._management.stats().items() if "tenant" in name}
+            values |= {"kvray_blocks_hit_total": 12.0, "kvray_blocks_evicted_total": 3.0}
             answer = Stats(query_id=message.query_id, worker_id="decode-1", role="decode", values=values)
             self._server.send(peer, answer)
         if isinstance(message, CacheQuestion):

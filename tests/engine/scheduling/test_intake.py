@@ -65,6 +65,13 @@ def at(index: int, name: bytes | None = None, num_tokens: int = 4) -> BlockLocat
     return BlockLocation(index, 90 + index, 5, NAMES[index] if name is None else name, num_tokens)
 
 
+def test_what_is_taken_in_stays_whose_it_was(bench):
+    bench.begin(NAMES[:2])
+    bench.offer(at(0), BlockLocation(1, 91, 5, NAMES[1], 4, tenant=7))
+    bench.finish()
+    assert [bench.pool.tenant(bench.pool.find(name)) for name in NAMES[:2]] == [0, 7]
+
+
 def pulled(out: list[Instruction]) -> list[int]:
     (pull,) = out
     assert isinstance(pull, PullBlocks)

@@ -39,6 +39,12 @@ def test_the_queue_is_in_order_of_priority_then_of_arrival_and_who_comes_back_ta
     assert ids(bench.ledger.waiting) == ["c", "a", "d", "b"]
 
 
+def test_what_a_sequence_writes_is_its_tenants(bench):
+    seq = bench.running("a", PROMPT, tenant=7)
+    bench.compute(seq, 8)
+    assert [bench.pool.tenant(block_id) for block_id in seq.block_table] == [7, 7]
+
+
 def test_who_is_admitted_holds_what_was_found_and_announces_the_rest(bench):
     bench.hold(PROMPT[:4])
     seq = bench.running("a", PROMPT)
@@ -243,8 +249,8 @@ def test_two_that_compute_one_block_name_it_once_and_both_go_on(bench):
 
 
 def opened(bench: LedgerBench, *indexes: int) -> Sequence:
-    """A pull of PROMPT with these blocks on their way."""
-    seq = bench.pulling("a", PROMPT)
+    """A pull of PROMPT with these blocks on their way, for tenant 7."""
+    seq = bench.pulling("a", PROMPT, tenant=7)
     assert seq.pull is not None
     seq.pull.open = {index: OfferedBlock("owner", locations(PROMPT)[index]) for index in indexes}
     return seq
@@ -258,12 +264,13 @@ def test_blocks_that_a_pull_still_writes_are_nobodys_until_it_ends(bench, ending
         bench.ledger.end(seq)
     else:
         bench.ledger.end_pull(seq, 0)
-    assert bench.ledger.orphans == {"a": [PullTarget(0, table[0], seq.names[0]), PullTarget(2, table[2], b"")]}
+    assert bench.ledger.orphans == {"a": [PullTarget(0, table[0], seq.names[0], 7), PullTarget(2, table[2], b"", 7)]}
     assert bench.pool.num_used == 2
     bench.ledger.check_invariants()
     bench.ledger.free_orphans("a", frozenset(), None)
     assert (bench.pool.num_used, bench.ledger.orphans) == (0, {})
     assert bench.pool.match(seq.names) == [table[0]], "what came well serves others; a partial block has no name"
+    assert bench.pool.tenant(table[0]) == 7
 
 
 def test_what_arrived_before_the_end_is_no_orphan(bench):
