@@ -23,6 +23,7 @@ HELP: Final = {
     "kvray_blocks_hit_total": "KV blocks given out that held their content already",
     "kvray_blocks_lent_total": "KV blocks that were offered to workers which asked for them by name",
     "kvray_blocks_offloaded_total": "KV blocks that the worker wrote into the arena of its node's cache",
+    "kvray_offloads_dropped_total": "Sequences whose blocks were not offered to the node's cache, as too many waited",
     "kvray_blocks_pinned": "KV blocks that a sequence, a pull or a lease holds",
     "kvray_blocks_published_total": "KV blocks that were made readable to decode workers",
     "kvray_blocks_quarantined": "KV blocks that late bytes of an aborted pull may still land in",

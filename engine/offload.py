@@ -3,7 +3,8 @@
     sequence has its prompt, or ends ---room asked---> granted ---pinned, copied, hashed in one pass---> told, unpinned
 
 The cache says which blocks it has room for; the worker copies them itself: no byte goes through a socket or another
-process. What was evicted meanwhile is left out.
+process. What was evicted meanwhile is left out. Where more wait than are kept, those go of which requests said nothing:
+nobody would say it again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transport.shm import open_region
 
 logger = logging.getLogger(__name__)
 
-#: Chains that wait to be offered; more are dropped.
+#: Chains that wait to be offered; of more the oldest are dropped, and those with hints last.
 _MAX_WAITING = 256
 #: Questions about one chain: a cache grants no more than half of its arena at a time.
 _MAX_TRIES = 4
@@ -58,20 +59,21 @@ class Offloader:
         self._spawn = spawn
         self._address: str | None = None  #: of the cache
         self._arena: SharedView | None = None  #: its region, writable
-        self._waiting: deque[OffloadBlocks] = deque(maxlen=_MAX_WAITING)
+        self._waiting: deque[OffloadBlocks] = deque()
         self._granted: RoomGranted | None = None  #: what is being copied
         self._asked: str | None = None  #: the question under way
         self._chain: OffloadBlocks | None = None  #: what it is about
         self._num_tries = 0  #: questions about that in a row
         self._num_asked = 0
         self.num_blocks = 0  #: written since the start
+        self.num_dropped = 0  #: chains that were never offered, as too many waited
 
     def use(self, address: str | None) -> None:
         """Write to the cache at `address` from now on; None: there is none."""
         if address == self._address:
             return
         if self._asked is not None and self._chain is not None:
-            self._waiting.appendleft(self._chain)  # nobody knows what became of it
+            self._wait_first(self._chain)  # nobody knows what became of it
         self._address, self._arena, self._asked = address, None, None
         if address is not None:
             self._peers.connect(address)
@@ -80,6 +82,7 @@ class Offloader:
     def offer(self, chain: OffloadBlocks) -> None:
         """Take in a sequence's blocks, all of its chain, which the cache may want."""
         self._waiting.append(chain)
+        self._bound()
         self.go_on()
 
     def go_on(self) -> None:
@@ -136,9 +139,19 @@ class Offloader:
         self._post(BlocksReleased(lent.lease_id))
         if self._asked == lent.lease_id:
             if written and self._chain is not None and self._num_tries < _MAX_TRIES:
-                self._waiting.appendleft(self._chain)  # there may have been no room for all of it at once
+                self._wait_first(self._chain)  # there may have been no room for all of it at once
             self._asked = None
             self.go_on()
+
+    def _wait_first(self, chain: OffloadBlocks) -> None:
+        self._waiting.appendleft(chain)
+        self._bound()
+
+    def _bound(self) -> None:
+        """Drop the oldest chain without hints, or the oldest, where one waits that is too much."""
+        if len(self._waiting) > _MAX_WAITING:
+            del self._waiting[next((i for i, chain in enumerate(self._waiting) if not chain.hints), 0)]
+            self.num_dropped += 1
 
     def _write(
         self,

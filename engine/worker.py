@@ -500,6 +500,7 @@ class EngineWorker:
             values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
         values |= {
             "kvray_blocks_offloaded_total": float(self.borrower.offloader.num_blocks),
+            "kvray_offloads_dropped_total": float(self.borrower.offloader.num_dropped),
             "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
             "kvray_blocks_lent_total": float(self._lender.num_lent_blocks),
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),

@@ -22,7 +22,7 @@ from engine.scheduling.scheduler import Scheduler
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.fleet import WorkerInfo
-from messages.handoff import RoomGranted, RoomRequest
+from messages.handoff import BlockHint, RoomGranted, RoomRequest
 from messages.wire import Message
 from nodecache.process import CacheProcess
 from nodecache.supervisor import Supervisor
@@ -86,8 +86,8 @@ class Worker:
         assert block_id is not None
         return bytes(self.memory.view[self.layout.block_offset(block_id) :][:BLOCK_BYTES])
 
-    def offer(self, *numbers: int, tenant: int = 0) -> None:
-        self.offloader.offer(OffloadBlocks(tuple(map(name, numbers)), tenant))
+    def offer(self, *numbers: int, tenant: int = 0, hints: tuple[BlockHint, ...] = ()) -> None:
+        self.offloader.offer(OffloadBlocks(tuple(map(name, numbers)), tenant, hints))
 
     def post(self, event: Event) -> None:
         for instruction in self.scheduler.on_event(event, 0.0):
@@ -123,6 +123,8 @@ class Worker:
 
 class World:
     """A worker, and the node cache that it writes to."""
+
+    process: CacheProcess  #: where it runs on this loop
 
     def __init__(self, num_blocks: int = 8) -> None:
         self.worker = Worker()
@@ -161,6 +163,7 @@ async def world():
     made = World()
     process = CacheProcess(made.options, SECRET, made.options.layout.allocate(), {})
     made.infos.append(await process.start())
+    made.process = process
     yield made
     await made.close()
     process.cache.check_invariants()
@@ -269,6 +272,30 @@ async def test_of_too_many_that_wait_the_oldest_are_forgotten(world):
     await world.use()
     await world.worker.settled(1)
     assert (await world.fetch(1, 2)).keys() == {2}
+    assert world.worker.offloader.num_dropped == 1
+
+
+async def test_what_a_request_wants_kept_is_kept_though_too_many_wait(world):
+    world.worker.commit(1, 2, 3)
+    world.worker.offer(1, 2, hints=(BlockHint(0, 1, None, 60.0),))
+    for _ in range(600):
+        world.worker.offer(3)
+    assert len(world.worker.offloader._waiting) == 256
+    await world.use()
+    await world.worker.settled(3)
+    pool = world.process.cache.pool
+    rows = pool.records(pool.find(b"".join(map(name, (1, 2, 3)))))
+    assert (rows["pinned_until_s"] > 0).tolist() == [True, False, False]
+
+
+async def test_of_too_many_with_hints_the_oldest_go(world):
+    world.worker.commit(1, 2, 3)
+    for number in (1, *[2] * 256, 3):
+        world.worker.offer(number, hints=(BlockHint(0, None, 1, 0.0),) if number != 3 else ())
+    await world.use()
+    await world.worker.settled(1)
+    assert (await world.fetch(1, 2, 3)).keys() == {2}
+    assert world.worker.offloader.num_dropped == 2
 
 
 async def test_a_cache_that_is_killed_under_a_copy_leaves_nothing_pinned_and_its_successor_is_written_to(supervised):
