@@ -205,19 +205,20 @@ async def test_the_node_cache_that_a_worker_found_is_listened_to_until_its_worke
     workers, cache = [FakeWorker("a"), FakeWorker("b")], FakeWorker("cache", held=10, role="cache")
     closing += [*(worker.channel for worker in workers), cache.channel]
     router.set_fleet([worker.info for worker in workers])
-    await eventually(lambda: num_workers(router) == 2)
+    await eventually(lambda: all(worker.num_subscribed for worker in workers))
     for worker in workers:
         worker.say(NodeCacheFound(worker_id=worker.worker_id, info=cache.info))
     await eventually(lambda: num_workers(router) == 3 and num_names(router) == 10)
     assert cache.num_subscribed == 1
     cache.say(Stats(query_id="", worker_id="cache", role="cache", values={"kvray_blocks": 64.0}))
     cache.say(Stats(query_id="", worker_id="a", role="decode", values={}))  # not its own: ignored
+    await eventually(lambda: router._cache_stats)
     placement = await ingress.route()
     assert {copy.address for run in placement.held for copy in run.copies} == {cache.info.address}
     (told,) = (await ingress.ask(GetStats(query_id="q"))).caches
     assert (told.info, told.values) == (cache.info, {"kvray_blocks": 64.0})
     workers[0].say(NodeCacheFound(worker_id="a", info=None))
-    await ingress.route("r2")
+    await eventually(lambda: list(router._caches) == ["b"])
     assert num_workers(router) == 3  # the other one has it still
     router.set_fleet([workers[0].info])
     await eventually(lambda: cache.lost)
