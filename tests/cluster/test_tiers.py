@@ -137,6 +137,64 @@ def test_a_prompt_comes_back_from_disk_after_every_process_was_killed(slow_argum
         served.wait_until_idle()
 
 
+def test_a_prompt_comes_back_from_host_and_disk_while_no_router_is_there(slow_arguments, tmp_path):
+    prompt = [random.Random(10).randrange(5, 250) for _ in range(1600)]
+    with serving(*slow_arguments, "--disk-dir", str(tmp_path / "disk"), log_dir=tmp_path) as served:
+        cold, sources = ask(served, prompt)
+        assert sources["computed"] == len(prompt)
+        for tier, cleared in (("host", ["device"]), ("disk", ["device", "host"])):
+            wait_for_cache(served, "kvray_disk_blocks", len(prompt) // 16)
+            answered, sources = ask_without_router(served, prompt, cleared)
+            assert sources[tier] >= len(prompt) // 2, "most of it was not computed again"
+            assert answered == cold
+            served.wait_until_whole(1, 1, 60)
+            wait_until_known(served, prompt, {"host", "disk"})  # the new router heard it from the node cache
+            again, sources = ask(served, prompt)
+            assert again == cold
+            assert sources["computed"] < len(prompt) // 2
+        served.wait_until_idle()
+
+
+def ask_without_router(served: Served, prompt: list[int], cleared: list[str]) -> tuple[list[int], dict[str, int]]:
+    """Kill the router, and ask before there is another one, when the prompt's blocks are gone from these tiers."""
+    ends_s = time.monotonic() + 120
+    while True:
+        served.wait_until_whole(1, 1, 60)
+        clear(served, prompt, cleared)
+        [router] = served.replicas("Router")
+        router.kill()
+        router.wait(10)
+        answered = ask(served, prompt)
+        if not served.replicas("Router"):
+            return answered
+        assert time.monotonic() < ends_s, "a router is back sooner than a prompt is answered"
+
+
+def clear(served: Served, prompt: list[int], tiers: list[str]) -> None:
+    """Until nothing of the prompt lies in these tiers."""
+    ends_s = time.monotonic() + 30
+    while True:
+        counts = post(served, "/v1/cache/clear", prompt=prompt, tiers=tiers, dry_run=False)["tiers"]
+        if counts.keys() == set(tiers) and not any(one["blocks"] or one["in_use"] for one in counts.values()):
+            return
+        assert time.monotonic() < ends_s, counts
+        time.sleep(0.1)
+
+
+def wait_until_known(served: Served, prompt: list[int], tiers: set[str]) -> None:
+    """Until the router knows the whole prompt in all these tiers."""
+    ends_s = time.monotonic() + 30
+    while not all((held := post(served, "/v1/cache/lookup", prompt=prompt)["tokens"]).get(t) == 1600 for t in tiers):
+        assert time.monotonic() < ends_s, held
+        time.sleep(0.2)
+
+
+def post(served: Served, path: str, **body: object) -> dict:
+    reply = httpx.post(f"{served.url}{path}", json=body, timeout=60)
+    reply.raise_for_status()
+    return reply.json()
+
+
 @pytest.mark.long
 def test_another_cluster_finds_in_a_bucket_what_this_one_computed(slow_arguments, swift, tmp_path):
     prompt = [random.Random(9).randrange(5, 250) for _ in range(1600)]
