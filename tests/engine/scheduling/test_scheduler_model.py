@@ -22,6 +22,7 @@ from engine.scheduling.plan import (
     SequenceSpec,
     TimePassed,
 )
+from kvcache import load_plan
 from kvcache.pool import BlockPool
 from messages.handoff import FoundRun
 from messages.request import Copy, HeldRun, SamplingParams
@@ -392,7 +393,8 @@ def test_many_long_random_runs_lose_nothing() -> None:
         drive_at_random(seed, 600).drain()
 
 
-def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() -> None:
+def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)  # blocks here are a few and small
     config = SchedulerConfig(
         max_model_len=44, max_num_seqs=5, max_num_batched_tokens=8, chunk_quantum_tokens=4, watermark=0.0, block_bytes=1
     )

@@ -15,6 +15,7 @@ from messages.request import Copy, HeldRun
 from tests.engine.scheduling.ledger_bench import LedgerBench
 
 PROMPT = list(range(100, 141))  # ten full blocks and a token: 41 ms at the assumed price
+LONG_PROMPT = list(range(100, 261))  # forty full blocks and a token
 NEAR, FAR, DISK = Copy("near", "device"), Copy("far", "device"), Copy("near", "disk")
 
 
@@ -120,17 +121,17 @@ def test_what_is_cheap_to_load_is_waited_for():
 
 
 def test_where_both_take_about_as_long_the_head_is_computed_and_the_tail_comes_in_portions():
-    bench = Bench(near_device=0.02)
-    seq = bench.begins(held=[run(0, 10, NEAR)])
+    bench = Bench(near_device=0.005)
+    seq = bench.begins(LONG_PROMPT, held=[run(0, 40, NEAR)])
     bench.sourcing.load(seq, bench.sourcing.plan(seq), 100.0, bench.out)
-    assert bench.out == [AskBlocks(seq.seq_id, "near", 0, tuple(seq.names[:10]), is_tail_first=True)]
-    assert (seq.phase, seq.pull.is_mixed, seq.pull.portion_blocks) == (Phase.RUNNING, True, 2)  # of 0.05 s
+    assert bench.out == [AskBlocks(seq.seq_id, "near", 0, tuple(seq.names[:40]), is_tail_first=True)]
+    assert (seq.phase, seq.pull.is_mixed, seq.pull.portion_blocks) == (Phase.RUNNING, True, 10)  # of 0.05 s
 
 
 def test_others_are_not_waited_for_longer_than_is_allowed():
-    bench = Bench(near_device=0.02)
+    bench = Bench(near_device=0.005)
     bench.sourcing._remote_timeout_s = 3.0
-    seq = bench.begins(held=[run(0, 10, NEAR)])
+    seq = bench.begins(LONG_PROMPT, held=[run(0, 40, NEAR)])
     assert bench.sourcing.load(seq, bench.sourcing.plan(seq), 100.0, bench.out) == 103.0
 
 
