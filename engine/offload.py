@@ -64,6 +64,7 @@ class Offloader:
         self._asked: str | None = None  #: the question under way
         self._chain: OffloadBlocks | None = None  #: what it is about
         self._num_tries = 0  #: questions about that in a row
+        self._told: OffloadBlocks | None = None  #: written and told; the next answer shows that it was heard
         self._num_asked = 0
         self.num_blocks = 0  #: written since the start
         self.num_dropped = 0  #: chains that were never offered, as too many waited
@@ -72,9 +73,10 @@ class Offloader:
         """Write to the cache at `address` from now on; None: there is none."""
         if address == self._address:
             return
-        if self._asked is not None and self._chain is not None:
-            self._wait_first(self._chain)  # nobody knows what became of it
-        self._address, self._arena, self._asked = address, None, None
+        for chain in (self._chain if self._asked is not None else None, self._told):
+            if chain is not None:
+                self._wait_first(chain)  # nobody knows what became of it
+        self._address, self._arena, self._asked, self._told = address, None, None, None
         if address is not None:
             self._peers.connect(address)
             self.go_on()
@@ -111,6 +113,7 @@ class Offloader:
         """Pin what room was granted for, as far as it is still here."""
         if granted.request_id != self._asked:
             return
+        self._told = None
         if not granted.blocks:
             self._asked = None
             self.go_on()
@@ -138,8 +141,11 @@ class Offloader:
         self.num_blocks += len(written)
         self._post(BlocksReleased(lent.lease_id))
         if self._asked == lent.lease_id:
-            if written and self._chain is not None and self._num_tries < _MAX_TRIES:
+            is_whole = len(written) == len(granted.blocks) and not granted.num_left
+            if written and not is_whole and self._chain is not None and self._num_tries < _MAX_TRIES:
                 self._wait_first(self._chain)  # there may have been no room for all of it at once
+            else:
+                self._told = self._chain
             self._asked = None
             self.go_on()
 

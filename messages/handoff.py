@@ -150,12 +150,13 @@ class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     A location's index is the position in its prefix; its generation is the one to be named with BlocksWritten. Before
     each block is written its generation is looked at in the arena: another one means that the room was taken back.
-    What is not among them is held already, or not worth its room. RenewLease gives more time, ReleaseLease gives all
+    What is not among them is held already, on its way, or left out. RenewLease gives more time, ReleaseLease gives all
     of it back.
     """
 
     request_id: str
     blocks: list[BlockLocation]
+    num_left: int = 0  #: blocks left out: there was no room at once, or they are not worth it
 
 
 class BlocksWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):

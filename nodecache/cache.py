@@ -287,15 +287,17 @@ class NodeCache:
             found = self.pool.find(held)
             self.keeping.advise(found[found >= 0], message.hints, now_s)
         grant = self._take_room(missing, held, message, now_s)
+        num_left = len(missing) - len(grant.blocks)
         self.num_granted += len(grant.blocks)
-        self.num_refused += len(missing) - len(grant.blocks)
+        self.num_refused += num_left
         if grant.blocks:
             self._grants[key] = grant
             self._writing.update(grant.names)
             self.leases.on_event(leases.Published(key), now_s)
         else:
             self.leases.on_event(leases.Failed(key), now_s)
-        return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=list(grant.blocks.values())))]
+        blocks = list(grant.blocks.values())
+        return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=blocks, num_left=num_left))]
 
     def _missing(self, message: RoomRequest) -> tuple[dict[bytes, int], bytes]:
         """Return what is neither held nor on its way, by name its position, and the names that are held."""

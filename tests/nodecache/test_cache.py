@@ -125,7 +125,14 @@ def test_room_is_granted_for_what_is_not_there_and_not_on_its_way():
     assert [(b.name, b.index, b.num_tokens) for b in first.blocks] == [(names[2], 2, 0), (names[3], 3, 0)]
     second = world.room(names[:6], request_id="second", asker=b"x")
     assert [b.name for b in second.blocks] == names[4:6]
-    assert world.room(names[:6], request_id="third").blocks == []
+    third = world.room(names[:6], request_id="third")
+    assert (third.blocks, third.num_left) == ([], 0)
+
+
+def test_how_many_were_left_out_is_told():
+    world = World(8)  # half of it is given out at a time
+    granted = world.room(names_of(range(7)))
+    assert (len(granted.blocks), granted.num_left) == (4, 3)
 
 
 def test_of_what_is_granted_what_was_not_written_is_free_at_once():
