@@ -29,7 +29,7 @@ HELP: Final = {
     "kvray_blocks_quarantined": "KV blocks that late bytes of an aborted pull may still land in",
     "kvray_blocks_recomputed_total": "KV blocks that were computed because they did not arrive whole and verified",
     "kvray_blocks_rejected_total": "Pulled KV blocks that were not used, by what was wrong with them",
-    "kvray_blocks_taken_in_total": "KV blocks that were pulled from others though no sequence here wanted them",
+    "kvray_blocks_taken_in_total": "KV blocks that were pulled from others before a sequence that runs wanted them",
     "kvray_cache_blocks_adopted": "KV blocks that the node cache found in its arena when it started",
     "kvray_cache_blocks_held": "KV blocks in the pool or the arena that have a name",
     "kvray_cache_bookkeeping_bytes": "Bytes that the node cache keeps about its arena's blocks",

@@ -89,6 +89,7 @@ class BlockPool:
         self.now_s = 0.0  #: of its owner's clock: as of then blocks that are unpinned count as used
         self._reuse_age_s: float | None = None  # how long blocks lay unused that were used again, the mean of late
         self.reused_share = 0.0  #: of what lay unused and was kept, what was used again and not evicted: of late, too
+        self._expected: set[int] = set()  # evictable blocks whose next use is known, and tells nothing of reuse
         self._quarantined: dict[int, float] = {}  # block id -> until when
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -219,7 +220,11 @@ class BlockPool:
             if self._num_pins[block_id] == 0:
                 if self._names[block_id] is None:
                     raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only committed ones match")
-                idle_s.append(self.now_s - self._evictable[self._is_spare[block_id]].pop(block_id))
+                used_s = self._evictable[self._is_spare[block_id]].pop(block_id)
+                if block_id in self._expected:
+                    self._expected.remove(block_id)
+                else:
+                    idle_s.append(self.now_s - used_s)
             self._num_pins[block_id] += 1
         if idle_s:
             age_s, before_s = max(idle_s), self._reuse_age_s
@@ -245,6 +250,10 @@ class BlockPool:
                     queue[block_id] = self.now_s if used_s is None else used_s
                     if used_s is not None:
                         queue.move_to_end(block_id, last=False)
+
+    def expect(self, block_ids: Iterable[int]) -> None:
+        """Note that somebody who waits will use these blocks: it is not learned from whether and when that happens."""
+        self._expected.update(each for each in block_ids if self.state(each) is BlockState.EVICTABLE)
 
     def commit(self, block_id: int, name: bytes, tenant: int = 0) -> bool:
         """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
@@ -326,16 +335,18 @@ class BlockPool:
     def _evict(self) -> int:
         is_spare = bool(self._evictable[1])  # what others keep goes first
         block_id, _ = self._evictable[is_spare].popitem(last=False)
+        is_expected = block_id in self._expected
         self._unname(block_id)
         self.stats.num_evicted_blocks += 1
         self.stats.num_evicted_spare_blocks += is_spare
-        if not is_spare:
+        if not is_spare and not is_expected:
             self._learn_reuse(1, is_reused=False)
         return block_id
 
     def _unname(self, block_id: int) -> None:
         """Let a block not be found any more."""
         self._is_spare[block_id] = False
+        self._expected.discard(block_id)
         name = self._names[block_id]
         if name is None:
             raise InvariantError(f"block {block_id} is evictable without a name")
@@ -378,6 +389,7 @@ class BlockPool:
         _require(min(self._num_pins) >= 0, "no negative pins")
         _require(self.num_used == len(used), "the counts add up")
         _require(all(self._names[b] is None for b in self._free), "free blocks have no name")
+        _require(self._expected <= set(evictable), "only what nobody uses yet is expected to be used")
         _require(
             all(self._is_spare[b] == is_spare for is_spare in (0, 1) for b in self._evictable[is_spare]),
             "spare blocks wait in the queue of spare ones",

@@ -1,78 +1,149 @@
-"""Blocks that this worker takes in without a sequence that wants them: somebody says that they are worth having.
+"""Blocks that come before a sequence that runs wants them: one that waits will, or they are said to be worth it.
 
-They go where there are free blocks, copies that other holders keep, or blocks that were used longer ago. One pull at a
-time for each intake, as for a sequence.
+    asked ---offered, pulled---> offered whole, last pull ended ---> named, and pinned by nobody
+      |                 '-- its sequence is admitted --> the sequence goes on with that pull
+      '-- its sequence ended, or it took too long --> what is not here yet is not waited for
+
+They go where there are free blocks, copies that other holders keep, or blocks that are worth less. One pull at a time
+for each intake, as for a sequence.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, PullBlocks, PullEnded, TakeIn
 from kvcache.pool import BlockPool
 from messages.handoff import BlockLocation
 
-#: Blocks that are taken in at a time: what else wants to be taken in is declined.
+#: Blocks that are taken in at a time because somebody says so: what else wants to be taken in is declined.
 _MAX_BLOCKS = 1024
+#: So many seconds blocks are pinned for what a source said that it has: as long as a prefill worker is waited for.
+_MAX_S = 30.0
 
 
 @dataclass(slots=True)
-class _Intake:
+class Intake:
+    """Blocks that one source is asked for, by their positions: in the sequence that waits for them, or among names."""
+
     source: str
+    first_index: int  #: of the first name
     names: tuple[bytes, ...]
     used_s: float | None  #: when the blocks were last used; None: they are wanted now
-    targets: dict[int, int]  #: block id, by position in `names`
+    is_head_first: bool
+    deadline_s: float
+    portion_blocks: int  #: in one pull
+    tenant: int | None  #: whose they are; None: the source knows
+    targets: dict[int, int]  #: block id, by position, of those that are wanted
     offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
     is_offered_whole: bool = False  #: the source will offer no more
 
+    def name(self, index: int) -> bytes:
+        """Return the name of the block at a position."""
+        return self.names[index - self.first_index]
+
+    def tenant_of(self, location: BlockLocation) -> int:
+        """Return whose a block is that the source offered."""
+        return location.tenant if self.tenant is None else self.tenant
+
+    def idle_head_first(self) -> list[int]:
+        """Return the ids of the targets that no pull writes to, head first."""
+        indexes = sorted(self.targets.keys() - self.open.keys(), reverse=not self.is_head_first)
+        return [self.targets[index] for index in indexes]
+
 
 class Intakes:
-    """All that is being taken in, by an id that no sequence has. Pins blocks of `pool` until they are committed."""
+    """All that is being taken in, by the id of the sequence that waits for it, or by one that no sequence has.
+
+    Pins blocks of `pool` until the intake is over.
+    """
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._intakes: dict[str, _Intake] = {}
+        self._intakes: dict[str, Intake] = {}
         self.num_blocks = 0  #: taken in since the start
+
+    def __len__(self) -> int:
+        return len(self._intakes)
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all that is under way."""
         return tuple(self._intakes)
 
-    def has(self, intake_id: str) -> bool:
-        """Tell whether an intake of this id is under way."""
-        return intake_id in self._intakes
+    def find(self, intake_id: str) -> Intake | None:
+        """Return the intake of this id; None where none is under way."""
+        return self._intakes.get(intake_id)
 
     def targets(self) -> list[int]:
         """Return the ids of the blocks that are pinned for what comes."""
         return [block_id for intake in self._intakes.values() for block_id in intake.targets.values()]
 
+    def num_coming(self, intake_id: str) -> int:
+        """Count the blocks that an intake holds for what has not come yet; none where none is under way."""
+        intake = self._intakes.get(intake_id)
+        return 0 if intake is None else sum(self._pool.name(each) is None for each in intake.targets.values())
+
+    def overdue(self) -> list[str]:
+        """Return the ids of those that took too long."""
+        return [intake_id for intake_id, intake in self._intakes.items() if intake.deadline_s <= self._pool.now_s]
+
     def begin(self, wanted: TakeIn, out: list[Instruction]) -> None:
         """Ask for those of the blocks that are not here, as far as others here are worth less."""
-        under_way = {name for intake in self._intakes.values() for name in intake.names}
         used_s = self._pool.now_s if wanted.used_s is None else wanted.used_s
         room = self._pool.num_worth_less(used_s, max(0, _MAX_BLOCKS - len(self.targets())))
-        names = tuple(name for name in wanted.names if not self._pool.holds(name) and name not in under_way)
+        names = tuple(self.lacking(wanted.names))
         names = names[max(0, len(names) - room) :]
-        if wanted.intake_id in self._intakes or not names:
-            return
-        targets = dict(enumerate(self._pool.allocate(len(names))))
-        self._intakes[wanted.intake_id] = _Intake(wanted.source, names, wanted.used_s, targets)
-        out.append(AskBlocks(wanted.intake_id, wanted.source, 0, names, is_tail_first=False))
+        if wanted.intake_id not in self._intakes and names:
+            intake = self._intake(wanted.source, 0, names, range(len(names)))
+            intake.used_s, intake.is_head_first = wanted.used_s, False
+            self._begin(wanted.intake_id, intake, out)
+
+    def begin_ahead(
+        self,
+        seq_id: str,
+        source: str,
+        first_index: int,
+        names: tuple[bytes, ...],
+        wanted: Collection[int],
+        portion_blocks: int,
+        tenant: int,
+        out: list[Instruction],
+    ) -> None:
+        """Ask for blocks of a sequence that waits, for whom there is room: those at the positions `wanted`.
+
+        They are pulled head first, `portion_blocks` at a time, and are `tenant`'s.
+        """
+        intake = self._intake(source, first_index, names, wanted)
+        intake.portion_blocks, intake.tenant = portion_blocks, tenant
+        self._begin(seq_id, intake, out)
+
+    def lacking(self, names: Iterable[bytes]) -> list[bytes]:
+        """Return those of `names` that are not here, and not taken in already."""
+        under_way = {name for intake in self._intakes.values() for name in intake.names}
+        return [name for name in names if not self._pool.holds(name) and name not in under_way]
+
+    def pop(self, intake_id: str) -> Intake | None:
+        """Forget an intake; its targets are the caller's, pinned once each. None where none is under way."""
+        return self._intakes.pop(intake_id, None)
 
     def take_blocks(self, offered: BlocksOffered, out: list[Instruction]) -> None:
-        """Pull what the source offers; what it does not offer is not taken in."""
-        intake = self._intakes[offered.seq_id]
+        """Pull what the source offers; what it does not offer is not taken in. Unknown ids are ignored."""
+        intake = self._intakes.get(offered.seq_id)
+        if intake is None or intake.source != offered.source:
+            return
         intake.is_offered_whole |= offered.is_last
         intake.offered |= {
             location.index: location
             for location in offered.blocks
             if location.index in intake.targets
-            and location.name == intake.names[location.index]
+            and location.name == intake.name(location.index)
             and location.num_tokens == self._pool.block_size
         }
         if not intake.open:
-            self._go_on(offered.seq_id, out)
+            self._go_on(offered.seq_id, intake, out)
 
     def finish_pull(self, ended: PullEnded, out: list[Instruction]) -> None:
         """Name what came well, and go on with what was offered meanwhile."""
@@ -80,28 +151,39 @@ class Intakes:
         for index, location in intake.open.items():
             block_id = intake.targets[index]
             if index not in ended.bad_indexes:
-                self.num_blocks += self._pool.commit(block_id, intake.names[index], location.tenant)
+                self.num_blocks += self._pool.commit(block_id, intake.name(index), intake.tenant_of(location))
             elif ended.quarantine_until_s is not None:
                 self._pool.quarantine([intake.targets.pop(index)], ended.quarantine_until_s)
         intake.open = {}
-        self._go_on(ended.seq_id, out)
+        self._go_on(ended.seq_id, intake, out)
 
-    def _go_on(self, intake_id: str, out: list[Instruction]) -> None:
+    def _intake(self, source: str, first_index: int, names: tuple[bytes, ...], wanted: Collection[int]) -> Intake:
+        targets = dict(zip(wanted, self._pool.allocate(len(wanted)), strict=True))
+        deadline_s = self._pool.now_s + _MAX_S
+        return Intake(source, first_index, names, None, True, deadline_s, sys.maxsize, None, targets)
+
+    def _begin(self, intake_id: str, intake: Intake, out: list[Instruction]) -> None:
+        self._intakes[intake_id] = intake
+        out.append(AskBlocks(intake_id, intake.source, intake.first_index, intake.names, is_tail_first=False))
+
+    def _go_on(self, intake_id: str, intake: Intake, out: list[Instruction]) -> None:
         """Pull what was offered; where nothing is, and nothing will be, give back the blocks: those named may stay."""
-        intake = self._intakes[intake_id]
         offered = {
             index: location
             for index, location in intake.offered.items()
             if index in intake.targets and self._pool.name(intake.targets[index]) is None  # it may be named twice
         }
-        intake.open, intake.offered = offered, {}
-        if offered:
-            pairs = [(location, intake.targets[index]) for index, location in offered.items()]
+        indexes = list(offered)[: intake.portion_blocks]
+        intake.open = {index: offered.pop(index) for index in indexes}
+        intake.offered = offered
+        if intake.open:
+            pairs = [(location, intake.targets[index]) for index, location in intake.open.items()]
             out.append(PullBlocks(intake_id, intake.source, pairs))
         elif intake.is_offered_whole:
-            self._intakes.pop(intake_id)
-            tails_first = list(intake.targets.values())
+            del self._intakes[intake_id]
+            blocks = intake.idle_head_first()
             if intake.used_s is None:
-                self._pool.unpin(tails_first[::-1])
+                self._pool.unpin(blocks)
+                self._pool.expect(blocks if intake.is_head_first else ())
             else:  # each goes before the one that was put back before it
-                self._pool.unpin(tails_first, intake.used_s)
+                self._pool.unpin(blocks[::-1], intake.used_s)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from engine.scheduling.intake import Intakes
-from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from engine.scheduling.plan import Instruction, StopAsking
+from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
+from messages.request import Copy
 from messages.tier import Tier
 
 
@@ -68,6 +70,9 @@ class SequenceLedger:
         seq.lacks_room_s = None
         if not seq.has_emitted:
             seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            for index in seq.brought.keys() & range(len(matched)):
+                seq.num_device_tokens -= seq.num_prompt_tokens_of(index)
+                self._count_found(seq, index)
         for name in seq.names[len(matched) :]:
             self.in_flight.setdefault(name, seq)
         self._begin_running(seq)
@@ -78,18 +83,26 @@ class SequenceLedger:
         """Give a running `seq` blocks for what others have: its first `num_blocks`, full ones, or (None) its prompt.
 
         What the pool has beyond the head is reused. It is pulling then, or, where it `is_mixed`, computes its head.
+        Where an intake for it is being pulled, it waits for that, and for what the source offers besides.
         """
         begin = len(seq.block_table)
+        coming: dict[int, int] = {}
+        intake = self.intakes.pop(seq.seq_id)
+        if intake is not None:
+            self.pool.unpin(intake.idle_head_first())
+            coming = {index: intake.targets[index] for index in intake.open}
+            num_blocks = None if num_blocks is None else max(num_blocks, *(index + 1 for index in coming))
         end_tokens = seq.num_prompt_tokens if num_blocks is None else num_blocks * seq.block_size
         end = seq.num_blocks_for(end_tokens)
         found = {
             index: block_id
             for index in range(begin, end_tokens // seq.block_size)
-            if (block_id := self.pool.find(seq.names[index])) is not None
+            if index not in coming and (block_id := self.pool.find(seq.names[index])) is not None
         }
         self.pool.pin(list(found.values()))
-        fresh = iter(self.pool.allocate(end - begin - len(found)))
-        seq.block_table += [found[index] if index in found else next(fresh) for index in range(begin, end)]
+        fresh = iter(self.pool.allocate(end - begin - len(found) - len(coming)))
+        known = found | coming
+        seq.block_table += [known[index] if index in known else next(fresh) for index in range(begin, end)]
         seq.pull = RemotePull(
             first_index=begin,
             end_tokens=end_tokens,
@@ -98,6 +111,19 @@ class SequenceLedger:
             found=frozenset(found),
             arrived=set(found),
         )
+        if intake is not None:
+            seq.pull.open = {index: OfferedBlock(intake.source, block) for index, block in intake.open.items()}
+            seq.pull.offered = {
+                index: OfferedBlock(intake.source, block)
+                for index, block in intake.offered.items()
+                if index not in known and begin <= index < end
+            }
+            seq.pull.asked = {
+                index: Copy(intake.source, tier)
+                for index, tier in seq.brought.items()
+                if index in intake.targets and begin <= index < end and index not in found
+            }
+            seq.pull.holders = set() if intake.is_offered_whole else {intake.source}
         if not is_mixed:
             self.pause(seq)
         return seq.pull
@@ -151,11 +177,18 @@ class SequenceLedger:
         """Count the prompt tokens of a block that was found, or came from a holder."""
         if seq.is_counted:
             return
-        num_tokens = min(seq.block_size, max(0, seq.num_prompt_tokens - index * seq.block_size))
         if index in pull.found:
-            seq.num_device_tokens += num_tokens
+            self._count_found(seq, index)
         elif index in pull.asked:
-            seq.num_loaded_tokens[pull.asked[index].tier] += num_tokens
+            seq.num_loaded_tokens[pull.asked[index].tier] += seq.num_prompt_tokens_of(index)
+
+    def _count_found(self, seq: Sequence, index: int) -> None:
+        """Count the prompt tokens of a block that the pool has: from where it was brought while `seq` waited."""
+        tier = seq.brought.get(index)
+        if tier is None:
+            seq.num_device_tokens += seq.num_prompt_tokens_of(index)
+        else:
+            seq.num_loaded_tokens[tier] += seq.num_prompt_tokens_of(index)
 
     def keep(self, seq: Sequence) -> None:
         """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
@@ -205,6 +238,7 @@ class SequenceLedger:
         match seq.phase:
             case Phase.WAITING:
                 self.waiting.remove(seq)
+                self.end_intake(seq.seq_id, [])
             case Phase.PULLING:
                 del self.pulling[seq.seq_id]
             case Phase.RUNNING:
@@ -290,6 +324,23 @@ class SequenceLedger:
         self.pool.commit(seq.block_table[index], seq.names[index], seq.spec.tenant)
         self._forget_in_flight(seq, index, index + 1)
 
+    def end_intake(self, intake_id: str, out: list[Instruction]) -> None:
+        """Wait no more for what an intake brings: its blocks are given back, those being written are orphans first.
+
+        Unknown ids are ignored.
+        """
+        intake = self.intakes.pop(intake_id)
+        if intake is None:
+            return
+        if not intake.is_offered_whole:
+            out.append(StopAsking(intake_id, intake.source))
+        self.pool.unpin(intake.idle_head_first())
+        if intake.open:
+            self.orphans[intake_id] = [
+                PullTarget(i, intake.targets[i], intake.name(i), intake.tenant_of(location))
+                for i, location in intake.open.items()
+            ]
+
     def free_orphans(self, seq_id: str, bad_indexes: frozenset[int], quarantine_until_s: float | None) -> None:
         """End the pull of a sequence that did not wait for it: name what is good for others, give back the rest."""
         for target in self.orphans.pop(seq_id, []):
@@ -367,6 +418,11 @@ class SequenceLedger:
             pins == [self.pool.num_pins(block_id) for block_id in range(self.pool.num_blocks)],
             "a block is pinned once for each table that holds it, and each lease",
         )
+        _require(
+            all(seq.phase is Phase.WAITING for seq in self.sequences.values() if self.intakes.find(seq.seq_id)),
+            "blocks are taken in ahead for who waits",
+        )
+        _require(self.orphans.keys().isdisjoint(self.intakes.ids()), "nobody takes in while an earlier pull still runs")
         _require(
             all(seq.phase in (Phase.RUNNING, Phase.PULLING) for seq in self.in_flight.values()),
             "only who runs or pulls is waited for",

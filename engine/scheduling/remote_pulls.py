@@ -31,13 +31,20 @@ class RemotePulls:
         self.num_fallbacks = 0
 
     def ask(self, seq: Sequence, loads: Items[Load], out: list[Instruction]) -> None:
-        """Ask holders for what `loads` says: each once, for all between its first block and its last."""
+        """Ask holders for what `loads` says: each once, for all between its first block and its last.
+
+        What was asked for while it waited is not asked for again, nor anything of a holder that may offer more of that.
+        """
         pull = _pull_of(seq)
+        busy = set(pull.holders)
         spans: dict[str, tuple[int, int]] = {}
         for load in loads:
-            pull.asked |= dict.fromkeys(range(load.begin, load.end), load.copy)
-            begin, end = spans.get(load.copy.address, (load.begin, load.end))
-            spans[load.copy.address] = (min(begin, load.begin), max(end, load.end))
+            lacking = [index for index in range(load.begin, load.end) if index not in pull.asked]
+            if not lacking or load.copy.address in busy:
+                continue
+            pull.asked |= dict.fromkeys(lacking, load.copy)
+            begin, end = spans.get(load.copy.address, (lacking[0], lacking[-1] + 1))
+            spans[load.copy.address] = (min(begin, lacking[0]), max(end, lacking[-1] + 1))
         for address, (begin, end) in spans.items():
             pull.holders.add(address)
             out.append(AskBlocks(seq.seq_id, address, begin, tuple(seq.names[begin:end]), pull.is_mixed))
@@ -101,7 +108,7 @@ class RemotePulls:
         self._ledger.end_pull(seq, num_blocks)
 
     def go_on(self, seq: Sequence, out: list[Instruction]) -> None:
-        """Go on with a mixed sequence that computed some more: over what arrived; it waits where more is on its way."""
+        """Let a mixed sequence go on, also as it begins: over what arrived; it waits where more is on its way."""
         self._go_on(seq, _pull_of(seq), out)
 
     def _note_offered(self, seq: Sequence, pull: RemotePull, source: str, blocks: Items[BlockLocation]) -> None:
@@ -183,7 +190,7 @@ def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
         for index in {*pull.found, *pull.asked}
         if index * seq.block_size < cached
     )
-    return max(0, cached - seq.num_device_tokens - others)
+    return max(0, cached - pull.first_index * seq.block_size - others)
 
 
 def _is_expected(seq: Sequence, pull: RemotePull, location: BlockLocation) -> bool:

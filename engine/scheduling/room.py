@@ -40,24 +40,40 @@ class Room:
 
         A long prompt leaves a share of both to short ones, unless it is alone. `matched`: its blocks that the pool has.
         """
-        pool, ledger = self._ledger.pool, self._ledger
+        pool = self._ledger.pool
         share = 0.0 if is_short else SHORT_SHARE
         num_slots = self._max_num_seqs - int(share * self._max_num_seqs)
         admitted = self._admitted()
         if len(admitted) >= num_slots and sum(other.is_long for other in admitted) >= num_slots:
             return False
         available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
-        wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
+        wanted = self._num_wanted(seq, matched)
         if admitted:
-            wanted += sum(other.num_lacking_blocks for other in ledger.running.values())
-            wanted += max(1, int(self._watermark * pool.num_blocks)) + int(share * pool.num_blocks)
+            wanted += self._num_reserved(share)
         return wanted <= available
+
+    def num_ahead(self, seq: Sequence, num_lacking: int, num_before: int, load_s: float) -> int:
+        """Count how many of `num_lacking` blocks that `seq` waits for may be filled before it is admitted.
+
+        Those who run, and those who wait before it for `num_before` blocks, find all the same what they want. What is
+        evicted for it, though only this pool keeps it, may be worth what loading takes, `load_s`, at most.
+        """
+        pool = self._ledger.pool
+        num_reserved = self._num_reserved(SHORT_SHARE)
+        num_rest = seq.num_blocks_for(seq.num_tokens) - num_lacking
+        num_blocks = min(num_lacking, pool.num_free - num_reserved - num_before - num_rest)
+        if num_blocks <= 0:
+            return 0
+        num_idle = max(0, pool.num_idle(num_blocks + num_reserved) - num_reserved)
+        num_displaced = num_blocks - num_idle
+        if num_displaced > 0 and self._computing_again_s(seq, num_displaced) > load_s * num_blocks / num_lacking:
+            return num_idle
+        return num_blocks
 
     def num_displaced(self, seq: Sequence, matched: list[int]) -> int:
         """Count the blocks that admitting `seq` would evict though only this pool keeps them, and may yet want them."""
         pool = self._ledger.pool
-        wanted = seq.num_blocks_for(seq.num_tokens) - len(matched)
-        wanted += sum(map(pool.is_dispensable, matched))
+        wanted = self._num_wanted(seq, matched) + sum(map(pool.is_dispensable, matched))
         return wanted - pool.num_idle(wanted)
 
     def is_too_early(self, seq: Sequence, matched: list[int], now_s: float) -> bool:
@@ -72,10 +88,25 @@ class Room:
             return False
         if seq.lacks_room_s is None:
             seq.lacks_room_s = now_s
+        return now_s < seq.lacks_room_s + _PATIENCE * self._computing_again_s(seq, num_displaced)
+
+    def _computing_again_s(self, seq: Sequence, num_displaced: int) -> float:
+        """Return what is lost where so many kept blocks are evicted for `seq`, in seconds."""
         num_tokens = min(num_displaced * seq.block_size, seq.num_tokens)  # as if of a prompt as long as this one
         computing_s = self._backlog.compute_s(seq.num_tokens - num_tokens, seq.num_tokens)
         computing_s *= self._ledger.pool.reused_share
-        return now_s < seq.lacks_room_s + _PATIENCE * (computing_s + harm_s(computing_s, len(self._ledger.running)))
+        return computing_s + harm_s(computing_s, len(self._ledger.running))
+
+    def _num_wanted(self, seq: Sequence, matched: list[int]) -> int:
+        """Count the blocks that admitting `seq` takes, beside those that are there, or on their way."""
+        num_coming = self._ledger.intakes.num_coming(seq.seq_id)
+        return max(0, seq.num_blocks_for(seq.num_tokens) - len(matched) - num_coming)
+
+    def _num_reserved(self, share: float) -> int:
+        """Count the blocks that are left to those who run, and, a `share` of the pool, to short prompts."""
+        num_blocks = self._ledger.pool.num_blocks
+        num_lacking = sum(other.num_lacking_blocks for other in self._ledger.running.values())
+        return num_lacking + max(1, int(self._watermark * num_blocks)) + int(share * num_blocks)
 
     def _admitted(self) -> tuple[Sequence, ...]:
         return (*self._ledger.running.values(), *self._ledger.pulling.values())

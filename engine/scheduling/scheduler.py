@@ -105,7 +105,7 @@ class Scheduler:
             remote_timeout_s=config.remote_timeout_s,
         )
         self._remote = self._sourcing.pulls
-        self._prefetches = Prefetches(self._ledger, self._sourcing.plan)
+        self._prefetches = Prefetches(self._ledger, self._sourcing.plan, self._room.num_ahead)
         self._offers = Offers(self._ledger)
         self._planner = StepPlanner(
             self._ledger,
@@ -125,7 +125,7 @@ class Scheduler:
 
     @property
     def num_blocks_taken_in(self) -> int:
-        """Blocks taken in from others though no sequence wanted them."""
+        """Blocks taken in from others before a sequence that runs wanted them."""
         return self._ledger.intakes.num_blocks
 
     def set_prices(self, price_of: Callable[[Copy], MovePrice | None]) -> None:
@@ -310,7 +310,7 @@ class Scheduler:
         self, event: KvOffered | KvRefused | BlocksOffered | GrammarCompiled, out: list[Instruction]
     ) -> None:
         """Take in what a sequence waited for, unless it waits no more."""
-        if isinstance(event, BlocksOffered) and self._ledger.intakes.has(event.seq_id):
+        if isinstance(event, BlocksOffered):
             self._ledger.intakes.take_blocks(event, out)
         seq = self._ledger.sequences.get(event.seq_id)
         if seq is None:
@@ -390,8 +390,7 @@ class Scheduler:
             num_passed += 1
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
-        self._prefetches.end(seq.seq_id, out)
-        self._ledger.admit(seq, matched)
+        self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
         is_remote = seq.wants_remote and not self._sourcing.is_cheaper_here(seq, plan)
@@ -405,11 +404,12 @@ class Scheduler:
         elif plan.loads:
             deadline_s = self._sourcing.load(seq, plan, now_s, out)
         else:
+            self._ledger.end_intake(seq.seq_id, out)
             return
         heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
 
     def _finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
-        if self._ledger.intakes.has(event.seq_id):
+        if self._ledger.intakes.find(event.seq_id) is not None:
             self._ledger.intakes.finish_pull(event, out)
             return
         self._remote.finish_pull(event, out)

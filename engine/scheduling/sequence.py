@@ -94,6 +94,7 @@ class Sequence:
         "arrived_s",
         "block_size",
         "block_table",
+        "brought",
         "expected_match_tokens",
         "expected_s",
         "grammar",
@@ -174,6 +175,7 @@ class Sequence:
         self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
         self.held = spec.held or ()  #: where blocks of it lie, as far as is known by now
         self.lacks_holders = False  #: somebody was asked for that, and it is not admitted before there is an answer
+        self.brought: dict[int, Tier] = {}  #: blocks that were asked for while it waited, and from where they come
         self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.grammar: CompiledGrammar | None = (
@@ -228,6 +230,10 @@ class Sequence:
     def max_match_blocks(self) -> int:
         """Blocks that reuse may give: at least one token is left to compute, all of them for prompt logprobs."""
         return 0 if self.wants_prompt_logprobs else (len(self.token_ids) - 1) // self.block_size
+
+    def num_prompt_tokens_of(self, index: int) -> int:
+        """Return how many tokens of the prompt the block at `index` has."""
+        return min(self.block_size, max(0, self.num_prompt_tokens - index * self.block_size))
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""

@@ -114,6 +114,8 @@ class Sourcing:
             pull.portion_blocks = max(1, int(_PORTION_S / plan.load_s * num_blocks))
             pull.meet_tokens = seq.num_computed + int(plan.computed_share * num_blocks * seq.block_size)
         self.pulls.ask(seq, plan.loads, out)
+        if pull.open:
+            self.pulls.go_on(seq, out)  # it waits for these, which are its next
         return deadline_s
 
     def ask_prefill(self, seq: Sequence, now_s: float, out: list[Instruction]) -> float:

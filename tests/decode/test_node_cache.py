@@ -264,10 +264,10 @@ async def test_without_a_router_the_nodes_cache_is_asked_after_a_restart_and_whe
         await until(lambda: not engine_of(worker).pool.num_used)
 
 
-async def test_what_a_waiting_sequence_wants_of_a_disk_lies_in_memory_when_it_is_admitted(
+async def test_what_a_waiting_sequence_wants_of_a_disk_lies_in_the_pool_when_it_is_admitted(
     model_dir, reference, nodes, tmp_path
 ):
-    first, second, third = prompt_of(5, 100), prompt_of(6, 330), prompt_of(7, 330)
+    first, second, third = prompt_of(5, 100), prompt_of(6, 130), prompt_of(7, 130)
     disk = {"disk_dir": str(tmp_path), "disk_capacity_bytes": 64 << 20}
     node = nodes()
     async with running(model_dir, node, **disk) as (_, ingress, router):
@@ -283,14 +283,41 @@ async def test_what_a_waiting_sequence_wants_of_a_disk_lies_in_memory_when_it_is
         await until(lambda: steps.is_holding)
         answer = ingress.send("second", second, held=await router.hears(second, {"disk"}))
         left = ingress.send("third", third, held=await router.hears(third, {"disk"}))
-        held = await router.hears(second, {"disk", "host"})  # it was read up, and nothing is pinned for it
-        await router.hears(third, {"disk", "host"})
-        assert all(at.address == cache_of(worker).address for run in held for at in run.copies)
+        for prompt in (second, third):
+            held = await router.hears(prompt, {"disk", "host", "device"})
+            addresses = {at.address for run in held for at in run.copies}
+            assert addresses == {cache_of(worker).address, ingress.info.address}
+        assert engine_of(worker).pool.num_used == 7  # the first one's: who waits pins nothing
         ingress.cancel("third")
         steps.go_on()
         assert await ingress.finish(running_first, answer) == [reference.greedy(p, 16) for p in (first, second)]
-        assert (answer.sources.host, answer.sources.disk, answer.sources.computed) == (320, 0, 10)
+        assert (answer.sources.host, answer.sources.disk, answer.sources.computed) == (128, 0, 2)
         assert left.token_ids == []
+        await until(lambda: not engine_of(worker).pool.num_used)
+        assert not borrower_of(worker)._book._loans
+
+
+async def test_a_cache_that_dies_while_who_waits_takes_in_from_it_leaves_that_to_be_computed(
+    model_dir, reference, nodes
+):
+    first, second = prompt_of(5, 100), prompt_of(6, 130)
+    node = nodes()
+    async with running(model_dir, node, engine={"max_num_seqs": 1}) as (worker, ingress, router):
+        await ask(ingress, "cold", second)
+        await router.hears(second, {"device", "host"})
+        engine_of(worker).pool.clear()
+        held = await router.hears(second, {"host"})
+        steps = Steps(worker)
+        steps.hold("first", after=1)
+        running_first = ingress.send("first", first)
+        await until(lambda: steps.is_holding)
+        os.kill(node.supervisor.pid, signal.SIGSTOP)
+        answer = ingress.send("second", second, held=held)
+        await until(lambda: engine_of(worker).pool.num_used == 7 + 8)  # it waits for the cache's answer
+        await until(lambda: engine_of(worker).pool.num_used == 7)  # until that is lost
+        steps.go_on()
+        assert await ingress.finish(running_first, answer) == [reference.greedy(p, 16) for p in (first, second)]
+        assert answer.sources.host == 0
         await until(lambda: not engine_of(worker).pool.num_used)
         assert not borrower_of(worker)._book._loans
 

@@ -119,6 +119,8 @@ class FakeWorker:
         self.lent: dict[str, list[BlockLocation]] = {}
         self.taken_in: dict[str, tuple[bytes, ...]] = {}  # names that were asked for, by intake
         self.num_intakes = 0
+        self.pulled_ahead: set[str] = set()  # sequences whose pull began before they were admitted
+        self.num_joined = self.num_left = 0  # of them, those that were admitted under that pull, or ended
         self.offloaded: set[bytes] = set()  # names that lower tiers were told of
         self.num_mixed = 0
         self.published: list[tuple[BlockLocation, list[int]]] = []
@@ -137,7 +139,8 @@ class FakeWorker:
                     assert num_held % self.pool.block_size == 0
                     assert num_held < self.sequences[seq_id].spec.num_prompt_tokens
                     self.asked[seq_id] = num_held // self.pool.block_size
-                    self.offered[seq_id] = set()
+                    if seq_id not in self.pulls:  # else it goes on with what it was offered while it waited
+                        self.offered[seq_id] = set()
                 case AskBlocks(seq_id, source, first_index, names) if isinstance(event, TakeIn):
                     assert (seq_id, source, first_index) == (event.intake_id, event.source, 0)
                     assert names
@@ -298,6 +301,9 @@ class FakeWorker:
 
     def end_pull(self, seq_id: str, bad: set[int] = frozenset(), quarantine_until_s: float | None = None) -> None:
         pairs, generations = self.pulls.pop(seq_id)
+        self.num_joined += seq_id in self.pulled_ahead and seq_id in self.scheduler._ledger.pulling
+        self.num_left += seq_id in self.pulled_ahead and self.sequences[seq_id].is_over
+        self.pulled_ahead.discard(seq_id)
         size = self.pool.block_size
         for location, target in pairs:
             assert self.pool.generation(target) == generations[target], "no target of a pull is reused under it"
@@ -373,6 +379,8 @@ class FakeWorker:
             assert location.index in self.offered[seq_id]
             assert self.pool.state(target) is BlockState.WRITING
             assert self.pool.num_pins(target) == 1
+        if any(seq.seq_id == seq_id for seq in self.scheduler._ledger.waiting):
+            self.pulled_ahead.add(seq_id)
         self.pulls[seq_id] = (pairs, {target: self.pool.generation(target) for _, target in pairs})
 
     def _take_tokens(self, emitted: EmitTokens) -> None:
@@ -461,7 +469,11 @@ class FakeWorker:
         assert self.scheduler.queued_tokens >= 0
         assert {seq_id for seq_id, _ in self.ahead} <= {seq.seq_id for seq in self.scheduler._ledger.waiting}
         under_way = {seq_id for seq_id, _ in self.questions} | self.pulls.keys()
-        assert set(self.scheduler._ledger.intakes.ids()) == under_way & self.taken_in.keys()
+        intakes = set(self.scheduler._ledger.intakes.ids())
+        waiting = {seq.seq_id for seq in self.scheduler._ledger.waiting}
+        assert intakes - waiting <= self.taken_in.keys()
+        assert intakes <= under_way
+        assert under_way & self.taken_in.keys() <= intakes | self.scheduler._ledger.orphans.keys()
         self.taken_in = {key: names for key, names in self.taken_in.items() if key in under_way}
 
     def drain(self) -> None:

@@ -295,6 +295,29 @@ def test_what_is_kept_is_worth_as_much_as_is_used_again_of_it() -> None:
     assert pool.reused_share == pytest.approx(reused_share * (7 / 8) ** 2)
 
 
+def test_of_blocks_whose_use_is_expected_nothing_is_learned_once() -> None:
+    pool = BlockPool(8, 16)
+    use(pool, 0, 4, now_s=1.0)
+    pool.expect(pool.match(map(name_of, range(4))))
+    use_again(pool, 0, 2, now_s=1.001)
+    assert (pool.reused_share, pool.num_idle(9)) == (0.0, 4)  # nobody knows yet
+    use_again(pool, 0, 2, now_s=100.0)
+    reused_share = pool.reused_share
+    assert reused_share > 0.0
+    pool.allocate(6)  # the other two are evicted unused
+    assert pool.reused_share == reused_share
+
+
+def test_only_what_nobody_uses_is_expected_to_be_used(pool: BlockPool) -> None:
+    use(pool, 0, 1, now_s=1.0)
+    (block_id,) = pool.match([name_of(0)])
+    pool.pin([block_id])
+    pool.expect([block_id, *pool.allocate(1)])
+    pool.unpin([block_id])
+    use_again(pool, 0, 1, now_s=2.0)
+    assert pool.reused_share > 0.0
+
+
 def test_of_spare_copies_tails_go_before_heads(pool: BlockPool) -> None:
     use(pool, 0, 4, now_s=10.0)
     pool.mark([name_of(number) for number in range(4)], is_spare=True)
@@ -501,6 +524,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.mark(names, is_spare=is_spare)
         marked = {block_id for block_id, name in self.content.items() if name in names}
         self.spare = self.spare | marked if is_spare else self.spare - marked
+
+    @rule(data=st.data())
+    def expect(self, data: st.DataObject) -> None:
+        self.pool.expect(data.draw(st.sets(st.integers(0, self.pool.num_blocks - 1))))
 
     @rule(used_s=st.integers(0, 30), most=st.integers(0, 9))
     def see_what_is_worth_less(self, used_s: int, most: int) -> None:

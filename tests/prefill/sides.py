@@ -227,6 +227,7 @@ class DecodeSide:
         self.book = StreamBook()
         self.loans = LoanBook()
         self.pulls: list[Pull] = []
+        self.pulled_ahead: set[str] = set()  # sequences whose pull began before they were admitted
         self.connections: dict[str, Connection] = {}  # by address
 
     def can_pull(self, address: str) -> bool:
@@ -329,12 +330,19 @@ class DecodeSide:
 
     # --------------------------------------------------------------------------------------------------------- pulls
 
+    def _waiting_ids(self) -> set[str]:
+        return {seq.seq_id for seq in self.engine.scheduler._ledger.waiting}
+
     def _waiting_pulls(self) -> list[Pull]:
         return [pull for pull in self.pulls if pull.source is None]
 
     def _take_pull(self, pull: PullBlocks) -> None:
         pool = self.engine.pool
         assert pull.pairs
+        is_ahead = pull.seq_id in self._waiting_ids()
+        self.world.seen["pulled for who waits"] += is_ahead
+        if is_ahead:
+            self.pulled_ahead.add(pull.seq_id)
         for _, target in pull.pairs:
             assert pool.state(target) is BlockState.WRITING
             assert pool.num_pins(target) == 1
@@ -386,6 +394,9 @@ class DecodeSide:
 
     def _pull_ended(self, pull: Pull, bad: frozenset[int], quarantine_s: float = 0.0) -> None:
         self.pulls.remove(pull)
+        is_joined = pull.seq_id in self.pulled_ahead and pull.seq_id in self.engine.scheduler._ledger.pulling
+        self.world.seen["admitted under its pull"] += is_joined
+        self.pulled_ahead.discard(pull.seq_id)
         self.borrow(PullStopped(pull.seq_id, bad, quarantine_s))
 
     def _write(self, pull: Pull, position: int, content: list[int]) -> list[int]:
@@ -406,3 +417,7 @@ class DecodeSide:
             if seq.pull is not None:
                 assert seq.pull.has_last_offer or seq_id in loans, "who waits for blocks has asked for them"
                 assert {(seq_id, holder) for holder in seq.pull.holders} <= open_sources
+        intakes = self.engine.scheduler._ledger.intakes
+        for seq_id in intakes.ids():
+            intake = intakes.find(seq_id)
+            assert intake.is_offered_whole or (seq_id, intake.source) in open_sources, "who waits for blocks asked"

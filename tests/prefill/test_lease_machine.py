@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -41,6 +41,7 @@ from tests.prefill.fake_engine import (
     LEASE_S,
     REMOTE_TIMEOUT_S,
     SIZE,
+    Holders,
     Pull,
 )
 from tests.prefill.world import World, config_of
@@ -54,11 +55,11 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @initialize(
         num_prefill_blocks=st.integers(3, 9),
-        num_decode_blocks=st.integers(6, 16),
+        num_decode_blocks=st.one_of(st.integers(6, 16), st.just(60)),
         prefill=st.builds(
             config_of, st.sampled_from([4, 6, 8]), st.sampled_from([8, 12, 24]), max_num_seqs=st.integers(1, 4)
         ),
-        decode=st.builds(config_of, st.sampled_from([4, 8]), st.sampled_from([8, 24]), st.integers(2, 5)),
+        decode=st.builds(config_of, st.sampled_from([4, 8]), st.sampled_from([8, 24]), st.integers(1, 5)),
         prefill_s=st.sampled_from([0.0, 0.0, 0.01]),
     )
     def make(self, num_prefill_blocks, num_decode_blocks, prefill, decode, prefill_s) -> None:
@@ -200,13 +201,15 @@ def drive_at_random(seed: int, num_events: int) -> World:
     """Progress most of the time, so that every stage is reached, with everything else in between."""
     rng = random.Random(seed)
     prefill = config_of(rng.choice([4, 6, 8]), rng.choice([8, 12, 24]), rng.randint(1, 4))
-    decode = config_of(4, rng.choice([8, 24]), rng.randint(2, 6))
-    world = World(prefill, decode, rng.randint(6, 10), rng.randint(10, 20), prefill_s=rng.choice([0.0, 0.01]))
+    has_few_slots = seed % 3 == 0  # then sequences wait though there is room
+    decode = config_of(4, rng.choice([8, 24]), 1 if has_few_slots else rng.randint(2, 6))
+    sizes = (40, 60) if has_few_slots else (rng.randint(6, 10), rng.randint(10, 20))
+    world = World(prefill, decode, *sizes, prefill_s=rng.choice([0.0, 0.01]))
     for _ in range(num_events):
         action = rng.random()
         pulls = world.decode.pulls
         if action < 0.1 and len(world.alive()) < 8:
-            add_at_random(world, rng)
+            add_at_random(world, rng, has_few_slots=has_few_slots)
         elif action < 0.35 and world.deliverable():
             world.deliver(*rng.choice(world.deliverable()))
         elif action < 0.5 and pulls:
@@ -230,6 +233,8 @@ def drive_at_random(seed: int, num_events: int) -> World:
             world.kill_decode(loses_messages=rng.random() < 0.5, is_retried=lambda: rng.random() < 0.8)
         elif action < 0.557:
             world.kill_prefill(loses_messages=rng.random() < 0.5)
+        elif action < 0.62 and has_few_slots:
+            world.decode.engine.pool.clear()
         elif action < 0.8:
             step = world.prefill.engine.step
             world.step_prefill({part.seq_id for part in step.parts if rng.random() < 0.03} if step else set())
@@ -239,24 +244,26 @@ def drive_at_random(seed: int, num_events: int) -> World:
     return world
 
 
-def add_at_random(world: World, rng: random.Random) -> None:
+def add_at_random(world: World, rng: random.Random, *, has_few_slots: bool) -> None:
+    holders: list[Holders] = ["near"] if has_few_slots else ["nobody", "nobody", "near", "slow", "gone"]
+    salts = [b"a", b"b", b"c"] if has_few_slots else [b"", b"", b"s"]
     prompt = [*BASES[rng.randrange(2)][: rng.randint(1, 30)], rng.randrange(VOCABULARY)]
     world.add(
         prompt[: world.max_len - 1],
         SamplingParams(max_tokens=rng.randint(1, 8)),
-        salt=rng.choice([b"", b"", b"s"]),
+        salt=rng.choice(salts),
         priority=rng.choice([0, 0, 1]),
         is_remote=rng.random() < 0.9,
         manners=rng.choice(["polite", "polite", "hasty", "mute"]),
         patience_s=rng.choice([None] * 5 + [4.0]),
-        holders=rng.choice(["nobody", "nobody", "near", "slow", "gone"]),
+        holders=rng.choice(holders),
     )
 
 
 @pytest.mark.slow
 def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(75):
         world = drive_at_random(seed, 400)
         world.drain()
         seen += world.seen
@@ -270,7 +277,8 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     )
     accidents += ("asker lost", "refused", "prefill failed", "retried", "asked again", "too late", "learned")
     accidents += ("lent by name", "not there any more", "lease on lent blocks expired", "head computed meanwhile")
-    assert seen.keys() == set(accidents)
+    accidents += ("pulled for who waits",)
+    assert seen.keys() - {"admitted under its pull"} == set(accidents)
     assert min(seen.values()) >= 5, f"the runs must meet everything that is counted: {seen}"
 
 
@@ -278,6 +286,54 @@ def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
 def test_many_long_random_runs_end_clean() -> None:
     for seed in range(100, 200):
         drive_at_random(seed, 600).drain()
+
+
+# ------------------------------------------------------------------------------------------------- ahead of admission
+
+
+@pytest.mark.parametrize("accident", ["none", "some lost", "late bytes", "source dies", "cancelled", "lease ends"])
+def test_who_is_admitted_under_the_pull_that_began_while_it_waited_goes_on_with_it(accident) -> None:
+    world = World(config_of(8, 24, 4), config_of(8, 24, 1), num_prefill_blocks=20, num_decode_blocks=60)
+    world.add(BASES[0][:30], SamplingParams(max_tokens=2))
+    run_until(world, lambda: not world.alive())
+    world.pass_time(LEASE_S + 0.1)
+    world.decode.engine.pool.clear()
+    world.add(BASES[1][:9], SamplingParams(max_tokens=20), is_remote=False)
+    world.step_decode()
+    asked = world.add(BASES[0][:30], SamplingParams(max_tokens=3), is_remote=accident != "none", holders="near")
+    run_until(world, lambda: world.decode.pulls)
+    assert world.seen["pulled for who waits"] == 1
+    (pull,) = world.decode.pulls
+    world.decode.begin_pull(pull)
+    world.decode.copy(pull, 0)
+    match accident:
+        case "source dies":
+            world.kill_prefill(loses_messages=True)
+        case "lease ends":
+            world.pass_time(LEASE_S + 0.1)
+            world.prefill.engine.pool.clear()
+    while asked not in world.decode.engine.scheduler._ledger.pulling:
+        world.step_decode()
+    if accident == "cancelled":
+        world.cancel(asked)
+    endings = {"some lost": "some", "late bytes": "late", "source dies": "none"}
+    world.decode.end_pull(pull, endings.get(accident, "well"), {1, 2} if accident == "some lost" else set())
+    assert world.seen["admitted under its pull"] == (accident != "cancelled")
+    world.check()
+    world.drain()
+
+
+def run_until(world: World, is_over: Callable[[], object]) -> None:
+    """Steps and messages as they come, and pulls to their good ends while there is more to come."""
+    while not is_over():
+        for pull in list(world.decode.pulls):
+            world.decode.begin_pull(pull)
+            world.decode.end_pull(pull, "well")
+        for connection, to_prefill in world.deliverable():
+            world.deliver(connection, to_prefill)
+        world.step_prefill()
+        if not is_over():
+            world.step_decode()
 
 
 # ------------------------------------------------------------------------------------------------- it is able to fail

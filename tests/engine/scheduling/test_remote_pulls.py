@@ -261,5 +261,5 @@ def test_after_the_first_emission_nothing_more_is_said_of_the_prompts_sources(be
 )
 def test_peer_tokens_are_what_it_had_cached_and_came_and_was_not_here(bench, cached, pulled, here, counted):
     seq = bench.pulling("r", PROMPT)
-    seq.num_device_tokens, seq.pull.num_peer_cached_tokens = here, cached
+    seq.pull.first_index, seq.pull.num_peer_cached_tokens = here // 4, cached
     assert count_peer_tokens(seq, pulled) == counted

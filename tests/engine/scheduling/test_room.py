@@ -146,3 +146,40 @@ def test_who_waited_for_room_waits_anew_once_it_was_admitted():
     bench.ledger.admit(seq, [])
     bench.ledger.preempt(seq)
     assert is_too_early(bench, seq, 100.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- ahead
+
+
+def num_ahead(bench, seq, num_lacking, *, num_before=0, load_s=1.0) -> int:
+    return bench.room.num_ahead(seq, num_lacking, num_before, load_s)
+
+
+def test_what_is_filled_ahead_leaves_what_runs_and_waits_before_and_the_rest_of_its_own():
+    bench = bench_of(32)
+    seq = bench.waiting("a", 40)
+    assert num_ahead(bench, seq, 8) == 8
+    bench.running("other", 32)  # 8 to come, 1 beside them, 2 for short ones
+    assert num_ahead(bench, seq, 8, num_before=11) == 8
+    assert num_ahead(bench, seq, 8, num_before=13) == 6
+    assert num_ahead(bench, seq, 8, num_before=20) == 0
+
+
+def test_what_only_this_pool_keeps_is_evicted_ahead_only_where_loading_takes_longer_than_it_is_worth():
+    bench = full_of_kept_blocks(8)  # three of them are reserved
+    seq = bench.waiting("a", 40)
+    lost_s = 5 * 0.004 * 1.2  # of five blocks, by the assumed price, and the harm of that
+    assert num_ahead(bench, seq, 10, load_s=lost_s - 0.001) == 5
+    assert num_ahead(bench, seq, 10, load_s=lost_s + 0.001) == 10
+    bench.pool.reused_share = 0.0
+    assert num_ahead(bench, seq, 10, load_s=0.0) == 10
+
+
+def test_what_is_coming_for_a_sequence_is_room_that_it_has():
+    bench = bench_of(12)
+    bench.running("other", 4)
+    seq = bench.waiting("a", 40)  # ten blocks, one for the other and one that is left free
+    assert has(bench, seq)
+    bench.ledger.intakes.begin_ahead("a", "source", 0, tuple(seq.names[:9]), range(9), 9, 0, [])
+    assert has(bench, seq)
+    assert not has(bench, bench.waiting("b", 8))

@@ -64,7 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     worker: FakeWorker
 
     @initialize(
-        num_blocks=st.integers(4, 16),
+        num_blocks=st.one_of(st.integers(4, 16), st.just(48)),
         quantum=st.sampled_from([4, 6, 8]),
         budget=st.sampled_from([8, 12, 24]),
         max_num_seqs=st.integers(1, 5),
