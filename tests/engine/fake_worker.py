@@ -141,7 +141,8 @@ class FakeWorker:
                     self.asked[seq_id] = num_held // self.pool.block_size
                     if seq_id not in self.pulls:  # else it goes on with what it was offered while it waited
                         self.offered[seq_id] = set()
-                case AskBlocks(seq_id, source, first_index, names) if isinstance(event, TakeIn):
+                case AskBlocks(seq_id, source, first_index, names) if seq_id not in self.sequences:
+                    assert isinstance(event, TakeIn)
                     assert (seq_id, source, first_index) == (event.intake_id, event.source, 0)
                     assert names
                     assert not {name for asked in self.taken_in.values() for name in asked} & set(names)
