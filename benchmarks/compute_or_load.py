@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -89,9 +89,11 @@ def options_of(model: str) -> WorkerOptions:
     )
 
 
-@contextlib.contextmanager
-def throttled_cache(info: WorkerInfo, directory: Path, bytes_per_s: float, secret: ClusterSecret) -> Iterator[str]:
-    """Run a node cache over `directory`; the answer is its address."""
+@contextlib.asynccontextmanager
+async def throttled_cache(
+    info: WorkerInfo, directory: Path, bytes_per_s: float, secret: ClusterSecret
+) -> AsyncIterator[str]:
+    """Run a node cache over `directory`; the answer is its address. Nothing blocks while it comes up."""
     options = cache_options(
         CacheSettings(host_memory_bytes=64 * MIB, disk_dir=str(directory), disk_capacity_bytes=DISK_BYTES),
         fingerprint=info.fingerprint,
@@ -106,18 +108,23 @@ def throttled_cache(info: WorkerInfo, directory: Path, bytes_per_s: float, secre
         log_level="error",
     )
     job = {"options": msgspec.to_builtins(options), "secret": secret.hex(), "bytes_per_s": bytes_per_s}
-    process = subprocess.Popen(
-        [sys.executable, SCRIPTS / "throttled_cache.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    process = await asyncio.to_thread(
+        subprocess.Popen,
+        [sys.executable, SCRIPTS / "throttled_cache.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
-        yield msgspec.convert(json.loads(process.stdout.readline()), WorkerInfo).address
+        line = await asyncio.to_thread(process.stdout.readline)
+        yield msgspec.convert(json.loads(line), WorkerInfo).address
     finally:
         process.stdin.close()
-        process.wait(20)
+        await asyncio.to_thread(process.wait, 20)
 
 
 class Prompts:
@@ -200,7 +207,8 @@ async def measure(model: str, lengths: tuple[int, ...], speeds: tuple[float, ...
                 compute_s = median([await client.first_token_s(p, None, kind="compute") for p in alone])
                 num_bytes = num_tokens // worker.info.block_size * worker.info.block_bytes
                 for speed, some in zip(speeds, drawn, strict=True):
-                    with throttled_cache(worker.info, directory, num_bytes / compute_s / speed, secret) as address:
+                    bytes_per_s = num_bytes / compute_s / speed
+                    async with throttled_cache(worker.info, directory, bytes_per_s, secret) as address:
                         cell = await measure_cell(client, address, some, worker.info.block_size, speed)
                     cells.append(cell)
                     low, middle, high = cell.of_better
@@ -209,7 +217,7 @@ async def measure(model: str, lengths: tuple[int, ...], speeds: tuple[float, ...
                         f"  {middle:.2f} ({low:.2f} to {high:.2f})",
                         flush=True,
                     )
-                shutil.rmtree(directory)
+                await asyncio.to_thread(shutil.rmtree, directory)
             client.close()
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -41,7 +41,7 @@ from messages.handoff import (
     ReleaseLease,
     RenewLease,
 )
-from messages.tier import Tier
+from messages.tier import SLOW_TIERS, Tier
 
 _AVOID_S = 1.0  #: how long an address is left alone after it was lost
 
@@ -175,7 +175,7 @@ class BeginPull:
 
 @dataclass(frozen=True, slots=True)
 class LearnHandoff:
-    """What was asked of `source` came whole: `elapsed_s` after the question, of which it needed `source_s` itself.
+    """What was asked of `source` came, whole or not: `elapsed_s` after the question, `source_s` of them by its work.
 
     `tier`: where it had the blocks; None where it computed some.
     """
@@ -204,6 +204,8 @@ class _Loan:
     tier: Tier = "device"  #: of the last handoff
     source_s: float = 0.0  #: what the owner needed until then
     num_pulled_blocks: int = 0
+    come_s: float = 0.0  #: when the last pull ended; until then came
+    num_come_blocks: int = 0
     has_failed: bool = False  #: a block did not come well
     num_arrived: int = 0  #: blocks of the pull that runs, when the loan was last renewed
 
@@ -245,7 +247,7 @@ class LoanBook:
             case AskBlocks() | AskAhead():
                 return self._ask(event, now_s)
             case StopAsking(seq_id, source):
-                return self._give_up(seq_id, source)
+                return self._give_up(seq_id, source, teaches=True)
             case StopRemote(seq_id):
                 return self._give_up(seq_id, None)
             case PullBlocks():
@@ -305,10 +307,11 @@ class LoanBook:
         self._loans[loan_id] = _Loan(asked.seq_id, asked.source, now_s, is_ahead=isinstance(asked, AskAhead))
         return [*ended, AskOwner(asked.source, message)]
 
-    def _give_up(self, seq_id: str, source: str | None) -> list[LoanInstruction]:
+    def _give_up(self, seq_id: str, source: str | None, *, teaches: bool = False) -> list[LoanInstruction]:
         """Release what the scheduler wants no more, even under a pull: blocks by name, or (None) a prompt.
 
-        One owner may be asked for both. What was offered whole is released when its pull has ended.
+        One owner may be asked for both. What was offered whole is released when its pull has ended. What came so far
+        from a slow tier `teaches` its price: nothing may ever come whole from a tier that is slower than was thought.
         """
         told: list[LoanInstruction] = []
         for loan_id, loan in self._of(seq_id):
@@ -317,6 +320,9 @@ class LoanBook:
             del self._loans[loan_id]
             self.num_refused += loan.is_prompt
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
+            if teaches and loan.tier in SLOW_TIERS and loan.num_come_blocks > 0 and not loan.has_failed:
+                elapsed_s = loan.come_s - loan.asked_s
+                told.append(LearnHandoff(loan.source, loan.tier, elapsed_s, loan.source_s, loan.num_come_blocks))
         return told
 
     def _take_handoff(self, source: str, handoff: KvHandoff) -> list[LoanInstruction]:
@@ -412,6 +418,8 @@ class LoanBook:
             raise InvariantError(f"a pull of {seq_id!r} ended that was not running")
         source = self._pulling.pop(seq_id)
         for _, loan in self._of(seq_id):
-            loan.has_failed |= bool(bad) and loan.source == source
+            if loan.source == source:
+                loan.has_failed |= bool(bad)
+                loan.come_s, loan.num_come_blocks = now_s, loan.num_pulled_blocks
         until_s = now_s + stopped.quarantine_s if stopped.quarantine_s > 0 and bad else None
         return [TellScheduler(seq_id, PullEnded(seq_id, bad, until_s))]

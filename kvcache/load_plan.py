@@ -13,11 +13,12 @@ other does not help.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvcache.price import Computation, compute_s, harm_s, move_s
+from kvcache.price import HARM_WEIGHT, Computation, compute_s, move_s
 from messages.handoff import FoundRun
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
@@ -43,9 +44,10 @@ class LoadPlan(NamedTuple):
 
     loads: tuple[Load, ...] = ()
     load_s: float = 0.0  #: of loading all that others hold
-    compute_s: float = 0.0  #: of computing it instead
+    compute_s: float = 0.0  #: of computing it instead, behind what goes before
     mixed_s: float = math.inf  #: of both at once
     is_mixed: bool = False
+    meet_tokens: int = 0  #: where computing and loading are predicted to meet, if both go on at once
 
     @property
     def seconds(self) -> float:
@@ -53,11 +55,6 @@ class LoadPlan(NamedTuple):
         if not self.loads:
             return self.compute_s
         return self.mixed_s if self.is_mixed else self.load_s
-
-    @property
-    def computed_share(self) -> float:
-        """How much of it is computed where both meet, in [0, 1]."""
-        return self.load_s / (self.load_s + self.compute_s)
 
 
 def with_found(
@@ -144,12 +141,38 @@ def plan_loads(
         loads.append(Load(run.begin, run.end, copy))
     if not loads:
         return LoadPlan()
-    computing_s += queue_s + harm_s(computing_s, num_beside)
-    end = loads[-1].end * block_size
-    last_step_s = compute_s(compute, Computation.of(max(0, end - chunk_tokens), end))
-    meeting_s = load_s * computing_s / (load_s + computing_s)
-    mixed_s = meeting_s + last_step_s + _MORE_STEPS * compute.step_s + _HALF_BATCH_S
-    is_mixed = mixed_s < _CLEARLY * min(load_s, computing_s)
-    if not is_mixed and computing_s < load_s:
-        return LoadPlan((), load_s, computing_s, mixed_s)
-    return LoadPlan(tuple(loads), load_s, computing_s, mixed_s, is_mixed)
+    meeting = _meeting(loads, load_s, computing_s, compute, queue_s, block_size)
+    last_step_s = compute_s(compute, Computation.of(max(0, meeting.num_tokens - chunk_tokens), meeting.num_tokens))
+    mixed_s = meeting.seconds + last_step_s + _MORE_STEPS * compute.step_s + _HALF_BATCH_S
+    harm = HARM_WEIGHT * num_beside
+    # Who may come later does not count here: the sequence is there, and the engine had nothing better to do.
+    compute_cost_s = queue_s + computing_s * (1 + harm)
+    mixed_cost_s = mixed_s + harm * (meeting.seconds - queue_s)
+    is_mixed = mixed_cost_s < _CLEARLY * min(load_s, compute_cost_s)
+    chosen = tuple(loads) if is_mixed or load_s <= compute_cost_s else ()
+    return LoadPlan(chosen, load_s, queue_s + computing_s, mixed_s, is_mixed, meeting.num_tokens)
+
+
+class _Meeting(NamedTuple):
+    """Where the head's computing and the tail's loading meet, if both begin now."""
+
+    num_tokens: int  #: of the prompt, computed until then
+    seconds: float
+
+
+def _meeting(
+    loads: Sequence[Load], load_s: float, computing_s: float, compute: ComputePrice, queue_s: float, block_size: int
+) -> _Meeting:
+    """Find it block by block: the head's tokens are cheaper to compute than the tail's, which attend to more."""
+    begin, end = loads[0].begin, loads[-1].end
+    whole_s = compute_s(compute, Computation.of(begin * block_size, end * block_size))
+    lacking = computing_s / whole_s if whole_s > 0 else 1.0  # what lies here already is neither computed nor loaded
+
+    def computed_s(index: int) -> float:
+        return queue_s + lacking * compute_s(compute, Computation.of(begin * block_size, index * block_size))
+
+    def is_beyond(index: int) -> bool:
+        return computed_s(index) >= load_s * (end - index) / (end - begin)
+
+    index = bisect_left(range(begin, end), True, key=is_beyond) + begin
+    return _Meeting(index * block_size, computed_s(index))

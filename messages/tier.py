@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 #: In a worker's pool; in the arena, on the disk or in the remote store of a node cache.
 Tier: TypeAlias = Literal["device", "host", "disk", "remote"]
+
+#: Those from which an owner has to read.
+SLOW_TIERS: Final[frozenset[Tier]] = frozenset({"disk", "remote"})

@@ -19,6 +19,7 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskAhead, FoundAhead, Instruction, StopAsking
 from engine.scheduling.sequence import Phase, Sequence
 from kvcache.load_plan import Load, LoadPlan, with_found
+from messages.tier import SLOW_TIERS
 
 #: Sequences that wait, for which holders are asked at a time: more than are admitted until a disk has read for one.
 _MAX_SEQUENCES = 8
@@ -116,7 +117,7 @@ class Prefetches:
         plan = self._plan(seq)
         spans: dict[str, tuple[int, int]] = {}
         for load in plan.loads:
-            if load.copy.tier in ("disk", "remote"):
+            if load.copy.tier in SLOW_TIERS:
                 begin, _ = spans.get(load.copy.address, (load.begin, load.end))
                 spans[load.copy.address] = (begin, load.end)
         for source, (begin, end) in spans.items():
@@ -131,7 +132,7 @@ class Prefetches:
 
     def _plan_intakes(self, seq: Sequence, plan: LoadPlan) -> None:
         """Note what of a plan is at hand: of a source that still reads something up for it nothing is, yet."""
-        reading = {load.copy.address for load in plan.loads if load.copy.tier in ("disk", "remote")}
+        reading = {load.copy.address for load in plan.loads if load.copy.tier in SLOW_TIERS}
         ahead = self._aheads[seq.seq_id]
         ahead.loads = [load for load in plan.loads if load.copy.address not in reading]
         ahead.load_s = plan.load_s / max(1, sum(load.end - load.begin for load in plan.loads))

@@ -112,7 +112,7 @@ class Sourcing:
         pull.expected_s = now_s + plan.seconds
         if plan.is_mixed:
             pull.portion_blocks = max(1, int(_PORTION_S / plan.load_s * num_blocks))
-            pull.meet_tokens = seq.num_computed + int(plan.computed_share * num_blocks * seq.block_size)
+            pull.meet_tokens = plan.meet_tokens
         self.pulls.ask(seq, plan.loads, out)
         if pull.open:
             self.pulls.go_on(seq, out)  # it waits for these, which are its next

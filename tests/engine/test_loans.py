@@ -354,6 +354,29 @@ def test_a_holder_that_is_given_up_is_released_even_under_a_pull_and_others_are_
     assert bench.post(SchedulerTold("r")) == []
 
 
+@pytest.mark.parametrize(("tier", "teaches"), [("disk", True), ("remote", True), ("host", False)])
+def test_what_came_before_it_was_given_up_teaches_how_slow_a_tier_is(bench, tier, teaches):
+    loan_id = bench.ask()
+    bench.hand_off(loan_id, tier=tier, elapsed_s=2.5)
+    bench.begin_pull(pull_of("r"))
+    bench.now_s = 3.0
+    bench.end_pull()
+    bench.begin_pull(pull_of("r"))  # of what came next, which is not waited for
+    bench.now_s = 8.0
+    learned = [LearnHandoff(P, tier, 3.0, 2.5, 3)] if teaches else []
+    assert bench.post(StopAsking("r", P)) == [release(loan_id), *learned]
+    bench.end_pull()
+
+
+def test_what_came_badly_or_not_at_all_teaches_nothing(bench):
+    assert bench.post(StopAsking("r", bench.book._loans[bench.ask()].source))[1:] == []
+    loan_id = bench.ask()
+    bench.hand_off(loan_id, tier="disk")
+    bench.begin_pull(pull_of("r"))
+    bench.end_pull("r", frozenset({1}))
+    assert bench.post(StopAsking("r", P)) == [release(loan_id)]
+
+
 def test_what_was_offered_whole_is_not_given_up_before_its_pull_has_ended(bench):
     loan_id = bench.ask()
     bench.hand_off(loan_id, is_last=True)

@@ -65,14 +65,28 @@ def test_a_source_is_asked_once_so_that_a_second_run_from_there_costs_no_questio
 def test_one_way_alone_where_it_is_far_quicker_and_both_where_they_are_about_as_quick(byte_s, is_loaded, is_mixed):
     planned = plan([HeldRun(0, 64, (NEAR,))], {NEAR: price(byte_s)})
     assert (bool(planned.loads), planned.is_mixed) == (is_loaded, is_mixed)
-    assert planned.compute_s == pytest.approx(1.024 * 1.2)  # with the harm to one who may come
+    assert planned.compute_s == pytest.approx(1.024)
     assert planned.seconds <= min(planned.load_s, planned.compute_s)
+
+
+def test_both_meet_where_the_head_has_come_as_far_as_the_tail():
+    lacking, prices = [HeldRun(0, 64, (NEAR,))], {NEAR: price(1.6e-5)}  # each way takes 1.024 s
+    assert plan(lacking, prices).meet_tokens == 512
+    later = plan(lacking, prices, queue_s=0.512)
+    assert later.meet_tokens == 256
+    assert later.mixed_s > 0.512 + 0.256
+
+
+def test_computing_that_harms_others_is_dearer_and_who_may_come_later_does_not_count():
+    lacking, prices = [HeldRun(0, 4, (NEAR,))], {NEAR: price(1.1 * 1.6e-5)}  # a tenth longer than computing takes
+    assert not plan(lacking, prices).loads
+    assert plan(lacking, prices, num_beside=1).loads
 
 
 def test_who_computes_behind_a_queue_loads_what_an_idle_one_computes():
     lacking, prices = [HeldRun(0, 64, (NEAR,))], {NEAR: price(2e-4)}
     assert not plan(lacking, prices).loads
-    assert plan(lacking, prices, queue_s=10.0).loads
+    assert plan(lacking, prices, queue_s=20.0).loads
 
 
 def test_what_cannot_come_from_anywhere_ends_what_is_loaded():

@@ -260,9 +260,15 @@ def add_at_random(world: World, rng: random.Random, *, has_few_slots: bool) -> N
     )
 
 
+@pytest.fixture(autouse=True)
+def heads_are_often_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mix computing and loading where that does not pay, too: prompts are short here."""
+    monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)
+    monkeypatch.setattr(load_plan, "_CLEARLY", 2.0)
+
+
 @pytest.mark.slow
-def test_long_random_runs_meet_every_accident_and_end_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)  # blocks here are a few and small
+def test_long_random_runs_meet_every_accident_and_end_clean() -> None:
     seen: Counter[str] = Counter()
     for seed in range(75):
         world = drive_at_random(seed, 400)
@@ -454,8 +460,10 @@ def forget_the_pull_of_who_left(book: LoanBook, stopped: PullStopped, now_s: flo
     return told if any(loan.is_wanted for _, loan in book._of(stopped.seq_id)) else []
 
 
-def end_the_prompt_by_a_question(book: LoanBook, seq_id: str, source: str | None) -> list[LoanInstruction]:
-    told = give_up(book, seq_id, source)
+def end_the_prompt_by_a_question(
+    book: LoanBook, seq_id: str, source: str | None, *, teaches: bool = False
+) -> list[LoanInstruction]:
+    told = give_up(book, seq_id, source, teaches=teaches)
     is_same = any(loan.source == source and not loan.is_offered_whole for _, loan in book._of(seq_id))
     return [*told, *give_up(book, seq_id, None)] if is_same else told
 

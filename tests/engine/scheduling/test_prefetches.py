@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from engine.scheduling import prefetches
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import SequenceSpec, TimePassed
 from kvcache import load_plan
@@ -332,7 +333,8 @@ def test_nothing_is_asked_for_ahead_while_one_that_was_admitted_pulls(worker):
 def test_a_slow_source_brings_portions_and_who_is_admitted_computes_while_the_tail_is_loaded(monkeypatch):
     monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)  # blocks here are a few and small
     worker = worker_of(100)
-    block_s = 0.02  # computing takes as long
+    monkeypatch.setattr(prefetches, "_PORTION_S", 0.03)
+    block_s = 0.012
     worker.scheduler.set_prices(
         lambda copy: MovePrice(source=copy.address, tier=copy.tier, road="", fixed_s=0, byte_s=block_s, handoff_s=0)
     )

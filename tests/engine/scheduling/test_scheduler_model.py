@@ -364,6 +364,13 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
         worker.add(spec)
 
 
+@pytest.fixture(autouse=True)
+def heads_are_often_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mix computing and loading where that does not pay, too: prompts are short here."""
+    monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)
+    monkeypatch.setattr(load_plan, "_CLEARLY", 2.0)
+
+
 @pytest.mark.slow
 def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     seen: dict[str, int] = {}
@@ -393,8 +400,7 @@ def test_many_long_random_runs_lose_nothing() -> None:
         drive_at_random(seed, 600).drain()
 
 
-def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_plan, "_HALF_BATCH_S", 0.0)  # blocks here are a few and small
+def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() -> None:
     config = SchedulerConfig(
         max_model_len=44, max_num_seqs=5, max_num_batched_tokens=8, chunk_quantum_tokens=4, watermark=0.0, block_bytes=1
     )
