@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import count
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from messages.errors import InvariantError
 from messages.tier import Tier
@@ -47,6 +50,14 @@ class Run(NamedTuple):
     holders: tuple[Holder, ...]
 
 
+class Matches(NamedTuple):
+    """The runs of a prompt, `num_runs` of them in a row from its head on, as arrays."""
+
+    ends: npt.NDArray[np.int64]  #: `[num_runs]`: block number that each ends before
+    is_held: npt.NDArray[np.bool_]  #: `[num_runs, num_columns]`
+    holders: Sequence[Holder | None]  #: by column; the same object until they change
+
+
 class BlockIndex:
     """The names that all workers hold, by name and by worker. One thread."""
 
@@ -57,6 +68,7 @@ class BlockIndex:
         self._held: dict[int, set[bytes]] = {}  # column, live or retired -> its names
         self._retired: list[int] = []
         self._live = 0  # bits of live columns
+        self._by_column: tuple[Holder | None, ...] | None = None  # made when it is asked for
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -101,6 +113,7 @@ class BlockIndex:
         dropped: list[int] = []
         for holder in [holder for holder in self._columns if holder.worker_id == worker_id]:
             column = self._columns.pop(holder)
+            self._by_column = None
             del self._live_holders[column]
             self._live &= ~(1 << column)
             self._retired.append(column)
@@ -131,14 +144,32 @@ class BlockIndex:
         """Return who holds this block."""
         return self._named(self._live & self._holders.get(name, 0))
 
-    def runs(self, names: bytes, max_runs: int = sys.maxsize) -> list[Run]:
+    def runs(self, names: bytes) -> list[Run]:
         """Divide a prompt with these concatenated names into runs with the same holders, up to the first without any.
-
-        At most `max_runs` of them, from the head on.
 
         A change of holders between two blocks that have the same ones may be missed: a hint, as everything here.
         """
+        begin = 0
         runs: list[Run] = []
+        for end, bits in self._runs(names, sys.maxsize):
+            runs.append(Run(begin, end, self._named(bits)))
+            begin = end
+        return runs
+
+    def match(self, names: bytes, max_runs: int) -> Matches:
+        """Return the same runs as arrays, at most `max_runs` of them."""
+        if self._by_column is None:
+            self._by_column = tuple(map(self._live_holders.get, range(self._live.bit_length())))
+        runs = self._runs(names, max_runs)
+        num_bytes = (len(self._by_column) + 7) // 8
+        packed = np.frombuffer(b"".join(bits.to_bytes(num_bytes, "little") for _, bits in runs), np.uint8)
+        is_held = np.unpackbits(packed.reshape(len(runs), num_bytes), axis=1, bitorder="little")
+        ends = np.array([end for end, _ in runs], np.int64)
+        return Matches(ends, is_held[:, : len(self._by_column)].view(np.bool_), self._by_column)
+
+    def _runs(self, names: bytes, max_runs: int) -> list[tuple[int, int]]:
+        """Return (end, bits of its holders) of each run."""
+        runs: list[tuple[int, int]] = []
         num_names = len(names) // NAME_BYTES
         live, get = self._live, self._holders.get
         begin = 0
@@ -159,7 +190,7 @@ class BlockIndex:
                     same = middle
                 else:
                     other = middle
-            runs.append(Run(begin, other, self._named(bits)))
+            runs.append((other, bits))
             begin = other
             at = begin * NAME_BYTES
             bits = live & get(names[at : at + NAME_BYTES], 0) if begin < num_names else 0
@@ -189,6 +220,7 @@ class BlockIndex:
     def _take_column(self, holder: Holder) -> int:
         column = next(column for column in count() if column not in self._held)
         self._columns[holder] = column
+        self._by_column = None
         self._live_holders[column] = holder
         self._held[column] = set()
         self._live |= 1 << column

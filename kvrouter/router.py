@@ -12,24 +12,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
+import numpy as np
+
 from kvcache.names import NAME_BYTES
-from kvcache.price import Computation, compute_s
-from kvrouter.fit import blocks_wanted, can_ever_hold
+from kvrouter.candidate import Candidate
+from kvrouter.fit import blocks_wanted
+from kvrouter.fleet_table import FleetTable
 from kvrouter.index import BlockIndex
 from kvrouter.keepers import Appointed, Keepers
-from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, check_ttft
+from kvrouter.links import Ints
+from kvrouter.policy import Assumptions, Pricing, check_ttft
 from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, TakeBlocks, WorkerInfo
-from messages.price import ComputePrice, MovePrice
+from messages.fleet import KvEvents, LoadReport, Role, SpareBlocks, TakeBlocks, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 #: A request that no worker reports for so long has ended: workers report every second.
 _UNSEEN_S = 30.0
 _SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
-_USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
@@ -121,11 +123,10 @@ class Router:
             self._index.holders, self._held_share, lambda worker_id: self._workers[worker_id].info.num_blocks
         )
         self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
-        self._workers: dict[str, WorkerState] = {}
+        self._fleet = FleetTable(self._assumed.move)
+        self._workers = self._fleet.workers
         self._feeds: dict[str, _Feed] = {}
         self._placed: dict[str, _Placed] = {}
-        self._best_compute: dict[bytes, ComputePrice] = {}  # the fastest worker's, by fingerprint
-        self._moves_by_road: dict[str, MovePrice] = {}  # the last one reported, of whatever link
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
@@ -143,9 +144,8 @@ class Router:
                 return []
             case WorkerJoined(info):
                 told = self._forget_worker(info.worker_id)
-                self._workers[info.worker_id] = WorkerState(info)
+                self._fleet.join(WorkerState(info))
                 self._feeds[info.worker_id] = _Feed()
-                self._note_compute(self._workers[info.worker_id])
                 if info.role != "cache":
                     self._warming.begin(info.worker_id, now_s)
                 return [*told, *self._ask_snapshot(info.worker_id, now_s)]
@@ -158,8 +158,9 @@ class Router:
 
     def explain(self, request: RouteRequest) -> list[Candidate]:
         """Return every placement that `request` could get now, cheapest first. Reserves nothing."""
-        decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
-        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
+        decodes, prefills = (
+            self._that_hold(request, self._candidates(role, request)) for role in ("decode", "prefill")
+        )
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
 
     def where(self, query: WhereBlocks) -> BlocksKnown:
@@ -194,6 +195,7 @@ class Router:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
         self._keepers.check_invariants()
+        self._fleet.check_invariants()
         if self._workers.keys() != self._feeds.keys():
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         for worker_id, worker in self._workers.items():
@@ -248,35 +250,43 @@ class Router:
         )
 
     def _choose(self, request: RouteRequest, pricing: Pricing) -> Candidate:
-        if not any(worker.info.role == "decode" for worker in self._workers.values()):
+        if not len(self._fleet.rows("decode")):
             raise CapacityError("no decode worker is there", status=503, code="no_workers", retry_after_s=1.0)
         there = self._candidates("decode", request)
-        if not there:
+        if not len(there):
             raise WorkerError(f"every decode worker failed this request: {', '.join(request.exclude)}")
-        decodes = [worker for worker in there if can_ever_hold(worker.info, request)]
-        if not decodes:
-            limit = max(min(w.info.max_model_len - 1, w.info.num_blocks * w.info.block_size - 1) for w in there)
+        decodes = self._that_hold(request, there)
+        if not len(decodes):
+            limit = self._max_prompt_tokens(there).max()
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; the workers hold at most {limit} and one more",
                 code="context_length_exceeded",
             )
-        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
-        best = pricing.best(decodes, prefills)
+        best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
         check_ttft(best.delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
         return best
 
-    def _candidates(self, role: str, request: RouteRequest) -> list[WorkerState]:
-        """Return the workers that may take the request; one that is warming only where there is no other."""
-        there = [
-            worker
-            for worker_id, worker in self._workers.items()
-            if worker.info.role == role and worker_id not in request.exclude
-        ]
-        return [worker for worker in there if not self._warming.is_warming(worker.info.worker_id)] or there
+    def _candidates(self, role: Role, request: RouteRequest) -> Ints:
+        """Return the rows of workers that may take the request; of one that is warming only where there is no other."""
+        there = self._fleet.rows(role)
+        if request.exclude:
+            there = np.setdiff1d(there, self._fleet.rows_of(request.exclude))
+        if warming := self._warming.worker_ids:
+            others = np.setdiff1d(there, self._fleet.rows_of(warming))
+            return others if len(others) else there
+        return there
+
+    def _that_hold(self, request: RouteRequest, rows: Ints) -> Ints:
+        """Return the rows of those on which the prompt and one token more fit when they are idle."""
+        return rows[request.num_prompt_tokens <= self._max_prompt_tokens(rows)]
+
+    def _max_prompt_tokens(self, rows: Ints) -> Ints:
+        constants = self._fleet.constants(rows)
+        limits: Ints = np.minimum(constants.max_model_len, constants.num_blocks * constants.block_size)
+        return limits - 1
 
     def _pricing(self, request: RouteRequest) -> Pricing:
-        prices = Prices(self._best_compute, self._moves_by_road)
-        return Pricing(request, self._index.runs(request.names, _MAX_RUNS), self._workers, self._assumed, prices)
+        return Pricing(request, self._index.match(request.names, _MAX_RUNS), self._fleet, self._assumed)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id
@@ -284,12 +294,13 @@ class Router:
         block_size = best.decode.info.block_size
         num_blocks = blocks_wanted(request, block_size) - best.decode_match_tokens // block_size
         here_s = best.compute_s if best.prefill is None else 0.0
-        best.decode.reserve(request_id, _reserved(best, here_s, num_blocks, request.num_sequences))
         worker_ids = [best.decode.info.worker_id]
+        self._fleet.reserve(worker_ids[0], request_id, _reserved(best, here_s, num_blocks, request.num_sequences))
         if best.prefill is not None:
             num_blocks = blocks_wanted(request, block_size) - best.prefill_match_tokens // block_size
-            best.prefill.reserve(request_id, _reserved(best, best.compute_s, num_blocks, request.num_sequences))
             worker_ids.append(best.prefill.info.worker_id)
+            reserved = _reserved(best, best.compute_s, num_blocks, request.num_sequences)
+            self._fleet.reserve(worker_ids[1], request_id, reserved)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
         self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s, expires_s)
 
@@ -303,19 +314,14 @@ class Router:
     def _release(self, request_id: str) -> None:
         placed = self._placed.get(request_id)
         for worker_id in placed.worker_ids if placed is not None else ():
-            worker = self._workers.get(worker_id)
-            if worker is not None:
-                worker.release(request_id)
+            self._fleet.release(worker_id, request_id)
 
     # ----------------------------------------------------------------------------------------------- what workers say
 
     def _take_report(self, report: LoadReport, now_s: float) -> None:
-        worker = self._workers.get(report.worker_id)
-        if worker is None:
+        if report.worker_id not in self._workers:
             return
-        worker.report(report)
-        self._note_compute(worker)
-        self._moves_by_road |= {price.road: price for price in report.moves}
+        self._fleet.report(report)
         for request_id in report.request_ids:
             if request_id in self._placed:
                 self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
@@ -326,15 +332,6 @@ class Router:
             self._release(request_id)  # the decode worker's own report counts it from here on
             placed.worker_ids = (report.worker_id,)
             self._counts["kvray_router_declined_total"] += 1
-
-    def _note_compute(self, worker: WorkerState) -> None:
-        """Remember the fleet's best price; it is looked for anew with every tick, for it may leave or get worse."""
-        price, fingerprint = worker.compute_price, worker.info.fingerprint
-        if price is None:
-            return
-        best = self._best_compute.get(fingerprint)
-        if best is None or compute_s(price, _USUAL) < compute_s(best, _USUAL):
-            self._best_compute[fingerprint] = price
 
     def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
         feed = self._feeds.get(event.worker_id)
@@ -370,7 +367,7 @@ class Router:
         return self._index.num_held(worker_id) / self._workers[worker_id].info.num_blocks
 
     def _forget_worker(self, worker_id: str) -> list[Instruction]:
-        self._workers.pop(worker_id, None)
+        self._fleet.leave(worker_id)
         self._feeds.pop(worker_id, None)
         self._warming.forget(worker_id)
         return self._drop_blocks(worker_id)
@@ -382,9 +379,7 @@ class Router:
     def _tick(self, now_s: float) -> list[Instruction]:
         self._index.sweep(_SWEPT_PER_TICK)
         self._warming.on_time(now_s)
-        self._best_compute = {}
-        for worker in self._workers.values():
-            self._note_compute(worker)
+        self._fleet.find_best_compute()
         for request_id, placed in list(self._placed.items()):
             if placed.expires_s < now_s:
                 self._release(request_id)

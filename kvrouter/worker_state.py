@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvcache.price import SHORT_TOKENS, SHORT_WAITS
 from messages.fleet import LoadReport, WorkerInfo
-from messages.price import ComputePrice, MovePrice
-from messages.tier import Tier
+from messages.price import ComputePrice
 
 
 class Reserved(NamedTuple):
@@ -34,8 +32,6 @@ class WorkerState:
     reserved_sequences: int = 0
     reserved_short_s: float = 0.0
     reserved_short_sequences: int = 0
-    moves: dict[tuple[str, Tier], MovePrice] = field(default_factory=dict)  #: by the source's address, and its tier
-    least_move: MovePrice | None = None  #: each part the least of `moves`
 
     def reserve(self, request_id: str, reserved: Reserved) -> None:
         """Count a placement, in the stead of one counted before for the same request."""
@@ -62,9 +58,6 @@ class WorkerState:
     def report(self, load: LoadReport) -> None:
         """Take in the worker's report: the requests that it lists need no prediction any more."""
         self.load = load
-        if load.moves:
-            self.moves |= {(price.source, price.tier): price for price in load.moves}
-            self.least_move = least_price(self.moves.values())
         for request_id in self.reserved.keys() & set(load.request_ids):
             self.release(request_id)
 
@@ -99,10 +92,3 @@ class WorkerState:
     def idle_blocks(self) -> int:
         """Blocks whose loss costs nothing, less what was promised; negative where that was too much."""
         return (self.load.idle_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
-
-
-def least_price(prices: Iterable[MovePrice]) -> MovePrice:
-    """Return a price that none of `prices` is below, in any part."""
-    columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
-    fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
-    return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)

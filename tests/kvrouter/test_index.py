@@ -254,4 +254,17 @@ def test_no_more_runs_are_looked_for_than_wanted():
     index = BlockIndex()
     for position in range(40):
         index.fold("a" if position % 2 else "b", stored=chain_names(1, position, position + 1))
-    assert [(run.begin, run.end) for run in index.runs(chain_names(1, 0, 40), 3)] == [(0, 1), (1, 2), (2, 3)]
+    assert index.match(chain_names(1, 0, 40), 3).ends.tolist() == [1, 2, 3]
+
+
+def test_runs_as_arrays_say_what_runs_do():
+    index = BlockIndex()
+    for number in range(20):
+        index.fold(f"w{number}", "disk" if number % 3 else "device", stored=chain_names(1, 0, 2 * number))
+    index.drop("w3")
+    matches, runs = index.match(chain_names(1, 0, 50), 100), index.runs(chain_names(1, 0, 50))
+    assert matches.ends.tolist() == [run.end for run in runs]
+    for is_held, run in zip(matches.is_held, runs, strict=True):
+        assert tuple(matches.holders[column] for column in is_held.nonzero()[0]) == run.holders
+    assert index.match(chain_names(2, 0, 5), 100).ends.size == 0
+    assert BlockIndex().match(chain_names(1, 0, 5), 100).ends.size == 0
