@@ -18,9 +18,9 @@ from kvcache.names import NAME_BYTES
 from kvrouter.candidate import Candidate
 from kvrouter.fit import blocks_wanted
 from kvrouter.fleet_table import FleetTable
-from kvrouter.index import BlockIndex
-from kvrouter.keepers import Appointed, Keepers
+from kvrouter.index import Appointed
 from kvrouter.links import Ints
+from kvrouter.opening import open_index
 from kvrouter.policy import Assumptions, Pricing, check_ttft
 from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
@@ -31,7 +31,6 @@ from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 #: A request that no worker reports for so long has ended: workers report every second.
 _UNSEEN_S = 30.0
-_SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
@@ -118,10 +117,7 @@ class Router:
     def __init__(self, config: RouterConfig = RouterConfig()) -> None:
         self._config = config
         self._assumed = config.assumed
-        self._index = BlockIndex()
-        self._keepers = Keepers(
-            self._index.holders, self._held_share, lambda worker_id: self._workers[worker_id].info.num_blocks
-        )
+        self._index = open_index(lambda worker_id: self._workers[worker_id].info.num_blocks)
         self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
@@ -156,6 +152,15 @@ class Router:
             case _:
                 assert_never(event)
 
+    def sweep(self) -> list[Instruction]:
+        """Forget another piece, some milliseconds' worth, of what workers had who are gone; see `is_swept`."""
+        return _telling(self._index.sweep())
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether nothing is left of workers who are gone."""
+        return self._index.is_swept
+
     def explain(self, request: RouteRequest) -> list[Candidate]:
         """Return every placement that `request` could get now, cheapest first. Reserves nothing."""
         decodes, prefills = (
@@ -186,15 +191,13 @@ class Router:
             "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
         }
         kept = {
-            f'kvray_router_kept_share{{of="{worker_id}"}}': self._keepers.kept_share(worker_id)
-            for worker_id in self._workers
+            f'kvray_router_kept_share{{of="{worker_id}"}}': self._kept_share(worker_id) for worker_id in self._workers
         }
         return {name: float(value) for name, value in (gauges | kept | self._counts).items()}
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
-        self._keepers.check_invariants()
         self._fleet.check_invariants()
         if self._workers.keys() != self._feeds.keys():
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
@@ -343,16 +346,21 @@ class Router:
         if not is_snapshot and event.seq != feed.next_seq:
             self._counts["kvray_router_gaps_total"] += 1
             return self._ask_snapshot(event.worker_id, now_s)
-        told = self._drop_blocks(event.worker_id) if event.cleared else []
+        told = _telling(self._index.drop(event.worker_id)) if event.cleared else []
         try:
-            shared = self._index.fold(event.worker_id, event.tier, stored=event.stored, removed=event.removed)
+            appointed = self._index.fold(
+                event.worker_id,
+                event.tier,
+                stored=event.stored,
+                removed=event.removed,
+                is_use=not event.cleared,  # what a snapshot names may have lain there for long
+            )
         except ValueError:
             self._counts["kvray_router_gaps_total"] += 1
             return [*told, *self._ask_snapshot(event.worker_id, now_s)]
         feed.asked_s = None
         feed.next_seq = event.seq + 1
-        # What a snapshot names may have lain there for long: that is no sign of use.
-        told += _telling(self._keepers.on_change(shared, None if event.cleared else event.worker_id))
+        told += _telling(appointed)
         if event.cleared:
             warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
         else:
@@ -363,21 +371,18 @@ class Router:
         self._feeds[worker_id].asked_s = now_s
         return [AskSnapshot(worker_id)]
 
-    def _held_share(self, worker_id: str) -> float:
-        return self._index.num_held(worker_id) / self._workers[worker_id].info.num_blocks
+    def _kept_share(self, worker_id: str) -> float:
+        """Return the share of a worker's memory that holds blocks which nobody else keeps."""
+        num_kept = self._index.num_held(worker_id) - self._index.num_spare(worker_id)
+        return num_kept / self._workers[worker_id].info.num_blocks
 
     def _forget_worker(self, worker_id: str) -> list[Instruction]:
         self._fleet.leave(worker_id)
         self._feeds.pop(worker_id, None)
         self._warming.forget(worker_id)
-        return self._drop_blocks(worker_id)
-
-    def _drop_blocks(self, worker_id: str) -> list[Instruction]:
-        """Forget what a worker holds, and let others keep it, where there are any."""
-        return _telling(self._keepers.on_dropped(self._index.drop(worker_id), worker_id))
+        return _telling(self._index.drop(worker_id))
 
     def _tick(self, now_s: float) -> list[Instruction]:
-        self._index.sweep(_SWEPT_PER_TICK)
         self._warming.on_time(now_s)
         self._fleet.find_best_compute()
         for request_id, placed in list(self._placed.items()):

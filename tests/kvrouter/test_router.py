@@ -83,6 +83,8 @@ class Fleet:
 
     def tell(self, event):
         instructions = self.router.on_event(event, self.now_s)
+        while not self.router.is_swept:
+            instructions += self.router.sweep()
         self.router.check_invariants()
         return instructions
 
@@ -431,7 +433,7 @@ def test_when_a_keeper_is_lost_whoever_is_left_keeps():
     keeper, other = told.worker_id, {"d0": "d1", "d1": "d0"}[told.worker_id]
     assert fleet.tell(WorkerLost(keeper)) == [kept(other, names(0, 1))]
     assert fleet.tell(WorkerLost(other)) == []
-    assert len(fleet.router._keepers) == 0
+    assert fleet.router._index.num_shared == 0
 
 
 def test_whoever_comes_back_is_told_anew_what_is_spare():
