@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from kvcache.names import NAME_BYTES
 from messages.fleet import KvEvents
 from messages.tier import Tier
+
+#: Of a snapshot, at once: 1,024 names, which a receiver takes in within half a millisecond or so.
+_PIECE_BYTES = 1024 * NAME_BYTES
 
 
 class Subscribers:
@@ -20,10 +24,25 @@ class Subscribers:
         return iter(tuple(self._next_seq))
 
     def add(self, subscriber: bytes, snapshot: Sequence[tuple[Tier, bytes]]) -> None:
-        """Tell all names held, concatenated by tier, to one who subscribes, anew perhaps."""
-        for seq, (tier, names) in enumerate(snapshot):
-            self._tell(subscriber, seq, tier, names, b"", is_first=seq == 0)
-        self._next_seq[subscriber] = len(snapshot)
+        """Tell all names held, concatenated by tier, to one who subscribes, anew perhaps: in pieces."""
+        pieces = [
+            (tier, names[begin : begin + _PIECE_BYTES])
+            for tier, names in snapshot
+            for begin in range(0, max(1, len(names)), _PIECE_BYTES)
+        ]
+        for seq, (tier, names) in enumerate(pieces):
+            self._send(
+                subscriber,
+                KvEvents(
+                    worker_id=self._worker_id,
+                    seq=seq,
+                    tier=tier,
+                    cleared=seq == 0,
+                    num_pieces_left=len(pieces) - 1 - seq,
+                    stored=names,
+                ),
+            )
+        self._next_seq[subscriber] = len(pieces)
 
     def remove(self, subscriber: bytes) -> None:
         """Forget one who is gone."""
@@ -33,12 +52,6 @@ class Subscribers:
         """Tell all of them what changed in a tier: names, concatenated. Write path step b."""
         for subscriber, seq in self._next_seq.items():
             self._next_seq[subscriber] = seq + 1
-            self._tell(subscriber, seq, tier, stored, removed)
-
-    def _tell(
-        self, subscriber: bytes, seq: int, tier: Tier, stored: bytes, removed: bytes, *, is_first: bool = False
-    ) -> None:
-        events = KvEvents(
-            worker_id=self._worker_id, seq=seq, tier=tier, cleared=is_first, stored=stored, removed=removed
-        )
-        self._send(subscriber, events)
+            self._send(
+                subscriber, KvEvents(worker_id=self._worker_id, seq=seq, tier=tier, stored=stored, removed=removed)
+            )

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvcache.names import NAME_BYTES
 from kvrouter.candidate import Candidate
+from kvrouter.feeds import Feeds
 from kvrouter.fit import blocks_wanted
 from kvrouter.fleet_table import FleetTable
 from kvrouter.index import Appointed
@@ -94,14 +95,6 @@ Instruction: TypeAlias = Reply | TellWorker | AskSnapshot
 
 
 @dataclass(slots=True)
-class _Feed:
-    """Where a worker's stream of KvEvents stands."""
-
-    next_seq: int = 0
-    asked_s: float | None = None  #: when a snapshot was asked for; None: in step
-
-
-@dataclass(slots=True)
 class _Placed:
     """A request that was placed and has not ended."""
 
@@ -121,7 +114,7 @@ class Router:
         self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
-        self._feeds: dict[str, _Feed] = {}
+        self._feeds = Feeds(config.snapshot_timeout_s)
         self._placed: dict[str, _Placed] = {}
         self._counts: Counter[str] = Counter()
 
@@ -141,12 +134,12 @@ class Router:
             case WorkerJoined(info):
                 told = self._forget_worker(info.worker_id)
                 self._fleet.join(WorkerState(info))
-                self._feeds[info.worker_id] = _Feed()
+                self._feeds.begin(info.worker_id)
                 if info.role != "cache":
                     self._warming.begin(info.worker_id, now_s)
-                return [*told, *self._ask_snapshot(info.worker_id, now_s)]
+                return [*told, *self._ask_snapshots(now_s)]
             case WorkerLost(worker_id):
-                return self._forget_worker(worker_id)
+                return [*self._forget_worker(worker_id), *self._ask_snapshots(now_s)]
             case TimePassed():
                 return self._tick(now_s)
             case _:
@@ -184,7 +177,7 @@ class Router:
         """Return the counters and gauges by metric name."""
         gauges = {
             "kvray_router_workers": len(self._workers),
-            "kvray_router_workers_out_of_step": sum(feed.asked_s is not None for feed in self._feeds.values()),
+            "kvray_router_workers_out_of_step": self._feeds.num_out_of_step,
             "kvray_router_index_names": len(self._index),
             "kvray_router_requests": len(self._placed),
             "kvray_router_warmed_blocks_total": self._warming.num_asked,
@@ -199,7 +192,7 @@ class Router:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
         self._fleet.check_invariants()
-        if self._workers.keys() != self._feeds.keys():
+        if self._workers.keys() != set(self._feeds):
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         for worker_id, worker in self._workers.items():
             sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0, 0, 0)
@@ -337,15 +330,13 @@ class Router:
             self._counts["kvray_router_declined_total"] += 1
 
     def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
-        feed = self._feeds.get(event.worker_id)
-        if feed is None:
-            return []
-        is_snapshot = event.seq == 0 and event.cleared
-        if feed.asked_s is not None and not is_snapshot:
-            return []  # of the numbering before
-        if not is_snapshot and event.seq != feed.next_seq:
-            self._counts["kvray_router_gaps_total"] += 1
-            return self._ask_snapshot(event.worker_id, now_s)
+        match self._feeds.take(event, now_s):
+            case "ignore":
+                return []
+            case "gap":
+                self._counts["kvray_router_gaps_total"] += 1
+                return self._ask_snapshots(now_s)
+        is_snapshot = event.cleared or event.num_pieces_left is not None
         told = _telling(self._index.drop(event.worker_id)) if event.cleared else []
         try:
             appointed = self._index.fold(
@@ -353,23 +344,24 @@ class Router:
                 event.tier,
                 stored=event.stored,
                 removed=event.removed,
-                is_use=not event.cleared,  # what a snapshot names may have lain there for long
+                is_use=not is_snapshot,  # what a snapshot names may have lain there for long
             )
         except ValueError:
             self._counts["kvray_router_gaps_total"] += 1
-            return [*told, *self._ask_snapshot(event.worker_id, now_s)]
-        feed.asked_s = None
-        feed.next_seq = event.seq + 1
+            self._feeds.begin(event.worker_id)
+            return [*told, *self._ask_snapshots(now_s)]
         told += _telling(appointed)
-        if event.cleared:
-            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
-        else:
+        if not is_snapshot:
             warming = self._warming.on_stored(event.worker_id, event.stored)
+        elif event.num_pieces_left:
+            warming = []
+        else:
+            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
+            told += self._ask_snapshots(now_s)
         return told + [TellWorker(event.worker_id, take) for take in warming]
 
-    def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
-        self._feeds[worker_id].asked_s = now_s
-        return [AskSnapshot(worker_id)]
+    def _ask_snapshots(self, now_s: float) -> list[Instruction]:
+        return [AskSnapshot(worker_id) for worker_id in self._feeds.to_ask(now_s)]
 
     def _kept_share(self, worker_id: str) -> float:
         """Return the share of a worker's memory that holds blocks which nobody else keeps."""
@@ -378,7 +370,7 @@ class Router:
 
     def _forget_worker(self, worker_id: str) -> list[Instruction]:
         self._fleet.leave(worker_id)
-        self._feeds.pop(worker_id, None)
+        self._feeds.forget(worker_id)
         self._warming.forget(worker_id)
         return _telling(self._index.drop(worker_id))
 
@@ -392,11 +384,7 @@ class Router:
                 self._release(request_id)
                 del self._placed[request_id]
                 self._counts["kvray_router_forgotten_total"] += 1
-        instructions: list[Instruction] = []
-        for worker_id, feed in self._feeds.items():
-            if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:
-                instructions += self._ask_snapshot(worker_id, now_s)
-        return instructions
+        return self._ask_snapshots(now_s)
 
 
 def _telling(appointed: Iterable[Appointed]) -> list[Instruction]:

@@ -39,13 +39,15 @@ class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What changed in a worker's pool, in order: `cleared` first, then `stored`, then `removed`.
 
     `seq` counts from 0 per (worker_id, subscription); a receiver that sees a gap subscribes again. A snapshot is
-    cleared plus everything stored, with seq 0. Names are 16 bytes each, concatenated.
+    everything stored, in pieces: the first is cleared and has seq 0, and nothing comes between them. Names are 16 bytes
+    each, concatenated.
     """
 
     worker_id: str
     seq: int
-    tier: Tier = "device"  #: of `stored` and `removed`; a snapshot of a node cache begins with one, and others follow
+    tier: Tier = "device"  #: of `stored` and `removed`
     cleared: bool = False
+    num_pieces_left: int | None = None  #: of a snapshot: how many follow this one; None: it is no piece, but a change
     stored: bytes = b""
     removed: bytes = b""
 

@@ -106,6 +106,20 @@ def test_placement_says_where_how_much_is_held_and_why():
     assert "prefill 640" in placement.reason
 
 
+def test_a_snapshot_in_pieces_counts_at_once_and_warms_when_it_is_whole():
+    fleet = Fleet(info("d0"))
+    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 4)))
+    fleet.route(num_blocks=5)
+    assert fleet.tell(WorkerJoined(info("d1"))) == [AskSnapshot("d1")]
+    first = KvEvents(worker_id="d1", seq=0, cleared=True, num_pieces_left=1, stored=names(0, 1))
+    assert fleet.tell(first) == [spare("d0", names(0, 1))]
+    assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 1
+    *told, taken = fleet.tell(KvEvents(worker_id="d1", seq=1, num_pieces_left=0, stored=names(0, 2)[16:]))
+    assert told == [spare("d0", names(0, 2)[16:])]
+    assert len(taken.message.names) == 2 * 16  # what it lacks of the four
+    assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 0
+
+
 def test_burst_with_one_prefix_does_not_herd_on_a_cold_fleet():
     fleet = Fleet(*(info(f"d{i}") for i in range(4)))
     placed = Counter(fleet.route(request_id=f"r{i}", num_blocks=20).decode_worker for i in range(100))
@@ -485,13 +499,12 @@ class RouterMachine(RuleBasedStateMachine):
         role = {"d": "decode", "p": "prefill", "c": "cache"}[worker[0]]
         told = self.tell(WorkerJoined(info(worker, role, num_blocks=50, max_num_seqs=3)))
         self.there.add(worker)
-        assert told.pop() == AskSnapshot(worker)
         self.only_others_are_told(told, worker)
 
     def only_others_are_told(self, told, worker):
         for instruction in told:
-            assert isinstance(instruction, TellWorker)
-            assert instruction.worker_id in self.there - {worker}
+            assert instruction.worker_id in self.there
+            assert isinstance(instruction, AskSnapshot) or instruction.worker_id != worker
 
     @rule(worker=workers)
     def lose(self, worker):
@@ -502,16 +515,23 @@ class RouterMachine(RuleBasedStateMachine):
         worker=workers,
         seq=st.integers(0, 3),
         cleared=st.booleans(),
+        num_left=st.sampled_from([None, 0, 1]),
         is_removed=st.booleans(),
         chain=st.integers(0, 1),
         n=st.integers(0, 12),
     )
-    def events(self, worker, seq, cleared, is_removed, chain, n):
-        change = {"removed" if is_removed else "stored": names(chain, n)}
+    def events(self, worker, seq, cleared, num_left, is_removed, chain, n):
+        change = {"removed" if is_removed else "stored": names(chain, n), "num_pieces_left": num_left}
         tier = "host" if worker == "c" else "device"
         for instruction in self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, tier=tier, **change)):
             assert instruction.worker_id in self.there
-            assert isinstance(instruction, TellWorker) or instruction == AskSnapshot(worker)
+            assert isinstance(instruction, TellWorker | AskSnapshot)
+
+    @rule()
+    def sweep(self):
+        for instruction in self.router.sweep():
+            assert isinstance(instruction, TellWorker)
+            assert instruction.worker_id in self.there
 
     @rule(worker=workers, free=st.integers(0, 50), running=st.integers(0, 5), ids=st.lists(ids))
     def report(self, worker, free, running, ids):
