@@ -43,6 +43,10 @@ class Feeds:
         """How many workers are to be asked for a snapshot, or have not sent all of it."""
         return len(self._to_ask) + len(self._under_way)
 
+    def is_in_step(self, worker_id: str) -> bool:
+        """Tell whether what a worker says is taken as it comes."""
+        return worker_id in self._feeds and worker_id not in self._to_ask and worker_id not in self._under_way
+
     def begin(self, worker_id: str) -> None:
         """Take in that a worker joined, or that its events cannot be used: a snapshot is wanted. See `to_ask`."""
         self.forget(worker_id)

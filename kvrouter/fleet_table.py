@@ -17,7 +17,7 @@ from kvcache.price import SHORT_TOKENS, Computation, compute_s
 from kvrouter.index import Holder
 from kvrouter.links import Floats, Ints, Links, Place
 from kvrouter.rendezvous import worker_hash
-from kvrouter.worker_state import Reserved, WorkerState
+from kvrouter.worker_state import Changed, Reserved, WorkerState
 from messages.errors import InvariantError
 from messages.fleet import LoadReport, Role
 from messages.price import ComputePrice, MovePrice
@@ -126,15 +126,16 @@ class FleetTable:
             self._by_row[place.row] = None
             self._constants[0, place.row] = -1
 
-    def report(self, load: LoadReport) -> None:
-        """Take in what a worker that is there says."""
+    def report(self, load: LoadReport) -> Changed | None:
+        """Take in what a worker that is there says; return as WorkerState does."""
         state = self._workers[load.worker_id]
-        state.report(load)
+        changed = state.report(load)
         row = self._places[load.worker_id].row
         if load.moves and row is not None:
             self.links.report(row, load.moves)
         self._follow(state)
         self._note_compute(state)
+        return changed
 
     def reserve(self, worker_id: str, request_id: str, reserved: Reserved) -> None:
         """Count a placement at a worker that is there."""

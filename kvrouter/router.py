@@ -101,7 +101,7 @@ class _Placed:
     worker_ids: tuple[str, ...]  #: the decode worker, and the prefill worker while it is to compute
     placed_s: float
     expires_s: float  #: of its reservations, not of itself
-    seen_s: float  #: when a worker last reported it; the end of its reservations before that
+    seen_s: float  #: until when a worker reported it; the end of its reservations before that
 
 
 class Router:
@@ -116,6 +116,8 @@ class Router:
         self._workers = self._fleet.workers
         self._feeds = Feeds(config.snapshot_timeout_s)
         self._placed: dict[str, _Placed] = {}
+        self._watched: dict[str, None] = {}  # of those, who may have reservations, or whom no worker reports
+        self._num_reporting: Counter[str] = Counter()  # workers, by request
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
@@ -126,20 +128,19 @@ class Router:
             case KvEvents():
                 return self._fold(event, now_s)
             case LoadReport():
-                self._take_report(event, now_s)
-                return []
+                return self._take_report(event, now_s)
             case RequestEnded(request_id=request_id):
                 self._end(request_id, now_s)
                 return []
             case WorkerJoined(info):
-                told = self._forget_worker(info.worker_id)
+                told = self._forget_worker(info.worker_id, now_s)
                 self._fleet.join(WorkerState(info))
                 self._feeds.begin(info.worker_id)
                 if info.role != "cache":
                     self._warming.begin(info.worker_id, now_s)
                 return [*told, *self._ask_snapshots(now_s)]
             case WorkerLost(worker_id):
-                return [*self._forget_worker(worker_id), *self._ask_snapshots(now_s)]
+                return [*self._forget_worker(worker_id, now_s), *self._ask_snapshots(now_s)]
             case TimePassed():
                 return self._tick(now_s)
             case _:
@@ -194,6 +195,12 @@ class Router:
         self._fleet.check_invariants()
         if self._workers.keys() != set(self._feeds):
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
+        reporting = Counter(request_id for worker in self._workers.values() for request_id in worker.request_ids)
+        if reporting != self._num_reporting:
+            raise InvariantError(f"router: workers report {reporting}, counted are {self._num_reporting}")
+        unwatched = [request_id for request_id in self._placed if request_id not in self._watched | reporting]
+        if unwatched or self._watched.keys() - self._placed.keys():
+            raise InvariantError(f"router: nobody watches {unwatched}, or what has ended: {self._watched}")
         for worker_id, worker in self._workers.items():
             sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0, 0, 0)
             seen = (
@@ -299,10 +306,12 @@ class Router:
             self._fleet.reserve(worker_ids[1], request_id, reserved)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
         self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s, expires_s)
+        self._watched[request_id] = None
 
     def _end(self, request_id: str, now_s: float) -> None:
         self._release(request_id)
         placed = self._placed.pop(request_id, None)
+        self._watched.pop(request_id, None)
         if placed is not None:
             seen, mean = now_s - placed.placed_s, self._assumed.sequence_s
             self._assumed = replace(self._assumed, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
@@ -314,13 +323,19 @@ class Router:
 
     # ----------------------------------------------------------------------------------------------- what workers say
 
-    def _take_report(self, report: LoadReport, now_s: float) -> None:
+    def _take_report(self, report: LoadReport, now_s: float) -> list[Instruction]:
         if report.worker_id not in self._workers:
-            return
-        self._fleet.report(report)
-        for request_id in report.request_ids:
-            if request_id in self._placed:
-                self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
+            return []
+        changed = self._fleet.report(report)
+        if changed is None:
+            if not self._feeds.is_in_step(report.worker_id):
+                return []
+            self._counts["kvray_router_gaps_total"] += 1
+            self._feeds.begin(report.worker_id)
+            return self._ask_snapshots(now_s)
+        self._num_reporting.update(changed.came)
+        for request_id in changed.gone:
+            self._lose_sight(request_id, now_s)
         for request_id in report.declined_ids:
             placed = self._placed.get(request_id)
             if placed is None or placed.worker_ids == (report.worker_id,) or report.worker_id not in placed.worker_ids:
@@ -328,6 +343,17 @@ class Router:
             self._release(request_id)  # the decode worker's own report counts it from here on
             placed.worker_ids = (report.worker_id,)
             self._counts["kvray_router_declined_total"] += 1
+        return []
+
+    def _lose_sight(self, request_id: str, now_s: float) -> None:
+        """Take in that a worker does not report a request any more."""
+        self._num_reporting[request_id] -= 1
+        if self._num_reporting[request_id]:
+            return
+        del self._num_reporting[request_id]
+        if request_id in self._placed:
+            self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
+            self._watched[request_id] = None
 
     def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
         match self._feeds.take(event, now_s):
@@ -368,7 +394,9 @@ class Router:
         num_kept = self._index.num_held(worker_id) - self._index.num_spare(worker_id)
         return num_kept / self._workers[worker_id].info.num_blocks
 
-    def _forget_worker(self, worker_id: str) -> list[Instruction]:
+    def _forget_worker(self, worker_id: str, now_s: float) -> list[Instruction]:
+        for request_id in self._workers[worker_id].request_ids if worker_id in self._workers else ():
+            self._lose_sight(request_id, now_s)
         self._fleet.leave(worker_id)
         self._feeds.forget(worker_id)
         self._warming.forget(worker_id)
@@ -377,13 +405,15 @@ class Router:
     def _tick(self, now_s: float) -> list[Instruction]:
         self._warming.on_time(now_s)
         self._fleet.find_best_compute()
-        for request_id, placed in list(self._placed.items()):
+        for request_id in tuple(self._watched):
+            placed = self._placed[request_id]
             if placed.expires_s < now_s:
                 self._release(request_id)
-            if placed.seen_s + _UNSEEN_S < now_s:  # it ended, or never began, and its ingress did not say so
-                self._release(request_id)
-                del self._placed[request_id]
-                self._counts["kvray_router_forgotten_total"] += 1
+                if request_id in self._num_reporting:
+                    del self._watched[request_id]
+                elif placed.seen_s + _UNSEEN_S < now_s:  # it ended, or never began, and its ingress did not say so
+                    del self._watched[request_id], self._placed[request_id]
+                    self._counts["kvray_router_forgotten_total"] += 1
         return self._ask_snapshots(now_s)
 
 
