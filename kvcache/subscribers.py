@@ -8,7 +8,7 @@ from kvcache.names import NAME_BYTES
 from messages.fleet import KvEvents
 from messages.tier import Tier
 
-#: Of a snapshot, at once: 1,024 names, which a receiver takes in within half a millisecond or so.
+#: Of names, at once: 1,024 of them, which a receiver takes in within half a millisecond or so.
 _PIECE_BYTES = 1024 * NAME_BYTES
 
 
@@ -49,9 +49,12 @@ class Subscribers:
         self._next_seq.pop(subscriber, None)
 
     def tell(self, tier: Tier, stored: bytes, removed: bytes) -> None:
-        """Tell all of them what changed in a tier: names, concatenated. Write path step b."""
-        for subscriber, seq in self._next_seq.items():
-            self._next_seq[subscriber] = seq + 1
-            self._send(
-                subscriber, KvEvents(worker_id=self._worker_id, seq=seq, tier=tier, stored=stored, removed=removed)
-            )
+        """Tell all of them what changed in a tier: names, concatenated, none of them in both. Write path step b."""
+        for begin in range(0, max(len(stored), len(removed)), _PIECE_BYTES):
+            piece = slice(begin, begin + _PIECE_BYTES)
+            for subscriber, seq in self._next_seq.items():
+                self._next_seq[subscriber] = seq + 1
+                events = KvEvents(
+                    worker_id=self._worker_id, seq=seq, tier=tier, stored=stored[piece], removed=removed[piece]
+                )
+                self._send(subscriber, events)

@@ -57,3 +57,14 @@ def test_who_subscribes_anew_begins_anew_and_who_is_gone_hears_nothing(subscribe
     subscribers.remove(b"r")
     subscribers.tell("device", b"c" * 16, b"")
     assert len(sent) == 4
+
+
+def test_what_changes_at_once_comes_in_pieces_too(subscribers, sent):
+    subscribers.add(b"r", [("device", b"")])
+    del sent[:]
+    stored, removed = bytes(range(256)) * 100, b"r" * 16 * 3000
+    subscribers.tell("device", stored, removed)
+    messages = [message for _, message in sent]
+    assert [message.seq for message in messages] == [1, 2, 3]
+    assert b"".join(message.stored for message in messages) == stored
+    assert b"".join(message.removed for message in messages) == removed
