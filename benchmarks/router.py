@@ -9,7 +9,7 @@
 by another, to 100 by all. Both sides get block names ready made (Dynamo's are 64 bits, ours 128) and the same events,
 64 blocks each. Medians. Memory is what the process grew by.
 Decisions are over prefill and as many decode workers, each on a node of its own, with loads that differ a little; one
-in twenty links between them was measured.
+in twenty links between them was measured. The slower counts of that prompt, and of one that nobody holds ("new").
 Goals: matching and folding at least as fast as Dynamo's; under 100 bytes a name, 8 KB where 1,000 workers hold it;
 nothing that the index does takes 20 ms; a decision over 64 + 64 workers within 0.5 ms, over
 1,000 + 1,000 within 3 ms, at 32 k tokens; `import kvrouter.router` within 0.3 s.
@@ -232,11 +232,13 @@ def measure_decisions(num_blocks: int, repeats: int) -> dict[str, float]:
         for worker, names in stores:
             seqs[worker] += 1
             router.on_event(KvEvents(worker_id=worker, seq=seqs[worker], stored=names), 0.0)
-        for num in PROMPT_BLOCKS:
+        prompts = {str(num): prompt[: NAME_BYTES * num] for num in PROMPT_BLOCKS}
+        prompts[f"{DECISION_BLOCKS}_new"] = rng.randbytes(NAME_BYTES * DECISION_BLOCKS)
+        for what, names in prompts.items():
             request = RouteRequest(
                 request_id="r",
-                names=prompt[: NAME_BYTES * num],
-                num_prompt_tokens=num * BLOCK_SIZE + 1,
+                names=names,
+                num_prompt_tokens=len(names) // NAME_BYTES * BLOCK_SIZE + 1,
                 max_tokens=100,
             )
 
@@ -246,7 +248,7 @@ def measure_decisions(num_blocks: int, repeats: int) -> dict[str, float]:
                 assert isinstance(reply.message, Placement)
                 router.on_event(RequestEnded(request_id="r"), 1.0)
 
-            figures[f"route_{num_each}+{num_each}_{num}_us"] = 1e6 * typical(decide, repeats)
+            figures[f"route_{num_each}+{num_each}_{what}_us"] = 1e6 * typical(decide, repeats)
     return figures
 
 
@@ -314,7 +316,7 @@ def goals(ours: dict[str, float], theirs: dict[str, float] | None) -> list[str]:
             ratio = ours[key] / theirs[key] if key.endswith("per_s") else theirs[key] / ours[key]
         lines.append(goal(f"{name} over Dynamo's RadixTree", ratio, at_least=1.0, unit="x"))
     for num, under_ms in MAX_DECISION_MS.items():
-        decision_ms = ours[f"route_{num}+{num}_{DECISION_BLOCKS}_us"] / 1e3
+        decision_ms = max(ours[f"route_{num}+{num}_{DECISION_BLOCKS}{kind}_us"] for kind in ("", "_new")) / 1e3
         lines.append(goal(f"decision over {num:,} + {num:,} workers", decision_ms, under=under_ms, unit=" ms"))
     lines.append(goal("memory of a name", ours["bytes_per_block"], under=MAX_BYTES, unit=" B"))
     shared = ours[f"bytes_per_block_of_{NUM_HOLDERS}"]
@@ -332,12 +334,8 @@ def main() -> None:
     num_blocks, repeats = (100_000, 100) if args.quick else (1_000_000, 1000)
     python = dynamo_python(is_wanted=args.with_dynamo)
     theirs = measure_dynamo(python, num_blocks, repeats) if python else None
-    ours = (
-        measure_index(num_blocks, repeats)
-        | measure_shared(num_blocks // 1000)
-        | measure_decisions(num_blocks // 10, repeats)
-        | {"import_s": import_s()}
-    )
+    ours = fresh(measure_shared, num_blocks // 100) | fresh(measure_index, num_blocks, repeats)
+    ours |= measure_decisions(num_blocks // 10, repeats) | {"import_s": import_s()}
     print(f"{hardware()}; {num_blocks:,} blocks on {NUM_WORKERS} workers\n{'':28}{'kvray':>14}{'dynamo':>14}")
     for name, figure in ours.items():
         peer = f"{theirs[name]:14,.2f}" if theirs and name in theirs else f"{'-':>14}"
