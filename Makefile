@@ -52,9 +52,9 @@ graph: $(VENV)/.testing ## who imports whom, in DOT: the rooms, then the engine'
 bench: $(VENV)/.testing kernels ## every benchmark's quick form, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
-kernels: $(VENV)/.serving ## build the C++ kernels and checksum for this machine (cached; torch and numpy serve without)
-	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m engine.kernels.cpu.build; \
-	else echo "no C++ compiler: plain torch kernels and numpy checksums will be used"; fi
+kernels: $(VENV)/.serving ## build the C++ kernels, checksum and block index for this machine (cached; torch and numpy serve without)
+	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m kvrouter.build; $(BIN)/python -m engine.kernels.cpu.build; \
+	else echo "no C++ compiler: plain torch kernels, numpy checksums and a block index in Python will be used"; fi
 
 clean: ## forget the environment and all caches in this folder
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -51,6 +51,7 @@ from engine.scheduling.plan import (
 )
 from kvcache.names import split_names
 from kvcache.subscribers import Subscribers
+from kvcache.told_requests import ToldRequests, report_pause_s
 from messages.cache import CacheQuestion
 from messages.errors import InvariantError, KvrayError
 from messages.fleet import (
@@ -92,7 +93,6 @@ _NUM_LOOKED_AT = 512
 _LOOK_FOR_CACHE_S = 15.0
 _LOOK_AGAIN_S = 1.0
 _REPORT_S = 1.0  #: a report at least this often
-_REPORT_MIN_S = 0.02  #: and at most this often
 
 #: the scheduler's counters as operators see them
 _METRICS = {
@@ -234,6 +234,7 @@ class EngineWorker:
         self._links = IncomingLinks(self.roads, self.send)  #: to those who pull from this worker
         self._num_intakes = count()
         self._subscribers = Subscribers(worker_id, self.send)
+        self._told_requests = ToldRequests()
         self._tasks: set[asyncio.Task[None]] = set()
         self._report_wanted = asyncio.Event()
         self.server: ChannelServer | None = None
@@ -331,9 +332,10 @@ class EngineWorker:
                 self.engine.pool.mark(split_names(kept), is_spare=False)
             case Subscribe():
                 self._flush_events()
+                self._tell_load()
                 self.engine.pool.mark(self.engine.pool.snapshot(), is_spare=False)
                 self._subscribers.add(sender, [("device", b"".join(self.engine.pool.snapshot()))])
-                self.send(sender, self._report(self.borrower.peers.prices()))
+                self.send(sender, self._told_requests.whole(self._report(self.borrower.peers.prices())))
                 self.send(sender, NodeCacheFound(worker_id=self.worker_id, info=self._cache))
             case GetStats(query_id=query_id):
                 self.send(sender, self._stats(query_id))
@@ -463,10 +465,16 @@ class EngineWorker:
                     await self._report_wanted.wait()
             self._report_wanted.clear()
             self._flush_events()
-            report = self._report(self.borrower.peers.changed_prices())
-            for subscriber in self._subscribers:
-                self.send(subscriber, report)
-            await asyncio.sleep(_REPORT_MIN_S)
+            self._tell_load()
+            scheduler = self.engine.scheduler
+            await asyncio.sleep(report_pause_s(scheduler.num_waiting + scheduler.num_running))
+
+    def _tell_load(self) -> None:
+        scheduler = self.engine.scheduler
+        report = self._report(self.borrower.peers.changed_prices())
+        report = self._told_requests.told(report, scheduler.seq_ids(), scheduler.declined_ids())
+        for subscriber in self._subscribers:
+            self.send(subscriber, report)
 
     def _report(self, moves: tuple[MovePrice, ...]) -> LoadReport:
         scheduler, pool = self.engine.scheduler, self.engine.pool
@@ -483,8 +491,6 @@ class EngineWorker:
             decode_step_s=scheduler.decode_step_s,
             compute=scheduler.cost.price,
             moves=moves,
-            request_ids=scheduler.seq_ids(),
-            declined_ids=scheduler.declined_ids(),
         )
 
     def _stats(self, query_id: str) -> Stats:

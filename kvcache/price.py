@@ -19,7 +19,7 @@ from messages.tier import Tier
 
 _FORGET = 0.97  #: weight of an observation against the one after it: the last hundred or so count
 _SWEEPS = 3
-_STEP_TOKENS = 2048  #: of a long prompt's steps, about
+STEP_TOKENS = 2048  #: of a long prompt's steps, about
 _NUM_HANDOFFS = 8  #: the least of so many counts: others' work and first times only ever add
 
 #: What a second that another sequence stalls is worth, in seconds of time to first token.
@@ -138,7 +138,7 @@ class Computation(NamedTuple):
         """Count what tokens [start, end) of a prompt take, the KV of its first `start` tokens being held."""
         num_tokens = end - start
         # the query at position p meets p + 1 keys
-        return cls(-(-num_tokens // _STEP_TOKENS), num_tokens, num_tokens * (start + end + 1) / 2)
+        return cls(-(-num_tokens // STEP_TOKENS), num_tokens, num_tokens * (start + end + 1) / 2)
 
 
 def compute_s(price: ComputePrice, computation: Computation) -> float:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from kvcache.names import NAME_BYTES
 from messages.fleet import KvEvents
 from messages.tier import Tier
+
+#: Of names, at once: 1,024 of them, which a receiver takes in within half a millisecond or so.
+_PIECE_BYTES = 1024 * NAME_BYTES
 
 
 class Subscribers:
@@ -20,25 +24,37 @@ class Subscribers:
         return iter(tuple(self._next_seq))
 
     def add(self, subscriber: bytes, snapshot: Sequence[tuple[Tier, bytes]]) -> None:
-        """Tell all names held, concatenated by tier, to one who subscribes, anew perhaps."""
-        for seq, (tier, names) in enumerate(snapshot):
-            self._tell(subscriber, seq, tier, names, b"", is_first=seq == 0)
-        self._next_seq[subscriber] = len(snapshot)
+        """Tell all names held, concatenated by tier, to one who subscribes, anew perhaps: in pieces."""
+        pieces = [
+            (tier, names[begin : begin + _PIECE_BYTES])
+            for tier, names in snapshot
+            for begin in range(0, max(1, len(names)), _PIECE_BYTES)
+        ]
+        for seq, (tier, names) in enumerate(pieces):
+            self._send(
+                subscriber,
+                KvEvents(
+                    worker_id=self._worker_id,
+                    seq=seq,
+                    tier=tier,
+                    cleared=seq == 0,
+                    num_pieces_left=len(pieces) - 1 - seq,
+                    stored=names,
+                ),
+            )
+        self._next_seq[subscriber] = len(pieces)
 
     def remove(self, subscriber: bytes) -> None:
         """Forget one who is gone."""
         self._next_seq.pop(subscriber, None)
 
     def tell(self, tier: Tier, stored: bytes, removed: bytes) -> None:
-        """Tell all of them what changed in a tier: names, concatenated. Write path step b."""
-        for subscriber, seq in self._next_seq.items():
-            self._next_seq[subscriber] = seq + 1
-            self._tell(subscriber, seq, tier, stored, removed)
-
-    def _tell(
-        self, subscriber: bytes, seq: int, tier: Tier, stored: bytes, removed: bytes, *, is_first: bool = False
-    ) -> None:
-        events = KvEvents(
-            worker_id=self._worker_id, seq=seq, tier=tier, cleared=is_first, stored=stored, removed=removed
-        )
-        self._send(subscriber, events)
+        """Tell all of them what changed in a tier: names, concatenated, none of them in both. Write path step b."""
+        for begin in range(0, max(len(stored), len(removed)), _PIECE_BYTES):
+            piece = slice(begin, begin + _PIECE_BYTES)
+            for subscriber, seq in self._next_seq.items():
+                self._next_seq[subscriber] = seq + 1
+                events = KvEvents(
+                    worker_id=self._worker_id, seq=seq, tier=tier, stored=stored[piece], removed=removed[piece]
+                )
+                self._send(subscriber, events)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, SHORT_TOKENS, Computation, compute_s, handoff_s, harm_s
 from kvrouter.fit import can_ever_hold, can_hand_over
-from kvrouter.policy import Assumptions, affinity_key, check_ttft, rendezvous
+from kvrouter.policy import Assumptions, check_ttft
+from kvrouter.rendezvous import affinity, ranks, worker_hash
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.errors import CapacityError, RequestError, WorkerError
 from messages.fleet import WorkerInfo
@@ -131,10 +134,10 @@ def _handed_over_s(request: RouteRequest, prefill: WorkerInfo, decode: WorkerInf
 def _bounded_rendezvous(
     request: RouteRequest, workers: Sequence[WorkerInfo], num_sequences: Mapping[str, int]
 ) -> WorkerInfo:
-    key = affinity_key(request)
     loads = {worker.worker_id: num_sequences.get(worker.worker_id, 0) for worker in workers}
     most = _MAX_SHARE * (sum(loads.values()) + request.num_sequences) / len(workers)
     # Whoever has least is always within the bound, also when the mean is below one sequence.
     most = max(most, min(loads.values()) + request.num_sequences)
     roomy = [worker for worker in workers if loads[worker.worker_id] + request.num_sequences <= most]
-    return max(roomy, key=lambda worker: rendezvous(key, worker.worker_id))
+    hashes = np.array([worker_hash(worker.worker_id) for worker in roomy], np.uint64)
+    return roomy[int(ranks(affinity(request), hashes).argmax())]

@@ -4,6 +4,8 @@ So that the pools of a cluster hold one cache, and not each the same: without it
 workers that pull from it would fill up with the same blocks. One holder keeps, or two would give up their copies at
 once, each in the belief that the other has it: whoever got it last, for it uses it, until it says that it has no use
 for it any more. A node cache always keeps: its memory is the larger, and every pool of its node reaches it.
+
+This is for the plain index; the compiled one does the same itself (`index.cpp`).
 """
 
 from __future__ import annotations
@@ -12,20 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from kvrouter.index import Holder
+from kvrouter.index import Appointed, Holder
 from messages.errors import InvariantError
 from messages.tier import Tier
 
 #: Tiers from which a block is at hand.
 _AT_HAND: frozenset[Tier] = frozenset({"device", "host"})
-
-
-class Appointed(NamedTuple):
-    """What one worker is told: concatenated names of blocks whose copy there is spare from now on, or not any more."""
-
-    worker_id: str
-    spare: bytes
-    kept: bytes
 
 
 class _Shared(NamedTuple):
@@ -57,9 +51,9 @@ class Keepers:
     def __len__(self) -> int:
         return len(self._shared)
 
-    def kept_share(self, worker_id: str) -> float:
-        """Return the share of a worker's memory that holds blocks which nobody else keeps."""
-        return self._share(worker_id) - self._num_spare[worker_id] / self._num_blocks(worker_id)
+    def num_spare(self, worker_id: str) -> int:
+        """Return how many of a worker's copies are spare."""
+        return self._num_spare[worker_id]
 
     def on_change(self, names: Iterable[bytes], stored_by: str | None) -> list[Appointed]:
         """Take in that the holders of these blocks changed, if by one that has them now, then by `stored_by`.
@@ -93,6 +87,9 @@ class Keepers:
         if num_spare != self._num_spare:
             raise InvariantError(f"keepers: {self._num_spare} spare copies are counted, {num_spare} are there")
 
+    def _kept_share(self, worker_id: str) -> float:
+        return self._share(worker_id) - self._num_spare[worker_id] / self._num_blocks(worker_id)
+
     def _appoint(self, names: Iterable[bytes], prefer: Callable[[list[str]], str | None]) -> list[Appointed]:
         told: dict[str, tuple[list[bytes], list[bytes]]] = {}
         for name in names:
@@ -104,7 +101,7 @@ class Keepers:
                 hosts = [holder.worker_id for holder in now if holder.tier == "host"]
                 keeper = hosts[0] if hosts else prefer(workers)
                 if keeper is None:
-                    keeper = before.keeper if before.keeper in workers else min(workers, key=self.kept_share)
+                    keeper = before.keeper if before.keeper in workers else min(workers, key=self._kept_share)
                 others = (holder.worker_id for holder in now if holder.tier == "device")
                 after = self._shared[name] = _Shared(keeper, tuple(other for other in others if other != keeper))
             self._num_spare.subtract(before.spares)

@@ -15,47 +15,41 @@ Workers keep a share of steps, slots and blocks for short prompts: one that has 
 
 Prices are those that workers learn about themselves and about each source that they pull from (kvcache.price); before
 their first measurement, and for what nobody measures, those of `Assumptions`.
+
+All workers are priced at once, in arrays; of the pairs, those that bounds do not rule out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
-from types import MappingProxyType
 from typing import NamedTuple
 
-from kvcache.price import (
-    ASSUMED_COMPUTE,
-    ASSUMED_MOVE,
-    ASSUMED_MOVES,
-    HARM_WEIGHT,
-    SHORT_SHARE,
-    SHORT_TOKENS,
-    Computation,
-    compute_s,
-    handoff_s,
-    harm_s,
-    move_s,
-)
-from kvrouter.fit import NODE_ROADS, can_hand_over, ceil_div
-from kvrouter.index import Run
-from kvrouter.worker_state import WorkerState, least_price
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.price import ASSUMED_COMPUTE, ASSUMED_MOVE, HARM_WEIGHT, SHORT_SHARE, SHORT_TOKENS, STEP_TOKENS
+from kvrouter.candidate import Candidate
+from kvrouter.fleet_table import Constants, FleetTable, Loads
+from kvrouter.index import Holder, Matches
+from kvrouter.links import Floats, Ints
+from kvrouter.rendezvous import affinity, ranks
 from messages.errors import CapacityError
-from messages.fleet import WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 from messages.route import RouteRequest
-from messages.tier import Tier
+from transport.checksum import Words
 
-#: Costs that agree to so many digits (a millisecond) are equal: predictions are no better.
-_COST_DIGITS = 3
-_COST_STEP_S = 0.5e-3
+#: Costs that agree to a millisecond are equal: predictions are no better.
+_COST_STEPS_PER_S = 1e3
+#: What two sums of the same seconds may differ by, added up in another order.
+_ROUNDING_S = 1e-9
 #: As many copies of a run are priced, and named to workers: of what everybody holds, any will do.
 _MAX_COPIES = 4
+#: Decode workers whose pairs are priced at once, at first: the best one mostly rules out all others.
+_FIRST_ROWS = 1
+_MORE_ROWS = 4  #: times as many with each round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,404 +63,332 @@ class Assumptions:
     doubt: float = 0.5  #: a worker is taken to compute at least at this share of the fastest one's rate
 
 
-class Candidate(NamedTuple):
-    """One placement and what it costs."""
+class _Parts(NamedTuple):
+    """What each of some workers adds to a placement's cost, whoever else takes part; arrays `[workers]`."""
 
-    decode: WorkerState
-    prefill: WorkerState | None
-    decode_match_tokens: int
-    prefill_match_tokens: int
-    num_computed_tokens: int
-    wait_s: float
-    load_s: float  #: of what others hold
-    queue_s: float
-    compute_s: float
-    pull_s: float  #: what the handoff adds, with what is pulled after the computation
-    harm_s: float
-    displaced_s: float  #: of computing again what is evicted for it
-    prefill_s: float  #: once the prefill worker is asked, until its KV lies on the decode worker; 0 without one
+    rows: Ints
+    num_leading: Ints  #: blocks at the prompt's head that it holds
+    num_bytes: Ints  #: of the prompt's blocks that it lacks
+    num_computed: Ints  #: tokens, if it computes what it neither holds nor loads
+    num_sequences: Floats
+    wait_s: Floats
+    load_s: Floats
+    queue_s: Floats
+    compute_s: Floats
+    crowding_s: Floats  #: the harm of one sequence more
+    displaced_s: Floats
+    rank: Words  #: in rendezvous hashing, turned round: the least is first
 
-    @property
-    def ttft_s(self) -> float:
-        """Predicted time to first token."""
-        return self.wait_s + self.load_s + self.queue_s + self.compute_s + self.pull_s
-
-    @property
-    def cost_s(self) -> float:
-        """Seconds that placements are compared by: time to first token, the harm to others, and what is lost."""
-        return self.ttft_s + self.harm_s + self.displaced_s
-
-    @property
-    def delay_s(self) -> float:
-        """The part of the time to first token that is others' work."""
-        return self.wait_s + self.queue_s
-
-    @property
-    def is_short(self) -> bool:
-        """Whether little of the prompt is to be computed."""
-        return self.num_computed_tokens <= SHORT_TOKENS
-
-    def reason(self) -> str:
-        """Say in a few words what the placement is worth, for people."""
-        match = f"decode holds {self.decode_match_tokens} tokens"
-        if self.prefill is not None:
-            match += f", prefill {self.prefill_match_tokens}"
-        where = "on decode" if self.prefill is None else "on prefill"
-        return (
-            f"{match}; {self.num_computed_tokens} computed {where} in {self.compute_s:.3f} s, "
-            f"behind {self.delay_s:.3f} s, load {self.load_s:.3f} s, pull {self.pull_s:.3f} s"
-        )
-
-
-class _Cover(NamedTuple):
-    """What a worker need not compute of the prompt."""
-
-    num_leading: int  #: blocks at its head that the worker holds
-    num_held: int  #: blocks that it holds
-    num_covered: int  #: blocks at its head that it holds or loads
-    load_s: float
-
-
-class _PrefillPart(NamedTuple):
-    """The part of a placement's cost that a prefill worker adds, whoever decodes."""
-
-    worker: WorkerState
-    match_tokens: int
-    num_computed_tokens: int
-    wait_s: float
-    load_s: float
-    queue_s: float
-    compute_s: float
-    displaced_s: float
-    seconds: float  #: of waiting, loading, queueing and computing
-    cost_s: float  #: with what is displaced
-
-
-class _DecodePart(NamedTuple):
-    """The part of a placement's cost that a decode worker adds, whoever prefills."""
-
-    worker: WorkerState
-    cover: _Cover
-    num_bytes: int  #: of the prompt's blocks that it lacks
-    num_sequences: int
-    wait_s: float
-    crowding_s: float  #: the harm of one sequence more
-    displaced_s: float
-
-
-class Prices(NamedTuple):
-    """What is known of the whole fleet, for workers and links that were not measured."""
-
-    best_compute: Mapping[bytes, ComputePrice] = MappingProxyType({})  #: the fastest worker's, by fingerprint
-    by_road: Mapping[str, MovePrice] = MappingProxyType({})  #: some link's, by its road
+    def of(self, some: Ints | slice) -> _Parts:
+        """Return the parts of some of these workers."""
+        return _Parts._make(column[some] for column in self)
 
 
 class Pricing:
-    """Prices one request at each worker. `runs`: who holds its blocks, of `workers`, by worker id."""
+    """Prices one request at workers of `fleet`, known by their rows there. `matches`: who holds its blocks."""
 
-    def __init__(
-        self,
-        request: RouteRequest,
-        runs: Sequence[Run],
-        workers: Mapping[str, WorkerState],
-        assumed: Assumptions,
-        prices: Prices,
-    ) -> None:
+    def __init__(self, request: RouteRequest, matches: Matches, fleet: FleetTable, assumed: Assumptions) -> None:
         self._request = request
-        self._prices = prices
-        self._runs = runs
-        self._workers = workers
+        self._matches = matches
+        self._fleet = fleet
         self._assumed = assumed
-        self._held_by = [{holder.worker_id for holder in run.holders if holder.tier == "device"} for run in runs]
-        self._sources = [  # of each run, some
-            [
-                (workers[holder.worker_id], holder.tier)
-                for holder in run.holders[:_MAX_COPIES]
-                if holder.worker_id in workers
-            ]
-            for run in runs
-        ]
-        self._reachable: dict[tuple[str, str, tuple[str, ...], bytes], bool] = {}
-        self._num_leading: dict[str, int] = {}
-        self._num_held: dict[str, int] = {}
-        for run in runs:
-            for worker_id, tier in run.holders:
-                if tier == "device":
-                    if self._num_leading.get(worker_id, 0) == run.begin:
-                        self._num_leading[worker_id] = run.end
-                    self._num_held[worker_id] = self._num_held.get(worker_id, 0) + run.end - run.begin
-        self._key = affinity_key(request)
-        self._computations: dict[tuple[int, bytes], tuple[Computation, float, float]] = {}
-        self._road_moves: dict[tuple[object, ...], MovePrice] = {}
-        self._least_unmeasured = least_price(prices.by_road.values()) if prices.by_road else assumed.move
+        self._lengths = np.diff(matches.ends, prepend=0)
+        self._is_held = fleet.by_row(matches.is_held, matches.holders)  # [runs, rows]
+        self._sources: dict[int, list[Holder]] = {}
 
-    def best(self, decodes: Sequence[WorkerState], prefills: Iterable[WorkerState]) -> Candidate:
-        """Return the cheapest placement; equals are told apart by least load, then by rendezvous hashing of the prompt.
+    def best(self, decodes: Ints, prefills: Ints) -> Candidate:
+        """Return the cheapest placement.
 
-        `decodes` must not be empty.
+        Equals are told apart by least load, then by rendezvous hashing of the prompt: first who decodes, then who
+        prefills; a decode worker alone comes before its pairs. `decodes` must not be empty.
         """
-        parts = self._ordered([self._prefill_part(worker) for worker in prefills])
-        reachable: dict[tuple[object, ...], list[_PrefillPart]] = {}
-        candidates: list[Candidate] = []
-        for decode in decodes:
-            info = decode.info
-            group = (info.fingerprint, info.block_size, info.block_bytes, info.node_id, info.roads)
-            if group not in reachable:
-                reachable[group] = [part for part in parts if can_hand_over(part.worker.info, info)]
-            part = self._decode_part(decode)
-            candidates.append(self._alone(part))
-            pair = self._best_pair(part, reachable[group])
-            if pair is not None:
-                candidates.append(pair)
-        return self._cheapest(candidates)
+        parts = self._parts(np.concatenate([decodes, prefills]))
+        decode = parts.of(slice(len(decodes)))
+        alone_ms = _rounded(_alone_s(decode))
+        first = _first(alone_ms, decode.num_sequences, decode.rank)
+        best = _Choice(alone_ms[first], decode.num_sequences[first], decode.rank[first], first)
+        if len(prefills):
+            prefill = parts.of(slice(len(decodes), None))
+            best = self._best_pair(decode, prefill, best)
+            if best.prefill is not None:
+                return self._pair(decode, best.decode, prefill, best.prefill)
+        return self._alone(decode, best.decode)
 
-    def all(self, decodes: Iterable[WorkerState], prefills: Iterable[WorkerState]) -> Iterator[Candidate]:
+    def all(self, decodes: Ints, prefills: Ints) -> Iterator[Candidate]:
         """Yield every placement there is, in no order: to explain a choice."""
-        prefill_parts = [self._prefill_part(worker) for worker in prefills]
-        for decode in decodes:
-            part = self._decode_part(decode)
-            yield self._alone(part)
-            for prefill in prefill_parts:
-                if can_hand_over(prefill.worker.info, decode.info):
-                    yield self._pair(part, prefill, self._handoff_s(part, prefill))
-
-    def _best_pair(self, part: _DecodePart, prefills: Sequence[_PrefillPart]) -> Candidate | None:
-        """Return the cheapest placement with one of `prefills`, which are in order: most are not looked at.
-
-        None can be cheaper than its own cost and the least that a link takes.
-        """
-        least_move = self._least_unmeasured
-        if part.worker.least_move is not None:
-            least_move = least_price((least_move, part.worker.least_move))
-        best, best_s, best_handoff_s = None, math.inf, 0.0
-        for prefill in prefills:
-            enough_s = best_s - _COST_STEP_S
-            if prefill.cost_s + handoff_s(least_move, part.num_bytes, prefill.compute_s) > enough_s:
-                break
-            added_s = self._handoff_s(part, prefill)
-            if prefill.cost_s + added_s < enough_s:
-                best, best_s, best_handoff_s = prefill, prefill.cost_s + added_s, added_s
-        return None if best is None else self._pair(part, best, best_handoff_s)
-
-    def _alone(self, part: _DecodePart) -> Candidate:
-        decode, cover = part.worker, part.cover
-        num_computed = self._num_computed(cover.num_covered * decode.info.block_size)
-        computing_s = self._compute_s(decode, num_computed)
-        return Candidate(
-            decode=decode,
-            prefill=None,
-            decode_match_tokens=cover.num_leading * decode.info.block_size,
-            prefill_match_tokens=0,
-            num_computed_tokens=num_computed,
-            wait_s=part.wait_s,
-            load_s=cover.load_s,
-            queue_s=decode.queue_s(num_computed),
-            compute_s=computing_s,
-            pull_s=0.0,
-            harm_s=part.crowding_s + harm_s(computing_s, part.num_sequences),
-            displaced_s=part.displaced_s,
-            prefill_s=0.0,
-        )
-
-    def _pair(self, part: _DecodePart, prefill: _PrefillPart, added_s: float) -> Candidate:
-        return Candidate(
-            decode=part.worker,
-            prefill=prefill.worker,
-            decode_match_tokens=part.cover.num_leading * part.worker.info.block_size,
-            prefill_match_tokens=prefill.match_tokens,
-            num_computed_tokens=prefill.num_computed_tokens,
-            wait_s=prefill.wait_s + part.wait_s,
-            load_s=prefill.load_s,
-            queue_s=prefill.queue_s,
-            compute_s=prefill.compute_s,
-            pull_s=added_s,
-            harm_s=part.crowding_s,
-            displaced_s=part.displaced_s + prefill.displaced_s,
-            prefill_s=prefill.seconds + added_s,
-        )
-
-    def _handoff_s(self, part: _DecodePart, prefill: _PrefillPart) -> float:
-        return handoff_s(self._move_price(prefill.worker, part.worker), part.num_bytes, prefill.compute_s)
-
-    def _decode_part(self, decode: WorkerState) -> _DecodePart:
-        info, load = decode.info, decode.load
-        cover = self._cover(decode)
-        num_blocks = ceil_div(self._request.num_prompt_tokens, info.block_size)
-        num_sequences = decode.num_sequences
-        # Each sequence there makes each step of this one longer, and the other way round.
-        step_s = (load.decode_step_s if load else 0.0) or self._assumed.decode_step_s
-        return _DecodePart(
-            decode,
-            cover,
-            (num_blocks - cover.num_held) * info.block_bytes,
-            num_sequences,
-            self._wait_s(decode, cover.num_covered, num_blocks - cover.num_held, num_sequences),
-            HARM_WEIGHT * step_s * num_sequences,
-            self._displaced_s(decode, num_blocks - cover.num_held),
-        )
-
-    def _prefill_part(self, prefill: WorkerState) -> _PrefillPart:
-        info, cover = prefill.info, self._cover(prefill)
-        num_lacking = ceil_div(self._request.num_prompt_tokens, info.block_size) - cover.num_held
-        num_computed = self._num_computed(cover.num_covered * info.block_size)
-        wait_s = self._wait_s(prefill, cover.num_covered, num_lacking, prefill.num_sequences)
-        queue_s, computing_s = prefill.queue_s(num_computed), self._compute_s(prefill, num_computed)
-        displaced_s = self._displaced_s(prefill, num_lacking)
-        seconds = wait_s + cover.load_s + queue_s + computing_s
-        return _PrefillPart(
-            prefill,
-            cover.num_leading * info.block_size,
-            num_computed,
-            wait_s,
-            cover.load_s,
-            queue_s,
-            computing_s,
-            displaced_s,
-            seconds,
-            seconds + displaced_s,
-        )
+        decode, prefill = self._parts(decodes), self._parts(prefills)
+        for d in range(len(decodes)):
+            yield self._alone(decode, d)
+            for p in np.flatnonzero(np.isfinite(self._handoff_s(decode, np.array([d]), prefill)[0])):
+                yield self._pair(decode, d, prefill, int(p))
 
     def held(self, placed: Candidate) -> tuple[HeldRun, ...]:
         """Tell the workers of a placement where blocks of the prompt lie: a few copies of each, their own first."""
-        chosen = (placed.decode.info.worker_id, "" if placed.prefill is None else placed.prefill.info.worker_id)
-        runs = []
-        for run in self._runs:
-            holders = sorted(run.holders, key=lambda holder: holder.worker_id not in chosen)
-            copies = [
-                Copy(self._workers[holder.worker_id].info.address, holder.tier)
-                for holder in holders
-                if holder.worker_id in self._workers
-            ]
-            runs.append(HeldRun(run.begin, run.end, tuple(copies[:_MAX_COPIES])))
+        chosen = [placed.decode.info.worker_id] + ([placed.prefill.info.worker_id] if placed.prefill else [])
+        runs: list[HeldRun] = []
+        begin = 0
+        for number, end in enumerate(self._matches.ends.tolist()):
+            rows = self._fleet.rows_of(chosen)
+            own = [Holder(worker) for worker, row in zip(chosen, rows, strict=True) if self._is_held[number, row]]
+            holders = dict.fromkeys([*own, *self._sources_of(number)])
+            copies = [Copy(self._fleet.workers[holder.worker_id].info.address, holder.tier) for holder in holders]
+            runs.append(HeldRun(begin, end, tuple(copies[:_MAX_COPIES])))
+            begin = end
         return tuple(runs)
 
-    def _cover(self, worker: WorkerState) -> _Cover:
-        """Tell what `worker` need not compute: what it holds, and what others do, where loading is cheaper."""
-        info = worker.info
-        num_leading = self._num_leading.get(info.worker_id, 0)
-        num_held = self._num_held.get(info.worker_id, 0)
-        num_covered = self._runs[-1].end if self._runs else 0
-        if num_covered == num_leading:
-            return _Cover(num_leading, num_held, num_leading, 0.0)
-        num_bytes = (num_covered - num_held) * info.block_bytes
-        load_s = 0.0 if num_held == num_covered else self._load_s(worker, num_bytes)
-        size = info.block_size
-        held_s = self._compute_s(worker, self._num_computed(num_leading * size))
-        if load_s >= held_s - self._compute_s(worker, self._num_computed(num_covered * size)):
-            return _Cover(num_leading, num_held, num_leading, 0.0)
-        return _Cover(num_leading, num_held, num_covered, load_s)
+    # --------------------------------------------------------------------------------------------- what workers add
 
-    def _load_s(self, worker: WorkerState, num_bytes: int) -> float:
-        """Return the seconds that bringing `num_bytes` takes from the cheapest copy of the longest run it lacks."""
-        worker_id = worker.info.worker_id
-        longest = max(
-            (number for number, held_by in enumerate(self._held_by) if worker_id not in held_by),
-            key=lambda number: self._runs[number].end - self._runs[number].begin,
+    def _parts(self, rows: Ints) -> _Parts:
+        constants, loads = self._fleet.constants(rows), self._fleet.loads(rows)
+        num_prompt, num_new = self._request.num_prompt_tokens, self._request.num_sequences
+        is_held = self._is_held[:, rows]
+        num_held = self._lengths @ is_held
+        num_leading = self._num_leading(is_held)
+        num_covered = int(self._matches.ends[-1]) if len(self._matches.ends) else 0
+        num_lacking = -(-num_prompt // constants.block_size) - num_held
+
+        # What is computed: without loading, with it, and again of what is evicted, as of a prompt as long as this one.
+        num_displaced = np.minimum(num_lacking, num_lacking - loads.idle_blocks)
+        num_tokens = np.empty((3, len(rows)))
+        num_tokens[0] = np.maximum(num_prompt - num_leading * constants.block_size, 1)
+        num_tokens[1] = np.maximum(num_prompt - num_covered * constants.block_size, 1)
+        num_tokens[2] = np.minimum(np.maximum(num_displaced, 0) * constants.block_size, num_prompt)
+        held_s, covered_s, again_s = self._compute_s(num_tokens, constants, loads)
+
+        load_s = np.zeros(len(rows))
+        lacking = np.flatnonzero(num_leading < num_covered)
+        if len(lacking):
+            num_bytes = (num_covered - num_held) * constants.block_bytes
+            load_s[lacking] = self._load_s(rows[lacking], is_held[:, lacking], num_bytes[lacking])
+        loads_it = load_s < held_s - covered_s
+        load_s[~loads_it] = 0.0
+        num_computed = np.where(loads_it, num_tokens[1], num_tokens[0])
+
+        is_short = num_computed <= SHORT_TOKENS
+        takes_share = (
+            is_short
+            & (loads.num_short + num_new <= np.floor(SHORT_SHARE * constants.max_num_seqs))
+            & (num_lacking + num_new <= np.floor(SHORT_SHARE * constants.num_blocks))
         )
-        prices = [
-            self._move_price(source, worker, tier)
-            for source, tier in self._sources[longest]
-            if self._can_reach(source.info, worker.info)
-        ]
-        return min((price.handoff_s + move_s(price, num_bytes) for price in prices), default=math.inf)
+        # Each choice writes a block of its own. All slots and blocks turn over once in `sequence_s`.
+        blocks_share = (num_lacking + num_new - loads.free_blocks) / constants.num_blocks
+        slots_share = (loads.num_sequences + num_new - constants.max_num_seqs) / constants.max_num_seqs
+        wait_s = np.maximum(np.maximum(blocks_share, slots_share), 0.0) * self._assumed.sequence_s
+        wait_s[takes_share] = 0.0
+        # Each sequence there makes each step of this one longer, and the other way round.
+        step_s = np.where(loads.decode_step_s > 0, loads.decode_step_s, self._assumed.decode_step_s)
+        return _Parts(
+            rows,
+            num_leading,
+            num_lacking * constants.block_bytes,
+            num_computed.astype(np.int64),
+            loads.num_sequences,
+            wait_s,
+            load_s,
+            np.where(is_short, loads.short_queue_s, loads.queue_s),
+            np.where(loads_it, covered_s, held_s),
+            HARM_WEIGHT * step_s * loads.num_sequences,
+            loads.reused_share * again_s,
+            ~ranks(affinity(self._request), self._fleet.hashes(rows)),
+        )
 
-    def _can_reach(self, source: WorkerInfo, target: WorkerInfo) -> bool:
-        key = (source.worker_id, target.node_id, target.roads, target.fingerprint)
-        if key not in self._reachable:
-            self._reachable[key] = can_hand_over(source, target)
-        return self._reachable[key]
+    def _num_leading(self, is_held: npt.NDArray[np.bool_]) -> Ints:
+        """Return how many blocks at the prompt's head each worker holds. `is_held`: `[runs, workers]`."""
+        if not len(is_held):
+            return np.zeros(is_held.shape[1], np.int64)
+        begins = self._matches.ends - self._lengths
+        leading: Ints = np.where(is_held.all(axis=0), self._matches.ends[-1], begins[is_held.argmin(axis=0)])
+        return leading
 
-    def _num_computed(self, match_tokens: int) -> int:
-        """Count the tokens to compute: at least the last one, as somebody has to sample what follows it."""
-        return max(self._request.num_prompt_tokens - match_tokens, 1)
-
-    def _compute_s(self, worker: WorkerState, num_computed: int) -> float:
-        """Return the seconds for `num_computed` tokens by the worker's own price, where measured, else by the best.
+    def _compute_s(self, num_tokens: Floats, constants: Constants, loads: Loads) -> Floats:
+        """Return the seconds for the prompt's last tokens by workers' own price, where measured, else by the best.
 
         Never longer than the fleet's best with a share of its rate: who once measured badly, under another load or with
-        a few tokens, would else get no prompt any more and so never measure better.
+        a few tokens, would else get no prompt any more and so never measure better. `num_tokens`: `[any, workers]`.
         """
-        key = (num_computed, worker.info.fingerprint)
-        known = self._computations.get(key)
-        if known is None:
-            known = self._computations[key] = self._computation(*key)
-        computation, unmeasured_s, limit_s = known
-        own = worker.compute_price
-        if own is None:
-            return unmeasured_s
-        own_s = compute_s(own, computation)
-        return own_s if own_s < limit_s else limit_s
-
-    def _computation(self, num_computed: int, fingerprint: bytes) -> tuple[Computation, float, float]:
-        """Return the work of the last `num_computed` tokens, its seconds if the worker never measured, and at most."""
         end = max(self._request.num_prompt_tokens, 1)
-        computation = Computation.of(end - num_computed, end)
-        best = self._prices.best_compute.get(fingerprint)
-        if best is None:
-            return computation, compute_s(self._assumed.compute, computation), math.inf
-        best_s = compute_s(best, computation)
-        return computation, best_s, best_s / self._assumed.doubt
+        num_steps = np.ceil(num_tokens / STEP_TOKENS)
+        num_pairs = num_tokens * (2 * end - num_tokens + 1) / 2
+        assumed = self._assumed.compute
+        seconds = num_steps * assumed.step_s + num_tokens * assumed.token_s + num_pairs * assumed.pair_s
+        limit_s = np.full_like(seconds, np.inf)
+        for fingerprint, best in self._fleet.best_compute.items():
+            best_s = num_steps * best.step_s + num_tokens * best.token_s + num_pairs * best.pair_s
+            is_its = constants.fingerprint == hash(fingerprint)
+            np.copyto(seconds, best_s, where=is_its)
+            np.copyto(limit_s, best_s / self._assumed.doubt, where=is_its)
+        own_s = num_steps * loads.step_s + num_tokens * loads.token_s + num_pairs * loads.pair_s
+        np.copyto(seconds, np.minimum(own_s, limit_s), where=loads.is_measured > 0)
+        return seconds
 
-    def _move_price(self, owner: WorkerState, worker: WorkerState, tier: Tier = "device") -> MovePrice:
-        """Return the price that `worker` measured of `owner` as a source; else of the road that they would take."""
-        measured = worker.moves.get((owner.info.address, tier))
-        if measured is not None:
-            return measured
-        source, target = owner.info, worker.info
-        kind = (source.node_id == target.node_id, source.roads, target.roads)
-        if kind not in self._road_moves:
-            common = [road for road in target.roads if road in source.roads]
-            is_near = source.node_id == target.node_id
-            road = next((road for road in common if (road in NODE_ROADS) is is_near), "")
-            self._road_moves[kind] = self._prices.by_road.get(road, self._assumed.move)
-        return self._road_moves[kind] if tier in ("device", "host") else ASSUMED_MOVES[tier]
+    def _load_s(self, rows: Ints, is_held: npt.NDArray[np.bool_], num_bytes: Ints) -> Floats:
+        """Return the seconds that bringing `num_bytes` takes from the cheapest copy of the longest run each lacks."""
+        longest = np.where(is_held, -1, self._lengths[:, None]).argmax(axis=0)
+        load_s = np.full(len(rows), np.inf)
+        for number in np.unique(longest).tolist():
+            its = np.flatnonzero(longest == number)
+            targets = self._fleet.constants(rows[its]).place
+            for holder in self._sources_of(number):
+                source = self._fleet.place_of(holder.worker_id)
+                assert source is not None
+                fixed_s, byte_s, handoff_s = self._fleet.links.loading(source, holder.tier, targets, rows[its])
+                load_s[its] = np.minimum(load_s[its], handoff_s + (fixed_s + num_bytes[its] * byte_s))
+        return load_s
 
-    def _displaced_s(self, worker: WorkerState, num_lacking_blocks: int) -> float:
-        """Return the seconds of computing again what `worker` evicts for blocks that it lacks, and nobody else keeps.
+    def _sources_of(self, number: int) -> list[Holder]:
+        """Return some holders of a run that are there."""
+        if number not in self._sources:
+            holders = (
+                self._matches.holders[column] for column in np.flatnonzero(self._matches.is_held[number])[:_MAX_COPIES]
+            )
+            self._sources[number] = [holder for holder in holders if holder and holder.worker_id in self._fleet.workers]
+        return self._sources[number]
 
-        As if it were of a prompt as long as this one.
+    # -------------------------------------------------------------------------------------------------------- choosing
+
+    def _best_pair(self, decode: _Parts, prefill: _Parts, best: _Choice) -> _Choice:
+        """Return the best pair, or `best`, where none is better: pairs that cannot be are not priced.
+
+        None is cheaper than both its workers' own parts and the least that a link takes. Decode workers come in the
+        order of that bound, and of what tells equals apart, until the next one's is beyond the best that was found.
         """
-        num_displaced = min(num_lacking_blocks, num_lacking_blocks - worker.idle_blocks)
-        if num_displaced <= 0:
-            return 0.0
-        num_tokens = min(num_displaced * worker.info.block_size, self._request.num_prompt_tokens)
-        return (worker.load.reused_share if worker.load else 0.0) * self._compute_s(worker, num_tokens)
+        decode_s = decode.wait_s + decode.crowding_s + decode.displaced_s
+        prefill_s = _prefill_s(prefill)
+        least = _handoff_s(self._fleet.links.least(decode.rows), decode.num_bytes, prefill.compute_s.max())
+        bounds = _rounded(decode_s + (prefill_s.min() + least) - _ROUNDING_S)
+        order = np.flatnonzero(bounds <= best.cost_ms)
+        order = order[np.lexsort((decode.rank[order], decode.num_sequences[order], bounds[order]))]
+        begin, num_rows = 0, _FIRST_ROWS
+        while begin < len(order):
+            if (bounds[order[begin]], decode.num_sequences[order[begin]], decode.rank[order[begin]]) > best[:3]:
+                break
+            d = order[begin : begin + num_rows]
+            d = d[bounds[d] <= best.cost_ms]
+            limit_s = (best.cost_ms + 1) / _COST_STEPS_PER_S - (decode_s[d] + least[d]).min()
+            p = np.flatnonzero(prefill_s <= limit_s)
+            if len(p):
+                some = prefill.of(p)
+                costs = _rounded((prefill_s[p] + self._handoff_s(decode, d, some)) + decode_s[d][:, None])
+                best = min(best, _cheapest(costs, decode, d, prefill, p), key=_Choice.order)
+            begin, num_rows = begin + num_rows, _MORE_ROWS * num_rows
+        return best
 
-    def _wait_s(self, worker: WorkerState, num_covered: int, num_lacking_blocks: int, num_sequences: int) -> float:
-        """Predict the seconds until slots and blocks come free, if all of them turn over once in `sequence_s`."""
-        info, num_new = worker.info, self._request.num_sequences
-        if (
-            self._num_computed(num_covered * info.block_size) <= SHORT_TOKENS
-            and worker.num_short + num_new <= int(SHORT_SHARE * info.max_num_seqs)
-            and num_lacking_blocks + num_new <= int(SHORT_SHARE * info.num_blocks)
-        ):
-            return 0.0
-        missing_blocks = num_lacking_blocks + num_new - worker.free_blocks  # each choice writes a block of its own
-        missing_slots = num_sequences + num_new - info.max_num_seqs
-        if missing_blocks <= 0 and missing_slots <= 0:
-            return 0.0
-        return max(missing_blocks / info.num_blocks, missing_slots / info.max_num_seqs) * self._assumed.sequence_s
+    def _handoff_s(self, decode: _Parts, of: Ints, prefill: _Parts) -> Floats:
+        """Return what handing over adds to the computation at `prefill`, `[of, prefill]`; infinite where nobody can."""
+        rows = decode.rows[of]
+        sources, targets = self._fleet.constants(prefill.rows).place, self._fleet.constants(rows).place
+        prices = self._fleet.links.between(sources, prefill.rows, targets, rows)
+        return _handoff_s(prices, decode.num_bytes[of][:, None], prefill.compute_s)
 
-    def _ordered(self, parts: list[_PrefillPart]) -> list[_PrefillPart]:
-        """Sort the best first: by cost, then by least load, then by rendezvous hashing of the prompt."""
-        keyed = [((round(part.cost_s, _COST_DIGITS), part.worker.num_sequences), part) for part in parts]
-        keyed.sort(key=itemgetter(0))
-        ordered: list[_PrefillPart] = []
-        for _, group in groupby(keyed, key=itemgetter(0)):
-            equals = [part for _, part in group]
-            if len(equals) > 1:
-                first = max(equals, key=lambda part: rendezvous(self._key, part.worker.info.worker_id))
-                equals = [first, *(part for part in equals if part is not first)]
-            ordered += equals
-        return ordered
+    def _alone(self, decode: _Parts, d: int) -> Candidate:
+        state = self._fleet.state(int(decode.rows[d]))
+        return Candidate(
+            decode=state,
+            prefill=None,
+            decode_match_tokens=int(decode.num_leading[d]) * state.info.block_size,
+            prefill_match_tokens=0,
+            num_computed_tokens=int(decode.num_computed[d]),
+            wait_s=float(decode.wait_s[d]),
+            load_s=float(decode.load_s[d]),
+            queue_s=float(decode.queue_s[d]),
+            compute_s=float(decode.compute_s[d]),
+            pull_s=0.0,
+            harm_s=float(_harm_alone_s(decode)[d]),
+            displaced_s=float(decode.displaced_s[d]),
+            prefill_s=0.0,
+        )
 
-    def _cheapest(self, candidates: Sequence[Candidate]) -> Candidate:
-        costs = [(round(candidate.cost_s, _COST_DIGITS), candidate.decode.num_sequences) for candidate in candidates]
-        least = min(costs)
-        equals = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least]
-        if len(equals) == 1:
-            return equals[0]
-        return max(equals, key=lambda candidate: rendezvous(self._key, candidate.decode.info.worker_id))
+    def _pair(self, decode: _Parts, d: int, prefill: _Parts, p: int) -> Candidate:
+        one = prefill.of(slice(p, p + 1))
+        added_s = float(self._handoff_s(decode, np.array([d]), one)[0, 0])
+        decode_state = self._fleet.state(int(decode.rows[d]))
+        prefill_state = self._fleet.state(int(prefill.rows[p]))
+        seconds = float(prefill.wait_s[p] + prefill.load_s[p] + prefill.queue_s[p] + prefill.compute_s[p])
+        return Candidate(
+            decode=decode_state,
+            prefill=prefill_state,
+            decode_match_tokens=int(decode.num_leading[d]) * decode_state.info.block_size,
+            prefill_match_tokens=int(prefill.num_leading[p]) * prefill_state.info.block_size,
+            num_computed_tokens=int(prefill.num_computed[p]),
+            wait_s=float(prefill.wait_s[p] + decode.wait_s[d]),
+            load_s=float(prefill.load_s[p]),
+            queue_s=float(prefill.queue_s[p]),
+            compute_s=float(prefill.compute_s[p]),
+            pull_s=added_s,
+            harm_s=float(decode.crowding_s[d]),
+            displaced_s=float(decode.displaced_s[d] + prefill.displaced_s[p]),
+            prefill_s=seconds + added_s,
+        )
+
+
+class _Choice(NamedTuple):
+    """A placement, by number of its workers, and what placements are compared by, in order."""
+
+    cost_ms: float
+    num_sequences: float
+    rank: int
+    decode: int
+    prefill: int | None = None
+    prefill_num_sequences: float = 0.0
+    prefill_rank: int = 0
+
+    def order(self) -> tuple[float, float, int, bool, float, int]:
+        """Return the key whose least is the best placement."""
+        is_pair = self.prefill is not None
+        return (*self[:3], is_pair, self.prefill_num_sequences, self.prefill_rank)
+
+
+def _cheapest(costs_ms: Floats, decode: _Parts, d: Ints, prefill: _Parts, p: Ints) -> _Choice:
+    """Return the best of the pairs of decode workers `d` and prefill workers `p`, which cost `[d, p]`."""
+    cost_ms = costs_ms.min()
+    rows, columns = np.nonzero(costs_ms == cost_ms)
+    d, p = d[rows], p[columns]
+    at = _first(decode.num_sequences[d], decode.rank[d], prefill.num_sequences[p], prefill.rank[p])
+    return _Choice(
+        cost_ms,
+        decode.num_sequences[d[at]],
+        decode.rank[d[at]],
+        int(d[at]),
+        int(p[at]),
+        prefill.num_sequences[p[at]],
+        prefill.rank[p[at]],
+    )
+
+
+def _first(*keys: npt.NDArray[np.generic]) -> int:
+    """Return where the least of `keys` is, the first of which counts most."""
+    left = np.arange(len(keys[0]))
+    for key in keys:
+        if len(left) == 1:
+            break
+        values = key[left]
+        left = left[values == values.min()]
+    return int(left[0])
+
+
+def _rounded(cost_s: Floats) -> Floats:
+    return np.rint(cost_s * _COST_STEPS_PER_S)
+
+
+def _harm_alone_s(parts: _Parts) -> Floats:
+    """Return the harm that each does to who runs there if it computes the prompt itself (kvcache.price.harm_s)."""
+    return parts.crowding_s + HARM_WEIGHT * parts.compute_s * (parts.num_sequences + 1)
+
+
+def _alone_s(parts: _Parts) -> Floats:
+    ttft_s = parts.wait_s + parts.load_s + parts.queue_s + parts.compute_s
+    return ttft_s + _harm_alone_s(parts) + parts.displaced_s
+
+
+def _prefill_s(parts: _Parts) -> Floats:
+    return parts.wait_s + parts.load_s + parts.queue_s + parts.compute_s + parts.displaced_s
+
+
+def _handoff_s(prices: Floats, num_bytes: Ints, compute_s: Floats | float) -> Floats:
+    """Return the seconds that handoffs add to `compute_s` at their sources (kvcache.price.handoff_s)."""
+    fixed_s, byte_s, handoff_s = prices
+    added_s: Floats = handoff_s + np.maximum(fixed_s + num_bytes * byte_s - compute_s, 0.0)
+    return added_s
 
 
 def check_ttft(delay_s: float, own_s: float, max_ttft_s: float) -> None:
@@ -485,17 +407,3 @@ def check_ttft(delay_s: float, own_s: float, max_ttft_s: float) -> None:
             code="overloaded",
             retry_after_s=max(1.0, float(math.ceil(excess_s))),
         )
-
-
-def affinity_key(request: RouteRequest) -> bytes:
-    """Return the key of rendezvous hashing: the prompt's first four blocks, so that those who share them meet."""
-    end = min(len(request.names), 4 * 16)
-    return request.names[end - 16 : end] or request.request_id.encode()
-
-
-def rendezvous(key: bytes, worker_id: str) -> bytes:
-    """Rank the worker for this key: whoever ranks highest gets it (Thaler and Ravishankar 1998).
-
-    Workers that come or go move only the keys they get or had.
-    """
-    return hashlib.blake2b(worker_id.encode(), key=key[:64], digest_size=8).digest()

@@ -12,24 +12,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
+import numpy as np
+
 from kvcache.names import NAME_BYTES
-from kvcache.price import Computation, compute_s
-from kvrouter.fit import blocks_wanted, can_ever_hold
-from kvrouter.index import BlockIndex
-from kvrouter.keepers import Appointed, Keepers
-from kvrouter.policy import Assumptions, Candidate, Prices, Pricing, check_ttft
+from kvrouter.candidate import Candidate
+from kvrouter.feeds import Feeds
+from kvrouter.fit import blocks_wanted
+from kvrouter.fleet_table import FleetTable
+from kvrouter.index import Appointed
+from kvrouter.links import Ints
+from kvrouter.opening import open_index
+from kvrouter.policy import Assumptions, Pricing, check_ttft
 from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
-from messages.fleet import KvEvents, LoadReport, SpareBlocks, TakeBlocks, WorkerInfo
-from messages.price import ComputePrice, MovePrice
+from messages.fleet import KvEvents, LoadReport, Role, SpareBlocks, TakeBlocks, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 #: A request that no worker reports for so long has ended: workers report every second.
 _UNSEEN_S = 30.0
-_SWEPT_PER_TICK = 20_000  #: index entries, about 5 ms
-_USUAL = Computation.of(0, 1024)  #: by what workers' speeds are compared
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
@@ -93,21 +95,13 @@ Instruction: TypeAlias = Reply | TellWorker | AskSnapshot
 
 
 @dataclass(slots=True)
-class _Feed:
-    """Where a worker's stream of KvEvents stands."""
-
-    next_seq: int = 0
-    asked_s: float | None = None  #: when a snapshot was asked for; None: in step
-
-
-@dataclass(slots=True)
 class _Placed:
     """A request that was placed and has not ended."""
 
     worker_ids: tuple[str, ...]  #: the decode worker, and the prefill worker while it is to compute
     placed_s: float
     expires_s: float  #: of its reservations, not of itself
-    seen_s: float  #: when a worker last reported it; the end of its reservations before that
+    seen_s: float  #: until when a worker reported it; the end of its reservations before that
 
 
 class Router:
@@ -116,16 +110,14 @@ class Router:
     def __init__(self, config: RouterConfig = RouterConfig()) -> None:
         self._config = config
         self._assumed = config.assumed
-        self._index = BlockIndex()
-        self._keepers = Keepers(
-            self._index.holders, self._held_share, lambda worker_id: self._workers[worker_id].info.num_blocks
-        )
+        self._index = open_index(lambda worker_id: self._workers[worker_id].info.num_blocks)
         self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
-        self._workers: dict[str, WorkerState] = {}
-        self._feeds: dict[str, _Feed] = {}
+        self._fleet = FleetTable(self._assumed.move)
+        self._workers = self._fleet.workers
+        self._feeds = Feeds(config.snapshot_timeout_s)
         self._placed: dict[str, _Placed] = {}
-        self._best_compute: dict[bytes, ComputePrice] = {}  # the fastest worker's, by fingerprint
-        self._moves_by_road: dict[str, MovePrice] = {}  # the last one reported, of whatever link
+        self._watched: dict[str, None] = {}  # of those, who may have reservations, or whom no worker reports
+        self._num_reporting: Counter[str] = Counter()  # workers, by request
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
@@ -136,30 +128,38 @@ class Router:
             case KvEvents():
                 return self._fold(event, now_s)
             case LoadReport():
-                self._take_report(event, now_s)
-                return []
+                return self._take_report(event, now_s)
             case RequestEnded(request_id=request_id):
                 self._end(request_id, now_s)
                 return []
             case WorkerJoined(info):
-                told = self._forget_worker(info.worker_id)
-                self._workers[info.worker_id] = WorkerState(info)
-                self._feeds[info.worker_id] = _Feed()
-                self._note_compute(self._workers[info.worker_id])
+                told = self._forget_worker(info.worker_id, now_s)
+                self._fleet.join(WorkerState(info))
+                self._feeds.begin(info.worker_id)
                 if info.role != "cache":
                     self._warming.begin(info.worker_id, now_s)
-                return [*told, *self._ask_snapshot(info.worker_id, now_s)]
+                return [*told, *self._ask_snapshots(now_s)]
             case WorkerLost(worker_id):
-                return self._forget_worker(worker_id)
+                return [*self._forget_worker(worker_id, now_s), *self._ask_snapshots(now_s)]
             case TimePassed():
                 return self._tick(now_s)
             case _:
                 assert_never(event)
 
+    def sweep(self) -> list[Instruction]:
+        """Forget another piece, some milliseconds' worth, of what workers had who are gone; see `is_swept`."""
+        return _telling(self._index.sweep())
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether nothing is left of workers who are gone."""
+        return self._index.is_swept
+
     def explain(self, request: RouteRequest) -> list[Candidate]:
         """Return every placement that `request` could get now, cheapest first. Reserves nothing."""
-        decodes = [worker for worker in self._candidates("decode", request) if can_ever_hold(worker.info, request)]
-        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
+        decodes, prefills = (
+            self._that_hold(request, self._candidates(role, request)) for role in ("decode", "prefill")
+        )
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
 
     def where(self, query: WhereBlocks) -> BlocksKnown:
@@ -178,24 +178,29 @@ class Router:
         """Return the counters and gauges by metric name."""
         gauges = {
             "kvray_router_workers": len(self._workers),
-            "kvray_router_workers_out_of_step": sum(feed.asked_s is not None for feed in self._feeds.values()),
+            "kvray_router_workers_out_of_step": self._feeds.num_out_of_step,
             "kvray_router_index_names": len(self._index),
             "kvray_router_requests": len(self._placed),
             "kvray_router_warmed_blocks_total": self._warming.num_asked,
             "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
         }
         kept = {
-            f'kvray_router_kept_share{{of="{worker_id}"}}': self._keepers.kept_share(worker_id)
-            for worker_id in self._workers
+            f'kvray_router_kept_share{{of="{worker_id}"}}': self._kept_share(worker_id) for worker_id in self._workers
         }
         return {name: float(value) for name, value in (gauges | kept | self._counts).items()}
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
-        self._keepers.check_invariants()
-        if self._workers.keys() != self._feeds.keys():
+        self._fleet.check_invariants()
+        if self._workers.keys() != set(self._feeds):
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
+        reporting = Counter(request_id for worker in self._workers.values() for request_id in worker.request_ids)
+        if reporting != self._num_reporting:
+            raise InvariantError(f"router: workers report {reporting}, counted are {self._num_reporting}")
+        unwatched = [request_id for request_id in self._placed if request_id not in self._watched | reporting]
+        if unwatched or self._watched.keys() - self._placed.keys():
+            raise InvariantError(f"router: nobody watches {unwatched}, or what has ended: {self._watched}")
         for worker_id, worker in self._workers.items():
             sums = tuple(sum(column) for column in zip(*worker.reserved.values(), strict=True)) or (0, 0, 0, 0, 0)
             seen = (
@@ -248,35 +253,43 @@ class Router:
         )
 
     def _choose(self, request: RouteRequest, pricing: Pricing) -> Candidate:
-        if not any(worker.info.role == "decode" for worker in self._workers.values()):
+        if not len(self._fleet.rows("decode")):
             raise CapacityError("no decode worker is there", status=503, code="no_workers", retry_after_s=1.0)
         there = self._candidates("decode", request)
-        if not there:
+        if not len(there):
             raise WorkerError(f"every decode worker failed this request: {', '.join(request.exclude)}")
-        decodes = [worker for worker in there if can_ever_hold(worker.info, request)]
-        if not decodes:
-            limit = max(min(w.info.max_model_len - 1, w.info.num_blocks * w.info.block_size - 1) for w in there)
+        decodes = self._that_hold(request, there)
+        if not len(decodes):
+            limit = self._max_prompt_tokens(there).max()
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; the workers hold at most {limit} and one more",
                 code="context_length_exceeded",
             )
-        prefills = [worker for worker in self._candidates("prefill", request) if can_ever_hold(worker.info, request)]
-        best = pricing.best(decodes, prefills)
+        best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
         check_ttft(best.delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
         return best
 
-    def _candidates(self, role: str, request: RouteRequest) -> list[WorkerState]:
-        """Return the workers that may take the request; one that is warming only where there is no other."""
-        there = [
-            worker
-            for worker_id, worker in self._workers.items()
-            if worker.info.role == role and worker_id not in request.exclude
-        ]
-        return [worker for worker in there if not self._warming.is_warming(worker.info.worker_id)] or there
+    def _candidates(self, role: Role, request: RouteRequest) -> Ints:
+        """Return the rows of workers that may take the request; of one that is warming only where there is no other."""
+        there = self._fleet.rows(role)
+        if request.exclude:
+            there = np.setdiff1d(there, self._fleet.rows_of(request.exclude))
+        if warming := self._warming.worker_ids:
+            others = np.setdiff1d(there, self._fleet.rows_of(warming))
+            return others if len(others) else there
+        return there
+
+    def _that_hold(self, request: RouteRequest, rows: Ints) -> Ints:
+        """Return the rows of those on which the prompt and one token more fit when they are idle."""
+        return rows[request.num_prompt_tokens <= self._max_prompt_tokens(rows)]
+
+    def _max_prompt_tokens(self, rows: Ints) -> Ints:
+        constants = self._fleet.constants(rows)
+        limits: Ints = np.minimum(constants.max_model_len, constants.num_blocks * constants.block_size)
+        return limits - 1
 
     def _pricing(self, request: RouteRequest) -> Pricing:
-        prices = Prices(self._best_compute, self._moves_by_road)
-        return Pricing(request, self._index.runs(request.names, _MAX_RUNS), self._workers, self._assumed, prices)
+        return Pricing(request, self._index.match(request.names, _MAX_RUNS), self._fleet, self._assumed)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:
         request_id = request.request_id
@@ -284,18 +297,21 @@ class Router:
         block_size = best.decode.info.block_size
         num_blocks = blocks_wanted(request, block_size) - best.decode_match_tokens // block_size
         here_s = best.compute_s if best.prefill is None else 0.0
-        best.decode.reserve(request_id, _reserved(best, here_s, num_blocks, request.num_sequences))
         worker_ids = [best.decode.info.worker_id]
+        self._fleet.reserve(worker_ids[0], request_id, _reserved(best, here_s, num_blocks, request.num_sequences))
         if best.prefill is not None:
             num_blocks = blocks_wanted(request, block_size) - best.prefill_match_tokens // block_size
-            best.prefill.reserve(request_id, _reserved(best, best.compute_s, num_blocks, request.num_sequences))
             worker_ids.append(best.prefill.info.worker_id)
+            reserved = _reserved(best, best.compute_s, num_blocks, request.num_sequences)
+            self._fleet.reserve(worker_ids[1], request_id, reserved)
         expires_s = now_s + best.ttft_s + self._config.reservation_grace_s
         self._placed[request_id] = _Placed(tuple(worker_ids), now_s, expires_s, expires_s)
+        self._watched[request_id] = None
 
     def _end(self, request_id: str, now_s: float) -> None:
         self._release(request_id)
         placed = self._placed.pop(request_id, None)
+        self._watched.pop(request_id, None)
         if placed is not None:
             seen, mean = now_s - placed.placed_s, self._assumed.sequence_s
             self._assumed = replace(self._assumed, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
@@ -303,22 +319,23 @@ class Router:
     def _release(self, request_id: str) -> None:
         placed = self._placed.get(request_id)
         for worker_id in placed.worker_ids if placed is not None else ():
-            worker = self._workers.get(worker_id)
-            if worker is not None:
-                worker.release(request_id)
+            self._fleet.release(worker_id, request_id)
 
     # ----------------------------------------------------------------------------------------------- what workers say
 
-    def _take_report(self, report: LoadReport, now_s: float) -> None:
-        worker = self._workers.get(report.worker_id)
-        if worker is None:
-            return
-        worker.report(report)
-        self._note_compute(worker)
-        self._moves_by_road |= {price.road: price for price in report.moves}
-        for request_id in report.request_ids:
-            if request_id in self._placed:
-                self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
+    def _take_report(self, report: LoadReport, now_s: float) -> list[Instruction]:
+        if report.worker_id not in self._workers:
+            return []
+        changed = self._fleet.report(report)
+        if changed is None:
+            if not self._feeds.is_in_step(report.worker_id):
+                return []
+            self._counts["kvray_router_gaps_total"] += 1
+            self._feeds.begin(report.worker_id)
+            return self._ask_snapshots(now_s)
+        self._num_reporting.update(changed.came)
+        for request_id in changed.gone:
+            self._lose_sight(request_id, now_s)
         for request_id in report.declined_ids:
             placed = self._placed.get(request_id)
             if placed is None or placed.worker_ids == (report.worker_id,) or report.worker_id not in placed.worker_ids:
@@ -326,77 +343,78 @@ class Router:
             self._release(request_id)  # the decode worker's own report counts it from here on
             placed.worker_ids = (report.worker_id,)
             self._counts["kvray_router_declined_total"] += 1
+        return []
 
-    def _note_compute(self, worker: WorkerState) -> None:
-        """Remember the fleet's best price; it is looked for anew with every tick, for it may leave or get worse."""
-        price, fingerprint = worker.compute_price, worker.info.fingerprint
-        if price is None:
+    def _lose_sight(self, request_id: str, now_s: float) -> None:
+        """Take in that a worker does not report a request any more."""
+        self._num_reporting[request_id] -= 1
+        if self._num_reporting[request_id]:
             return
-        best = self._best_compute.get(fingerprint)
-        if best is None or compute_s(price, _USUAL) < compute_s(best, _USUAL):
-            self._best_compute[fingerprint] = price
+        del self._num_reporting[request_id]
+        if request_id in self._placed:
+            self._placed[request_id].seen_s = max(self._placed[request_id].seen_s, now_s)
+            self._watched[request_id] = None
 
     def _fold(self, event: KvEvents, now_s: float) -> list[Instruction]:
-        feed = self._feeds.get(event.worker_id)
-        if feed is None:
-            return []
-        is_snapshot = event.seq == 0 and event.cleared
-        if feed.asked_s is not None and not is_snapshot:
-            return []  # of the numbering before
-        if not is_snapshot and event.seq != feed.next_seq:
-            self._counts["kvray_router_gaps_total"] += 1
-            return self._ask_snapshot(event.worker_id, now_s)
-        told = self._drop_blocks(event.worker_id) if event.cleared else []
+        match self._feeds.take(event, now_s):
+            case "ignore":
+                return []
+            case "gap":
+                self._counts["kvray_router_gaps_total"] += 1
+                return self._ask_snapshots(now_s)
+        is_snapshot = event.cleared or event.num_pieces_left is not None
+        told = _telling(self._index.drop(event.worker_id)) if event.cleared else []
         try:
-            shared = self._index.fold(event.worker_id, event.tier, stored=event.stored, removed=event.removed)
+            appointed = self._index.fold(
+                event.worker_id,
+                event.tier,
+                stored=event.stored,
+                removed=event.removed,
+                is_use=not is_snapshot,  # what a snapshot names may have lain there for long
+            )
         except ValueError:
             self._counts["kvray_router_gaps_total"] += 1
-            return [*told, *self._ask_snapshot(event.worker_id, now_s)]
-        feed.asked_s = None
-        feed.next_seq = event.seq + 1
-        # What a snapshot names may have lain there for long: that is no sign of use.
-        told += _telling(self._keepers.on_change(shared, None if event.cleared else event.worker_id))
-        if event.cleared:
-            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
-        else:
+            self._feeds.begin(event.worker_id)
+            return [*told, *self._ask_snapshots(now_s)]
+        told += _telling(appointed)
+        if not is_snapshot:
             warming = self._warming.on_stored(event.worker_id, event.stored)
+        elif event.num_pieces_left:
+            warming = []
+        else:
+            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
+            told += self._ask_snapshots(now_s)
         return told + [TellWorker(event.worker_id, take) for take in warming]
 
-    def _ask_snapshot(self, worker_id: str, now_s: float) -> list[Instruction]:
-        self._feeds[worker_id].asked_s = now_s
-        return [AskSnapshot(worker_id)]
+    def _ask_snapshots(self, now_s: float) -> list[Instruction]:
+        return [AskSnapshot(worker_id) for worker_id in self._feeds.to_ask(now_s)]
 
-    def _held_share(self, worker_id: str) -> float:
-        return self._index.num_held(worker_id) / self._workers[worker_id].info.num_blocks
+    def _kept_share(self, worker_id: str) -> float:
+        """Return the share of a worker's memory that holds blocks which nobody else keeps."""
+        num_kept = self._index.num_held(worker_id) - self._index.num_spare(worker_id)
+        return num_kept / self._workers[worker_id].info.num_blocks
 
-    def _forget_worker(self, worker_id: str) -> list[Instruction]:
-        self._workers.pop(worker_id, None)
-        self._feeds.pop(worker_id, None)
+    def _forget_worker(self, worker_id: str, now_s: float) -> list[Instruction]:
+        for request_id in self._workers[worker_id].request_ids if worker_id in self._workers else ():
+            self._lose_sight(request_id, now_s)
+        self._fleet.leave(worker_id)
+        self._feeds.forget(worker_id)
         self._warming.forget(worker_id)
-        return self._drop_blocks(worker_id)
-
-    def _drop_blocks(self, worker_id: str) -> list[Instruction]:
-        """Forget what a worker holds, and let others keep it, where there are any."""
-        return _telling(self._keepers.on_dropped(self._index.drop(worker_id), worker_id))
+        return _telling(self._index.drop(worker_id))
 
     def _tick(self, now_s: float) -> list[Instruction]:
-        self._index.sweep(_SWEPT_PER_TICK)
         self._warming.on_time(now_s)
-        self._best_compute = {}
-        for worker in self._workers.values():
-            self._note_compute(worker)
-        for request_id, placed in list(self._placed.items()):
+        self._fleet.find_best_compute()
+        for request_id in tuple(self._watched):
+            placed = self._placed[request_id]
             if placed.expires_s < now_s:
                 self._release(request_id)
-            if placed.seen_s + _UNSEEN_S < now_s:  # it ended, or never began, and its ingress did not say so
-                self._release(request_id)
-                del self._placed[request_id]
-                self._counts["kvray_router_forgotten_total"] += 1
-        instructions: list[Instruction] = []
-        for worker_id, feed in self._feeds.items():
-            if feed.asked_s is not None and now_s - feed.asked_s > self._config.snapshot_timeout_s:
-                instructions += self._ask_snapshot(worker_id, now_s)
-        return instructions
+                if request_id in self._num_reporting:
+                    del self._watched[request_id]
+                elif placed.seen_s + _UNSEEN_S < now_s:  # it ended, or never began, and its ingress did not say so
+                    del self._watched[request_id], self._placed[request_id]
+                    self._counts["kvray_router_forgotten_total"] += 1
+        return self._ask_snapshots(now_s)
 
 
 def _telling(appointed: Iterable[Appointed]) -> list[Instruction]:

@@ -8,7 +8,7 @@ steps, as far as the worker has room.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -45,6 +45,7 @@ class Warming:
         self._holders = holders
         self._info_of = info_of
         self._recent: OrderedDict[bytes, _Prefix] = OrderedDict()  # by the name of its last block
+        self._lengths: Counter[int] = Counter()  # of those prefixes, in blocks: where one may end in another
         self._num_remembered = 0
         self._warming: dict[str, _Warm] = {}
         self.num_asked = 0  #: blocks that were to be taken in
@@ -53,10 +54,12 @@ class Warming:
         """Remember a prefix that was found held: concatenated names, head first. It replaces those that it goes on."""
         if not names:
             return
-        for name in split_names(names):
-            self._forget(name)
+        num_names = len(names) // NAME_BYTES
+        for length in [length for length in self._lengths if length <= num_names]:
+            self._forget(names[(length - 1) * NAME_BYTES : length * NAME_BYTES])
         self._recent[names[-NAME_BYTES:]] = _Prefix(names, now_s)
-        self._num_remembered += len(names) // NAME_BYTES
+        self._lengths[num_names] += 1
+        self._num_remembered += num_names
         while self._num_remembered > _MAX_REMEMBERED:
             self._forget(next(iter(self._recent)))
 
@@ -69,9 +72,10 @@ class Warming:
         """Take in that a worker left."""
         self._warming.pop(worker_id, None)
 
-    def is_warming(self, worker_id: str) -> bool:
-        """Tell whether others should take its traffic."""
-        return worker_id in self._warming
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """Workers whose traffic others should take."""
+        return tuple(self._warming)
 
     def on_snapshot(self, worker_id: str, num_held: int, now_s: float) -> list[TakeBlocks]:
         """Take in that a worker said what it holds; return what to ask it for, if it is warming."""
@@ -132,4 +136,8 @@ class Warming:
     def _forget(self, last_name: bytes) -> None:
         prefix = self._recent.pop(last_name, None)
         if prefix is not None:
-            self._num_remembered -= len(prefix.names) // NAME_BYTES
+            num_names = len(prefix.names) // NAME_BYTES
+            self._num_remembered -= num_names
+            self._lengths[num_names] -= 1
+            if not self._lengths[num_names]:
+                del self._lengths[num_names]

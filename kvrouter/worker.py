@@ -42,6 +42,7 @@ from transport.secret import ClusterSecret
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_SWEEP_S = 0.02  #: between two pieces of what workers had who are gone
 _RECONNECT_S = 0.1  #: first pause before a lost worker is tried again; doubles up to
 _MAX_RECONNECT_S = 5.0
 
@@ -84,6 +85,7 @@ class RouterWorker:
         self._cache_stats: dict[str, Stats] = {}
         self.router = Router(config or RouterConfig())
         self._server = ChannelServer(secret, host, self._on_ingress_message, self._on_ingress_lost, self._channel)
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
 
     @property
@@ -112,6 +114,8 @@ class RouterWorker:
     def close(self) -> None:
         """Hang up on all workers and ingresses."""
         self._tick_timer.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         for worker_id in list(self._links):
             self._unlink(worker_id)
         self._server.close()
@@ -210,6 +214,14 @@ class RouterWorker:
 
     def _decide(self, event: Event, peer: PeerId | None = None) -> None:
         self._carry_out(self.router.on_event(event, time.monotonic()), peer)
+        if self._sweep_timer is None and not self.router.is_swept:
+            self._sweep_timer = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweep_timer = None
+        self._carry_out(self.router.sweep(), None)
+        if not self.router.is_swept:
+            self._sweep_timer = self._loop.call_later(_SWEEP_S, self._sweep)
 
     def _carry_out(self, instructions: Sequence[Instruction], peer: PeerId | None) -> None:
         for instruction in instructions:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvcache.price import SHORT_TOKENS, SHORT_WAITS
 from messages.fleet import LoadReport, WorkerInfo
-from messages.price import ComputePrice, MovePrice
-from messages.tier import Tier
+from messages.price import ComputePrice
 
 
 class Reserved(NamedTuple):
@@ -20,6 +18,13 @@ class Reserved(NamedTuple):
     sequences: int
     short_s: float = 0.0  #: of a short prompt: compute_s
     short_sequences: int = 0  #: of a short prompt: sequences
+
+
+class Changed(NamedTuple):
+    """Requests that a worker has now, and had not when it reported last; and the other way round."""
+
+    came: set[str]
+    gone: set[str]
 
 
 @dataclass(slots=True)
@@ -34,8 +39,8 @@ class WorkerState:
     reserved_sequences: int = 0
     reserved_short_s: float = 0.0
     reserved_short_sequences: int = 0
-    moves: dict[tuple[str, Tier], MovePrice] = field(default_factory=dict)  #: by the source's address, and its tier
-    least_move: MovePrice | None = None  #: each part the least of `moves`
+    request_ids: set[str] = field(default_factory=set)  #: sequences it has, as it reported
+    report_seq: int | None = None  #: of the last report; None: none came that said all
 
     def reserve(self, request_id: str, reserved: Reserved) -> None:
         """Count a placement, in the stead of one counted before for the same request."""
@@ -59,14 +64,28 @@ class WorkerState:
             if not self.reserved:
                 self.reserved_s = self.reserved_short_s = 0.0  # what rounding left
 
-    def report(self, load: LoadReport) -> None:
-        """Take in the worker's report: the requests that it lists need no prediction any more."""
+    def report(self, load: LoadReport) -> Changed | None:
+        """Take in the worker's report: requests that it has need no prediction any more. Return which came and went.
+
+        None: it does not follow the one before, so that nobody knows which requests are there until one says all.
+        """
         self.load = load
-        if load.moves:
-            self.moves |= {(price.source, price.tier): price for price in load.moves}
-            self.least_move = least_price(self.moves.values())
-        for request_id in self.reserved.keys() & set(load.request_ids):
+        follows = self.report_seq is not None and load.seq == self.report_seq + 1
+        if load.is_whole:
+            now = set(load.request_ids)
+            changed = Changed(now - self.request_ids, self.request_ids - now)
+        elif follows:
+            came = set(load.request_ids)
+            changed = Changed(came - self.request_ids, self.request_ids.intersection(load.ended_ids) - came)
+        else:
+            self.report_seq = None
+            return None
+        self.report_seq = load.seq
+        self.request_ids -= changed.gone
+        self.request_ids |= changed.came
+        for request_id in self.reserved.keys() & self.request_ids:
             self.release(request_id)
+        return changed
 
     def queue_s(self, num_tokens: int) -> float:
         """Return the seconds of prefill, reported and promised, that a prompt with so much to compute waits for."""
@@ -99,10 +118,3 @@ class WorkerState:
     def idle_blocks(self) -> int:
         """Blocks whose loss costs nothing, less what was promised; negative where that was too much."""
         return (self.load.idle_blocks if self.load else self.info.num_blocks) - self.reserved_blocks
-
-
-def least_price(prices: Iterable[MovePrice]) -> MovePrice:
-    """Return a price that none of `prices` is below, in any part."""
-    columns = zip(*((price.fixed_s, price.byte_s, price.handoff_s) for price in prices), strict=True)
-    fixed_s, byte_s, least_handoff_s = (min(column) for column in columns)
-    return MovePrice(source="", road="", fixed_s=fixed_s, byte_s=byte_s, handoff_s=least_handoff_s)

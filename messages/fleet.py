@@ -39,13 +39,15 @@ class KvEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What changed in a worker's pool, in order: `cleared` first, then `stored`, then `removed`.
 
     `seq` counts from 0 per (worker_id, subscription); a receiver that sees a gap subscribes again. A snapshot is
-    cleared plus everything stored, with seq 0. Names are 16 bytes each, concatenated.
+    everything stored, in pieces: the first is cleared and has seq 0, and nothing comes between them. Names are 16 bytes
+    each, concatenated.
     """
 
     worker_id: str
     seq: int
-    tier: Tier = "device"  #: of `stored` and `removed`; a snapshot of a node cache begins with one, and others follow
+    tier: Tier = "device"  #: of `stored` and `removed`
     cleared: bool = False
+    num_pieces_left: int | None = None  #: of a snapshot: how many follow this one; None: it is no piece, but a change
     stored: bytes = b""
     removed: bytes = b""
 
@@ -80,9 +82,12 @@ class TakeBlocks(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's load and measured rates, about once a second and after each admission or end."""
+    """A worker's load and measured rates, about once a second and soon after each admission or end."""
 
     worker_id: str
+    seq: int = (
+        0  #: counts a worker's reports, the same for all subscribers; a receiver that sees a gap subscribes again
+    )
     #: until the prompts that wait are computed, by its own price and by how much longer that took lately
     queued_s: float
     queued_short_s: float = 0.0  #: of computing those of them that are short, by its price alone
@@ -95,8 +100,10 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     decode_step_s: float  #: measured median; 0 before the first measurement
     compute: ComputePrice | None = None  #: None before the first measurement
     moves: tuple[MovePrice, ...] = ()  #: of sources whose price changed since the last report; all after Subscribe
+    is_whole: bool = True  #: the next three are all, as after Subscribe; else what changed since the report before
     request_ids: tuple[str, ...] = ()  #: sequences it has: replaces the router's prediction for them
-    declined_ids: tuple[str, ...] = ()  #: of those, the ones that it computes itself though prefill was to do it
+    ended_ids: tuple[str, ...] = ()  #: sequences it has no more
+    declined_ids: tuple[str, ...] = ()  #: of those it has, the ones that it computes itself though prefill was to do it
 
 
 class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):

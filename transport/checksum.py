@@ -29,7 +29,6 @@ import ctypes
 import functools
 import itertools
 import logging
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -37,7 +36,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from transport.compiled import BuildError, CompiledLibrary, native_target, require_tool
+from transport.compiled import CompiledLibrary, compile_shared, native_target
 from transport.protocol import Copy
 
 _log = logging.getLogger(__name__)
@@ -301,13 +300,8 @@ def compile_checksum(directory: Path, target: str) -> Path:
     Raises:
         BuildError: there is no compiler, or it refused.
     """
-    require_tool("c++", "g++")
     (source,) = checksum_library().sources
-    path = directory / "kvray_checksum.so"
-    done = subprocess.run(["c++", *compile_flags(target), str(source), "-o", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise BuildError(f"the compiler refused: {done.stderr}")
-    return path
+    return compile_shared(source, directory / "kvray_checksum.so", compile_flags(target))
 
 
 def build_checksum() -> Path:

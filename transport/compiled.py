@@ -10,8 +10,9 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def require_tool(tool: str, package: str) -> None:
     """Raise BuildError, which names the package, unless the tool is on the PATH."""
     if shutil.which(tool) is None:
         raise BuildError(f"{tool} is not on the PATH: install {package}")
+
+
+def compile_shared(source: Path, library: Path, flags: Sequence[str]) -> Path:
+    """Compile `source` into a shared library at `library`, whatever the cache holds; return where it is.
+
+    Raises:
+        BuildError: there is no compiler, or it refused.
+    """
+    require_tool("c++", "g++")
+    done = subprocess.run(["c++", *flags, str(source), "-o", str(library)], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"the compiler refused: {done.stderr}")
+    return library
 
 
 def _cache_directory() -> Path:

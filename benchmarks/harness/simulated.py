@@ -62,6 +62,7 @@ from kvcache.names import split_names
 from kvcache.pool import BlockPool
 from kvcache.price import ASSUMED_MOVES, MoveCost
 from kvcache.subscribers import Subscribers
+from kvcache.told_requests import ToldRequests, report_pause_s
 from messages.fleet import LoadReport, Role, SpareBlocks, Subscribe, TakeBlocks, WorkerInfo
 from messages.handoff import BlocksRequest, KvHandoff, PrefillFailed, PrefillRequest, ReleaseLease, RenewLease
 from messages.price import ComputePrice, MovePrice
@@ -207,6 +208,7 @@ class Worker:
         self.told: dict[Copy, MovePrice] = {}
         self.pulled_from: dict[str, float] = {}
         self.subscribers = Subscribers(worker_id, self.send)
+        self.told_requests = ToldRequests()
         self.num_intakes = count()
         self._is_stepping = self._is_wanted = self._is_report_due = False
         self._reported_s = -1.0
@@ -398,8 +400,9 @@ class Worker:
                 self.pool.mark(split_names(kept), is_spare=False)
             case Subscribe():
                 self.flush_events()
+                self._tell_load()
                 self.subscribers.add(sender, [("device", b"".join(self.pool.snapshot()))])
-                self.send(sender, self._report())
+                self.send(sender, self.told_requests.whole(self._report()))
             case GenerateRequest(prefill_address=address):
                 self.stream(Requested(sender, message, address is not None))
             case BlocksRequest() | RenewLease() | ReleaseLease() if self.lender.take(sender, message):
@@ -429,14 +432,19 @@ class Worker:
         if self._is_report_due:
             return
         self._is_report_due = True
-        wait_s = max(0.0, self._reported_s + 0.02 - self.fleet.clock.now_s)
+        pause_s = report_pause_s(self.scheduler.num_waiting + self.scheduler.num_running)
+        wait_s = max(0.0, self._reported_s + pause_s - self.fleet.clock.now_s)
         self.fleet.clock.after(wait_s, self._send_report)
 
     def _send_report(self) -> None:
         self._is_report_due = False
         self._reported_s = self.fleet.clock.now_s
         self.flush_events()
-        self.send(ROUTER, self._report())
+        self._tell_load()
+
+    def _tell_load(self) -> None:
+        scheduler = self.scheduler
+        self.send(ROUTER, self.told_requests.told(self._report(), scheduler.seq_ids(), scheduler.declined_ids()))
 
     def _report(self) -> LoadReport:
         scheduler, pool = self.scheduler, self.pool
@@ -459,8 +467,6 @@ class Worker:
             decode_step_s=scheduler.decode_step_s,
             compute=scheduler.cost.price,
             moves=tuple(moves),
-            request_ids=scheduler.seq_ids(),
-            declined_ids=scheduler.declined_ids(),
         )
 
 

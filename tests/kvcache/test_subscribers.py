@@ -17,9 +17,21 @@ def subscribers(sent):
 def test_a_snapshot_begins_at_zero_clears_once_and_has_a_message_for_each_tier(subscribers, sent):
     subscribers.add(b"r", [("host", b"a" * 16), ("disk", b"b" * 16)])
     assert sent == [
-        (b"r", KvEvents(worker_id="w", seq=0, tier="host", cleared=True, stored=b"a" * 16)),
-        (b"r", KvEvents(worker_id="w", seq=1, tier="disk", stored=b"b" * 16)),
+        (b"r", KvEvents(worker_id="w", seq=0, tier="host", cleared=True, num_pieces_left=1, stored=b"a" * 16)),
+        (b"r", KvEvents(worker_id="w", seq=1, tier="disk", num_pieces_left=0, stored=b"b" * 16)),
     ]
+
+
+def test_a_long_snapshot_comes_in_pieces_and_changes_go_on_behind_the_last_one(subscribers, sent):
+    names = bytes(range(256)) * 300  # 4,800 names
+    subscribers.add(b"r", [("device", names), ("disk", b"")])
+    subscribers.tell("device", b"a" * 16, b"")
+    messages = [message for _, message in sent]
+    assert [message.seq for message in messages] == list(range(len(messages)))
+    assert [message.num_pieces_left for message in messages] == [*range(len(messages) - 2, -1, -1), None]
+    assert [message.cleared for message in messages] == [True] + [False] * (len(messages) - 1)
+    assert b"".join(message.stored for message in messages if message.num_pieces_left) == names
+    assert max(len(message.stored) for message in messages) <= 16 * 1024
 
 
 def test_changes_are_numbered_for_each_subscriber(subscribers, sent):
@@ -45,3 +57,14 @@ def test_who_subscribes_anew_begins_anew_and_who_is_gone_hears_nothing(subscribe
     subscribers.remove(b"r")
     subscribers.tell("device", b"c" * 16, b"")
     assert len(sent) == 4
+
+
+def test_what_changes_at_once_comes_in_pieces_too(subscribers, sent):
+    subscribers.add(b"r", [("device", b"")])
+    del sent[:]
+    stored, removed = bytes(range(256)) * 100, b"r" * 16 * 3000
+    subscribers.tell("device", stored, removed)
+    messages = [message for _, message in sent]
+    assert [message.seq for message in messages] == [1, 2, 3]
+    assert b"".join(message.stored for message in messages) == stored
+    assert b"".join(message.removed for message in messages) == removed

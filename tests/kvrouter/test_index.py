@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvrouter.index import BlockIndex, Holder, Run
+from kvrouter.index import Holder, Run
+from tests.kvrouter.indexes import both, compiled, plain, swept
 
 WORKERS = ["a", "b", "c"]
 TIERS = ["device", "host", "disk"]
@@ -30,8 +31,9 @@ def holders_by_walking(index, names):
     return list(itertools.takewhile(bool, held))
 
 
-def test_a_prompt_is_divided_where_its_holders_change():
-    index = BlockIndex()
+@both
+def test_a_prompt_is_divided_where_its_holders_change(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 6))
     index.fold("b", stored=chain_names(1, 0, 2))
     index.fold("c", stored=chain_names(2, 0, 8))
@@ -41,24 +43,27 @@ def test_a_prompt_is_divided_where_its_holders_change():
     assert index.runs(b"") == []
 
 
-def test_who_holds_the_middle_or_the_tail_has_a_run_too():
-    index = BlockIndex()
+@both
+def test_who_holds_the_middle_or_the_tail_has_a_run_too(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 4))
     index.fold("c", stored=chain_names(1, 4, 6))
     index.fold("b", stored=chain_names(1, 0, 2))
     assert index.runs(chain_names(1, 0, 8)) == [run(0, 2, "a", "b"), run(2, 4, "a"), run(4, 6, "c")]
 
 
-def test_what_follows_a_block_that_nobody_holds_does_not_count():
-    index = BlockIndex()
+@both
+def test_what_follows_a_block_that_nobody_holds_does_not_count(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 2) + chain_names(1, 3, 8))
     assert index.runs(chain_names(1, 0, 8))[-1].end in (2, 8)  # a hole between alike blocks may be missed
     index.fold("b", stored=chain_names(1, 3, 8))
     assert index.runs(chain_names(1, 0, 8)) == [run(0, 2, "a")]
 
 
-def test_each_tier_of_a_worker_is_a_holder_of_its_own():
-    index = BlockIndex()
+@both
+def test_each_tier_of_a_worker_is_a_holder_of_its_own(make):
+    index = make()
     index.fold("cache", "host", stored=chain_names(1, 2, 4))
     index.fold("cache", "disk", stored=chain_names(1, 0, 6))
     index.fold("w", stored=chain_names(1, 0, 2))
@@ -76,20 +81,9 @@ def test_each_tier_of_a_worker_is_a_holder_of_its_own():
     index.check_invariants()
 
 
-def test_a_change_names_what_others_hold_too():
-    index = BlockIndex()
-    assert index.fold("a", stored=chain_names(1, 0, 6)) == []
-    assert index.fold("b", stored=chain_names(1, 4, 8)) == [name(1, 4), name(1, 5)]
-    assert index.fold("a", "disk", stored=name(1, 0)) == [name(1, 0)]
-    assert index.fold("b", removed=chain_names(1, 5, 8)) == [name(1, 5)]
-    assert index.fold("b", removed=chain_names(1, 5, 8)) == []
-    assert index.drop("b") == [name(1, 4)]
-    assert index.drop("b") == index.drop("a") == []
-    assert index.fold("c", stored=chain_names(1, 0, 8)) == []  # a's blocks, not swept yet, are nobody's
-
-
-def test_dropped_worker_is_gone_from_the_next_run_on():
-    index = BlockIndex()
+@both
+def test_dropped_worker_is_gone_from_the_next_run_on(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 1000))
     index.fold("b", stored=chain_names(1, 0, 500))
     index.drop("a")
@@ -97,22 +91,24 @@ def test_dropped_worker_is_gone_from_the_next_run_on():
     index.check_invariants()
 
 
-def test_column_is_not_given_to_another_before_it_is_swept():
-    index = BlockIndex()
+@both
+def test_column_is_not_given_to_another_before_it_is_swept(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 5000))
     index.drop("a")
     index.fold("b", stored=chain_names(2, 0, 1))
     assert index.runs(chain_names(1, 0, 10)) == []
     index.check_invariants()
-    index.sweep(10_000)
+    swept(index)
     assert len(index) == 1
     index.fold("c", stored=chain_names(1, 0, 3))
     assert index.runs(chain_names(1, 0, 10)) == [run(0, 3, "c")]
     index.check_invariants()
 
 
-def test_snapshot_replaces_what_was_there():
-    index = BlockIndex()
+@both
+def test_snapshot_replaces_what_was_there(make):
+    index = make()
     index.fold("a", stored=chain_names(1, 0, 10))
     index.drop("a")
     index.fold("a", stored=chain_names(2, 0, 3))
@@ -121,8 +117,9 @@ def test_snapshot_replaces_what_was_there():
     assert index.num_held("a") == 3
 
 
-def test_memory_stays_bounded_when_one_worker_sends_snapshot_after_snapshot():
-    index = BlockIndex()
+@both
+def test_memory_stays_bounded_when_one_worker_sends_snapshot_after_snapshot(make):
+    index = make()
     for turn in range(50):
         index.drop("a")
         index.fold("a", stored=chain_names(turn, 0, 1000))
@@ -130,21 +127,23 @@ def test_memory_stays_bounded_when_one_worker_sends_snapshot_after_snapshot():
     index.check_invariants()
 
 
+@both
 @pytest.mark.parametrize("field", ["stored", "removed"])
-def test_torn_names_are_refused_whole(field):
-    index = BlockIndex()
+def test_torn_names_are_refused_whole(make, field):
+    index = make()
     with pytest.raises(ValueError, match="17"):
         index.fold("a", **{field: bytes(17)})
     assert len(index) == 0
 
 
+@both
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=70),
     num_names=st.integers(0, 300),
 )
 @settings(max_examples=200, deadline=None)
-def test_galloping_agrees_with_walking(lengths, num_names):
-    index = BlockIndex()
+def test_galloping_agrees_with_walking(make, lengths, num_names):
+    index = make()
     for i, length in enumerate(lengths):
         index.fold(f"w{i}", stored=chain_names(1, 0, length))
     prompt = chain_names(1, 0, num_names)
@@ -156,9 +155,10 @@ def test_galloping_agrees_with_walking(lengths, num_names):
     assert [run.end for run in runs] == ends
 
 
+@both
 @given(held=st.lists(st.sets(st.integers(0, 40)), min_size=1, max_size=5))
-def test_runs_of_gappy_holdings_follow_each_other_and_are_right_at_both_their_ends(held):
-    index = BlockIndex()
+def test_runs_of_gappy_holdings_follow_each_other_and_are_right_at_both_their_ends(make, held):
+    index = make()
     for i, positions in enumerate(held):
         index.fold(f"w{i}", stored=b"".join(name(1, position) for position in positions))
     prompt = chain_names(1, 0, 40)
@@ -173,35 +173,34 @@ def test_runs_of_gappy_holdings_follow_each_other_and_are_right_at_both_their_en
         assert before.holders != after.holders
 
 
-def test_few_probes_suffice_for_a_long_prompt():
-    class Counting(dict):
-        num_gets = 0
-
-        def get(self, key, default=None):
-            Counting.num_gets += 1
-            return super().get(key, default)
-
-    index = BlockIndex()
-    index._holders = Counting()
+@both
+def test_a_table_grows_and_shrinks_with_what_is_held(make):
+    index = make()
     rng = random.Random(5)
-    for worker in range(64):
-        index.fold(f"w{worker}", stored=chain_names(1, 0, rng.choice([0, 100, 4000, 8192])))
-    Counting.num_gets = 0
-    assert len(index.runs(chain_names(1, 0, 8192))) == 3
-    assert Counting.num_gets < 150
+    chains = {worker: rng.randbytes(16 * 30_000) for worker in WORKERS}
+    for worker, held in chains.items():
+        for at in range(0, len(held), 16 * 64):
+            index.fold(worker, stored=held[at : at + 16 * 64])
+    assert len(index) == 90_000
+    index.check_invariants()
+    for worker, held in chains.items():
+        assert index.runs(held) == [run(0, 30_000, worker)]
+        index.fold(worker, removed=held[16 * 100 :])
+    index.check_invariants()
+    assert len(index) == 300
+    index.drop("b")
+    swept(index)
+    index.check_invariants()
+    assert len(index) == 200
 
 
-class IndexAgainstSets(RuleBasedStateMachine):
-    """Whatever happens, the index knows what a set of names per worker and tier knows."""
+class IndexMachine(RuleBasedStateMachine):
+    """Whatever happens, both forms of the index know what a set of names per worker and tier knows."""
 
     def __init__(self):
         super().__init__()
-        self.index = BlockIndex()
+        self.indexes = [plain(), compiled()]
         self.model = {}
-
-    def others(self, holder, names):
-        """Those of `names` that others than `holder` hold."""
-        return [name for name in names if any(name in held for other, held in self.model.items() if other != holder)]
 
     @rule(
         worker=st.sampled_from(WORKERS),
@@ -210,48 +209,61 @@ class IndexAgainstSets(RuleBasedStateMachine):
         removed=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5))),
     )
     def fold(self, worker, tier, stored, removed):
-        holder = Holder(worker, tier)
-        held = self.model.setdefault(holder, set())
+        held = self.model.setdefault(Holder(worker, tier), set())
         stored, removed = {name(*at) for at in stored}, {name(*at) for at in removed}
-        is_changed = (held | stored) & removed | (stored - held)
         held |= stored
         held -= removed
-        shared = self.index.fold(worker, tier, stored=b"".join(stored), removed=b"".join(removed))
-        assert set(self.others(holder, is_changed)) <= set(shared)
+        for index in self.indexes:
+            index.fold(worker, tier, stored=b"".join(stored), removed=b"".join(removed))
 
     @rule(worker=st.sampled_from(WORKERS))
     def drop(self, worker):
-        gone = [self.model.pop(Holder(worker, tier), set()) for tier in TIERS]
-        assert set(self.index.drop(worker)) == set(self.others(None, set().union(*gone)))
-
-    @rule(max_names=st.integers(0, 4))
-    def sweep(self, max_names):
-        self.index.sweep(max_names)
+        for tier in TIERS:
+            self.model.pop(Holder(worker, tier), None)
+        for index in self.indexes:
+            index.drop(worker)
 
     @rule()
-    def sweep_all_and_count(self):
-        self.index.sweep(10**6)
-        assert len(self.index) == len(set().union(*self.model.values()))
+    def sweep_and_count(self):
+        for index in self.indexes:
+            swept(index)
+            assert len(index) == len(set().union(*self.model.values()))
 
     @invariant()
     def agrees(self):
-        self.index.check_invariants()
-        for worker in WORKERS:
-            held = [len(self.model.get(Holder(worker, tier), ())) for tier in TIERS]
-            assert self.index.num_held(worker) == sum(held)
-        for chain in range(3):
-            first = name(chain, 0)
-            expected = {holder for holder, held in self.model.items() if first in held}
-            assert set(self.index.holders(first)) == expected
-            assert [set(found.holders) for found in self.index.runs(first)] == ([expected] if expected else [])
+        for index in self.indexes:
+            index.check_invariants()
+            for worker in WORKERS:
+                held = [len(self.model.get(Holder(worker, tier), ())) for tier in TIERS]
+                assert index.num_held(worker) == sum(held)
+            for chain in range(3):
+                first = name(chain, 0)
+                expected = {holder for holder, held in self.model.items() if first in held}
+                assert set(index.holders(first)) == expected
+                assert [set(found.holders) for found in index.runs(first)] == ([expected] if expected else [])
 
 
-TestIndexAgainstSets = IndexAgainstSets.TestCase
-TestIndexAgainstSets.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestIndexMachine = IndexMachine.TestCase
+TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-def test_no_more_runs_are_looked_for_than_wanted():
-    index = BlockIndex()
+@both
+def test_no_more_runs_are_looked_for_than_wanted(make):
+    index = make()
     for position in range(40):
         index.fold("a" if position % 2 else "b", stored=chain_names(1, position, position + 1))
-    assert [(run.begin, run.end) for run in index.runs(chain_names(1, 0, 40), 3)] == [(0, 1), (1, 2), (2, 3)]
+    assert index.match(chain_names(1, 0, 40), 3).ends.tolist() == [1, 2, 3]
+
+
+@both
+def test_runs_as_arrays_say_what_runs_do(make):
+    index = make()
+    for number in range(20):
+        index.fold(f"w{number}", "disk" if number % 3 else "device", stored=chain_names(1, 0, 2 * number))
+    index.drop("w3")
+    matches, runs = index.match(chain_names(1, 0, 50), 100), index.runs(chain_names(1, 0, 50))
+    assert matches.ends.tolist() == [run.end for run in runs]
+    for is_held, run in zip(matches.is_held, runs, strict=True):
+        assert tuple(matches.holders[column] for column in is_held.nonzero()[0]) == run.holders
+    assert index.match(chain_names(2, 0, 5), 100).ends.size == 0
+    assert make().match(chain_names(1, 0, 5), 100).ends.size == 0

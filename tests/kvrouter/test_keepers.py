@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvrouter.index import BlockIndex
-from kvrouter.keepers import Appointed, Keepers
+from kvrouter.index import Appointed, Holder
 from messages.errors import InvariantError
+from tests.kvrouter.indexes import compiled, plain, swept
 
 NUM_BLOCKS = {"small": 4, "middle": 8, "large": 16, "cache": 64}
 
@@ -21,43 +21,41 @@ def names(*numbers):
 
 
 class World:
-    """An index, and the keepers of what is in it."""
+    """An index, which knows who keeps what is in it."""
 
-    def __init__(self):
-        self.index = BlockIndex()
-        self.keepers = Keepers(
-            self.index.holders,
-            lambda worker_id: self.index.num_held(worker_id) / NUM_BLOCKS[worker_id],
-            NUM_BLOCKS.__getitem__,
-        )
+    def __init__(self, make):
+        self.index = make(NUM_BLOCKS.__getitem__)
 
     def store(self, worker_id, *numbers, tier="device"):
-        return self.keepers.on_change(self.index.fold(worker_id, tier, stored=names(*numbers)), worker_id)
+        return self.index.fold(worker_id, tier, stored=names(*numbers))
 
     def remove(self, worker_id, *numbers, tier="device"):
-        return self.keepers.on_change(self.index.fold(worker_id, tier, removed=names(*numbers)), worker_id)
+        return self.index.fold(worker_id, tier, removed=names(*numbers))
 
     def drop(self, worker_id):
-        return self.keepers.on_dropped(self.index.drop(worker_id), worker_id)
+        return self.index.drop(worker_id) + swept(self.index)
+
+    def kept_share(self, worker_id):
+        return (self.index.num_held(worker_id) - self.index.num_spare(worker_id)) / NUM_BLOCKS[worker_id]
 
 
-@pytest.fixture
-def world():
-    made = World()
+@pytest.fixture(params=[plain, compiled])
+def world(request):
+    made = World(request.param)
     yield made
-    made.keepers.check_invariants()
+    made.index.check_invariants()
 
 
 def test_a_block_that_one_holds_is_nobodys_concern(world):
     assert world.store("small", 1, 2) == []
-    assert len(world.keepers) == 0
+    assert world.index.num_shared == 0
 
 
 def test_who_stored_it_last_keeps_it(world):
     world.store("small", 1, 2)
     assert world.store("large", 1, 2) == [Appointed("small", names(1, 2), b"")]
-    assert world.keepers.kept_share("small") == 0
-    assert world.keepers.kept_share("large") == 2 / 16
+    assert world.kept_share("small") == 0
+    assert world.kept_share("large") == 2 / 16
 
 
 def test_one_copy_is_told_to_be_kept_again_when_the_keepers_is_gone(world):
@@ -65,7 +63,7 @@ def test_one_copy_is_told_to_be_kept_again_when_the_keepers_is_gone(world):
     world.store("large", 1, 2)
     assert world.remove("large", 1) == [Appointed("small", b"", names(1))]
     assert world.remove("small", 2) == []  # a spare copy was there to go
-    assert len(world.keepers) == 0
+    assert world.index.num_shared == 0
 
 
 def test_of_several_that_are_left_who_keeps_least_for_its_size_is_told(world):
@@ -86,7 +84,7 @@ def test_a_node_cache_keeps_whoever_uses_it_meanwhile(world):
 def test_a_copy_that_is_not_at_hand_does_not_count(world, tier):
     world.store("small", 1)
     assert world.store("cache", 1, tier=tier) == []
-    assert len(world.keepers) == 0
+    assert world.index.num_shared == 0
 
 
 def test_who_is_lost_keeps_nothing_and_has_nothing_spare(world):
@@ -94,26 +92,50 @@ def test_who_is_lost_keeps_nothing_and_has_nothing_spare(world):
     world.store("large", 1, 3)
     world.store("small", 3)
     assert world.drop("large") == [Appointed("small", b"", names(1))]
-    assert len(world.keepers) == 0
-    assert world.keepers.kept_share("small") == 3 / 4
+    assert world.index.num_shared == 0
+    assert world.kept_share("small") == 3 / 4
     assert world.drop("large") == []
     assert world.store("large", 1) == [Appointed("small", names(1), b"")]
 
 
-def test_books_that_do_not_agree_are_noticed():
+def test_what_is_stored_and_removed_at_once_is_told_to_nobody(world):
+    world.store("small", 1, 2)
+    assert world.index.fold("large", stored=names(1, 2), removed=names(2)) == [Appointed("small", names(1), b"")]
+
+
+def test_a_snapshot_is_no_sign_of_use(world):
+    world.store("small", 1, 2)
+    world.store("middle", 1)
+    told = world.index.fold("large", stored=names(1, 2), is_use=False)  # who keeps least for its size keeps the other
+    assert set(told) == {Appointed("large", names(1), b""), Appointed("small", names(2), b"")}
+
+
+def test_of_a_worker_that_comes_back_before_it_is_swept_everything_counts_anew(world):
+    world.store("small", 1, 2)
+    world.store("large", 1, 2)
+    told = world.index.drop("large")
+    spare = {1, 2}  # as small was told
+    for worker_id, now_spare, now_kept in told + world.index.fold("large", stored=names(1)) + swept(world.index):
+        assert worker_id == "small"
+        spare -= {number for number in (1, 2) if name(number) in now_kept}
+        spare |= {number for number in (1, 2) if name(number) in now_spare}
+    assert spare == {1}
+    assert world.index.num_spare("small") == 1
+
+
+def test_plain_books_that_do_not_agree_are_noticed():
     damages = [
-        lambda world: world.index.drop("large"),
-        lambda world: world.index.fold("cache", "host", stored=names(1)),
-        lambda world: world.index.fold("middle", stored=names(1)),
-        lambda world: world.keepers._num_spare.update(["small"]),
+        lambda index: index._remove(Holder("large"), names(1)),
+        lambda index: index._store(Holder("middle"), names(1)),
+        lambda index: index._keepers._num_spare.update(["small"]),
     ]
     for damage in damages:
-        world = World()
-        world.store("small", 1)
-        world.store("large", 1)
-        damage(world)
+        index = plain(NUM_BLOCKS.__getitem__)
+        for worker_id, stored in (("middle", names(2)), ("small", names(1)), ("large", names(1))):
+            index.fold(worker_id, stored=stored)
+        damage(index)
         with pytest.raises(InvariantError, match="keepers: "):
-            world.keepers.check_invariants()
+            index.check_invariants()
 
 
 class KeepersMachine(RuleBasedStateMachine):
@@ -125,9 +147,11 @@ class KeepersMachine(RuleBasedStateMachine):
     workers = st.sampled_from(["small", "middle", "large"])
     numbers = st.lists(st.integers(0, 4), max_size=5, unique=True)
 
+    make = staticmethod(plain)
+
     def __init__(self):
         super().__init__()
-        self.world = World()
+        self.world = World(self.make)
         self.spare = {worker: set() for worker in NUM_BLOCKS}
 
     def held(self, worker):
@@ -171,28 +195,34 @@ class KeepersMachine(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(sorted(NUM_BLOCKS)), numbers=numbers, is_back=st.booleans())
     def lose(self, worker, numbers, is_back):
         self.spare[worker].clear()
-        self.tell(self.world.drop(worker))
-        if is_back:  # with a snapshot
+        told = self.world.index.drop(worker)
+        if is_back:  # with a snapshot, before it is swept
             tier = "host" if worker == "cache" else "device"
-            shared = self.world.index.fold(worker, tier, stored=names(*numbers))
-            self.tell(self.world.keepers.on_change(shared, None))
+            told += self.world.index.fold(worker, tier, stored=names(*numbers), is_use=False)
+        self.tell(told + swept(self.world.index))
 
     @invariant()
     def each_block_has_one_keeper(self):
-        self.world.keepers.check_invariants()
+        self.world.index.check_invariants()
         for number in range(5):
             block = name(number)
             holders = [worker for worker in NUM_BLOCKS if block in self.held(worker)]
             keepers = [worker for worker in holders if block not in self.spare[worker]]
             assert len(keepers) == min(1, len(holders))
             assert "cache" not in holders or keepers == ["cache"]
-        assert len(self.world.keepers) == sum(
+        assert self.world.index.num_shared == sum(
             sum(name(number) in self.held(worker) for worker in NUM_BLOCKS) > 1 for number in range(5)
         )
         for worker, num_blocks in NUM_BLOCKS.items():
             num_kept = self.world.index.num_held(worker) - len(self.spare[worker])
-            assert self.world.keepers.kept_share(worker) == pytest.approx(num_kept / num_blocks)
+            assert self.world.kept_share(worker) == pytest.approx(num_kept / num_blocks)
 
 
-TestKeepersMachine = KeepersMachine.TestCase
-TestKeepersMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+class CompiledKeepersMachine(KeepersMachine):
+    """The same of the compiled index."""
+
+    make = staticmethod(compiled)
+
+
+for case in (TestPlainKeepers := KeepersMachine.TestCase, TestCompiledKeepers := CompiledKeepersMachine.TestCase):
+    case.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

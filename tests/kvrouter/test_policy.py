@@ -1,12 +1,13 @@
 import itertools
-import random
 
 import msgspec
+import numpy as np
 import pytest
 
 from kvrouter.fit import can_ever_hold, can_hand_over
-from kvrouter.index import Holder, Run
-from kvrouter.policy import Assumptions, Prices, Pricing, affinity_key, check_ttft, rendezvous
+from kvrouter.fleet_table import FleetTable
+from kvrouter.index import Holder, Matches, Run
+from kvrouter.policy import Assumptions, Pricing, check_ttft
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.errors import CapacityError
 from messages.fleet import LoadReport, WorkerInfo
@@ -15,7 +16,6 @@ from messages.request import Copy
 from messages.route import RouteRequest
 
 ASSUMED = Assumptions()
-UNMEASURED = Prices()
 
 
 def per_second(num_tokens):
@@ -84,13 +84,41 @@ def runs_of(held):
     return runs
 
 
-def pricing(route, held, workers, prices=UNMEASURED):
-    return Pricing(route, runs_of(held), {worker.info.worker_id: worker for worker in workers}, ASSUMED, prices)
+def matches_of(runs):
+    """The same runs as the index gives them to whoever prices."""
+    holders = tuple(sorted({holder for run in runs for holder in run.holders}))
+    is_held = np.zeros((len(runs), len(holders)), np.bool_)
+    for number, run in enumerate(runs):
+        is_held[number, [holders.index(holder) for holder in run.holders]] = True
+    return Matches(np.array([run.end for run in runs], np.int64), is_held, holders)
+
+
+class Priced:
+    """A request priced at workers as they are now."""
+
+    def __init__(self, route, runs, states):
+        self.fleet = FleetTable(ASSUMED.move)
+        for state in states:
+            self.fleet.join(state)
+        for state in states:
+            if state.load is not None:
+                self.fleet.report(state.load)
+        self.fleet.find_best_compute()
+        self.pricing = Pricing(route, matches_of(runs), self.fleet, ASSUMED)
+
+    def best(self, decodes, prefills):
+        return self.pricing.best(self.rows(decodes), self.rows(prefills))
+
+    def all(self, decodes, prefills):
+        return list(self.pricing.all(self.rows(decodes), self.rows(prefills)))
+
+    def rows(self, states):
+        return np.array(self.fleet.rows_of([state.info.worker_id for state in states]), np.int64)
 
 
 def best(route, held, decodes, prefills=(), others=()):
     """The best placement; of `others`, which only hold blocks, none can be placed on."""
-    return pricing(route, held, [*decodes, *prefills, *others]).best(decodes, prefills)
+    return Priced(route, runs_of(held), [*decodes, *prefills, *others]).best(decodes, prefills)
 
 
 def test_warm_worker_wins_until_its_queue_outweighs_the_loading_of_what_it_holds():
@@ -157,8 +185,7 @@ def test_a_measured_copy_costs_what_was_measured_of_its_tier():
 def test_a_worker_with_a_hole_loads_the_hole_alone():
     decode, other = WorkerState(info("d"), load("d")), WorkerState(info("other"))
     spans = [Run(0, 10, (Holder("d"),)), Run(10, 40, (Holder("other"),)), Run(40, 100, (Holder("d"), Holder("other")))]
-    workers = {"d": decode, "other": other}
-    chosen = Pricing(request(1610), spans, workers, ASSUMED, Prices()).best([decode], [])
+    chosen = Priced(request(1610), spans, [decode, other]).best([decode], [])
     assert (chosen.decode_match_tokens, chosen.num_computed_tokens) == (160, 10)
     assert chosen.load_s == pytest.approx(0.005 + 30 * 1e-4)
 
@@ -176,10 +203,10 @@ def test_workers_are_told_of_a_few_copies_of_each_run_their_own_first():
     decodes = [WorkerState(info(f"d{i}"), load(f"d{i}")) for i in range(6)]
     cache = WorkerState(info("cache", "cache"))
     held = {f"d{i}": 50 for i in range(6)} | {"cache": {"host": (50, 80)}, "gone": {"device": (50, 80)}}
-    priced = pricing(request(1600), held, [*decodes, cache])
+    priced = Priced(request(1600), runs_of(held), [*decodes, cache])
     chosen = priced.best(decodes[5:], [])
     assert chosen.decode is decodes[5]
-    first, second = priced.held(chosen)
+    first, second = priced.pricing.held(chosen)
     assert (first.begin, first.end, second.begin, second.end) == (0, 50, 50, 80)
     assert first.copies[0] == Copy("tcp://d5:1", "device")
     assert len(set(first.copies)) == 4
@@ -226,13 +253,12 @@ def test_decode_that_holds_the_prefix_need_not_pull_it():
     assert chosen.decode is decodes[1]
 
 
-def test_measured_rates_replace_the_assumed_ones():
+def test_measured_rates_replace_the_assumed_ones_everywhere():
     slow = WorkerState(info("slow"), load("slow", compute=per_second(100.0)))
     unmeasured = WorkerState(info("unmeasured"), load("unmeasured", compute=per_second(0.0)))
-    chosen = best(request(1600), {}, [slow, unmeasured])
-    assert chosen.decode is unmeasured
-    assert chosen.compute_s == pytest.approx(1.6)
+    assert best(request(1600), {}, [unmeasured]).compute_s == pytest.approx(1.6)
     assert best(request(1600), {}, [slow]).compute_s == pytest.approx(16.0)
+    assert best(request(1600), {}, [unmeasured], others=[slow]).compute_s == pytest.approx(16.0)
 
 
 def test_fully_held_prompt_still_computes_its_last_token():
@@ -266,7 +292,7 @@ def test_a_handoff_costs_what_both_of_its_workers_evict():
     decode = WorkerState(info("d"), load("d", idle_blocks=90, reused_share=1.0))
     prefill = WorkerState(info("p", "prefill"), load("p", idle_blocks=80, reused_share=1.0))
     alone, pair = sorted(
-        pricing(request(1600), {}, [decode, prefill]).all([decode], [prefill]),
+        Priced(request(1600), [], [decode, prefill]).all([decode], [prefill]),
         key=lambda c: c.decode is None or c.prefill is not None,
     )
     assert alone.displaced_s == pytest.approx(0.16)
@@ -307,33 +333,9 @@ def test_best_is_the_cheapest_of_all():
     prefills = [WorkerState(info(f"p{i}", "prefill"), load(f"p{i}", queued_s=0.7 * i)) for i in range(5)]
     matches = {"d3": 70, "p4": 100, "p0": 10}
     for num_tokens in (1, 17, 300, 1600, 5000):
-        priced = pricing(request(num_tokens), matches, [*decodes, *prefills])
+        priced = Priced(request(num_tokens), runs_of(matches), [*decodes, *prefills])
         cheapest = min(candidate.cost_s for candidate in priced.all(decodes, prefills))
         assert priced.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.001)
-
-
-def test_the_best_pair_is_found_though_most_are_not_looked_at():
-    rng = random.Random(4)
-    for _ in range(200):
-        prefills = [
-            WorkerState(info(f"p{i}", "prefill", node_id=rng.choice(["n1", "n2"]), roads=("shm", "ucx")), load(f"p{i}"))
-            for i in range(8)
-        ]
-        for prefill in prefills:
-            prefill.load = load(prefill.info.worker_id, queued_s=rng.choice([0.0, 0.0, rng.random()]))
-        decodes = [WorkerState(info(f"d{i}", roads=("shm", "ucx"))) for i in range(3)]
-        for decode in decodes:
-            measured = rng.sample(range(8), rng.randint(0, 8))
-            moves = tuple(
-                link(f"p{i}", handoff_s=rng.choice([0.001, 0.01, rng.random()]), byte_s=10 ** -rng.uniform(7, 10))
-                for i in measured
-            )
-            decode.report(load(decode.info.worker_id, num_running=40, moves=moves))
-        by_road = {"shm": link("a", handoff_s=0.002), "ucx": link("b", handoff_s=0.05, road="ucx")}
-        matches = {f"p{i}": rng.choice([0, 0, 50, 100]) for i in range(8)}
-        priced = pricing(request(1600), matches, [*decodes, *prefills], Prices(by_road=by_road))
-        cheapest = min(candidate.cost_s for candidate in priced.all(decodes, prefills))
-        assert priced.best(decodes, prefills).cost_s == pytest.approx(cheapest, abs=0.002)
 
 
 def test_what_moves_while_prefill_computes_costs_nothing_more():
@@ -434,18 +436,3 @@ def test_a_first_token_beyond_the_limit_is_refused_until_it_is_within(delay_s, o
     with pytest.raises(CapacityError, match=f"after {delay_s + own_s:.1f} s, 20 s are allowed") as caught:
         check_ttft(delay_s, own_s, 20.0)
     assert (caught.value.status, caught.value.retry_after_s) == (429, retry_after_s)
-
-
-def test_rendezvous_moves_only_the_keys_of_the_worker_that_left():
-    workers = [f"w{i}" for i in range(8)]
-    keys = [i.to_bytes(16, "big") for i in range(500)]
-    before = {key: max(workers, key=lambda worker: rendezvous(key, worker)) for key in keys}
-    after = {key: max(workers[1:], key=lambda worker: rendezvous(key, worker)) for key in keys}
-    assert all(after[key] == before[key] for key in keys if before[key] != "w0")
-    shares = [sum(worker == chosen for chosen in before.values()) for worker in workers]
-    assert min(shares) > 30
-
-
-def test_prompts_that_begin_alike_have_one_affinity():
-    assert affinity_key(request(160)) == affinity_key(request(1600))
-    assert affinity_key(request(5, request_id="a")) != affinity_key(request(5, request_id="b"))

