@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Self
 
 NAME_BYTES = 16
 TOKEN_BYTES = 4
@@ -102,6 +103,12 @@ class BlockNamer:
             names.append(digest())
         self._pending = bytes(data[num_full_bytes:])
         return names
+
+    def copy(self) -> Self:
+        """Return a namer of another sequence that begins with the same tokens."""
+        other = object.__new__(type(self))
+        other._block_bytes, other._digest, other._pending = self._block_bytes, self._digest.copy(), self._pending
+        return other
 
 
 @lru_cache(maxsize=1024)

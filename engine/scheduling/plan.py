@@ -24,7 +24,9 @@ class SequenceSpec:
     """A sequence to run, as it is handed to the scheduler."""
 
     seq_id: str
-    token_ids: list[int]  #: the prompt, then what was generated so far (a sequence that moved); copied
+    #: the prompt, then what was generated so far (a sequence that moved); copied. Choices of one prompt that come one
+    #: after the other share the list: it is looked at and named once
+    token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
     salt: bytes = b""
