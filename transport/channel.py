@@ -21,6 +21,7 @@ import hmac
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -42,6 +43,7 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ RFC 27
 _ZAP_DOMAIN = b"kvray"
 _LINGER_MS = 500  #: what was sent just before `close` still leaves
 _MAX_MESSAGES_PER_TURN = 256  #: then others on the loop have their turn
+_TURN_S = 0.005  #: the same, for messages that take long
 _PROBE_DELAYS_S = (0.005, 0.05)  #: the monitor reports a disconnection just before the socket knows of it
 _NO_RECONNECT_MS = 24 * 3600 * 1000  #: -1 would drop what was received but not yet read
 _PONG = encode(Pong())
@@ -413,11 +415,12 @@ class _Inbox:
             self._loop.call_soon(self._look)
 
     def drain(self, max_messages: float = _MAX_MESSAGES_PER_TURN) -> None:
-        """Handle the messages that are there; after `max_messages`, go on in the loop's next turn."""
+        """Handle the messages that are there; after `max_messages`, or 5 ms, go on in the loop's next turn."""
         is_empty = False
         num_messages = 0
+        end_s = time.monotonic() + (_TURN_S if max_messages < math.inf else math.inf)
         try:
-            while num_messages < max_messages and not self._is_closed:
+            while num_messages < max_messages and not self._is_closed and time.monotonic() < end_s:
                 num_messages += 1
                 try:
                     frames = self._socket.recv_multipart(zmq.DONTWAIT)
