@@ -7,6 +7,7 @@ for how long, is `engine.loans`' business.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
@@ -14,7 +15,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from engine.scheduling.plan import AskRemote, EmitTokens, SequenceSpec
-from kvcache.names import TOKEN_BYTES, unpack_tokens
+from kvcache.names import TOKEN_BYTES, token_array
 from messages.errors import InvariantError
 from messages.handoff import PrefillRequest
 from messages.request import GenerateRequest
@@ -142,12 +143,12 @@ class StreamBook:
     def _open(self, event: Requested, now_s: float) -> list[StreamInstruction]:
         """Begin a stream for each choice: read path step 3."""
         num_prompt_bytes = TOKEN_BYTES * event.request.num_prompt_tokens
-        prompt = unpack_tokens(event.request.token_ids[:num_prompt_bytes])
+        prompt = token_array(event.request.token_ids[:num_prompt_bytes])
         begun: list[StreamInstruction] = []
         for request in each_choice(event.request):
             if request.request_id in self._streams:
                 continue  # it came twice
-            generated = unpack_tokens(request.token_ids[num_prompt_bytes:])
+            generated = token_array(request.token_ids[num_prompt_bytes:])
             self._streams[request.request_id] = _Stream(event.ingress, request, len(generated))
             token_ids = prompt + generated if generated else prompt  # shared by those that begin
             begun.append(
@@ -208,7 +209,7 @@ def each_choice(request: GenerateRequest) -> Iterator[GenerateRequest]:
         )
 
 
-def _spec_of(request: GenerateRequest, token_ids: list[int], remote_s: float | None, now_s: float) -> SequenceSpec:
+def _spec_of(request: GenerateRequest, token_ids: array[int], remote_s: float | None, now_s: float) -> SequenceSpec:
     return SequenceSpec(
         seq_id=request.request_id,
         token_ids=token_ids,

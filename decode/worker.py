@@ -142,13 +142,15 @@ class DecodeWorker:
     def _do_some(self) -> None:
         """Begin and cancel sequences for a while, in order: many choices may come, or many requests end, at once."""
         end_s = time.monotonic() + _TURN_S
-        while self._todo and time.monotonic() < end_s:
+        while self._todo:
             match self._todo.popleft():
                 case BeginSequence(spec):
                     if self._book.has(spec.seq_id):
                         self._begin(spec)
                 case CancelSequence(request_id):
                     self._worker.post(SequenceCancelled(request_id))
+            if time.monotonic() >= end_s:
+                return
 
     async def _do_the_rest(self) -> None:
         while self._todo:

@@ -39,11 +39,16 @@ def unpack_tokens(token_bytes: bytes) -> list[int]:
     Raises:
         ValueError: the length is no multiple of four.
     """
+    return token_array(token_bytes).tolist()
+
+
+def token_array(token_bytes: bytes) -> array[int]:
+    """Do as `unpack_tokens`, without an object for each: lists of many are gone through by every garbage collection."""
     tokens = array("I")
     tokens.frombytes(token_bytes)
     if sys.byteorder == "big":
         tokens.byteswap()
-    return tokens.tolist()
+    return tokens
 
 
 def split_names(names: bytes) -> list[bytes]:

@@ -420,7 +420,7 @@ class _Inbox:
         num_messages = 0
         end_s = time.monotonic() + (_TURN_S if max_messages < math.inf else math.inf)
         try:
-            while num_messages < max_messages and not self._is_closed and time.monotonic() < end_s:
+            while num_messages < max_messages and not self._is_closed:
                 num_messages += 1
                 try:
                     frames = self._socket.recv_multipart(zmq.DONTWAIT)
@@ -428,6 +428,8 @@ class _Inbox:
                     is_empty = True
                     return
                 self._on_frames(frames)
+                if time.monotonic() >= end_s:
+                    return
         finally:
             # Also when `on_frames` raised: that is its owner's bug to report, and must not silence the channel.
             if not is_empty:

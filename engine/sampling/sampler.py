@@ -44,7 +44,7 @@ class SamplingRow:
 
     seq_id: str
     params: SamplingParams
-    token_ids: list[int]  #: prompt and output so far; not changed
+    token_ids: Sequence[int]  #: prompt and output so far; not changed
     num_prompt_tokens: int
 
     @property
@@ -177,7 +177,7 @@ class Sampler:
             if compiled is None:
                 raise KvrayError("its grammar is not compiled: its sequence has ended, or never waited for it")
             state = self._grammars[row.seq_id] = _GrammarState(GrammarMatcher(compiled))
-        output = row.token_ids[row.num_prompt_tokens + state.num_output_tokens :]
+        output = list(row.token_ids[row.num_prompt_tokens + state.num_output_tokens :])
         state.matcher.accept(output)
         state.num_output_tokens += len(output)
         words = torch.from_numpy(state.matcher.mask()).to(device)
@@ -259,9 +259,9 @@ class _Penalties:
         self._device = device
         self._counts: Counter[int] = Counter()  # of output tokens, where they have a price each
 
-    def update(self, token_ids: list[int]) -> None:
+    def update(self, token_ids: Sequence[int]) -> None:
         """Take in the tokens that came since the last call."""
-        new = torch.tensor(token_ids[self.num_tokens :], dtype=torch.int64)
+        new = torch.from_numpy(np.array(token_ids[self.num_tokens :], np.int64))
         output = new[max(0, self._num_prompt_tokens - self.num_tokens) :]
         if self._factors is not None:
             self._factors[new.to(self._device)] = self._params.repetition_penalty

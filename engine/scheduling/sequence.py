@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -145,7 +146,7 @@ class Sequence:
         self.params = spec.params
         self.order = order  #: of arrival
         self.block_size = block_size
-        self.token_ids = list(spec.token_ids)
+        self.token_ids = array("I", spec.token_ids)
         self.num_prompt_tokens = spec.num_prompt_tokens
         self.num_computed = 0
         self.block_table: list[int] = []

@@ -14,6 +14,7 @@ import zmq
 from messages.errors import ConfigError
 from messages.fleet import GetStats, Stats, Subscribe
 from messages.stream import TokenBatch, TokenChunk
+from transport import channel as channel_module
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer
 from transport.secret import ClusterSecret
 
@@ -431,3 +432,19 @@ async def test_stopped_server_does_not_hang_a_new_client(opened, spawn):
     os.kill(process.pid, signal.SIGSTOP)
     client = opened(Client(address, config=FAST))
     await asyncio.wait_for(client.lost, 3)
+
+
+async def test_messages_that_take_long_leave_others_on_the_loop_their_turns(opened, monkeypatch):
+    monkeypatch.setattr(channel_module, "_TURN_S", 0.0)  # one message is as long as a turn may be
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await client.ask("first")
+    most = 0
+    for number in range(50):
+        client.channel.send(GetStats(query_id=str(number)))
+    while len(server.messages) < 51:
+        before = len(server.messages)
+        await asyncio.sleep(0)
+        most = max(most, len(server.messages) - before)
+    assert most <= 2  # the socket may be looked at once because it is readable, and once because it was poked
+    assert [message.query_id for _, message in server.messages[1:]] == [str(number) for number in range(50)]

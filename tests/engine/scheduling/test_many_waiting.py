@@ -130,7 +130,7 @@ def test_room_that_the_dead_still_hold_is_taken_before_anybody_is_preempted(monk
         assert bench.ledger.reserve(seq, 16)
     bench.ledger.end(first)
     assert bench.pool.num_free == 0
-    second.token_ids += range(16)
+    second.token_ids.extend(range(16))
     assert bench.ledger.reserve(second, 32)
     assert bench.ledger.num_preemptions == 0
     bench.ledger.check_invariants()
