@@ -11,7 +11,9 @@ Then 8,000 sequences come one after the other, which share a prefix that another
 the scheduler for all of them (`harness/arrivals.py`).
 Then one request asks for 256 choices of a prompt of 131,072 tokens: the longest turn of an event loop, at the ingress
 and at the worker, which is a process whose steps compute nothing (`harness/choices.py`).
-Goals: packing under 2 ms, planning under 1 ms, 8,000 arrivals under 500 ms, no turn of a loop over 20 ms.
+Before all that a process connects to another one 2,000 times, as to so many peers (`harness/many_peers.py`).
+Goals: packing under 2 ms, planning under 1 ms, 8,000 arrivals under 500 ms, no turn of a loop over 20 ms, no descriptor
+left of 2,000 peers.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from harness.arrivals import arrivals
 from harness.choices import choices_ms
+from harness.many_peers import peers_figures
 from harness.models import model_directory
 from harness.report import goal, parser, record
 
@@ -48,6 +51,7 @@ from messages.request import SamplingParams
 NUM_SEQUENCES = 256
 NUM_TOKENS = 131_072
 BLOCK_SIZE = 16
+NUM_PEERS = 2_000
 #: Milliseconds, by figure.
 GOALS = {
     "packing 256 decodes at 131 k tokens": 2.0,
@@ -138,6 +142,8 @@ def long_sequences(num_steps: int) -> dict[str, list[float]]:
 def main() -> None:
     options = parser(__doc__, "scale", quick="a fifth of the steps").parse_args()
     torch.set_num_threads(1)
+    peers = peers_figures(NUM_PEERS)
+    print(f"{NUM_PEERS} peers: " + ", ".join(f"{name} {figure:.3g}" for name, figure in peers.items()))
     taken = long_sequences(100 if options.quick else 500)
     taken["adding 8,000 that share a prefix in flight"] = arrivals(8000, 2 if options.quick else 5)
     for turns in [choices_ms(256, NUM_TOKENS) for _ in range(1 if options.quick else 3)]:
@@ -147,10 +153,12 @@ def main() -> None:
     print(f"{'ms':50} {'median':>8} {'largest':>8}")
     for name, figure in figures.items():
         print(f"{name:50} {figure['median_ms']:8.2f} {figure['max_ms']:8.2f}")
+    figures["peers"] = peers
     if options.record:
         record("scale", figures, torch=torch.__version__)
     for name, under_ms in GOALS.items():
         print(goal(name, figures[name]["median_ms"], under=under_ms, unit=" ms"))
+    print(goal(f"peers of one process, of {NUM_PEERS}: descriptors left", peers["descriptors left"], under=1))
 
 
 if __name__ == "__main__":
