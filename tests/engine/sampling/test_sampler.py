@@ -253,7 +253,10 @@ def test_state_kept_between_steps_changes_nothing():
         {"repetition_penalty": 1.1, "frequency_penalty": -0.2, "presence_penalty": 0.7},
     ],
 )
-def test_penalties_that_grow_with_their_tokens_are_those_of_the_formula_bit_for_bit(values):
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_penalties_that_grow_with_their_tokens_are_those_of_the_formula_bit_for_bit(monkeypatch, has_kernels, values):
+    if not has_kernels:
+        monkeypatch.setattr(sampler_module, "load_kernels", lambda: None)
     rng = np.random.default_rng(0)
     history = rng.integers(0, 500, 600).tolist()
     penalties = None
