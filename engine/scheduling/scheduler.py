@@ -459,7 +459,10 @@ class Scheduler:
     def _begin_step(self, out: list[Instruction]) -> None:
         if self._step is not None:
             raise InvariantError("a step is wanted while one runs")
+        num_preemptions = self._ledger.num_preemptions
         step = self._planner.plan()
+        if self._ledger.num_preemptions > num_preemptions:
+            self._look_again_s = -math.inf  # seniors of whoever comes next wait again
         if not step:
             return
         self._step = step

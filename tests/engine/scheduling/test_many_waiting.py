@@ -197,3 +197,14 @@ def test_a_pool_is_as_it_was_when_all_have_gone():
     bench.finish()
     assert bench.run().keys() == {"writer", *(f"s{number}" for number in range(7))}
     assert (bench.pool.num_used, bench.scheduler._ledger.in_flight) == (0, {})
+
+
+def test_who_comes_does_not_overtake_one_that_was_preempted():
+    bench = Bench(num_blocks=12, max_num_seqs=4)
+    bench.add("old", 20, max_tokens=40)
+    bench.add("young", 20, max_tokens=40)
+    while bench.start() and not bench.scheduler._ledger.num_preemptions:
+        bench.finish()
+    assert [seq.seq_id for seq in bench.scheduler._ledger.waiting] == ["young"]
+    bench.add("next", 9)
+    assert "next" not in bench.scheduler._ledger.running
