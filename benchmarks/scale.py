@@ -1,7 +1,7 @@
-"""Milliseconds that a step of many long sequences takes outside the forward pass: planning it and packing it.
+"""What grows with the number of sequences, of their tokens, of peers: milliseconds of whoever decides.
 
-    python benchmarks/scale.py              500 steps
-    python benchmarks/scale.py --quick      100 steps, about 20 s
+    python benchmarks/scale.py              500 steps, a few minutes
+    python benchmarks/scale.py --quick      100 steps, fewer repeats
     python benchmarks/scale.py --record     also append to benchmarks/results/scale.jsonl
 
 256 sequences of 131,072 tokens share all blocks but their last and generate. A scheduler plans their steps, a runner
@@ -11,7 +11,13 @@ Then a router comes to 40 workers of another process, each of which holds 100,00
 until it is in step, and the longest turn of its loop meanwhile (`harness/restarted_router.py`).
 Then what 1,000 workers with 256 sequences each tell a router of their load in a second, and its processor time for it,
 in simulated time (`harness/load_reports.py`).
-Goals: packing under 2 ms, planning under 1 ms; in step within 3 s, no turn over 20 ms; reports under 5 MB/s.
+Then 8,000 sequences come one after the other, which share a prefix that another one is computing: processor time of
+the scheduler for all of them (`harness/arrivals.py`).
+Then one request asks for 256 choices of a prompt of 131,072 tokens: the longest turn of an event loop, at the ingress
+and at the worker, which is a process whose steps compute nothing (`harness/choices.py`).
+Before all that a process connects to another one 2,000 times, as to so many peers (`harness/many_peers.py`).
+Goals: packing under 2 ms, planning under 1 ms; in step within 3 s; reports under 5 MB/s; 8,000 arrivals under 500 ms;
+no turn of a loop over 20 ms; no descriptor left of 2,000 peers.
 """
 
 from __future__ import annotations
@@ -21,7 +27,10 @@ from statistics import median
 
 import numpy as np
 import torch
+from harness.arrivals import arrivals
+from harness.choices import choices_ms
 from harness.load_reports import load_reports
+from harness.many_peers import peers_figures
 from harness.models import model_directory
 from harness.report import goal, parser, record
 from harness.restarted_router import restart_ms
@@ -49,12 +58,16 @@ NUM_SEQUENCES = 256
 NUM_TOKENS = 131_072
 BLOCK_SIZE = 16
 MAX_REPORTS_MB = 5.0  #: a second
+NUM_PEERS = 2_000
 #: Milliseconds, by figure.
 GOALS = {
     "packing 256 decodes at 131 k tokens": 2.0,
     "planning 256 decodes at 131 k tokens": 1.0,
     "router restarted, 40 x 100 k blocks: in step": 3000.0,
     "router restarted, 40 x 100 k blocks: longest turn": 20.0,
+    "adding 8,000 that share a prefix in flight": 500.0,
+    "worker's longest turn, n = 256 at 131 k tokens": 20.0,
+    "ingress' longest turn, n = 256 at 131 k tokens": 20.0,
 }
 
 
@@ -138,22 +151,30 @@ def long_sequences(num_steps: int) -> dict[str, list[float]]:
 def main() -> None:
     options = parser(__doc__, "scale", quick="a fifth of the steps").parse_args()
     torch.set_num_threads(1)
+    peers = peers_figures(NUM_PEERS)
+    print(f"{NUM_PEERS} peers: " + ", ".join(f"{name} {figure:.3g}" for name, figure in peers.items()))
     taken = long_sequences(100 if options.quick else 500)
     for restart in [restart_ms(40, 100_000) for _ in range(1 if options.quick else 5)]:
         for what, taken_ms in restart.items():
             taken.setdefault(f"router restarted, 40 x 100 k blocks: {what}", []).append(taken_ms)
+    taken["adding 8,000 that share a prefix in flight"] = arrivals(8000, 2 if options.quick else 5)
+    for turns in [choices_ms(256, NUM_TOKENS) for _ in range(1 if options.quick else 3)]:
+        for whose, turn_ms in turns.items():
+            taken.setdefault(f"{whose} longest turn, n = 256 at 131 k tokens", []).append(turn_ms)
     figures = {name: {"median_ms": median(times), "max_ms": max(times)} for name, times in taken.items()}
-    print(f"{'ms a step':50} {'median':>8} {'largest':>8}")
+    print(f"{'ms':50} {'median':>8} {'largest':>8}")
     for name, figure in figures.items():
         print(f"{name:50} {figure['median_ms']:8.2f} {figure['max_ms']:8.2f}")
     reports = load_reports(1000)
     for what, amount in reports.items():
         print(f"{'load reports of 1,000 workers a second: ' + what:50} {amount:8.2f}")
+    figures["peers"] = peers
     if options.record:
         record("scale", figures | {"load reports of 1,000 workers a second": reports}, torch=torch.__version__)
     for name, under_ms in GOALS.items():
         print(goal(name, figures[name]["median_ms"], under=under_ms, unit=" ms"))
     print(goal("load reports of 1,000 workers", reports["MB"], under=MAX_REPORTS_MB, unit=" MB/s"))
+    print(goal(f"peers of one process, of {NUM_PEERS}: descriptors left", peers["descriptors left"], under=1))
 
 
 if __name__ == "__main__":

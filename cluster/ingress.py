@@ -110,6 +110,7 @@ class Ingress:
             callers=callers(self._config),
             limits=HttpLimits(
                 max_body_bytes=http.max_body_bytes,
+                max_tokenize_bytes=http.max_tokenize_bytes,
                 max_choices=http.max_choices,
                 grammar_timeout_s=http.grammar_timeout_s,
                 uses_priority=http.client_priority == "use",

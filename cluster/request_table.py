@@ -50,7 +50,7 @@ from kvcache.names import TOKEN_BYTES, block_names, pack_tokens
 from kvrouter.fallback import OwnQueues, choose
 from messages.errors import CapacityError, InvariantError, KvrayError, WorkerError, error_from_info
 from messages.fleet import WorkerInfo
-from messages.request import SUSPECT_TOKENS, CancelRequest, GenerateRequest
+from messages.request import SUSPECT_TOKENS, CancelRequest, Choice, GenerateRequest
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import TokenChunk
 
@@ -381,13 +381,18 @@ class RequestTable:
         self._num_sequences[request.worker_id] += len(request.sequences)
         assert request.route is not None
         self._queues.add(msgspec.structs.replace(request.route, request_id=request.request_id), placement)
-        for sequence in request.sequences.values():
-            sequence.placed_id = _placed_id(sequence)
-            self._placed[sequence.placed_id] = sequence
+        for choices in _by_prompt(request):
+            for sequence in choices:
+                sequence.placed_id = _placed_id(sequence)
+                self._placed[sequence.placed_id] = sequence
+            first, *others = choices
             message = msgspec.structs.replace(
-                sequence.asked,
-                request_id=sequence.placed_id,
-                token_ids=sequence.asked.token_ids + pack_tokens(sequence.token_ids),
+                first.asked,
+                request_id=_placed_id(first),
+                token_ids=first.asked.token_ids + pack_tokens(first.token_ids),
+                others=tuple(
+                    Choice(_placed_id(one), one.asked.params.choice, pack_tokens(one.token_ids)) for one in others
+                ),
                 prefill_worker=placement.prefill_worker,
                 prefill_address=placement.prefill_address,
                 prefill_s=placement.prefill_s,
@@ -484,6 +489,22 @@ class RequestTable:
         self._num_moved += 1
         out.append(Warn(f"request {request.request_id} is placed anew: {error.message}"))
         self._place(request, now_s, out)
+
+
+def _by_prompt(request: _Request) -> list[list[_Sequence]]:
+    """Return the choices of each prompt of a request; those of one prompt are neighbours."""
+    found: list[list[_Sequence]] = []
+    for sequence in request.sequences.values():
+        if found and _is_choice_beside(sequence.asked, found[-1][0].asked):
+            found[-1].append(sequence)
+        else:
+            found.append([sequence])
+    return found
+
+
+def _is_choice_beside(one: GenerateRequest, other: GenerateRequest) -> bool:
+    params = msgspec.structs.replace(one.params, choice=other.params.choice)
+    return msgspec.structs.replace(one, request_id=other.request_id, params=params) == other
 
 
 def _suspect(request: _Request) -> None:

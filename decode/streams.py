@@ -7,14 +7,15 @@ for how long, is `engine.loans`' business.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 import msgspec
 
 from engine.scheduling.plan import AskRemote, EmitTokens, SequenceSpec
-from kvcache.names import unpack_tokens
+from kvcache.names import TOKEN_BYTES, token_array
 from messages.errors import InvariantError
 from messages.handoff import PrefillRequest
 from messages.request import GenerateRequest
@@ -140,28 +141,20 @@ class StreamBook:
             raise InvariantError(f"streams {sorted(self._streams)} and sequences {sorted(held)} are not the same")
 
     def _open(self, event: Requested, now_s: float) -> list[StreamInstruction]:
-        """Begin a stream: read path step 3."""
-        request = event.request
-        if request.request_id in self._streams:
-            return []  # it came twice
-        token_ids = unpack_tokens(request.token_ids)
-        self._streams[request.request_id] = _Stream(event.ingress, request, len(token_ids) - request.num_prompt_tokens)
-        spec = SequenceSpec(
-            seq_id=request.request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=request.num_prompt_tokens,
-            params=request.params,
-            salt=request.salt,
-            tenant=request.tenant,
-            hints=request.hints,
-            priority=request.priority,
-            deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
-            remote_s=_remote_s(event),
-            remote_source=request.prefill_address or "",
-            held=request.held,
-            is_suspect=request.is_suspect,
-        )
-        return [BeginSequence(spec)]
+        """Begin a stream for each choice: read path step 3."""
+        num_prompt_bytes = TOKEN_BYTES * event.request.num_prompt_tokens
+        prompt = token_array(event.request.token_ids[:num_prompt_bytes])
+        begun: list[StreamInstruction] = []
+        for request in each_choice(event.request):
+            if request.request_id in self._streams:
+                continue  # it came twice
+            generated = token_array(request.token_ids[num_prompt_bytes:])
+            self._streams[request.request_id] = _Stream(event.ingress, request, len(generated))
+            token_ids = prompt + generated if generated else prompt  # shared by those that begin
+            begun.append(
+                BeginSequence(_spec_of(request, token_ids, _remote_s(request, can_pull=event.can_pull), now_s))
+            )
+        return begun
 
     def _cancel(self, request_id: str) -> list[StreamInstruction]:
         if self._streams.pop(request_id, None) is None:
@@ -202,13 +195,44 @@ class StreamBook:
         return [AskPrefill(stream.request.prefill_address, message)]
 
 
-def _remote_s(event: Requested) -> float | None:
+def each_choice(request: GenerateRequest) -> Iterator[GenerateRequest]:
+    """Yield a request for each of the choices that `request` is about; those that begin share their tokens."""
+    yield msgspec.structs.replace(request, others=())
+    prompt = request.token_ids[: TOKEN_BYTES * request.num_prompt_tokens]
+    for other in request.others:
+        yield msgspec.structs.replace(
+            request,
+            request_id=other.request_id,
+            token_ids=prompt + other.token_ids,
+            params=msgspec.structs.replace(request.params, choice=other.choice),
+            others=(),
+        )
+
+
+def _spec_of(request: GenerateRequest, token_ids: array[int], remote_s: float | None, now_s: float) -> SequenceSpec:
+    return SequenceSpec(
+        seq_id=request.request_id,
+        token_ids=token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        params=request.params,
+        salt=request.salt,
+        tenant=request.tenant,
+        hints=request.hints,
+        priority=request.priority,
+        deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
+        remote_s=remote_s,
+        remote_source=request.prefill_address or "",
+        held=request.held,
+        is_suspect=request.is_suspect,
+    )
+
+
+def _remote_s(request: GenerateRequest, *, can_pull: bool) -> float | None:
     """Return in how many seconds the prefill worker's KV will lie here: as predicted, or never (infinite).
 
     None where no prefill worker was named.
     """
-    request = event.request
     if request.prefill_address is None or request.is_suspect:  # one worker at a time is enough for it
         return None
     is_of_use = request.params.prompt_logprobs is None  # another worker's prefill does not give them
-    return request.prefill_s if event.can_pull and is_of_use else math.inf
+    return request.prefill_s if can_pull and is_of_use else math.inf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, assert_never
 
@@ -38,6 +39,7 @@ from transport.secret import ClusterSecret
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.05
+_TURN_S = 0.005  #: for which sequences begin or end in one turn of the loop: long ones take some milliseconds each
 
 
 class DecodeWorker:
@@ -62,6 +64,8 @@ class DecodeWorker:
         """
         self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults, find_cache)
         self._book = StreamBook()
+        self._todo: deque[BeginSequence | CancelSequence] = deque()
+        self._doing: asyncio.Task[None] | None = None  #: what is left of `_todo`
 
     async def start(self) -> WorkerInfo:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
@@ -122,16 +126,37 @@ class DecodeWorker:
                 match instruction:
                     case Reply(ingress, chunk):
                         replies.setdefault(ingress, []).append(chunk)
-                    case BeginSequence(spec):
-                        self._begin(spec)
-                    case CancelSequence(request_id):
-                        self._worker.post(SequenceCancelled(request_id))
+                    case BeginSequence() | CancelSequence():
+                        self._todo.append(instruction)
                     case AskPrefill(source, message):
                         self._worker.borrower.decide(PromptWanted(source, message))
                     case _ as unreachable:
                         assert_never(unreachable)
         for ingress, chunks in replies.items():
             self._worker.send(ingress, TokenBatch(chunks=chunks))
+        if self._todo and self._doing is None:
+            self._do_some()
+            if self._todo:
+                self._doing = self._worker.spawn(self._do_the_rest())
+
+    def _do_some(self) -> None:
+        """Begin and cancel sequences for a while, in order: many choices may come, or many requests end, at once."""
+        end_s = time.monotonic() + _TURN_S
+        while self._todo:
+            match self._todo.popleft():
+                case BeginSequence(spec):
+                    if self._book.has(spec.seq_id):
+                        self._begin(spec)
+                case CancelSequence(request_id):
+                    self._worker.post(SequenceCancelled(request_id))
+            if time.monotonic() >= end_s:
+                return
+
+    async def _do_the_rest(self) -> None:
+        while self._todo:
+            await asyncio.sleep(0)
+            self._do_some()
+        self._doing = None
 
     def _begin(self, spec: SequenceSpec) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
+from kvcache.names import token_array
 from messages.errors import InvariantError
 
 
@@ -19,7 +21,7 @@ class SlotSequence:
 
     seq_id: str
     begins: SlotBegins
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
     num_blocks: int = 0
 
 
@@ -59,7 +61,7 @@ class SlotTables:
                     left.append(self._sequences[part.slot])
                 self._sequences[part.slot] = SlotSequence(part.seq_id, part.begins)
             sequence = self._sequence_of(part)
-            sequence.token_ids += part.new_token_ids
+            sequence.token_ids += token_array(part.new_token_ids)
             if part.new_block_ids:
                 begin, end = sequence.num_blocks, sequence.num_blocks + len(part.new_block_ids)
                 self._reserve(part.slot + 1, end)

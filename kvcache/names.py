@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Self
 
 NAME_BYTES = 16
 TOKEN_BYTES = 4
@@ -38,11 +39,16 @@ def unpack_tokens(token_bytes: bytes) -> list[int]:
     Raises:
         ValueError: the length is no multiple of four.
     """
+    return token_array(token_bytes).tolist()
+
+
+def token_array(token_bytes: bytes) -> array[int]:
+    """Do as `unpack_tokens`, without an object for each: lists of many are gone through by every garbage collection."""
     tokens = array("I")
     tokens.frombytes(token_bytes)
     if sys.byteorder == "big":
         tokens.byteswap()
-    return tokens.tolist()
+    return tokens
 
 
 def split_names(names: bytes) -> list[bytes]:
@@ -102,6 +108,12 @@ class BlockNamer:
             names.append(digest())
         self._pending = bytes(data[num_full_bytes:])
         return names
+
+    def copy(self) -> Self:
+        """Return a namer of another sequence that begins with the same tokens."""
+        other = object.__new__(type(self))
+        other._block_bytes, other._digest, other._pending = self._block_bytes, self._digest.copy(), self._pending
+        return other
 
 
 @lru_cache(maxsize=1024)

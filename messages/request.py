@@ -72,8 +72,16 @@ class CacheHint(msgspec.Struct, frozen=True, array_like=True):
     ttl_s: float  #: not to be evicted for so long; 0: no longer than they are
 
 
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """Another choice of a prompt: a sequence as the one that it comes with, but for these."""
+
+    request_id: str
+    choice: int  #: in its params
+    token_ids: bytes = b""  #: generated so far if it moves; packed as those of the prompt
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One sequence to generate (one choice of a client's request).
+    """One sequence to generate (one choice of a client's request), and `others` of the same prompt.
 
     `token_ids`: the prompt, then what was generated so far if the sequence moves: uint32, little endian, packed.
     """
@@ -94,6 +102,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     #: where blocks of the prompt lie, head first, as the router saw it; None: nobody knows
     held: tuple[HeldRun, ...] | None = ()
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
+    others: tuple[Choice, ...] = ()  #: a prompt is sent, named and looked at once, however many choices it has
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -15,7 +15,7 @@ from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
 from kvcache.leases import Asked, AskerLost, Failed, FreeBlocks, LeaseBook, Published, Released, Renewed, TimePassed
-from kvcache.names import unpack_tokens
+from kvcache.names import token_array
 from messages.errors import InvariantError, KvrayError, WorkerError
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 
@@ -138,7 +138,7 @@ class PublicationBook:
         request_id = request.request_id
         spec = SequenceSpec(
             seq_id=request_id,
-            token_ids=unpack_tokens(request.token_ids)[: request.num_prompt_tokens],
+            token_ids=token_array(request.token_ids)[: request.num_prompt_tokens],
             num_prompt_tokens=request.num_prompt_tokens,
             params=request.params,
             salt=request.salt,

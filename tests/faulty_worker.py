@@ -39,11 +39,12 @@ elif fault == "die":
     import signal
 
     from engine.runner import Runner
+    from kvcache.names import unpack_tokens
 
     execute = Runner.execute
 
     def execute_or_die(self, plan):
-        if any(part.seq_id != "warm-up" and 251 in part.new_token_ids for part in plan.parts):
+        if any(part.seq_id != "warm-up" and 251 in unpack_tokens(part.new_token_ids) for part in plan.parts):
             os.kill(os.getpid(), signal.SIGKILL)
         return execute(self, plan)
 

@@ -8,6 +8,7 @@ import msgspec
 
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
 from engine.scheduling.scheduler import Scheduler
+from kvcache.names import unpack_tokens
 
 
 @dataclass
@@ -41,16 +42,16 @@ class SlotMirror:
                 self._slots[part.slot] = MirroredSlot(part.seq_id, part.begins)
             mirrored = self._slots[part.slot]
             assert mirrored.seq_id == part.seq_id
-            mirrored.token_ids += part.new_token_ids
+            mirrored.token_ids += unpack_tokens(part.new_token_ids)
             mirrored.block_table += part.new_block_ids
             seq = scheduler._ledger.running[part.seq_id]
-            assert mirrored.token_ids == seq.token_ids
+            assert mirrored.token_ids == seq.token_ids.tolist()
             assert mirrored.block_table == seq.block_table[: seq.num_blocks_for(part.end)]
             assert mirrored.begins == SlotBegins(num_prompt_tokens=seq.num_prompt_tokens, params=seq.params)
         running = {seq.slot.index: seq for seq in scheduler._ledger.running.values()}
         assert max(running, default=0) < self._max_num_seqs
         for slot, mirrored in self._slots.items():
             assert running[slot].seq_id == mirrored.seq_id, "nobody stays in a slot that was left"
-            assert running[slot].token_ids[: len(mirrored.token_ids)] == mirrored.token_ids
+            assert running[slot].token_ids[: len(mirrored.token_ids)].tolist() == mirrored.token_ids
             assert running[slot].block_table[: len(mirrored.block_table)] == mirrored.block_table
         return plan

@@ -11,6 +11,7 @@ from engine.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
 from engine.scheduling.slots import Slot, SlotPool
+from kvcache.names import pack_tokens
 from messages.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1_000_000, temperature=0.0)
@@ -69,7 +70,7 @@ class Bench:
         if slot is None:
             slot = sequence.slot = self.slots.take()
             begins = SlotBegins(num_prompt_tokens=sequence.num_prompt_tokens, params=params)
-        new_token_ids = tuple(sequence.token_ids[slot.num_told_tokens :])
+        new_token_ids = pack_tokens(sequence.token_ids[slot.num_told_tokens :])
         new_block_ids = tuple(sequence.blocks[slot.num_told_blocks :])
         slot.num_told_tokens, slot.num_told_blocks = len(sequence.token_ids), len(sequence.blocks)
         return SequenceStep(

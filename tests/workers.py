@@ -17,7 +17,7 @@ from engine.scheduling.plan import StepPlan, StepResult
 from engine.worker import FindCache, WorkerOptions
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats, WorkerInfo
-from messages.request import CancelRequest, GenerateRequest, HeldRun, SamplingParams
+from messages.request import CancelRequest, Choice, GenerateRequest, HeldRun, SamplingParams
 from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
 from prefill.worker import PrefillWorker
@@ -82,12 +82,13 @@ class Ingress:
         prompt: Sequence[int],
         generated: Sequence[int] = (),
         held: tuple[HeldRun, ...] | None = (),
+        others: tuple[Choice, ...] = (),
         **params: object,
     ) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
         values = {"max_tokens": 16, "temperature": 0.0, **params}
         prefill = self.prefill
-        self.answers[request_id] = Answer()
+        self.answers |= {asked: Answer() for asked in (request_id, *(other.request_id for other in others))}
         self.client.send(
             GenerateRequest(
                 request_id=request_id,
@@ -97,6 +98,7 @@ class Ingress:
                 prefill_worker=None if prefill is None else prefill.worker_id,
                 prefill_address=None if prefill is None else prefill.address,
                 held=held,
+                others=others,
             )
         )
         return self.answers[request_id]

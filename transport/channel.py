@@ -20,6 +20,7 @@ import errno
 import hmac
 import logging
 import math
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +47,10 @@ _MAX_MESSAGES_PER_TURN = 256  #: then others on the loop have their turn
 _TURN_S = 0.005  #: the same, for messages that take long
 _PROBE_DELAYS_S = (0.005, 0.05)  #: the monitor reports a disconnection just before the socket knows of it
 _NO_RECONNECT_MS = 24 * 3600 * 1000  #: -1 would drop what was received but not yet read
+#: For a client three sockets of ZeroMQ, two of them to hear what becomes of its connection, and four descriptors. A
+#: context has 1,023 sockets unless more are asked for, a process often 1,024 descriptors.
+_MAX_SOCKETS = 65_535
+_MAX_DESCRIPTORS = 131_072
 _PONG = encode(Pong())
 _PING = encode(Ping())
 
@@ -85,6 +90,7 @@ class ChannelServer:
         Raises:
             ConfigError: nothing can be bound there.
         """
+        _raise_limit()
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_peer_lost = on_peer_lost
@@ -252,7 +258,8 @@ class ChannelClient:
     """The connecting side. `on_message`, `on_lost(reason)` and `on_ready` are called on the loop.
 
     `on_ready` comes once, at the server's first answer; `on_lost` once, except after `close`. Lost is for good: whoever
-    wants the server back makes a new client, after a pause.
+    wants the server back makes a new client, after a pause. So is what cannot be connected to, as where the process has
+    too many peers already: its limits, and who ran into them, are in the reason.
     """
 
     def __init__(
@@ -273,29 +280,19 @@ class ChannelClient:
         self._config = config
         self._silent_beats = 0
         self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        _configure(self._socket, config)
-        key_id, _, endpoint = address.removeprefix("tcp://").rpartition("@")
-        common = secret.known_as(key_id)
-        keys = (common or secret).client_keys()
-        self._socket.setsockopt(zmq.CURVE_SERVERKEY, (common or secret).server_keys().public)
-        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
-        self._socket.setsockopt(zmq.IPV6, "[" in address)
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED
-            | zmq.EVENT_CLOSED
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        )
-        self._inbox = _Inbox(self._loop, self._socket, self._receive)
-        self._monitor_inbox = _Inbox(self._loop, self._monitor, self._notice_event)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._inboxes: list[_Inbox] = []
         self._connect_timer = self._loop.call_later(config.connect_timeout_s, self._give_up_connecting)
         self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
+        key_id, _, endpoint = address.removeprefix("tcp://").rpartition("@")
+        common = secret.known_as(key_id)
         if common is None and key_id:
             self._lose(f"it has another cluster secret (key id {key_id}, here {secret.key_id})")
+            return
+        try:
+            self._open(common or secret, is_ipv6="[" in address)
+        except zmq.ZMQError as error:
+            self._lose(_no_room(error.strerror))
             return
         try:
             self._socket.connect(f"tcp://{endpoint}")
@@ -303,6 +300,32 @@ class ChannelClient:
             self._lose(f"no address to connect to: {address!r} ({error})")
         else:
             self._send(_PING)
+
+    def _open(self, secret: ClusterSecret, *, is_ipv6: bool) -> None:
+        """Open the socket, and the one that tells what becomes of its connection."""
+        _raise_limit()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)  # counts before its first socket
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self._sockets.append(self._socket)
+        _configure(self._socket, self._config)
+        keys = secret.client_keys()
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, secret.server_keys().public)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
+        self._socket.setsockopt(zmq.IPV6, is_ipv6)
+        monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        self._sockets.append(monitor)
+        self._inbox = _Inbox(self._loop, self._socket, self._receive)
+        self._inboxes += [self._inbox, _Inbox(self._loop, monitor, self._notice_event)]
 
     @property
     def is_ready(self) -> bool:
@@ -351,6 +374,10 @@ class ChannelClient:
             self._lose("disconnected")
         elif event == zmq.EVENT_CLOSED:
             self._lose("connection refused")
+        elif event == zmq.EVENT_CONNECT_RETRIED:  # alone: none was begun
+            self._lose(_no_room("no connection was begun"))
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._lose("handshake failed: it hung up, without the same cluster secret, or room for another peer")
         else:
             self._lose("handshake failed: it does not have the same cluster secret")
 
@@ -382,11 +409,12 @@ class ChannelClient:
             return
         self._beat_timer.cancel()
         self._connect_timer.cancel()
-        self._inbox.close()
-        self._monitor_inbox.close()
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close(linger=_LINGER_MS)
+        for inbox in self._inboxes:
+            inbox.close()
+        if len(self._sockets) > 1:
+            self._socket.disable_monitor()
+        for socket in reversed(self._sockets):
+            socket.close(linger=_LINGER_MS if socket is self._socket else 0)
 
 
 class _Inbox:
@@ -445,6 +473,22 @@ class _Inbox:
         self._is_poked = False
         if not self._is_closed:
             self.drain()
+
+
+def _raise_limit() -> None:
+    """Have the process allowed as many file descriptors as it may allow itself, and peers may need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _no_room(why: str | None) -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"this process has no room for another peer: {why}; each takes four of its {limit} file descriptors (ulimit -n)"
+        f" and three of {_MAX_SOCKETS} sockets"
+    )
 
 
 def _configure(socket: zmq.Socket[bytes], config: ChannelConfig) -> None:

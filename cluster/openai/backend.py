@@ -84,6 +84,7 @@ class HttpLimits:
     """The most that one client may ask for."""
 
     max_body_bytes: int = 32 * 1024 * 1024
+    max_tokenize_bytes: int = 768 * 1024  #: of a text that is only to be encoded, in UTF-8
     max_choices: int = 128  #: n
     max_sequences: int = 1024  #: prompts of one request times n
     max_stop_strings: int = 32

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from cluster.openai.conversation import rendered, template_tools
-from cluster.openai.errors import bad_field
+from cluster.openai.prompts import check_token_ids
 from cluster.openai.protocol import DetokenizeRequest, TokenizeRequest
 from cluster.openai.replies import DetokenizeReply, TokenizeReply
 from cluster.openai.surface import Surface
@@ -18,17 +18,18 @@ async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
     """Return the token ids of a prompt, or of messages rendered by the chat template, as a JSON reply.
 
     Raises:
-        RequestError: neither or both of them are given, or a text is refused.
+        RequestError: neither or both of them are given, or a text is refused: unread if it takes too much memory.
     """
     surface.check_model(fields.model)
     if (fields.prompt is None) == (fields.messages is None):
         raise RequestError("prompt: want either prompt or messages", param="prompt", code="invalid_value")
     if fields.messages is None:
-        text, adds_special = fields.prompt or "", fields.add_special_tokens is not False
+        param, text, adds_special = "prompt", fields.prompt or "", fields.add_special_tokens is not False
     else:
         tools = template_tools(fields.tools) if fields.tools else None
-        text = rendered(surface.tokenizer, fields.messages, fields, tools)
+        param, text = "messages", rendered(surface.tokenizer, fields.messages, fields, tools)
         adds_special = bool(fields.add_special_tokens)
+    _check_bytes(param, text, surface.limits.max_tokenize_bytes)
     token_ids = await surface.encode(text, add_special_tokens=adds_special)
     token_strs = None
     if fields.return_token_strs:
@@ -44,11 +45,25 @@ async def detokenize(surface: Surface, fields: DetokenizeRequest) -> bytes:
     """Return the text of token ids, special tokens included, as a JSON reply.
 
     Raises:
-        RequestError: an id is outside the vocabulary.
+        RequestError: an id is outside the vocabulary, or there are more than the model's context holds.
     """
     surface.check_model(fields.model)
-    for index, token_id in enumerate(fields.tokens):
-        if token_id >= surface.model.vocab_size:
-            raise bad_field(f"tokens[{index}]", token_id, f"a token id from 0 to {surface.model.vocab_size - 1}")
+    if len(fields.tokens) > surface.model.max_model_len:
+        wanted = f"at most {surface.model.max_model_len}, which the model's context holds"
+        raise RequestError(
+            f"tokens: got {len(fields.tokens)} tokens, want {wanted}", param="tokens", code="invalid_value"
+        )
+    if fields.tokens:
+        check_token_ids("tokens", fields.tokens, surface.model.vocab_size)
     text = await asyncio.to_thread(surface.tokenizer.decode, fields.tokens, skip_special_tokens=False)
     return msgspec.json.encode(DetokenizeReply(text))
+
+
+def _check_bytes(param: str, text: str, max_bytes: int) -> None:
+    if len(text) > max_bytes or len(text.encode(errors="replace")) > max_bytes:
+        raise RequestError(
+            f"{param}: got {len(text)} characters, want at most {max_bytes} bytes of UTF-8 (http.max_tokenize_bytes)",
+            param=param,
+            code="request_too_large",
+            status=413,
+        )

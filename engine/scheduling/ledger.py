@@ -6,8 +6,8 @@ it ends, whatever became of the sequence meanwhile.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter
+from bisect import bisect_left, insort
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -19,6 +19,9 @@ from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 from messages.request import Copy
 from messages.tier import Tier
+
+#: Blocks of ended sequences that are given back at once; the rest waits for the next event, or until it is wanted.
+_MAX_GIVEN_BACK = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class SequenceLedger:
         self.pulling: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.dying: list[Sequence] = []  #: ended, with blocks that the running step uses
+        self.dead: deque[Sequence] = deque()  #: ended, with blocks that are still to be given back
+        self._num_given_back = 0  # blocks of ended sequences, in this event
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
         self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
@@ -53,6 +58,18 @@ class SequenceLedger:
         self.num_pulled_tokens = 0
         self.num_computed_tokens = 0
 
+    def stats(self) -> dict[str, int]:
+        """Return the counters since the start, by name."""
+        return {
+            "num_preemptions": self.num_preemptions,
+            "num_prompt_tokens_device": self.num_device_tokens,
+            "num_prompt_tokens_peer": self.num_pulled_tokens + self.num_loaded_tokens["device"],
+            "num_prompt_tokens_host": self.num_loaded_tokens["host"],
+            "num_prompt_tokens_disk": self.num_loaded_tokens["disk"],
+            "num_prompt_tokens_remote": self.num_loaded_tokens["remote"],
+            "num_prompt_tokens_computed": self.num_computed_tokens,
+        }
+
     # --------------------------------------------------------------------------------------------------------- phases
 
     def enqueue(self, seq: Sequence) -> None:
@@ -60,9 +77,13 @@ class SequenceLedger:
         self.sequences[seq.seq_id] = seq
         insort(self.waiting, seq, key=_seniority)
 
+    def position(self, seq: Sequence) -> int:
+        """Return where in the queue a waiting sequence is."""
+        return bisect_left(self.waiting, seq.seniority, key=_seniority)
+
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Move `seq` from waiting to running; the blocks in `matched`, the head of its prefix, are reused."""
-        self.waiting.remove(seq)
+        del self.waiting[self.position(seq)]
         self.pool.pin(matched)
         seq.block_table = matched
         seq.num_computed = len(matched) * seq.block_size
@@ -73,6 +94,7 @@ class SequenceLedger:
             for index in seq.brought.keys() & range(len(matched)):
                 seq.num_device_tokens -= seq.num_prompt_tokens_of(index)
                 self._count_found(seq, index)
+        seq.first_in_flight = len(matched)
         for name in seq.names[len(matched) :]:
             self.in_flight.setdefault(name, seq)
         self._begin_running(seq)
@@ -193,7 +215,7 @@ class SequenceLedger:
     def keep(self, seq: Sequence) -> None:
         """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
         self._stop_running(seq)
-        self._forget_in_flight(seq, 0, len(seq.names))
+        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
         seq.phase = Phase.KEPT
 
     def preempt(self, seq: Sequence) -> None:
@@ -203,7 +225,7 @@ class SequenceLedger:
             self._drop_tail(seq, seq.num_blocks_for(seq.num_computed))
         self._stop_running(seq)
         seq.extend_names()
-        self._forget_in_flight(seq, 0, len(seq.names))
+        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
         self._give_back(seq)
         seq.num_computed = seq.planned_end = 0
         seq.num_offered_blocks = 0
@@ -237,7 +259,7 @@ class SequenceLedger:
             self._drop_tail(seq, seq.num_blocks_for(max(seq.num_computed, seq.planned_end)) if seq.is_in_step else 0)
         match seq.phase:
             case Phase.WAITING:
-                self.waiting.remove(seq)
+                del self.waiting[self.position(seq)]
                 self.end_intake(seq.seq_id, [])
             case Phase.PULLING:
                 del self.pulling[seq.seq_id]
@@ -250,17 +272,30 @@ class SequenceLedger:
             case _ as unreachable:
                 assert_never(unreachable)
         seq.phase = Phase.ENDED
-        self._forget_in_flight(seq, 0, len(seq.names))
+        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
         if seq.is_in_step:
             self.dying.append(seq)
         else:
-            self._give_back(seq)
+            self._bury(seq)
 
     def bury(self) -> None:
         """Give back the blocks of ended sequences that the step used which has just ended."""
         for seq in self.dying:
-            self._give_back(seq)
+            self._bury(seq)
         self.dying.clear()
+
+    def begin_event(self) -> None:
+        """Give back what earlier events left, as far as one event does: many may end at once, with long tables each."""
+        self._num_given_back = 0
+        for _ in range(len(self.dead)):
+            self._bury(self.dead.popleft())
+
+    def _bury(self, seq: Sequence) -> None:
+        if self._num_given_back < _MAX_GIVEN_BACK:
+            self._num_given_back += len(seq.block_table)
+            self._give_back(seq)
+        else:
+            self.dead.append(seq)
 
     def _begin_running(self, seq: Sequence) -> None:
         seq.slot = self.slots.take()
@@ -287,6 +322,9 @@ class SequenceLedger:
         if num_lacking <= 0:
             return True
         while self.pool.num_free < num_lacking:
+            if self.dead:
+                self._give_back(self.dead.popleft())
+                continue
             victim = max((s for s in self.running.values() if s.block_table), key=_seniority, default=seq)
             if victim.seniority <= seq.seniority:
                 return False
@@ -405,7 +443,7 @@ class SequenceLedger:
         _require(len(slots) == len(self.running) and self.slots.is_whole(slots), "who runs has a slot of its own")
         _require(self.waiting == sorted(self.waiting, key=_seniority), "the queue is in order")
         pins = [0] * self.pool.num_blocks
-        for seq in [*self.sequences.values(), *self.dying]:
+        for seq in [*self.sequences.values(), *self.dying, *self.dead]:
             for block_id in seq.block_table:
                 pins[block_id] += 1
         for targets in self.orphans.values():

@@ -7,6 +7,7 @@ scheduler goes on to change is not in them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -24,7 +25,9 @@ class SequenceSpec:
     """A sequence to run, as it is handed to the scheduler."""
 
     seq_id: str
-    token_ids: list[int]  #: the prompt, then what was generated so far (a sequence that moved); copied
+    #: the prompt, then what was generated so far (a sequence that moved); copied. Choices of one prompt that come one
+    #: after the other share the list: it is looked at and named once
+    token_ids: Sequence[int]
     num_prompt_tokens: int
     params: SamplingParams
     salt: bytes = b""
@@ -365,7 +368,7 @@ class SequenceStep:
     kind: Literal["prefill", "decode"]
     start: int
     num_tokens: int
-    new_token_ids: tuple[int, ...] = ()
+    new_token_ids: bytes = b""  #: packed, as in a GenerateRequest
     new_block_ids: tuple[int, ...] = ()
     is_sampled: bool  #: the last token's logits give the next token
     wants_prompt_logprobs: bool = False

@@ -21,8 +21,8 @@ class Bounds(NamedTuple):
     vocab_size: int  #: token ids are below it
 
 
-def refusal(spec: SequenceSpec, bounds: Bounds) -> KvrayError | None:
-    """Return why a sequence can never run within `bounds`; None where it can."""
+def refusal(spec: SequenceSpec, bounds: Bounds, *, knows_tokens: bool = False) -> KvrayError | None:
+    """Return why a sequence can never run within `bounds`; None where it can. `knows_tokens`: one with these runs."""
     num_prompt, num_tokens = spec.num_prompt_tokens, len(spec.token_ids)
     if not 1 <= num_prompt <= num_tokens:
         return RequestError(
@@ -42,7 +42,7 @@ def refusal(spec: SequenceSpec, bounds: Bounds) -> KvrayError | None:
             code="context_length_exceeded",
             status=400,
         )
-    largest = max(spec.token_ids)
+    largest = 0 if knows_tokens else max(spec.token_ids)
     if largest >= bounds.vocab_size:
         return RequestError(
             f"the prompt has token {largest}; the model's vocabulary ends at {bounds.vocab_size - 1}",

@@ -12,6 +12,8 @@ their end, `prefetches` has made ready what those that wait will load.
 from __future__ import annotations
 
 import heapq
+import math
+import sys
 from collections.abc import Callable
 from itertools import count
 from typing import assert_never
@@ -51,6 +53,7 @@ from engine.scheduling.plan import (
     TimePassed,
 )
 from engine.scheduling.prefetches import Prefetches
+from engine.scheduling.prompt_names import PromptNames
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
 from engine.scheduling.remote_pulls import count_peer_tokens
 from engine.scheduling.room import Room
@@ -58,17 +61,17 @@ from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.sourcing import Sourcing
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
-from kvcache.names import BlockNamer
 from kvcache.pool import BlockPool
 from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy
-from messages.stream import FinishReason
 from text.grammar import CompiledGrammar
 
 #: Sequences that are looked at in vain, at most, before steps go on.
 _MAX_PASSED = 32
+#: Blocks of sequences that are looked at, at most, before other events are: some 5 ms.
+_MAX_LOOKED_AT = 16_384
 
 
 class Scheduler:
@@ -88,11 +91,11 @@ class Scheduler:
     ) -> None:
         self._config = config
         self._pool = pool
-        self._fingerprint = fingerprint
         self._max_model_len = min(config.max_model_len, pool.num_blocks * pool.block_size)
         self._bounds = Bounds(config.max_model_len, self._max_model_len, config.vocab_size)
         self.cost = cost or StepCost()  #: what steps were measured to cost; a successor may begin with it
         self.lateness = Lateness()
+        self._prompt_names = PromptNames(fingerprint, pool.block_size)
         self._ledger = SequenceLedger(pool)
         self._backlog = Backlog(self._ledger, self.cost)
         self._room = Room(self._ledger, self._backlog, config.max_num_seqs, config.watermark)
@@ -117,6 +120,7 @@ class Scheduler:
         self._step: list[tuple[SequenceStep, Sequence]] | None = None
         self._blocked: Sequence | None = None  # the most senior one that could start but for the room
         self._is_full = False  # no short prompt finds room either
+        self._look_again_s = -math.inf  # until then those that wait need not be looked at as others come
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
@@ -142,14 +146,7 @@ class Scheduler:
 
     def stats(self) -> dict[str, int]:
         """Return the counters since the start, by name."""
-        return {
-            "num_preemptions": self._ledger.num_preemptions,
-            "num_prompt_tokens_device": self._ledger.num_device_tokens,
-            "num_prompt_tokens_peer": self._ledger.num_pulled_tokens + self._ledger.num_loaded_tokens["device"],
-            "num_prompt_tokens_host": self._ledger.num_loaded_tokens["host"],
-            "num_prompt_tokens_disk": self._ledger.num_loaded_tokens["disk"],
-            "num_prompt_tokens_remote": self._ledger.num_loaded_tokens["remote"],
-            "num_prompt_tokens_computed": self._ledger.num_computed_tokens,
+        return self._ledger.stats() | {
             "num_generated_tokens": self._num_generated_tokens,
             "num_rejected_blocks": self._remote.num_rejected_blocks,
             "num_remote_fallbacks": self._remote.num_fallbacks,
@@ -190,6 +187,7 @@ class Scheduler:
     @property
     def queued_s(self) -> float:
         """Seconds of computing, by `compute_price`, before all sequences decode."""
+        self._backlog.forget()  # the last event may have moved more than it noted
         return self._backlog.seconds()
 
     @property
@@ -232,12 +230,15 @@ class Scheduler:
         out: list[Instruction] = []
         self._now_s = self._pool.now_s = now_s
         self._pool.release_quarantined(now_s)
+        self._ledger.begin_event()
         self._check_deadlines(now_s, out)
+        new: Sequence | None = None
         if not isinstance(event, SequenceAdded):
             self._blocked = None  # there may be more room
+            self._backlog.forget()
         match event:
             case SequenceAdded(spec):
-                self._add(spec, now_s, out)
+                new = self._add(spec, now_s, out)
             case SequenceCancelled(seq_id) | BlocksReleased(seq_id):
                 self._ledger.end_lending(seq_id)
                 if seq_id in self._ledger.sequences:
@@ -258,7 +259,7 @@ class Scheduler:
                 pass
             case _ as unreachable:
                 assert_never(unreachable)
-        self._admit(now_s, out)
+        self._admit(now_s, out, new)
         if isinstance(event, StepWanted):
             self._begin_step(out)
         out += [StopAsking(seq_id, source) for seq_id, source in self._ledger.take_abandoned()]
@@ -278,33 +279,34 @@ class Scheduler:
             if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
                 raise InvariantError(f"scheduler: sequence {seq.seq_id!r} waits beside an idle engine")
 
-    def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> None:
+    def _add(self, spec: SequenceSpec, now_s: float, out: list[Instruction]) -> Sequence | None:
+        """Take in a sequence; None where it ended at once."""
         error = self._refusal(spec, now_s)
         if error is not None:
             out.append(EmitTokens(spec.seq_id, finish_reason="error", error=error))
-            return
-        namer = BlockNamer(self._fingerprint, spec.salt, self._pool.block_size)
-        seq = Sequence(spec, order=next(self._num_arrivals), namer=namer, block_size=self._pool.block_size)
-        reason = self._finish_reason(seq) if seq.num_output_tokens else None
+            return None
+        (namer, names), order = self._prompt_names.of(spec), next(self._num_arrivals)
+        seq = Sequence(spec, order=order, namer=namer, names=names, block_size=self._pool.block_size)
+        reason = seq.finish_reason(self._max_model_len) if seq.num_output_tokens else None
         if reason is not None:  # it moved here with all its tokens
-            out.append(
-                EmitTokens(
-                    spec.seq_id, stop_token_id=seq.token_ids[-1] if reason == "stop" else None, finish_reason=reason
-                )
-            )
-            return
+            stop_token_id = seq.token_ids[-1] if reason == "stop" else None
+            out.append(EmitTokens(spec.seq_id, stop_token_id=stop_token_id, finish_reason=reason))
+            return None
         self._ledger.enqueue(seq)
+        self._backlog.note(seq)
         self._prefetches.look_up(seq, out)
         if not seq.wants_remote and not self._room.is_short(seq):
-            seq.arrived_s, seq.expected_s = now_s, self.queued_s
+            self._backlog.remember()
+            seq.arrived_s, seq.expected_s = now_s, self._backlog.seconds()
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         if self._blocked is not None and (
             seq.seniority < self._blocked.seniority or (not self._is_full and self._room.is_short(seq))
         ):
-            self._blocked = None
+            self._blocked, self._look_again_s = None, -math.inf
         if spec.deadline_s is not None:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
+        return seq
 
     def _take_answer(
         self, event: KvOffered | KvRefused | BlocksOffered | GrammarCompiled, out: list[Instruction]
@@ -331,7 +333,7 @@ class Scheduler:
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
         """Return why the sequence cannot run now; None where it can."""
-        error = refusal(spec, self._bounds)
+        error = refusal(spec, self._bounds, knows_tokens=self._prompt_names.is_known(spec))
         if error is not None:
             return error
         if spec.seq_id in self._ledger.orphans:
@@ -358,29 +360,43 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------ admission
 
-    def _admit(self, now_s: float, out: list[Instruction]) -> None:
-        """Take sequences out of the queue, by seniority, until one finds no room; then short ones, to their share."""
+    def _admit(self, now_s: float, out: list[Instruction], new: Sequence | None) -> None:
+        """Take sequences out of the queue, by seniority, until one finds no room; then short ones, to their share.
+
+        Where nothing happened but that `new` came since all were looked at, it alone is.
+        """
         if self._blocked is not None:
             return
         ledger = self._ledger
-        position = num_passed = 0
-        while position < len(ledger.waiting) and num_passed < _MAX_PASSED:
-            if self.num_running + self.num_pulling >= self._config.max_num_seqs:
+        position, end, num_passed, num_looked_at = 0, sys.maxsize, 0, 0
+        if new is not None and now_s < self._look_again_s:
+            position = ledger.position(new)
+            end = position + 1
+        else:
+            self._look_again_s = math.inf
+        while position < min(end, len(ledger.waiting)) and num_passed < _MAX_PASSED:
+            if self.num_running + self.num_pulling >= self._config.max_num_seqs or num_looked_at > _MAX_LOOKED_AT:
+                self._look_again_s = -math.inf
                 return
             seq = ledger.waiting[position]
             is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
-            is_short = self._room.is_short(seq)
-            if not seq.is_ready or is_held_back or (self._blocked is not None and not is_short):
-                position += 1
-                continue
-            matched = self._pool.match(seq.names[: seq.max_match_blocks])
-            if hold_back(seq, len(matched), ledger, self._backlog, now_s):
+            if not is_held_back:
+                is_short = self._room.is_short(seq)
+                if not seq.is_ready or (self._blocked is not None and not is_short):
+                    position += 1
+                    continue
+                num_looked_at += seq.max_match_blocks
+                matched = self._pool.match(seq.names[: seq.max_match_blocks])
+                is_held_back = hold_back(seq, len(matched), ledger, self._backlog, now_s)
+            if is_held_back:
+                self._look_again_s = min(self._look_again_s, seq.held_until_s)
                 position += 1
                 continue
             has_room = self._room.has(seq, matched, is_short=is_short)
             if has_room and not self._room.is_too_early(seq, matched, now_s):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
+                end -= 1
                 continue
             self._blocked = self._blocked or seq
             self._is_full = is_short and not has_room
@@ -391,6 +407,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
+        self._backlog.note(seq)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
         is_remote = seq.wants_remote and not self._sourcing.is_cheaper_here(seq, plan)
@@ -406,6 +423,7 @@ class Scheduler:
         else:
             self._ledger.end_intake(seq.seq_id, out)
             return
+        self._backlog.note(seq)
         heapq.heappush(self._deadlines, (deadline_s, seq.seq_id))
 
     def _finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
@@ -441,7 +459,10 @@ class Scheduler:
     def _begin_step(self, out: list[Instruction]) -> None:
         if self._step is not None:
             raise InvariantError("a step is wanted while one runs")
+        num_preemptions = self._ledger.num_preemptions
         step = self._planner.plan()
+        if self._ledger.num_preemptions > num_preemptions:
+            self._look_again_s = -math.inf  # seniors of whoever comes next wait again
         if not step:
             return
         self._step = step
@@ -493,7 +514,7 @@ class Scheduler:
             self._ledger.end(seq)
             return
         seq.token_ids.append(sampled.token_id)
-        reason = self._finish_reason(seq)
+        reason = seq.finish_reason(self._max_model_len)
         if seq.spec.is_kept:
             self._offers.offer(seq, out, is_last=True)
         is_first = not seq.has_emitted
@@ -522,13 +543,3 @@ class Scheduler:
                 self._ledger.keep(seq)
             else:
                 self._ledger.end(seq)
-
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        """Return how the sequence's last token, a generated one, ends it; None where it does not."""
-        params = seq.params
-        if seq.token_ids[-1] in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
-            return "stop"
-        max_tokens = 1 if seq.spec.is_kept else params.max_tokens
-        if seq.num_output_tokens >= max_tokens or seq.num_tokens >= self._max_model_len:
-            return "length"
-        return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +23,7 @@ from kvcache.load_plan import LoadPlan
 from kvcache.names import BlockNamer, pack_tokens
 from messages.handoff import BlockLocation
 from messages.request import SUSPECT_TOKENS, Copy
-from messages.stream import TokenLogprob
+from messages.stream import FinishReason, TokenLogprob
 from messages.tier import Tier
 from text.grammar import CompiledGrammar
 
@@ -97,6 +98,7 @@ class Sequence:
         "brought",
         "expected_match_tokens",
         "expected_s",
+        "first_in_flight",
         "grammar",
         "has_declined",
         "has_emitted",
@@ -135,17 +137,20 @@ class Sequence:
         "wants_remote",
     )
 
-    def __init__(self, spec: SequenceSpec, *, order: int, namer: BlockNamer, block_size: int) -> None:
+    def __init__(
+        self, spec: SequenceSpec, *, order: int, namer: BlockNamer, block_size: int, names: list[bytes] | None = None
+    ) -> None:
+        """Make a sequence that waits. `names`: the first of its blocks', those that `namer` gave already."""
         self.spec = spec
         self.seq_id = spec.seq_id
         self.params = spec.params
         self.order = order  #: of arrival
         self.block_size = block_size
-        self.token_ids = list(spec.token_ids)
+        self.token_ids = array("I", spec.token_ids)
         self.num_prompt_tokens = spec.num_prompt_tokens
         self.num_computed = 0
         self.block_table: list[int] = []
-        self.names: list[bytes] = []
+        self.names = names or []
         self.phase = Phase.WAITING
         self.slot: Slot | None = None  #: while it runs
         self.is_counted = False  #: where the KV of its prompt came from
@@ -154,6 +159,7 @@ class Sequence:
         self.has_emitted = False
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
         self.held_until_s = 0.0  #: by then that block is predicted to be there; nobody waits longer
+        self.first_in_flight = 0  #: blocks before it were held when it was admitted: nobody waits for it to write them
         self.expected_match_tokens = 0  #: while held back: what will be there already
         self.arrived_s = 0.0
         self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
@@ -234,6 +240,16 @@ class Sequence:
     def num_prompt_tokens_of(self, index: int) -> int:
         """Return how many tokens of the prompt the block at `index` has."""
         return min(self.block_size, max(0, self.num_prompt_tokens - index * self.block_size))
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Return how its last token, a generated one, ends it; None where it does not."""
+        params = self.params
+        if self.token_ids[-1] in params.stop_token_ids and self.num_output_tokens > params.min_tokens:
+            return "stop"
+        max_tokens = 1 if self.spec.is_kept else params.max_tokens
+        if self.num_output_tokens >= max_tokens or self.num_tokens >= max_model_len:
+            return "length"
+        return None
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""

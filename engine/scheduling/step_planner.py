@@ -9,6 +9,7 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import SequenceStep, SlotBegins
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.step_cost import ChunkBudget, StepCost
+from kvcache.names import pack_tokens
 from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError
 
@@ -138,7 +139,7 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
         kind="prefill" if seq.num_computed < seq.num_prompt_tokens else "decode",
         start=seq.num_computed,
         num_tokens=end - seq.num_computed,
-        new_token_ids=tuple(seq.token_ids[slot.num_told_tokens :]),
+        new_token_ids=pack_tokens(seq.token_ids[slot.num_told_tokens :]),
         new_block_ids=tuple(seq.block_table[slot.num_told_blocks : num_blocks]),
         is_sampled=end == seq.num_tokens,
         wants_prompt_logprobs=seq.wants_prompt_logprobs,

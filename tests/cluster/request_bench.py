@@ -16,6 +16,7 @@ from cluster.request_events import (
     TimePassed,
 )
 from cluster.request_table import RequestLimits, RequestTable
+from decode.streams import each_choice
 from kvcache.names import pack_tokens
 from messages.fleet import WorkerInfo
 from messages.request import CancelRequest, GenerateRequest, SamplingParams
@@ -100,11 +101,12 @@ class Ingress:
         return self.tell(TimePassed())
 
     def sent(self) -> list[tuple[str, GenerateRequest]]:
-        """What workers were given to generate by the last event."""
+        """What workers were given to generate by the last event, each choice by itself."""
         return [
-            (one.worker_id, one.message)
+            (one.worker_id, choice)
             for one in self.said
             if isinstance(one, SendToWorker) and isinstance(one.message, GenerateRequest)
+            for choice in each_choice(one.message)
         ]
 
     def cancelled(self) -> list[tuple[str, str]]:

@@ -113,6 +113,7 @@ def test_a_wrong_shape_is_refused_by_place_and_value(document, words):
         ("http.port", 0, "1 to 65535"),
         ("http.max_body_bytes", 10, "1024 to 1099511627776"),
         ("http.max_choices", 0, "1 to 4096"),
+        ("http.max_tokenize_bytes", 1, "1024 to 1099511627776"),
         ("http.request_timeout_s", 0, "0.1 to 10000000"),
         ("network.heartbeat_s", 0, "0.05 to 60"),
         ("network.lost_after_s", 0, "0.2 to 600"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import select
 import selectors
 import socket
@@ -36,7 +37,7 @@ backend.says("x" * int(sys.argv[3]))
 metrics = HttpMetrics()
 app = create_app(
     backend, served(backend.tokenizer, max_model_len=10**6), backend.tokenizer, version="1", metrics=metrics,
-    limits=HttpLimits(max_body_bytes=8 * 2**20),
+    limits=HttpLimits(max_body_bytes=8 * 2**20, max_tokenize_bytes=int(sys.argv[4])),
 )
 listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
 print(listener.getsockname()[1], flush=True)
@@ -58,6 +59,11 @@ class Server:
         client = socket.create_connection(self.address, timeout=20)
         client.sendall(sends)
         return client
+
+    def peak_bytes(self) -> int:
+        """The most memory that it had, ever."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
 
     def resident_bytes(self) -> int:
         return self.process.memory_info().rss
@@ -82,8 +88,10 @@ class Server:
 def start():
     with contextlib.ExitStack() as stack:
 
-        def start(delay_s: float = 0.0, num_tokens: int = 100, **limits: int) -> Server:
-            arguments = [json.dumps(limits), str(delay_s), str(num_tokens)]
+        def start(
+            delay_s: float = 0.0, num_tokens: int = 100, max_tokenize_bytes: int = 768 * 1024, **limits: int
+        ) -> Server:
+            arguments = [json.dumps(limits), str(delay_s), str(num_tokens), str(max_tokenize_bytes)]
             process = stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", SERVER, *arguments],
@@ -283,7 +291,7 @@ def test_who_never_ends_a_body_that_is_too_long_is_disconnected(start):
 
 @pytest.mark.slow
 def test_huge_texts_hold_nobody_up(start):
-    server = start()
+    server = start(max_tokenize_bytes=8 * MIB)
     body = json.dumps({"prompt": "é漢" * MIB}, ensure_ascii=False).encode()
     head = HEAD.replace(b"/v1/completions", b"/tokenize") % len(body)
     clients = [server.connect(head + body) for _ in range(6)]
@@ -297,10 +305,19 @@ def test_huge_texts_hold_nobody_up(start):
         client.close()
 
 
+@pytest.mark.slow
+def test_a_text_to_be_tokenized_takes_little_memory_or_is_refused(start):
+    server = start()
+    for text, status in (("ab" * MIB, 413), ("é漢" * (200 * 1024), 413), ("a " * (384 * 1024), 200)):
+        reply = httpx.post(f"{server.url}/tokenize", json={"prompt": text, "return_token_strs": True}, timeout=60)
+        assert reply.status_code == status
+    assert server.peak_bytes() < 450 * MIB  # 100 of them before the first
+
+
 def test_a_usual_client_notices_nothing(start):
     server = start()
     with httpx.Client(timeout=30) as client:
-        for size in (10, 100_000, MIB, 10):
+        for size in (10, 100_000, 700_000, 10):
             reply = client.post(f"{server.url}/tokenize", content=json.dumps({"prompt": "ab " * (size // 3)}))
             assert reply.json()["count"] == size // 3 * 3
         assert client.post(f"{server.url}/v1/completions", content=STREAM).text.endswith("[DONE]\n\n")

@@ -22,7 +22,7 @@ from cluster.request_events import (
 from cluster.request_table import MAX_PLACEMENTS
 from kvcache.names import pack_tokens, unpack_tokens
 from messages.errors import CapacityError, InvariantError, RequestError, WorkerError
-from messages.request import CancelRequest
+from messages.request import CancelRequest, Choice
 from messages.route import RequestEnded, RouteFailed
 from messages.stream import TokenLogprob
 from tests.cluster.request_bench import PROMPT, SOURCES, Ingress, ask, chunk, failed, placed
@@ -491,3 +491,21 @@ def test_a_deadline_ends_a_request_that_nobody_has():
     assert ingress.wait(19.9) == []
     ingress.wait(0.1)
     assert ingress.error() == ("WorkerError", "timeout", 504)
+
+
+def test_the_choices_of_a_prompt_go_to_their_worker_in_one_message(ingress):
+    asks = [ask(f"r-{choice}", choice=choice) for choice in range(3)]
+    other = msgspec.structs.replace(ask("r-3"), token_ids=pack_tokens(PROMPT[:30]), num_prompt_tokens=30)
+    ingress.tell(RequestAdded((*asks, other)))
+    ingress.tell(placed("r-0", "d1"))
+    first, second = (one.message for one in ingress.said)
+    assert (first.request_id, first.others) == ("r-0", (Choice("r-1", 1), Choice("r-2", 2)))
+    assert (second.request_id, second.others) == ("r-3", ())
+    ingress.tell(ChunksArrived("d1", [chunk("r-0", 5, finish_reason="length"), chunk("r-2", 6, 7)]))
+    ingress.tell(WorkerLost("d1", "silent"))
+    (route,) = ingress.asked()
+    ingress.tell(placed(route.request_id, "d2"))
+    first, second = (one.message for one in ingress.said)
+    assert (first.request_id, first.others) == ("r-1#2", (Choice("r-2#2", 2, pack_tokens([6, 7])),))
+    assert first.token_ids == pack_tokens(PROMPT)
+    assert second.request_id == "r-3#2"

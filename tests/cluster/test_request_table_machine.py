@@ -27,6 +27,7 @@ from cluster.request_events import (
     WorkerLost,
 )
 from cluster.request_table import MAX_PLACEMENTS, RequestLimits, RequestTable
+from decode.streams import each_choice
 from kvcache.names import unpack_tokens
 from kvrouter.router import Reply, Router, WorkerJoined
 from messages.errors import CapacityError, RequestError, WorkerError
@@ -118,10 +119,12 @@ class RequestTableMachine(RuleBasedStateMachine):
                     assert self.router is not None
                     self.to_router.append(message)
                 case SendToWorker(worker_id, _, message):
-                    if isinstance(message, GenerateRequest):
-                        self.count_placement(worker_id, message.request_id)
-                    if worker_id in self.workers:  # else its loss is still to be told
-                        self.workers[worker_id].take(message)
+                    choices = [*each_choice(message)] if isinstance(message, GenerateRequest) else [message]
+                    for one in choices:
+                        if isinstance(one, GenerateRequest):
+                            self.count_placement(worker_id, one.request_id)
+                        if worker_id in self.workers:  # else its loss is still to be told
+                            self.workers[worker_id].take(one)
                 case Deliver(request_id, one):
                     self.take(request_id, one)
                 case End(request_id):

@@ -16,12 +16,13 @@ from decode.streams import (
     Reply,
     Requested,
     StreamBook,
+    each_choice,
 )
 from engine.scheduling.plan import AskRemote, EmitTokens
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError, WorkerError
 from messages.handoff import PrefillRequest
-from messages.request import Copy, GenerateRequest, HeldRun, SamplingParams
+from messages.request import Choice, Copy, GenerateRequest, HeldRun, SamplingParams
 from messages.stream import TokenChunk
 
 A, B = b"ingress a", b"ingress b"
@@ -74,7 +75,7 @@ def test_a_request_becomes_a_sequence_whose_deadline_counts_from_its_arrival(ben
     bench.now_s = 100.0
     held = (HeldRun(0, 2, (Copy("tcp://d", "device"),)),)
     spec = bench.spec(deadline_s=3.0, salt=b"s", priority=2, prefill_s=0.7, held=held)
-    assert (spec.seq_id, spec.token_ids, spec.num_prompt_tokens) == ("r", list(range(12)), 12)
+    assert (spec.seq_id, [*spec.token_ids], spec.num_prompt_tokens) == ("r", list(range(12)), 12)
     assert (spec.deadline_s, spec.salt, spec.priority, spec.is_kept) == (103.0, b"s", 2, False)
     assert (spec.remote_s, spec.remote_source, spec.held) == (0.7, P, held)
     assert bench.book.has("r")
@@ -101,6 +102,34 @@ def test_a_request_that_comes_twice_is_answered_once(bench):
     bench.request()
     assert bench.request() == []
     assert bench.book.num_open == 1
+
+
+def test_choices_of_one_prompt_are_streams_of_their_own_and_share_its_tokens(bench):
+    others = (Choice("r-1", 1), Choice("r-2", 2, pack_tokens([50, 51])))
+    first, second, moved = (one.spec for one in bench.request(others=others))
+    assert [spec.seq_id for spec in (first, second, moved)] == ["r", "r-1", "r-2"]
+    assert [spec.params.choice for spec in (first, second, moved)] == [0, 1, 2]
+    assert second.token_ids is first.token_ids
+    assert [*moved.token_ids] == [*range(12), 50, 51]
+    [reply] = bench.post(EmitTokens("r-2", [52]))
+    assert (reply.chunk.request_id, reply.chunk.position) == ("r-2", 2)
+    [ask] = bench.post(AskRemote("r-1", 0))
+    assert ask.message.request == next(
+        one for one in each_choice(GenerateRequest(**request_of("r", others))) if one.request_id == "r-1"
+    )
+    assert bench.post(Cancelled("r-1")) == [CancelSequence("r-1")]
+    assert bench.book.num_open == 2
+
+
+def request_of(request_id, others):
+    return {
+        "request_id": request_id,
+        "token_ids": pack_tokens(range(12)),
+        "num_prompt_tokens": 12,
+        "params": SamplingParams(max_tokens=4),
+        "prefill_address": P,
+        "others": others,
+    }
 
 
 def test_tokens_go_to_the_ingress_that_asked_and_the_last_ones_end_the_stream(bench):

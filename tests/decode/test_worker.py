@@ -9,10 +9,12 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
+from decode import worker as decode_worker
 from engine.scheduling.backlog import Backlog
+from kvcache.names import pack_tokens
 from messages.handoff import KvHandoff, ReleaseLease
 from messages.price import ComputePrice, MovePrice
-from messages.request import CancelRequest, Copy, Grammar, HeldRun
+from messages.request import CancelRequest, Choice, Copy, Grammar, HeldRun
 from tests.harness import harness_workers
 from tests.models import make_tiny_model
 from tests.reference import Reference
@@ -134,6 +136,24 @@ async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
         assert computed < 400 + 4 * 32
     assert got == [reference.sampled(prompt, 16, temperature=0.9, seed=7, choice=i) for i in range(4)]
     assert len({tuple(tokens) for tokens in got}) > 1
+
+
+async def test_choices_that_come_in_one_message_are_answered_as_if_each_had_come_alone(
+    model_dir, reference, monkeypatch
+):
+    monkeypatch.setattr(decode_worker, "_TURN_S", 0.0)  # one begins, or ends, in a turn of the loop
+    (prompt,) = prompts(5, 400)
+    options = worker_options(model_dir)
+    settings = {"temperature": 0.9, "seed": 7}
+    async with running_pair(options, options) as pair:
+        moved = reference.sampled(prompt, 16, choice=5, **settings)
+        others = (*(Choice(f"c{i}", i) for i in (1, 2, 3)), Choice("c5", 5, pack_tokens(moved[:6])))
+        pair.ingress.send("c0", prompt, others=(*others, Choice("gone", 6)), **settings)
+        pair.ingress.cancel("gone")
+        got = await pair.ingress.finish(*(pair.ingress.answers[f"c{i}"] for i in (0, 1, 2, 3, 5)))
+        assert got[:4] == [reference.sampled(prompt, 16, choice=i, **settings) for i in range(4)]
+        assert got[4] == moved[6:]
+        await pair.idle()
 
 
 @pytest.mark.alone

@@ -5,6 +5,7 @@ import torch
 
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
 from engine.slot_tables import SlotTables
+from kvcache.names import pack_tokens
 from messages.errors import InvariantError
 from messages.request import SamplingParams
 
@@ -19,7 +20,7 @@ def part(seq_id: str, slot: int, *, tokens=(), blocks=(), begins: SlotBegins | N
         kind="decode",
         start=0,
         num_tokens=1,
-        new_token_ids=tuple(tokens),
+        new_token_ids=pack_tokens(tokens),
         new_block_ids=tuple(blocks),
         is_sampled=False,
     )
@@ -35,7 +36,7 @@ def test_parts_append_to_what_their_slot_was_told(tables):
         StepPlan((part("a", 1, tokens=[5, 6], blocks=[9], begins=BEGINS), part("b", 0, blocks=[3], begins=BEGINS)))
     )
     tables.take_in(StepPlan((part("a", 1, tokens=[7], blocks=[4, 2]),)))
-    assert tables[1].token_ids == [5, 6, 7]
+    assert tables[1].token_ids.tolist() == [5, 6, 7]
     assert tables[1].begins == BEGINS
     assert tables.block_tables[1, :3].tolist() == [9, 4, 2]
     assert tables.block_tables[0, :1].tolist() == [3]
@@ -59,7 +60,7 @@ def test_who_leaves_is_told_whether_its_slot_was_freed_or_begins_anew(tables):
     assert tables.take_in(StepPlan((), freed_slots=(1, 7))) == ["b"]
     assert tables.take_in(StepPlan((part("d", 0, begins=BEGINS),), freed_slots=(0,))) == ["a"]
     assert tables.take_in(StepPlan((part("c", 2, tokens=[1], begins=BEGINS),))) == ["c"], "whoever plans began anew"
-    assert tables[2].token_ids == [1]
+    assert tables[2].token_ids.tolist() == [1]
 
 
 def test_a_plan_that_was_lost_or_came_twice_is_noticed_where_it_changes_who_is_where(tables):

@@ -69,7 +69,7 @@ def test_a_prompt_is_begun_without_what_was_generated_and_its_blocks_are_kept(be
     bench.now_s = 100.0
     [begin] = bench.ask(deadline_s=2.0, salt=b"s", priority=1)
     spec = begin.spec
-    assert (spec.seq_id, spec.token_ids, spec.num_prompt_tokens) == ("r", list(range(18)), 18)
+    assert (spec.seq_id, [*spec.token_ids], spec.num_prompt_tokens) == ("r", list(range(18)), 18)
     assert (spec.deadline_s, spec.salt, spec.priority, spec.is_kept, spec.remote_s) == (102.0, b"s", 1, True, None)
     assert (bench.book.num_asked, bench.book.num_open) == (1, 1)
 

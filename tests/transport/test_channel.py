@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import msgspec
+import psutil
 import pytest
 import uvloop
 import zmq
@@ -14,6 +15,7 @@ import zmq
 from messages.errors import ConfigError
 from messages.fleet import GetStats, Stats, Subscribe
 from messages.stream import TokenBatch, TokenChunk
+from transport import channel as channel_module
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer
 from transport.secret import ClusterSecret
 
@@ -431,3 +433,101 @@ async def test_stopped_server_does_not_hang_a_new_client(opened, spawn):
     os.kill(process.pid, signal.SIGSTOP)
     client = opened(Client(address, config=FAST))
     await asyncio.wait_for(client.lost, 3)
+
+
+async def test_messages_that_take_long_leave_others_on_the_loop_their_turns(opened, monkeypatch):
+    monkeypatch.setattr(channel_module, "_TURN_S", 0.0)  # one message is as long as a turn may be
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await client.ask("first")
+    most = 0
+    for number in range(50):
+        client.channel.send(GetStats(query_id=str(number)))
+    while len(server.messages) < 51:
+        before = len(server.messages)
+        await asyncio.sleep(0)
+        most = max(most, len(server.messages) - before)
+    assert most <= 2  # the socket may be looked at once because it is readable, and once because it was poked
+    assert [message.query_id for _, message in server.messages[1:]] == [str(number) for number in range(50)]
+
+
+# ----------------------------------------------------------------------------------------------------------- many peers
+
+
+@pytest.mark.slow
+async def test_a_process_has_hundreds_of_peers_and_nothing_is_left_of_them(opened):
+    server = opened(Server(config=ChannelConfig()))
+    first = opened(Client(server.channel.address, config=ChannelConfig()))
+    await first.ask("first")
+    before = psutil.Process().num_fds()
+    clients = [Client(server.channel.address, config=ChannelConfig()) for _ in range(400)]  # 341 were too many
+    for client in clients:
+        client.channel.send(GetStats(query_id="all"))
+    for client in clients:
+        assert (await asyncio.wait_for(client.messages.get(), 20)).query_id == "all"
+    assert len(server.channel.peers) == 401
+    for client in clients:
+        client.channel.close()
+    await eventually(lambda: psutil.Process().num_fds() <= before, 10)
+    await eventually(lambda: len(server.lost) == 400)
+
+
+LIMITED = """
+import asyncio, os, resource, sys
+from messages.fleet import GetStats
+from transport.channel import ChannelClient
+from transport.secret import ClusterSecret
+
+address, hard = sys.argv[1], int(sys.argv[2])
+secret = ClusterSecret(b"\\x07" * 32)
+
+def num_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    answers, lost = asyncio.Queue(), asyncio.Queue()
+
+    def client():
+        made = ChannelClient(secret, address, answers.put_nowait, lost.put_nowait)
+        made.send(GetStats(query_id=""))
+        return made
+
+    first = client()
+    await asyncio.wait_for(answers.get(), 5)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    before, nums = num_descriptors(), []
+    for _ in range(3):
+        clients = []
+        while lost.empty():
+            clients.append(client())
+            while lost.empty() and answers.empty():
+                await asyncio.sleep(0.001)
+            if lost.empty():
+                answers.get_nowait()
+        reason = lost.get_nowait()
+        assert f"four of its {hard} file descriptors" in reason, reason
+        assert not clients[-1].send(GetStats(query_id=""))
+        first.send(GetStats(query_id=""))  # those that are there go on
+        await asyncio.wait_for(answers.get(), 5)
+        nums.append(len(clients))
+        for one in clients:
+            one.close()
+        async with asyncio.timeout(10):
+            while num_descriptors() > before:
+                await asyncio.sleep(0.01)
+    assert max(nums) - min(nums) <= 1, nums
+    first.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_past_the_limit_a_peer_is_lost_with_a_reason_that_names_it_and_nothing_of_it_is_left(opened):
+    server = opened(Server(config=ChannelConfig()))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", LIMITED, server.channel.address, "200", stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, said.decode()

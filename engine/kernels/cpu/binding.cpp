@@ -265,6 +265,19 @@ void gate(const Tensor& gate, const Tensor& up, bool is_gelu) {
   });
 }
 
+void penalize(const Tensor& logits, const Tensor& counts, double repetition, double frequency, double presence,
+              const Tensor& out) {
+  TORCH_CHECK(logits.is_contiguous() && counts.is_contiguous() && out.is_contiguous() &&
+                  logits.scalar_type() == at::kFloat && out.scalar_type() == at::kFloat &&
+                  counts.scalar_type() == at::kInt && logits.numel() == counts.numel() &&
+                  out.numel() == counts.numel(),
+              "penalize: want contiguous float32 rows and int32 counts of one size");
+  const kvray::Penalties penalties{static_cast<float>(repetition), static_cast<float>(frequency),
+                                   static_cast<float>(presence)};
+  kvray::penalize_row(pointer<const float>(logits), pointer<const int32_t>(counts), counts.numel(), penalties,
+                      pointer<float>(out));
+}
+
 void rotate(const Tensor& rows, const Tensor& cosine, const Tensor& sine) {
   check_rows(rows, rows, 3, "rows");
   const int64_t num_tokens = rows.size(0), rotary = cosine.size(-1);
@@ -444,6 +457,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("rms_norm", &rms_norm, call_guard<gil_scoped_release>());
   m.def("add_rms_norm", &add_rms_norm, call_guard<gil_scoped_release>());
   m.def("gate", &gate, call_guard<gil_scoped_release>());
+  m.def("penalize", &penalize, call_guard<gil_scoped_release>());
   m.def("rotate", &rotate, call_guard<gil_scoped_release>());
   m.def("linear_paths", &linear_paths);
   m.def("pack_weights", &pack_weights, call_guard<gil_scoped_release>());

@@ -56,6 +56,18 @@ void gate_row(T* gate, const T* up, int n, Activation activation) {
   }
 }
 
+// One step after the other, each rounded: a compiler makes vectors of it, as no branch guards an operation.
+void penalize_row(const float* logits, const int32_t* counts, int64_t n, const Penalties& penalties, float* out) {
+  const auto [repetition, frequency, presence] = penalties;
+  for (int64_t i = 0; i < n; i++) {
+    const float x = logits[i], divided = x / repetition, multiplied = x * repetition;
+    const int32_t count = counts[i], in_output = count > 0 ? count : 0;
+    const float repeated = x > 0.f ? divided : multiplied;
+    const float y = (count >= 0 ? repeated : x) - frequency * static_cast<float>(in_output);
+    out[i] = y - (count > 0 ? presence : 0.f);
+  }
+}
+
 template <typename T>
 void rotate_row(T* row, int64_t head_stride, int num_heads, const T* cosine, const T* sine, int rotary) {
   const int half = rotary / 2;

@@ -28,6 +28,13 @@ enum class Activation { kSilu, kGeluTanh };
 template <typename T>
 void gate_row(T* gate, const T* up, int n, Activation activation);
 
+struct Penalties {
+  float repetition, frequency, presence;
+};
+
+// out = logits with the penalties of tokens that came: counts are -1 of those that did not, else how often in the output.
+void penalize_row(const float* logits, const int32_t* counts, int64_t n, const Penalties& penalties, float* out);
+
 // Rotates the first `rotary` of each head's elements in place, element i with i + rotary / 2.
 template <typename T>
 void rotate_row(T* row, int64_t head_stride, int num_heads, const T* cosine, const T* sine, int rotary);

@@ -15,6 +15,7 @@ import torch
 
 from engine.kernels.cpu.build import import_library, kernel_library
 from engine.kernels.protocol import AttentionOptions, LayerUse
+from messages.request import SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +150,18 @@ class NativeKernels:
         """Compute `silu(gate) * up`, or gelu's tanh form; overwrite and return `gate`. Both `[..., n]`, contiguous."""
         self._module.gate(gate, up, is_gelu)
         return gate
+
+    def penalize(self, logits: torch.Tensor, counts: torch.Tensor, params: SamplingParams, out: torch.Tensor) -> None:
+        """Write logits with the penalties of `params` into `out`, each operation rounded, as torch's operators give it.
+
+        Args:
+            logits: `[vocab_size]` float32.
+            counts: `[vocab_size]` int32: -1 of a token that did not come yet, else how often it is in the output.
+            params: with the three penalties.
+            out: `[vocab_size]` float32.
+        """
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._module.penalize(logits, counts, *penalties, out)
 
     def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
         """Apply rotary embedding in place: of each head the elements i and i + r / 2 turn together, i < r / 2.

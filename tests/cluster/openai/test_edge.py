@@ -12,6 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.openai.backend import HttpLimits
 from cluster.openai.callers import Callers
 from messages.errors import CapacityError, ErrorInfo, WorkerError
 from messages.stream import TokenChunk
@@ -321,6 +322,18 @@ def test_tokenize_renders_messages(server):
     assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "<user>Hi\n<assistant>"
     tokens = server.post("/tokenize", {"messages": USER, "add_generation_prompt": False}).json()["tokens"]
     assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "<user>Hi\n"
+
+
+def test_what_takes_too_much_memory_to_encode_or_decode_is_refused(serve):
+    server = serve(limits=HttpLimits(max_tokenize_bytes=8))
+    for text in ("a" * 9, "é" * 5):
+        reply = server.post("/tokenize", {"prompt": text})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (413, "prompt")
+    assert server.post("/tokenize", {"messages": USER}).json()["error"]["param"] == "messages"
+    assert server.post("/tokenize", {"prompt": "é" * 4}).json()["count"] == 8
+    assert server.post("/detokenize", {"tokens": [5] * 512}).status_code == 200
+    error = server.post("/detokenize", {"tokens": [5] * 513}).json()["error"]
+    assert (error["param"], "at most 512" in error["message"]) == ("tokens", True)
 
 
 async def test_a_long_prompt_being_encoded_holds_nobody_up(server):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.sampling import candidates
 from engine.sampling import sampler as sampler_module
@@ -241,6 +242,41 @@ def test_state_kept_between_steps_changes_nothing():
     kept.forget("s")
     kept.forget("never seen")
     assert kept.sample(logits, [row]) == Sampler(50, None).sample(logits, [row])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7, "presence_penalty": -0.4},
+        {"frequency_penalty": 0.3},
+        {"repetition_penalty": 1.1, "frequency_penalty": -0.2, "presence_penalty": 0.7},
+    ],
+)
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_penalties_that_grow_with_their_tokens_are_those_of_the_formula_bit_for_bit(monkeypatch, has_kernels, values):
+    if not has_kernels:
+        monkeypatch.setattr(sampler_module, "load_kernels", lambda: None)
+    rng = np.random.default_rng(0)
+    history = rng.integers(0, 500, 600).tolist()
+    penalties = None
+    for end in (400, 401, 402, 450, 600):  # a step, a step, a replay of several, a move
+        row = row_of(params_of(**values), history[:end], 400)
+        penalties = penalties or sampler_module._Penalties(row, torch.device("cpu"), 500)
+        penalties.update(row.token_ids)
+        logits, found = some_logits(500, end, 3.0, 0.25, 7), np.empty(500, np.float32)
+        penalties.apply(torch.from_numpy(logits), torch.from_numpy(found))
+        assert (found + 0.0).tobytes() == (shaped_plainly(logits, row) + 0.0).tobytes()  # of zeros either
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    logits = torch.from_numpy(some_logits(500, 1, 3.0, 0.0))[None]
+    row = row_of(params_of(repetition_penalty=1.3), np.random.default_rng(0).integers(0, 500, 300).tolist(), 200)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([row.token_ids]), logits)[0]
+    penalties = sampler_module._Penalties(row, logits.device, 500)
+    penalties.update(row.token_ids)
+    penalties.apply(logits[0], found := torch.empty(500))
+    assert torch.equal(found, expected)
 
 
 def test_logits_and_tokens_are_left_as_they_were():

@@ -8,6 +8,7 @@ from engine.scheduling.plan import SequenceStep, SlotBegins
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
+from kvcache.names import pack_tokens
 from messages.errors import InvariantError
 from tests.engine.scheduling.ledger_bench import LedgerBench
 
@@ -221,15 +222,15 @@ def test_a_slot_is_told_who_begins_in_it_once_and_then_only_what_is_new():
     seq = bench.running("a", 12)
     [first] = bench.plan()
     assert first.begins == SlotBegins(num_prompt_tokens=12, params=seq.params)
-    assert (first.new_token_ids, first.new_block_ids) == (tuple(seq.token_ids), tuple(seq.block_table))
+    assert (first.new_token_ids, first.new_block_ids) == (pack_tokens(seq.token_ids), tuple(seq.block_table))
     bench.finish(first)
     [second] = bench.plan()
-    assert (second.slot, second.begins, second.new_token_ids) == (first.slot, None, ())
+    assert (second.slot, second.begins, second.new_token_ids) == (first.slot, None, b"")
     assert second.new_block_ids == (seq.block_table[2],)
     bench.finish(second)
     bench.append(seq, 42)
     [third] = bench.plan()
-    assert (third.begins, third.new_token_ids) == (None, (42,))
+    assert (third.begins, third.new_token_ids) == (None, pack_tokens([42]))
     assert third.new_block_ids == (seq.block_table[3],)
 
 
@@ -241,7 +242,7 @@ def test_who_comes_back_is_told_from_the_beginning():
     bench.ledger.admit(seq, bench.pool.match(seq.names[:1]))
     [part] = bench.plan()
     assert part.begins is not None
-    assert (part.start, part.new_token_ids) == (4, tuple(seq.token_ids))
+    assert (part.start, part.new_token_ids) == (4, pack_tokens(seq.token_ids))
     assert part.new_block_ids == tuple(seq.block_table)
 
 
