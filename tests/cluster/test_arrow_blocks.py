@@ -25,7 +25,7 @@ NUM_BLOCKS = 12
 @pytest.fixture
 async def cache():
     """A node cache process with some blocks, and a client of it."""
-    options = msgspec.structs.replace(options_of(NUM_BLOCKS, lease_s=0.6), channel=ChannelConfig(heartbeat_s=0.1))
+    options = msgspec.structs.replace(options_of(NUM_BLOCKS, lease_s=2.0), channel=ChannelConfig(heartbeat_s=0.1))
     supervisor = Supervisor(options, SECRET)
     info = await supervisor.start()
     client = CacheClient(SECRET, info.address, BLOCK_BYTES)
@@ -42,7 +42,7 @@ async def test_blocks_are_read_in_place_and_stay_as_long_as_they_are_leased(cach
     async with leased_blocks(SECRET, address, [*names, *names_of([99])], BLOCK_BYTES) as table:
         table.validate(full=True)
         assert set(table["name"].to_pylist()) == set(names)
-        await asyncio.sleep(1.0)  # longer than a lease: it is renewed
+        await asyncio.sleep(2.5)  # longer than a lease: it is renewed
         for first in range(10, 40, 4):  # others want room all the time
             await client.write(names_of(range(first, first + 4)))
         rows = zip(*(table[name].to_pylist() for name in ("name", "bytes", "checksum")), strict=True)
@@ -52,7 +52,9 @@ async def test_blocks_are_read_in_place_and_stay_as_long_as_they_are_leased(cach
         held = np.frombuffer(table["bytes"].chunk(0).buffers()[1], np.uint8)
         assert not held.flags.owndata
         assert not held.flags.writeable
-    assert (await client.stats())["kvray_leases"] == 0
+    async with asyncio.timeout(10):
+        while (await client.stats())["kvray_leases"] > 0:  # the word that it is over goes over another socket
+            await asyncio.sleep(0.02)
 
 
 async def test_what_is_not_there_gives_no_rows_and_another_size_is_refused(cache):
