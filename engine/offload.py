@@ -106,6 +106,7 @@ class Offloader:
                 indexes=list(range(len(chain.names))),
                 tenant=chain.tenant,
                 hints=chain.hints,
+                is_again=self._num_tries > 1,
             ),
         )
 

@@ -143,6 +143,7 @@ class RoomRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     indexes: list[int]  #: of each, its position in its prefix: later ones cost more to recompute
     tenant: int = 0  #: whose they are, 64 bits; 0: nobody's in particular
     hints: tuple[BlockHint, ...] = ()  #: of those that are held, and of the others once they are written
+    is_again: bool = False  #: of the same prefix as its last question, for what was left out: not wanted a second time
 
 
 class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):

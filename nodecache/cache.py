@@ -166,6 +166,7 @@ class NodeCache:
         self._questions: dict[str, _Question] = {}
         self._grants: dict[str, _Grant] = {}
         self._writing: set[bytes] = set()  # names that somebody was granted room for
+        self._left: dict[bytes, dict[bytes, int]] = {}  # by asker, of what its last grant left out: sights, by name
         self.num_filling = 0  #: blocks of the arena that who manages it writes into (nodecache.carrying)
         self.num_offered: dict[Tier, int] = {"host": 0, **dict.fromkeys(stores, 0)}  #: blocks, by where they lay
         self.num_missed = 0  #: blocks that were asked for and are nowhere
@@ -192,6 +193,7 @@ class NodeCache:
             case BlocksKept(write_id, dropped):
                 self.writing_down.end(write_id, None if dropped is None else list(dropped), now_s)
             case AskerLost(asker):
+                self._left.pop(asker, None)
                 self.prefetching.lose(asker)
                 self._free(self.leases.on_event(event, now_s), now_s)
             case TimePassed():
@@ -286,7 +288,7 @@ class NodeCache:
         if message.hints:
             found = self.pool.find(held)
             self.keeping.advise(found[found >= 0], message.hints, now_s)
-        grant = self._take_room(missing, held, message, now_s)
+        grant = self._take_room(asker, missing, held, message, now_s)
         num_left = len(missing) - len(grant.blocks)
         self.num_granted += len(grant.blocks)
         self.num_refused += num_left
@@ -313,18 +315,26 @@ class NodeCache:
         held = b"".join(name for name, block_id in zip(names, found, strict=True) if block_id >= 0)
         return missing, held
 
-    def _take_room(self, missing: dict[bytes, int], held: bytes, message: RoomRequest, now_s: float) -> _Grant:
+    def _take_room(
+        self, asker: bytes, missing: dict[bytes, int], held: bytes, message: RoomRequest, now_s: float
+    ) -> _Grant:
         """Take blocks for what is missing, the dearest first, heads before tails."""
         pool, names = self.pool, list(missing)
         wanted = as_names(b"".join(names))
         sights = 1 + pool.ghosts.seen(wanted).astype(np.int64)
-        self.num_seen_again += int((sights > 1).sum())
+        left = self._left.pop(asker, {})
+        if message.is_again:  # what was left out is in the table by its first question
+            sights = np.array([left.get(name, num) for name, num in zip(names, sights.tolist(), strict=True)], np.int64)
+        else:
+            self.num_seen_again += int((sights > 1).sum())
         pool.ghosts.add(wanted)
         indexes = np.array(list(missing.values()), np.int64)
         levels = pool.worth.levels(indexes, sights, priorities(indexes, message.hints))
         order = np.lexsort((indexes, -levels))
-        order = order[: max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))]
-        block_ids = pool.take(levels[order].tolist(), now_s, message.tenant & _UINT64)
+        num_most = max(0, int(pool.num_blocks * _MAX_WRITING_SHARE) - len(self._writing))
+        block_ids = pool.take(levels[order[:num_most]].tolist(), now_s, message.tenant & _UINT64)
+        if 0 < len(block_ids) < len(names):
+            self._left[asker] = {names[i]: int(sights[i]) for i in order[len(block_ids) :]}
         generations = pool.arena.generations[block_ids].tolist()
         grant = _Grant({}, {}, held, message.hints)
         for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):

@@ -11,7 +11,8 @@ for each intake, as for a sequence.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, PullBlocks, PullEnded, TakeIn
@@ -22,6 +23,16 @@ from messages.handoff import BlockLocation
 _MAX_BLOCKS = 1024
 #: So many seconds blocks are pinned for what a source said that it has: as long as a prefill worker is waited for.
 _MAX_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullTarget:
+    """A block into which a pull still writes that nobody waits for: its sequence went on or ended, or its intake."""
+
+    index: int
+    block_id: int
+    name: bytes  #: b"" for a partial block
+    tenant: int  #: whose it is
 
 
 @dataclass(slots=True)
@@ -58,11 +69,12 @@ class Intake:
 class Intakes:
     """All that is being taken in, by the id of the sequence that waits for it, or by one that no sequence has.
 
-    Pins blocks of `pool` until the intake is over.
+    Pins blocks of `pool` until the intake is over. `orphans` are being written by pulls that nobody waits for.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, orphans: Mapping[str, Items[PullTarget]]) -> None:
         self._pool = pool
+        self._orphans = orphans
         self._intakes: dict[str, Intake] = {}
         self.num_blocks = 0  #: taken in since the start
 
@@ -121,8 +133,9 @@ class Intakes:
         self._begin(seq_id, intake, out)
 
     def lacking(self, names: Iterable[bytes]) -> list[bytes]:
-        """Return those of `names` that are not here, and not taken in already."""
+        """Return those of `names` that are not here, not taken in already, nor by a pull that nobody waits for."""
         under_way = {name for intake in self._intakes.values() for name in intake.names}
+        under_way |= {target.name for targets in self._orphans.values() for target in targets}
         return [name for name in names if not self._pool.holds(name) and name not in under_way]
 
     def pop(self, intake_id: str) -> Intake | None:

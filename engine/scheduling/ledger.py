@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from dataclasses import dataclass
 from typing import assert_never
 
-from engine.scheduling.intake import Intakes
+from engine.scheduling.intake import Intakes, PullTarget
 from engine.scheduling.plan import Instruction, StopAsking
 from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
@@ -24,23 +23,12 @@ from messages.tier import Tier
 _MAX_GIVEN_BACK = 32_768
 
 
-@dataclass(frozen=True, slots=True)
-class PullTarget:
-    """A block into which a pull still writes, though its sequence went on or ended without it."""
-
-    index: int
-    block_id: int
-    name: bytes  #: b"" for a partial block
-    tenant: int  #: whose it is
-
-
 class SequenceLedger:
     """All sequences that have not ended, by phase, and their claims on `pool`. Nobody else pins its blocks."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.slots = SlotPool()
-        self.intakes = Intakes(pool)
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  #: by seniority
         self.pulling: dict[str, Sequence] = {}
@@ -49,6 +37,7 @@ class SequenceLedger:
         self.dead: deque[Sequence] = deque()  #: ended, with blocks that are still to be given back
         self._num_given_back = 0  # blocks of ended sequences, in this event
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
+        self.intakes = Intakes(pool, self.orphans)
         self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
         self._abandoned: list[tuple[str, str]] = []  # sequences that were preempted, and holders asked for them

@@ -117,7 +117,7 @@ class FakeWorker:
         self.ahead: dict[tuple[str, str], range] = {}  # the same, of those that wait
         self.num_found_ahead = 0
         self.lent: dict[str, list[BlockLocation]] = {}
-        self.taken_in: dict[str, tuple[bytes, ...]] = {}  # names that were asked for, by intake
+        self.taken_in: dict[str, tuple[bytes, ...]] = {}  # names that are under way, by intake
         self.num_intakes = 0
         self.pulled_ahead: set[str] = set()  # sequences whose pull began before they were admitted
         self.num_joined = self.num_left = 0  # of them, those that were admitted under that pull, or ended
@@ -475,6 +475,9 @@ class FakeWorker:
         assert intakes - waiting <= self.taken_in.keys()
         assert intakes <= under_way
         assert under_way & self.taken_in.keys() <= intakes | self.scheduler._ledger.orphans.keys()
+        for key in self.taken_in.keys() - intakes:  # of one that is over, what is being pulled is still under way
+            pairs, _ = self.pulls.get(key, ([], {}))
+            self.taken_in[key] = tuple(location.name for location, _ in pairs)
         self.taken_in = {key: names for key, names in self.taken_in.items() if key in under_way}
 
     def drain(self) -> None:

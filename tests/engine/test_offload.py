@@ -43,7 +43,7 @@ BLOCK_BYTES = KvPool(SPECS, BLOCK_SIZE, torch.float32, "cpu", num_blocks=1).bloc
 
 
 def name(number: int) -> bytes:
-    return number.to_bytes(16, "big")
+    return number.to_bytes(4, "little") * 4
 
 
 class Worker:
@@ -228,6 +228,7 @@ async def test_a_chain_for_which_there_is_no_room_at_once_goes_down_in_parts(wor
     sizes = [len(granted.blocks) for granted in world.worker.told]
     assert max(sizes) == 4
     assert sum(sizes) == 7
+    assert world.process.cache.num_seen_again == 0
 
 
 async def test_room_that_was_taken_back_is_not_written_to(world):

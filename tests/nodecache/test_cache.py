@@ -54,9 +54,9 @@ class World:
     def say(self, message, asker=b"w"):
         return self.post(Said(asker, message))
 
-    def room(self, names, begin=0, request_id="r", asker=b"w", tenant=0) -> RoomGranted:
+    def room(self, names, begin=0, request_id="r", asker=b"w", **options) -> RoomGranted:
         indexes = list(range(begin, begin + len(names)))
-        message = RoomRequest(request_id=request_id, names=b"".join(names), indexes=indexes, tenant=tenant)
+        message = RoomRequest(request_id=request_id, names=b"".join(names), indexes=indexes, **options)
         [granted] = self.say(message, asker)
         return granted
 
@@ -254,6 +254,40 @@ def test_a_second_sight_counts_and_outlives_newer_blocks_seen_once():
     for number in range(8, 11):
         world.write(names_of(range(4), f"once {number}"))
     assert set(world.held(twice)) >= set(remembered)
+
+
+def seen(world, names) -> list[int]:
+    """How often each was seen, as it counts in what it is worth."""
+    return world.pool.records(world.pool.find(b"".join(names)))["num_sights"].tolist()
+
+
+def test_who_asks_again_for_what_was_left_out_has_not_seen_it_twice():
+    world = World(8)  # half of it is given out at a time
+    names = names_of(range(7))
+    world.written(world.room(names))
+    world.written(world.room(names, is_again=True))
+    assert (seen(world, names), world.cache.num_seen_again) == ([1] * 7, 0)
+
+
+def test_what_was_left_out_is_seen_again_by_another_and_when_it_is_wanted_again():
+    world = World(16)
+    names = names_of(range(12))
+    world.written(world.room(names))
+    granted = world.room(names[8:10], begin=8, asker=b"x", is_again=True)  # which this one has not asked for before
+    world.written(granted, asker=b"x")
+    world.written(world.room(names[:11]))
+    assert seen(world, names[:11]) == [1] * 8 + [2] * 3
+    world.write(names)
+    assert seen(world, names[11:]) == [2]
+
+
+def test_of_what_was_left_out_by_a_lost_asker_nothing_is_known():
+    world = World(8)
+    names = names_of(range(7))
+    world.written(world.room(names))
+    world.post(AskerLost(b"w"))
+    world.written(world.room(names, is_again=True))
+    assert seen(world, names) == [1] * 4 + [2] * 3
 
 
 def test_what_is_read_stays_and_what_is_only_written_goes():

@@ -237,14 +237,29 @@ class CacheMachine(RuleBasedStateMachine):
         begin=st.integers(0, MAX_LENGTH - 1),
         length=lengths,
         hints=st.lists(hints, max_size=2),
+        is_again=st.booleans(),
     )
     def ask_for_room(
-        self, asker: bytes, request_id: str, chain: str, begin: int, length: int, hints: list[BlockHint]
+        self,
+        asker: bytes,
+        request_id: str,
+        chain: str,
+        begin: int,
+        length: int,
+        hints: list[BlockHint],
+        is_again: bool,
     ) -> None:
         indexes = list(range(begin, min(MAX_LENGTH, begin + length)))
         names = b"".join(name_of(index, chain) for index in indexes)
         tenant = OWNERS[chain]
-        message = RoomRequest(request_id=request_id, names=names, indexes=indexes, tenant=tenant, hints=tuple(hints))
+        message = RoomRequest(
+            request_id=request_id,
+            names=names,
+            indexes=indexes,
+            tenant=tenant,
+            hints=tuple(hints),
+            is_again=is_again,
+        )
         self.post(Said(asker, message))
 
     @precondition(lambda self: self.grants)

@@ -17,7 +17,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.pool = BlockPool(8, 4)
-        self.intakes = Intakes(self.pool)
+        self.intakes = Intakes(self.pool, {})
         self.used: list[int] = []
 
     def use(self, num_blocks: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.scheduling.ledger import PullTarget
+from engine.scheduling.intake import PullTarget
 from engine.scheduling.sequence import OfferedBlock, Phase, Sequence
 from kvcache.pool import BlockState
 from messages.errors import InvariantError

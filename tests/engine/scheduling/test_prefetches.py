@@ -8,10 +8,10 @@ import pytest
 
 from engine.scheduling import prefetches
 from engine.scheduling.config import SchedulerConfig
-from engine.scheduling.plan import SequenceSpec, TimePassed
+from engine.scheduling.plan import BlocksOffered, SequenceSpec, TimePassed
 from kvcache import load_plan
 from kvcache.pool import BlockPool
-from messages.handoff import FoundRun
+from messages.handoff import BlockLocation, FoundRun
 from messages.price import MovePrice
 from messages.request import Copy, HeldRun, SamplingParams
 from tests.engine.fake_worker import FakeWorker
@@ -281,6 +281,38 @@ def test_a_source_that_never_answers_pins_blocks_for_a_while_only(worker):
     assert worker.pool.num_used <= 3 + 1  # what is being written
     end_first(worker)
     assert worker.questions == {}  # one pull at a time: it computes
+    worker.drain()
+
+
+@pytest.mark.parametrize("bad", [(), (1,)])
+def test_what_comes_too_late_is_not_taken_in_a_second_time_while_it_is_still_written(worker, bad):
+    worker.take_in("first", 0, None)
+    names = worker.taken_in["intake 1"]
+    worker.offer_blocks("intake 1", "near", [0, 1], is_last=False)
+    worker.now_s += 31
+    worker.post(TimePassed())
+    assert (intake_ids(worker), worker.questions, list(worker.pulls)) == ((), {}, ["intake 1"])
+    worker.take_in("first", 0, None)
+    assert worker.taken_in["intake 2"] == names[2:]
+    worker.post(BlocksOffered("intake 1", "near", [BlockLocation(2, 7, 7, names[2], 4)], is_last=True))  # late as well
+    assert list(worker.pulls) == ["intake 1"]
+    worker.end_pull("intake 1", bad=set(bad))
+    worker.take_in("first", 0, None)  # what came is here, what came badly is wanted
+    assert worker.taken_in.get("intake 3", ()) == tuple(names[index] for index in bad)
+    worker.drain()
+
+
+def test_what_is_still_written_for_one_that_was_cancelled_is_not_taken_in_for_the_next(worker):
+    add(worker, "r", held=held_at("host"))
+    worker.offer_blocks("r", "at host", [0, 1, 2], is_last=True)
+    worker.cancel("r")
+    add(worker, "same", held=held_at("host"))
+    assert worker.questions == {("same", "at host"): range(3, NUM_BLOCKS)}
+    worker.end_pull("r")
+    take_in(worker, "same", "at host", range(3, NUM_BLOCKS))
+    assert worker.scheduler.num_blocks_taken_in == NUM_BLOCKS - 3
+    end_first(worker)
+    assert worker.questions == {}
     worker.drain()
 
 
