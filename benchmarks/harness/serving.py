@@ -74,7 +74,7 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
         RuntimeError: the command ended, or did not get ready; with what it printed.
     """
     secret = ClusterSecret.generate().hex()
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _own_directory() as directory:
         log = directory / "serve.log"
@@ -122,7 +122,8 @@ def _own_directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
