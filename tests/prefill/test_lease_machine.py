@@ -172,6 +172,11 @@ class LeaseMachine(RuleBasedStateMachine):
             case "prefill dies":
                 self.world.kill_prefill(loses_messages=is_so)
 
+    @precondition(lambda self: self.world.prefill.lender._questions)
+    @rule(loses_messages=st.booleans())
+    def lose_who_borrows(self, loses_messages) -> None:
+        self.world.kill_decode(loses_messages=loses_messages, is_retried=lambda: 1)
+
     @invariant()
     def books_agree(self) -> None:
         if hasattr(self, "world"):
