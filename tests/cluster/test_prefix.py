@@ -74,7 +74,9 @@ def kvray(served: Served, *arguments: str, code: int = 0) -> str:
 
 
 def test_a_prefix_ships_with_a_deployment(tmp_path):
-    model = make_tiny_model(tmp_path / "model")
+    # It takes so long to compute that loading is quicker.
+    sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+    model = make_tiny_model(tmp_path / "model", **sizes)
     prompt, file, pooled = tmp_path / "prompt.json", tmp_path / "prefix.arrow", tmp_path / "pooled.arrow"
     prompt.write_text(json.dumps({"prompt": PROMPT}))
     with deployment(model, tmp_path / "one") as (served, http):
