@@ -34,7 +34,7 @@ from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 _UNSEEN_S = 30.0
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
-_DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean
+_DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean, at least: the first ones count for more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +118,7 @@ class Router:
         self._placed: dict[str, _Placed] = {}
         self._watched: dict[str, None] = {}  # of those, who may have reservations, or whom no worker reports
         self._num_reporting: Counter[str] = Counter()  # workers, by request
+        self._num_ended = 0
         self._counts: Counter[str] = Counter()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
@@ -314,7 +315,9 @@ class Router:
         self._watched.pop(request_id, None)
         if placed is not None:
             seen, mean = now_s - placed.placed_s, self._assumed.sequence_s
-            self._assumed = replace(self._assumed, sequence_s=mean + _DURATION_WEIGHT * (seen - mean))
+            self._num_ended += 1
+            weight = max(_DURATION_WEIGHT, 1 / (1 + self._num_ended))  # what was assumed counts as one that was seen
+            self._assumed = replace(self._assumed, sequence_s=mean + weight * (seen - mean))
 
     def _release(self, request_id: str) -> None:
         placed = self._placed.get(request_id)

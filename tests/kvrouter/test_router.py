@@ -382,6 +382,16 @@ def test_how_long_requests_take_is_learnt():
     assert fleet.router.explain(request())[0].wait_s == pytest.approx(1.0, rel=0.01)
 
 
+def test_the_first_requests_that_end_tell_most_of_how_long_they_take():
+    fleet = Fleet(info("d", max_num_seqs=1), config=RouterConfig(assumed=Assumptions(sequence_s=10.0)))
+    for i in range(9):
+        fleet.route(request_id=f"r{i}")
+        fleet.now_s += 1.0
+        fleet.tell(RequestEnded(request_id=f"r{i}"))
+    fleet.tell(load("d", num_running=1))
+    assert fleet.router.explain(request())[0].wait_s == pytest.approx((10.0 + 9 * 1.0) / 10)
+
+
 def test_router_is_light_to_import():
     program = (
         "import sys, time; started = time.process_time(); import kvrouter.router; "
