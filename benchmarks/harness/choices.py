@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -21,6 +19,7 @@ from engine.scheduling.plan import Sampled, StepPlan, StepResult
 from engine.worker import WorkerOptions
 from harness import worker_process
 from harness.models import model_directory
+from harness.turn_loop import TurnLoop
 from harness.worker_process import say
 from harness.workers import WorkerProcess, running_worker
 from kvcache.names import pack_tokens
@@ -30,38 +29,15 @@ from transport.opening import RoadOptions
 from transport.secret import ClusterSecret
 
 
-def watch_turns(on_longer: Callable[[float], None]) -> None:
-    """Call `on_longer` with the milliseconds of the longest turn of this process's loops whenever one is longer yet.
-
-    Processor time of the loop's thread: what others take of it is not counted, waiting neither.
-    """
-    run_once = asyncio.BaseEventLoop._run_once  # type: ignore[attr-defined]
-    longest_ms = 0.0
-
-    def watched(loop: asyncio.BaseEventLoop) -> None:
-        nonlocal longest_ms
-        begin_s = time.thread_time()
-        run_once(loop)
-        turn_ms = 1e3 * (time.thread_time() - begin_s)
-        if turn_ms > longest_ms:
-            longest_ms = turn_ms
-            on_longer(turn_ms)
-
-    asyncio.BaseEventLoop._run_once = watched  # type: ignore[attr-defined]
-
-
 def choices_ms(num_choices: int, num_tokens: int) -> dict[str, float]:
     """Have a worker answer one request; return the longest turn of each loop, in ms."""
     secret = ClusterSecret.from_hex("5c" * 32)
     with running_worker("decode", _options(num_choices), secret, script=(__file__,)) as worker:
-        longest: list[float] = [0.0]
-        run_once = asyncio.BaseEventLoop._run_once  # type: ignore[attr-defined]
-        watch_turns(longest.append)
-        try:
-            asyncio.run(_ask(worker, secret, num_choices, num_tokens))
-        finally:
-            asyncio.BaseEventLoop._run_once = run_once  # type: ignore[attr-defined]
-        return {"worker's": worker.last_said("turn_ms"), "ingress'": longest[-1]}
+        with asyncio.Runner(loop_factory=TurnLoop) as runner:
+            runner.run(_ask(worker, secret, num_choices, num_tokens))
+            loop = runner.get_loop()
+            assert isinstance(loop, TurnLoop)
+        return {"worker's": worker.last_said("turn_ms"), "ingress'": loop.longest_ms}
 
 
 async def _ask(worker: WorkerProcess, secret: ClusterSecret, num_choices: int, num_tokens: int) -> None:
@@ -118,10 +94,14 @@ def _compute_nothing(worker: DecodeWorker) -> DecodeWorker:
             return StepResult(sampled=sampled, elapsed_s=0.01)
 
     engine.__class__ = Idle
-    watch_turns(lambda turn_ms: say({"turn_ms": turn_ms}))
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, TurnLoop)
+    loop.call_soon(loop.watch, lambda turn_ms: say({"turn_ms": turn_ms}))  # in this turn the worker was made
     return worker
 
 
 if __name__ == "__main__":
+    # typed as the class that is made; a function that makes one does as well
     worker_process.WORKERS["decode"] = lambda *options: _compute_nothing(DecodeWorker(*options))  # type: ignore[assignment]
-    asyncio.run(worker_process.main())
+    with asyncio.Runner(loop_factory=TurnLoop) as runner:
+        runner.run(worker_process.main())

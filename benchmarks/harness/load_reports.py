@@ -98,9 +98,10 @@ def load_reports(num_workers: int) -> dict[str, float]:
         router.on_event(WorkerJoined(worker.info), 1.0)
         router.on_event(KvEvents(worker_id=worker.info.worker_id, seq=0, cleared=True), 1.0)
         router.on_event(worker.whole(), 1.0)
-    sent = [encode(report) for worker in workers for report in worker.reports(1.0 + _SECONDS)]
-    random.Random(0).shuffle(sent)
-    sent.sort(key=lambda data: decode(data).seq)  # type: ignore[union-attr]
+    reports = [report for worker in workers for report in worker.reports(1.0 + _SECONDS)]
+    random.Random(0).shuffle(reports)
+    reports.sort(key=lambda report: report.seq)
+    sent = [encode(report) for report in reports]
     begin_s = time.thread_time()
     for data in sent:
         report = decode(data)

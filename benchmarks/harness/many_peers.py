@@ -58,6 +58,9 @@ async def _connect(process: subprocess.Popen[str], num_peers: int) -> dict[str, 
         made.send(GetStats(query_id=str(number)))
         return made
 
+    def all_are_told() -> bool:
+        return len(answered) + len(lost) >= len(clients)
+
     clients = [client(0)]  # what is made once is made
     await _until(lambda: answered or lost)
     before, there_before, num_files = me.memory_info().rss, _ask(process), me.num_fds()
@@ -65,7 +68,7 @@ async def _connect(process: subprocess.Popen[str], num_peers: int) -> dict[str, 
     while len(clients) <= num_peers:
         end = min(len(clients) + _AT_ONCE, num_peers + 1)
         clients += [client(number) for number in range(len(clients), end)]
-        await _until(lambda end=end: len(answered) + len(lost) >= end)  # type: ignore[misc]
+        await _until(all_are_told)
     connecting_s = time.monotonic() - begin_s
     assert not lost, lost[0]
     cpu_s, idle_from_s = time.process_time(), time.monotonic()
