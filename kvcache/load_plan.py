@@ -6,8 +6,8 @@
     both                           loads come from the tail, computing goes on from the head, until they meet
 
 Computing the head while the tail is loaded takes half of the time of either where both are equally quick, and a little
-more than that: it is computed in smaller steps, and at last one of the two is waited for. Where one is far quicker the
-other does not help.
+more than that: it is computed in smaller steps, and at last one of the two is waited for. It takes less than half where
+prompts are long, for the head is cheaper to compute. Where one is far quicker the other does not help.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvcache.price import HARM_WEIGHT, Computation, compute_s, move_s
+from kvcache.price import Computation, compute_s, harm_s, move_s
 from messages.handoff import FoundRun
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
@@ -144,10 +144,9 @@ def plan_loads(
     meeting = _meeting(loads, load_s, computing_s, compute, queue_s, block_size)
     last_step_s = compute_s(compute, Computation.of(max(0, meeting.num_tokens - chunk_tokens), meeting.num_tokens))
     mixed_s = meeting.seconds + last_step_s + _MORE_STEPS * compute.step_s + _HALF_BATCH_S
-    harm = HARM_WEIGHT * num_beside
-    # Who may come later does not count here: the sequence is there, and the engine had nothing better to do.
-    compute_cost_s = queue_s + computing_s * (1 + harm)
-    mixed_cost_s = mixed_s + harm * (meeting.seconds - queue_s)
+    # The harm to those who run here, without the one who may come, whom a placement counts: this sequence is there.
+    compute_cost_s = queue_s + computing_s + harm_s(computing_s, num_beside - 1)
+    mixed_cost_s = mixed_s + harm_s(meeting.seconds - queue_s, num_beside - 1)
     is_mixed = mixed_cost_s < _CLEARLY * min(load_s, compute_cost_s)
     chosen = tuple(loads) if is_mixed or load_s <= compute_cost_s else ()
     return LoadPlan(chosen, load_s, queue_s + computing_s, mixed_s, is_mixed, meeting.num_tokens)
