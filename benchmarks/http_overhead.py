@@ -36,7 +36,7 @@ from typing import Any
 import psutil
 from harness.bare_engine import BareEngine
 from harness.direct import DirectClient
-from harness.http_client import HttpConnection
+from harness.http_client import HttpConnection, completion
 from harness.models import model_directory, vocab_size
 from harness.prompts import draw_prompts
 from harness.report import goal, hardware, parser, record
@@ -113,20 +113,6 @@ class Alone:
         )
         times = [time.perf_counter() - begin_s async for _ in stream]
         return times[0]
-
-
-def completion(prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-    """Write a request in which every token gives an event, also one without text."""
-    return {
-        "model": "bench",
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-        **more,
-    }
 
 
 async def stream_tokens(connection: HttpConnection, prompt: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from harness.report import goal, parser, record
-from harness.simulated import BLOCK_SIZE, Clock, Machine, _warm
+from harness.simulated import BLOCK_SIZE, Clock, Machine, warm
 
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
@@ -62,7 +62,7 @@ class Bench:
         self.block_s = load_s / num_blocks
         pool = BlockPool((num_slots + 3) * (num_blocks + OUTPUT_TOKENS // BLOCK_SIZE + 2), BLOCK_SIZE)
         config = SchedulerConfig(max_model_len=2 * PROMPT_TOKENS, max_num_seqs=num_slots, block_bytes=1)
-        self.scheduler = Scheduler(config, pool, b"model", _warm(self.machine), self.price_of)
+        self.scheduler = Scheduler(config, pool, b"model", warm(self.machine), self.price_of)
         if not takes_in:
             self.scheduler._prefetches._max_blocks = 0
         self.firsts_s: dict[str, float] = {}

@@ -30,7 +30,7 @@ from statistics import median
 from typing import TypeAlias
 
 from engine_cpu import vllm_python
-from harness.http_client import HttpConnection
+from harness.http_client import HttpConnection, completion
 from harness.models import model_directory, vocab_size
 from harness.report import ROOT, goal, hardware, parser, record
 from harness.serving import serving
@@ -100,18 +100,9 @@ class Watched:
 
 async def ask(connection: HttpConnection, prompt: list[int], max_tokens: int, seen: Watched) -> list[int]:
     """Stream an answer; return its tokens. Tokens that come together count as one wait and none."""
-    body = {
-        "model": "bench",
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
     answer: list[int] = []
     last_s = time.perf_counter()
-    async for event in connection.events(PATH, body):
+    async for event in connection.events(PATH, completion(prompt, max_tokens)):
         tokens = [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
         if not tokens:
             continue

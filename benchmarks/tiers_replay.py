@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from harness.http_client import HttpConnection
+from harness.http_client import HttpConnection, completion
 from harness.models import model_directory, vocab_size
 from harness.report import ROOT, goal, hardware, parser, record
 from harness.serving import Served, serving
@@ -77,16 +77,7 @@ async def replay(url: str, sessions: list[list[Turn]], num_at_once: int) -> Run:
         connection = await HttpConnection.open(url)
         while waiting:
             for turn in waiting.pop():
-                body = {
-                    "model": "bench",
-                    "prompt": turn.prompt,
-                    "max_tokens": turn.max_tokens,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": True,
-                    "return_token_ids": True,
-                    "return_prompt_sources": True,
-                }
+                body = completion(turn.prompt, turn.max_tokens, return_prompt_sources=True)
                 first_s, begin_s = 0.0, time.perf_counter()
                 async for event in connection.events(PATH, body):
                     first_s = first_s or time.perf_counter() - begin_s

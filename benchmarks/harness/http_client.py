@@ -15,6 +15,20 @@ from urllib.parse import urlsplit
 _DONE = b"[DONE]"
 
 
+def completion(prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+    """Write a request in which every token gives an event, also one without text."""
+    return {
+        "model": "bench",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+        **more,
+    }
+
+
 class HttpConnection:
     """One kept-alive connection; one request at a time."""
 

@@ -200,7 +200,7 @@ class Worker:
             remote_timeout_s=120.0,
             block_bytes=fleet.machine.block_bytes,
         )
-        self.scheduler = Scheduler(config, self.pool, FINGERPRINT, _warm(fleet.machine), self.price_of)
+        self.scheduler = Scheduler(config, self.pool, FINGERPRINT, warm(fleet.machine), self.price_of)
         self.loans, self.streams = LoanBook(), StreamBook()
         self.publications = PublicationBook(LEASE_S, BLOCK_SIZE)
         self.lender = _Lender(self)
@@ -470,7 +470,7 @@ class Worker:
         )
 
 
-def _warm(machine: Machine) -> StepCost:
+def warm(machine: Machine) -> StepCost:
     """What a worker learned when it warmed up."""
     cost = StepCost()
     p = machine.compute
