@@ -65,7 +65,7 @@ class DecodeWorker:
         self._worker = EngineWorker(self.role, worker_id, host, options, secret, on_crash, vaults, find_cache)
         self._book = StreamBook()
         self._todo: deque[BeginSequence | CancelSequence] = deque()
-        self._doing: asyncio.Task[None] | None = None  #: what is left of `_todo`
+        self._is_doing = False  #: somebody goes through `_todo`: in this turn of the loop, or a task
 
     async def start(self) -> WorkerInfo:
         """Listen and step, on the running loop; the answer is what the rest of the fleet needs to know."""
@@ -134,10 +134,12 @@ class DecodeWorker:
                         assert_never(unreachable)
         for ingress, chunks in replies.items():
             self._worker.send(ingress, TokenBatch(chunks=chunks))
-        if self._todo and self._doing is None:
+        if self._todo and not self._is_doing:  # what beginning one of them leads to comes here again
+            self._is_doing = True
             self._do_some()
+            self._is_doing = bool(self._todo)
             if self._todo:
-                self._doing = self._worker.spawn(self._do_the_rest())
+                self._worker.spawn(self._do_the_rest())
 
     def _do_some(self) -> None:
         """Begin and cancel sequences for a while, in order: many choices may come, or many requests end, at once."""
@@ -156,7 +158,7 @@ class DecodeWorker:
         while self._todo:
             await asyncio.sleep(0)
             self._do_some()
-        self._doing = None
+        self._is_doing = False
 
     def _begin(self, spec: SequenceSpec) -> None:
         try:

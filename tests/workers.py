@@ -83,6 +83,7 @@ class Ingress:
         generated: Sequence[int] = (),
         held: tuple[HeldRun, ...] | None = (),
         others: tuple[Choice, ...] = (),
+        deadline_s: float | None = None,
         **params: object,
     ) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
@@ -99,6 +100,7 @@ class Ingress:
                 prefill_address=None if prefill is None else prefill.address,
                 held=held,
                 others=others,
+                deadline_s=deadline_s,
             )
         )
         return self.answers[request_id]

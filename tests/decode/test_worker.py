@@ -156,6 +156,18 @@ async def test_choices_that_come_in_one_message_are_answered_as_if_each_had_come
         await pair.idle()
 
 
+async def test_many_choices_that_each_end_as_they_begin_are_answered_one_after_the_other(model_dir):
+    (prompt,) = prompts(5, 40)
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        others = tuple(Choice(f"c{i}", i) for i in range(1, 400))
+        pair.ingress.send("c0", prompt, others=others, deadline_s=0.0)
+        answers = pair.ingress.answers.values()
+        await asyncio.wait_for(asyncio.gather(*(answer.is_done.wait() for answer in answers)), 20)
+        assert [answer.last.error.status for answer in answers if answer.last.error is not None] == [504] * 400
+        await pair.idle()
+
+
 @pytest.mark.alone
 async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference):
     asked = prompts(6, *([90] * 12))
