@@ -40,7 +40,7 @@ class SequenceLedger:
         self.intakes = Intakes(pool, self.orphans)
         self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
-        self._abandoned: list[tuple[str, str]] = []  # sequences that were preempted, and holders asked for them
+        self._abandoned: list[Instruction] = []  # to holders that were asked for what a step took the room of
         self.num_preemptions = 0
         self.num_device_tokens = 0  #: the four are prompt tokens by where their KV came from: `count_prompt`
         self.num_loaded_tokens: Counter[Tier] = Counter()
@@ -210,7 +210,7 @@ class SequenceLedger:
     def preempt(self, seq: Sequence) -> None:
         """Move `seq` from running back to waiting. Its full blocks stay named: most of it comes back by reuse."""
         if seq.pull is not None:
-            self._abandoned += [(seq.seq_id, address) for address in sorted(seq.pull.holders)]
+            self._abandoned += [StopAsking(seq.seq_id, address) for address in sorted(seq.pull.holders)]
             self._drop_tail(seq, seq.num_blocks_for(seq.num_computed))
         self._stop_running(seq)
         seq.extend_names()
@@ -226,8 +226,8 @@ class SequenceLedger:
         insort(self.waiting, seq, key=_seniority)
         self.num_preemptions += 1
 
-    def take_abandoned(self) -> list[tuple[str, str]]:
-        """Return, by sequence, the holders that are to offer nothing more as it was preempted, since the last call."""
+    def take_abandoned(self) -> list[Instruction]:
+        """Return what holders are to be told that are to offer nothing more, as a step took the room for it."""
         abandoned, self._abandoned = self._abandoned, []
         return abandoned
 
@@ -302,7 +302,7 @@ class SequenceLedger:
     # --------------------------------------------------------------------------------------------------------- blocks
 
     def reserve(self, seq: Sequence, end: int) -> bool:
-        """Make the table of `seq` cover `end` tokens; preempt its juniors for that if need be.
+        """Make the table of `seq` cover `end` tokens; end intakes and preempt its juniors for that if need be.
 
         The most senior sequence can preempt all others, so one always goes on; who finds no room keeps its blocks and
         waits.
@@ -313,6 +313,9 @@ class SequenceLedger:
         while self.pool.num_free < num_lacking:
             if self.dead:
                 self._give_back(self.dead.popleft())
+                continue
+            if self.intakes:
+                self.end_intake(self.intakes.ids()[-1], self._abandoned)
                 continue
             victim = max((s for s in self.running.values() if s.block_table), key=_seniority, default=seq)
             if victim.seniority <= seq.seniority:

@@ -47,7 +47,6 @@ from engine.scheduling.plan import (
     StepPlan,
     StepResult,
     StepWanted,
-    StopAsking,
     StopRemote,
     TakeIn,
     TimePassed,
@@ -262,7 +261,7 @@ class Scheduler:
         self._admit(now_s, out, new)
         if isinstance(event, StepWanted):
             self._begin_step(out)
-        out += [StopAsking(seq_id, source) for seq_id, source in self._ledger.take_abandoned()]
+        out += self._ledger.take_abandoned()
         self._prefetches.go_on(out)
         return out
 

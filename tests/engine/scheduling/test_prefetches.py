@@ -350,6 +350,23 @@ def test_a_share_of_the_pool_at_most_is_filled_for_those_who_wait(worker):
     worker.drain()
 
 
+@pytest.mark.parametrize("is_pulled", [False, True])
+def test_who_runs_grows_into_the_room_that_is_held_for_those_who_wait(is_pulled):
+    worker = worker_of(20)
+    end_first(worker)
+    params = SamplingParams(max_tokens=64)
+    worker.add(SequenceSpec(seq_id="grows", token_ids=BASES[0][:12], num_prompt_tokens=12, params=params))
+    add(worker, "r", held=held_at("host"))
+    assert worker.questions == {("r", "at host"): range(5)}
+    if is_pulled:
+        worker.offer_blocks("r", "at host", [0], is_last=False)
+    while not worker.sequences["grows"].is_over:
+        assert worker.want_step()
+        worker.end_step()
+    assert worker.scheduler.stats()["num_preemptions"] == 0
+    worker.drain()
+
+
 def test_nothing_is_asked_for_ahead_while_one_that_was_admitted_pulls(worker):
     add(worker, "r0", [0, *BASES[1]], held=held_at("host"))
     worker.offer_blocks("r0", "at host", list(range(NUM_BLOCKS)), is_last=True)
