@@ -230,10 +230,10 @@ class Scheduler:
         self._now_s = self._pool.now_s = now_s
         self._pool.release_quarantined(now_s)
         self._ledger.begin_event()
-        self._check_deadlines(now_s, out)
+        is_late = self._check_deadlines(now_s, out)
         new: Sequence | None = None
-        if not isinstance(event, SequenceAdded):
-            self._blocked = None  # there may be more room
+        if is_late or not isinstance(event, SequenceAdded):
+            self._blocked, self._look_again_s = None, -math.inf  # there may be more room
             self._backlog.forget()
         match event:
             case SequenceAdded(spec):
@@ -341,12 +341,15 @@ class Scheduler:
             return deadline_error(spec.seq_id, Phase.WAITING.value)
         return None
 
-    def _check_deadlines(self, now_s: float, out: list[Instruction]) -> None:
+    def _check_deadlines(self, now_s: float, out: list[Instruction]) -> bool:
+        """End sequences and pulls whose time is over; tell whether anybody's was."""
+        is_late = False
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, seq_id = heapq.heappop(self._deadlines)
             seq = self._ledger.sequences.get(seq_id)
             if seq is None or seq.phase is Phase.KEPT:
                 continue
+            is_late = True
             if seq.spec.deadline_s is not None and seq.spec.deadline_s <= now_s:
                 error = deadline_error(seq.seq_id, seq.phase.value)
                 out.append(EmitTokens(seq.seq_id, finish_reason="error", error=error))
@@ -356,6 +359,7 @@ class Scheduler:
                 self._offers.publish(seq.seq_id, out)
                 if seq.spec.remote_s is not None:
                     out.append(StopRemote(seq.seq_id))
+        return is_late
 
     # ------------------------------------------------------------------------------------------------------ admission
 
@@ -462,6 +466,7 @@ class Scheduler:
         step = self._planner.plan()
         if self._ledger.num_preemptions > num_preemptions:
             self._look_again_s = -math.inf  # seniors of whoever comes next wait again
+            self._backlog.forget()
         if not step:
             return
         self._step = step

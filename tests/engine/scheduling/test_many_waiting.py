@@ -104,6 +104,19 @@ def test_time_that_passed_for_one_that_waits_is_noticed_as_another_comes():
     assert held.held_until_s == math.inf  # it was looked at again, and waits for who runs
 
 
+def test_whose_time_ends_as_another_comes_leaves_its_place_to_who_waited_and_counts_no_more():
+    bench = Bench(max_num_batched_tokens=8)
+    bench.add("writer", LONG, deadline_s=5.0)
+    bench.start()
+    bench.add("waits", LONG)
+    bench.finish()
+    bench.now_s = 5.0
+    bench.add("next", 9)
+    assert bench.scheduler._ledger.running.keys() == {"waits", "next"}
+    assert bench.scheduler._backlog.seconds() == pytest.approx(bench.scheduler.queued_s)
+    bench.run()
+
+
 def test_blocks_of_many_that_end_at_once_are_given_back_bit_by_bit_and_sooner_where_they_are_wanted(monkeypatch):
     monkeypatch.setattr(ledger_module, "_MAX_GIVEN_BACK", 10)
     bench = Bench(num_blocks=40, max_num_batched_tokens=200)
