@@ -185,6 +185,7 @@ class LearnHandoff:
     elapsed_s: float
     source_s: float
     num_blocks: int
+    asked_s: float  #: when, by the clock of the book
 
 
 LoanInstruction: TypeAlias = TellScheduler | AskOwner | TellOwner | BeginPull | LearnHandoff
@@ -321,8 +322,7 @@ class LoanBook:
             self.num_refused += loan.is_prompt
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
             if teaches and loan.tier in SLOW_TIERS and loan.num_come_blocks > 0 and not loan.has_failed:
-                elapsed_s = loan.come_s - loan.asked_s
-                told.append(LearnHandoff(loan.source, loan.tier, elapsed_s, loan.source_s, loan.num_come_blocks))
+                told.append(_learned(loan, loan.tier, loan.come_s, loan.num_come_blocks))
         return told
 
     def _take_handoff(self, source: str, handoff: KvHandoff) -> list[LoanInstruction]:
@@ -392,9 +392,7 @@ class LoanBook:
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
             has_come = loan.is_prompt or loan.num_pulled_blocks > 0  # a holder that had nothing teaches no price
             if loan.is_wanted and has_come and not loan.has_failed:
-                tier = None if loan.is_prompt else loan.tier
-                elapsed_s = now_s - loan.asked_s
-                told.append(LearnHandoff(loan.source, tier, elapsed_s, loan.source_s, loan.num_pulled_blocks))
+                told.append(_learned(loan, None if loan.is_prompt else loan.tier, now_s, loan.num_pulled_blocks))
         return told
 
     # ---------------------------------------------------------------------------------------------------------- pulls
@@ -423,3 +421,7 @@ class LoanBook:
                 loan.come_s, loan.num_come_blocks = now_s, loan.num_pulled_blocks
         until_s = now_s + stopped.quarantine_s if stopped.quarantine_s > 0 and bad else None
         return [TellScheduler(seq_id, PullEnded(seq_id, bad, until_s))]
+
+
+def _learned(loan: _Loan, tier: Tier | None, come_s: float, num_blocks: int) -> LearnHandoff:
+    return LearnHandoff(loan.source, tier, come_s - loan.asked_s, loan.source_s, num_blocks, loan.asked_s)

@@ -153,12 +153,12 @@ class Peers:
         return outcome
 
     def observe_handoff(self, learned: LearnHandoff) -> None:
-        """Learn from KV that came whole: as `MoveCost.observe_handoff`, in blocks.
+        """Learn from KV that came, as `MoveCost.observe_handoff`, in blocks; `asked_s` is by time.monotonic().
 
         What was asked before the first pull waited until the roads were tried, and says nothing of later ones.
         """
         peer = self._peers.get(learned.source)
-        if peer is None or peer.pulled_s is None or time.monotonic() - learned.elapsed_s < peer.pulled_s:
+        if peer is None or peer.pulled_s is None or learned.asked_s < peer.pulled_s:
             return
         num_bytes = learned.num_blocks * self._block_bytes
         if learned.tier is None or learned.tier in _AT_HAND:

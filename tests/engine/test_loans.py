@@ -169,7 +169,7 @@ def test_a_loan_is_released_when_the_last_pull_has_ended(bench):
     bench.begin_pull(pull_of("r"))  # what was offered meanwhile
     assert bench.post(SchedulerTold("r")) == []
     bench.end_pull()
-    assert bench.post(SchedulerTold("r")) == [release("r"), LearnHandoff(P, None, 2.0, 1.5, 6)]
+    assert bench.post(SchedulerTold("r")) == [release("r"), LearnHandoff(P, None, 2.0, 1.5, 6, 0.0)]
     assert bench.post(SchedulerTold("r")) == []
 
 
@@ -188,7 +188,7 @@ def test_between_two_handoffs_nothing_is_released(bench):
 def test_a_last_handoff_of_which_nothing_is_lacking_is_released_at_once(bench):
     bench.want_prompt()
     bench.hand_off(is_last=True)
-    assert bench.post(SchedulerTold("r")) == [release("r"), LearnHandoff(P, None, 0.0, 0.0, 0)]
+    assert bench.post(SchedulerTold("r")) == [release("r"), LearnHandoff(P, None, 0.0, 0.0, 0, 0.0)]
 
 
 def test_a_first_token_that_is_the_last_releases_at_once(bench):
@@ -303,7 +303,7 @@ def test_what_a_holder_offers_in_parts_is_told_in_parts_and_released_when_all_of
     bench.begin_pull(pull_of("r", blocks=BLOCKS[3:]))
     assert bench.post(SchedulerTold("r")) == []
     bench.end_pull()
-    assert bench.post(SchedulerTold("r")) == [release(loan_id), LearnHandoff(P, "disk", 3.0, 0.5, 6)]
+    assert bench.post(SchedulerTold("r")) == [release(loan_id), LearnHandoff(P, "disk", 3.0, 0.5, 6, 0.0)]
 
 
 def test_what_a_holder_offers_whole_is_released_when_its_pull_has_ended(bench):
@@ -312,7 +312,7 @@ def test_what_a_holder_offers_whole_is_released_when_its_pull_has_ended(bench):
     bench.begin_pull(pull_of("r"))
     assert bench.post(SchedulerTold("r")) == []
     bench.end_pull()
-    assert bench.post(SchedulerTold("r")) == [release(loan_id), LearnHandoff(P, "device", 0.0, 0.0, 3)]
+    assert bench.post(SchedulerTold("r")) == [release(loan_id), LearnHandoff(P, "device", 0.0, 0.0, 3, 0.0)]
 
 
 def test_a_holder_that_has_nothing_any_more_teaches_no_price(bench):
@@ -363,7 +363,7 @@ def test_what_came_before_it_was_given_up_teaches_how_slow_a_tier_is(bench, tier
     bench.end_pull()
     bench.begin_pull(pull_of("r"))  # of what came next, which is not waited for
     bench.now_s = 8.0
-    learned = [LearnHandoff(P, tier, 3.0, 2.5, 3)] if teaches else []
+    learned = [LearnHandoff(P, tier, 3.0, 2.5, 3, 0.0)] if teaches else []
     assert bench.post(StopAsking("r", P)) == [release(loan_id), *learned]
     bench.end_pull()
 
@@ -465,9 +465,9 @@ def test_of_two_holders_one_that_offered_all_is_kept_while_the_other_is_pulled(b
     told = bench.post(SchedulerTold("r"))
     assert told == [
         release(far, Q),
-        LearnHandoff(Q, "device", 0.0, 0.0, 3),
+        LearnHandoff(Q, "device", 0.0, 0.0, 3, 0.0),
         release(near),
-        LearnHandoff(P, "device", 0.0, 0.0, 3),
+        LearnHandoff(P, "device", 0.0, 0.0, 3, 0.0),
     ]
 
 
@@ -480,7 +480,7 @@ def test_a_bad_block_of_one_holder_says_nothing_of_the_other(bench):
     bench.begin_pull(pull_of("r", Q, BLOCKS[3:]))
     bench.end_pull()
     learned = [told for told in bench.post(SchedulerTold("r")) if isinstance(told, LearnHandoff)]
-    assert learned == [LearnHandoff(Q, "device", 0.0, 0.0, 3)]
+    assert learned == [LearnHandoff(Q, "device", 0.0, 0.0, 3, 0.0)]
 
 
 def test_a_sequence_that_is_over_releases_all_that_still_makes_its_blocks(bench):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from engine.loans import LearnHandoff
@@ -76,8 +78,10 @@ class Setting:
         return await self.peers.pull(address, pairs, lambda: None)
 
 
-def learned(owner: Owner, elapsed_s: float) -> LearnHandoff:
-    return LearnHandoff(owner.server.address, "device", elapsed_s, source_s=0.0, num_blocks=0)
+def learned(owner: Owner, elapsed_s: float, *, asked_s: float | None = None) -> LearnHandoff:
+    """`asked_s`: where it was asked so long ago that more passed than `elapsed_s`."""
+    asked_s = time.monotonic() - elapsed_s if asked_s is None else asked_s
+    return LearnHandoff(owner.server.address, "device", elapsed_s, source_s=0.0, num_blocks=0, asked_s=asked_s)
 
 
 @pytest.fixture
@@ -163,16 +167,18 @@ async def test_each_owner_has_the_price_that_its_pulls_and_handoffs_taught(setti
     for owner in (first, second):
         await setting.connected(owner)
     assert setting.peers.prices() == setting.peers.changed_prices() == ()
+    begun_s = time.monotonic()
     setting.peers.observe_handoff(learned(first, 9.0))  # asked before any pull: it waited for the roads
     await setting.pull(first.server.address, first, 3, 0)
     (price,) = setting.peers.changed_prices()
     assert (price.source, price.road, price.handoff_s) == (first.server.address, "a", ASSUMED_MOVE.handoff_s)
+    setting.peers.observe_handoff(learned(first, 0.0, asked_s=begun_s))  # came, and was given up long after
     assert setting.peers.changed_prices() == ()  # told already
     assert setting.peers.prices() == (price,)
     setting.peers.observe_handoff(learned(first, 0.0))
     (changed,) = setting.peers.changed_prices()
     assert changed.handoff_s == 0.0
-    setting.peers.observe_handoff(LearnHandoff("tcp://nobody:1", None, 0.0, 0.0, 0))
+    setting.peers.observe_handoff(LearnHandoff("tcp://nobody:1", None, 0.0, 0.0, 0, 0.0))
 
 
 async def test_a_copy_is_priced_as_assumed_until_it_was_pulled_from_and_never_where_nothing_comes_from(setting):

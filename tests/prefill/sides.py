@@ -318,7 +318,7 @@ class DecodeSide:
                         self._send(address, message)
                 case BeginPull(pull):
                     self._take_pull(pull)
-                case LearnHandoff(_, tier, elapsed_s, source_s, num_blocks):
+                case LearnHandoff(_, tier, elapsed_s, source_s, num_blocks, _):
                     self.world.seen["learned"] += 1
                     assert 0 <= source_s <= elapsed_s
                     assert num_blocks or tier is None
