@@ -42,12 +42,12 @@ class Intake:
     source: str
     first_index: int  #: of the first name
     names: tuple[bytes, ...]
-    used_s: float | None  #: when the blocks were last used; None: they are wanted now
-    is_head_first: bool
-    deadline_s: float
-    portion_blocks: int  #: in one pull
-    tenant: int | None  #: whose they are; None: the source knows
     targets: dict[int, int]  #: block id, by position, of those that are wanted
+    deadline_s: float
+    used_s: float | None = None  #: when the blocks were last used; None: they are wanted now
+    is_head_first: bool = True
+    portion_blocks: int = sys.maxsize  #: in one pull
+    tenant: int | None = None  #: whose they are; None: the source knows
     offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
     open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
     is_offered_whole: bool = False  #: the source will offer no more
@@ -172,8 +172,7 @@ class Intakes:
 
     def _intake(self, source: str, first_index: int, names: tuple[bytes, ...], wanted: Collection[int]) -> Intake:
         targets = dict(zip(wanted, self._pool.allocate(len(wanted)), strict=True))
-        deadline_s = self._pool.now_s + _MAX_S
-        return Intake(source, first_index, names, None, True, deadline_s, sys.maxsize, None, targets)
+        return Intake(source, first_index, names, deadline_s=self._pool.now_s + _MAX_S, targets=targets)
 
     def _begin(self, intake_id: str, intake: Intake, out: list[Instruction]) -> None:
         self._intakes[intake_id] = intake
