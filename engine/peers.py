@@ -20,7 +20,7 @@ from messages.fleet import RoadStatus
 from messages.handoff import DescribeRegions, RegionInfo, RegionsDescribed, RoadMessage
 from messages.price import MovePrice
 from messages.request import Copy
-from messages.tier import Tier
+from messages.tier import AT_HAND, Tier
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig
 from transport.protocol import Link, RegionError
@@ -28,10 +28,6 @@ from transport.roads import Roads
 from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
-
-
-#: Tiers whose blocks lie in memory: bringing them costs what the road costs.
-_AT_HAND: frozenset[Tier] = frozenset({"device", "host"})
 
 
 @dataclass(slots=True)
@@ -147,7 +143,7 @@ class Peers:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
             num_bytes = len(pairs) * self._block_bytes
-            at_hand: frozenset[Tier] = _AT_HAND & peer.costs.keys() or frozenset({"device"})
+            at_hand: frozenset[Tier] = AT_HAND & peer.costs.keys() or frozenset({"device"})
             for tier in at_hand:
                 peer.cost(tier).observe_pull(outcome.pulled.road, num_bytes, outcome.pulled.elapsed_s)
         return outcome
@@ -161,7 +157,7 @@ class Peers:
         if peer is None or peer.pulled_s is None or learned.asked_s < peer.pulled_s:
             return
         num_bytes = learned.num_blocks * self._block_bytes
-        if learned.tier is None or learned.tier in _AT_HAND:
+        if learned.tier is None or learned.tier in AT_HAND:
             peer.cost(learned.tier or "device").observe_handoff(learned.elapsed_s, learned.source_s, num_bytes)
         else:
             peer.cost(learned.tier).observe_load(learned.tier, num_bytes, learned.elapsed_s)

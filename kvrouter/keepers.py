@@ -16,10 +16,7 @@ from typing import NamedTuple
 
 from kvrouter.index import Appointed, Holder
 from messages.errors import InvariantError
-from messages.tier import Tier
-
-#: Tiers from which a block is at hand.
-_AT_HAND: frozenset[Tier] = frozenset({"device", "host"})
+from messages.tier import AT_HAND
 
 
 class _Shared(NamedTuple):
@@ -76,7 +73,7 @@ class Keepers:
         """Raise InvariantError where somebody is said to keep, or to have spare, what is not so."""
         num_spare: Counter[str] = Counter()
         for name, shared in self._shared.items():
-            now = [holder for holder in self._holders(name) if holder.tier in _AT_HAND]
+            now = [holder for holder in self._holders(name) if holder.tier in AT_HAND]
             spares = {holder.worker_id for holder in now if holder.tier == "device"} - {shared.keeper}
             hosts = {holder.worker_id for holder in now if holder.tier == "host"}
             if len(now) < 2 or set(shared.spares) != spares or len(shared.spares) != len(spares):
@@ -93,7 +90,7 @@ class Keepers:
     def _appoint(self, names: Iterable[bytes], prefer: Callable[[list[str]], str | None]) -> list[Appointed]:
         told: dict[str, tuple[list[bytes], list[bytes]]] = {}
         for name in names:
-            now = [holder for holder in self._holders(name) if holder.tier in _AT_HAND]
+            now = [holder for holder in self._holders(name) if holder.tier in AT_HAND]
             before = self._shared.pop(name, _NOBODY)
             after = _NOBODY
             if len(now) > 1:

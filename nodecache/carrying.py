@@ -344,8 +344,8 @@ class Carrying:
             tenants = {block.tenant for block in stored.blocks}
             entry.on_written(tenants, dropped)
             entry.on_changed([name for name in names if name in kept], dropped)
-            has_quota = any(entry.store.accounts.room(tenant) is not None for tenant in tenants)
-            refusal = "quota" if has_quota else "no room"
+            is_at_quota = any(entry.store.accounts.room(tenant) == 0 for tenant in tenants)
+            refusal = "quota" if is_at_quota else "no room"
         nowhere_else = list(zip(stored.blocks, stored.sources, strict=True))[stored.num_above :]
         came = [block for block, _ in nowhere_else if block.name in kept]
         left = [(block, source) for block, source in nowhere_else if block.name not in kept]
