@@ -389,6 +389,7 @@ class EngineWorker:
         for emitted in of_role:
             if isinstance(emitted, EmitTokens) and emitted.finish_reason is not None:
                 self.borrower.decide(SequenceOver(emitted.seq_id))
+                self._told_requests.finish(emitted.seq_id)
         self._flush_events()
         self._report_wanted.set()
 

@@ -10,6 +10,9 @@ from messages.tier import Tier
 
 #: Of names, at once: 1,024 of them, which a receiver takes in within half a millisecond or so.
 _PIECE_BYTES = 1024 * NAME_BYTES
+#: Pieces of one answer at most, larger ones if need be: they are queued at once, and a channel that has 10,000 messages
+#: waiting for one peer gives it up.
+_MAX_PIECES = 4096
 
 
 class Subscribers:
@@ -25,10 +28,11 @@ class Subscribers:
 
     def add(self, subscriber: bytes, snapshot: Sequence[tuple[Tier, bytes]]) -> None:
         """Tell all names held, concatenated by tier, to one who subscribes, anew perhaps: in pieces."""
+        piece_bytes = _piece_bytes(sum(len(names) for _, names in snapshot))
         pieces = [
-            (tier, names[begin : begin + _PIECE_BYTES])
+            (tier, names[begin : begin + piece_bytes])
             for tier, names in snapshot
-            for begin in range(0, max(1, len(names)), _PIECE_BYTES)
+            for begin in range(0, max(1, len(names)), piece_bytes)
         ]
         for seq, (tier, names) in enumerate(pieces):
             self._send(
@@ -50,11 +54,17 @@ class Subscribers:
 
     def tell(self, tier: Tier, stored: bytes, removed: bytes) -> None:
         """Tell all of them what changed in a tier: names, concatenated, none of them in both. Write path step b."""
-        for begin in range(0, max(len(stored), len(removed)), _PIECE_BYTES):
-            piece = slice(begin, begin + _PIECE_BYTES)
+        num_bytes = max(len(stored), len(removed))
+        piece_bytes = _piece_bytes(num_bytes)
+        for begin in range(0, num_bytes, piece_bytes):
+            piece = slice(begin, begin + piece_bytes)
             for subscriber, seq in self._next_seq.items():
                 self._next_seq[subscriber] = seq + 1
                 events = KvEvents(
                     worker_id=self._worker_id, seq=seq, tier=tier, stored=stored[piece], removed=removed[piece]
                 )
                 self._send(subscriber, events)
+
+
+def _piece_bytes(num_bytes: int) -> int:
+    return max(_PIECE_BYTES, -(-num_bytes // (_MAX_PIECES * NAME_BYTES)) * NAME_BYTES)

@@ -125,10 +125,10 @@ class Pricing:
     def held(self, placed: Candidate) -> tuple[HeldRun, ...]:
         """Tell the workers of a placement where blocks of the prompt lie: a few copies of each, their own first."""
         chosen = [placed.decode.info.worker_id] + ([placed.prefill.info.worker_id] if placed.prefill else [])
+        rows = self._fleet.rows_of(chosen)
         runs: list[HeldRun] = []
         begin = 0
         for number, end in enumerate(self._matches.ends.tolist()):
-            rows = self._fleet.rows_of(chosen)
             own = [Holder(worker) for worker, row in zip(chosen, rows, strict=True) if self._is_held[number, row]]
             holders = dict.fromkeys([*own, *self._sources_of(number)])
             copies = [Copy(self._fleet.workers[holder.worker_id].info.address, holder.tier) for holder in holders]

@@ -111,7 +111,7 @@ class Router:
         self._config = config
         self._assumed = config.assumed
         self._index = open_index(lambda worker_id: self._workers[worker_id].info.num_blocks)
-        self._warming = Warming(self._index.holders, lambda worker_id: self._workers[worker_id].info)
+        self._warming = Warming(self._index.runs, lambda worker_id: self._workers[worker_id].info)
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
         self._feeds = Feeds(config.snapshot_timeout_s)

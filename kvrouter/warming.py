@@ -9,14 +9,14 @@ steps, as far as the worker has room.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
 from kvcache.names import NAME_BYTES, split_names
 from kvrouter.fit import can_hand_over
-from kvrouter.index import Holder
+from kvrouter.index import Holder, Run
 from messages.fleet import TakeBlocks, WorkerInfo
 
 _MAX_S = 5.0  #: from joining until it takes traffic at the latest
@@ -39,10 +39,10 @@ class _Warm:
 
 
 class Warming:
-    """Who is warming, and with what. `holders(name)` tells who has a block, `info_of(worker_id)` who that is."""
+    """Who is warming, and with what. `runs(names)` tells who has a prompt, `info_of(worker_id)` who that is."""
 
-    def __init__(self, holders: Callable[[bytes], tuple[Holder, ...]], info_of: Callable[[str], WorkerInfo]) -> None:
-        self._holders = holders
+    def __init__(self, runs: Callable[[bytes], list[Run]], info_of: Callable[[str], WorkerInfo]) -> None:
+        self._runs = runs
         self._info_of = info_of
         self._recent: OrderedDict[bytes, _Prefix] = OrderedDict()  # by the name of its last block
         self._lengths: Counter[int] = Counter()  # of those prefixes, in blocks: where one may end in another
@@ -112,10 +112,14 @@ class Warming:
         """Yield what fills `room` blocks: the prefix matched last first, of each the head; names as for TakeBlocks."""
         seen: set[bytes] = set()
         for prefix in reversed(self._recent.values()):
-            lacking = [name for name in split_names(prefix.names) if name not in seen]
-            sources = [(self._source(name, info), name) for name in lacking]
-            for address, run in groupby(sources, key=lambda source: source[0]):
-                names = [name for _, name in run]
+            if room <= 0:
+                return
+            sources = [(self._source(run.holders, info), run) for run in self._runs(prefix.names)]
+            for address, group in groupby(sources, key=lambda source: source[0]):
+                runs = [run for _, run in group]
+                between = prefix.names[runs[0].begin * NAME_BYTES : runs[-1].end * NAME_BYTES]
+                names = [name for name in split_names(between) if name not in seen]
+                seen.update(names)
                 for begin in range(0, len(names) if address else 0, _MAX_AT_ONCE):
                     taken = names[begin : begin + _MAX_AT_ONCE][: max(0, room)]
                     room -= len(taken)
@@ -123,14 +127,13 @@ class Warming:
                         yield TakeBlocks(
                             address=address, names=b"".join(reversed(taken)), age_s=now_s - prefix.matched_s
                         )
-            seen.update(lacking)
 
-    def _source(self, name: bytes, info: WorkerInfo) -> str:
-        """Return the address of who has a block at hand for this worker; "": nobody, or it has the block itself."""
-        holders = [holder for holder in self._holders(name) if holder.tier in ("device", "host")]
-        if any(holder.worker_id == info.worker_id for holder in holders):
+    def _source(self, holders: Sequence[Holder], info: WorkerInfo) -> str:
+        """Return the address of who has blocks at hand for this worker; "": nobody, or it has them itself."""
+        at_hand = [holder for holder in holders if holder.tier in ("device", "host")]
+        if any(holder.worker_id == info.worker_id for holder in at_hand):
             return ""
-        infos = (self._info_of(holder.worker_id) for holder in holders)
+        infos = (self._info_of(holder.worker_id) for holder in at_hand)
         return next((other.address for other in infos if can_hand_over(other, info)), "")
 
     def _forget(self, last_name: bytes) -> None:

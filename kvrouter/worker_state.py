@@ -21,7 +21,7 @@ class Reserved(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """Requests that a worker has now, and had not when it reported last; and the other way round."""
+    """Requests that came to a worker since it reported last, and then those that went; one may have done both."""
 
     came: set[str]
     gone: set[str]
@@ -76,7 +76,7 @@ class WorkerState:
             changed = Changed(now - self.request_ids, self.request_ids - now)
         elif follows:
             came = set(load.request_ids)
-            changed = Changed(came - self.request_ids, self.request_ids.intersection(load.ended_ids) - came)
+            changed = Changed(came - self.request_ids, (self.request_ids | came).intersection(load.ended_ids))
         else:
             self.report_seq = None
             return None
@@ -85,6 +85,7 @@ class WorkerState:
         self.request_ids |= changed.came
         for request_id in self.reserved.keys() & self.request_ids:
             self.release(request_id)
+        self.request_ids -= changed.gone  # of those that came, too
         return changed
 
     def queue_s(self, num_tokens: int) -> float:

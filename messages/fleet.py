@@ -85,9 +85,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A worker's load and measured rates, about once a second and soon after each admission or end."""
 
     worker_id: str
-    seq: int = (
-        0  #: counts a worker's reports, the same for all subscribers; a receiver that sees a gap subscribes again
-    )
+    #: counts a worker's reports, the same for all subscribers; a receiver that sees a gap subscribes again
+    seq: int = 0
     #: until the prompts that wait are computed, by its own price and by how much longer that took lately
     queued_s: float
     queued_short_s: float = 0.0  #: of computing those of them that are short, by its price alone
@@ -102,7 +101,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     moves: tuple[MovePrice, ...] = ()  #: of sources whose price changed since the last report; all after Subscribe
     is_whole: bool = True  #: the next three are all, as after Subscribe; else what changed since the report before
     request_ids: tuple[str, ...] = ()  #: sequences it has: replaces the router's prediction for them
-    ended_ids: tuple[str, ...] = ()  #: sequences it has no more
+    ended_ids: tuple[str, ...] = ()  #: sequences it has no more; those that came since the report before, too
     declined_ids: tuple[str, ...] = ()  #: of those it has, the ones that it computes itself though prefill was to do it
 
 

@@ -292,7 +292,7 @@ class ChannelClient:
         try:
             self._open(common or secret, is_ipv6="[" in address)
         except zmq.ZMQError as error:
-            self._lose(_no_room(error.strerror))
+            self._lose(f"{error.strerror}: {_no_room()}")
             return
         try:
             self._socket.connect(f"tcp://{endpoint}")
@@ -375,7 +375,7 @@ class ChannelClient:
         elif event == zmq.EVENT_CLOSED:
             self._lose("connection refused")
         elif event == zmq.EVENT_CONNECT_RETRIED:  # alone: none was begun
-            self._lose(_no_room("no connection was begun"))
+            self._lose(f"no connection was begun: its name means no address, or {_no_room()}")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             self._lose("handshake failed: it hung up, without the same cluster secret, or room for another peer")
         else:
@@ -483,10 +483,10 @@ def _raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _no_room(why: str | None) -> str:
+def _no_room() -> str:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"this process has no room for another peer: {why}; each takes four of its {limit} file descriptors (ulimit -n)"
+        f"this process has no room for another peer: each takes four of its {limit} file descriptors (ulimit -n)"
         f" and three of {_MAX_SOCKETS} sockets"
     )
 

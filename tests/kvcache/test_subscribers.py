@@ -2,6 +2,7 @@ import pytest
 
 from kvcache.subscribers import Subscribers
 from messages.fleet import KvEvents
+from transport.channel import ChannelConfig
 
 
 @pytest.fixture
@@ -68,3 +69,15 @@ def test_what_changes_at_once_comes_in_pieces_too(subscribers, sent):
     assert [message.seq for message in messages] == [1, 2, 3]
     assert b"".join(message.stored for message in messages) == stored
     assert b"".join(message.removed for message in messages) == removed
+
+
+def test_however_many_names_there_are_a_channel_can_queue_the_pieces(subscribers, sent):
+    names = bytes(16 * 12_000_000)
+    subscribers.add(b"r", [("host", b"a" * 16), ("remote", names)])
+    subscribers.tell("remote", b"", names)
+    messages = [message for _, message in sent]
+    assert [message.seq for message in messages] == list(range(len(messages)))
+    assert sum(len(message.stored) for message in messages) == len(names) + 16
+    assert sum(len(message.removed) for message in messages) == len(names)
+    assert all(len(message.stored) % 16 == len(message.removed) % 16 == 0 for message in messages)
+    assert len(messages) < ChannelConfig().max_queued_messages

@@ -28,6 +28,16 @@ def test_who_subscribes_is_told_all_that_the_others_know():
     assert (set(whole.request_ids), whole.declined_ids) == ({"a", "b"}, ("a",))
 
 
+def test_a_request_that_came_and_went_between_two_reports_is_told_once():
+    told = ToldRequests()
+    told.told(load("d"), ("a", "b", "c"), ())
+    for request_id in ("a", "b", "d"):
+        told.finish(request_id)
+    report = told.told(load("d"), ("b",), ())  # a ended, b is kept, c was cancelled, d came and ended
+    assert (report.request_ids, set(report.ended_ids)) == (("d",), {"a", "c", "d"})
+    assert told.told(load("d"), (), ()).ended_ids == ("b",)
+
+
 @given(st.lists(ids, max_size=8), st.integers(0, 8))
 def test_whoever_listens_knows_what_the_worker_has(steps, begin):
     told, state = ToldRequests(), WorkerState(info("d"))

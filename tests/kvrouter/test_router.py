@@ -500,6 +500,16 @@ def test_a_gap_between_reports_leads_to_a_snapshot_and_what_it_lists_is_not_take
     assert fleet.router.stats()["kvray_router_gaps_total"] == 1
 
 
+def test_a_request_that_came_and_went_between_two_reports_is_reserved_for_no_longer():
+    fleet = Fleet(info("d"), info("p", "prefill"))
+    placement = fleet.route(num_blocks=200)
+    assert placement.prefill_worker == "p"
+    fleet.tell(load("p", seq=1, is_whole=False, request_ids=("r",), ended_ids=("r",)))
+    assert not fleet.router._workers["p"].reserved
+    assert fleet.router._workers["d"].reserved
+    assert fleet.router.has("r")
+
+
 def test_a_request_that_is_reported_lives_as_long_as_any_worker_has_it_and_half_a_minute_longer():
     fleet = Fleet(info("d"), info("e"))
     worker = fleet.route().decode_worker

@@ -8,7 +8,9 @@ import random
 import pytest
 
 from kvcache.names import block_names, pack_tokens, split_names
+from kvrouter.index import Holder, Run
 from kvrouter.router import AskSnapshot, TellWorker, TimePassed, WorkerJoined, WorkerLost
+from kvrouter.warming import Warming
 from kvrouter.worker import RouterWorker
 from messages.fleet import KvEvents, TakeBlocks
 from messages.route import RouteRequest
@@ -103,6 +105,33 @@ def test_a_prompt_that_goes_on_is_remembered_once_and_what_cannot_be_reached_is_
     assert split_names(take.names) == split_names(names(1, 5))[::-1]
     assert join(fleet_that_served((1, 3)), node_id="another") == []
     assert join(fleet_that_served((1, 3)), fingerprint=b"another") == []
+
+
+def test_each_part_of_a_prompt_is_asked_of_who_has_it():
+    fleet = Fleet(info("old"), info("other"))
+    fleet.tell(KvEvents(worker_id="old", seq=1, stored=names(1, 2)))
+    fleet.tell(KvEvents(worker_id="other", seq=1, stored=names(1, 5)[2 * 16 :]))
+    fleet.route(chain=1, num_blocks=6)
+    assert [(take.address, split_names(take.names)) for take in join(fleet)] == [
+        ("tcp://old:1", split_names(names(1, 2))[::-1]),
+        ("tcp://other:1", split_names(names(1, 5))[2:][::-1]),
+    ]
+
+
+def test_of_what_it_has_no_room_for_nobody_is_looked_up():
+    looked_up = []
+
+    def runs(prefix: bytes) -> list[Run]:
+        looked_up.append(prefix)
+        return [Run(0, len(prefix) // 16, (Holder("old"),))]
+
+    infos = {"old": info("old"), "new": info("new", num_blocks=20)}
+    warming = Warming(runs, infos.__getitem__)
+    for chain in range(100):
+        warming.note(names(chain, 8), 0.0)
+    warming.begin("new", 0.0)
+    assert [len(split_names(take.names)) for take in warming.on_snapshot("new", 0, 0.0)] == [8, 2]
+    assert looked_up == [names(99, 8), names(98, 8)]
 
 
 @pytest.mark.slow

@@ -256,6 +256,11 @@ async def test_address_that_is_none_is_lost_not_raised(opened, address):
     await asyncio.wait_for(client.lost, 3)
 
 
+async def test_a_name_that_means_no_address_is_told_as_one(opened):
+    client = opened(Client(f"tcp://{SECRET.key_id}@no..name:1"))
+    assert "its name means no address" in await asyncio.wait_for(client.lost, 3)
+
+
 async def test_host_that_is_not_ours_is_a_config_error():
     with pytest.raises(ConfigError, match=r"198\.51\.100\.1"):
         ChannelServer(SECRET, "198.51.100.1", lambda *_: None, lambda _: None)
