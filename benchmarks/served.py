@@ -3,6 +3,7 @@
     python benchmarks/served.py                 three loads and the sessions, about twenty minutes
     python benchmarks/served.py --quick         one load, ours alone, within 60 s
     python benchmarks/served.py --with-vllm     install the peer first, in an environment of its own
+    python benchmarks/served.py --before DIR    also serve with a source tree of an older commit
     python benchmarks/served.py --record        also append to benchmarks/results/served.jsonl
 
 Both servers as their users start them, with the same KV memory, one after the other, in rounds that take turns;
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeAlias
@@ -156,10 +158,10 @@ async def run_sessions(url: str, sessions: list[list[Turn]]) -> Figures:
 
 
 @contextmanager
-def ours(model: str, kv_cache_bytes: int) -> Iterator[str]:
-    """Serve with kvray; the answer is its URL."""
+def ours(checkout: Path, model: str, kv_cache_bytes: int) -> Iterator[str]:
+    """Serve with kvray as a source tree has it; the answer is its URL."""
     flags = ["--served-model-name", "bench", "--dtype", "bfloat16", "--kv-cache-memory", str(kv_cache_bytes)]
-    with serving(str(model_directory(model)), *flags) as served:
+    with serving(str(model_directory(model)), *flags, checkout=checkout) as served:
         yield served.url
 
 
@@ -218,14 +220,17 @@ def show(load: str, name: str, figures: list[Figures]) -> None:
 def main() -> None:
     options = parser(__doc__, "served", quick="one load, ours alone")
     options.add_argument("--with-vllm", action="store_true", help="install vLLM on first use")
+    options.add_argument("--before", type=Path, metavar="DIR", help="source tree of an older commit, kernels built")
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--repeats", type=int, default=3, help="of each load in each round")
     args = options.parse_args()
     print(hardware())
     python = None if args.quick else vllm_python(is_wanted=args.with_vllm)
-    contenders: dict[str, Server] = {"kvray": ours}
+    contenders: dict[str, Server] = {"kvray": partial(ours, ROOT)}
+    if args.before is not None:
+        contenders["before"] = partial(ours, args.before)
     if python is not None:
-        contenders["vllm"] = lambda model, kv_cache_bytes: theirs(python, model, kv_cache_bytes)
+        contenders["vllm"] = partial(theirs, python)
     elif not args.quick:
         print("vllm: not run, it is not installed (--with-vllm)", file=sys.stderr)
     loads = LOADS[:1] if args.quick else LOADS
@@ -253,7 +258,7 @@ def main() -> None:
         print(goal(f"{load}: TTFT p50, of vLLM's", ratios["ttft_ms"], under=0.9 if load.startswith("1 user") else 0.6))
         print(goal(f"{load}: ITL p99, of vLLM's", ratios["itl_p99_ms"], under=0.8))
     ratio = None
-    if len(sessions) > 1:
+    if "vllm" in sessions:
         ratio = middle(sessions["kvray"], "seconds") / middle(sessions["vllm"], "seconds")
     print(goal("agent sessions: seconds, of vLLM's", ratio, under=0.9))
 

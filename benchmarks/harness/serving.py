@@ -67,8 +67,10 @@ def _total(workers: list[dict[str, Any]], metric: str) -> float:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
+def serving(*arguments: str, environment: Mapping[str, str] | None = None, checkout: Path = ROOT) -> Iterator[Served]:
     """Run `kvray serve` with `arguments` until the block ends; it begins when all workers are there.
+
+    `checkout` is the source tree that is served with, for example one of an older commit.
 
     Raises:
         RuntimeError: the command ended, or did not get ready; with what it printed.
@@ -83,8 +85,10 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
                 [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port), *arguments],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=_variables(directory) | {"KVRAY_SECRET": secret} | dict(environment or {}),
-                cwd=ROOT,
+                env=_variables(directory)
+                | {"KVRAY_SECRET": secret, "PYTHONPATH": str(checkout)}
+                | dict(environment or {}),
+                cwd=checkout,
                 start_new_session=True,  # a Ctrl-C meant for the benchmark reaches it through `_end`
             )
         # `timeout` and the like end the benchmark by SIGTERM, which would leave a whole cluster behind.
