@@ -359,9 +359,7 @@ async def _prompt_of(surface: Surface, request: Request, fields: PromptFields) -
 
 
 async def _encoded(surface: Surface, param: str, text: str, adds_special: bool) -> bytes:
-    prompts.check_chars(param, text, surface.max_token_chars, surface.model)
-    token_ids = await surface.encode(text, add_special_tokens=adds_special)
-    return prompts.packed(prompts.fitted(param, token_ids, None, None, surface.model))
+    return prompts.packed(await prompts.encoded(surface, param, text, add_special_tokens=adds_special))
 
 
 def _unique(tiers: Sequence[Tier]) -> list[Tier]:

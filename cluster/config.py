@@ -110,7 +110,7 @@ class HttpConfig(_Section, frozen=True):
     api_key_file: str | None = None  #: one key a line, read where an ingress runs; None: KVRAY_API_KEY of its node
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
-    #: of a text that /tokenize takes, in UTF-8: each byte takes up to 240 bytes of memory while it is encoded
+    #: of a text that /tokenize takes, in UTF-8: it may give as many tokens, all of which are answered
     max_tokenize_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 768 * 2**10
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
     #: what requests say of keeping what is cached (`kvray.cache`); of tenants each one's own setting counts

@@ -9,7 +9,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +22,7 @@ import tokenizers
 from messages.errors import ConfigError, RequestError
 from text.chat_template import ChatTemplate, Message
 from text.json_file import read_json
+from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, encode_pieces
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -48,6 +53,7 @@ class Tokenizer:
         #: facts about the decoder, for the classes below
         self.decoding = _Decoding(backend)
         self._bytes: dict[int, bytes] = {}
+        self._long_piece = threading.Lock()  #: whoever encodes much at once, which takes much memory
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
@@ -80,20 +86,42 @@ class Tokenizer:
         """The tokenizer's end token; the model's generation_config may name more."""
         return self._named_id("eos_token")
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, enough: int | None = None) -> list[int]:
         """Encode `text`; with `add_special_tokens`, add those that tokenizer.json puts around a text (often a bos).
 
-        Other threads run meanwhile.
+        A long text is encoded in pieces: no further than until there are more than `enough` tokens. Other threads run
+        meanwhile.
 
         Raises:
-            RequestError: `text` holds half a surrogate pair.
+            RequestError: `text` holds half a surrogate pair, or over a MiB that cannot be cut into pieces.
         """
         try:
-            # Not encode, which keeps all other threads from running: for seconds where a text has megabytes.
-            ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            around = self._around() if add_special_tokens and len(text) > PIECE_CHARS else ((), ())
+            if len(text) <= PIECE_CHARS or around is None:
+                return self._encode([text], add_special_tokens=add_special_tokens)[0]
+            pieces = encode_pieces(text, partial(self._encode, add_special_tokens=False), enough)
+            return [*around[0], *chain.from_iterable(pieces), *around[1]]
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError(f"the text is not valid Unicode: {_one_line(error)}") from error
-        return ids
+        except StretchTooLongError as error:
+            raise RequestError(
+                f"got a text of {len(text)} characters, want one that has the end of a word in every"
+                f" {MAX_STRETCH_BYTES} bytes: this tokenizer encodes them at once"
+            ) from error
+
+    def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        # Not encode, which keeps all other threads from running: for seconds where a text has megabytes.
+        with self._long_piece if max(map(len, texts)) > PIECE_CHARS else nullcontext():
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+
+    def _around(self) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Return the ids that are put before and behind every text; None where that depends on the text."""
+        [inner], [whole] = (self._encode(["a"], add_special_tokens=adds) for adds in (False, True))
+        for begin in range(len(whole) - len(inner) + 1):
+            if whole[begin : begin + len(inner)] == inner:
+                return whole[:begin], whole[begin + len(inner) :]
+        return None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids that the tokenizer does not know count as nothing."""

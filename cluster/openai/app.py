@@ -76,7 +76,6 @@ def create_app(
         metrics=metrics or HttpMetrics(),
         tool_format=kind,
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
-        max_token_chars=_max_token_chars(tokenizer),
     )
     app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
     describe(app)
@@ -89,16 +88,6 @@ def create_app(
     paths = [route.path for route in app.routes if hasattr(route, "path")]
     app.add_middleware(Edge, callers=surface.callers, metrics=surface.metrics, paths=paths)
     return app
-
-
-def _max_token_chars(tokenizer: Tokenizer) -> int:
-    """Return how many characters a token stands for at most; 0 where that is not known.
-
-    No token stands for more characters than it has bytes; other kinds of tokenizer may have an unknown token.
-    """
-    if not tokenizer.decoding.is_byte_level:
-        return 0
-    return max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=0)
 
 
 def _json(value: msgspec.Struct) -> Response:

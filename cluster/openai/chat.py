@@ -72,12 +72,14 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
 
 async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
     text = rendered(surface.tokenizer, fields.messages, fields, tools.template_tools)
-    if fields.truncate_prompt_tokens is None:
-        prompts.check_chars("messages", text, surface.max_token_chars, surface.model)
-    # The template writes the special tokens itself.
-    token_ids = await surface.encode(text, add_special_tokens=bool(fields.add_special_tokens))
-    asked = fields.max_completion_tokens or fields.max_tokens
-    return prompts.fitted("messages", token_ids, fields.truncate_prompt_tokens, asked, surface.model)
+    return await prompts.encoded(
+        surface,
+        "messages",
+        text,
+        add_special_tokens=bool(fields.add_special_tokens),  # the template writes them itself
+        truncate=fields.truncate_prompt_tokens,
+        max_tokens=fields.max_completion_tokens or fields.max_tokens,
+    )
 
 
 def _max_tokens(surface: Surface, fields: ChatRequest, num_prompt_tokens: int) -> int:

@@ -69,11 +69,13 @@ def _check(surface: Surface, fields: CompletionRequest) -> None:
 
 
 async def _token_ids(surface: Surface, fields: CompletionRequest, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        if fields.truncate_prompt_tokens is None:
-            prompt_checks.check_chars("prompt", prompt, surface.max_token_chars, surface.model)
-        prompt = await surface.encode(prompt, add_special_tokens=fields.add_special_tokens is not False)
-    return prompt_checks.fitted("prompt", prompt, fields.truncate_prompt_tokens, fields.max_tokens, surface.model)
+    truncate, max_tokens = fields.truncate_prompt_tokens, fields.max_tokens
+    if not isinstance(prompt, str):
+        return prompt_checks.fitted("prompt", prompt, truncate, max_tokens, surface.model)
+    adds_special = fields.add_special_tokens is not False
+    return await prompt_checks.encoded(
+        surface, "prompt", prompt, add_special_tokens=adds_special, truncate=truncate, max_tokens=max_tokens
+    )
 
 
 def _max_tokens(surface: Surface, fields: CompletionRequest, num_prompt_tokens: int) -> int:

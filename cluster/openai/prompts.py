@@ -6,8 +6,10 @@ import struct
 from typing import Any
 
 from cluster.openai.backend import ServedModel
-from cluster.openai.errors import bad_field, shown
+from cluster.openai.errors import bad_field
+from cluster.openai.surface import Surface
 from messages.errors import RequestError
+from text.pieces import PIECE_CHARS
 
 
 def packed(token_ids: list[int]) -> bytes:
@@ -90,25 +92,34 @@ def check_length(param: str, num_tokens: int, model: ServedModel) -> None:
         RequestError: the prompt is too long (context_length_exceeded).
     """
     if num_tokens > model.max_prompt_tokens:
-        why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
-        raise RequestError(
-            f"{param}: got {shown(num_tokens)} tokens, want at most {model.max_prompt_tokens}: the model's {why} holds"
-            " no more",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(param, f"{num_tokens} tokens", model)
 
 
-def check_chars(param: str, text: str, max_token_chars: int, model: ServedModel) -> None:
-    """Refuse text so long that it cannot fit however it is encoded, before spending seconds on encoding it.
+async def encoded(
+    surface: Surface,
+    param: str,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    truncate: int | None = None,
+    max_tokens: int | None = None,
+) -> list[int]:
+    """Encode `text` and make it fit, as `fitted` does; what cannot fit is refused before all of it is encoded.
 
     Raises:
-        RequestError: the text is too long (context_length_exceeded).
+        RequestError: as `fitted` and `Tokenizer.encode`.
     """
-    if max_token_chars and len(text) > max_token_chars * model.max_prompt_tokens:
-        raise RequestError(
-            f"{param}: got {len(text)} characters, want at most {model.max_prompt_tokens} tokens, which no text of over"
-            f" {max_token_chars * model.max_prompt_tokens} characters gives",
-            param=param,
-            code="context_length_exceeded",
-        )
+    enough = surface.model.max_prompt_tokens if truncate is None else None
+    token_ids = await surface.encode(text, add_special_tokens=add_special_tokens, enough=enough)
+    if enough is not None and len(token_ids) > enough and len(text) > PIECE_CHARS:
+        raise _too_long(param, f"at least {len(token_ids)} tokens", surface.model)
+    return fitted(param, token_ids, truncate, max_tokens, surface.model)
+
+
+def _too_long(param: str, seen: str, model: ServedModel) -> RequestError:
+    why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
+    return RequestError(
+        f"{param}: got {seen}, want at most {model.max_prompt_tokens}: the model's {why} holds no more",
+        param=param,
+        code="context_length_exceeded",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
 from cluster.openai.callers import Callers
@@ -16,7 +17,7 @@ from text.tokenizer import Tokenizer
 
 # Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
 _THREAD_FROM_CHARS = 8192
-# Text longer than this is encoded beside no other such: it takes some 400 bytes of memory for each character.
+# Text longer than this is encoded beside no other such: it takes a core for a tenth of a second or more.
 _ALONE_FROM_CHARS = 2**18
 
 
@@ -33,15 +34,15 @@ class Surface:
     metrics: HttpMetrics
     tool_format: ToolFormat | None  #: how the model writes tool calls
     hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls
-    max_token_chars: int  #: no token stands for more characters; 0: not known
     huge_texts: asyncio.Lock = field(default_factory=asyncio.Lock)  #: whoever encodes one
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Encode `text` as token ids; the event loop stays free while a long one is encoded."""
+    async def encode(self, text: str, *, add_special_tokens: bool, enough: int | None = None) -> list[int]:
+        """Encode `text` as token ids, as `Tokenizer.encode` does; the event loop stays free for as long as it takes."""
         if len(text) < _THREAD_FROM_CHARS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, enough=enough)
         async with self.huge_texts if len(text) >= _ALONE_FROM_CHARS else contextlib.nullcontext():
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+            return await asyncio.to_thread(encode)
 
     def check_model(self, name: str | None) -> None:
         """Check that a request's model is served here; it may leave the name out.

@@ -292,7 +292,7 @@ def test_who_never_ends_a_body_that_is_too_long_is_disconnected(start):
 @pytest.mark.slow
 def test_huge_texts_hold_nobody_up(start):
     server = start(max_tokenize_bytes=8 * MIB)
-    body = json.dumps({"prompt": "é漢" * MIB}, ensure_ascii=False).encode()
+    body = json.dumps({"prompt": "é漢 " * MIB}, ensure_ascii=False).encode()
     head = HEAD.replace(b"/v1/completions", b"/tokenize") % len(body)
     clients = [server.connect(head + body) for _ in range(6)]
     num_others = 0

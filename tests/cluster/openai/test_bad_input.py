@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 
 import httpx
@@ -354,6 +355,16 @@ def test_a_prompt_longer_than_the_pool_says_so(serve, served_model):
     check_error(response, 400, "prompt", "KV cache")
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert server.post(TEXT, {"prompt": "x" * 10, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(serve, served_model, path):
+    server = serve(model=served_model(max_prompt_tokens=10))
+    words = "ab cd " * 10_000  # a token each character
+    body = {"prompt": words} if path == TEXT else {"messages": [{"role": "user", "content": words}]}
+    error = server.post(path, body).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert 10 < int(re.search(r"at least (\d+) tokens", error["message"])[1]) < 40_000
 
 
 def test_without_an_end_token_structures_are_refused(serve, served_model):

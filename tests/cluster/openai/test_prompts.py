@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.openai.backend import ServedModel
-from cluster.openai.prompts import check_chars, check_length, check_token_ids, fitted, packed, prompts_of
+from cluster.openai.prompts import check_length, check_token_ids, fitted, packed, prompts_of
 from messages.errors import RequestError
 
 
@@ -123,14 +123,6 @@ def test_what_is_too_small_for_a_prompt_is_said(model, max_prompt_tokens, why):
     check_length("prompt", max_prompt_tokens, served)
     with pytest.raises(RequestError, match=f"the model's {why} holds no more") as caught:
         check_length("prompt", max_prompt_tokens + 1, served)
-    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
-
-
-def test_a_text_is_refused_unread_only_where_no_encoding_of_it_could_fit(model):
-    check_chars("prompt", "x" * 57, 3, model())
-    check_chars("prompt", "x" * 1000, 0, model())  # it is not known how long a token can be
-    with pytest.raises(RequestError, match="got 58 characters, want at most 19 tokens") as caught:
-        check_chars("prompt", "x" * 58, 3, model())
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
 
 

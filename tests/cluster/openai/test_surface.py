@@ -24,11 +24,11 @@ class Watched(Tokenizer):
         self.threads: list[int] = []
         self.num_running = self.most_running = 0
 
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, enough=None):
         self.threads.append(threading.get_ident())
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
-        ids = super().encode(text, add_special_tokens=add_special_tokens)
+        ids = super().encode(text, add_special_tokens=add_special_tokens, enough=enough)
         self.num_running -= 1
         return ids
 
@@ -46,7 +46,6 @@ def surface(served_model, tokenizer) -> Surface:
         metrics=HttpMetrics(),
         tool_format=None,
         hidden_ids=frozenset(),
-        max_token_chars=0,
     )
 
 
