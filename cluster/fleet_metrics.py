@@ -102,6 +102,7 @@ HELP: Final = {
     "kvray_road_bytes_per_second": "Measured speed of the road from a peer",
     "kvray_router_declined_total": "Prompts that were placed with prefill and computed by the decode worker after all",
     "kvray_router_forgotten_total": "Requests whose end nobody told the router, and no worker reported any more",
+    "kvray_router_index_full_total": "Times that the index could tell no more holders apart, and a worker was left out",
     "kvray_router_gaps_total": "Gaps in what workers reported, each healed by a snapshot",
     "kvray_router_index_names": "Block names that the router knows",
     "kvray_router_kept_share": "Share of a worker's memory that holds blocks which nobody else keeps",

@@ -21,6 +21,7 @@ _QUIET_S = 1.0
 class _Feed:
     next_seq: int | None = None  #: of the next event; None: nothing but the first piece of a snapshot is taken
     heard_s: float | None = None  #: when a snapshot was asked for, or its last piece came; None: none is under way
+    is_put_off: bool = False  #: nothing is taken before the next snapshot is asked for
 
 
 class Feeds:
@@ -53,6 +54,12 @@ class Feeds:
         self._feeds[worker_id] = _Feed()
         self._to_ask[worker_id] = None
 
+    def put_off(self, worker_id: str, now_s: float) -> None:
+        """Take in that there is no room for what a worker has: a snapshot is wanted, after a while."""
+        self.forget(worker_id)
+        self._feeds[worker_id] = _Feed(heard_s=now_s, is_put_off=True)
+        self._under_way[worker_id] = None
+
     def forget(self, worker_id: str) -> None:
         """Take in that a worker left; unknown ids are ignored."""
         self._feeds.pop(worker_id, None)
@@ -63,7 +70,8 @@ class Feeds:
         """Tell what to do with an event; after a gap a snapshot is wanted."""
         feed = self._feeds.get(event.worker_id)
         is_first = event.seq == 0 and event.cleared
-        if feed is None or (feed.next_seq is None and not (is_first and event.worker_id in self._under_way)):
+        is_awaited = is_first and event.worker_id in self._under_way and feed is not None and not feed.is_put_off
+        if feed is None or (feed.next_seq is None and not is_awaited):
             return "ignore"  # nobody's, or of the numbering before
         if not is_first and event.seq != feed.next_seq:
             self.begin(event.worker_id)

@@ -7,6 +7,7 @@ the ingress says that it ended, or by its deadline.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
 from messages.fleet import KvEvents, LoadReport, Role, SpareBlocks, TakeBlocks, WorkerInfo
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+
+logger = logging.getLogger(__name__)
 
 #: A request that no worker reports for so long has ended: workers report every second.
 _UNSEEN_S = 30.0
@@ -379,6 +382,11 @@ class Router:
             self._counts["kvray_router_gaps_total"] += 1
             self._feeds.begin(event.worker_id)
             return [*told, *self._ask_snapshots(now_s)]
+        except CapacityError as error:
+            logger.error("router: what %s has in tier %s is unknown here: %s", event.worker_id, event.tier, error.message)
+            self._counts["kvray_router_index_full_total"] += 1
+            self._feeds.put_off(event.worker_id, now_s)
+            return [*told, *_telling(self._index.drop(event.worker_id))]
         told += _telling(appointed)
         if not is_snapshot:
             warming = self._warming.on_stored(event.worker_id, event.stored)

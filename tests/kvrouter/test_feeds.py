@@ -67,3 +67,15 @@ def test_who_left_is_nobody(feeds):
     feeds.forget("c")
     assert feeds.take(piece("a", 0, 0), 0.0) == "ignore"
     assert (list(feeds), feeds.num_out_of_step, feeds.to_ask(0.0)) == (["b"], 1, [])
+
+
+def test_who_is_put_off_is_not_listened_to_and_asked_again_after_a_while(feeds):
+    begin(feeds, "a")
+    feeds.to_ask(0.0)
+    assert feeds.take(piece("a", 0, 2), 0.0) == "fold"
+    feeds.put_off("a", 0.1)
+    assert feeds.take(piece("a", 1, 1), 0.2) == "ignore"
+    assert feeds.take(piece("a", 0, 0), 0.2) == "ignore"
+    assert (feeds.to_ask(5.0), feeds.num_out_of_step) == ([], 1)
+    assert feeds.to_ask(5.2) == ["a"]
+    assert feeds.take(piece("a", 0, 0), 5.3) == "fold"

@@ -14,6 +14,7 @@ from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from tests.kvrouter.indexes import compiled
 
 
 def per_second(num_tokens):
@@ -477,6 +478,27 @@ def test_a_snapshot_is_no_sign_of_use():
     fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 2)))
     told = fleet.tell(KvEvents(worker_id="d0", seq=0, cleared=True, stored=names(0, 2)))
     assert told == [spare("d0", names(0, 2))]  # d1, which is larger, goes on
+
+
+def test_a_worker_that_the_index_has_no_room_for_is_told_of_and_listened_to_once_there_is(monkeypatch, caplog):
+    index = compiled()
+    for number in range(2**16 - 1):
+        index.fold(f"w{number}", stored=names(1, 1))
+    monkeypatch.setattr("kvrouter.router.open_index", lambda _: index)
+    fleet = Fleet(info("d"))  # the last one that there is room for
+    fleet.tell(WorkerJoined(info("e")))
+    snapshot = KvEvents(worker_id="e", seq=0, cleared=True, stored=names(0, 4), num_pieces_left=0)
+    assert fleet.tell(snapshot) == []
+    assert "what e has in tier device is unknown here: block index: 65,536 holders" in caplog.text
+    assert fleet.router.stats()["kvray_router_index_full_total"] == 1
+    assert fleet.route().decode_worker in ("d", "e")
+    index.drop("w0")
+    assert fleet.tell(TimePassed()) == []
+    fleet.now_s = 6.0
+    assert fleet.tell(TimePassed()) == [AskSnapshot("e")]
+    fleet.tell(snapshot)
+    assert fleet.route(request_id="again").decode_worker == "e"
+    assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 0
 
 
 def test_the_share_that_a_worker_keeps_leaves_spare_copies_out():
