@@ -231,14 +231,11 @@ class ChannelServer:
             self._on_peer_lost(peer)
 
     def _notice_disconnection(self, frames: list[bytes]) -> None:
-        for delay_s in _PROBE_DELAYS_S:
-            self._loop.call_later(delay_s, self._probe)
+        for delay_s in _PROBE_DELAYS_S:  # what it sent before it went comes first
+            self._loop.call_later(delay_s, self._inbox.when_empty, self._probe)
 
     def _probe(self) -> None:
         """Find out which peers went: the socket refuses to send to them. An unasked Pong does no harm to the others."""
-        if self._is_closed:
-            return
-        self._inbox.drain(math.inf)  # what it sent before it went comes first
         for peer in tuple(self._silent_beats):
             self._send(peer, _PONG)
         self._dropped = {peer for peer in self._dropped if self._push(peer, _PONG) != "gone"}
@@ -280,6 +277,7 @@ class ChannelClient:
         self._config = config
         self._silent_beats = 0
         self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
+        self._is_disconnected = False  # lost as soon as what came before is read
         self._sockets: list[zmq.Socket[bytes]] = []
         self._inboxes: list[_Inbox] = []
         self._connect_timer = self._loop.call_later(config.connect_timeout_s, self._give_up_connecting)
@@ -343,7 +341,7 @@ class ChannelClient:
             self._state = "closed"
 
     def _send(self, data: bytes) -> bool:
-        if self._state not in ("connecting", "ready"):
+        if self._is_disconnected or self._state not in ("connecting", "ready"):
             return False
         try:
             self._socket.send(data, zmq.DONTWAIT)
@@ -369,9 +367,11 @@ class ChannelClient:
 
     def _notice_event(self, frames: list[bytes]) -> None:
         event = parse_monitor_message(frames)["event"]
+        if self._is_disconnected:
+            return
         if event == zmq.EVENT_DISCONNECTED:
-            self._inbox.drain(math.inf)  # what came before the end
-            self._lose("disconnected")
+            self._is_disconnected = True
+            self._inbox.when_empty(lambda: self._lose("disconnected"))  # what came before the end comes first
         elif event == zmq.EVENT_CLOSED:
             self._lose("connection refused")
         elif event == zmq.EVENT_CONNECT_RETRIED:  # alone: none was begun
@@ -433,7 +433,8 @@ class _Inbox:
         self._fd: int = socket.FD
         self._is_poked = False
         self._is_closed = False
-        loop.add_reader(self._fd, self.drain)
+        self._when_empty: list[Callable[[], None]] = []
+        loop.add_reader(self._fd, self._drain)
         self.poke()
 
     def poke(self) -> None:
@@ -442,18 +443,24 @@ class _Inbox:
             self._is_poked = True
             self._loop.call_soon(self._look)
 
-    def drain(self, max_messages: float = _MAX_MESSAGES_PER_TURN) -> None:
-        """Handle the messages that are there; after `max_messages`, or 5 ms, go on in the loop's next turn."""
+    def when_empty(self, then: Callable[[], None]) -> None:
+        """Call `then` once nothing is left of what came, unless this is closed before."""
+        self._when_empty.append(then)
+        self.poke()
+
+    def _drain(self) -> None:
+        """Handle the messages that are there; after 256 of them, or 5 ms, go on in the loop's next turn."""
         is_empty = False
-        num_messages = 0
-        end_s = time.monotonic() + (_TURN_S if max_messages < math.inf else math.inf)
+        end_s = time.monotonic() + _TURN_S
         try:
-            while num_messages < max_messages and not self._is_closed:
-                num_messages += 1
+            for _ in range(_MAX_MESSAGES_PER_TURN):
+                if self._is_closed:
+                    return
                 try:
                     frames = self._socket.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     is_empty = True
+                    self._tell_empty()
                     return
                 self._on_frames(frames)
                 if time.monotonic() >= end_s:
@@ -462,6 +469,12 @@ class _Inbox:
             # Also when `on_frames` raised: that is its owner's bug to report, and must not silence the channel.
             if not is_empty:
                 self.poke()
+
+    def _tell_empty(self) -> None:
+        waiting, self._when_empty = self._when_empty, []
+        for then in waiting:
+            if not self._is_closed:
+                then()
 
     def close(self) -> None:
         """Stop reading; the socket stays its owner's to close."""
@@ -472,7 +485,7 @@ class _Inbox:
     def _look(self) -> None:
         self._is_poked = False
         if not self._is_closed:
-            self.drain()
+            self._drain()
 
 
 def _raise_limit() -> None:

@@ -536,3 +536,58 @@ async def test_past_the_limit_a_peer_is_lost_with_a_reason_that_names_it_and_not
     )
     _, said = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0, said.decode()
+
+
+class Turns:
+    """Counts the loop's turns, and what is noted in each."""
+
+    def __init__(self):
+        self._loop = asyncio.get_running_loop()
+        self.noted = [0]
+        self._loop.call_soon(self._next)
+
+    def _next(self):
+        self.noted.append(0)
+        self._loop.call_soon(self._next)
+
+    def note(self):
+        self.noted[-1] += 1
+
+
+NUM_QUEUED = 2000
+
+
+def until_known(monitor, inbox):
+    """Have the loop stand still until the end of a connection is known."""
+    assert monitor.poll(10_000)
+    inbox.poke()
+
+
+async def test_what_a_server_sent_before_it_ended_is_read_in_bounded_turns(opened):
+    server, turns = opened(Server()), Turns()
+    lost = asyncio.get_running_loop().create_future()
+    client = ChannelClient(SECRET, server.channel.address, lambda _: turns.note(), lost.set_result, config=FAST)
+    await eventually(lambda: client.is_ready and server.channel.peers)
+    for number in range(NUM_QUEUED):
+        assert server.channel.send(server.channel.peers[0], stats(str(number)))
+    server.channel.close()
+    until_known(client._sockets[1], client._inboxes[1])
+    assert await asyncio.wait_for(lost, 5) == "disconnected"
+    assert sum(turns.noted) == NUM_QUEUED
+    assert max(turns.noted) <= 256
+
+
+async def test_what_a_client_sent_before_it_ended_is_read_in_bounded_turns(monkeypatch):
+    monkeypatch.setattr(channel_module, "_TURN_S", 0.0)  # a message each: there is something left to read at each probe
+    turns, lost = Turns(), asyncio.get_running_loop().create_future()
+    server = ChannelServer(SECRET, "127.0.0.1", lambda *_: turns.note(), lost.set_result, FAST)
+    client = ChannelClient(SECRET, server.address, lambda _: None, lambda _: None, config=FAST)
+    await eventually(lambda: client.is_ready)
+    for number in range(NUM_QUEUED):
+        assert client.send(stats(str(number)))
+    client.close()
+    until_known(server._monitor, server._inboxes[2])
+    await asyncio.wait_for(lost, 5)
+    assert sum(turns.noted) == NUM_QUEUED
+    assert max(turns.noted) <= 256
+    server.close()
