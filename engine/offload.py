@@ -37,6 +37,8 @@ _MAX_WAITING = 256
 _MAX_TRIES = 4
 #: Copied between two looks at whether the room was taken back: below 1 ms.
 _BATCH_BYTES = 4 << 20
+#: After so long whoever wrote would know that the cache was lost before it heard of it: channels notice within 5 s.
+_HEARD_AFTER_S = 5.0
 _NAME = "offload"
 
 
@@ -64,7 +66,7 @@ class Offloader:
         self._asked: str | None = None  #: the question under way
         self._chain: OffloadBlocks | None = None  #: what it is about
         self._num_tries = 0  #: questions about that in a row
-        self._told: OffloadBlocks | None = None  #: written and told; the next answer shows that it was heard
+        self._told: OffloadBlocks | None = None  #: written and told; the next answer shows that it was heard, or 5 s
         self._num_asked = 0
         self.num_blocks = 0  #: written since the start
         self.num_dropped = 0  #: chains that were never offered, as too many waited
@@ -116,7 +118,7 @@ class Offloader:
             return
         self._told = None
         if not granted.blocks:
-            self._asked = None
+            self._asked = self._chain = None
             self.go_on()
             return
         self._granted = granted
@@ -146,9 +148,14 @@ class Offloader:
             if written and not is_whole and self._chain is not None and self._num_tries < _MAX_TRIES:
                 self._wait_first(self._chain)  # there may have been no room for all of it at once
             else:
-                self._told = self._chain
+                self._told, self._chain = self._chain, None
+                asyncio.get_running_loop().call_later(_HEARD_AFTER_S, self._take_as_heard, self._told)
             self._asked = None
             self.go_on()
+
+    def _take_as_heard(self, told: OffloadBlocks | None) -> None:
+        if self._told is told:
+            self._told = None
 
     def _wait_first(self, chain: OffloadBlocks) -> None:
         self._waiting.appendleft(chain)
@@ -199,6 +206,7 @@ class Offloader:
         except RegionError as error:
             logger.warning("nothing goes into the node cache at %s: %s", self._address, error.message)
             self._address = None
+            self.num_dropped += len(self._waiting)
             self._waiting.clear()
             return False
         # The first touch of a page costs as much as copying it nine times over.

@@ -32,6 +32,7 @@ from tests.nodecache.test_process import options_of
 from tests.workers import until
 from transport.channel import ChannelConfig
 from transport.memory import Memory
+from transport.protocol import RegionError
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
 from transport.shm import ShmTransport
@@ -329,3 +330,26 @@ async def test_nothing_goes_where_there_is_no_shared_memory(world, monkeypatch):
     world.worker.offer(1)
     await until(lambda: world.worker.peers.layout_of(world.address))
     assert (world.worker.told, world.worker.pool.num_used) == ([], 0)
+
+
+async def test_what_waited_for_an_arena_that_cannot_be_reached_is_counted(world, monkeypatch):
+    def refuse(*_, **__):
+        raise RegionError("it is on another machine")
+
+    monkeypatch.setattr("engine.offload.open_region", refuse)
+    for number in (1, 2, 3):
+        world.worker.offer(number)
+    await world.use()
+    await until(lambda: not world.worker.offloader._waiting)
+    assert world.worker.offloader.num_dropped == 3
+
+
+async def test_of_a_chain_that_was_heard_of_nothing_is_kept(world, monkeypatch):
+    monkeypatch.setattr("engine.offload._HEARD_AFTER_S", 0.05)
+    world.worker.commit(1)
+    world.worker.offer(1)
+    await world.use()
+    await world.worker.settled(1)
+    await until(lambda: world.worker.offloader._told is None)
+    world.worker.offloader.use(None)
+    assert not (world.worker.offloader._waiting or world.worker.offloader._chain)
