@@ -35,22 +35,33 @@ class Room:
         last_index = (seq.num_tokens - SHORT_TOKENS - 1) // seq.block_size
         return last_index < 0 or (last_index < seq.max_match_blocks and self._ledger.pool.holds(seq.names[last_index]))
 
-    def has(self, seq: Sequence, matched: list[int], *, is_short: bool) -> bool:
-        """Tell whether there is a slot, and blocks for all known tokens of `seq` and of those that run already.
+    def find(self, seq: Sequence, matched: list[int], *, is_short: bool) -> list[str] | None:
+        """Find a slot, and blocks for all known tokens of `seq` and of those that run already.
 
         A long prompt leaves a share of both to short ones, unless it is alone. `matched`: its blocks that the pool has.
+
+        Returns:
+            The intakes to end so that there are, none of them a senior's; None where there is no room.
         """
         pool = self._ledger.pool
         share = 0.0 if is_short else SHORT_SHARE
         num_slots = self._max_num_seqs - int(share * self._max_num_seqs)
         admitted = self._admitted()
         if len(admitted) >= num_slots and sum(other.is_long for other in admitted) >= num_slots:
-            return False
+            return None
         available = pool.num_free - sum(pool.num_pins(block_id) == 0 for block_id in matched)
         wanted = self._num_wanted(seq, matched)
         if admitted:
             wanted += self._num_reserved(share)
-        return wanted <= available
+        ended: list[str] = []
+        for intake_id in reversed(self._ledger.intakes.ids() if wanted > available else ()):
+            other = self._ledger.sequences.get(intake_id)
+            if other is None or other.seniority > seq.seniority:
+                available += self._ledger.intakes.num_idle(intake_id, matched)
+                ended.append(intake_id)
+            if wanted <= available:
+                break
+        return ended if wanted <= available else None
 
     def num_ahead(self, seq: Sequence, num_lacking: int, num_before: int, load_s: float) -> int:
         """Count how many of `num_lacking` blocks that `seq` waits for may be filled before it is admitted.

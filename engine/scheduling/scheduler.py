@@ -395,14 +395,16 @@ class Scheduler:
                 self._look_again_s = min(self._look_again_s, seq.held_until_s)
                 position += 1
                 continue
-            has_room = self._room.has(seq, matched, is_short=is_short)
-            if has_room and not self._room.is_too_early(seq, matched, now_s):
+            ended = self._room.find(seq, matched, is_short=is_short)
+            for intake_id in ended or ():
+                ledger.end_intake(intake_id, out)
+            if ended is not None and not self._room.is_too_early(seq, matched, now_s):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 end -= 1
                 continue
             self._blocked = self._blocked or seq
-            self._is_full = is_short and not has_room
+            self._is_full = is_short and ended is None
             if self._is_full:
                 return
             position += 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from engine.scheduling.backlog import Backlog
+from engine.scheduling.plan import BlocksOffered, PullEnded, TakeIn
 from engine.scheduling.room import Room
 from engine.scheduling.step_cost import StepCost
 from kvcache.price import SHORT_TOKENS
-from tests.engine.scheduling.ledger_bench import LedgerBench
+from tests.engine.scheduling.ledger_bench import LedgerBench, locations
 
 LONG = 2 * SHORT_TOKENS  # tokens, 128 blocks
 
@@ -19,7 +20,7 @@ def bench_of(num_blocks: int, max_num_seqs: int = 32, watermark: float = 0.0) ->
 
 
 def has(bench, seq, *, is_short=True) -> bool:
-    return bench.room.has(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), is_short=is_short)
+    return bench.room.find(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), is_short=is_short) == []
 
 
 # --------------------------------------------------------------------------------------------------------------- short
@@ -183,3 +184,36 @@ def test_what_is_coming_for_a_sequence_is_room_that_it_has():
     bench.ledger.intakes.begin_ahead("a", "source", 0, tuple(seq.names[:9]), range(9), 9, 0, [])
     assert has(bench, seq)
     assert not has(bench, bench.waiting("b", 8))
+
+
+def find(bench, seq) -> list[str] | None:
+    return bench.room.find(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), is_short=True)
+
+
+def test_what_is_taken_in_for_juniors_or_for_nobody_gives_way_as_far_as_it_must_the_last_one_first():
+    bench = bench_of(16)
+    senior, seq = bench.waiting("senior", 40), bench.waiting("a", 40)  # ten blocks
+    junior = bench.waiting("junior", 40)
+    intakes = bench.ledger.intakes
+    for waiting in (senior, junior):
+        intakes.begin_ahead(waiting.seq_id, "source", 0, tuple(waiting.names[:3]), range(3), 9, 0, [])
+    intakes.begin(TakeIn("warm", "source", (b"x" * 16, b"y" * 16), 0.0), [])
+    assert find(bench, seq) == ["warm"]  # eight are free
+    assert find(bench, bench.waiting("b", 48)) is None  # twelve, and the senior and the junior keep three each
+    assert find(bench, senior) == []
+    bench.ledger.end(junior)
+    assert find(bench, seq) == []
+
+
+def test_room_that_a_pull_writes_to_or_that_is_found_already_is_not_gained():
+    bench = bench_of(8)
+    intakes, seq = bench.ledger.intakes, bench.waiting("a", 32)  # eight blocks
+    intakes.begin(TakeIn("warm", "source", tuple(seq.names[:2]), 0.0), [])
+    assert find(bench, seq) == ["warm"]
+    first = locations(list(seq.token_ids))[0]
+    names = intakes.find("warm").names
+    intakes.take_blocks(BlocksOffered("warm", "source", [first], is_last=False), [])
+    assert names[0] == first.name
+    assert find(bench, seq) is None  # a pull writes there
+    intakes.finish_pull(PullEnded("warm", frozenset()), [])
+    assert find(bench, seq) == ["warm"]  # one is found, one is gained

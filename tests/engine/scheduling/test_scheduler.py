@@ -16,6 +16,8 @@ from engine.scheduling.plan import (
     StepEnded,
     StepResult,
     StepWanted,
+    StopAsking,
+    TakeIn,
     TimePassed,
 )
 from messages.errors import CapacityError, ConfigError, InvariantError, RequestError, WorkerError
@@ -574,3 +576,15 @@ def test_the_queue_of_short_prompts_is_told_apart(bench: Bench) -> None:
     bench.add("long", 1000)
     bench.add("short", 200)
     assert (bench.scheduler.queued_s, bench.scheduler.queued_short_s) == pytest.approx((1.2, 0.2))
+
+
+def test_what_is_taken_in_for_nobody_gives_way_to_a_sequence_that_comes():
+    bench = Bench(num_blocks=12)
+    bench.add("runs", 4)
+    names = tuple(bytes([number]) * 16 for number in range(8))
+    bench.post(TakeIn("warm", "source", names, 0.0))
+    assert bench.pool.num_used == 8
+    out = bench.add("comes", 24)
+    assert StopAsking("warm", "source") in out
+    assert bench.scheduler._ledger.running.keys() == {"runs", "comes"}
+    bench.run()
