@@ -31,6 +31,7 @@ class SequenceLedger:
         self.slots = SlotPool()
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  #: by seniority
+        self.ready: list[Sequence] = []  #: of those, who could be admitted but for the room
         self.pulling: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.dying: list[Sequence] = []  #: ended, with blocks that the running step uses
@@ -41,6 +42,7 @@ class SequenceLedger:
         self.lent: dict[str, list[int]] = {}  #: blocks that others read, by the id of their lease
         self.in_flight: dict[bytes, Sequence] = {}  #: names of blocks that one who runs or pulls will commit
         self._abandoned: list[Instruction] = []  # to holders that were asked for what a step took the room of
+        self._left: list[str] = []  # who ended while they waited
         self.num_preemptions = 0
         self.num_device_tokens = 0  #: the four are prompt tokens by where their KV came from: `count_prompt`
         self.num_loaded_tokens: Counter[Tier] = Counter()
@@ -64,15 +66,20 @@ class SequenceLedger:
     def enqueue(self, seq: Sequence) -> None:
         """Take in a new sequence: it waits."""
         self.sequences[seq.seq_id] = seq
-        insort(self.waiting, seq, key=_seniority)
+        self._begin_waiting(seq)
+
+    def note_ready(self, seq: Sequence) -> None:
+        """Take in that a waiting sequence may have all that it lacked."""
+        if seq.phase is Phase.WAITING and seq.is_ready and self._find(self.ready, seq) is None:
+            insort(self.ready, seq, key=_seniority)
 
     def position(self, seq: Sequence) -> int:
-        """Return where in the queue a waiting sequence is."""
-        return bisect_left(self.waiting, seq.seniority, key=_seniority)
+        """Return where a waiting sequence is among those that are ready, or would be."""
+        return bisect_left(self.ready, seq.seniority, key=_seniority)
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Move `seq` from waiting to running; the blocks in `matched`, the head of its prefix, are reused."""
-        del self.waiting[self.position(seq)]
+        self._stop_waiting(seq)
         self.pool.pin(matched)
         seq.block_table = matched
         seq.num_computed = len(matched) * seq.block_size
@@ -223,13 +230,18 @@ class SequenceLedger:
             seq.num_loaded_tokens.clear()
             seq.prompt_logprobs = [None]
         seq.phase = Phase.WAITING
-        insort(self.waiting, seq, key=_seniority)
+        self._begin_waiting(seq)
         self.num_preemptions += 1
 
     def take_abandoned(self) -> list[Instruction]:
         """Return what holders are to be told that are to offer nothing more, as a step took the room for it."""
         abandoned, self._abandoned = self._abandoned, []
         return abandoned
+
+    def take_left(self) -> list[str]:
+        """Return who ended while they waited since this was asked last."""
+        left, self._left = self._left, []
+        return left
 
     def count_prompt(self, seq: Sequence) -> None:
         """Count where the KV of a prompt came from: once, when all of it is there, or about to be computed."""
@@ -248,8 +260,9 @@ class SequenceLedger:
             self._drop_tail(seq, seq.num_blocks_for(max(seq.num_computed, seq.planned_end)) if seq.is_in_step else 0)
         match seq.phase:
             case Phase.WAITING:
-                del self.waiting[self.position(seq)]
+                self._stop_waiting(seq)
                 self.end_intake(seq.seq_id, [])
+                self._left.append(seq.seq_id)
             case Phase.PULLING:
                 del self.pulling[seq.seq_id]
             case Phase.RUNNING:
@@ -285,6 +298,20 @@ class SequenceLedger:
             self._give_back(seq)
         else:
             self.dead.append(seq)
+
+    def _begin_waiting(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=_seniority)
+        self.note_ready(seq)
+
+    def _stop_waiting(self, seq: Sequence) -> None:
+        for queue in (self.waiting, self.ready):
+            position = self._find(queue, seq)
+            if position is not None:
+                del queue[position]
+
+    def _find(self, queue: list[Sequence], seq: Sequence) -> int | None:
+        position = bisect_left(queue, seq.seniority, key=_seniority)
+        return position if position < len(queue) and queue[position] is seq else None
 
     def _begin_running(self, seq: Sequence) -> None:
         seq.slot = self.slots.take()
@@ -434,6 +461,7 @@ class SequenceLedger:
         slots = [seq.slot.index for seq in self.running.values() if seq.slot is not None]
         _require(len(slots) == len(self.running) and self.slots.is_whole(slots), "who runs has a slot of its own")
         _require(self.waiting == sorted(self.waiting, key=_seniority), "the queue is in order")
+        _require(self.ready == [seq for seq in self.waiting if seq.is_ready], "who is ready is in the queue of those")
         pins = [0] * self.pool.num_blocks
         for seq in [*self.sequences.values(), *self.dying, *self.dead]:
             for block_id in seq.block_table:

@@ -58,7 +58,8 @@ class Prefetches:
         self._num_ahead = num_ahead
         self._max_blocks = int(_MAX_SHARE * ledger.pool.num_blocks)
         self.cache_address = ""  #: of the node cache of this node; "": there is none
-        self._aheads: dict[str, _Ahead] = {}  # by sequence
+        self._aheads: dict[str, _Ahead] = {}  # by sequence: of all that wait, where nobody says who holds blocks
+        self._num_blocks = 0  # of them all
 
     def look_up(self, seq: Sequence, out: list[Instruction]) -> None:
         """Ask this node's cache what it has of a sequence that arrived, where nobody said who holds its blocks."""
@@ -74,6 +75,7 @@ class Prefetches:
         seq = self._ledger.sequences.get(found.seq_id)  # its time may have ended just now
         if ahead is not None and seq is not None and found.source in ahead.asked:
             seq.lacks_holders = False
+            self._ledger.note_ready(seq)
             seq.held = with_found(seq.held, found.source, *ahead.asked[found.source], found.runs)
             ahead.loads = None
 
@@ -81,7 +83,7 @@ class Prefetches:
         """Stop asking for those that ended; ask, and take in, for the most senior ones that wait."""
         for intake_id in self._ledger.intakes.overdue():
             self._ledger.end_intake(intake_id, out)
-        for seq_id in [seq_id for seq_id in self._aheads if seq_id not in self._ledger.sequences]:
+        for seq_id in self._ledger.take_left():
             self.end(seq_id, out)
         for seq in self._ledger.waiting[:_MAX_SEQUENCES]:
             if seq.seq_id not in self._aheads:
@@ -97,6 +99,7 @@ class Prefetches:
             The index of the first block that is being pulled for it: an admitted one goes on with that pull.
         """
         ahead = self._aheads.pop(seq_id, None)
+        self._num_blocks -= ahead.num_blocks if ahead else 0
         out += [StopAsking(seq_id, source) for source in (ahead.asked if ahead else ())]
         intake = self._ledger.intakes.find(seq_id)
         if intake is not None and intake.open:
@@ -108,7 +111,9 @@ class Prefetches:
         """Return what does not hold."""
         sequences = self._ledger.sequences
         strangers = [key for key in self._aheads if key not in sequences or sequences[key].phase is not Phase.WAITING]
-        return [f"{key!r} does not wait, and is asked for ahead" for key in strangers]
+        wrong = [f"{key!r} does not wait, and is asked for ahead" for key in strangers]
+        num_blocks = sum(ahead.num_blocks for ahead in self._aheads.values())
+        return wrong if num_blocks == self._num_blocks else [*wrong, f"of {num_blocks} taken in, {self._num_blocks} counted"]
 
     # -------------------------------------------------------------------------------------------------- slow tiers
 
@@ -141,11 +146,11 @@ class Prefetches:
         """Begin intakes, the most senior sequence's first, as far as there is room."""
         ledger = self._ledger
         admitted = (*ledger.pulling.values(), *ledger.running.values())
-        if not any(ahead.loads for ahead in self._aheads.values()) or any(
+        if not any(self._aheads[seq.seq_id].loads for seq in ledger.waiting[:_MAX_SEQUENCES]) or any(
             seq.pull is not None and seq.pull.open for seq in admitted
         ):
             return  # those that were admitted have the road to themselves
-        room = self._max_blocks - sum(ahead.num_blocks for ahead in self._aheads.values())
+        room = self._max_blocks - self._num_blocks
         num_before = 0
         for seq in ledger.waiting[:_MAX_SEQUENCES]:
             if room <= 0 or sum(seq_id in self._aheads for seq_id in ledger.intakes.ids()) >= _MAX_INTAKES:
@@ -190,4 +195,5 @@ class Prefetches:
             seq.seq_id, source, wanted[0], asked, wanted, portion_blocks, seq.spec.tenant, out
         )
         ahead.num_blocks += len(wanted)
+        self._num_blocks += len(wanted)
         return len(wanted)

@@ -69,6 +69,8 @@ from text.grammar import CompiledGrammar
 
 #: Sequences that are looked at in vain, at most, before steps go on.
 _MAX_PASSED = 32
+#: Sequences of which, at an event, one is looked for that is short, where the others find no room: below 1 ms.
+_MAX_SEARCHED = 1024
 #: Blocks of sequences that are looked at, at most, before other events are: some 5 ms.
 _MAX_LOOKED_AT = 16_384
 
@@ -119,6 +121,7 @@ class Scheduler:
         self._step: list[tuple[SequenceStep, Sequence]] | None = None
         self._blocked: Sequence | None = None  # the most senior one that could start but for the room
         self._is_full = False  # no short prompt finds room either
+        self._shorts_from = 0  # where among those that are ready the next short one is looked for
         self._look_again_s = -math.inf  # until then those that wait need not be looked at as others come
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
@@ -272,9 +275,7 @@ class Scheduler:
             raise InvariantError(f"scheduler: sequence {wrong}")
         if self._ledger.running or self._blocked is not None or self.num_pulling >= self._config.max_num_seqs:
             return
-        for seq in self._ledger.waiting:
-            if not seq.is_ready:
-                continue
+        for seq in self._ledger.ready:
             if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
                 raise InvariantError(f"scheduler: sequence {seq.seq_id!r} waits beside an idle engine")
 
@@ -291,9 +292,9 @@ class Scheduler:
             stop_token_id = seq.token_ids[-1] if reason == "stop" else None
             out.append(EmitTokens(spec.seq_id, stop_token_id=stop_token_id, finish_reason=reason))
             return None
+        self._prefetches.look_up(seq, out)
         self._ledger.enqueue(seq)
         self._backlog.note(seq)
-        self._prefetches.look_up(seq, out)
         if not seq.wants_remote and not self._room.is_short(seq):
             self._backlog.remember()
             seq.arrived_s, seq.expected_s = now_s, self._backlog.seconds()
@@ -329,6 +330,7 @@ class Scheduler:
                 self._ledger.end(seq)
             case GrammarCompiled(_, CompiledGrammar() as grammar):
                 seq.grammar = grammar
+                self._ledger.note_ready(seq)
 
     def _refusal(self, spec: SequenceSpec, now_s: float) -> KvrayError | None:
         """Return why the sequence cannot run now; None where it can."""
@@ -371,21 +373,23 @@ class Scheduler:
         if self._blocked is not None:
             return
         ledger = self._ledger
-        position, end, num_passed, num_looked_at = 0, sys.maxsize, 0, 0
-        if new is not None and now_s < self._look_again_s:
+        position, end, last, num_passed, num_looked_at = 0, sys.maxsize, sys.maxsize, 0, 0
+        is_alone = new is not None and now_s < self._look_again_s
+        if new is not None and is_alone:
             position = ledger.position(new)
-            end = position + 1
+            end = position + new.is_ready
         else:
             self._look_again_s = math.inf
-        while position < min(end, len(ledger.waiting)) and num_passed < _MAX_PASSED:
-            if self.num_running + self.num_pulling >= self._config.max_num_seqs or num_looked_at > _MAX_LOOKED_AT:
+        num_free_slots = self._config.max_num_seqs - self.num_running - self.num_pulling
+        while position < min(end, last, len(ledger.ready)) and num_passed < _MAX_PASSED:
+            if num_free_slots <= 0 or num_looked_at > _MAX_LOOKED_AT:
                 self._look_again_s = -math.inf
                 return
-            seq = ledger.waiting[position]
+            seq = ledger.ready[position]
             is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
             if not is_held_back:
                 is_short = self._room.is_short(seq)
-                if not seq.is_ready or (self._blocked is not None and not is_short):
+                if self._blocked is not None and not is_short:
                     position += 1
                     continue
                 num_looked_at += seq.max_match_blocks
@@ -401,14 +405,21 @@ class Scheduler:
             if ended is not None and not self._room.is_too_early(seq, matched, now_s):
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
-                end -= 1
+                num_free_slots = self._config.max_num_seqs - self.num_running - self.num_pulling
+                end, last = end - 1, last - 1
                 continue
-            self._blocked = self._blocked or seq
             self._is_full = is_short and ended is None
             if self._is_full:
+                self._blocked = self._blocked or seq
                 return
             position += 1
             num_passed += 1
+            if self._blocked is None:  # of those behind it only short ones are of interest, some of them at a time
+                self._blocked = seq
+                position = max(position, self._shorts_from)
+                last = position + _MAX_SEARCHED
+        if not is_alone:
+            self._shorts_from = position if position == last else 0
 
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])

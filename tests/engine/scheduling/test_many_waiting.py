@@ -10,7 +10,7 @@ from engine.scheduling import ledger as ledger_module
 from engine.scheduling import scheduler as scheduler_module
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.ledger import SequenceLedger
-from engine.scheduling.plan import SequenceAdded, SequenceCancelled, SequenceSpec
+from engine.scheduling.plan import FoundAhead, SequenceAdded, SequenceCancelled, SequenceSpec, TimePassed
 from engine.scheduling.prompt_names import PromptNames
 from engine.scheduling.step_cost import StepCost
 from kvcache.names import block_names, pack_tokens, split_names
@@ -147,6 +147,52 @@ def test_room_that_the_dead_still_hold_is_taken_before_anybody_is_preempted(monk
     assert bench.ledger.reserve(second, 32)
     assert bench.ledger.num_preemptions == 0
     bench.ledger.check_invariants()
+
+
+def looks_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whom it is asked of whether they are short."""
+    found: list[str] = []
+    is_short = bench.scheduler._room.is_short
+    monkeypatch.setattr(bench.scheduler._room, "is_short", lambda seq: (found.append(seq.seq_id), is_short(seq))[1])
+    return found
+
+
+def test_who_waits_for_an_answer_is_not_looked_at(monkeypatch):
+    bench = Bench()
+    bench.scheduler.set_node_cache("cache")
+    for number in range(20):
+        bench.add(f"s{number}", 20, held=None)
+    looks = looks_of(bench, monkeypatch)
+    bench.post(TimePassed())
+    assert looks == []
+    bench.post(FoundAhead("s7", "cache", ()))
+    assert looks == ["s7"]
+    bench.post(SequenceCancelled("s8"))
+    assert bench.scheduler._prefetches.check_invariants() == []
+
+
+def test_behind_many_that_find_no_room_short_ones_are_looked_for_bit_by_bit(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_MAX_SEARCHED", 5)
+    monkeypatch.setattr("engine.scheduling.room.SHORT_TOKENS", 4)
+    bench = Bench(num_blocks=32, max_num_batched_tokens=8)
+    bench.add("runs", 20)
+    bench.start()
+    for number in range(20):
+        bench.add(f"long{number}", 100)
+    looks = looks_of(bench, monkeypatch)
+    found = []
+    for _ in range(4):
+        looks.clear()
+        bench.post(TimePassed())
+        found += looks[1:]
+        assert len(looks) <= 6
+    assert found == [f"long{number}" for number in range(1, 20)]
+    bench.scheduler._blocked = bench.scheduler._ledger.ready[0]
+    bench.scheduler._is_full = True  # so that it is not looked at as it comes
+    bench.add("behind", 4)
+    for _ in range(4):
+        bench.post(TimePassed())
+    assert bench.scheduler._ledger.running.keys() == {"runs", "behind"}
 
 
 # ----------------------------------------------------------------------------------------------------------- the names
