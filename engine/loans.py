@@ -41,7 +41,7 @@ from messages.handoff import (
     ReleaseLease,
     RenewLease,
 )
-from messages.tier import SLOW_TIERS, Tier
+from messages.tier import SLOW_TIERS, TIERS, Tier
 
 _AVOID_S = 1.0  #: how long an address is left alone after it was lost
 
@@ -202,11 +202,12 @@ class _Loan:
     is_ahead: bool = False  #: the owner makes ready what it will be asked for
     is_wanted: bool = True  #: the sequence has not ended
     is_offered_whole: bool = False  #: the last handoff came
-    tier: Tier = "device"  #: of the last handoff
-    source_s: float = 0.0  #: what the owner needed until then
+    tier: Tier = "device"  #: the slowest one that blocks were offered from
+    source_s: float = 0.0  #: what the owner needed until the last handoff
     num_pulled_blocks: int = 0
-    come_s: float = 0.0  #: when the last pull ended; until then came
-    num_come_blocks: int = 0
+    pulled: tuple[Tier, float, int] = ("device", 0.0, 0)  #: the three when the last pull began
+    come: tuple[Tier, float, int] = ("device", 0.0, 0)  #: of what has come
+    come_s: float = 0.0  #: when the last pull ended
     has_failed: bool = False  #: a block did not come well
     num_arrived: int = 0  #: blocks of the pull that runs, when the loan was last renewed
 
@@ -321,8 +322,10 @@ class LoanBook:
             del self._loans[loan_id]
             self.num_refused += loan.is_prompt
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
-            if teaches and loan.tier in SLOW_TIERS and loan.num_come_blocks > 0 and not loan.has_failed:
-                told.append(_learned(loan, loan.tier, loan.come_s, loan.num_come_blocks))
+            tier, source_s, num_blocks = loan.come
+            if teaches and tier in SLOW_TIERS and num_blocks > 0 and not loan.has_failed:
+                elapsed_s = loan.come_s - loan.asked_s
+                told.append(LearnHandoff(loan.source, tier, elapsed_s, source_s, num_blocks, loan.asked_s))
         return told
 
     def _take_handoff(self, source: str, handoff: KvHandoff) -> list[LoanInstruction]:
@@ -331,7 +334,9 @@ class LoanBook:
         if loan is None or loan.source != source or not loan.is_wanted:
             return [TellOwner(source, ReleaseLease(request_id=loan_id))]  # it must not wait for its lease
         loan.is_offered_whole |= handoff.is_last
-        loan.source_s, loan.tier = handoff.elapsed_s, handoff.tier
+        loan.source_s = handoff.elapsed_s
+        if len(handoff.blocks):
+            loan.tier = max(loan.tier, handoff.tier, key=TIERS.index)
         if not loan.is_prompt:
             return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, source, handoff.blocks, handoff.is_last))]
         offered = KvOffered(
@@ -392,7 +397,12 @@ class LoanBook:
             told.append(TellOwner(loan.source, ReleaseLease(request_id=loan_id)))
             has_come = loan.is_prompt or loan.num_pulled_blocks > 0  # a holder that had nothing teaches no price
             if loan.is_wanted and has_come and not loan.has_failed:
-                told.append(_learned(loan, None if loan.is_prompt else loan.tier, now_s, loan.num_pulled_blocks))
+                tier, elapsed_s = None if loan.is_prompt else loan.tier, now_s - loan.asked_s
+                told.append(
+                    LearnHandoff(
+                        loan.source, tier, elapsed_s, loan.source_s, loan.num_pulled_blocks, loan.asked_s
+                    )
+                )
         return told
 
     # ---------------------------------------------------------------------------------------------------------- pulls
@@ -405,7 +415,9 @@ class LoanBook:
         renewed: list[LoanInstruction] = []
         for loan_id, loan in self._of(pull.seq_id):
             loan.num_arrived = 0
-            loan.num_pulled_blocks += len(pull.pairs) if loan.source == pull.source else 0
+            if loan.source == pull.source:
+                loan.num_pulled_blocks += len(pull.pairs)
+                loan.pulled = (loan.tier, loan.source_s, loan.num_pulled_blocks)
             renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
         return [*renewed, BeginPull(pull)]
 
@@ -418,10 +430,6 @@ class LoanBook:
         for _, loan in self._of(seq_id):
             if loan.source == source:
                 loan.has_failed |= bool(bad)
-                loan.come_s, loan.num_come_blocks = now_s, loan.num_pulled_blocks
+                loan.come_s, loan.come = now_s, loan.pulled
         until_s = now_s + stopped.quarantine_s if stopped.quarantine_s > 0 and bad else None
         return [TellScheduler(seq_id, PullEnded(seq_id, bad, until_s))]
-
-
-def _learned(loan: _Loan, tier: Tier | None, come_s: float, num_blocks: int) -> LearnHandoff:
-    return LearnHandoff(loan.source, tier, come_s - loan.asked_s, loan.source_s, num_blocks, loan.asked_s)

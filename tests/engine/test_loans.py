@@ -368,6 +368,28 @@ def test_what_came_before_it_was_given_up_teaches_how_slow_a_tier_is(bench, tier
     bench.end_pull()
 
 
+def test_what_came_teaches_the_price_of_where_it_lay_and_not_of_what_was_offered_since(bench):
+    loan_id = bench.ask()
+    bench.hand_off(loan_id, tier="host", blocks=BLOCKS[:1], elapsed_s=0.1)
+    bench.hand_off(loan_id, tier="disk", blocks=BLOCKS[1:3], elapsed_s=2.5)
+    bench.hand_off(loan_id, tier="host", blocks=BLOCKS[3:4], elapsed_s=2.6)
+    bench.begin_pull(pull_of("r"))
+    bench.now_s = 3.0
+    bench.end_pull()
+    bench.hand_off(loan_id, tier="remote", blocks=BLOCKS[4:], elapsed_s=7.0)
+    assert bench.post(StopAsking("r", P)) == [release(loan_id), LearnHandoff(P, "disk", 3.0, 2.6, 3, 0.0)]
+
+
+def test_what_was_read_up_last_from_memory_does_not_make_a_disk_fast(bench):
+    loan_id = bench.ask()
+    bench.hand_off(loan_id, tier="disk", elapsed_s=2.5)
+    bench.hand_off(loan_id, tier="host", blocks=BLOCKS[3:], elapsed_s=2.6, is_last=True)
+    bench.begin_pull(pull_of("r"))
+    bench.now_s = 3.0
+    bench.end_pull()
+    assert bench.post(SchedulerTold("r")) == [release(loan_id), LearnHandoff(P, "disk", 3.0, 2.6, 3, 0.0)]
+
+
 def test_what_came_badly_or_not_at_all_teaches_nothing(bench):
     assert bench.post(StopAsking("r", bench.book._loans[bench.ask()].source))[1:] == []
     loan_id = bench.ask()
