@@ -305,6 +305,8 @@ class RequestTable:
         first = next(iter(request.sequences.values()))
         num_generated_tokens = max(len(sequence.token_ids) for sequence in request.sequences.values())
         info = next(info for info in self._fleet.values() if info.role == "decode")
+        others = {sequence.asked.token_ids: sequence for sequence in request.sequences.values()}  # shared by choices
+        del others[first.asked.token_ids]
         prompt = first.asked.token_ids[: TOKEN_BYTES * first.asked.num_prompt_tokens]
         return RouteRequest(
             request_id=_placed_id(first),
@@ -312,6 +314,9 @@ class RequestTable:
             num_prompt_tokens=first.asked.num_prompt_tokens + num_generated_tokens,  # all that is to be computed
             max_tokens=first.asked.params.max_tokens - num_generated_tokens,
             num_sequences=len(request.sequences),
+            other_prompts=tuple(
+                other.asked.num_prompt_tokens + len(other.token_ids) for other in others.values()
+            ),
             exclude=tuple(request.failed),
         )
 

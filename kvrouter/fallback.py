@@ -40,9 +40,9 @@ class OwnQueues:
         worker = self._workers.get(worker_id)
         if worker is None:
             return
-        start = request.num_prompt_tokens - max(1, placement.num_computed_tokens)
+        start = request.num_prompt_tokens - max(1, placement.num_computed_tokens - sum(request.other_prompts))
         computing_s = _computed_s(request, worker.info, start)
-        short_s = computing_s if request.num_prompt_tokens - start <= SHORT_TOKENS else 0.0
+        short_s = computing_s if placement.num_computed_tokens <= SHORT_TOKENS else 0.0
         worker.reserve(request.request_id, Reserved(computing_s, 0, 0, short_s))
         self._placed[request.request_id] = worker_id
 
@@ -102,7 +102,7 @@ def choose(
             prefill = None
     computing = prefill or decode
     own_s = there_s if prefill else _computed_s(request, decode)
-    queue_s = queues.wait_s(computing.worker_id, request.num_prompt_tokens)
+    queue_s = queues.wait_s(computing.worker_id, request.num_prompt_tokens + sum(request.other_prompts))
     excess = num_sequences.get(decode.worker_id, 0) + request.num_sequences - decode.max_num_seqs
     delay_s = queue_s + max(0, excess) / decode.max_num_seqs * Assumptions().sequence_s
     check_ttft(delay_s, own_s, max_ttft_s)
@@ -113,7 +113,7 @@ def choose(
         prefill_worker=prefill.worker_id if prefill else None,
         prefill_address=prefill.address if prefill else None,
         prefill_s=there_s + queue_s if prefill else 0.0,
-        num_computed_tokens=request.num_prompt_tokens,
+        num_computed_tokens=request.num_prompt_tokens + sum(request.other_prompts),
         held=None,
         predicted_ttft_s=delay_s + own_s,
         reason="no router: rendezvous hashing of the first blocks",
@@ -122,7 +122,9 @@ def choose(
 
 def _computed_s(request: RouteRequest, worker: WorkerInfo, start: int = 0) -> float:
     """Return the seconds that the prompt takes from token `start` on, by what the worker measured at its start."""
-    return compute_s(worker.compute or ASSUMED_COMPUTE, Computation.of(start, request.num_prompt_tokens))
+    price = worker.compute or ASSUMED_COMPUTE
+    others_s = sum(compute_s(price, Computation.of(0, num_tokens)) for num_tokens in request.other_prompts)
+    return compute_s(price, Computation.of(start, request.num_prompt_tokens)) + others_s
 
 
 def _handed_over_s(request: RouteRequest, prefill: WorkerInfo, decode: WorkerInfo) -> float:

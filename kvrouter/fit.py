@@ -25,14 +25,14 @@ def can_hand_over(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
 
 def can_ever_hold(worker: WorkerInfo, request: RouteRequest) -> bool:
     """Tell whether the prompt and one token more fit on `worker` when it is idle."""
-    return request.num_prompt_tokens < worker.max_model_len and (
-        ceil_div(request.num_prompt_tokens + 1, worker.block_size) <= worker.num_blocks
-    )
+    num_tokens = max(request.num_prompt_tokens, *request.other_prompts, 0)
+    return num_tokens < worker.max_model_len and ceil_div(num_tokens + 1, worker.block_size) <= worker.num_blocks
 
 
 def blocks_wanted(request: RouteRequest, block_size: int) -> int:
-    """Count the blocks for the prompt and the first tokens of each choice."""
-    return ceil_div(request.num_prompt_tokens, block_size) + request.num_sequences
+    """Count the blocks for the prompts and the first tokens of each choice."""
+    prompts = (request.num_prompt_tokens, *request.other_prompts)
+    return sum(ceil_div(num_tokens, block_size) for num_tokens in prompts) + request.num_sequences
 
 
 def ceil_div(a: int, b: int) -> int:

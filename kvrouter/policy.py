@@ -146,6 +146,8 @@ class Pricing:
         num_leading = self._num_leading(is_held)
         num_covered = int(self._matches.ends[-1]) if len(self._matches.ends) else 0
         num_lacking = -(-num_prompt // constants.block_size) - num_held
+        for num_tokens_of in self._request.other_prompts:
+            num_lacking = num_lacking - (-num_tokens_of // constants.block_size)
 
         # What is computed: without loading, with it, and again of what is evicted, as of a prompt as long as this one.
         num_displaced = np.minimum(num_lacking, num_lacking - loads.idle_blocks)
@@ -153,7 +155,12 @@ class Pricing:
         num_tokens[0] = np.maximum(num_prompt - num_leading * constants.block_size, 1)
         num_tokens[1] = np.maximum(num_prompt - num_covered * constants.block_size, 1)
         num_tokens[2] = np.minimum(np.maximum(num_displaced, 0) * constants.block_size, num_prompt)
-        held_s, covered_s, again_s = self._compute_s(num_tokens, constants, loads)
+        held_s, covered_s, again_s = self._compute_s(num_tokens, max(num_prompt, 1), constants, loads)
+        others = self._request.other_prompts
+        if others:  # they are computed beside it, whatever is held of them
+            ends = np.array(others, np.int64)[:, None]
+            others_s = self._compute_s(np.repeat(ends, len(rows), axis=1), ends, constants, loads).sum(axis=0)
+            held_s, covered_s = held_s + others_s, covered_s + others_s
 
         load_s = np.zeros(len(rows))
         lacking = np.flatnonzero(num_leading < num_covered)
@@ -162,7 +169,7 @@ class Pricing:
             load_s[lacking] = self._load_s(rows[lacking], is_held[:, lacking], num_bytes[lacking])
         loads_it = load_s < held_s - covered_s
         load_s[~loads_it] = 0.0
-        num_computed = np.where(loads_it, num_tokens[1], num_tokens[0])
+        num_computed = np.where(loads_it, num_tokens[1], num_tokens[0]) + sum(others)
 
         is_short = num_computed <= SHORT_TOKENS
         takes_share = (
@@ -200,13 +207,12 @@ class Pricing:
         leading: Ints = np.where(is_held.all(axis=0), self._matches.ends[-1], begins[is_held.argmin(axis=0)])
         return leading
 
-    def _compute_s(self, num_tokens: Floats, constants: Constants, loads: Loads) -> Floats:
-        """Return the seconds for the prompt's last tokens by workers' own price, where measured, else by the best.
+    def _compute_s(self, num_tokens: Floats | Ints, end: int | Ints, constants: Constants, loads: Loads) -> Floats:
+        """Return the seconds for the last tokens before `end` by workers' own price, where measured, else by the best.
 
         Never longer than the fleet's best with a share of its rate: who once measured badly, under another load or with
         a few tokens, would else get no prompt any more and so never measure better. `num_tokens`: `[any, workers]`.
         """
-        end = max(self._request.num_prompt_tokens, 1)
         num_steps = np.ceil(num_tokens / STEP_TOKENS)
         num_pairs = num_tokens * (2 * end - num_tokens + 1) / 2
         assumed = self._assumed.compute

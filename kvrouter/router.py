@@ -236,8 +236,9 @@ class Router:
         self._reserve(request, best, now_s)
         kind = "alone" if best.prefill is None else "pair"
         self._counts[f'kvray_router_placed_total{{kind="{kind}"}}'] += 1
-        self._counts["kvray_router_prompt_tokens_total"] += request.num_prompt_tokens
-        self._counts["kvray_router_matched_tokens_total"] += request.num_prompt_tokens - best.num_computed_tokens
+        num_tokens = request.num_prompt_tokens + sum(request.other_prompts)
+        self._counts["kvray_router_prompt_tokens_total"] += num_tokens
+        self._counts["kvray_router_matched_tokens_total"] += num_tokens - best.num_computed_tokens
         held = pricing.held(best)
         self._warming.note(request.names[: NAME_BYTES * held[-1].end if held else 0], now_s)
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
@@ -266,11 +267,13 @@ class Router:
         if not len(decodes):
             limit = self._max_prompt_tokens(there).max()
             raise RequestError(
-                f"the prompt has {request.num_prompt_tokens} tokens; the workers hold at most {limit} and one more",
+                f"the prompt has {_longest(request)} tokens; the workers hold at most {limit} and one more",
                 code="context_length_exceeded",
             )
         best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
-        check_ttft(best.delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
+        # What is only assumed of how long sequences stay orders placements; nobody is refused for it.
+        delay_s = best.delay_s if self._num_ended else best.queue_s
+        check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
         return best
 
     def _candidates(self, role: Role, request: RouteRequest) -> Ints:
@@ -285,7 +288,7 @@ class Router:
 
     def _that_hold(self, request: RouteRequest, rows: Ints) -> Ints:
         """Return the rows of those on which the prompt and one token more fit when they are idle."""
-        return rows[request.num_prompt_tokens <= self._max_prompt_tokens(rows)]
+        return rows[_longest(request) <= self._max_prompt_tokens(rows)]
 
     def _max_prompt_tokens(self, rows: Ints) -> Ints:
         constants = self._fleet.constants(rows)
@@ -430,6 +433,10 @@ class Router:
 
 def _telling(appointed: Iterable[Appointed]) -> list[Instruction]:
     return [TellWorker(worker_id, SpareBlocks(spare=spare, kept=kept)) for worker_id, spare, kept in appointed]
+
+
+def _longest(request: RouteRequest) -> int:
+    return max(request.num_prompt_tokens, *request.other_prompts, 0)
 
 
 def _reserved(best: Candidate, computing_s: float, num_blocks: int, num_sequences: int) -> Reserved:

@@ -58,6 +58,14 @@ def test_a_request_goes_to_the_router_then_to_the_worker_it_names_and_its_chunks
     assert len(ingress.table) == 0
 
 
+def test_the_router_is_told_of_every_prompt_of_a_request_and_of_each_once():
+    ingress = Ingress("d")
+    more = [msgspec.structs.replace(ask(f"r{n}"), token_ids=pack_tokens(range(n)), num_prompt_tokens=n) for n in (7, 9)]
+    ingress.tell(RequestAdded((ask("a"), ask("b"), *more)))
+    [route] = ingress.asked()
+    assert (route.num_prompt_tokens, route.other_prompts, route.num_sequences) == (len(PROMPT), (7, 9), 4)
+
+
 def test_all_choices_go_together_and_the_request_ends_with_the_last_of_them(ingress):
     ingress.tell(RequestAdded((ask("r"), ask("s", choice=1))))
     assert ingress.asked()[0].num_sequences == 2

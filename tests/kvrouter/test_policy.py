@@ -316,6 +316,17 @@ def test_more_choices_need_more_slots():
     assert best(request(160, num_sequences=8), {}, [decode]).wait_s > 0
 
 
+def test_all_prompts_of_a_request_are_priced():
+    decode = WorkerState(info("d", num_blocks=10_000), load("d", free_blocks=250))
+    one = best(request(1600), {}, [decode])
+    both = best(request(1600, num_sequences=2, other_prompts=(3200,)), {}, [decode])
+    three = best(request(3200), {}, [decode])
+    assert both.compute_s == pytest.approx(one.compute_s + three.compute_s)
+    assert both.num_computed_tokens == one.num_computed_tokens + 3200
+    assert one.wait_s == 0
+    assert both.wait_s > 0  # 300 blocks are wanted, and two
+
+
 def test_equal_costs_go_to_the_least_loaded_then_by_hash():
     light, heavy = WorkerState(info("light"), load("light")), WorkerState(info("heavy"), load("heavy"))
     heavy.reserve("other", Reserved(compute_s=0.0, blocks=0, sequences=1))

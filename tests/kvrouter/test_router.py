@@ -350,6 +350,26 @@ def test_short_requests_have_a_share_that_long_ones_do_not_fill():
     assert isinstance(answers[-1], RouteFailed)  # their share has an end, too
 
 
+def test_a_request_with_several_prompts_counts_for_all_of_them():
+    fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
+    assert isinstance(fleet.route(request_id="list", num_blocks=2, num_sequences=20, other_prompts=(500,) * 19), Placement)
+    assert fleet.router._workers["d"].reserved["list"].blocks == 19 * 32 + 3 + 20
+    failed = fleet.route(request_id="next", num_blocks=100)
+    assert failed.error.status == 429  # behind 9.5 s
+    too_long = fleet.route(request_id="long", num_blocks=2, num_sequences=2, other_prompts=(9000,)).error
+    assert too_long.code == "context_length_exceeded"
+
+
+def test_nobody_is_refused_by_what_is_only_assumed_of_how_long_requests_take():
+    fleet = Fleet(info("d", max_num_seqs=2), config=RouterConfig(max_ttft_s=5.0))
+    fleet.tell(load("d", compute=per_second(1e6)))
+    first = [fleet.route(request_id=f"r{i}", chain=i, num_blocks=20) for i in range(9)]
+    assert all(isinstance(placement, Placement) for placement in first)
+    fleet.now_s = 8.0
+    fleet.tell(RequestEnded(request_id="r0"))
+    assert fleet.route(request_id="next", num_blocks=20).error.status == 429
+
+
 def test_huge_prompt_on_an_idle_fleet_is_not_refused_for_its_own_length():
     fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
     assert isinstance(fleet.route(num_blocks=500), Placement)
