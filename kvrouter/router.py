@@ -391,12 +391,10 @@ class Router:
             self._feeds.put_off(event.worker_id, now_s)
             return [*told, *_telling(self._index.drop(event.worker_id))]
         told += _telling(appointed)
-        if not is_snapshot:
-            warming = self._warming.on_stored(event.worker_id, event.stored)
-        elif event.num_pieces_left:
-            warming = []
-        else:
-            warming = self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
+        # Also of a snapshot: one that follows a gap brings what came to be held meanwhile.
+        warming = self._warming.on_stored(event.worker_id, event.stored)
+        if is_snapshot and not event.num_pieces_left:
+            warming += self._warming.on_snapshot(event.worker_id, self._index.num_held(event.worker_id), now_s)
             told += self._ask_snapshots(now_s)
         return told + [TellWorker(event.worker_id, take) for take in warming]
 

@@ -64,6 +64,16 @@ def test_it_is_asked_for_what_was_matched_last_first_tails_first_and_takes_traff
     assert places(fleet) == {"old", "new"}
 
 
+def test_what_came_by_a_second_snapshot_came():
+    fleet = fleet_that_served((1, 3), (2, 2))
+    assert join(fleet)
+    assert fleet.tell(KvEvents(worker_id="new", seq=5, stored=names(2, 2))) == [AskSnapshot("new")]
+    fleet.tell(KvEvents(worker_id="new", seq=0, cleared=True, stored=names(2, 2), num_pieces_left=1))
+    assert places(fleet) == {"old"}
+    fleet.tell(KvEvents(worker_id="new", seq=1, stored=names(1, 3), num_pieces_left=0))
+    assert places(fleet) == {"old", "new"}
+
+
 def test_it_takes_traffic_after_a_while_whatever_came_and_at_once_where_there_is_no_other():
     fleet = fleet_that_served((1, 3))
     assert join(fleet)
