@@ -314,9 +314,7 @@ class RequestTable:
             num_prompt_tokens=first.asked.num_prompt_tokens + num_generated_tokens,  # all that is to be computed
             max_tokens=first.asked.params.max_tokens - num_generated_tokens,
             num_sequences=len(request.sequences),
-            other_prompts=tuple(
-                other.asked.num_prompt_tokens + len(other.token_ids) for other in others.values()
-            ),
+            other_prompts=tuple(other.asked.num_prompt_tokens + len(other.token_ids) for other in others.values()),
             exclude=tuple(request.failed),
         )
 

@@ -399,9 +399,7 @@ class LoanBook:
             if loan.is_wanted and has_come and not loan.has_failed:
                 tier, elapsed_s = None if loan.is_prompt else loan.tier, now_s - loan.asked_s
                 told.append(
-                    LearnHandoff(
-                        loan.source, tier, elapsed_s, loan.source_s, loan.num_pulled_blocks, loan.asked_s
-                    )
+                    LearnHandoff(loan.source, tier, elapsed_s, loan.source_s, loan.num_pulled_blocks, loan.asked_s)
                 )
         return told
 

@@ -6,6 +6,7 @@ link that there is not takes forever. Workers with a pool are known by their row
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from kvcache.price import ASSUMED_MOVES
 from kvrouter.fit import NODE_ROADS
+from kvrouter.measured_pairs import MeasuredPairs
 from messages.fleet import WorkerInfo
 from messages.price import MovePrice
 from messages.tier import Tier
@@ -22,6 +24,8 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
 _UNKNOWN_ROAD, _NO_ROAD = 0, 1  #: the first two of the roads, which have no name
+#: Sources that left whose prices are kept: as many as may come back at once.
+_MAX_LEFT = 1024
 _IN_MEMORY: frozenset[Tier] = frozenset({"device", "host"})
 
 
@@ -44,8 +48,10 @@ class Links:
         self._kinds: dict[tuple[str, ...], int] = {}
         self._road_of = np.zeros((2, 0, 0), np.int64)  # [is near, kind of source, kind of target] -> number of the road
         self._rows: dict[str, int] = {}  # by address
-        self._is_measured = np.zeros((0, 0), np.bool_)  # [target, source], of pools; memory is taken where it is used
-        self._measured = np.zeros((3, 0, 0))
+        self._measured = MeasuredPairs()
+        self._addresses: dict[int, str] = {}  # by row
+        # by the address of a source that left: the prices to it, with each target's row and address
+        self._left: OrderedDict[str, list[tuple[int, str, Floats]]] = OrderedDict()
         self._least = np.full((3, 0), np.inf)  # [, target]
         # of slower tiers, and of sources that have not joined: by address and tier, then by the target's row
         self._others: dict[tuple[str, Tier], dict[int, MovePrice]] = {}
@@ -60,24 +66,29 @@ class Links:
 
     def grow(self, capacity: int) -> None:
         """Make room for so many rows."""
-        before = len(self._is_measured)
-        is_measured = np.zeros((capacity, capacity), np.bool_)
-        measured, least = np.zeros((3, capacity, capacity)), np.full((3, capacity), np.inf)
-        is_measured[:before, :before] = self._is_measured
-        measured[:, :before, :before] = self._measured
-        least[:, :before] = self._least
-        self._is_measured, self._measured, self._least = is_measured, measured, least
+        least = np.full((3, capacity), np.inf)
+        least[:, : self._least.shape[1]] = self._least
+        self._least = least
+        self._measured.grow(capacity)
 
     def join(self, place: Place) -> None:
-        """Take in that a worker with a pool is there: prices of it may have come before."""
+        """Take in that a worker with a pool is there: prices of it may have come before, or be known from before."""
         assert place.row is not None
-        self._rows[place.address] = place.row
+        self._rows[place.address], self._addresses[place.row] = place.row, place.address
+        for target, address, parts in self._left.pop(place.address, ()):
+            if self._rows.get(address) == target:  # who measured it is still there
+                self._measured.put(target, place.row, parts)
+                self._note_least(target)
         for target, price in self._others.pop((place.address, "device"), {}).items():
-            self._measure(target, place.row, price)
+            self._measured.put(target, place.row, np.array(_parts(price)))
             self._note_least(target)
 
     def leave(self, place: Place) -> None:
-        """Forget a worker: as a source, and as a target."""
+        """Forget a worker: as a source, and as a target.
+
+        What others measured of it as a source is kept for a while: they tell it once, and at its address nobody but
+        itself comes back. What it measured it tells anew.
+        """
         for key, by_target in list(self._others.items()):
             if place.row is not None:
                 by_target.pop(place.row, None)
@@ -86,7 +97,14 @@ class Links:
         if place.row is not None:
             if self._rows.get(place.address) == place.row:  # else another worker has the address by now
                 del self._rows[place.address]
-            self._is_measured[place.row], self._is_measured[:, place.row] = False, False
+            targets, parts = self._measured.of_source(place.row)
+            if len(targets):
+                told = zip(targets.tolist(), parts.T, strict=True)
+                self._left[place.address] = [(row, self._addresses[row], each) for row, each in told]
+                if len(self._left) > _MAX_LEFT:
+                    self._left.popitem(last=False)
+            self._measured.remove(place.row)
+            self._addresses.pop(place.row, None)
             self._least[:, place.row] = np.inf
 
     def report(self, row: int, moves: Iterable[MovePrice]) -> None:
@@ -101,7 +119,7 @@ class Links:
             if source is None:
                 self._others.setdefault((price.source, price.tier), {})[row] = price
             else:
-                self._measure(row, source, price)
+                self._measured.put(row, source, np.array(_parts(price)))
         self._note_least(row)
 
     def least(self, targets: Ints) -> Floats:
@@ -117,10 +135,10 @@ class Links:
         roads = self._road_of.ravel()[(is_near * kinds + sources.kind) * kinds + np.asarray(targets.kind)[:, None]]
         np.copyto(roads, _NO_ROAD, where=np.not_equal(np.asarray(targets.model)[:, None], sources.model))
         prices = self._road_prices[:, roads]
-        measured = self._is_measured[target_rows[:, None], source_rows]
-        if measured.any():
-            target, source = np.nonzero(measured & (roads != _NO_ROAD))
-            prices[:, target, source] = self._measured[:, target_rows[target], source_rows[source]]
+        numbers = self._measured.numbers[target_rows[:, None], source_rows]
+        if numbers.any():
+            target, source = np.nonzero(np.where(roads != _NO_ROAD, numbers, 0))
+            prices[:, target, source] = self._measured.prices[:, numbers[target, source]]
         return prices
 
     def loading(self, source: Place, tier: Tier, targets: Place, target_rows: Ints) -> Floats:
@@ -132,20 +150,16 @@ class Links:
         else:
             prices = np.repeat(np.array(_parts(ASSUMED_MOVES[tier]))[:, None], len(target_rows), axis=1)
         if tier == "device" and source.row is not None:
-            measured = self._is_measured[target_rows, source.row]
-            prices[:, measured] = self._measured[:, target_rows[measured], source.row]
+            numbers = self._measured.numbers[target_rows, source.row]
+            prices[:, numbers > 0] = self._measured.prices[:, numbers[numbers > 0]]
         for row, price in self._others.get((source.address, tier), {}).items():
             prices[:, target_rows == row] = np.array(_parts(price))[:, None]
         prices[2, ~is_there] = np.inf
         return prices
 
-    def _measure(self, target: int, source: int, price: MovePrice) -> None:
-        self._is_measured[target, source] = True
-        self._measured[:, target, source] = _parts(price)
-
     def _note_least(self, target: int) -> None:
-        sources = np.flatnonzero(self._is_measured[target])
-        self._least[:, target] = self._measured[:, target, sources].min(axis=1, initial=np.inf)
+        numbers = self._measured.numbers[target]
+        self._least[:, target] = self._measured.prices[:, numbers[numbers > 0]].min(axis=1, initial=np.inf)
 
     def _compare_kinds(self) -> None:
         """Find the road between each two kinds: on a node, and between nodes."""

@@ -386,7 +386,9 @@ class Router:
             self._feeds.begin(event.worker_id)
             return [*told, *self._ask_snapshots(now_s)]
         except CapacityError as error:
-            logger.error("router: what %s has in tier %s is unknown here: %s", event.worker_id, event.tier, error.message)
+            logger.warning(
+                "router: what %s has in tier %s is unknown here: %s", event.worker_id, event.tier, error.message
+            )
             self._counts["kvray_router_index_full_total"] += 1
             self._feeds.put_off(event.worker_id, now_s)
             return [*told, *_telling(self._index.drop(event.worker_id))]

@@ -113,7 +113,11 @@ class Prefetches:
         strangers = [key for key in self._aheads if key not in sequences or sequences[key].phase is not Phase.WAITING]
         wrong = [f"{key!r} does not wait, and is asked for ahead" for key in strangers]
         num_blocks = sum(ahead.num_blocks for ahead in self._aheads.values())
-        return wrong if num_blocks == self._num_blocks else [*wrong, f"of {num_blocks} taken in, {self._num_blocks} counted"]
+        return (
+            wrong
+            if num_blocks == self._num_blocks
+            else [*wrong, f"of {num_blocks} taken in, {self._num_blocks} counted"]
+        )
 
     # -------------------------------------------------------------------------------------------------- slow tiers
 

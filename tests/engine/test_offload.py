@@ -352,4 +352,5 @@ async def test_of_a_chain_that_was_heard_of_nothing_is_kept(world, monkeypatch):
     await world.worker.settled(1)
     await until(lambda: world.worker.offloader._told is None)
     world.worker.offloader.use(None)
-    assert not (world.worker.offloader._waiting or world.worker.offloader._chain)
+    assert not world.worker.offloader._waiting
+    assert world.worker.offloader._chain is None

@@ -49,18 +49,23 @@ def test_what_was_measured_of_a_source_counts_whether_it_joined_before_or_after(
     assert handoff_s(fleet, "d", "p") == 0.25  # not measured: as the road costs
 
 
-def test_prices_of_who_left_are_forgotten_at_either_end(fleet):
+def test_prices_of_a_source_that_left_are_known_when_it_comes_back_and_those_of_a_target_are_not(fleet):
     for worker_id in ("d", "p", "q"):
         join(fleet, worker_id)
     fleet.report(load("d", moves=(price("p", 0.25), price("q", 0.5), price("c", 0.1, tier="disk", road="disk"))))
     fleet.leave("p")
+    join(fleet, "other")  # in the row that is free
+    assert handoff_s(fleet, "other", "d") == 0.5  # of the road, the last one measured
     join(fleet, "p")
-    assert handoff_s(fleet, "p", "d") == 0.5  # of the road, the last one measured
+    assert handoff_s(fleet, "p", "d") == 0.25
+    fleet.leave("q")
     fleet.leave("d")
     join(fleet, "e")  # in the row that is free
     assert fleet.rows_of(["e"]) == [0]
+    assert list(fleet.links._left) == ["tcp://q:1"]
     fleet.report(load("p", moves=(price("q", 0.75),)))
-    assert handoff_s(fleet, "q", "e") == 0.75
+    join(fleet, "q")
+    assert handoff_s(fleet, "q", "e") == 0.75  # of the road: what d measured is not e's
     assert fleet.links._others == {}
 
 

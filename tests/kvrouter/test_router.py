@@ -352,7 +352,9 @@ def test_short_requests_have_a_share_that_long_ones_do_not_fill():
 
 def test_a_request_with_several_prompts_counts_for_all_of_them():
     fleet = Fleet(info("d"), config=RouterConfig(max_ttft_s=5.0))
-    assert isinstance(fleet.route(request_id="list", num_blocks=2, num_sequences=20, other_prompts=(500,) * 19), Placement)
+    assert isinstance(
+        fleet.route(request_id="list", num_blocks=2, num_sequences=20, other_prompts=(500,) * 19), Placement
+    )
     assert fleet.router._workers["d"].reserved["list"].blocks == 19 * 32 + 3 + 20
     failed = fleet.route(request_id="next", num_blocks=100)
     assert failed.error.status == 429  # behind 9.5 s

@@ -17,7 +17,8 @@ from text.tokenizer import Tokenizer
 
 #: As published models divide text into words: digits by threes, a space or a mark before letters, ends of lines.
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -49,7 +50,25 @@ def short_pieces(monkeypatch) -> None:
 
 
 parts = st.sampled_from(
-    ["hello", " world", "  ", "\n\n", "你好", "。", "é", "e\u0301", "1234567", "'t", "don't", "<eos>", "a", " ", "==", "\t", "_x"]
+    [
+        "hello",
+        " world",
+        "  ",
+        "\n\n",
+        "你好",
+        "。",
+        "é",
+        "e\u0301",
+        "1234567",
+        "'t",
+        "don't",
+        "<eos>",
+        "a",
+        " ",
+        "==",
+        "\t",
+        "_x",
+    ]
 )
 
 
