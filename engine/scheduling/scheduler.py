@@ -5,22 +5,20 @@
        |  '-preempt--|---'
        '---> pulling-'        (remote: another worker computes the prompt; falls back to computing here)
 
-`ledger` keeps the books, `room` tells who finds room, `step_planner` fills the steps, `remote_pulls` leads pulls to
-their end, `prefetches` has made ready what those that wait will load.
+`ledger` keeps the books, `admission` says who starts, `room` who finds room, `step_planner` fills the steps,
+`remote_pulls` leads pulls to their end, `prefetches` has made ready what those that wait will load.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-import sys
 from collections.abc import Callable
 from itertools import count
 from typing import assert_never
 
+from engine.scheduling.admission import Admission
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.config import SchedulerConfig
-from engine.scheduling.holding_back import hold_back
 from engine.scheduling.lateness import Lateness
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.offers import Offers, prompt_plan, prompt_sources
@@ -67,13 +65,6 @@ from messages.price import ComputePrice, MovePrice
 from messages.request import Copy
 from text.grammar import CompiledGrammar
 
-#: Sequences that are looked at in vain, at most, before steps go on.
-_MAX_PASSED = 32
-#: Sequences of which, at an event, one is looked for that is short, where the others find no room: below 1 ms.
-_MAX_SEARCHED = 1024
-#: Blocks of sequences that are looked at, at most, before other events are: some 5 ms.
-_MAX_LOOKED_AT = 16_384
-
 
 class Scheduler:
     """Decides for one worker. It is the only one who pins blocks of `pool`. One thread.
@@ -119,10 +110,7 @@ class Scheduler:
             itl_target_s=config.itl_target_s,
         )
         self._step: list[tuple[SequenceStep, Sequence]] | None = None
-        self._blocked: Sequence | None = None  # the most senior one that could start but for the room
-        self._is_full = False  # no short prompt finds room either
-        self._shorts_from = 0  # where among those that are ready the next short one is looked for
-        self._look_again_s = -math.inf  # until then those that wait need not be looked at as others come
+        self._admission = Admission(self._ledger, self._backlog, self._room, config.max_num_seqs, self._start)
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
@@ -236,7 +224,7 @@ class Scheduler:
         is_late = self._check_deadlines(now_s, out)
         new: Sequence | None = None
         if is_late or not isinstance(event, SequenceAdded):
-            self._blocked, self._look_again_s = None, -math.inf  # there may be more room
+            self._admission.look_at_all()  # there may be more room
             self._backlog.forget()
         match event:
             case SequenceAdded(spec):
@@ -261,7 +249,7 @@ class Scheduler:
                 pass
             case _ as unreachable:
                 assert_never(unreachable)
-        self._admit(now_s, out, new)
+        self._admission.admit(now_s, out, new)
         if isinstance(event, StepWanted):
             self._begin_step(out)
         out += self._ledger.take_abandoned()
@@ -273,7 +261,7 @@ class Scheduler:
         self._ledger.check_invariants()
         for wrong in self._prefetches.check_invariants():
             raise InvariantError(f"scheduler: sequence {wrong}")
-        if self._ledger.running or self._blocked is not None or self.num_pulling >= self._config.max_num_seqs:
+        if self._ledger.running or self._admission.is_blocked or self.num_pulling >= self._config.max_num_seqs:
             return
         for seq in self._ledger.ready:
             if seq.held_for not in self._ledger.in_flight or self._now_s >= seq.held_until_s:
@@ -300,10 +288,7 @@ class Scheduler:
             seq.arrived_s, seq.expected_s = now_s, self._backlog.seconds()
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
-        if self._blocked is not None and (
-            seq.seniority < self._blocked.seniority or (not self._is_full and self._room.is_short(seq))
-        ):
-            self._blocked, self._look_again_s = None, -math.inf
+        self._admission.take_arrival(seq)
         if spec.deadline_s is not None:
             heapq.heappush(self._deadlines, (spec.deadline_s, seq.seq_id))
         return seq
@@ -365,63 +350,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------ admission
 
-    def _admit(self, now_s: float, out: list[Instruction], new: Sequence | None) -> None:
-        """Take sequences out of the queue, by seniority, until one finds no room; then short ones, to their share.
-
-        Where nothing happened but that `new` came since all were looked at, it alone is.
-        """
-        if self._blocked is not None:
-            return
-        ledger = self._ledger
-        position, end, last, num_passed, num_looked_at = 0, sys.maxsize, sys.maxsize, 0, 0
-        is_alone = new is not None and now_s < self._look_again_s
-        if new is not None and is_alone:
-            position = ledger.position(new)
-            end = position + new.is_ready
-        else:
-            self._look_again_s = math.inf
-        num_free_slots = self._config.max_num_seqs - self.num_running - self.num_pulling
-        while position < min(end, last, len(ledger.ready)) and num_passed < _MAX_PASSED:
-            if num_free_slots <= 0 or num_looked_at > _MAX_LOOKED_AT:
-                self._look_again_s = -math.inf
-                return
-            seq = ledger.ready[position]
-            is_held_back = seq.held_for in ledger.in_flight and now_s < seq.held_until_s
-            if not is_held_back:
-                is_short = self._room.is_short(seq)
-                if self._blocked is not None and not is_short:
-                    position += 1
-                    continue
-                num_looked_at += seq.max_match_blocks
-                matched = self._pool.match(seq.names[: seq.max_match_blocks])
-                is_held_back = hold_back(seq, len(matched), ledger, self._backlog, now_s)
-            if is_held_back:
-                self._look_again_s = min(self._look_again_s, seq.held_until_s)
-                position += 1
-                continue
-            ended = self._room.find(seq, matched, is_short=is_short)
-            for intake_id in ended or ():
-                ledger.end_intake(intake_id, out)
-            if ended is not None and not self._room.is_too_early(seq, matched, now_s):
-                seq.is_long = not is_short
-                self._start(seq, matched, now_s, out)
-                num_free_slots = self._config.max_num_seqs - self.num_running - self.num_pulling
-                end, last = end - 1, last - 1
-                continue
-            self._is_full = is_short and ended is None
-            if self._is_full:
-                self._blocked = self._blocked or seq
-                return
-            position += 1
-            num_passed += 1
-            if self._blocked is None:  # of those behind it only short ones are of interest, some of them at a time
-                self._blocked = seq
-                position = max(position, self._shorts_from)
-                last = position + _MAX_SEARCHED
-        if not is_alone:
-            self._shorts_from = position if position == last else 0
-
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
+        """Have an admitted sequence run or pull; `matched`: its blocks that the pool has."""
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
         self._backlog.note(seq)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
@@ -478,7 +408,7 @@ class Scheduler:
         num_preemptions = self._ledger.num_preemptions
         step = self._planner.plan()
         if self._ledger.num_preemptions > num_preemptions:
-            self._look_again_s = -math.inf  # seniors of whoever comes next wait again
+            self._admission.look_at_seniors()  # who were preempted wait again
             self._backlog.forget()
         if not step:
             return

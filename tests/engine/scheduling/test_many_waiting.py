@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from engine.scheduling import admission
 from engine.scheduling import ledger as ledger_module
-from engine.scheduling import scheduler as scheduler_module
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import FoundAhead, SequenceAdded, SequenceCancelled, SequenceSpec, TimePassed
@@ -78,7 +78,7 @@ def test_where_the_writer_ends_early_the_next_one_writes_on():
 
 
 def test_so_many_blocks_are_looked_at_in_an_event_and_seniors_are_not_overtaken(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "_MAX_LOOKED_AT", 20)  # two of fifteen blocks
+    monkeypatch.setattr(admission, "_MAX_LOOKED_AT", 20)  # two of fifteen blocks
     bench = waiting_behind_a_writer(6)
     while bench.scheduler.num_waiting == 6:
         bench.finish()
@@ -98,7 +98,7 @@ def test_so_many_blocks_are_looked_at_in_an_event_and_seniors_are_not_overtaken(
 def test_time_that_passed_for_one_that_waits_is_noticed_as_another_comes():
     bench = waiting_behind_a_writer(1)
     held = bench.scheduler._ledger.waiting[0]
-    held.held_until_s = bench.scheduler._look_again_s = 5.0
+    held.held_until_s = bench.scheduler._admission._look_again_s = 5.0
     bench.now_s = 6.0
     bench.add("next", LONG)
     assert held.held_until_s == math.inf  # it was looked at again, and waits for who runs
@@ -172,7 +172,7 @@ def test_who_waits_for_an_answer_is_not_looked_at(monkeypatch):
 
 
 def test_behind_many_that_find_no_room_short_ones_are_looked_for_bit_by_bit(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "_MAX_SEARCHED", 5)
+    monkeypatch.setattr(admission, "_MAX_SEARCHED", 5)
     monkeypatch.setattr("engine.scheduling.room.SHORT_TOKENS", 4)
     bench = Bench(num_blocks=32, max_num_batched_tokens=8)
     bench.add("runs", 20)
@@ -187,8 +187,8 @@ def test_behind_many_that_find_no_room_short_ones_are_looked_for_bit_by_bit(monk
         found += looks[1:]
         assert len(looks) <= 6
     assert found == [f"long{number}" for number in range(1, 20)]
-    bench.scheduler._blocked = bench.scheduler._ledger.ready[0]
-    bench.scheduler._is_full = True  # so that it is not looked at as it comes
+    bench.scheduler._admission._blocked = bench.scheduler._ledger.ready[0]
+    bench.scheduler._admission._is_full = True  # so that it is not looked at as it comes
     bench.add("behind", 4)
     for _ in range(4):
         bench.post(TimePassed())
