@@ -6,7 +6,7 @@ follows another. Nothing here blocks; everything runs on the event loop (asyncio
 was running when the object was made, and is to be called from there only.
 
     client                                    server
-    Ping at once and every heartbeat   --->   first message makes the peer known
+    Ping at once, and where it is idle --->   first message makes the peer known
     on_ready at the first answer       <---   Pong
     silence, disconnection, bad bytes: on_lost / on_peer_lost, once, for good
 
@@ -22,7 +22,6 @@ import logging
 import math
 import resource
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -34,6 +33,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from messages.errors import ConfigError
 from messages.wire import Message, Ping, Pong, decode, encode
+from transport.inbox import Inbox
 from transport.secret import ClusterSecret
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ PeerId: TypeAlias = bytes  #: a connection as its server knows it; a client that
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ RFC 27
 _ZAP_DOMAIN = b"kvray"
 _LINGER_MS = 500  #: what was sent just before `close` still leaves
-_MAX_MESSAGES_PER_TURN = 256  #: then others on the loop have their turn
-_TURN_S = 0.005  #: the same, for messages that take long
 _PROBE_DELAYS_S = (0.005, 0.05)  #: the monitor reports a disconnection just before the socket knows of it
 _NO_RECONNECT_MS = 24 * 3600 * 1000  #: -1 would drop what was received but not yet read
 #: For a client three sockets of ZeroMQ, two of them to hear what becomes of its connection, and four descriptors. A
 #: context has 1,023 sockets unless more are asked for, a process often 1,024 descriptors.
 _MAX_SOCKETS = 65_535
 _MAX_DESCRIPTORS = 131_072
+#: Pings, at least, before a peer's silence would count as its end.
+_PINGS_PER_SILENCE = 3
 _PONG = encode(Pong())
 _PING = encode(Ping())
 
@@ -69,6 +69,11 @@ class ChannelConfig:
     def max_silent_beats(self) -> int:
         """How many own heartbeats may pass without a word from the peer."""
         return max(2, math.ceil(self.lost_after_s / self.heartbeat_s))
+
+    @property
+    def beats_per_ping(self) -> int:
+        """Own heartbeats between two looks at whether a Ping is wanted."""
+        return max(1, self.max_silent_beats // _PINGS_PER_SILENCE)
 
 
 class ChannelServer:
@@ -114,11 +119,11 @@ class ChannelServer:
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         #: tcp://KEY_ID@host:port, for ChannelClient
         self.address = self._bind(host).replace("tcp://", f"tcp://{secret.key_id}@")
-        self._inbox = _Inbox(self._loop, self._socket, self._receive)
+        self._inbox = Inbox(self._loop, self._socket, self._receive)
         self._inboxes = [
             self._inbox,
-            _Inbox(self._loop, self._gate, self._admit),
-            _Inbox(self._loop, self._monitor, self._notice_disconnection),
+            Inbox(self._loop, self._gate, self._admit),
+            Inbox(self._loop, self._monitor, self._notice_disconnection),
         ]
         self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
 
@@ -276,10 +281,12 @@ class ChannelClient:
         self._on_ready = on_ready
         self._config = config
         self._silent_beats = 0
+        self._beats_to_ping = config.beats_per_ping
+        self._has_sent = self._has_heard = False  # since the last look at whether a Ping is wanted
         self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
         self._is_disconnected = False  # lost as soon as what came before is read
         self._sockets: list[zmq.Socket[bytes]] = []
-        self._inboxes: list[_Inbox] = []
+        self._inboxes: list[Inbox] = []
         self._connect_timer = self._loop.call_later(config.connect_timeout_s, self._give_up_connecting)
         self._beat_timer = self._loop.call_later(config.heartbeat_s, self._beat)
         key_id, _, endpoint = address.removeprefix("tcp://").rpartition("@")
@@ -322,8 +329,8 @@ class ChannelClient:
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
         self._sockets.append(monitor)
-        self._inbox = _Inbox(self._loop, self._socket, self._receive)
-        self._inboxes += [self._inbox, _Inbox(self._loop, monitor, self._notice_event)]
+        self._inbox = Inbox(self._loop, self._socket, self._receive)
+        self._inboxes += [self._inbox, Inbox(self._loop, monitor, self._notice_event)]
 
     @property
     def is_ready(self) -> bool:
@@ -348,6 +355,7 @@ class ChannelClient:
         except zmq.Again:
             self._lose(f"it does not read: {self._config.max_queued_messages} messages are waiting")
             return False
+        self._has_sent = True
         self._inbox.poke()
         return True
 
@@ -357,6 +365,7 @@ class ChannelClient:
             self._lose("it sent something that is no message")
             return
         self._silent_beats = 0
+        self._has_heard = True
         if self._state == "connecting":
             self._state = "ready"
             self._connect_timer.cancel()
@@ -390,7 +399,12 @@ class ChannelClient:
             if self._silent_beats > self._config.max_silent_beats:
                 self._lose(f"silent for {self._config.lost_after_s:g} s")
                 return
-        self._send(_PING)
+        self._beats_to_ping -= 1
+        if not self._beats_to_ping:
+            if not (self._has_sent and self._has_heard):  # else both ends know that the other one is there
+                self._send(_PING)
+            self._beats_to_ping = self._config.beats_per_ping
+            self._has_sent = self._has_heard = False
         self._beat_timer = self._loop.call_later(self._config.heartbeat_s, self._beat)
 
     def _lose(self, reason: str) -> None:
@@ -417,77 +431,6 @@ class ChannelClient:
             socket.close(linger=_LINGER_MS if socket is self._socket else 0)
 
 
-class _Inbox:
-    """Calls `on_frames` on the loop for each message of a ZeroMQ socket.
-
-    A ZeroMQ socket's file descriptor says "something may have changed", once; any call on the socket may swallow that.
-    Hence: read until nothing is left, and look again after each send (`poke`).
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]
-    ) -> None:
-        self._loop = loop
-        self._socket = socket
-        self._on_frames = on_frames
-        self._fd: int = socket.FD
-        self._is_poked = False
-        self._is_closed = False
-        self._when_empty: list[Callable[[], None]] = []
-        loop.add_reader(self._fd, self._drain)
-        self.poke()
-
-    def poke(self) -> None:
-        """Look at the socket in the loop's next turn."""
-        if not self._is_poked and not self._is_closed:
-            self._is_poked = True
-            self._loop.call_soon(self._look)
-
-    def when_empty(self, then: Callable[[], None]) -> None:
-        """Call `then` once nothing is left of what came, unless this is closed before."""
-        self._when_empty.append(then)
-        self.poke()
-
-    def _drain(self) -> None:
-        """Handle the messages that are there; after 256 of them, or 5 ms, go on in the loop's next turn."""
-        is_empty = False
-        end_s = time.monotonic() + _TURN_S
-        try:
-            for _ in range(_MAX_MESSAGES_PER_TURN):
-                if self._is_closed:
-                    return
-                try:
-                    frames = self._socket.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
-                    is_empty = True
-                    self._tell_empty()
-                    return
-                self._on_frames(frames)
-                if time.monotonic() >= end_s:
-                    return
-        finally:
-            # Also when `on_frames` raised: that is its owner's bug to report, and must not silence the channel.
-            if not is_empty:
-                self.poke()
-
-    def _tell_empty(self) -> None:
-        waiting, self._when_empty = self._when_empty, []
-        for then in waiting:
-            if not self._is_closed:
-                then()
-
-    def close(self) -> None:
-        """Stop reading; the socket stays its owner's to close."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._loop.remove_reader(self._fd)
-
-    def _look(self) -> None:
-        self._is_poked = False
-        if not self._is_closed:
-            self._drain()
-
-
 def _raise_limit() -> None:
     """Have the process allowed as many file descriptors as it may allow itself, and peers may need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -510,7 +453,7 @@ def _configure(socket: zmq.Socket[bytes], config: ChannelConfig) -> None:
     socket.setsockopt(zmq.RCVHWM, config.max_queued_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
     # ZeroMQ's own heartbeat frees what is queued for a peer whose process stopped; ours judges the event loop.
-    socket.setsockopt(zmq.HEARTBEAT_IVL, int(config.heartbeat_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(config.beats_per_ping * config.heartbeat_s * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(config.lost_after_s * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, int(config.connect_timeout_s * 1000))
 

@@ -441,7 +441,7 @@ async def test_stopped_server_does_not_hang_a_new_client(opened, spawn):
 
 
 async def test_messages_that_take_long_leave_others_on_the_loop_their_turns(opened, monkeypatch):
-    monkeypatch.setattr(channel_module, "_TURN_S", 0.0)  # one message is as long as a turn may be
+    monkeypatch.setattr("transport.inbox._TURN_S", 0.0)  # one message is as long as a turn may be
     server = opened(Server())
     client = opened(Client(server.channel.address))
     await client.ask("first")
@@ -487,7 +487,10 @@ address, hard = sys.argv[1], int(sys.argv[2])
 secret = ClusterSecret(b"\\x07" * 32)
 
 def num_descriptors():
-    return len(os.listdir("/proc/self/fd"))
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:  # none is left to look with
+        return hard
 
 async def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
@@ -578,7 +581,7 @@ async def test_what_a_server_sent_before_it_ended_is_read_in_bounded_turns(opene
 
 
 async def test_what_a_client_sent_before_it_ended_is_read_in_bounded_turns(monkeypatch):
-    monkeypatch.setattr(channel_module, "_TURN_S", 0.0)  # a message each: there is something left to read at each probe
+    monkeypatch.setattr("transport.inbox._TURN_S", 0.0)  # a message each: there is something left to read at each probe
     turns, lost = Turns(), asyncio.get_running_loop().create_future()
     server = ChannelServer(SECRET, "127.0.0.1", lambda *_: turns.note(), lost.set_result, FAST)
     client = ChannelClient(SECRET, server.address, lambda _: None, lambda _: None, config=FAST)
@@ -591,3 +594,24 @@ async def test_what_a_client_sent_before_it_ended_is_read_in_bounded_turns(monke
     assert sum(turns.noted) == NUM_QUEUED
     assert max(turns.noted) <= 256
     server.close()
+
+
+async def test_pings_are_for_links_on_which_nothing_else_goes_both_ways(opened, monkeypatch):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await asyncio.wait_for(client.ready.wait(), 5)
+    sent = []
+    send = client.channel._send
+    monkeypatch.setattr(client.channel, "_send", lambda data: (sent.append(data), send(data))[1])
+    client.channel._beat_timer.cancel()
+    num_beats = 2 * FAST.beats_per_ping
+    for _ in range(num_beats):
+        client.channel._beat()
+        client.channel._beat_timer.cancel()
+    assert sent == [channel_module._PING] * 2
+    sent.clear()
+    for _ in range(num_beats):
+        client.channel._has_sent = client.channel._has_heard = True
+        client.channel._beat()
+        client.channel._beat_timer.cancel()
+    assert sent == []
