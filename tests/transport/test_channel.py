@@ -604,14 +604,14 @@ async def test_pings_are_for_links_on_which_nothing_else_goes_both_ways(opened, 
     send = client.channel._send
     monkeypatch.setattr(client.channel, "_send", lambda data: (sent.append(data), send(data))[1])
     client.channel._beat_timer.cancel()
-    num_beats = 2 * FAST.beats_per_ping
-    for _ in range(num_beats):
-        client.channel._beat()
-        client.channel._beat_timer.cancel()
-    assert sent == [channel_module._PING] * 2
-    sent.clear()
-    for _ in range(num_beats):
-        client.channel._has_sent = client.channel._has_heard = True
-        client.channel._beat()
-        client.channel._beat_timer.cancel()
-    assert sent == []
+
+    def beat(*, is_busy):
+        for _ in range(2 * FAST.beats_per_ping):
+            client.channel._has_sent = client.channel._has_heard = is_busy
+            client.channel._silent_beats = 0
+            client.channel._beat()
+            client.channel._beat_timer.cancel()
+        return [sent.pop() for _ in tuple(sent)]
+
+    assert beat(is_busy=False) == [channel_module._PING] * 2
+    assert beat(is_busy=True) == []
