@@ -366,7 +366,7 @@ class LoanBook:
         if loan.is_ahead:
             return [TellScheduler(loan.seq_id, FoundAhead(loan.seq_id, loan.source, ()))]
         if not loan.is_prompt:
-            return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, [], is_last=True))]
+            return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, b"", is_last=True))]
         self.num_refused += 1
         return [TellScheduler(loan.seq_id, KvRefused(loan.seq_id, is_suspect))]
 
@@ -405,7 +405,7 @@ class LoanBook:
         renewed: list[LoanInstruction] = []
         for loan_id, loan in self._of(pull.seq_id):
             loan.num_arrived = 0
-            loan.num_pulled_blocks += len(pull.pairs) if loan.source == pull.source else 0
+            loan.num_pulled_blocks += len(pull.targets) if loan.source == pull.source else 0
             renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
         return [*renewed, BeginPull(pull)]
 

@@ -15,6 +15,7 @@ from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
 from kvcache.leases import Asked, AskerLost, Failed, FreeBlocks, LeaseBook, Published, Released, Renewed, TimePassed
+from kvcache.locations import unpack_locations
 from kvcache.names import token_array
 from messages.errors import InvariantError, KvrayError, WorkerError
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
@@ -196,14 +197,15 @@ class PublicationBook:
     ) -> list[PublicationInstruction]:
         """Publish what the asker lacks of the offer, and in the end the first token: read path step 5."""
         first_index = prompt.num_held_tokens // self._block_size
-        blocks = [block for block in offer.blocks if block.index >= first_index]
-        self.num_published_blocks += len(blocks)
+        rows = unpack_locations(offer.blocks)
+        rows = rows[rows["index"] >= first_index]
+        self.num_published_blocks += len(rows)
         if emitted is not None:
             self.leases.on_event(Published(offer.seq_id), now_s)
         handoff = KvHandoff(
             request_id=offer.seq_id,
             lease_s=self.leases.lease_s,
-            blocks=blocks,
+            blocks=rows.tobytes(),
             is_last=emitted is not None,
             first_token=None if emitted is None else emitted.token_ids[0],
             first_logprob=emitted.logprobs[0] if emitted is not None and emitted.logprobs else None,

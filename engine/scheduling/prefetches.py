@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskAhead, FoundAhead, Instruction, StopAsking
 from engine.scheduling.sequence import Phase, Sequence
@@ -99,8 +100,8 @@ class Prefetches:
         ahead = self._aheads.pop(seq_id, None)
         out += [StopAsking(seq_id, source) for source in (ahead.asked if ahead else ())]
         intake = self._ledger.intakes.find(seq_id)
-        if intake is not None and intake.open:
-            return min(intake.open)
+        if intake is not None and intake.is_pulling:
+            return intake.blocks.indexes(Coming.OPEN)[0]
         self._ledger.end_intake(seq_id, out)
         return sys.maxsize
 
@@ -142,7 +143,7 @@ class Prefetches:
         ledger = self._ledger
         admitted = (*ledger.pulling.values(), *ledger.running.values())
         if not any(ahead.loads for ahead in self._aheads.values()) or any(
-            seq.pull is not None and seq.pull.open for seq in admitted
+            seq.pull is not None and seq.pull.is_pulling for seq in admitted
         ):
             return  # those that were admitted have the road to themselves
         room = self._max_blocks - sum(ahead.num_blocks for ahead in self._aheads.values())
