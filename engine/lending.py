@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks
 from kvcache.leases import Asked, AskerLost, Failed, LeaseBook, LeaseEvent, Published, Released, Renewed, TimePassed
-from kvcache.locations import num_locations, with_checksums
+from kvcache.locations import MAX_INDEX, num_locations, with_checksums
 from kvcache.names import split_names
 from messages.handoff import BlocksRequest, KvHandoff, ReleaseLease, RenewLease
 from messages.wire import Message
@@ -43,7 +43,9 @@ class Lender:
         if isinstance(message, BlocksRequest):
             self._decide(Asked(lease_id, sender))
             self._questions[lease_id] = (sender, message)
-            self._post(BlocksWanted(lease_id, message.first_index, tuple(split_names(message.names))))
+            names = tuple(split_names(message.names))
+            first_index = min(max(message.first_index, 0), MAX_INDEX - len(names))  # as rows have room for
+            self._post(BlocksWanted(lease_id, first_index, names))
             return True
         is_ours = lease_id in self._questions
         if is_ours:

@@ -1,6 +1,6 @@
 """Where blocks lie in their owner's pool: rows of an array, packed for messages and between decider and doer.
 
-A handoff may have thousands of blocks. As an object each, what is done with one costs a microsecond for each block, time
+A handoff may have thousands of blocks. As an object each, whatever is done with them costs a microsecond a block, time
 and again; here it is done with all of them at once.
 """
 
@@ -29,6 +29,7 @@ LOCATION = np.dtype(
 )
 #: `[n]` LOCATION.
 Locations: TypeAlias = npt.NDArray[Any]
+MAX_INDEX = 2**32 - 1
 _NO_NAME = bytes(NAME_BYTES)  #: of a partial last block
 
 
@@ -63,9 +64,7 @@ def unpack_locations(blocks: bytes) -> Locations:
     return np.frombuffer(blocks, LOCATION)
 
 
-def with_checksums(
-    blocks: bytes, checksums: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.uint64]]
-) -> bytes:
+def with_checksums(blocks: bytes, checksums: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.uint64]]) -> bytes:
     """Return packed blocks with their checksums, which `checksums` gives by block ids."""
     rows = unpack_locations(blocks).copy()
     rows["checksum"] = checksums(rows["block_id"])
@@ -80,6 +79,12 @@ def num_locations(blocks: bytes) -> int:
 def name_column(names: Sequence[bytes]) -> npt.NDArray[Any]:
     """Return names as a column `[n]` of rows, over fresh memory."""
     return np.frombuffer(b"".join(names), LOCATION["name"])
+
+
+def chosen(rows: Locations, is_chosen: Callable[[Locations], npt.NDArray[np.bool_]]) -> Locations:
+    """Return the rows for which that is so; without a copy where it is so for all, as it mostly is."""
+    which = is_chosen(rows)
+    return rows if which.all() else rows[which]
 
 
 def is_of_prefix(rows: Locations, first_index: int, names: Sequence[bytes], block_size: int) -> npt.NDArray[np.bool_]:

@@ -278,7 +278,8 @@ class BlockPool:
         Raises:
             InvariantError: a block is not being written, or has another name; those before it are named.
         """
-        num_pins, name_of, by_name, stored = self._num_pins, self._names, self._by_name, self._stored
+        num_pins, name_of, by_name = self._num_pins, self._names, self._by_name
+        stored, removed = self._stored, self._removed
         num_new = num_duplicate = 0
         for block_id, name in zip(block_ids, names, strict=True):
             before = name_of[block_id]
@@ -292,7 +293,7 @@ class BlockPool:
                 name_of[block_id] = name
                 self._tenants[block_id] = tenant
                 num_new += 1
-                if self._removed.pop(name, _ABSENT) is _ABSENT:
+                if not removed or removed.pop(name, _ABSENT) is _ABSENT:
                     stored[name] = None
         self.stats.num_committed_blocks += num_new
         self.stats.num_duplicate_blocks += num_duplicate

@@ -346,7 +346,11 @@ class NodeCache:
             self._left[asker] = {names[i]: int(sights[i]) for i in order[len(block_ids) :]}
         order = order[: len(block_ids)]
         rows = np.zeros(len(block_ids), LOCATION)
-        rows["index"], rows["block_id"], rows["generation"] = indexes[order], block_ids, pool.arena.generations[block_ids]
+        rows["index"], rows["block_id"], rows["generation"] = (
+            indexes[order],
+            block_ids,
+            pool.arena.generations[block_ids],
+        )
         rows["name"] = name_column([names[i] for i in order.tolist()])
         return _Grant(rows, sights[order].astype(np.uint32), held, message.hints)
 

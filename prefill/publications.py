@@ -10,10 +10,11 @@ first token, which follows at once, and the lease begins with both.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
+from engine.scheduling.requests import spec_of
 from kvcache.leases import Asked, AskerLost, Failed, FreeBlocks, LeaseBook, Published, Released, Renewed, TimePassed
 from kvcache.locations import unpack_locations
 from kvcache.names import token_array
@@ -137,19 +138,8 @@ class PublicationBook:
     def _ask(self, event: PromptAsked, now_s: float) -> list[PublicationInstruction]:
         request = event.message.request
         request_id = request.request_id
-        spec = SequenceSpec(
-            seq_id=request_id,
-            token_ids=token_array(request.token_ids)[: request.num_prompt_tokens],
-            num_prompt_tokens=request.num_prompt_tokens,
-            params=request.params,
-            salt=request.salt,
-            tenant=request.tenant,
-            hints=request.hints,
-            priority=request.priority,
-            deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
-            is_kept=True,
-            held=request.held,
-        )
+        prompt = token_array(request.token_ids)[: request.num_prompt_tokens]
+        spec = replace(spec_of(request, prompt, now_s), is_kept=True)
         before = self.leases.asker_of(request_id)
         freed = self.leases.on_event(Asked(request_id, event.asker), now_s)
         self.num_asked += 1

@@ -9,7 +9,6 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # after it: files there are named like rooms
@@ -42,11 +41,11 @@ _STEP_S = 0.02  #: until then whoever plans a step has done all that comes befor
 _OVER_S = 0.3  #: after a request: released, told
 
 
-def handed_over_ms(num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Hand `repeats` prompts over; return by role the longest turn and the processor time of its loop, medians in ms.
+def handed_over_ms(num_tokens: int, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Hand `repeats` prompts over; return by role the longest turn and all turns of its loop, in ms, for each.
 
-    Counted is, at prefill, what comes after the last step, at decode, after the question to prefill: a prompt's
-    tokens are hashed before that.
+    Counted is what comes after the last step at prefill, after the question to prefill at decode, until the blocks are
+    given back: before that each has to hash the tokens, as for any prompt.
     """
     secret = ClusterSecret.from_hex("5c" * 32)
     options = _options(num_tokens, repeats + 1)
@@ -54,10 +53,7 @@ def handed_over_ms(num_tokens: int, repeats: int) -> dict[str, dict[str, float]]
         running_worker("prefill", options, secret, script=(__file__,)) as prefill,
         running_worker("decode", options, secret, script=(__file__,)) as decode,
     ):
-        figures = asyncio.run(_hand_over(prefill, decode, secret, num_tokens, repeats))
-    return {
-        role: {name: median(row[name] for row in rows) for name in ("longest", "all")} for role, rows in figures.items()
-    }
+        return asyncio.run(_hand_over(prefill, decode, secret, num_tokens, repeats))
 
 
 async def _hand_over(
@@ -70,7 +66,8 @@ async def _hand_over(
         await holder.hold(prompt)
         await asyncio.sleep(_OVER_S)
         await asker.token_times_s(prompt, prefill.info.address, max_tokens=2)
-        print(asker.sources)
+        assert asker.sources is not None
+        assert asker.sources.peer == num_tokens // 16 * 16, f"not handed over: {asker.sources}"
         await asyncio.sleep(_OVER_S)
         for worker in (prefill, decode) if repeat else ():
             figures[worker.info.role].append({name: worker.last_said(name) for name in ("longest", "all")})

@@ -1,7 +1,7 @@
 """Blocks of one prefix that come from others: offered, being pulled, here.
 
-    LACKING ---offered---> OFFERED ---pulled next---> OPEN ---came well---> ARRIVED
-       ^----- withdrawn -------'                        '--- came badly ---> LACKING
+LACKING ---offered---> OFFERED ---pulled next---> OPEN ---came well---> ARRIVED
+^----- withdrawn -------'                        '--- came badly ---> LACKING
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class ComingBlocks:
         """Note that blocks that are lacking can be pulled from `source`; the last offer of each counts."""
         if source not in self._addresses:
             self._addresses.append(source)
-        position = rows["index"].astype(np.int64) - self._begin
-        self._states[position] = Coming.OFFERED
-        self._rows[position] = rows
-        self._sources[position] = self._addresses.index(source)
+        places = _places(rows["index"].astype(np.int64) - self._begin)
+        self._states[places] = Coming.OFFERED
+        self._rows[places] = rows
+        self._sources[places] = self._addresses.index(source)
 
     def take_over(self, source: str, others: ComingBlocks) -> None:
         """Go on with what of `others` is offered by `source` or being pulled from there, as far as it is lacking here.
@@ -111,9 +111,9 @@ class ComingBlocks:
         if is_tail_first:
             position = position[::-1]
         source = self._sources[position[0]]
-        position = position[self._sources[position] == source][:max_blocks]
-        self._states[position] = Coming.OPEN
-        return self._addresses[source], self._rows[position]
+        places = _places(position[self._sources[position] == source][:max_blocks])
+        self._states[places] = Coming.OPEN
+        return self._addresses[source], self._rows[places].copy()
 
     def arrive(self, bad_indexes: Collection[int]) -> list[int]:
         """Note that the OPEN ones are here, but for these, which stay open; return those that came, head first."""
@@ -131,3 +131,9 @@ class ComingBlocks:
     def _in(self, state: Coming) -> npt.NDArray[np.intp]:
         indexes: npt.NDArray[Any] = np.flatnonzero(self._states == state) + self._begin
         return indexes
+
+
+def _places(position: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """Return the same positions as a slice where they are a run: a tenth of the time for thousands of rows."""
+    is_run = len(position) > 0 and bool((np.diff(position) == 1).all())
+    return slice(int(position[0]), int(position[-1]) + 1) if is_run else position

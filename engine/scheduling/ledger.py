@@ -348,8 +348,8 @@ class SequenceLedger:
 
     def commit(self, seq: Sequence, indexes: Items[int]) -> None:
         """Name the blocks at these places of the table, which are full, and right."""
-        names = [seq.names[index] for index in indexes]
-        self.pool.commit_all([seq.block_table[index] for index in indexes], names, seq.spec.tenant)
+        names = list(map(seq.names.__getitem__, indexes))
+        self.pool.commit_all(list(map(seq.block_table.__getitem__, indexes)), names, seq.spec.tenant)
         self._forget_in_flight(seq, names)
 
     def end_intake(self, intake_id: str, out: list[Instruction]) -> None:
@@ -409,9 +409,10 @@ class SequenceLedger:
 
     def _forget_in_flight(self, seq: Sequence, names: Items[bytes]) -> None:
         in_flight = self.in_flight
-        for name in names:
-            if in_flight.get(name) is seq:
-                del in_flight[name]
+        for name in names if in_flight else ():
+            other = in_flight.pop(name, seq)
+            if other is not seq:
+                in_flight[name] = other
 
     # ------------------------------------------------------------------------------------------------------ invariants
 

@@ -98,7 +98,9 @@ def prompt_sources(seq: Sequence) -> PromptSources:
 def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
     """Say how the KV of a prompt was to be had, and what was moved for it so far."""
     plan, size = seq.plan, seq.block_size
-    num_moved = seq.num_loaded_tokens.total() // size + (seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0)
+    num_moved = seq.num_loaded_tokens.total() // size + (
+        seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
+    )
     num_moved += seq.num_pulled_tokens // size
     return PromptPlan(
         runs=tuple(

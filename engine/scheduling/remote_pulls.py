@@ -7,6 +7,7 @@ then it is computed here.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -18,7 +19,7 @@ from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, KvOffered, PullBlocks, PullEnded, StopAsking
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from kvcache.load_plan import Load
-from kvcache.locations import Locations, is_of_prefix, is_partial, unpack_locations
+from kvcache.locations import Locations, chosen, is_of_prefix, is_partial, unpack_locations
 from messages.errors import InvariantError
 
 
@@ -86,7 +87,7 @@ class RemotePulls:
             raise InvariantError(f"a pull of sequence {event.seq_id!r} ended that was not running")
         pull = seq.pull
         arrived = pull.blocks.arrive(event.bad_indexes)
-        self._ledger.commit(seq, [index for index in arrived if (index + 1) * seq.block_size <= pull.end_tokens])
+        self._ledger.commit(seq, arrived[: bisect_left(arrived, pull.end_tokens // seq.block_size)])
         self.num_rejected_blocks += len(event.bad_indexes)
         if event.quarantine_until_s is not None and event.bad_indexes:
             self.fall_back(seq, out)  # the bad targets become orphans, and from there go to quarantine
@@ -112,11 +113,10 @@ class RemotePulls:
         self._go_on(seq, _pull_of(seq), out)
 
     def _note_offered(self, seq: Sequence, pull: RemotePull, source: str, blocks: bytes) -> None:
-        rows = unpack_locations(blocks)
-        rows = rows[pull.blocks.lacks(rows)]
-        is_expected = _is_expected(seq, pull, rows)
-        self.num_rejected_blocks += len(rows) - int(is_expected.sum())
-        pull.blocks.offer(source, rows[is_expected])
+        rows = chosen(unpack_locations(blocks), pull.blocks.lacks)
+        expected = chosen(rows, lambda rows: _is_expected(seq, pull, rows))
+        self.num_rejected_blocks += len(rows) - len(expected)
+        pull.blocks.offer(source, expected)
 
     def _go_on(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what was offered meanwhile; else decode when everything is there, or compute what is not."""
@@ -141,9 +141,7 @@ class RemotePulls:
         lacking = [
             index
             for index, copy in pull.asked.items()
-            if index >= first
-            and copy.address not in pull.holders
-            and pull.blocks.state(index) is not Coming.ARRIVED
+            if index >= first and copy.address not in pull.holders and pull.blocks.state(index) is not Coming.ARRIVED
         ]
         if lacking:
             pull.failed |= {pull.asked.pop(index) for index in lacking}
@@ -152,7 +150,7 @@ class RemotePulls:
     def _pull_next(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what one source offers: all of it, or, beside the computing of the head, a portion from the tail."""
         source, rows = pull.blocks.begin_pull(pull.portion_blocks, is_tail_first=pull.is_mixed)
-        targets = tuple([seq.block_table[index] for index in rows["index"].tolist()])
+        targets = tuple(map(seq.block_table.__getitem__, rows["index"].tolist()))
         out.append(PullBlocks(seq.seq_id, source, rows.tobytes(), targets))
 
     def _meet(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
