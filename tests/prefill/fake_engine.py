@@ -194,7 +194,7 @@ class FakeEngine:
 
 
 def checksum(content: list[int]) -> int:
-    return hash(tuple(content))
+    return hash(tuple(content)) % 2**64
 
 
 @dataclass
