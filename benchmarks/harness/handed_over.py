@@ -131,7 +131,7 @@ def _compute_nothing(worker: PrefillWorker | DecodeWorker) -> PrefillWorker | De
 
 if __name__ == "__main__":
     # typed as the class that is made; a function that makes one does as well
-    worker_process.WORKERS["prefill"] = lambda *options: _compute_nothing(PrefillWorker(*options))  # type: ignore
-    worker_process.WORKERS["decode"] = lambda *options: _compute_nothing(DecodeWorker(*options))  # type: ignore
+    worker_process.WORKERS["prefill"] = lambda *options: _compute_nothing(PrefillWorker(*options))  # type: ignore[assignment]
+    worker_process.WORKERS["decode"] = lambda *options: _compute_nothing(DecodeWorker(*options))  # type: ignore[assignment]
     with asyncio.Runner(loop_factory=TurnLoop) as runner:
         runner.run(worker_process.main())

@@ -116,7 +116,7 @@ class Bench:
         handoff = KvHandoff(
             request_id=loan_id,
             lease_s=5.0,
-            blocks=list(blocks),
+            blocks=pack_locations(blocks),
             is_last=is_last,
             first_token=first_token,
             elapsed_s=elapsed_s,

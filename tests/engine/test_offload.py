@@ -241,10 +241,11 @@ async def test_room_that_was_taken_back_is_not_written_to(world):
 
     def take_back_then_write(arena, *args):
         world.worker.offloader._write = write
-        granted = world.worker.told[-1].blocks
+        granted = each_location(world.worker.told[-1].blocks)
         client._generations[granted[0].block_id] += 1  # as its owner does it
-        written.extend(write(arena, *args))
-        return written
+        packed = write(arena, *args)
+        written.extend(each_location(packed))
+        return packed
 
     world.worker.offloader._write = take_back_then_write
     world.worker.offer(1, 2)
