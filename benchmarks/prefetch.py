@@ -36,8 +36,8 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import features
+from kvcache.locations import BlockLocation, pack_locations
 from kvcache.pool import BlockPool
-from messages.handoff import BlockLocation
 from messages.price import MovePrice
 from messages.request import Copy, HeldRun, SamplingParams
 
@@ -97,10 +97,10 @@ class Bench:
                     self._step(plan)
                 case AskBlocks(seq_id, source, first_index, names):
                     blocks = [BlockLocation(i, i, 1, name, BLOCK_SIZE) for i, name in enumerate(names, first_index)]
-                    self._later(ANSWER_S, BlocksOffered(seq_id, source, blocks, is_last=True))
-                case PullBlocks(seq_id, _, pairs):
+                    self._later(ANSWER_S, BlocksOffered(seq_id, source, pack_locations(blocks), is_last=True))
+                case PullBlocks(seq_id, targets=targets):
                     begin_s = max(self._road_free_s, self.clock.now_s)
-                    self._road_free_s = begin_s + 1e-3 + len(pairs) * self.block_s
+                    self._road_free_s = begin_s + 1e-3 + len(targets) * self.block_s
                     self._later(self._road_free_s - self.clock.now_s, PullEnded(seq_id, frozenset()))
                 case EmitTokens(seq_id):
                     self.firsts_s.setdefault(seq_id, self.clock.now_s)

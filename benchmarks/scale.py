@@ -15,9 +15,12 @@ Then 8,000 sequences come one after the other, which share a prefix that another
 the scheduler for all of them (`harness/arrivals.py`).
 Then one request asks for 256 choices of a prompt of 131,072 tokens: the longest turn of an event loop, at the ingress
 and at the worker, which is a process whose steps compute nothing (`harness/choices.py`).
+Then a prefill worker hands over 8,191 blocks that it holds, to a decode worker, both without computing anything:
+the longest turn of either's loop, and all of their processor time for it (`harness/handed_over.py`).
 Before all that a process connects to another one 2,000 times, as to so many peers (`harness/many_peers.py`).
 Goals: packing under 2 ms, planning under 1 ms; in step within 3 s; reports under 5 MB/s; 8,000 arrivals under 500 ms;
-no turn of a loop over 20 ms; no descriptor left of 2,000 peers.
+no turn of a loop over 20 ms, nor over 5 ms by a
+handoff; no descriptor left of 2,000 peers.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 from harness.arrivals import arrivals
 from harness.choices import choices_ms
+from harness.handed_over import handed_over_ms
 from harness.load_reports import load_reports
 from harness.many_peers import peers_figures
 from harness.models import model_directory
@@ -68,6 +72,10 @@ GOALS = {
     "adding 8,000 that share a prefix in flight": 500.0,
     "worker's longest turn, n = 256 at 131 k tokens": 20.0,
     "ingress' longest turn, n = 256 at 131 k tokens": 20.0,
+    "handoff of 8,191 blocks: prefill's longest turn": 5.0,
+    "handoff of 8,191 blocks: decode's longest turn": 5.0,
+    "handoff of 8,191 blocks: all of prefill's turns": 5.0,
+    "handoff of 8,191 blocks: all of decode's turns": 5.0,
 }
 
 
@@ -161,6 +169,9 @@ def main() -> None:
     for turns in [choices_ms(256, NUM_TOKENS) for _ in range(1 if options.quick else 3)]:
         for whose, turn_ms in turns.items():
             taken.setdefault(f"{whose} longest turn, n = 256 at 131 k tokens", []).append(turn_ms)
+    for role, rows in handed_over_ms(8191 * BLOCK_SIZE + 1, 3 if options.quick else 9).items():
+        taken[f"handoff of 8,191 blocks: {role}'s longest turn"] = [row["longest"] for row in rows]
+        taken[f"handoff of 8,191 blocks: all of {role}'s turns"] = [row["all"] for row in rows]
     figures = {name: {"median_ms": median(times), "max_ms": max(times)} for name, times in taken.items()}
     print(f"{'ms':50} {'median':>8} {'largest':>8}")
     for name, figure in figures.items():

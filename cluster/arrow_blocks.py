@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from itertools import groupby
 from typing import Final, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
+from kvcache.locations import Locations, unpack_locations
 from kvcache.names import NAME_BYTES
 from kvcache.region import RegionLayout
 from messages.errors import RequestError, WorkerError
 from messages.handoff import (
-    BlockLocation,
     BlocksRequest,
     DescribeRegions,
     KvHandoff,
@@ -76,7 +76,7 @@ async def leased_blocks(
             )
         arena = open_region(region)
         client.send(BlocksRequest(request_id=_REQUEST_ID, first_index=0, names=b"".join(names)))
-        found: list[BlockLocation] = []
+        found = b""
         is_last = False
         while not is_last:
             handoff = await _answer(answers, KvHandoff)
@@ -84,7 +84,7 @@ async def leased_blocks(
             is_last = handoff.is_last
             if renewing is None:
                 renewing = asyncio.create_task(_renew(client, handoff.lease_s / _RENEWALS))
-        yield _table(found, layout, pa.py_buffer(arena.view))
+        yield _table(unpack_locations(found), layout, pa.py_buffer(arena.view))
     finally:
         if renewing is not None:
             renewing.cancel()
@@ -109,7 +109,7 @@ async def _answer(answers: asyncio.Queue[Message | str], wanted: type[T]) -> T:
     return message
 
 
-def _table(found: list[BlockLocation], layout: RegionLayout, arena: pa.Buffer) -> pa.Table:
+def _table(found: Locations, layout: RegionLayout, arena: pa.Buffer) -> pa.Table:
     """Lay rows over the arena, a batch for each run of consecutive blocks."""
     schema = pa.schema(
         [
@@ -119,17 +119,16 @@ def _table(found: list[BlockLocation], layout: RegionLayout, arena: pa.Buffer) -
             pa.field("bytes", pa.binary(layout.block_bytes), nullable=False),
         ]
     )
-    numbered = enumerate(sorted(found, key=lambda location: location.block_id))
+    found = np.sort(found, order="block_id")
     batches = []
-    for _, run in groupby(numbered, key=lambda pair: pair[1].block_id - pair[0]):
-        some = [location for _, location in run]
-        data = arena.slice(layout.block_offset(some[0].block_id), len(some) * layout.block_bytes)
+    for some in np.split(found, np.flatnonzero(np.diff(found["block_id"]) != 1) + 1) if len(found) else ():
+        data = arena.slice(layout.block_offset(int(some["block_id"][0])), len(some) * layout.block_bytes)
         batches.append(
             pa.record_batch(
                 [
-                    pa.array([location.name for location in some], pa.binary(NAME_BYTES)),
-                    pa.array([location.num_tokens for location in some], pa.uint32()),
-                    pa.array([location.checksum for location in some], pa.uint64()),
+                    pa.array(some["name"].tolist(), pa.binary(NAME_BYTES)),
+                    pa.array(some["num_tokens"], pa.uint32()),
+                    pa.array(some["checksum"], pa.uint64()),
                     pa.Array.from_buffers(pa.binary(layout.block_bytes), len(some), [None, data]),
                 ],
                 schema=schema,

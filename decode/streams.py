@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 import msgspec
 
 from engine.scheduling.plan import AskRemote, EmitTokens, SequenceSpec
+from engine.scheduling.requests import spec_of
 from kvcache.names import TOKEN_BYTES, token_array
 from messages.errors import InvariantError
 from messages.handoff import PrefillRequest
@@ -210,19 +211,10 @@ def each_choice(request: GenerateRequest) -> Iterator[GenerateRequest]:
 
 
 def _spec_of(request: GenerateRequest, token_ids: array[int], remote_s: float | None, now_s: float) -> SequenceSpec:
-    return SequenceSpec(
-        seq_id=request.request_id,
-        token_ids=token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        params=request.params,
-        salt=request.salt,
-        tenant=request.tenant,
-        hints=request.hints,
-        priority=request.priority,
-        deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
+    return replace(
+        spec_of(request, token_ids, now_s),
         remote_s=remote_s,
         remote_source=request.prefill_address or "",
-        held=request.held,
         is_suspect=request.is_suspect,
     )
 

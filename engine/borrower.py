@@ -139,10 +139,11 @@ class Borrower:
                 await asyncio.sleep(self._progress_s)
                 self.decide(PullProgressed(pull.seq_id, num_arrived))
 
-        outcome = PullOutcome(frozenset(location.index for location, _ in pull.pairs))
+        outcome: PullOutcome | None = None
         watching = self._spawn(watch())
         try:
-            outcome = await self.peers.pull(pull.source, pull.pairs, progress)
+            outcome = await self.peers.pull(pull.source, pull.blocks, pull.targets, progress)
         finally:
             watching.cancel()
+            outcome = outcome or PullOutcome.nothing(pull.blocks)
             self.decide(PullStopped(pull.seq_id, outcome.bad, outcome.quarantine_s))

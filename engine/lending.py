@@ -6,12 +6,14 @@ The scheduler pins (`BlocksWanted`, `LendBlocks`, `BlocksReleased`), `kvcache.le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks
 from kvcache.leases import Asked, AskerLost, Failed, LeaseBook, LeaseEvent, Published, Released, Renewed, TimePassed
+from kvcache.locations import MAX_INDEX, num_locations, with_checksums
 from kvcache.names import split_names
 from messages.handoff import BlocksRequest, KvHandoff, ReleaseLease, RenewLease
 from messages.wire import Message
@@ -25,7 +27,7 @@ class Lender:
         lease_s: float,
         post: Callable[[Event], None],
         send: Callable[[bytes, Message], object],
-        checksums: Callable[[Sequence[int]], list[int]],
+        checksums: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.uint64]],
     ) -> None:
         """Lend for `lease_s` seconds. `post` is the scheduler's, `checksums` gives those of blocks by their ids."""
         self.leases = LeaseBook(lease_s)
@@ -41,7 +43,9 @@ class Lender:
         if isinstance(message, BlocksRequest):
             self._decide(Asked(lease_id, sender))
             self._questions[lease_id] = (sender, message)
-            self._post(BlocksWanted(lease_id, message.first_index, tuple(split_names(message.names))))
+            names = tuple(split_names(message.names))
+            first_index = min(max(message.first_index, 0), MAX_INDEX - len(names))  # as rows have room for
+            self._post(BlocksWanted(lease_id, first_index, names))
             return True
         is_ours = lease_id in self._questions
         if is_ours:
@@ -57,12 +61,8 @@ class Lender:
         else:
             self._decide(Failed(lent.lease_id))
             del self._questions[lent.lease_id]
-        self.num_lent_blocks += len(lent.blocks)
-        checksums = self._checksums([block.block_id for block in lent.blocks])
-        blocks = [
-            msgspec.structs.replace(block, checksum=checksum)
-            for block, checksum in zip(lent.blocks, checksums, strict=True)
-        ]
+        self.num_lent_blocks += num_locations(lent.blocks)
+        blocks = with_checksums(lent.blocks, self._checksums)
         lease_s = self.leases.lease_s
         self._send(asker, KvHandoff(request_id=question.request_id, lease_s=lease_s, blocks=blocks))
 

@@ -371,7 +371,7 @@ class LoanBook:
         if loan.is_ahead:
             return [TellScheduler(loan.seq_id, FoundAhead(loan.seq_id, loan.source, ()))]
         if not loan.is_prompt:
-            return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, [], is_last=True))]
+            return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, b"", is_last=True))]
         self.num_refused += 1
         return [TellScheduler(loan.seq_id, KvRefused(loan.seq_id, is_suspect))]
 
@@ -414,7 +414,7 @@ class LoanBook:
         for loan_id, loan in self._of(pull.seq_id):
             loan.num_arrived = 0
             if loan.source == pull.source:
-                loan.num_pulled_blocks += len(pull.pairs)
+                loan.num_pulled_blocks += len(pull.targets)
                 loan.pulled = (loan.tier, loan.source_s, loan.num_pulled_blocks)
             renewed.append(TellOwner(loan.source, RenewLease(request_id=loan_id)))
         return [*renewed, BeginPull(pull)]

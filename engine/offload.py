@@ -13,18 +13,17 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from engine.memory.checksums import BlockChecksums
 from engine.peers import Peers
 from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBlocks, OffloadBlocks
-from messages.handoff import BlockLocation, BlocksWritten, RoomGranted, RoomRequest
+from kvcache.locations import Locations, num_locations, unpack_locations
+from messages.handoff import BlocksWritten, RoomGranted, RoomRequest
 from transport.memory import SharedView
 from transport.protocol import RegionError
 from transport.shm import open_region
@@ -122,7 +121,8 @@ class Offloader:
             self.go_on()
             return
         self._granted = granted
-        self._post(BlocksWanted(granted.request_id, 0, tuple(location.name for location in granted.blocks)))
+        names = unpack_locations(granted.blocks)["name"].tolist()
+        self._post(BlocksWanted(granted.request_id, 0, tuple(names)))
 
     def is_own(self, lent: LendBlocks) -> bool:
         """Tell whether these blocks were pinned for this."""
@@ -136,12 +136,13 @@ class Offloader:
         granted, arena, address = self._granted, self._arena, self._address
         self._granted = None
         assert granted is not None
-        written: list[BlockLocation] = []
+        written = b""
         if arena is not None and address is not None:
-            pairs = [(block.block_id, granted.blocks[block.index]) for block in lent.blocks]
-            written = await asyncio.to_thread(partial(self._write, arena, address, pairs, lent.blocks))
+            sources = unpack_locations(lent.blocks)
+            targets = unpack_locations(granted.blocks)[sources["index"]]
+            written = await asyncio.to_thread(partial(self._write, arena, address, targets, sources))
             self._peers.send(address, BlocksWritten(request_id=granted.request_id, blocks=written))
-        self.num_blocks += len(written)
+        self.num_blocks += num_locations(written)
         self._post(BlocksReleased(lent.lease_id))
         if self._asked == lent.lease_id:
             is_whole = len(written) == len(granted.blocks) and not granted.num_left
@@ -171,29 +172,26 @@ class Offloader:
         self,
         arena: SharedView,
         address: str,
-        pairs: Sequence[tuple[int, BlockLocation]],
-        lent: Sequence[BlockLocation],
-    ) -> list[BlockLocation]:
-        """Copy each block to its place, unless the room was taken back, and hash it."""
+        targets: Locations,
+        sources: Locations,
+    ) -> bytes:
+        """Copy each block to its place, unless the room was taken back, and hash it; return what was written."""
         layout = self._peers.layout_of(address)
         if layout is None:
-            return []
+            return b""
         generations = np.frombuffer(arena.view, np.uint64, layout.num_blocks)
         num_at_once = max(1, _BATCH_BYTES // layout.block_bytes)
-        written: list[BlockLocation] = []
-        todo = [(block_id, target, block) for (block_id, target), block in zip(pairs, lent, strict=True)]
-        for begin in range(0, len(todo), num_at_once):
-            batch = [item for item in todo[begin : begin + num_at_once] if _is_granted(item[1], generations)]
-            checksums = self._checksums.copy_out(
-                [block_id for block_id, _, _ in batch],
-                arena.view,
-                [layout.block_offset(target.block_id) for _, target, _ in batch],
+        written: list[Locations] = []
+        for begin in range(0, len(targets), num_at_once):
+            into, lent = targets[begin : begin + num_at_once], sources[begin : begin + num_at_once]
+            is_granted = generations[into["block_id"]] == into["generation"]  # the room was not taken back
+            into = into[is_granted]
+            into["num_tokens"] = lent["num_tokens"][is_granted]
+            into["checksum"] = self._checksums.copy_out(
+                lent["block_id"][is_granted].tolist(), arena.view, layout.block_offsets(into["block_id"]).tolist()
             )
-            written += [
-                msgspec.structs.replace(target, num_tokens=block.num_tokens, checksum=checksum)
-                for (_, target, block), checksum in zip(batch, checksums, strict=True)
-            ]
-        return written
+            written.append(into)
+        return b"".join(rows.tobytes() for rows in written)
 
     def _map(self) -> bool:
         """Map the arena once the cache has described it; False where that is not so, or it cannot be reached."""
@@ -212,8 +210,3 @@ class Offloader:
         # The first touch of a page costs as much as copying it nine times over.
         threading.Thread(target=self._arena.populate, name="populate-arena", daemon=True).start()
         return True
-
-
-def _is_granted(target: BlockLocation, generations: npt.NDArray[np.uint64]) -> bool:
-    """Tell whether the room was not taken back."""
-    return int(generations[target.block_id]) == target.generation

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from engine.crashing import Crash, guarded
 from engine.loans import LearnHandoff
-from engine.puller import REJECTIONS, BlockPuller, Pair, PullOutcome
+from engine.puller import REJECTIONS, BlockPuller, PullOutcome
 from kvcache.price import ASSUMED_MOVES, MoveCost
 from kvcache.region import RegionLayout
 from messages.fleet import RoadStatus
@@ -130,19 +130,21 @@ class Peers:
         regions = () if peer is None else peer.regions
         return next((region for region in regions if region.road == road), None)
 
-    async def pull(self, source: str, pairs: Sequence[Pair], on_progress: Callable[[], None]) -> PullOutcome:
-        """Bring each pair's block from the pool at `source` here, and verify it; all are bad if it is not connected.
+    async def pull(
+        self, source: str, blocks: bytes, targets: Sequence[int], on_progress: Callable[[], None]
+    ) -> PullOutcome:
+        """Bring blocks from the pool at `source` here, as `BlockPuller.pull`; all are bad if it is not connected.
 
         `on_progress` is called for each block that came, from any thread.
         """
         peer = self._peers.get(source)
         if peer is None or peer.layout is None:
-            return PullOutcome(frozenset(location.index for location, _ in pairs))
-        outcome = await self._puller.pull(peer.link, peer.layout, pairs, on_progress)
+            return PullOutcome.nothing(blocks)
+        outcome = await self._puller.pull(peer.link, peer.layout, blocks, targets, on_progress)
         if peer.pulled_s is None:
             peer.pulled_s = time.monotonic()
         if outcome.pulled is not None:
-            num_bytes = len(pairs) * self._block_bytes
+            num_bytes = len(targets) * self._block_bytes
             at_hand: frozenset[Tier] = AT_HAND & peer.costs.keys() or frozenset({"device"})
             for tier in at_hand:
                 peer.cost(tier).observe_pull(outcome.pulled.road, num_bytes, outcome.pulled.elapsed_s)

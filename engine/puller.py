@@ -11,13 +11,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Self, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.memory.checksums import BlockChecksums
+from kvcache.locations import Locations, unpack_locations
 from kvcache.region import GENERATION_BYTES, RegionLayout
-from messages.handoff import BlockLocation, RegionsDescribed
+from messages.handoff import RegionsDescribed
 from transport.memory import Memory
-from transport.protocol import Copy, Link, RegionError, RegionMemory, TransferError
+from transport.protocol import Copies, Copy, Link, RegionError, RegionMemory, TransferError
 from transport.roads import Pulled, Roads
 
 logger = logging.getLogger(__name__)
@@ -25,9 +29,6 @@ logger = logging.getLogger(__name__)
 #: Why a block was not used: its owner reused it; it came damaged; it did not come; what was described is not there.
 Rejection: TypeAlias = Literal["generation", "checksum", "transfer", "refused"]
 REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
-
-#: A location with the block of the own pool that it goes to.
-Pair: TypeAlias = tuple[BlockLocation, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class PullOutcome:
     quarantine_s: float = 0.0
     #: how the bytes came, where they all came; no part of what must be done about it
     pulled: Pulled | None = field(default=None, compare=False)
+
+    @classmethod
+    def nothing(cls, blocks: bytes) -> Self:
+        """Return the outcome of a pull of these blocks, packed, of which none came."""
+        return cls(_indexes(unpack_locations(blocks)))
 
 
 class BlockPuller:
@@ -69,92 +75,105 @@ class BlockPuller:
         return layout
 
     async def pull(
-        self, link: Link, peer: RegionLayout, pairs: Sequence[Pair], on_progress: Callable[[], None]
+        self, link: Link, peer: RegionLayout, blocks: bytes, targets: Sequence[int], on_progress: Callable[[], None]
     ) -> PullOutcome:
-        """Bring each pair's block here, and verify it. What came damaged is asked for once more.
+        """Bring blocks, packed, into those of the own pool with the ids `targets`, one for each, and verify them.
 
-        `on_progress` is called for each block that came, from any thread.
+        What came damaged is asked for once more. `on_progress` is called for each block that came, from any thread.
         """
-        bad_ids = [location.block_id for location, _ in pairs if not 0 <= location.block_id < peer.num_blocks]
-        if bad_ids:
-            logger.warning("a handoff names block %d of a pool of %d", bad_ids[0], peer.num_blocks)
-            return self._reject(pairs, "refused")
-        outcome, damaged = await self._pull_once(link, peer, pairs, on_progress)
-        if damaged:
-            reused = await self._reused(link, peer, damaged)
+        rows, into = unpack_locations(blocks), np.array(targets, np.int64)
+        strangers = rows["block_id"][rows["block_id"] >= peer.num_blocks]
+        if len(strangers):
+            logger.warning("a handoff names block %d of a pool of %d", strangers[0], peer.num_blocks)
+            return self._reject(rows, "refused")
+        outcome, is_damaged = await self._pull_once(link, peer, rows, into, on_progress)
+        if is_damaged.any():
+            rows, into = rows[is_damaged], into[is_damaged]
+            is_reused = await self._is_reused(link, peer, rows)
+            reused = _indexes(rows[is_reused])
             self.num_rejected["generation"] += len(reused)
-            self.num_rejected["checksum"] += len(damaged) - len(reused)
-            if len(reused) < len(damaged) and outcome.pulled is not None:
+            self.num_rejected["checksum"] += len(rows) - len(reused)
+            if len(reused) < len(rows) and outcome.pulled is not None:
                 self._roads.distrust(link, outcome.pulled.road)
-            again, still_damaged = await self._pull_once(
-                link, peer, [pair for pair in damaged if pair[0].index not in reused], on_progress
-            )
-            self.num_rejected["checksum"] += len(still_damaged)
-            bad = outcome.bad | reused | again.bad | {location.index for location, _ in still_damaged}
+            rows, into = rows[~is_reused], into[~is_reused]
+            again, is_damaged = await self._pull_once(link, peer, rows, into, on_progress)
+            damaged = _indexes(rows[is_damaged])
+            self.num_rejected["checksum"] += len(damaged)
+            bad = outcome.bad | reused | again.bad | damaged
             outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s), outcome.pulled)
         return outcome
 
     async def _pull_once(
-        self, link: Link, peer: RegionLayout, pairs: Sequence[Pair], on_progress: Callable[[], None]
-    ) -> tuple[PullOutcome, list[Pair]]:
-        """Pull the pairs; return what did not come, and the pairs that came with another checksum."""
-        if not pairs:
-            return PullOutcome(), []
-        num_bytes = peer.block_bytes
-        copies = [
-            Copy(peer.block_offset(location.block_id), self._layout.block_offset(target), num_bytes)
-            for location, target in pairs
-        ]
-        found: dict[int, int] = {}  # position -> checksum
-        targets = [target for _, target in pairs]
+        self,
+        link: Link,
+        peer: RegionLayout,
+        rows: Locations,
+        into: npt.NDArray[np.int64],
+        on_progress: Callable[[], None],
+    ) -> tuple[PullOutcome, npt.NDArray[np.bool_]]:
+        """Pull blocks; return what did not come, and which came with another checksum, `[len(rows)]`."""
+        has_come = np.zeros(len(rows), bool)
+        if not len(rows):
+            return PullOutcome(), has_come
+        checksums = np.zeros(len(rows), np.uint64)
+        copies = Copies.of_equal(
+            peer.block_offsets(rows["block_id"]), self._layout.block_offsets(into), peer.block_bytes
+        )
 
         def take(position: int, checksum: int | None = None, /) -> None:  # on the road's thread
             on_progress()
-            if checksum is not None:  # of the bytes that the road itself wrote
-                found[position] = checksum
-            elif self._memory.is_host:  # now, while they are in the cache
-                (found[position],) = self._checksums.compute(targets[position : position + 1])
+            if checksum is None:
+                if not self._memory.is_host:
+                    return
+                (checksum,) = self._checksums.compute([into[position]])  # now, while it is in the cache
+            checksums[position] = checksum  # of the bytes that the road itself wrote, where it says so
+            has_come[position] = True
 
         error: TransferError | None = None
         pulled: Pulled | None = None
         try:
-            pulled = await self._roads.pull(link, copies, self._memory, take, found.clear)
+            pulled = await self._roads.pull(link, copies, self._memory, take, lambda: has_come.fill(False))
         except TransferError as failure:
             error = failure
         if error is None and not self._memory.is_host:
-            found = dict(enumerate(await asyncio.to_thread(self._checksums.compute, targets)))
+            checksums[:] = await asyncio.to_thread(self._checksums.compute, into.tolist())
+            has_come[:] = True
         if error is not None:
-            logger.warning("pull of %d blocks failed: %s", len(pairs), error.message)
+            logger.warning("pull of %d blocks failed: %s", len(rows), error.message)
             self.num_failed += 1
             if error.quarantine_s > 0:  # what is late may land in blocks that came before, too
-                found = {}
-        damaged = [pair for i, pair in enumerate(pairs) if i in found and found[i] != pair[0].checksum]
-        missing = [pair for i, pair in enumerate(pairs) if i not in found]
-        if not missing:
-            return PullOutcome(pulled=pulled), damaged
-        outcome = self._reject(missing, "refused" if isinstance(error, RegionError) else "transfer")
-        return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), damaged
+                has_come[:] = False
+        is_damaged = has_come & (checksums != rows["checksum"])
+        if has_come.all():
+            return PullOutcome(pulled=pulled), is_damaged
+        outcome = self._reject(rows[~has_come], "refused" if isinstance(error, RegionError) else "transfer")
+        return PullOutcome(outcome.bad, 0.0 if error is None else error.quarantine_s), is_damaged
 
-    async def _reused(self, link: Link, peer: RegionLayout, damaged: Sequence[Pair]) -> frozenset[int]:
-        """Return the indexes of the blocks that their owner uses for something else by now, as far as can be told."""
+    async def _is_reused(self, link: Link, peer: RegionLayout, rows: Locations) -> npt.NDArray[np.bool_]:
+        """Tell which blocks their owner uses for something else by now, as far as can be told, `[len(rows)]`."""
+        nothing = np.zeros(len(rows), bool)
         if not peer.has_generations or not self._memory.is_host:
-            return frozenset()
-        generations = Memory.allocate(GENERATION_BYTES * len(damaged))
+            return nothing
+        generations = Memory.allocate(GENERATION_BYTES * len(rows))
         copies = [
-            Copy(peer.generation_offset(location.block_id), position * GENERATION_BYTES, GENERATION_BYTES)
-            for position, (location, _) in enumerate(damaged)
+            Copy(peer.generation_offset(block_id), position * GENERATION_BYTES, GENERATION_BYTES)
+            for position, block_id in enumerate(rows["block_id"].tolist())
         ]
         try:
             await self._roads.pull(link, copies, generations)
-            with generations.view.cast("Q") as seen:
-                return frozenset(
-                    location.index for i, (location, _) in enumerate(damaged) if seen[i] != location.generation
-                )
         except TransferError:
-            return frozenset()
+            return nothing
+        else:
+            seen = np.array(generations.view[: GENERATION_BYTES * len(rows)].cast("Q"), np.uint64)
+            is_reused: npt.NDArray[np.bool_] = seen != rows["generation"]
+            return is_reused
         finally:
             generations.close()
 
-    def _reject(self, pairs: Sequence[Pair], reason: Rejection) -> PullOutcome:
-        self.num_rejected[reason] += len(pairs)
-        return PullOutcome(frozenset(location.index for location, _ in pairs))
+    def _reject(self, rows: Locations, reason: Rejection) -> PullOutcome:
+        self.num_rejected[reason] += len(rows)
+        return PullOutcome(_indexes(rows))
+
+
+def _indexes(rows: Locations) -> frozenset[int]:
+    return frozenset(rows["index"].tolist())

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count, islice
+
+import numpy as np
+import numpy.typing as npt
 
 from messages.errors import CapacityError, InvariantError
 
@@ -55,15 +58,15 @@ class PoolStats:
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. One thread.
 
-    `generations` [num_blocks] uint64, written through: `memoryview(...).cast("Q")` over the region, or None for a plain
-    list. They count from `first_generation` (None: a random one, so that a restarted worker repeats none).
+    `generations` [num_blocks] uint64, written through: `memoryview(...).cast("Q")` over the region, or None for
+    memory of its own. They count from `first_generation` (None: a random one, so that a restarted worker repeats none).
     """
 
     def __init__(
         self,
         num_blocks: int,
         block_size: int,
-        generations: MutableSequence[int] | memoryview | None = None,
+        generations: memoryview | None = None,
         *,
         first_generation: int | None = None,
     ) -> None:
@@ -74,7 +77,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.stats = PoolStats()
-        self._generations = [0] * num_blocks if generations is None else generations
+        self._generations = memoryview(bytearray(8 * num_blocks)).cast("Q") if generations is None else generations
         base = secrets.randbits(62) if first_generation is None else first_generation
         for block_id in range(num_blocks):
             self._generations[block_id] = base
@@ -129,6 +132,11 @@ class BlockPool:
     def generation(self, block_id: int) -> int:
         """Return the block's generation, which changes before the block's bytes may change, and only then."""
         return self._generations[block_id]
+
+    def generations(self, block_ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+        """Do as `generation` for many blocks."""
+        seen: npt.NDArray[np.uint64] = np.frombuffer(self._generations, np.uint64)[block_ids]
+        return seen
 
     def name(self, block_id: int) -> bytes | None:
         """Return the name under which the block is committed; None where it has none."""
@@ -238,16 +246,18 @@ class BlockPool:
         What has no pin left is free if it has no name, else it may be evicted: tails before heads. `used_s`: when what
         nobody used here was last used elsewhere; it is the next to go.
         """
+        num_pins, names, is_spare, now_s = self._num_pins, self._names, self._is_spare, self.now_s
         for block_id in reversed(block_ids):
-            if self._num_pins[block_id] < 1 or block_id in self._quarantined:
+            left = num_pins[block_id] - 1
+            if left < 0 or block_id in self._quarantined:
                 raise InvariantError(f"block {block_id} is {self.state(block_id).value}, not pinned")
-            self._num_pins[block_id] -= 1
-            if self._num_pins[block_id] == 0:
-                if self._names[block_id] is None:
+            num_pins[block_id] = left
+            if left == 0:
+                if names[block_id] is None:
                     self._free.append(block_id)
                 else:
-                    queue = self._evictable[self._is_spare[block_id]]
-                    queue[block_id] = self.now_s if used_s is None else used_s
+                    queue = self._evictable[is_spare[block_id]]
+                    queue[block_id] = now_s if used_s is None else used_s
                     if used_s is not None:
                         queue.move_to_end(block_id, last=False)
 
@@ -256,25 +266,38 @@ class BlockPool:
         self._expected.update(each for each in block_ids if self.state(each) is BlockState.EVICTABLE)
 
     def commit(self, block_id: int, name: bytes, tenant: int = 0) -> bool:
-        """Name a written block. False: another block has that name; this one stays unnamed and is freed when unpinned.
+        """Do as `commit_all` with one block; tell whether it has the name."""
+        return self.commit_all((block_id,), (name,), tenant) == 1
 
-        `tenant`: whose it is, 64 bits (kvcache.names); 0: nobody's in particular.
+    def commit_all(self, block_ids: Sequence[int], names: Sequence[bytes], tenant: int = 0) -> int:
+        """Name written blocks; count those that have their name then.
+
+        Where another block has the name, this one stays unnamed and is freed when unpinned. `tenant`: whose they are,
+        64 bits (kvcache.names); 0: nobody's in particular.
 
         Raises:
-            InvariantError: the block is not being written, or has another name.
+            InvariantError: a block is not being written, or has another name; those before it are named.
         """
-        if self._num_pins[block_id] < 1 or self._names[block_id] not in (None, name):
-            raise InvariantError(f"block {block_id} is {self.state(block_id).value}; only a written block gets a name")
-        if self._by_name.setdefault(name, block_id) != block_id:
-            self.stats.num_duplicate_blocks += 1
-            return False
-        if self._names[block_id] is None:
-            self._names[block_id] = name
-            self._tenants[block_id] = tenant
-            self.stats.num_committed_blocks += 1
-            if self._removed.pop(name, _ABSENT) is _ABSENT:
-                self._stored[name] = None
-        return True
+        num_pins, name_of, by_name = self._num_pins, self._names, self._by_name
+        stored, removed = self._stored, self._removed
+        num_new = num_duplicate = 0
+        for block_id, name in zip(block_ids, names, strict=True):
+            before = name_of[block_id]
+            if num_pins[block_id] < 1 or (before is not None and before != name):
+                raise InvariantError(
+                    f"block {block_id} is {self.state(block_id).value}; only a written block gets a name"
+                )
+            if by_name.setdefault(name, block_id) != block_id:
+                num_duplicate += 1
+            elif before is None:
+                name_of[block_id] = name
+                self._tenants[block_id] = tenant
+                num_new += 1
+                if not removed or removed.pop(name, _ABSENT) is _ABSENT:
+                    stored[name] = None
+        self.stats.num_committed_blocks += num_new
+        self.stats.num_duplicate_blocks += num_duplicate
+        return len(block_ids) - num_duplicate
 
     def mark(self, names: Sequence[bytes], *, is_spare: bool) -> None:
         """Note that other holders keep these blocks, so that the copies here are worth less, or not any more.

@@ -9,7 +9,10 @@ were published whether the block was reused or the bytes were damaged. On an acc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 _PAGE = 4096
 GENERATION_BYTES = 8
@@ -64,6 +67,10 @@ class RegionLayout:
     def block_offset(self, block_id: int) -> int:
         """Return the offset at which the block's bytes begin."""
         return self.data_offset + block_id * self.block_bytes
+
+    def block_offsets(self, block_ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Do as `block_offset` for many blocks."""
+        return self.data_offset + block_ids.astype(np.int64) * self.block_bytes
 
     def generation_offset(self, block_id: int) -> int:
         """Return the offset of the block's generation, a uint64, little endian."""

@@ -9,6 +9,9 @@ from messages.request import GenerateRequest
 from messages.stream import TokenLogprob
 from messages.tier import Tier
 
+#: Of a block's location among packed ones (kvcache.locations).
+LOCATION_BYTES = 52
+
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A registered region as its owner describes it to a puller. Travels only over the authenticated channel."""
@@ -47,21 +50,6 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request: GenerateRequest
     num_held_tokens: int = 0
-
-
-class BlockLocation(msgspec.Struct, frozen=True, array_like=True):
-    """One block in its owner's pool. A reader trusts only bytes that have the checksum.
-
-    A block that was reused since it was published has another generation, and other bytes.
-    """
-
-    index: int  #: position in the sequence: tokens [index * block_size, ...)
-    block_id: int  #: in the owner's pool
-    generation: int
-    name: bytes  #: digest of the prefix up to its end; b"" for a partial last block
-    num_tokens: int  #: valid tokens, block_size unless partial
-    checksum: int = 0  #: of all its bytes, 64 bits (transport.checksum)
-    tenant: int = 0  #: whose it is, 64 bits, for an asker that knows only its name; 0: nobody's in particular
 
 
 class BlocksRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -113,13 +101,17 @@ class KvHandoff(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     lease_s: float  #: from receipt; RenewLease starts it anew, ReleaseLease ends it
-    blocks: list[BlockLocation]
+    blocks: bytes  #: their locations, packed
     is_last: bool = True
     first_token: int | None = None
     first_logprob: TokenLogprob | None = None
     num_cached_tokens: int = 0  #: prompt tokens that prefill found in its own cache
     elapsed_s: float = 0.0  #: at the owner, from the question to this
     tier: Tier = "device"  #: where the owner had these blocks
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where blocks cannot be told apart."""
+        _check_locations(self.blocks)
 
 
 class BlockHint(msgspec.Struct, frozen=True, array_like=True):
@@ -156,8 +148,12 @@ class RoomGranted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """
 
     request_id: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: their locations, packed
     num_left: int = 0  #: blocks left out: there was no room at once, or they are not worth it
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where blocks cannot be told apart."""
+        _check_locations(self.blocks)
 
 
 class BlocksWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -167,7 +163,11 @@ class BlocksWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """
 
     request_id: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: their locations, packed
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where blocks cannot be told apart."""
+        _check_locations(self.blocks)
 
 
 class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -187,3 +187,8 @@ class ReleaseLease(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Asker to owner: the blocks were pulled, or are not wanted any more. Also cancels what is still being made."""
 
     request_id: str
+
+
+def _check_locations(blocks: bytes) -> None:
+    if len(blocks) % LOCATION_BYTES:
+        raise ValueError(f"{len(blocks)} bytes of packed locations, wanted a multiple of {LOCATION_BYTES}")

@@ -18,14 +18,22 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias, assert_never
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcache import leases
 from kvcache.leases import AskerLost, FreeBlocks, LeaseBook, TimePassed
+from kvcache.locations import (
+    LOCATION,
+    BlockLocation,
+    Locations,
+    name_column,
+    pack_locations,
+    unpack_locations,
+)
 from kvcache.names import whole_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockHint,
-    BlockLocation,
     BlocksFound,
     BlocksRequest,
     BlocksWritten,
@@ -133,20 +141,21 @@ class _Question:
 class _Grant:
     """Room that somebody writes into."""
 
-    blocks: dict[int, BlockLocation]  #: by block id
-    num_sights: dict[int, int]  #: by block id
+    blocks: Locations  #: `[n]`, without checksums
+    num_sights: npt.NDArray[np.uint32]  #: `[n]`
     held: bytes  #: names of the same prefix that were held already
     hints: tuple[BlockHint, ...]
 
     @property
     def block_ids(self) -> BlockIds:
         """All of its blocks."""
-        return as_ids(list(self.blocks))
+        return as_ids(self.blocks["block_id"])
 
     @property
-    def names(self) -> Iterator[bytes]:
+    def names(self) -> list[bytes]:
         """What is to be written there."""
-        return (location.name for location in self.blocks.values())
+        names: list[bytes] = self.blocks["name"].tolist()
+        return names
 
 
 class NodeCache:
@@ -292,13 +301,13 @@ class NodeCache:
         num_left = len(missing) - len(grant.blocks)
         self.num_granted += len(grant.blocks)
         self.num_refused += num_left
-        if grant.blocks:
+        if len(grant.blocks):
             self._grants[key] = grant
             self._writing.update(grant.names)
             self.leases.on_event(leases.Published(key), now_s)
         else:
             self.leases.on_event(leases.Failed(key), now_s)
-        blocks = list(grant.blocks.values())
+        blocks = grant.blocks.tobytes()
         return [Tell(asker, RoomGranted(request_id=message.request_id, blocks=blocks, num_left=num_left))]
 
     def _missing(self, message: RoomRequest) -> tuple[dict[bytes, int], bytes]:
@@ -335,34 +344,37 @@ class NodeCache:
         block_ids = pool.take(levels[order[:num_most]].tolist(), now_s, message.tenant & _UINT64)
         if 0 < len(block_ids) < len(names):
             self._left[asker] = {names[i]: int(sights[i]) for i in order[len(block_ids) :]}
-        generations = pool.arena.generations[block_ids].tolist()
-        grant = _Grant({}, {}, held, message.hints)
-        for i, block_id, generation in zip(order.tolist(), block_ids.tolist(), generations, strict=False):
-            grant.blocks[block_id] = BlockLocation(int(indexes[i]), block_id, generation, names[i], 0)
-            grant.num_sights[block_id] = int(sights[i])
-        return grant
+        order = order[: len(block_ids)]
+        rows = np.zeros(len(block_ids), LOCATION)
+        rows["index"], rows["block_id"], rows["generation"] = (
+            indexes[order],
+            block_ids,
+            pool.arena.generations[block_ids],
+        )
+        rows["name"] = name_column([names[i] for i in order.tolist()])
+        return _Grant(rows, sights[order].astype(np.uint32), held, message.hints)
 
     def _commit(self, asker: bytes, message: BlocksWritten, now_s: float) -> None:
         grant = self._end_grant(asker, message.request_id, now_s)
         if grant is None:
             return  # its time was over
         pool, granted = self.pool, grant.blocks
-        told = {
-            location.block_id: location
-            for location in message.blocks
-            if location.block_id in granted
-            and location.generation == granted[location.block_id].generation
-            and 0 < location.num_tokens <= _UINT32
-        }
-        block_ids = as_ids(list(told))
+        told = unpack_locations(message.blocks)
+        place_of = {block_id: place for place, block_id in enumerate(told["block_id"].tolist())}  # the last word counts
+        granted_ids = granted["block_id"].tolist()
+        places = np.array([place for place, block_id in enumerate(granted_ids) if block_id in place_of], np.int64)
+        told = told[[place_of[granted_ids[place]] for place in places]]
+        is_right = (told["generation"] == granted["generation"][places]) & (told["num_tokens"] > 0)
+        told, places = told[is_right], places[is_right]
+        block_ids = as_ids(told["block_id"])
         written = Written(
             block_ids,
-            as_names(b"".join(granted[block_id].name for block_id in told)),
-            np.array([location.checksum & _UINT64 for location in told.values()], np.uint64),
-            np.array([location.num_tokens for location in told.values()], np.uint32),
-            np.array([granted[block_id].index for block_id in told], np.uint32),
+            as_names(granted["name"][places].tobytes()),
+            told["checksum"],
+            told["num_tokens"],
+            granted["index"][places],
         )
-        is_new = pool.commit(written, np.array([grant.num_sights[block_id] for block_id in told], np.uint32), now_s)
+        is_new = pool.commit(written, grant.num_sights[places], now_s)
         kept = block_ids[is_new]
         pool.give_back(np.setdiff1d(grant.block_ids, kept))
         pool.unpin(kept)
@@ -397,18 +409,12 @@ class NodeCache:
         self.writing_down.offer(block_ids)
         if not len(block_ids) and question.waiting:
             return []
-        rows = pool.records(block_ids)
-        locations = map(
-            BlockLocation,
-            (held + first_index).tolist(),
-            block_ids.tolist(),
-            rows["generation"].tolist(),
-            pool.names(block_ids),
-            rows["num_tokens"].tolist(),
-            rows["checksum"].tolist(),
-            rows["tenant"].tolist(),
-        )
-        return [self._handoff(key, question, "host", list(locations)[::step], now_s)]
+        records, rows = pool.records(block_ids), np.empty(len(block_ids), LOCATION)
+        rows["index"], rows["block_id"] = held + first_index, block_ids
+        rows["name"] = name_column(pool.names(block_ids))
+        for column in ("generation", "num_tokens", "checksum", "tenant"):
+            rows[column] = records[column]
+        return [self._handoff(key, question, "host", rows[::step].tobytes(), now_s)]
 
     def _offer_outcomes(self, outcomes: Sequence[Outcome], now_s: float) -> list[CacheInstruction]:
         """Offer what came from a store to those who wait for it; tell who waits for nothing more."""
@@ -440,7 +446,8 @@ class NodeCache:
             question = self._questions[key]
             is_over = not question.waiting and (key, tier) == max(pair for pair in told if pair[0] == key)
             if told[key, tier] or is_over:
-                handoffs.append(self._handoff(key, question, tier, told[key, tier], now_s, is_last=is_over))
+                blocks = pack_locations(told[key, tier])
+                handoffs.append(self._handoff(key, question, tier, blocks, now_s, is_last=is_over))
         return handoffs
 
     def _handoff(
@@ -448,7 +455,7 @@ class NodeCache:
         key: str,
         question: _Question,
         tier: Tier,
-        locations: list[BlockLocation],
+        blocks: bytes,
         now_s: float,
         *,
         is_last: bool | None = None,
@@ -463,7 +470,7 @@ class NodeCache:
         handoff = KvHandoff(
             request_id=question.request_id,
             lease_s=self.limits.lease_s,
-            blocks=locations,
+            blocks=blocks,
             is_last=is_last,
             elapsed_s=now_s - question.asked_s,
             tier=tier,

@@ -10,11 +10,13 @@ first token, which follows at once, and the lease begins with both.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks, SequenceSpec
+from engine.scheduling.requests import spec_of
 from kvcache.leases import Asked, AskerLost, Failed, FreeBlocks, LeaseBook, Published, Released, Renewed, TimePassed
+from kvcache.locations import unpack_locations
 from kvcache.names import token_array
 from messages.errors import InvariantError, KvrayError, WorkerError
 from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
@@ -136,19 +138,8 @@ class PublicationBook:
     def _ask(self, event: PromptAsked, now_s: float) -> list[PublicationInstruction]:
         request = event.message.request
         request_id = request.request_id
-        spec = SequenceSpec(
-            seq_id=request_id,
-            token_ids=token_array(request.token_ids)[: request.num_prompt_tokens],
-            num_prompt_tokens=request.num_prompt_tokens,
-            params=request.params,
-            salt=request.salt,
-            tenant=request.tenant,
-            hints=request.hints,
-            priority=request.priority,
-            deadline_s=None if request.deadline_s is None else now_s + request.deadline_s,
-            is_kept=True,
-            held=request.held,
-        )
+        prompt = token_array(request.token_ids)[: request.num_prompt_tokens]
+        spec = replace(spec_of(request, prompt, now_s), is_kept=True)
         before = self.leases.asker_of(request_id)
         freed = self.leases.on_event(Asked(request_id, event.asker), now_s)
         self.num_asked += 1
@@ -196,14 +187,15 @@ class PublicationBook:
     ) -> list[PublicationInstruction]:
         """Publish what the asker lacks of the offer, and in the end the first token: read path step 5."""
         first_index = prompt.num_held_tokens // self._block_size
-        blocks = [block for block in offer.blocks if block.index >= first_index]
-        self.num_published_blocks += len(blocks)
+        rows = unpack_locations(offer.blocks)
+        rows = rows[rows["index"] >= first_index]
+        self.num_published_blocks += len(rows)
         if emitted is not None:
             self.leases.on_event(Published(offer.seq_id), now_s)
         handoff = KvHandoff(
             request_id=offer.seq_id,
             lease_s=self.leases.lease_s,
-            blocks=blocks,
+            blocks=rows.tobytes(),
             is_last=emitted is not None,
             first_token=None if emitted is None else emitted.token_ids[0],
             first_logprob=emitted.logprobs[0] if emitted is not None and emitted.logprobs else None,

@@ -17,6 +17,7 @@ import msgspec
 from engine.scheduling.plan import BlocksReleased, EmitTokens, OfferBlocks, SequenceAdded, SequenceCancelled
 from engine.worker import EngineWorker, FindCache, RoleInstruction, WorkerOptions
 from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
+from kvcache.locations import with_checksums
 from messages.errors import InvariantError
 from messages.fleet import Role, WorkerInfo
 from messages.handoff import KvHandoff, PrefillRequest, ReleaseLease, RenewLease
@@ -132,11 +133,7 @@ class PrefillWorker:
                     assert_never(unreachable)
 
     def _publish(self, asker: bytes, handoff: KvHandoff) -> None:
-        checksums = self._worker.engine.checksums.published([block.block_id for block in handoff.blocks])
-        blocks = [
-            msgspec.structs.replace(block, checksum=checksum)
-            for block, checksum in zip(handoff.blocks, checksums, strict=True)
-        ]
+        blocks = with_checksums(handoff.blocks, self._worker.engine.checksums.published)
         self._worker.send(asker, msgspec.structs.replace(handoff, blocks=blocks))
 
     async def _expire_forever(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kvcache.locations import each_location  # noqa: E402 - as any script beside the packages
 from prefill.worker import PrefillWorker  # noqa: E402 - as any script beside the packages
 
 fault = sys.argv[1]
@@ -21,7 +22,7 @@ if fault == "damage":
     def publish_then_damage(self, asker, handoff):
         publish(self, asker, handoff)
         engine = self._worker.engine
-        for block in handoff.blocks[:1]:
+        for block in each_location(handoff.blocks)[:1]:
             engine.memory.view[engine.layout.block_offset(block.block_id) + 77] ^= 0x10
 
     PrefillWorker._publish = publish_then_damage

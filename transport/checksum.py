@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.compiled import CompiledLibrary, compile_shared, native_target
-from transport.protocol import Copy
+from transport.protocol import Copies, Copy
 
 _log = logging.getLogger(__name__)
 
@@ -274,7 +273,7 @@ class CompiledChecksum:
     def copy(self, target: Bytes, source: Bytes, copies: Sequence[Copy], watch: CopyWatch) -> list[int]:
         """Copy and hash in one pass, past the caches where more than 1 MiB is copied at once."""
         num_copies = len(copies)
-        table = np.fromiter(itertools.chain.from_iterable(copies), np.int64, 3 * num_copies)
+        table = Copies.of(copies).table
         checksums = (ctypes.c_uint64 * num_copies)()
         where = (_address(source), len(source), _address(target), len(target))
         num_whole: int = self._copy(*where, _address(table), num_copies, checksums, watch.words)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from messages.errors import KvrayError
 from messages.handoff import RegionInfo
@@ -39,6 +43,49 @@ class Copy(NamedTuple):
     source_offset: int
     target_offset: int
     num_bytes: int
+
+
+class Copies(Sequence[Copy]):
+    """Many copies as rows of an array `[n, 3]` int64, a Copy each only for who asks for one."""
+
+    def __init__(self, table: npt.NDArray[np.int64]) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, copies: Sequence[Copy]) -> Copies:
+        """Return the same copies as rows."""
+        if isinstance(copies, Copies):
+            return copies
+        return cls(np.fromiter(itertools.chain.from_iterable(copies), np.int64, 3 * len(copies)).reshape(-1, 3))
+
+    @classmethod
+    def of_equal(
+        cls, source_offsets: npt.NDArray[np.int64], target_offsets: npt.NDArray[np.int64], num_bytes: int
+    ) -> Copies:
+        """Return copies of `num_bytes` each."""
+        table = np.empty((len(source_offsets), 3), np.int64)
+        table[:, 0], table[:, 1], table[:, 2] = source_offsets, target_offsets, num_bytes
+        return cls(table)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return int(self.table[:, 2].sum())
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, position: int) -> Copy: ...
+    @overload
+    def __getitem__(self, position: slice) -> Copies: ...
+    def __getitem__(self, position: int | slice) -> Copy | Copies:
+        if isinstance(position, slice):
+            return Copies(self.table[position])
+        return Copy._make(self.table[position].tolist())
+
+    def __iter__(self) -> Iterator[Copy]:
+        return map(Copy._make, self.table.tolist())
 
 
 class RegionMemory(Protocol):
@@ -146,10 +193,10 @@ class Transport(Protocol):
 
 def check_ranges(copies: Sequence[Copy], source_bytes: int, target_bytes: int) -> None:
     """Raise RegionError unless every copy lies within both regions."""
-    for copy in copies:
-        if (
-            copy.num_bytes < 0
-            or not 0 <= copy.source_offset <= source_bytes - copy.num_bytes
-            or not 0 <= copy.target_offset <= target_bytes - copy.num_bytes
-        ):
-            raise RegionError(f"{copy} is out of bounds: source {source_bytes} bytes, target {target_bytes} bytes")
+    rows = Copies.of(copies)
+    source_offset, target_offset, num_bytes = rows.table.T
+    is_out = (num_bytes < 0) | (source_offset < 0) | (target_offset < 0)
+    is_out |= (source_offset > source_bytes - num_bytes) | (target_offset > target_bytes - num_bytes)
+    if is_out.any():
+        copy = rows[int(is_out.argmax())]
+        raise RegionError(f"{copy} is out of bounds: source {source_bytes} bytes, target {target_bytes} bytes")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from messages.fleet import RoadStatus
 from messages.handoff import RegionInfo
-from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, Transport
+from transport.protocol import Arrived, Copies, Copy, Link, RegionError, RegionMemory, TransferError, Transport
 from transport.road_choice import RoadChoice
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Roads:
             logger.warning("road %s failed: %s", road, error.message)
             raise
         seconds = time.perf_counter() - started_s
-        num_bytes = sum(copy.num_bytes for copy in copies)
+        num_bytes = Copies.of(copies).num_bytes
         known.choice.on_pulled(road, num_bytes, seconds)
         self.counters.num_bytes[road] += num_bytes
         self.counters.busy_s[road] += seconds

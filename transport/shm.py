@@ -16,11 +16,12 @@ from functools import cache
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from messages.handoff import RegionInfo
 from transport.checksum import CopyWatch, copy_all_checked
 from transport.memory import Memory, SharedView, as_host_memory
-from transport.protocol import Arrived, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
+from transport.protocol import Arrived, Copies, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,10 @@ class ShmTransport:
             raise RegionError("the transport is closed")
         host_target = as_host_memory(target, self.road)
         opened = self._open(link, source)
-        check_ranges(copies, source.num_bytes, target.num_bytes)
-        job = _CopyJob(opened, copies, host_target, on_arrived)
-        if len(copies) <= _INLINE_COPIES and sum(copy.num_bytes for copy in copies) <= _INLINE_BYTES:
+        rows = Copies.of(copies)
+        check_ranges(rows, source.num_bytes, target.num_bytes)
+        job = _CopyJob(opened, rows, host_target, on_arrived)
+        if len(rows) <= _INLINE_COPIES and rows.num_bytes <= _INLINE_BYTES:
             job.run()
         else:
             await self._run_in_thread(job, stall_s)
@@ -166,7 +168,7 @@ class ShmTransport:
 class _CopyJob:
     """The copies of one pull; another thread can tell it to stop."""
 
-    def __init__(self, source: SharedView, copies: Sequence[Copy], target: Memory, on_arrived: Arrived | None) -> None:
+    def __init__(self, source: SharedView, copies: Copies, target: Memory, on_arrived: Arrived | None) -> None:
         self._source = source.view
         self._target = target.view
         self._copies = copies
@@ -197,16 +199,14 @@ async def _settled(ended: asyncio.Event) -> None:
         raise cancelled
 
 
-def batches(copies: Sequence[Copy], max_bytes: int) -> Iterator[Sequence[Copy]]:
+def batches(copies: Copies, max_bytes: int) -> Iterator[Copies]:
     """Yield the same copies in the same order, together at most `max_bytes`, or one that has more."""
+    ends = np.cumsum(copies.table[:, 2])
     begin = num_bytes = 0
-    for position, copy in enumerate(copies):
-        if position > begin and num_bytes + copy.num_bytes > max_bytes:
-            yield copies[begin:position]
-            begin, num_bytes = position, 0
-        num_bytes += copy.num_bytes
-    if copies:
-        yield copies[begin:]
+    while begin < len(copies):
+        end = max(begin + 1, int(np.searchsorted(ends, num_bytes + max_bytes, "right")))
+        yield copies[begin:end]
+        begin, num_bytes = end, int(ends[end - 1])
 
 
 def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:

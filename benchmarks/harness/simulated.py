@@ -362,7 +362,7 @@ class Worker:
 
     def _pull(self, pull: PullBlocks) -> None:
         machine, begun_s = self.fleet.machine, self.fleet.clock.now_s
-        num_bytes = len(pull.pairs) * machine.block_bytes
+        num_bytes = len(pull.targets) * machine.block_bytes
 
         def ended() -> None:
             elapsed_s = self.fleet.clock.now_s - begun_s

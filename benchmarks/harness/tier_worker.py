@@ -19,11 +19,12 @@ from engine.puller import BlockPuller
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import BlocksReleased, Event, LendBlocks, OffloadBlocks
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import BlockLocation, each_location
 from kvcache.names import NAME_BYTES
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.fleet import GetStats, Stats
-from messages.handoff import BlockLocation, BlocksRequest, KvHandoff, ReleaseLease, RoomGranted
+from messages.handoff import BlocksRequest, KvHandoff, ReleaseLease, RoomGranted
 from messages.wire import Message
 from transport.channel import ChannelConfig
 from transport.memory import Memory
@@ -110,11 +111,12 @@ class TierWorker:
         while not is_last:
             handoff = await self._answers.get()
             assert isinstance(handoff, KvHandoff)
-            some = [(location, next(block_ids)) for location in handoff.blocks]
+            some = [(location, next(block_ids)) for location in each_location(handoff.blocks)]
             is_last = handoff.is_last
             pairs += some
             if some:
-                pulls.append(self.peers.pull(self._address, some, lambda: None))
+                targets = [block_id for _, block_id in some]
+                pulls.append(self.peers.pull(self._address, handoff.blocks, targets, lambda: None))
         outcomes = await asyncio.gather(*pulls)
         self.peers.send(self._address, ReleaseLease(request_id=request_id))
         assert not any(outcome.bad for outcome in outcomes), "blocks did not come whole"

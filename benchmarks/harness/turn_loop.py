@@ -12,15 +12,17 @@ class TurnLoop(asyncio.SelectorEventLoop):
 
     _on_longer: Callable[[float], None] | None = None
     longest_ms = 0.0
+    total_ms = 0.0
 
-    def watch(self, on_longer: Callable[[float], None]) -> None:
+    def watch(self, on_longer: Callable[[float], None] | None = None) -> None:
         """Forget all turns before this one; call `on_longer` with the ms of each that is longer than those since."""
-        self._on_longer, self.longest_ms = on_longer, 0.0
+        self._on_longer, self.longest_ms, self.total_ms = on_longer, 0.0, 0.0
 
     def _run_once(self) -> None:
         begin_s = time.thread_time()
         super()._run_once()  # type: ignore[misc]  # a turn has no public name, and the stubs leave it out
         turn_ms = 1e3 * (time.thread_time() - begin_s)
+        self.total_ms += turn_ms
         if turn_ms > self.longest_ms:
             self.longest_ms = turn_ms
             if self._on_longer is not None:

@@ -10,6 +10,7 @@ ends a prompt: when it ended (seconds of the machine's monotonic clock). It ends
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -59,9 +60,13 @@ async def main() -> None:
     worker = WORKERS[job["role"]](job["worker_id"], job["host"], options, secret, lambda _error: os._exit(70))
     if job.get("is_traced"):
         trace_prompts(worker)
-    say(msgspec.to_builtins(await worker.start()))
+    info = await worker.start()
+    gc.collect()
+    gc.freeze()  # as engine.actor
+    say(msgspec.to_builtins(info))
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await worker.close()
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

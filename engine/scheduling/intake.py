@@ -13,11 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
+
+from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, PullBlocks, PullEnded, TakeIn
+from kvcache.locations import is_of_prefix, unpack_locations
 from kvcache.pool import BlockPool
-from messages.handoff import BlockLocation
 
 #: Blocks that are taken in at a time because somebody says so: what else wants to be taken in is declined.
 _MAX_BLOCKS = 1024
@@ -44,25 +47,33 @@ class Intake:
     names: tuple[bytes, ...]
     targets: dict[int, int]  #: block id, by position, of those that are wanted
     deadline_s: float
+    blocks: ComingBlocks  #: of the names
     used_s: float | None = None  #: when the blocks were last used; None: they are wanted now
     is_head_first: bool = True
     portion_blocks: int = sys.maxsize  #: in one pull
     tenant: int | None = None  #: whose they are; None: the source knows
-    offered: dict[int, BlockLocation] = field(default_factory=dict)  #: to be pulled next
-    open: dict[int, BlockLocation] = field(default_factory=dict)  #: being pulled
     is_offered_whole: bool = False  #: the source will offer no more
 
     def name(self, index: int) -> bytes:
         """Return the name of the block at a position."""
         return self.names[index - self.first_index]
 
-    def tenant_of(self, location: BlockLocation) -> int:
-        """Return whose a block is that the source offered."""
-        return location.tenant if self.tenant is None else self.tenant
+    @property
+    def is_pulling(self) -> bool:
+        """Whether blocks are being pulled."""
+        return self.blocks.has(Coming.OPEN)
+
+    def open_targets(self) -> list[PullTarget]:
+        """Return the targets of what is being pulled, head first, with names, and whose they will be."""
+        rows = self.blocks.rows(Coming.OPEN)
+        return [
+            PullTarget(index, self.targets[index], self.name(index), tenant if self.tenant is None else self.tenant)
+            for index, tenant in zip(rows["index"].tolist(), rows["tenant"].tolist(), strict=True)
+        ]
 
     def idle_head_first(self) -> list[int]:
         """Return the ids of the targets that no pull writes to, head first."""
-        indexes = sorted(self.targets.keys() - self.open.keys(), reverse=not self.is_head_first)
+        indexes = sorted(self.targets.keys() - set(self.blocks.indexes(Coming.OPEN)), reverse=not self.is_head_first)
         return [self.targets[index] for index in indexes]
 
 
@@ -153,31 +164,30 @@ class Intakes:
         if intake is None or intake.source != offered.source:
             return
         intake.is_offered_whole |= offered.is_last
-        intake.offered |= {
-            location.index: location
-            for location in offered.blocks
-            if location.index in intake.targets
-            and location.name == intake.name(location.index)
-            and location.num_tokens == self._pool.block_size
-        }
-        if not intake.open:
+        rows = unpack_locations(offered.blocks)
+        rows = rows[is_of_prefix(rows, intake.first_index, intake.names, self._pool.block_size)]
+        rows = rows[intake.blocks.lacks(rows)]
+        is_wanted = [index in intake.targets for index in rows["index"].tolist()]
+        intake.blocks.offer(offered.source, rows[np.array(is_wanted, bool)])
+        if not intake.is_pulling:
             self._go_on(offered.seq_id, intake, out)
 
     def finish_pull(self, ended: PullEnded, out: list[Instruction]) -> None:
         """Name what came well, and go on with what was offered meanwhile."""
         intake = self._intakes[ended.seq_id]
-        for index, location in intake.open.items():
-            block_id = intake.targets[index]
-            if index not in ended.bad_indexes:
-                self.num_blocks += self._pool.commit(block_id, intake.name(index), intake.tenant_of(location))
+        for target in intake.open_targets():
+            if target.index not in ended.bad_indexes:
+                self.num_blocks += self._pool.commit(target.block_id, target.name, target.tenant)
             elif ended.quarantine_until_s is not None:
-                self._pool.quarantine([intake.targets.pop(index)], ended.quarantine_until_s)
-        intake.open = {}
+                self._pool.quarantine([intake.targets.pop(target.index)], ended.quarantine_until_s)
+        intake.blocks.arrive(ended.bad_indexes)
+        intake.blocks.close()
         self._go_on(ended.seq_id, intake, out)
 
     def _intake(self, source: str, first_index: int, names: tuple[bytes, ...], wanted: Collection[int]) -> Intake:
         targets = dict(zip(wanted, self._pool.allocate(len(wanted)), strict=True))
-        return Intake(source, first_index, names, deadline_s=self._pool.now_s + _MAX_S, targets=targets)
+        blocks = ComingBlocks(first_index, first_index + len(names))
+        return Intake(source, first_index, names, targets, self._pool.now_s + _MAX_S, blocks)
 
     def _begin(self, intake_id: str, intake: Intake, out: list[Instruction]) -> None:
         self._intakes[intake_id] = intake
@@ -185,17 +195,10 @@ class Intakes:
 
     def _go_on(self, intake_id: str, intake: Intake, out: list[Instruction]) -> None:
         """Pull what was offered; where nothing is, and nothing will be, give back the blocks: those named may stay."""
-        offered = {
-            index: location
-            for index, location in intake.offered.items()
-            if index in intake.targets and self._pool.name(intake.targets[index]) is None  # it may be named twice
-        }
-        indexes = list(offered)[: intake.portion_blocks]
-        intake.open = {index: offered.pop(index) for index in indexes}
-        intake.offered = offered
-        if intake.open:
-            pairs = [(location, intake.targets[index]) for index, location in intake.open.items()]
-            out.append(PullBlocks(intake_id, intake.source, pairs))
+        if intake.blocks.has(Coming.OFFERED):
+            source, rows = intake.blocks.begin_pull(intake.portion_blocks)
+            targets = tuple([intake.targets[index] for index in rows["index"].tolist()])
+            out.append(PullBlocks(intake_id, source, rows.tobytes(), targets))
         elif intake.is_offered_whole:
             del self._intakes[intake_id]
             blocks = intake.idle_head_first()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
+from collections.abc import Sequence as Items
 from typing import assert_never
 
+from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.intake import Intakes, PullTarget
 from engine.scheduling.plan import Instruction, StopAsking
-from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
+from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
@@ -108,7 +110,7 @@ class SequenceLedger:
         intake = self.intakes.pop(seq.seq_id)
         if intake is not None:
             self.pool.unpin(intake.idle_head_first())
-            coming = {index: intake.targets[index] for index in intake.open}
+            coming = {index: intake.targets[index] for index in intake.blocks.indexes(Coming.OPEN)}
             num_blocks = None if num_blocks is None else max(num_blocks, *(index + 1 for index in coming))
         end_tokens = seq.num_prompt_tokens if num_blocks is None else num_blocks * seq.block_size
         end = seq.num_blocks_for(end_tokens)
@@ -125,17 +127,12 @@ class SequenceLedger:
             first_index=begin,
             end_tokens=end_tokens,
             deadline_s=deadline_s,
+            blocks=ComingBlocks(begin, end, found),
             is_mixed=is_mixed,
             found=frozenset(found),
-            arrived=set(found),
         )
         if intake is not None:
-            seq.pull.open = {index: OfferedBlock(intake.source, block) for index, block in intake.open.items()}
-            seq.pull.offered = {
-                index: OfferedBlock(intake.source, block)
-                for index, block in intake.offered.items()
-                if index not in known and begin <= index < end
-            }
+            seq.pull.blocks.take_over(intake.source, intake.blocks)
             seq.pull.asked = {
                 index: Copy(intake.source, tier)
                 for index, tier in seq.brought.items()
@@ -162,11 +159,11 @@ class SequenceLedger:
         """Go on over blocks that arrived, where the computing of a mixed `seq` has come to them."""
         pull = _pull_of(seq)
         index, rest = divmod(seq.num_computed, seq.block_size)
-        while not rest and index in pull.arrived:
+        while not rest and pull.blocks.state(index) is Coming.ARRIVED:
             self._count_arrived(seq, pull, index)
             index += 1
             seq.num_computed = index * seq.block_size
-            self._forget_in_flight(seq, index - 1, index)
+            self._forget_in_flight(seq, seq.names[index - 1 : index])
 
     def forget_pull(self, seq: Sequence) -> None:
         """Note that a running, mixed `seq` wants nothing more: nothing is on its way, it came to all that arrived."""
@@ -183,8 +180,9 @@ class SequenceLedger:
         else:
             self._drop_tail(seq, num_blocks)
             seq.num_computed = min(num_blocks * seq.block_size, pull.end_tokens)
-            for index in range(pull.first_index, num_blocks):
-                self._count_arrived(seq, pull, index)
+            for index in pull.found | pull.asked.keys():
+                if index < num_blocks:
+                    self._count_arrived(seq, pull, index)
             seq.num_pulled_tokens = max(0, min(seq.num_computed, seq.num_prompt_tokens) - seq.num_cached_tokens)
             if seq.has_emitted:
                 self.count_prompt(seq)
@@ -211,7 +209,7 @@ class SequenceLedger:
     def keep(self, seq: Sequence) -> None:
         """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
         self._stop_running(seq)
-        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
+        self._forget_in_flight(seq, seq.names[seq.first_in_flight :])
         seq.phase = Phase.KEPT
 
     def preempt(self, seq: Sequence) -> None:
@@ -221,7 +219,7 @@ class SequenceLedger:
             self._drop_tail(seq, seq.num_blocks_for(seq.num_computed))
         self._stop_running(seq)
         seq.extend_names()
-        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
+        self._forget_in_flight(seq, seq.names[seq.first_in_flight :])
         self._give_back(seq)
         seq.num_computed = seq.planned_end = 0
         seq.num_offered_blocks = 0
@@ -274,7 +272,7 @@ class SequenceLedger:
             case _ as unreachable:
                 assert_never(unreachable)
         seq.phase = Phase.ENDED
-        self._forget_in_flight(seq, seq.first_in_flight, len(seq.names))
+        self._forget_in_flight(seq, seq.names[seq.first_in_flight :])
         if seq.is_in_step:
             self.dying.append(seq)
         else:
@@ -360,7 +358,7 @@ class SequenceLedger:
         if not matched:
             return
         self.pool.pin(matched)
-        self._forget_in_flight(seq, begin, begin + len(matched))
+        self._forget_in_flight(seq, seq.names[begin : begin + len(matched)])
         seq.block_table += matched
         num_before = min(seq.num_computed, seq.num_prompt_tokens)
         seq.num_computed += len(matched) * seq.block_size
@@ -373,13 +371,13 @@ class SequenceLedger:
         seq.num_computed = end
         if end_block > len(seq.names):
             seq.extend_names()
-        for index in range(begin_block, end_block):
-            self.commit(seq, index)
+        self.commit(seq, range(begin_block, end_block))
 
-    def commit(self, seq: Sequence, index: int) -> None:
-        """Name the block at `index` of the table, which is full, and right."""
-        self.pool.commit(seq.block_table[index], seq.names[index], seq.spec.tenant)
-        self._forget_in_flight(seq, index, index + 1)
+    def commit(self, seq: Sequence, indexes: Items[int]) -> None:
+        """Name the blocks at these places of the table, which are full, and right."""
+        names = list(map(seq.names.__getitem__, indexes))
+        self.pool.commit_all(list(map(seq.block_table.__getitem__, indexes)), names, seq.spec.tenant)
+        self._forget_in_flight(seq, names)
 
     def end_intake(self, intake_id: str, out: list[Instruction]) -> None:
         """Wait no more for what an intake brings: its blocks are given back, those being written are orphans first.
@@ -392,11 +390,8 @@ class SequenceLedger:
         if not intake.is_offered_whole:
             out.append(StopAsking(intake_id, intake.source))
         self.pool.unpin(intake.idle_head_first())
-        if intake.open:
-            self.orphans[intake_id] = [
-                PullTarget(i, intake.targets[i], intake.name(i), intake.tenant_of(location))
-                for i, location in intake.open.items()
-            ]
+        if intake.is_pulling:
+            self.orphans[intake_id] = intake.open_targets()
 
     def free_orphans(self, seq_id: str, bad_indexes: frozenset[int], quarantine_until_s: float | None) -> None:
         """End the pull of a sequence that did not wait for it: name what is good for others, give back the rest."""
@@ -426,8 +421,7 @@ class SequenceLedger:
         num_named, tenant = pull.end_tokens // seq.block_size, seq.spec.tenant
         targets = [
             PullTarget(i, seq.block_table[i], seq.names[i] if i < num_named else b"", tenant)
-            for i in pull.open
-            if i not in pull.arrived
+            for i in pull.blocks.indexes(Coming.OPEN)
         ]
         if targets:
             self.orphans[seq.seq_id] = targets
@@ -440,10 +434,12 @@ class SequenceLedger:
         self.pool.unpin(seq.block_table)
         seq.block_table = []
 
-    def _forget_in_flight(self, seq: Sequence, begin: int, end: int) -> None:
-        for name in seq.names[begin:end]:
-            if self.in_flight.get(name) is seq:
-                del self.in_flight[name]
+    def _forget_in_flight(self, seq: Sequence, names: Items[bytes]) -> None:
+        in_flight = self.in_flight
+        for name in names if in_flight else ():
+            other = in_flight.pop(name, seq)
+            if other is not seq:
+                in_flight[name] = other
 
     # ------------------------------------------------------------------------------------------------------ invariants
 

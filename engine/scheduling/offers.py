@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Items
 
+import numpy as np
+
+from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import BlocksWanted, Instruction, LendBlocks, OfferBlocks, OffloadBlocks
 from engine.scheduling.sequence import Phase, Sequence
-from messages.handoff import BlockHint, BlockLocation
+from kvcache.locations import LOCATION, Locations, name_column
+from messages.handoff import BlockHint
 from messages.request import CacheHint
 from messages.stream import PlannedRun, PromptPlan, PromptSources
 
@@ -23,14 +28,13 @@ class Offers:
         """Offer the prompt blocks of a kept sequence written since its last offer; at last the partial one, too."""
         num_written = min(seq.num_computed, seq.num_prompt_tokens)
         end = seq.num_blocks_for(num_written) if is_last else num_written // seq.block_size
-        blocks = []
-        for index in range(seq.num_offered_blocks, end):
-            num_tokens = min(seq.block_size, num_written - index * seq.block_size)
-            name = seq.names[index] if num_tokens == seq.block_size else b""
-            blocks.append(self._location(index, seq.block_table[index], name, num_tokens))
+        begin, num_full = seq.num_offered_blocks, min(end, num_written // seq.block_size)
+        rows = self._rows(range(begin, end), seq.block_table[begin:end])
+        rows["name"][: num_full - begin] = name_column(seq.names[begin:num_full])
+        rows["num_tokens"][num_full - begin :] = num_written % seq.block_size
         seq.num_offered_blocks = end
-        if blocks or is_last:
-            out.append(OfferBlocks(seq.seq_id, blocks, is_last, seq.num_cached_tokens))
+        if len(rows) or is_last:
+            out.append(OfferBlocks(seq.seq_id, rows.tobytes(), is_last, seq.num_cached_tokens))
 
     def publish(self, seq_id: str, out: list[Instruction]) -> None:
         """Offer what came of a sequence that is kept: others wait for it. Other ids are ignored."""
@@ -41,16 +45,14 @@ class Offers:
     def lend(self, wanted: BlocksWanted, out: list[Instruction]) -> None:
         """Pin what the pool has of the blocks that somebody wants, and say where they lie."""
         pool = self._pool
-        found = ((index, name, pool.find(name)) for index, name in enumerate(wanted.names, wanted.first_index))
-        blocks = [
-            BlockLocation(
-                *(index, block_id, pool.generation(block_id), name, pool.block_size), tenant=pool.tenant(block_id)
-            )
-            for index, name, block_id in found
-            if block_id is not None
-        ]
-        self._ledger.lend(wanted.lease_id, [location.block_id for location in blocks])
-        out.append(LendBlocks(wanted.lease_id, blocks))
+        found = [pool.find(name) for name in wanted.names]
+        places = [place for place, block_id in enumerate(found) if block_id is not None]
+        block_ids = [block_id for block_id in found if block_id is not None]
+        rows = self._rows([wanted.first_index + place for place in places], block_ids)
+        rows["name"] = name_column([wanted.names[place] for place in places])
+        rows["tenant"] = [pool.tenant(block_id) for block_id in block_ids]
+        self._ledger.lend(wanted.lease_id, block_ids)
+        out.append(LendBlocks(wanted.lease_id, rows.tobytes()))
 
     def offload(self, seq: Sequence, out: list[Instruction]) -> None:
         """Tell lower tiers what a sequence has written, if it filled a block since they were last told."""
@@ -60,8 +62,12 @@ class Offers:
             hints = tuple(_block_hint(hint, seq.block_size) for hint in seq.spec.hints)
             out.append(OffloadBlocks(tuple(seq.names[:num_blocks]), seq.spec.tenant, hints))
 
-    def _location(self, index: int, block_id: int, name: bytes, num_tokens: int) -> BlockLocation:
-        return BlockLocation(index, block_id, self._pool.generation(block_id), name, num_tokens)
+    def _rows(self, indexes: Items[int], block_ids: Items[int]) -> Locations:
+        """Return rows of full blocks, without names: of these positions and ids in the pool."""
+        rows = np.zeros(len(block_ids), LOCATION)
+        rows["index"], rows["block_id"], rows["num_tokens"] = indexes, block_ids, self._pool.block_size
+        rows["generation"] = self._pool.generations(rows["block_id"])
+        return rows
 
 
 def _block_hint(hint: CacheHint, block_size: int) -> BlockHint:
@@ -92,7 +98,9 @@ def prompt_sources(seq: Sequence) -> PromptSources:
 def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
     """Say how the KV of a prompt was to be had, and what was moved for it so far."""
     plan, size = seq.plan, seq.block_size
-    num_moved = seq.num_loaded_tokens.total() // size + (len(seq.pull.arrived - seq.pull.found) if seq.pull else 0)
+    num_moved = seq.num_loaded_tokens.total() // size + (
+        seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
+    )
     num_moved += seq.num_pulled_tokens // size
     return PromptPlan(
         runs=tuple(

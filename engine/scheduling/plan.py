@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from messages.errors import KvrayError
-from messages.handoff import BlockHint, BlockLocation, FoundRun
+from messages.handoff import BlockHint, FoundRun
 from messages.request import CacheHint, Grammar, HeldRun, SamplingParams
 from messages.stream import FinishReason, PromptPlan, PromptSources, TokenLogprob
 from text.grammar import CompiledGrammar
@@ -70,7 +70,7 @@ class KvOffered:
 
     seq_id: str
     source: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: packed, as in a KvHandoff
     is_last: bool
     first_token: int | None
     first_logprob: TokenLogprob | None
@@ -94,7 +94,7 @@ class BlocksOffered:
 
     seq_id: str
     source: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: packed, as in a KvHandoff
     is_last: bool
 
 
@@ -265,7 +265,7 @@ class LendBlocks:
     """Blocks that BlocksWanted named, those that are here; they stay pinned until BlocksReleased, if there are any."""
 
     lease_id: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: packed, as in a KvHandoff
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +286,15 @@ class StopRemote:
 
 @dataclass(frozen=True, slots=True)
 class PullBlocks:
-    """Copy each block of the pool at `source` into the target block id of the own, verify, answer with PullEnded."""
+    """Copy each block of the pool at `source` into the block of the own that is its target, verify.
+
+    The answer is PullEnded.
+    """
 
     seq_id: str
     source: str
-    pairs: list[tuple[BlockLocation, int]]
+    blocks: bytes  #: packed, as in a KvHandoff
+    targets: tuple[int, ...]  #: block ids, one for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +321,7 @@ class OfferBlocks:
     """
 
     seq_id: str
-    blocks: list[BlockLocation]
+    blocks: bytes  #: packed, as in a KvHandoff
     is_last: bool
     num_cached_tokens: int
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskAhead, FoundAhead, Instruction, StopAsking
 from engine.scheduling.sequence import Phase, Sequence
@@ -102,8 +103,8 @@ class Prefetches:
         self._num_blocks -= ahead.num_blocks if ahead else 0
         out += [StopAsking(seq_id, source) for source in (ahead.asked if ahead else ())]
         intake = self._ledger.intakes.find(seq_id)
-        if intake is not None and intake.open:
-            return min(intake.open)
+        if intake is not None and intake.is_pulling:
+            return intake.blocks.indexes(Coming.OPEN)[0]
         self._ledger.end_intake(seq_id, out)
         return sys.maxsize
 
@@ -151,7 +152,7 @@ class Prefetches:
         ledger = self._ledger
         admitted = (*ledger.pulling.values(), *ledger.running.values())
         if not any(self._aheads[seq.seq_id].loads for seq in ledger.waiting[:_MAX_SEQUENCES]) or any(
-            seq.pull is not None and seq.pull.open for seq in admitted
+            seq.pull is not None and seq.pull.is_pulling for seq in admitted
         ):
             return  # those that were admitted have the road to themselves
         room = self._max_blocks - self._num_blocks

@@ -7,15 +7,20 @@ then it is computed here.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
+import numpy as np
+import numpy.typing as npt
+
+from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, KvOffered, PullBlocks, PullEnded, StopAsking
-from engine.scheduling.sequence import OfferedBlock, Phase, RemotePull, Sequence
+from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from kvcache.load_plan import Load
+from kvcache.locations import Locations, chosen, is_of_prefix, is_partial, unpack_locations
 from messages.errors import InvariantError
-from messages.handoff import BlockLocation
 
 
 class RemotePulls:
@@ -78,21 +83,17 @@ class RemotePulls:
             self._ledger.free_orphans(event.seq_id, event.bad_indexes, event.quarantine_until_s)
             return
         seq = self._ledger.sequences.get(event.seq_id)
-        if seq is None or seq.pull is None or not seq.pull.open:
+        if seq is None or seq.pull is None or not seq.pull.is_pulling:
             raise InvariantError(f"a pull of sequence {event.seq_id!r} ended that was not running")
         pull = seq.pull
-        for index in pull.open:
-            if index in event.bad_indexes:
-                self.num_rejected_blocks += 1
-                continue
-            pull.arrived.add(index)
-            if (index + 1) * seq.block_size <= pull.end_tokens:
-                self._ledger.commit(seq, index)
-        if event.quarantine_until_s is not None and len(pull.arrived.intersection(pull.open)) < len(pull.open):
+        arrived = pull.blocks.arrive(event.bad_indexes)
+        self._ledger.commit(seq, arrived[: bisect_left(arrived, pull.end_tokens // seq.block_size)])
+        self.num_rejected_blocks += len(event.bad_indexes)
+        if event.quarantine_until_s is not None and event.bad_indexes:
             self.fall_back(seq, out)  # the bad targets become orphans, and from there go to quarantine
             self._ledger.free_orphans(event.seq_id, event.bad_indexes, event.quarantine_until_s)
             return
-        pull.open = {}
+        pull.blocks.close()
         self._go_on(seq, pull, out)
 
     def fall_back(self, seq: Sequence, out: list[Instruction]) -> None:
@@ -111,25 +112,19 @@ class RemotePulls:
         """Let a mixed sequence go on, also as it begins: over what arrived; it waits where more is on its way."""
         self._go_on(seq, _pull_of(seq), out)
 
-    def _note_offered(self, seq: Sequence, pull: RemotePull, source: str, blocks: Items[BlockLocation]) -> None:
-        num_blocks = seq.num_blocks_for(pull.end_tokens)
-        for location in blocks:
-            index = location.index
-            if not pull.first_index <= index < num_blocks or pull.is_coming(index):
-                continue
-            if _is_expected(seq, pull, location):
-                pull.offered[index] = OfferedBlock(source, location)
-            else:
-                self.num_rejected_blocks += 1
+    def _note_offered(self, seq: Sequence, pull: RemotePull, source: str, blocks: bytes) -> None:
+        rows = chosen(unpack_locations(blocks), pull.blocks.lacks)
+        expected = chosen(rows, lambda rows: _is_expected(seq, pull, rows))
+        self.num_rejected_blocks += len(rows) - len(expected)
+        pull.blocks.offer(source, expected)
 
     def _go_on(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what was offered meanwhile; else decode when everything is there, or compute what is not."""
         if pull.is_mixed:
-            come_to = seq.num_blocks_for(max(seq.num_computed, seq.planned_end))
-            pull.offered = {index: block for index, block in pull.offered.items() if index >= come_to}
-        if not pull.open and not pull.offered and pull.asked:
+            pull.blocks.withdraw_before(seq.num_blocks_for(max(seq.num_computed, seq.planned_end)))
+        if not pull.is_pulling and not pull.blocks.has(Coming.OFFERED) and pull.asked:
             self._ask_others(seq, pull, out)
-        if pull.offered and not pull.open:
+        if not pull.is_pulling and pull.blocks.has(Coming.OFFERED):
             self._pull_next(seq, pull, out)
         if pull.is_mixed:
             self._meet(seq, pull, out)
@@ -146,7 +141,7 @@ class RemotePulls:
         lacking = [
             index
             for index, copy in pull.asked.items()
-            if index >= first and copy.address not in pull.holders and index not in pull.arrived
+            if index >= first and copy.address not in pull.holders and pull.blocks.state(index) is not Coming.ARRIVED
         ]
         if lacking:
             pull.failed |= {pull.asked.pop(index) for index in lacking}
@@ -154,14 +149,9 @@ class RemotePulls:
 
     def _pull_next(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Pull what one source offers: all of it, or, beside the computing of the head, a portion from the tail."""
-        indexes = list(pull.offered)
-        if pull.is_mixed:
-            indexes = sorted(indexes, reverse=True)
-        source = pull.offered[indexes[0]].source  # the others' turn comes when this pull has ended
-        taken = [index for index in indexes if pull.offered[index].source == source][: pull.portion_blocks]
-        pull.open = {index: pull.offered.pop(index) for index in taken}
-        pairs = [(block.location, seq.block_table[index]) for index, block in pull.open.items()]
-        out.append(PullBlocks(seq.seq_id, source, pairs))
+        source, rows = pull.blocks.begin_pull(pull.portion_blocks, is_tail_first=pull.is_mixed)
+        targets = tuple(map(seq.block_table.__getitem__, rows["index"].tolist()))
+        out.append(PullBlocks(seq.seq_id, source, rows.tobytes(), targets))
 
     def _meet(self, seq: Sequence, pull: RemotePull, out: list[Instruction]) -> None:
         """Let a mixed sequence compute what is not on its way, and wait where it has come to what is."""
@@ -170,11 +160,11 @@ class RemotePulls:
         self._ledger.pass_arrived(seq)
         index = seq.num_blocks_for(seq.num_computed)
         is_waiting = seq.phase is Phase.PULLING
-        if (index in pull.open) is not is_waiting:
+        if (pull.blocks.state(index) is Coming.OPEN) is not is_waiting:
             (self._ledger.resume if is_waiting else self._ledger.pause)(seq)
         if (
-            not pull.open
-            and all(arrived < index for arrived in pull.arrived)
+            not pull.is_pulling
+            and pull.blocks.last_arrived() < index
             and (pull.is_over or index >= seq.num_blocks_for(pull.end_tokens))
         ):
             out += [StopAsking(seq.seq_id, address) for address in sorted(pull.holders)]
@@ -193,11 +183,16 @@ def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
     return max(0, cached - pull.first_index * seq.block_size - others)
 
 
-def _is_expected(seq: Sequence, pull: RemotePull, location: BlockLocation) -> bool:
-    """Tell whether an offered block is the one that this sequence has at that index."""
-    num_tokens = min(seq.block_size, pull.end_tokens - location.index * seq.block_size)
-    name = seq.names[location.index] if num_tokens == seq.block_size else b""
-    return location.num_tokens == num_tokens and location.name == name
+def _is_expected(seq: Sequence, pull: RemotePull, rows: Locations) -> npt.NDArray[np.bool_]:
+    """Tell which offered blocks are those that this sequence has at their indexes."""
+    if not len(rows):
+        return np.zeros(0, bool)
+    begin, end = int(rows["index"].min()), int(rows["index"].max()) + 1
+    num_full, rest = divmod(pull.end_tokens, seq.block_size)
+    is_expected = is_of_prefix(rows, begin, seq.names[begin : min(end, num_full)], seq.block_size)
+    if rest and end > num_full:
+        is_expected |= is_partial(rows, num_full, rest)
+    return is_expected
 
 
 def _pull_of(seq: Sequence) -> RemotePull:

@@ -15,13 +15,12 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
+from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.slots import Slot
 from kvcache.load_plan import LoadPlan
 from kvcache.names import BlockNamer, pack_tokens
-from messages.handoff import BlockLocation
 from messages.request import SUSPECT_TOKENS, Copy
 from messages.stream import FinishReason, TokenLogprob
 from messages.tier import Tier
@@ -38,13 +37,6 @@ class Phase(Enum):
     ENDED = "ended"  #: gone; a step or a pull may still use its blocks
 
 
-class OfferedBlock(NamedTuple):
-    """A block that can be pulled."""
-
-    source: str  #: its owner's address
-    location: BlockLocation
-
-
 @dataclass(slots=True)
 class RemotePull:
     """The KV that others have for a sequence. One pull at a time, so that its end needs no number.
@@ -59,14 +51,12 @@ class RemotePull:
     first_index: int  #: blocks before it were held already
     end_tokens: int  #: that the blocks of the table hold when all arrived: all full, or the whole prompt
     deadline_s: float  #: of the whole phase
+    blocks: ComingBlocks  #: of the table, from `first_index` on; those found have arrived
     expected_s: float = math.inf  #: by then it is predicted to be over
     is_mixed: bool = False
     meet_tokens: int = 0  #: where computing and pulling are predicted to meet, where the head is computed meanwhile
     portion_blocks: int = sys.maxsize  #: in one pull, where the head is computed meanwhile
     found: frozenset[int] = frozenset()  #: indexes from `first_index` on that were held, too
-    arrived: set[int] = field(default_factory=set)  #: indexes that are whole and verified; those found, too
-    offered: dict[int, OfferedBlock] = field(default_factory=dict)  #: to be pulled next
-    open: dict[int, OfferedBlock] = field(default_factory=dict)  #: being pulled, all from one source
     asked: dict[int, Copy] = field(default_factory=dict)  #: the holder that each index is to come, or came, from
     holders: set[str] = field(default_factory=set)  #: that were asked for blocks by name, and may offer more
     failed: set[Copy] = field(default_factory=set)  #: that did not give what they were asked for
@@ -76,15 +66,20 @@ class RemotePull:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come: the last offer was made, and nothing is offered or being pulled."""
-        return self.has_last_offer and not self.holders and not self.open and not self.offered
+        return self.has_last_offer and not self.holders and not self.is_pulling and not self.blocks.has(Coming.OFFERED)
+
+    @property
+    def is_pulling(self) -> bool:
+        """Whether blocks are being pulled."""
+        return self.blocks.has(Coming.OPEN)
 
     def is_coming(self, index: int) -> bool:
         """Tell whether the block is here by this pull, or being pulled."""
-        return index in self.arrived or index in self.open
+        return self.blocks.state(index) >= Coming.OPEN
 
     def first_missing(self, num_blocks: int) -> int:
         """Return the first index below `num_blocks` that is neither held nor arrived; `num_blocks` if there is none."""
-        return next((i for i in range(self.first_index, num_blocks) if i not in self.arrived), num_blocks)
+        return min(num_blocks, self.first_index + self.blocks.num_leading())
 
 
 class Sequence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.scheduling.backlog import Backlog
+from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskRemote, Instruction
 from engine.scheduling.remote_pulls import RemotePulls
@@ -64,7 +65,7 @@ class Sourcing:
 
         def is_here(index: int) -> bool:
             if pull is not None:
-                return pull.is_coming(index) or index in pull.offered or index in pull.asked
+                return pull.blocks.state(index) is not Coming.LACKING or index in pull.asked
             return pool.holds(seq.names[index])
 
         def price_of(copy: Copy) -> MovePrice | None:
@@ -114,7 +115,7 @@ class Sourcing:
             pull.portion_blocks = max(1, int(_PORTION_S / plan.load_s * num_blocks))
             pull.meet_tokens = plan.meet_tokens
         self.pulls.ask(seq, plan.loads, out)
-        if pull.open:
+        if pull.is_pulling:
             self.pulls.go_on(seq, out)  # it waits for these, which are its next
         return deadline_s
 
@@ -130,7 +131,7 @@ class Sourcing:
         pull.failed.add(Copy(seq.spec.remote_source, "device"))  # what that worker has it hands over anyway
         self.pulls.ask(seq, plan.loads, out)
         end, last = pull.first_index, (seq.num_prompt_tokens - 1) // seq.block_size
-        while end < last and (end in pull.arrived or end in pull.asked):
+        while end < last and (pull.blocks.state(end) is Coming.ARRIVED or end in pull.asked):
             end += 1
         out.append(AskRemote(seq.seq_id, end * seq.block_size))
         return pull.deadline_s

@@ -11,6 +11,8 @@ import pytest
 
 from decode import worker as decode_worker
 from engine.scheduling.backlog import Backlog
+from engine.scheduling.coming import Coming
+from kvcache.locations import each_location, pack_locations
 from kvcache.names import pack_tokens
 from messages.handoff import KvHandoff, ReleaseLease
 from messages.price import ComputePrice, MovePrice
@@ -344,8 +346,9 @@ async def test_a_location_outside_the_peers_pool_is_refused_and_the_next_request
 
         def lying_send(peer, message):
             if is_lying and isinstance(message, KvHandoff) and message.blocks:
-                wrong = msgspec.structs.replace(message.blocks[0], block_id=1 << 30)
-                message = msgspec.structs.replace(message, blocks=[wrong, *message.blocks[1:]])
+                first, *others = each_location(message.blocks)
+                wrong = msgspec.structs.replace(first, block_id=1 << 30)
+                message = msgspec.structs.replace(message, blocks=pack_locations([wrong, *others]))
             send(peer, message)
 
         monkeypatch.setattr(pair.prefill._worker, "send", lying_send)
@@ -580,7 +583,9 @@ async def test_a_head_that_is_computed_while_the_tail_is_pulled_gives_the_same_t
         answer = ingress.send("r", shared + tail, held=held_at(asked.address, 40))
         await until(lambda: steps.is_holding)
         pull = scheduler._ledger.sequences["r"].pull
-        await until(lambda: pull is None or pull.arrived)  # all of it came during the first step, or some does now
+        await until(
+            lambda: pull is None or pull.blocks.has(Coming.ARRIVED)
+        )  # all of it came during the first step, or some does now
         steps.go_on()
         assert await ingress.finish(answer) == [reference.greedy(shared + tail, 16)]
         assert 0 < answer.sources.peer < 640

@@ -35,14 +35,16 @@ from engine.scheduling.plan import (
     TimePassed,
 )
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import BlockLocation, each_location, pack_locations
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError
-from messages.handoff import BlockLocation, FoundRun
+from messages.handoff import FoundRun
 from messages.price import MovePrice
 from messages.request import Copy
 from messages.stream import TokenLogprob
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token
+from tests.locations import pairs_of
 from tests.slot_mirror import SlotMirror
 
 
@@ -176,8 +178,8 @@ class FakeWorker:
                     self.offloaded |= set(names)
                 case LendBlocks(lease_id, blocks):
                     self._take_lent(lease_id, blocks)
-                case PullBlocks(seq_id, _, pairs):
-                    self._start_pull(seq_id, pairs)
+                case PullBlocks(seq_id):
+                    self._start_pull(seq_id, pairs_of(instruction))
                 case EmitTokens():
                     self._take_tokens(instruction)
                 case OfferBlocks():
@@ -209,7 +211,7 @@ class FakeWorker:
         self.offered[seq_id] |= set(indexes)
         if is_last:
             del self.questions[seq_id, source]
-        self.post(BlocksOffered(seq_id, source, blocks, is_last))
+        self.post(BlocksOffered(seq_id, source, pack_locations(blocks), is_last))
 
     def find_ahead(self, seq_id: str, source: str, runs: list[FoundRun]) -> None:
         """A holder says where it has what it will be asked for."""
@@ -298,7 +300,7 @@ class FakeWorker:
         self.offered[seq_id] |= set(indexes)
         if is_last:
             del self.asked[seq_id]
-        self.post(KvOffered(seq_id, "owner", blocks, is_last, first, None, cached))
+        self.post(KvOffered(seq_id, "owner", pack_locations(blocks), is_last, first, None, cached))
 
     def end_pull(self, seq_id: str, bad: set[int] = frozenset(), quarantine_until_s: float | None = None) -> None:
         pairs, generations = self.pulls.pop(seq_id)
@@ -426,7 +428,7 @@ class FakeWorker:
         assert not expected.is_over
         num_prompt = expected.spec.num_prompt_tokens
         known = {location.index: location for location in self.kept.get(offer.seq_id, [])}
-        for location in offer.blocks:
+        for location in each_location(offer.blocks):
             numbers = expected.numbers[location.index * size :][: location.num_tokens]
             assert location.num_tokens == min(size, num_prompt - location.index * size)
             assert location.generation == self.pool.generation(location.block_id)

@@ -9,9 +9,10 @@ import torch
 from engine.memory.checksums import BlockChecksums
 from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.puller import BlockPuller
+from kvcache.locations import BlockLocation
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
-from messages.handoff import BlockLocation, RegionsDescribed
+from messages.handoff import RegionsDescribed
 from transport.loopback import LoopbackNetwork, LoopbackTransport
 from transport.memory import Memory
 from transport.roads import Roads
@@ -48,9 +49,9 @@ class SharedPool:
 
     def published(self, *block_ids: int) -> list[BlockLocation]:
         """Those blocks, as the first of a sequence."""
-        checksums = self.checksums.published(block_ids)
+        checksums = self.checksums.published(block_ids).tolist()
         return [
-            BlockLocation(index, block_id, self.books.generation(block_id), b"name", SIZE, checksum)
+            BlockLocation(index, block_id, self.books.generation(block_id), b"name".ljust(16), SIZE, checksum)
             for index, (block_id, checksum) in enumerate(zip(block_ids, checksums, strict=True))
         ]
 

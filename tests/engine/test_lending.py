@@ -11,13 +11,14 @@ from engine.lending import Lender
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import BlocksReleased, Event, LendBlocks
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import each_location
 from kvcache.pool import BlockPool
 from messages.handoff import BlocksRequest, KvHandoff, ReleaseLease, RenewLease
 from messages.wire import Message
 
 A, B = b"asker a", b"asker b"
 LEASE_S = 5.0
-NAMES = [bytes([index]) * 16 for index in range(4)]
+NAMES = [bytes([index]) * 16 for index in range(1, 5)]
 
 
 class Bench:
@@ -73,14 +74,16 @@ def bench(monkeypatch) -> Iterator[Bench]:
 def test_what_is_there_is_offered_pinned_with_its_place_and_checksum(bench):
     handoff = bench.ask(A, NAMES[1:3], first_index=5)
     assert (handoff.lease_s, handoff.first_token, handoff.tier) == (LEASE_S, None, "device")
-    assert [(block.index, block.name, block.num_tokens) for block in handoff.blocks] == [
+    assert [(block.index, block.name, block.num_tokens) for block in each_location(handoff.blocks)] == [
         (5, NAMES[1], 4),
         (6, NAMES[2], 4),
     ]
-    assert [block.block_id for block in handoff.blocks] == bench.held[1:3]
-    assert [block.generation for block in handoff.blocks] == [bench.pool.generation(b) for b in bench.held[1:3]]
-    assert [block.checksum for block in handoff.blocks] == checksums(bench.held[1:3])
-    assert [block.tenant for block in handoff.blocks] == [7, 7]
+    assert [block.block_id for block in each_location(handoff.blocks)] == bench.held[1:3]
+    assert [block.generation for block in each_location(handoff.blocks)] == [
+        bench.pool.generation(b) for b in bench.held[1:3]
+    ]
+    assert [block.checksum for block in each_location(handoff.blocks)] == checksums(bench.held[1:3])
+    assert [block.tenant for block in each_location(handoff.blocks)] == [7, 7]
     assert bench.pinned() == [0, 1, 1, 0]
     assert bench.lender.num_lent_blocks == 2
 
@@ -93,12 +96,19 @@ def test_what_is_lent_is_not_evicted(bench):
 
 def test_holes_are_left_out(bench):
     handoff = bench.ask(A, [NAMES[0], b"x" * 16, NAMES[2], b"y" * 16])
-    assert [(block.index, block.name) for block in handoff.blocks] == [(0, NAMES[0]), (2, NAMES[2])]
+    assert [(block.index, block.name) for block in each_location(handoff.blocks)] == [(0, NAMES[0]), (2, NAMES[2])]
     assert bench.pinned() == [1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("first_index", [-1, 2**32 - 1, 2**62])
+def test_a_position_that_no_block_can_have_becomes_one_that_it_can(bench, first_index):
+    handoff = bench.ask(A, NAMES[:2], first_index=first_index)
+    first, second = (block.index for block in each_location(handoff.blocks))
+    assert second == first + 1 < 2**32
+
+
 def test_nothing_is_held_for_an_empty_answer(bench):
-    assert bench.ask(A, [b"x" * 16]).blocks == []
+    assert bench.ask(A, [b"x" * 16]).blocks == b""
     assert (bench.pool.num_used, bench.lender.leases.num_open) == (0, 0)
     assert not bench.lender.take(A, ReleaseLease(request_id="q"))  # somebody else's, or of what ended
 
@@ -145,9 +155,9 @@ def test_two_askers_may_use_one_id(bench):
 
 def test_a_second_question_under_an_id_takes_the_place_of_the_first(bench):
     bench.ask(A, NAMES[:2])
-    assert [block.name for block in bench.ask(A, NAMES[1:]).blocks] == NAMES[1:]
+    assert [block.name for block in each_location(bench.ask(A, NAMES[1:]).blocks)] == NAMES[1:]
     assert bench.pinned() == [0, 1, 1, 1]
-    assert bench.ask(A, [b"x" * 16]).blocks == []
+    assert bench.ask(A, [b"x" * 16]).blocks == b""
     assert bench.pinned() == [0] * 4
 
 

@@ -35,10 +35,10 @@ from engine.scheduling.plan import (
     StopAsking,
     StopRemote,
 )
+from kvcache.locations import BlockLocation, pack_locations
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError
 from messages.handoff import (
-    BlockLocation,
     BlocksFound,
     BlocksRequest,
     FoundRun,
@@ -65,7 +65,7 @@ def renew(loan_id: str, source: str = P) -> TellOwner:
 
 
 def pull_of(seq_id: str, source: str = P, blocks: Sequence[BlockLocation] = BLOCKS[:3]) -> PullBlocks:
-    return PullBlocks(seq_id, source, [(block, 0) for block in blocks])
+    return PullBlocks(seq_id, source, pack_locations(blocks), (0,) * len(blocks))
 
 
 class Bench:
@@ -116,7 +116,7 @@ class Bench:
         handoff = KvHandoff(
             request_id=loan_id,
             lease_s=5.0,
-            blocks=list(blocks),
+            blocks=pack_locations(blocks),
             is_last=is_last,
             first_token=first_token,
             elapsed_s=elapsed_s,
@@ -153,9 +153,9 @@ def bench() -> Iterator[Bench]:
 
 def test_a_prompts_handoff_is_offered_with_its_source(bench):
     bench.want_prompt()
-    assert bench.hand_off() == [TellScheduler("r", KvOffered("r", P, BLOCKS[:3], False, None, None, 0))]
+    assert bench.hand_off() == [TellScheduler("r", KvOffered("r", P, pack_locations(BLOCKS[:3]), False, None, None, 0))]
     assert bench.post(SchedulerTold("r")) == []
-    last = KvOffered("r", P, [], True, 42, None, 0)
+    last = KvOffered("r", P, b"", True, 42, None, 0)
     assert bench.hand_off(blocks=[], is_last=True, first_token=42) == [TellScheduler("r", last)]
     bench.post(SchedulerTold("r"))
 
@@ -292,13 +292,15 @@ def test_a_holder_is_asked_by_name_under_an_id_of_its_own(bench):
 
 def test_what_a_holder_offers_in_parts_is_told_in_parts_and_released_when_all_of_it_was_pulled(bench):
     loan_id = bench.ask()
-    assert bench.hand_off(loan_id) == [TellScheduler("r", BlocksOffered("r", P, BLOCKS[:3], is_last=False))]
+    assert bench.hand_off(loan_id) == [
+        TellScheduler("r", BlocksOffered("r", P, pack_locations(BLOCKS[:3]), is_last=False))
+    ]
     bench.begin_pull(pull_of("r"))
     assert bench.post(SchedulerTold("r")) == []
     bench.end_pull()
     assert bench.post(SchedulerTold("r")) == []  # more may come
     bench.now_s = 3.0
-    last = TellScheduler("r", BlocksOffered("r", P, BLOCKS[3:], is_last=True))
+    last = TellScheduler("r", BlocksOffered("r", P, pack_locations(BLOCKS[3:]), is_last=True))
     assert bench.hand_off(loan_id, blocks=BLOCKS[3:], is_last=True, elapsed_s=0.5, tier="disk") == [last]
     bench.begin_pull(pull_of("r", blocks=BLOCKS[3:]))
     assert bench.post(SchedulerTold("r")) == []
@@ -317,14 +319,14 @@ def test_what_a_holder_offers_whole_is_released_when_its_pull_has_ended(bench):
 
 def test_a_holder_that_has_nothing_any_more_teaches_no_price(bench):
     loan_id = bench.ask()
-    told = TellScheduler("r", BlocksOffered("r", P, [], is_last=True))
+    told = TellScheduler("r", BlocksOffered("r", P, b"", is_last=True))
     assert bench.hand_off(loan_id, blocks=[], is_last=True) == [told]
     assert bench.post(SchedulerTold("r")) == [release(loan_id)]
 
 
 def test_of_a_holder_that_refuses_nothing_more_comes(bench):
     loan_id = bench.ask()
-    assert bench.post(Refused(P, loan_id)) == [TellScheduler("r", BlocksOffered("r", P, [], is_last=True))]
+    assert bench.post(Refused(P, loan_id)) == [TellScheduler("r", BlocksOffered("r", P, b"", is_last=True))]
     assert bench.post(SchedulerTold("r")) == []
     assert bench.post(Refused(P, loan_id)) == []
     assert bench.book.num_refused == 0  # it is no prompt
@@ -336,7 +338,7 @@ def test_a_lost_holder_offers_nothing_more_but_what_it_offered_whole_is_pulled_t
     bench.hand_off(whole, is_last=True)
     bench.begin_pull(pull_of("b"))
     bench.ask("c", source=Q)
-    assert bench.post(OwnerLost(P)) == [TellScheduler("a", BlocksOffered("a", P, [], is_last=True))]
+    assert bench.post(OwnerLost(P)) == [TellScheduler("a", BlocksOffered("a", P, b"", is_last=True))]
     bench.end_pull("b", frozenset({0, 1, 2}))
     assert bench.post(SchedulerTold("b")) == []  # nobody is there to be told
 
@@ -458,7 +460,9 @@ def test_a_second_question_to_the_same_holder_ends_the_first(bench):
     second = asked.message.request_id
     assert second != first
     assert bench.hand_off(first, is_last=True) == [release(first)]  # it was on its way
-    assert bench.hand_off(second) == [TellScheduler("r", BlocksOffered("r", P, BLOCKS[:3], is_last=False))]
+    assert bench.hand_off(second) == [
+        TellScheduler("r", BlocksOffered("r", P, pack_locations(BLOCKS[:3]), is_last=False))
+    ]
 
 
 def test_who_computes_the_prompt_goes_on_when_asked_by_name_too(bench):
@@ -467,7 +471,7 @@ def test_who_computes_the_prompt_goes_on_when_asked_by_name_too(bench):
     assert [type(instruction) for instruction in asked] == [AskOwner]
     loan_id = asked[0].message.request_id
     assert bench.post(StopAsking("r", P)) == [release(loan_id)]
-    assert bench.hand_off() == [TellScheduler("r", KvOffered("r", P, BLOCKS[:3], False, None, None, 0))]
+    assert bench.hand_off() == [TellScheduler("r", KvOffered("r", P, pack_locations(BLOCKS[:3]), False, None, None, 0))]
 
 
 def test_of_two_holders_one_that_offered_all_is_kept_while_the_other_is_pulled(bench):

@@ -19,6 +19,7 @@ from engine.puller import BlockPuller
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import Event, LendBlocks, OffloadBlocks
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import each_location, num_locations
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.fleet import WorkerInfo
@@ -197,7 +198,7 @@ async def test_chains_go_down_one_after_the_other_and_what_is_there_is_not_writt
     for chain in ((1, 2), (1, 2, 3), (1, 2), (4,)):
         world.worker.offer(*chain)
     await world.worker.settled(4)
-    granted = [[block.index for block in grant.blocks] for grant in world.worker.told]
+    granted = [[block.index for block in each_location(grant.blocks)] for grant in world.worker.told]
     assert granted == [[0, 1], [2], [], [0]]  # one question each: what went down whole is not asked for again
 
 
@@ -208,7 +209,7 @@ async def test_what_was_evicted_meanwhile_is_left_out_and_its_room_given_back(wo
     await world.worker.settled(2)
     assert (await world.fetch(1, 2, 3, 4)).keys() == {1, 3}
     granted = await world.clients[0].room([name(2), name(4)])
-    assert [block.name for block in granted.blocks] == [name(2), name(4)]
+    assert [block.name for block in each_location(granted.blocks)] == [name(2), name(4)]
 
 
 async def test_where_nothing_is_left_to_write_the_next_chain_has_its_turn(world):
@@ -226,7 +227,7 @@ async def test_a_chain_for_which_there_is_no_room_at_once_goes_down_in_parts(wor
     world.worker.offer(*numbers)
     await world.use()
     await world.worker.settled(7)
-    sizes = [len(granted.blocks) for granted in world.worker.told]
+    sizes = [num_locations(granted.blocks) for granted in world.worker.told]
     assert max(sizes) == 4
     assert sum(sizes) == 7
     assert world.process.cache.num_seen_again == 0
@@ -241,10 +242,11 @@ async def test_room_that_was_taken_back_is_not_written_to(world):
 
     def take_back_then_write(arena, *args):
         world.worker.offloader._write = write
-        granted = world.worker.told[-1].blocks
+        granted = each_location(world.worker.told[-1].blocks)
         client._generations[granted[0].block_id] += 1  # as its owner does it
-        written.extend(write(arena, *args))
-        return written
+        packed = write(arena, *args)
+        written.extend(each_location(packed))
+        return packed
 
     world.worker.offloader._write = take_back_then_write
     world.worker.offer(1, 2)

@@ -10,6 +10,7 @@ from engine.loans import LearnHandoff
 from engine.memory.kv_pool import LayerSpec
 from engine.peers import Peers
 from engine.puller import PullOutcome
+from kvcache.locations import pack_locations
 from kvcache.price import ASSUMED_MOVE, ASSUMED_MOVES
 from messages.handoff import DescribeRegions, ReleaseLease, RenewLease
 from messages.request import Copy
@@ -74,8 +75,8 @@ class Setting:
         return address
 
     async def pull(self, address: str, owner: Owner, block_id: int, target: int) -> PullOutcome:
-        pairs = list(zip(owner.pool.published(block_id), (target,), strict=True))
-        return await self.peers.pull(address, pairs, lambda: None)
+        blocks = pack_locations(owner.pool.published(block_id))
+        return await self.peers.pull(address, blocks, [target], lambda: None)
 
 
 def learned(owner: Owner, elapsed_s: float, *, asked_s: float | None = None) -> LearnHandoff:

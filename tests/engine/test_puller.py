@@ -9,6 +9,7 @@ import pytest
 
 from engine.memory.kv_pool import LayerSpec
 from engine.puller import PullOutcome
+from kvcache.locations import pack_locations
 from messages.handoff import RegionInfo
 from tests.engine.shared_pools import NUM_BLOCKS, SharedPool
 from transport.checksum import checksum
@@ -36,7 +37,8 @@ class Setting:
         self.num_arrived += 1
 
     async def pull(self, pairs) -> PullOutcome:
-        return await self.puller.pull(self.link, self.peer, pairs, self._count)
+        blocks, targets = pack_locations(location for location, _ in pairs), [target for _, target in pairs]
+        return await self.puller.pull(self.link, self.peer, blocks, targets, self._count)
 
     def fault(self, *faults, roads: str = "ab") -> None:
         for road in roads:
@@ -138,10 +140,10 @@ async def test_where_late_bytes_may_land_nothing_that_came_is_used(setting):
     assert setting.rejected == Counter(transfer=2)
 
 
-@pytest.mark.parametrize("block_id", [-1, NUM_BLOCKS])
+@pytest.mark.parametrize("block_id", [NUM_BLOCKS, 2**32 - 1])
 async def test_a_location_outside_the_peers_pool_is_refused_with_all_others(setting, block_id):
     locations = setting.owner.published(0, 1)
-    locations[1] = type(locations[1])(1, block_id, 0, b"name", 4, 0)
+    locations[1] = type(locations[1])(1, block_id, 0, b"name".ljust(16), 4, 0)
     before = setting.own.row(0)
     assert (await setting.pull(list(zip(locations, (0, 1), strict=True)))).bad == {0, 1}
     assert setting.own.row(0) == before

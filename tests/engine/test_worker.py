@@ -11,6 +11,7 @@ import pytest
 
 from engine.scheduling.plan import EmitTokens, Instruction, SequenceAdded, SequenceSpec
 from engine.worker import EngineWorker
+from kvcache.locations import each_location
 from kvcache.names import split_names
 from messages.errors import InvariantError
 from messages.fleet import (
@@ -199,10 +200,12 @@ async def test_whoever_asks_for_blocks_by_name_is_lent_what_is_held_until_it_let
     [handoff] = caller.got
     assert isinstance(handoff, KvHandoff)
     assert (handoff.request_id, handoff.is_last) == ("q", True)
-    assert [block.name for block in handoff.blocks] == held
-    assert [block.index for block in handoff.blocks] == [2, *range(4, 3 + len(held))]
-    block_ids = [block.block_id for block in handoff.blocks]
-    assert [block.checksum for block in handoff.blocks] == setting.worker.engine.checksums.compute(block_ids)
+    assert [block.name for block in each_location(handoff.blocks)] == held
+    assert [block.index for block in each_location(handoff.blocks)] == [2, *range(4, 3 + len(held))]
+    block_ids = [block.block_id for block in each_location(handoff.blocks)]
+    assert [block.checksum for block in each_location(handoff.blocks)] == setting.worker.engine.checksums.compute(
+        block_ids
+    )
     assert pool.num_used == len(held) == 3
     caller.client.send(ReleaseLease(request_id="q"))
     await until(lambda: not pool.num_used)

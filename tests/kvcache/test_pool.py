@@ -389,7 +389,7 @@ def test_a_pool_without_room_is_refused(num_blocks: int, block_size: int) -> Non
 
 def test_too_few_generations_are_refused() -> None:
     with pytest.raises(InvariantError, match="2 generations for 4 blocks"):
-        BlockPool(4, 16, [0, 0])
+        BlockPool(4, 16, memoryview(bytearray(16)).cast("Q"))
 
 
 def _break_pins(pool: BlockPool, held: list[int]) -> None:
@@ -451,7 +451,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(1, 9))
     def make(self, num_blocks: int) -> None:
-        self.generations = [0] * num_blocks
+        self.generations = memoryview(bytearray(8 * num_blocks)).cast("Q")
         self.pool = BlockPool(num_blocks, 16, self.generations, first_generation=0)
         self.tables_held: dict[int, list[int]] = {}
         self.content: dict[int, bytes] = {}  # of committed blocks

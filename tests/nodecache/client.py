@@ -8,11 +8,11 @@ from itertools import count
 
 import numpy as np
 
+from kvcache.locations import BlockLocation, each_location, pack_locations
 from kvcache.names import split_names
 from kvcache.region import RegionLayout
 from messages.fleet import GetStats, KvEvents, LoadReport, Stats, Subscribe
 from messages.handoff import (
-    BlockLocation,
     BlocksRequest,
     BlocksWritten,
     DescribeRegions,
@@ -86,12 +86,12 @@ class CacheClient:
         """Write blocks into the arena; return the names of those that the node cache has for sure taken in."""
         granted = await self.room(names, first_index, tenant)
         written: list[BlockLocation] = []
-        for location in granted.blocks:
+        for location in each_location(granted.blocks):
             self.on_step()
             if int(self._generations[location.block_id]) == location.generation:
                 written.append(self.fill(location))
         self.on_step()
-        self.client.send(BlocksWritten(request_id=granted.request_id, blocks=written))
+        self.client.send(BlocksWritten(request_id=granted.request_id, blocks=pack_locations(written)))
         self.on_step()
         await self.stats()
         return [location.name for location in written]
@@ -124,7 +124,7 @@ class CacheClient:
         request_id = f"fetch {next(_ids)}"
         handoffs = await self.offers(request_id, names, **options)
         arrived: dict[bytes, bytes] = {}
-        for location in (location for handoff in handoffs for location in handoff.blocks):
+        for location in (location for handoff in handoffs for location in each_location(handoff.blocks)):
             self.on_step()
             data = await self.pull(location)
             if data is not None:

@@ -25,11 +25,11 @@ from hypothesis.stateful import (
 )
 
 from kvcache.leases import AskerLost, LeaseBook, TimePassed
+from kvcache.locations import BlockLocation, each_location, pack_locations
 from kvcache.names import split_names
 from messages.errors import InvariantError
 from messages.handoff import (
     BlockHint,
-    BlockLocation,
     BlocksFound,
     BlocksRequest,
     BlocksWritten,
@@ -190,12 +190,12 @@ class CacheMachine(RuleBasedStateMachine):
         offered = self.offered[asker, handoff.request_id]
         assert not offered.is_whole
         offered.is_whole = handoff.is_last
-        for location in handoff.blocks:
+        for location in each_location(handoff.blocks):
             assert location.checksum == checksum_of(location.name)
             assert location.num_tokens == BLOCK_SIZE
             assert location.name in [name_of(location.index, chain) for chain in CHAINS]
-        assert not {b.name for b in offered.locations} & {b.name for b in handoff.blocks}
-        offered.locations += handoff.blocks
+        assert not {b.name for b in offered.locations} & {b.name for b in each_location(handoff.blocks)}
+        offered.locations += each_location(handoff.blocks)
 
     def answer(self, which: int, *, is_error: bool) -> None:
         """Let a store do what is pending."""
@@ -223,7 +223,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.now_s += seconds
         # The askers' own clocks: what they know to be over they do not touch any more.
         if seconds > LEASE_S / 2:
-            self.slow += [location for granted in self.grants.values() for location in granted.blocks]
+            self.slow += [location for granted in self.grants.values() for location in each_location(granted.blocks)]
             self.grants.clear()
             self.offered = {key: offered for key, offered in self.offered.items() if not offered.is_whole}
         self.post(TimePassed())
@@ -268,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
         asker, request_id = sorted(self.grants)[which % len(self.grants)]
         granted = self.grants.pop((asker, request_id))
         told = []
-        for position, location in enumerate(granted.blocks):
+        for position, location in enumerate(each_location(granted.blocks)):
             if not written >> position & 1:
                 continue
             if int(self.pool.arena.generations[location.block_id]) == location.generation:
@@ -280,7 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
                         *(BLOCK_SIZE, checksum_of(location.name)),
                     )
                 )
-        self.post(Said(asker, BlocksWritten(request_id=request_id, blocks=told)))
+        self.post(Said(asker, BlocksWritten(request_id=request_id, blocks=pack_locations(told))))
 
     @rule(
         asker=askers, request_id=request_ids, chain=chains, begin=st.integers(0, 3), length=lengths, tail=st.booleans()
@@ -316,7 +316,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.offered = {key: offered for key, offered in self.offered.items() if key[0] != asker}
         self.post(AskerLost(asker))
         for granted in late:
-            self.late += [(location.block_id, self.now_s + QUARANTINE_S) for location in granted.blocks]
+            self.late += [(location.block_id, self.now_s + QUARANTINE_S) for location in each_location(granted.blocks)]
 
     @precondition(lambda self: self.pending)
     @rule(which=st.integers(0, 9), is_error=st.booleans())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcache.locations import each_location, num_locations, pack_locations
 from messages.fleet import WorkerInfo
 from messages.handoff import BlocksWritten, KvHandoff, ReleaseLease
 from nodecache.cache import CacheLimits
@@ -130,14 +131,18 @@ async def test_two_writers_of_one_block_get_room_once_and_two_readers_lease_it_t
     one, other = await made.open(), await made.open()
     names = names_of(range(4))
     granted, refused = await one.room(names), await other.room(names)
-    assert len(granted.blocks) == 4
-    assert refused.blocks == []
-    one.client.send(BlocksWritten(request_id=granted.request_id, blocks=[one.fill(b) for b in granted.blocks]))
+    assert num_locations(granted.blocks) == 4
+    assert refused.blocks == b""
+    one.client.send(
+        BlocksWritten(
+            request_id=granted.request_id, blocks=pack_locations(one.fill(b) for b in each_location(granted.blocks))
+        )
+    )
     await one.stats()
     # The same id from two askers is two questions.
     for client in (one, other):
         [handoff] = await client.offers("q", names)
-        assert [location.name for location in handoff.blocks] == names
+        assert [location.name for location in each_location(handoff.blocks)] == names
         assert handoff.tier == "host"
     pool = made.process.cache.pool
     one.client.send(ReleaseLease(request_id="q"))
@@ -154,7 +159,7 @@ async def test_a_lost_asker_holds_nothing_and_a_lost_writer_gives_its_room_back_
     await keeper.write(names_of(range(4)))
     await lost.offers("q", names_of(range(4)))
     granted = await lost.room(names_of(range(10, 14)))
-    assert len(granted.blocks) == 4
+    assert num_locations(granted.blocks) == 4
     pool = made.process.cache.pool
     assert pool.num_used == 8
     lost.close()
@@ -172,7 +177,11 @@ async def test_leases_end_and_late_words_about_ended_grants_are_ignored(served):
     granted = await client.room(names_of(range(10, 12)))
     pool = made.process.cache.pool
     await made.settled(lambda: pool.num_used == 0 and pool.num_quarantined == 0)
-    client.client.send(BlocksWritten(request_id=granted.request_id, blocks=[client.fill(b) for b in granted.blocks]))
+    client.client.send(
+        BlocksWritten(
+            request_id=granted.request_id, blocks=pack_locations(client.fill(b) for b in each_location(granted.blocks))
+        )
+    )
     assert (await client.stats())["kvray_leases_expired_total"] == 2
     assert await client.fetch(names_of(range(10, 12))) == {}
 
@@ -186,10 +195,10 @@ async def test_what_left_the_arena_comes_back_from_the_store_batch_by_batch(serv
         await client.write(names[begin : begin + 8], begin)
         await made.settled(lambda end=begin + 8: len(list(store.names())) == end)
     handoffs = await client.offers("q", names[:12])
-    assert {location.name for handoff in handoffs for location in handoff.blocks} == set(names[:12])
+    assert {location.name for handoff in handoffs for location in each_location(handoff.blocks)} == set(names[:12])
     assert [handoff.is_last for handoff in handoffs] == [False] * (len(handoffs) - 1) + [True]
     assert [handoff.tier for handoff in handoffs] == ["disk"] * len(handoffs)
-    indexes = [location.index for handoff in handoffs for location in handoff.blocks]
+    indexes = [location.index for handoff in handoffs for location in each_location(handoff.blocks)]
     assert sorted(indexes) == list(range(12))  # batches are read beside each other
     client.client.send(ReleaseLease(request_id="q"))
     assert await client.fetch(names[:12]) == {name: content_of(name, BLOCK_BYTES) for name in names[:12]}
@@ -214,7 +223,7 @@ async def test_the_tail_comes_first_where_it_is_wanted_first(served):
     client = await made.open()
     await client.write(names_of(range(6)))
     [handoff] = await client.offers("q", names_of(range(2, 6)), is_tail_first=True, first_index=2)
-    assert [location.index for location in handoff.blocks] == [5, 4, 3, 2]
+    assert [location.index for location in each_location(handoff.blocks)] == [5, 4, 3, 2]
 
 
 async def test_a_store_that_fails_or_damages_costs_its_blocks_and_nothing_else(served):
@@ -256,7 +265,7 @@ async def test_a_store_that_does_not_answer_delays_nobody_else_and_is_given_up(s
     assert set(await other.fetch(held)) == set(there)
     assert not asked.done()
     [handoff] = await asked
-    assert (handoff.blocks, handoff.is_last) == ([], True)
+    assert (handoff.blocks, handoff.is_last) == (b"", True)
     store.answers.set()
     await made.settled(lambda: made.process.cache.pool.num_used == 0)
 
@@ -283,7 +292,7 @@ async def test_the_answer_to_nothing_is_nothing(served):
     made = served()
     client = await made.open()
     [handoff] = await client.offers("q", [])
-    assert handoff == KvHandoff(request_id="q", lease_s=30.0, blocks=[], tier="host", elapsed_s=handoff.elapsed_s)
+    assert handoff == KvHandoff(request_id="q", lease_s=30.0, blocks=b"", tier="host", elapsed_s=handoff.elapsed_s)
     assert (await client.stats())["kvray_leases"] == 0
 
 
@@ -294,7 +303,7 @@ async def test_a_prompt_of_a_million_tokens_is_looked_up_in_one_answer(served):
     names = names_of(range(1_000_000 // BLOCK_SIZE))
     assert await client.write(names[:32]) == names[:32]
     [handoff] = await client.offers("q", names)
-    assert [location.name for location in handoff.blocks] == names[:32]
+    assert [location.name for location in each_location(handoff.blocks)] == names[:32]
     assert (await client.stats())["kvray_cache_missed_total"] == len(names) - 32
 
 

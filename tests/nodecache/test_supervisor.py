@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 import transport.memory
+from kvcache.locations import num_locations
 from messages.errors import ConfigError
 from messages.fleet import WorkerInfo
 from nodecache.process import Start, Started
@@ -90,7 +91,7 @@ async def test_a_killed_process_is_followed_by_one_that_has_its_blocks(world):
     assert made.infos[0].worker_id != made.infos[1].worker_id
     values = await heir.stats()
     assert values["kvray_cache_blocks_adopted"] == 16
-    assert values["kvray_blocks_quarantined"] == len(granted.blocks) == 10
+    assert values["kvray_blocks_quarantined"] == num_locations(granted.blocks) == 10
     assert values["kvray_blocks_pinned"] == 0
     assert await heir.fetch(names) == {name: content_of(name, BLOCK_BYTES) for name in names}
     assert not client.arena.is_current()  # who had mapped it before finds out

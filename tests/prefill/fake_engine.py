@@ -18,10 +18,10 @@ from engine.scheduling.plan import (
     StepWanted,
 )
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import BlockLocation
 from kvcache.names import unpack_tokens
 from kvcache.pool import BlockPool, BlockState
 from messages.errors import WorkerError
-from messages.handoff import BlockLocation
 from messages.request import GenerateRequest
 from messages.wire import Message
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token, seed_number
@@ -194,7 +194,7 @@ class FakeEngine:
 
 
 def checksum(content: list[int]) -> int:
-    return hash(tuple(content))
+    return hash(tuple(content)) % 2**64
 
 
 @dataclass

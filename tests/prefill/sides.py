@@ -51,6 +51,7 @@ from engine.scheduling.plan import (
     StopRemote,
 )
 from kvcache.leases import AskerLost, FreeBlocks, LeaseEvent, Released, Renewed, TimePassed
+from kvcache.locations import each_location, num_locations, pack_locations
 from kvcache.pool import BlockState
 from messages.handoff import (
     BlocksRequest,
@@ -73,6 +74,7 @@ from prefill.publications import (
     Publish,
     TellFailed,
 )
+from tests.locations import pairs_of
 from tests.prefill.fake_engine import (
     LEASE_S,
     QUARANTINE_S,
@@ -159,9 +161,9 @@ class PrefillSide:
 
     def send_lent(self, asker: bytes, handoff: Message) -> None:
         assert isinstance(handoff, KvHandoff)
-        self.world.seen["lent by name"] += len(handoff.blocks)
+        self.world.seen["lent by name"] += num_locations(handoff.blocks)
         self.world.seen["not there any more"] += not handoff.blocks
-        for block in handoff.blocks:
+        for block in each_location(handoff.blocks):
             assert self.engine.kv[block.block_id] == self.world.content_of[block.name]
             assert block.checksum == checksum(self.engine.kv[block.block_id])
         self.world.send_to_decode(asker, handoff)
@@ -185,7 +187,7 @@ class PrefillSide:
                     self.world.send_to_decode(asker, message)
 
     def _publish(self, asker: bytes, handoff: KvHandoff) -> None:
-        pool, blocks = self.engine.pool, handoff.blocks
+        pool, blocks = self.engine.pool, each_location(handoff.blocks)
         published = self.published.setdefault(handoff.request_id, Published())
         assert not published.is_whole, "the last handoff is the last"
         assert handoff.is_last == (handoff.first_token is not None)
@@ -203,7 +205,7 @@ class PrefillSide:
         summed = [
             msgspec.structs.replace(block, checksum=value) for block, value in zip(blocks, checksums, strict=True)
         ]
-        self.world.send_to_decode(asker, msgspec.structs.replace(handoff, blocks=summed))
+        self.world.send_to_decode(asker, msgspec.structs.replace(handoff, blocks=pack_locations(summed)))
 
     def check(self) -> None:
         self.engine.check()
@@ -338,16 +340,17 @@ class DecodeSide:
 
     def _take_pull(self, pull: PullBlocks) -> None:
         pool = self.engine.pool
-        assert pull.pairs
+        pairs = pairs_of(pull)
+        assert pairs
         is_ahead = pull.seq_id in self._waiting_ids()
         self.world.seen["pulled for who waits"] += is_ahead
         if is_ahead:
             self.pulled_ahead.add(pull.seq_id)
-        for _, target in pull.pairs:
+        for _, target in pairs:
             assert pool.state(target) is BlockState.WRITING
             assert pool.num_pins(target) == 1
-        generations = [pool.generation(target) for _, target in pull.pairs]
-        self.pulls.append(Pull(pull.seq_id, pull.source, pull.pairs, generations))
+        generations = [pool.generation(target) for _, target in pairs]
+        self.pulls.append(Pull(pull.seq_id, pull.source, pairs, generations))
 
     def begin_pull(self, pull: Pull) -> None:
         """It needs the prefill worker; without it all of it is bad."""

@@ -8,9 +8,10 @@ import pytest
 
 from engine.scheduling.plan import EmitTokens, OfferBlocks
 from kvcache.leases import AskerLost, FreeBlocks, Released, Renewed, TimePassed
+from kvcache.locations import BlockLocation, each_location, pack_locations
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError, WorkerError
-from messages.handoff import BlockLocation, KvHandoff, PrefillFailed, PrefillRequest
+from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest
 from messages.request import GenerateRequest, SamplingParams
 from messages.stream import TokenLogprob
 from prefill.publications import BeginPrompt, BlocksFreed, PromptAsked, PublicationBook, Publish, TellFailed
@@ -20,8 +21,8 @@ LEASE_S = 5.0
 SIZE = 4
 
 
-def blocks(begin: int, end: int) -> list[BlockLocation]:
-    return [BlockLocation(index, 7 + index, 1, b"name", SIZE) for index in range(begin, end)]
+def blocks(begin: int, end: int) -> bytes:
+    return pack_locations(BlockLocation(index, 7 + index, 1, b"name".ljust(16), SIZE) for index in range(begin, end))
 
 
 class Bench:
@@ -99,7 +100,7 @@ def test_the_last_offer_waits_for_the_first_token_and_the_lease_begins_with_both
 
 def test_blocks_that_the_asker_holds_are_not_published(bench):
     bench.ask(held=2 * SIZE)
-    assert [block.index for block in bench.publish().handoff.blocks] == [2, 3, 4]
+    assert [block.index for block in each_location(bench.publish().handoff.blocks)] == [2, 3, 4]
     assert bench.book.num_published_blocks == 3
 
 
@@ -176,7 +177,7 @@ def test_whoever_asked_before_another_is_told_that_it_gets_nothing(bench):
 
 
 @pytest.mark.parametrize(
-    "event", [OfferBlocks("x", [], True, 0), EmitTokens("x", [1]), BlocksFreed("x"), Renewed("x", A), AskerLost(B)]
+    "event", [OfferBlocks("x", b"", True, 0), EmitTokens("x", [1]), BlocksFreed("x"), Renewed("x", A), AskerLost(B)]
 )
 def test_unknown_ids_and_askers_are_ignored(bench, event):
     bench.ask()

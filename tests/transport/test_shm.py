@@ -13,7 +13,7 @@ import transport.shm
 from messages.handoff import RegionInfo
 from transport.checksum import checksum, copy_all_checked
 from transport.memory import Memory
-from transport.protocol import Copy, Link, RegionError, TransferError
+from transport.protocol import Copies, Copy, Link, RegionError, TransferError
 from transport.shm import ShmTransport, batches
 
 OWNER = """
@@ -191,9 +191,9 @@ async def test_each_copy_is_told_with_the_checksum_of_what_was_written(shm, sour
 
 
 def test_batches_are_the_same_copies_in_order():
-    copies = [Copy(0, 0, size) for size in (4, 4, 3, 25, 0, 10, 1)]
+    copies = Copies.of([Copy(0, 0, size) for size in (4, 4, 3, 25, 0, 10, 1)])
     assert [[copy.num_bytes for copy in batch] for batch in batches(copies, 10)] == [[4, 4], [3], [25], [0, 10], [1]]
-    assert list(batches([], 10)) == []
+    assert list(batches(copies[:0], 10)) == []
 
 
 async def _assert_nothing_more_lands(target):

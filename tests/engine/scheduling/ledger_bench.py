@@ -5,9 +5,9 @@ from __future__ import annotations
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.sequence import Sequence
+from kvcache.locations import BlockLocation
 from kvcache.names import BlockNamer, block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool
-from messages.handoff import BlockLocation
 from messages.request import SamplingParams
 
 

@@ -17,9 +17,9 @@ from engine.scheduling.plan import (
     StepWanted,
 )
 from engine.scheduling.scheduler import Scheduler
+from kvcache.locations import BlockLocation, each_location
 from kvcache.names import block_names, pack_tokens, split_names
 from kvcache.pool import BlockPool
-from messages.handoff import BlockLocation
 from messages.request import SamplingParams
 from messages.stream import TokenLogprob
 from tests.slot_mirror import SlotMirror
@@ -51,7 +51,7 @@ class Bench:
             if isinstance(item, EmitTokens):
                 self.tokens.setdefault(item.seq_id, []).extend(item.token_ids)
             elif isinstance(item, OfferBlocks):
-                self.offered += item.blocks
+                self.offered += each_location(item.blocks)
         return out
 
     def add(self, seq_id: str, prompt: list[int] | int, *, generated: int = 0, **fields) -> list[Instruction]:

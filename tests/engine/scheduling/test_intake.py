@@ -6,8 +6,9 @@ import pytest
 
 from engine.scheduling.intake import Intakes
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, PullBlocks, PullEnded, TakeIn
+from kvcache.locations import BlockLocation, pack_locations
 from kvcache.pool import BlockPool, BlockState
-from messages.handoff import BlockLocation
+from tests.locations import pairs_of
 
 NAMES = tuple(bytes([number]) * 16 for number in range(9))
 
@@ -41,7 +42,7 @@ class Bench:
 
     def offer(self, *locations: BlockLocation, is_last: bool = True, intake_id: str = "i") -> list[Instruction]:
         out: list[Instruction] = []
-        self.intakes.take_blocks(BlocksOffered(intake_id, "source", list(locations), is_last), out)
+        self.intakes.take_blocks(BlocksOffered(intake_id, "source", pack_locations(locations), is_last), out)
         self.check()
         return out
 
@@ -75,14 +76,14 @@ def test_what_is_taken_in_stays_whose_it_was(bench):
 def pulled(out: list[Instruction]) -> list[int]:
     (pull,) = out
     assert isinstance(pull, PullBlocks)
-    return [location.index for location, _ in pull.pairs]
+    return [location.index for location, _ in pairs_of(pull)]
 
 
 def test_what_is_wanted_is_asked_for_pulled_and_named(bench):
     assert bench.begin(NAMES[:3]) == [AskBlocks("i", "source", 0, NAMES[:3], is_tail_first=False)]
     assert (bench.intakes.ids(), bench.intakes.num_coming("i"), bench.pool.num_used) == (("i",), 3, 3)
     (pull,) = bench.offer(at(0), at(1), at(2))
-    assert pull == PullBlocks("i", "source", list(zip([at(0), at(1), at(2)], bench.intakes.targets(), strict=True)))
+    assert pull == PullBlocks("i", "source", pack_locations([at(0), at(1), at(2)]), tuple(bench.intakes.targets()))
     assert bench.finish() == []
     assert set(bench.pool.snapshot()) == set(NAMES[:3])
     assert (bench.intakes.ids(), bench.intakes.num_blocks, bench.pool.num_used) == ((), 3, 0)

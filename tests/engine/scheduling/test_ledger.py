@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.scheduling.intake import PullTarget
-from engine.scheduling.sequence import OfferedBlock, Phase, Sequence
+from engine.scheduling.sequence import Phase, Sequence
+from kvcache.locations import pack_locations, unpack_locations
 from kvcache.pool import BlockState
 from messages.errors import InvariantError
 from tests.engine.scheduling.ledger_bench import LedgerBench, locations
@@ -252,7 +253,9 @@ def opened(bench: LedgerBench, *indexes: int) -> Sequence:
     """A pull of PROMPT with these blocks on their way, for tenant 7."""
     seq = bench.pulling("a", PROMPT, tenant=7)
     assert seq.pull is not None
-    seq.pull.open = {index: OfferedBlock("owner", locations(PROMPT)[index]) for index in indexes}
+    offered = [locations(PROMPT)[index] for index in indexes]
+    seq.pull.blocks.offer("owner", unpack_locations(pack_locations(offered)))
+    seq.pull.blocks.begin_pull()
     return seq
 
 
@@ -275,8 +278,8 @@ def test_blocks_that_a_pull_still_writes_are_nobodys_until_it_ends(bench, ending
 
 def test_what_arrived_before_the_end_is_no_orphan(bench):
     seq = opened(bench, 0, 1)
-    seq.pull.arrived.add(0)
-    bench.ledger.commit(seq, 0)
+    seq.pull.blocks.arrive({1})
+    bench.ledger.commit(seq, [0])
     bench.ledger.end(seq)
     assert [target.index for target in bench.ledger.orphans["a"]] == [1]
     bench.ledger.free_orphans("a", frozenset({1}), None)

@@ -10,8 +10,9 @@ from engine.scheduling import prefetches
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import BlocksOffered, SequenceSpec, TimePassed
 from kvcache import load_plan
+from kvcache.locations import BlockLocation, pack_locations
 from kvcache.pool import BlockPool
-from messages.handoff import BlockLocation, FoundRun
+from messages.handoff import FoundRun
 from messages.price import MovePrice
 from messages.request import Copy, HeldRun, SamplingParams
 from tests.engine.fake_worker import FakeWorker
@@ -294,7 +295,9 @@ def test_what_comes_too_late_is_not_taken_in_a_second_time_while_it_is_still_wri
     assert (intake_ids(worker), worker.questions, list(worker.pulls)) == ((), {}, ["intake 1"])
     worker.take_in("first", 0, None)
     assert worker.taken_in["intake 2"] == names[2:]
-    worker.post(BlocksOffered("intake 1", "near", [BlockLocation(2, 7, 7, names[2], 4)], is_last=True))  # late as well
+    worker.post(
+        BlocksOffered("intake 1", "near", pack_locations([BlockLocation(2, 7, 7, names[2], 4)]), is_last=True)
+    )  # late as well
     assert list(worker.pulls) == ["intake 1"]
     worker.end_pull("intake 1", bad=set(bad))
     worker.take_in("first", 0, None)  # what came is here, what came badly is wanted

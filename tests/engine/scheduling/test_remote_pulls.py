@@ -7,10 +7,11 @@ import pytest
 from engine.scheduling.plan import Instruction, KvOffered, PullBlocks, PullEnded
 from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
 from engine.scheduling.sequence import Phase, Sequence
+from kvcache.locations import BlockLocation, pack_locations
 from kvcache.pool import BlockState
 from messages.errors import InvariantError
-from messages.handoff import BlockLocation
 from tests.engine.scheduling.ledger_bench import LedgerBench, locations
+from tests.locations import pairs_of
 
 PROMPT = list(range(100, 119))  # four full blocks and three tokens
 WHOLE = list(range(100, 116))  # four full blocks
@@ -27,7 +28,7 @@ class Puller(LedgerBench):
         self, seq: Sequence, blocks: list[BlockLocation], *, source: str = "owner", is_last: bool = False
     ) -> list[Instruction]:
         out: list[Instruction] = []
-        self.pulls.take_offer(seq, KvOffered(seq.seq_id, source, blocks, is_last, None, None, 0), out)
+        self.pulls.take_offer(seq, KvOffered(seq.seq_id, source, pack_locations(blocks), is_last, None, None, 0), out)
         self.ledger.check_invariants()
         return out
 
@@ -45,7 +46,7 @@ def bench() -> Puller:
 
 def indexes(instruction: Instruction) -> list[int]:
     assert isinstance(instruction, PullBlocks)
-    return [location.index for location, _ in instruction.pairs]
+    return [location.index for location, _ in pairs_of(instruction)]
 
 
 # -------------------------------------------------------------------------------------------------------------- offers
@@ -54,7 +55,9 @@ def indexes(instruction: Instruction) -> list[int]:
 def test_each_block_is_pulled_into_the_one_that_was_reserved_for_it(bench):
     seq = bench.pulling("r", PROMPT)
     offered = locations(PROMPT)
-    assert bench.offer(seq, offered) == [PullBlocks("r", "owner", list(zip(offered, seq.block_table, strict=True)))]
+    assert bench.offer(seq, offered) == [
+        PullBlocks("r", "owner", pack_locations(offered), tuple(seq.block_table[: len(offered)]))
+    ]
 
 
 def test_what_is_held_on_its_way_or_here_already_is_passed_over_and_no_rejection(bench):

@@ -422,7 +422,7 @@ def test_unknown_ids_are_ignored(bench: Bench) -> None:
         SequenceCancelled("x"),
         BlocksReleased("x"),
         KvRefused("x"),
-        KvOffered("x", "owner", [], True, 1, None, 0),
+        KvOffered("x", "owner", b"", True, 1, None, 0),
     ):
         assert bench.post(event) == []
 

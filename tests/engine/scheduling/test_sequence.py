@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.scheduling.coming import ComingBlocks
 from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
+from kvcache.locations import BlockLocation, pack_locations, unpack_locations
 from kvcache.names import BlockNamer, block_names, pack_tokens, split_names
 from messages.request import SamplingParams
 
@@ -112,22 +114,25 @@ def test_blocks_are_counted_whole_and_never_below_none():
 
 
 def test_the_first_missing_block_is_the_first_gap_after_what_was_held():
-    pull = RemotePull(first_index=2, end_tokens=0, deadline_s=0.0)
-    assert [pull.first_missing(n) for n in (2, 5)] == [2, 2]
-    pull.arrived |= {2, 4}
-    assert pull.first_missing(5) == 3
-    pull.arrived.add(3)
-    assert [pull.first_missing(n) for n in (4, 5, 6)] == [4, 5, 5]
-    assert pull.first_missing(0) == 0
+    def first_missing(num_blocks: int, *arrived: int) -> int:
+        blocks = ComingBlocks(2, 6, arrived)
+        return RemotePull(first_index=2, end_tokens=0, deadline_s=0.0, blocks=blocks).first_missing(num_blocks)
+
+    assert [first_missing(n) for n in (2, 5)] == [2, 2]
+    assert first_missing(5, 2, 4) == 3
+    assert [first_missing(n, 2, 3, 4) for n in (4, 5, 6)] == [4, 5, 5]
+    assert first_missing(0, 2, 3, 4) == 0
+    assert first_missing(6, 2, 3, 4, 5) == 6
 
 
 def test_a_pull_is_over_when_the_last_offer_came_and_nothing_of_it_is_left():
-    pull = RemotePull(first_index=0, end_tokens=0, deadline_s=0.0)
+    pull = RemotePull(first_index=0, end_tokens=4, deadline_s=0.0, blocks=ComingBlocks(0, 1))
     assert not pull.is_over
     pull.has_last_offer = True
     assert pull.is_over
-    for blocks in (pull.offered, pull.open):
-        blocks[0] = None  # type: ignore[assignment]
-        assert not pull.is_over
-        blocks.clear()
+    pull.blocks.offer("owner", unpack_locations(pack_locations([BlockLocation(0, 7, 1, b"name".ljust(16), 4)])))
+    assert not pull.is_over
+    pull.blocks.begin_pull()
+    assert not pull.is_over
+    pull.blocks.arrive(frozenset())
     assert pull.is_over

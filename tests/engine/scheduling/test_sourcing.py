@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.scheduling.backlog import Backlog
+from engine.scheduling.coming import ComingBlocks
 from engine.scheduling.plan import AskBlocks, AskRemote, Instruction
 from engine.scheduling.sequence import Phase
 from engine.scheduling.sourcing import Sourcing
@@ -141,7 +142,7 @@ def test_for_what_a_holder_does_not_give_the_next_one_is_planned():
     bench.sourcing.load(seq, bench.sourcing.plan(seq), 100.0, bench.out)
     seq.pull.holders.clear()
     seq.pull.failed.add(NEAR)
-    seq.pull.arrived.update({0, 1, 5})
+    seq.pull.blocks = ComingBlocks(0, 10, {0, 1, 5})
     seq.pull.asked.clear()
     assert bench.sourcing.plan(seq).loads == (Load(2, 5, FAR), Load(6, 10, FAR))
 
