@@ -141,10 +141,18 @@ class Prefetches:
     # ------------------------------------------------------------------------------------------------- into the pool
 
     def _plan_intakes(self, seq: Sequence, plan: LoadPlan) -> None:
-        """Note what of a plan is at hand: of a source that still reads something up for it nothing is, yet."""
+        """Note what of a plan is at hand: of a source that still reads something up for it nothing is, yet.
+
+        What a prefill worker hands over ends with the prompt, so that nothing is brought behind that meanwhile.
+        """
         reading = {load.copy.address for load in plan.loads if load.copy.tier in SLOW_TIERS}
+        end = seq.num_prompt_tokens // seq.block_size if seq.wants_remote else sys.maxsize
         ahead = self._aheads[seq.seq_id]
-        ahead.loads = [load for load in plan.loads if load.copy.address not in reading]
+        ahead.loads = [
+            load._replace(end=min(load.end, end))
+            for load in plan.loads
+            if load.copy.address not in reading and load.begin < end
+        ]
         ahead.load_s = plan.load_s / max(1, sum(load.end - load.begin for load in plan.loads))
 
     def _take_in(self, out: list[Instruction]) -> None:

@@ -177,7 +177,7 @@ class FakeWorker:
                     assert self.content_of.keys() >= set(names)
                     self.offloaded |= set(names)
                 case LendBlocks(lease_id, blocks):
-                    self._take_lent(lease_id, blocks)
+                    self._take_lent(lease_id, each_location(blocks))
                 case PullBlocks(seq_id):
                     self._start_pull(seq_id, pairs_of(instruction))
                 case EmitTokens():

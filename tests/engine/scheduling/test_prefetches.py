@@ -67,6 +67,17 @@ def test_what_a_waiting_sequence_would_load_from_a_slow_tier_is_asked_for_and_ta
     worker.drain()
 
 
+def test_nothing_is_brought_from_behind_the_prompt_of_one_whose_prompt_a_prefill_worker_may_compute(worker):
+    spec = SequenceSpec(
+        seq_id="moved", token_ids=BASES[1], num_prompt_tokens=16, params=SamplingParams(max_tokens=40), remote_s=9.0,
+        remote_source="far", held=held_at("disk"),
+    )  # fmt: skip
+    worker.add(spec)
+    worker.find_ahead("moved", "at disk", [FoundRun(0, 7, "host")])
+    assert worker.questions == {("moved", "at disk"): range(4)}
+    worker.drain()
+
+
 def test_nothing_is_asked_for_that_lies_at_hand_somewhere_or_is_computed_sooner(worker):
     add(worker, "at hand", held=held_at("host", "disk"))
     add(worker, "no blocks", BASES[1][:3])

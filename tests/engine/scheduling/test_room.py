@@ -6,6 +6,7 @@ from engine.scheduling.backlog import Backlog
 from engine.scheduling.plan import BlocksOffered, PullEnded, TakeIn
 from engine.scheduling.room import Room
 from engine.scheduling.step_cost import StepCost
+from kvcache.locations import pack_locations
 from kvcache.price import SHORT_TOKENS
 from tests.engine.scheduling.ledger_bench import LedgerBench, locations
 
@@ -212,7 +213,7 @@ def test_room_that_a_pull_writes_to_or_that_is_found_already_is_not_gained():
     assert find(bench, seq) == ["warm"]
     first = locations(list(seq.token_ids))[0]
     names = intakes.find("warm").names
-    intakes.take_blocks(BlocksOffered("warm", "source", [first], is_last=False), [])
+    intakes.take_blocks(BlocksOffered("warm", "source", pack_locations([first]), is_last=False), [])
     assert names[0] == first.name
     assert find(bench, seq) is None  # a pull writes there
     intakes.finish_pull(PullEnded("warm", frozenset()), [])
