@@ -54,6 +54,8 @@ class Tokenizer:
         self.decoding = _Decoding(backend)
         self._bytes: dict[int, bytes] = {}
         self._long_piece = threading.Lock()  #: whoever encodes much at once, which takes much memory
+        #: texts of tokens that begin and end between characters, as they were seen; by whether special ones are skipped
+        self.texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
@@ -272,12 +274,26 @@ class _ByteLevelPieces:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._texts = tokenizer.texts[skip_special_tokens]
         # Python and the tokenizer's Rust both put one U+FFFD for each maximal invalid part.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_open = False  #: the last bytes are the beginning of a character
 
     def push(self, token_ids: Sequence[int]) -> str:
+        if self._is_open or len(token_ids) != 1:
+            return self._decoded(token_ids)
+        text = self._texts.get(token_ids[0])
+        if text is None:
+            text = self._decoded(token_ids)
+            if not self._is_open:
+                self._texts[token_ids[0]] = text
+        return text
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
         skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
-        return self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+        text = self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+        self._is_open = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

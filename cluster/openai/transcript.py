@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from messages.errors import KvrayError, WorkerError, error_from_info
 from messages.stream import PromptPlan, PromptSources, TokenChunk, TokenLogprob
@@ -25,13 +27,12 @@ class TextOptions:
     stop_token_ids: frozenset[int] = frozenset()  #: the client's own, which count as a stop_reason
 
 
-@dataclass(slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, kw_only=True):
     """The text, tokens and end that one chunk adds to a choice."""
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
     finish_reason: EndReason | None = None
     stop_reason: int | str | None = None
 
@@ -66,6 +67,8 @@ class Transcript:
         delta = Delta(token_ids=chunk.token_ids, logprobs=chunk.logprobs)
         if self._options.stop:
             self._take_singly(chunk, delta)
+        elif chunk.stop_token_id is None and not self._options.hidden_ids:
+            delta.text = self._detokenizer.push(chunk.token_ids)
         else:
             delta.text = self._detokenizer.push([i for token_ids in self._visible(chunk) for i in token_ids])
         if delta.finish_reason is None and chunk.finish_reason is not None:
