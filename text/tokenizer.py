@@ -10,12 +10,12 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
@@ -239,12 +239,6 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     return True
 
 
-class _PieceDecoder(Protocol):
-    def push(self, token_ids: Sequence[int]) -> str: ...
-
-    def flush(self) -> str: ...
-
-
 class Detokenizer:
     """Text of one sequence, token by token. The pieces and what flush gives add up to `decode` of all tokens.
 
@@ -253,19 +247,12 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._decoder: _PieceDecoder
-        if tokenizer.decoding.is_byte_level:
-            self._decoder = _ByteLevelPieces(tokenizer, skip_special_tokens=skip_special_tokens)
-        else:
-            self._decoder = _WindowPieces(tokenizer, skip_special_tokens=skip_special_tokens)
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens add, as far as it is decided."""
-        return self._decoder.push(token_ids)
-
-    def flush(self) -> str:
-        """Return what is still held back, when no more tokens come."""
-        return self._decoder.flush()
+        pieces = _ByteLevelPieces if tokenizer.decoding.is_byte_level else _WindowPieces
+        decoder = pieces(tokenizer, skip_special_tokens=skip_special_tokens)
+        #: returns the text that some tokens add, as far as it is decided
+        self.push: Callable[[Sequence[int]], str] = decoder.push
+        #: returns what is still held back, when no more tokens come
+        self.flush: Callable[[], str] = decoder.flush
 
 
 class _ByteLevelPieces:

@@ -154,7 +154,7 @@ class EventStream(Response):
 
     def send_held(self) -> None:
         """Send what is there, unless the client has to read first."""
-        if self._writer is None:
+        if self._writer is None or self._has_ended:
             self._has_more.set()
             return
         while self._held and not self._writer.is_paused:
