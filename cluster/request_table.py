@@ -439,8 +439,10 @@ class RequestTable:
         if not chunk.token_ids and chunk.finish_reason is None:
             return  # of a suspect: a step of its own begins or has ended
         sequence.token_ids += chunk.token_ids
-        out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
-        sequence.has_begun = True
+        if not sequence.has_begun or chunk.sources is not None or request.num_routes > 1:
+            chunk = _as_asked(chunk, sequence)
+            sequence.has_begun = True
+        out.append(Deliver(request.request_id, chunk))
         if request.is_queued:
             request.is_queued = False
             self._queues.end(request.request_id)
