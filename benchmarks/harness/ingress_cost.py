@@ -17,7 +17,7 @@ from harness.prompts import draw_prompts
 from harness.serving import Served
 
 PROMPT_TOKENS = 32
-NUM_TOKENS = 16_384  #: of one round, all streams together
+OUTPUT_TOKENS = 128
 PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -35,21 +35,21 @@ async def tokens_per_core_s(
             prompts = draw_prompts(10_000 * num_streams + number, num_streams, PROMPT_TOKENS, vocab_size)
             begin_s = _cpu_s(served)
             await asyncio.gather(
-                *(_stream(one, number, prompt, num_streams) for one, prompt in zip(connections, prompts, strict=True))
+                *(_stream(one, number, prompt) for one, prompt in zip(connections, prompts, strict=True))
             )
             if number > 0:
-                rates[name].append(NUM_TOKENS / (_cpu_s(served) - begin_s))
+                rates[name].append(num_streams * OUTPUT_TOKENS / (_cpu_s(served) - begin_s))
             for connection in connections:
                 connection.close()
     return {name: median(found) for name, found in rates.items()}
 
 
-async def _stream(connection: HttpConnection, number: int, prompt: Sequence[int], num_streams: int) -> None:
+async def _stream(connection: HttpConnection, number: int, prompt: Sequence[int]) -> None:
     path = PATHS[number % len(PATHS)]
     asked = {"prompt": prompt} if path == PATHS[0] else {"messages": [{"role": "user", "content": f"Say {prompt}"}]}
     fields = {
         "model": "bench",
-        "max_tokens": NUM_TOKENS // num_streams,
+        "max_tokens": OUTPUT_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -58,7 +58,7 @@ async def _stream(connection: HttpConnection, number: int, prompt: Sequence[int]
     num_tokens = 0
     async for event in connection.events(path, fields | asked):
         num_tokens = (event.get("usage") or {}).get("completion_tokens", 0)
-    assert num_tokens == NUM_TOKENS // num_streams
+    assert num_tokens == OUTPUT_TOKENS
 
 
 def _cpu_s(served: Served) -> float:

@@ -98,13 +98,13 @@ class DirectWriter(Protocol):
 
 
 class Turn:
-    """The streams that got something in this turn of the event loop: each sends it at the turn's end."""
+    """The streams that got something in this turn of the event loop: each writes it at the turn's end."""
 
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
 
     def add(self, stream: EventStream) -> None:
-        """Have `stream` send what it has, once all that comes in this turn is there."""
+        """Have `stream` write what it has, once all that comes in this turn is there."""
         if not self._streams:
             asyncio.get_running_loop().call_soon(self._end)
         self._streams.append(stream)
@@ -153,10 +153,9 @@ class EventStream(Response):
             logger.debug("the client left its stream")
 
     def send_held(self) -> None:
-        """Send what is there, unless the client has to read first."""
+        """Write what is there to the connection that was lent, unless the client has to read first."""
         if self._writer is None or self._has_ended:
-            self._has_more.set()
-            return
+            return  # the coroutine below sends it
         while self._held and not self._writer.is_paused:
             self._writer.write(self._taken())
 
@@ -197,10 +196,14 @@ class EventStream(Response):
 
     def _take(self, index: int, delta: Delta) -> None:
         data = self._event_of(index, delta)
-        if data:
-            if not self._held:
+        if not data:
+            return
+        if not self._held:
+            if self._writer is None:
+                self._has_more.set()
+            else:
                 self._turn.add(self)
-            self._held.append(data)
+        self._held.append(data)
 
     def _end(self, error: KvrayError | None) -> None:
         self._error = error

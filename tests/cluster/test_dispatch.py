@@ -467,6 +467,38 @@ async def test_who_would_wait_too_long_is_told_when_to_come_again_and_a_short_re
     assert len(replies) - len(refused) >= 3, "every worker has some"
 
 
+async def test_who_leaves_while_it_takes_a_chunk_takes_nothing_more(fleet):
+    requests = asks(prompt_of(20), n=3)
+    taken: list[TokenChunk | None] = []
+
+    def take(chunk: TokenChunk | None) -> None:
+        taken.append(chunk)
+        fleet.dispatcher.leave(requests[0].request_id)  # chunks of its other choices came with this one
+
+    fleet.dispatcher.start(requests, take)
+    await eventually(lambda: bool(taken))
+    await fleet.settle()
+    assert len(taken) == 1
+
+
+async def test_a_choice_may_be_cancelled_while_a_chunk_of_it_is_taken(fleet):
+    requests = asks(prompt_of(20), n=2)
+    taken: list[TokenChunk] = []
+    ended = asyncio.Event()
+
+    def take(chunk: TokenChunk | None) -> None:
+        if chunk is None:
+            ended.set()
+            return
+        taken.append(chunk)
+        fleet.dispatcher.cancel(requests[0].request_id)
+
+    fleet.dispatcher.start(requests, take)
+    await asyncio.wait_for(ended.wait(), 20)
+    assert sum(len(chunk.token_ids) for chunk in taken if chunk.request_id == requests[1].request_id) == 40
+    assert sum(len(chunk.token_ids) for chunk in taken if chunk.request_id == requests[0].request_id) <= 1
+
+
 # ----------------------------------------------------------------------------------------------------- another secret
 
 
