@@ -18,11 +18,12 @@ from typing import Any, Final
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from cluster.config import ConnectionsConfig
 from cluster.openai.errors import error_headers, error_json
+from cluster.openai.stream import DIRECT
 from messages.errors import CapacityError, KvrayError, RequestError
 
 _LOOK_S: Final = 1.0  #: between two looks at all connections
@@ -135,6 +136,7 @@ class Connection(HttpToolsProtocol):
         self._unread: tuple[int, float] | None = None  #: bytes that wait for the client to read, and since when
         self._refusal: KvrayError | None = None
         self._is_refused = False
+        self.resumed: Callable[[], None] | None = None  #: told when the client has read what waited for it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Wait for a request, if there is room for one more connection."""
@@ -194,6 +196,7 @@ class Connection(HttpToolsProtocol):
             self._refuse_here(error)
         super().on_headers_complete()
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]  # all that a cycle does with one
+        self.scope["extensions"] = {DIRECT: _DirectWriter(self, self.cycle)}  # type: ignore[dict-item]  # ASGI: any
         self.waits_since_s = None
         self._num_raw_bytes = 0
         self._expect(self._limits.body_timeout_s)
@@ -224,6 +227,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest of a body that nobody wants."""
         super().on_response_complete()
+        self.resumed = None
         self._connections.end_body(self)
         if self.cycle.response_complete:
             self.waits_since_s = self._connections.clock()
@@ -256,6 +260,8 @@ class Connection(HttpToolsProtocol):
         """Go on with an answer: the client has read what waited for it."""
         self._unread = None
         super().resume_writing()
+        if self.resumed is not None:
+            self.resumed()
 
     def _look_for_reader(self, now_s: float) -> None:
         if not self.flow.write_paused or self.transport.is_closing():
@@ -340,3 +346,24 @@ class _AnswerTransport:
         self.close = connection.close
         self.write = connection.transport.write
         self.is_closing = connection.transport.is_closing
+
+
+class _DirectWriter:
+    """A connection lent to the answer of one request: `cluster.openai.stream.DirectWriter`."""
+
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self._flow = connection.flow
+        self._write = connection.transport.write
+
+    @property
+    def is_paused(self) -> bool:
+        return self._flow.write_paused
+
+    def write(self, data: bytes) -> None:
+        if not self._cycle.disconnected:
+            self._write(b"%x\r\n%b\r\n" % (len(data), data))  # one chunk, as uvicorn frames what has no length
+
+    def on_resume(self, callback: Callable[[], None]) -> None:
+        self._connection.resumed = callback

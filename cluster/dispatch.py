@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
@@ -96,7 +96,7 @@ class Dispatcher:
                 max_ttft_s=options.max_ttft_s,
             )
         )
-        self._queues: dict[str, asyncio.Queue[TokenChunk | None]] = {}  #: by request; None: it has ended
+        self._readers: dict[str, Callable[[TokenChunk | None], None]] = {}  #: by request
         self._fleet: dict[str, WorkerInfo] = {}
         self._workers: dict[str, _Connection] = {}  #: by worker id; those that are or were talked to
         self._router: _Connection | None = None
@@ -111,18 +111,16 @@ class Dispatcher:
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
-        """Stream all sequences of one client request, as `Backend.generate` says; the first one's id names them all."""
+    def start(self, requests: Sequence[GenerateRequest], take: Callable[[TokenChunk | None], None]) -> None:
+        """Begin all sequences of one client request, as `Backend.start` says."""
         request_id = requests[0].request_id
-        queue: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
-        self._queues[request_id] = queue
-        try:
-            self._decide(RequestAdded(tuple(requests)))
-            while (chunk := await queue.get()) is not None:
-                yield chunk
-        finally:
+        self._readers[request_id] = take
+        self._decide(RequestAdded(tuple(requests)))
+
+    def leave(self, request_id: str) -> None:
+        """Stop all that still runs of a client request, as `Backend.leave` says."""
+        if self._readers.pop(request_id, None) is not None:
             self._decide(RequestLeft(request_id))
-            del self._queues[request_id]
 
     def cancel(self, request_id: str) -> None:
         """Cancel one sequence, as `Backend.cancel` says."""
@@ -133,9 +131,12 @@ class Dispatcher:
         for instruction in self.table.on_event(event, time.monotonic()):
             match instruction:
                 case Deliver(request_id, chunk):
-                    self._queues[request_id].put_nowait(chunk)
+                    # Whoever takes a chunk may leave, or cancel a sequence, and be told no more by what follows here.
+                    if (take := self._readers.get(request_id)) is not None:
+                        take(chunk)
                 case End(request_id):
-                    self._queues[request_id].put_nowait(None)
+                    if (take := self._readers.pop(request_id, None)) is not None:
+                        take(None)
                 case SendToWorker(worker_id, address, message):
                     self._worker(worker_id, address).client.send(message)
                 case SendToRouter(message):

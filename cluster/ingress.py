@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import logging
 import time
 from importlib.metadata import version as package_version
@@ -90,6 +91,9 @@ class Ingress:
             ended = self._metrics.connections_ended
             server = http_server(self._app, config.connections, lambda reason: ended.labels(reason).inc())
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
+        # What is there by now stays: no full collection looks at it again, which would hold the loop for 0.1 s.
+        gc.collect()
+        gc.freeze()
 
     async def check_health(self) -> None:
         """Raise if this ingress hears nothing any more: Serve calls this every second, and then replaces it."""

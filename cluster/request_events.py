@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from messages.fleet import WorkerInfo
 from messages.request import CancelRequest, GenerateRequest
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
@@ -109,8 +111,7 @@ class SendToWorker:
     message: GenerateRequest | CancelRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):  # one for every token: made in a fifth of a dataclass's time
     """Give `chunk` to whoever reads the request's tokens; chunks of one request in the order of their instructions."""
 
     request_id: str  #: of the request's first sequence

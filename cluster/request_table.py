@@ -111,6 +111,7 @@ class _Request:
     was_lost: bool = False  #: one of them was lost: another is started in its place
     digest: bytes = b""  #: of what the client asked for
     is_suspect: bool = False  #: a worker may have been lost by computing it
+    is_queued: bool = False  #: it was placed and counts as prefill that waits: nothing has come of it since
     error: KvrayError | None = None  #: what the last of them ended with
 
 
@@ -384,6 +385,7 @@ class RequestTable:
         self._num_sequences[request.worker_id] += len(request.sequences)
         assert request.route is not None
         self._queues.add(msgspec.structs.replace(request.route, request_id=request.request_id), placement)
+        request.is_queued = True
         for choices in _by_prompt(request):
             for sequence in choices:
                 sequence.placed_id = _placed_id(sequence)
@@ -437,9 +439,13 @@ class RequestTable:
         if not chunk.token_ids and chunk.finish_reason is None:
             return  # of a suspect: a step of its own begins or has ended
         sequence.token_ids += chunk.token_ids
-        out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
-        sequence.has_begun = True
-        self._queues.end(request.request_id)
+        if not sequence.has_begun or chunk.sources is not None or request.num_routes > 1:
+            chunk = _as_asked(chunk, sequence)
+            sequence.has_begun = True
+        out.append(Deliver(request.request_id, chunk))
+        if request.is_queued:
+            request.is_queued = False
+            self._queues.end(request.request_id)
         if chunk.finish_reason is not None:
             self._end_sequence(sequence, out, tells_worker=False)
         if request.is_suspect and chunk.error is None:

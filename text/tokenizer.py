@@ -10,12 +10,12 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
@@ -54,6 +54,8 @@ class Tokenizer:
         self.decoding = _Decoding(backend)
         self._bytes: dict[int, bytes] = {}
         self._long_piece = threading.Lock()  #: whoever encodes much at once, which takes much memory
+        #: texts of tokens that begin and end between characters, as they were seen; by whether special ones are skipped
+        self.texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
@@ -237,12 +239,6 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     return True
 
 
-class _PieceDecoder(Protocol):
-    def push(self, token_ids: Sequence[int]) -> str: ...
-
-    def flush(self) -> str: ...
-
-
 class Detokenizer:
     """Text of one sequence, token by token. The pieces and what flush gives add up to `decode` of all tokens.
 
@@ -251,19 +247,12 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._decoder: _PieceDecoder
-        if tokenizer.decoding.is_byte_level:
-            self._decoder = _ByteLevelPieces(tokenizer, skip_special_tokens=skip_special_tokens)
-        else:
-            self._decoder = _WindowPieces(tokenizer, skip_special_tokens=skip_special_tokens)
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens add, as far as it is decided."""
-        return self._decoder.push(token_ids)
-
-    def flush(self) -> str:
-        """Return what is still held back, when no more tokens come."""
-        return self._decoder.flush()
+        pieces = _ByteLevelPieces if tokenizer.decoding.is_byte_level else _WindowPieces
+        decoder = pieces(tokenizer, skip_special_tokens=skip_special_tokens)
+        #: returns the text that some tokens add, as far as it is decided
+        self.push: Callable[[Sequence[int]], str] = decoder.push
+        #: returns what is still held back, when no more tokens come
+        self.flush: Callable[[], str] = decoder.flush
 
 
 class _ByteLevelPieces:
@@ -272,12 +261,26 @@ class _ByteLevelPieces:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._texts = tokenizer.texts[skip_special_tokens]
         # Python and the tokenizer's Rust both put one U+FFFD for each maximal invalid part.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_open = False  #: the last bytes are the beginning of a character
 
     def push(self, token_ids: Sequence[int]) -> str:
+        if self._is_open or len(token_ids) != 1:
+            return self._decoded(token_ids)
+        text = self._texts.get(token_ids[0])
+        if text is None:
+            text = self._decoded(token_ids)
+            if not self._is_open:
+                self._texts[token_ids[0]] = text
+        return text
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
         skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
-        return self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+        text = self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+        self._is_open = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

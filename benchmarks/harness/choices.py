@@ -24,6 +24,7 @@ from harness.worker_process import say
 from harness.workers import WorkerProcess, running_worker
 from kvcache.names import pack_tokens
 from messages.request import GenerateRequest, SamplingParams
+from messages.stream import TokenChunk
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
 from transport.secret import ClusterSecret
@@ -58,7 +59,9 @@ async def _ask(worker: WorkerProcess, secret: ClusterSecret, num_choices: int, n
         )
         for choice in range(num_choices)
     ]
-    async for chunk in dispatcher.generate(requests):
+    chunks: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
+    dispatcher.start(requests, chunks.put_nowait)
+    while (chunk := await chunks.get()) is not None:
         assert chunk.error is None, chunk.error
         num_given += len(chunk.token_ids)
     assert num_given == 8 * num_choices

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from typing import Final
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.openai.generation import Generation
-from cluster.openai.protocol import SharedFields
-from cluster.openai.replies import KvrayExtras
-from cluster.openai.stream import EventStream, reply_while_connected
+from cluster.openai.protocol import SharedFields, StreamOptions
+from cluster.openai.replies import KvrayExtras, Usage
+from cluster.openai.stream import DONE, EventStream, event, reply_while_connected
 from cluster.openai.surface import Surface
+from cluster.openai.transcript import Delta
+from messages.errors import KvrayError
+
+_encode = msgspec.json.Encoder().encode
+_MARK: Final = "\0"  #: stands for an event's text where it is cut out
 
 
 class Answer(ABC):
-    """One request's answer, whole or as a stream. It begins when `respond` is awaited; one answer each."""
+    """One request's answer, whole or as a stream. It begins when `respond` is awaited; one answer each.
 
-    def __init__(self, surface: Surface, fields: SharedFields, reply_id: str, generation: Generation) -> None:
+    What a choice got comes to `_event` where the answer is a stream, to `_add` where it is whole. Events that differ by
+    their text alone, which are nearly all of them, are cut out of one that `_event` wrote.
+    """
+
+    def __init__(
+        self, surface: Surface, fields: SharedFields, reply_id: str, generation: Generation, *, is_text_only: bool
+    ) -> None:
+        """Make it ready. `is_text_only`: an event says of its tokens only their text, and that as it comes."""
         self._surface = surface
         self._id = reply_id
         self._created = int(time.time())
@@ -28,6 +42,12 @@ class Answer(ABC):
         self._is_begun = [False] * len(generation.requests)  #: by choice: its first piece was given
         self._is_streamed = bool(fields.stream)
         self._has_extras = bool(fields.return_prompt_sources)
+        options = fields.stream_options or StreamOptions()
+        self._has_usage = bool(options.include_usage)
+        self._shows_usage = bool(options.continuous_usage_stats)  #: in every event
+        self._is_text_only = is_text_only and not self._shows_usage
+        #: by choice: what stands around the text of each event but the first one and the last
+        self._frames: list[tuple[bytes, bytes] | None] = [None] * len(generation.requests)
 
     async def respond(self, request: Request) -> Response:
         """Return the HTTP response, a stream where the client asked for one.
@@ -37,24 +57,67 @@ class Answer(ABC):
             KvrayError: a sequence of a whole reply was refused or failed.
         """
         if self._is_streamed:
-            return EventStream(self.events())
-        return await reply_while_connected(request, self.reply())
+            return EventStream(self._generation, self._surface.turn, self._event_of, self._last_events)
+        return await reply_while_connected(request, self._whole())
 
-    @abstractmethod
-    async def reply(self) -> bytes:
-        """Return the whole answer as JSON, once all of it is there.
+    async def _whole(self) -> bytes:
+        has_ended = asyncio.Event()
+        errors: list[KvrayError] = []
 
-        Raises:
-            KvrayError: a sequence was refused or failed.
-        """
+        def end(error: KvrayError | None) -> None:
+            errors.extend([] if error is None else [error])
+            has_ended.set()
 
-    @abstractmethod
-    def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the answer as server-sent events.
+        try:
+            self._generation.start(self._add, end)
+            await has_ended.wait()
+        finally:
+            self._generation.stop()
+        if errors:
+            raise errors[0]
+        return self._reply()
 
-        Raises:
-            KvrayError: a sequence was refused or failed, perhaps after events were given.
-        """
+    def _event_of(self, index: int, delta: Delta) -> bytes:
+        """Write what a choice got as a server-sent event; nothing where a client could not see it yet."""
+        frame = self._frames[index]
+        if frame is not None and delta.finish_reason is None:
+            return frame[0] + _encode(delta.text) + frame[1] if delta.text else b""
+        data = self._event(index, delta)
+        if self._is_text_only and self._is_begun[index] and delta.finish_reason is None:
+            head, _, tail = self._event(index, Delta(text=_MARK)).rpartition(_encode(_MARK))
+            self._frames[index] = head, tail
+        return data
+
+    def _last_events(self) -> bytes:
+        """Write what ends a stream: usage and extras where they were asked for."""
+        if not self._has_usage and not self._has_extras:
+            return DONE
+        return event(self._envelope(self._usage() if self._has_usage else UNSET, self._extras())) + DONE
 
     def _extras(self) -> KvrayExtras | UnsetType:
         return self._generation.extras() if self._has_extras else UNSET
+
+    def _usage(self) -> Usage:
+        return self._generation.usage()
+
+    def _usage_of_event(self) -> Usage | UnsetType | None:
+        """Return the usage that an event with a choice carries."""
+        if self._shows_usage:
+            return self._usage()
+        return None if self._has_usage else UNSET
+
+    @abstractmethod
+    def _add(self, index: int, delta: Delta) -> None:
+        """Keep what a choice of a whole reply got."""
+
+    @abstractmethod
+    def _reply(self) -> bytes:
+        """Write the whole reply as JSON, once all of it is there."""
+
+    @abstractmethod
+    def _event(self, index: int, delta: Delta) -> bytes:
+        """Write what a choice got as an event; nothing where a client could not see it yet."""
+
+    @abstractmethod
+    def _envelope(self, usage: Usage | UnsetType | None, kvray: KvrayExtras | UnsetType) -> msgspec.Struct:
+        """Make an event of a stream that has no choice."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.openai import replies
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
@@ -21,7 +22,7 @@ from cluster.openai.chat import start_chat
 from cluster.openai.completions import start_completion
 from cluster.openai.conversation import tool_format
 from cluster.openai.docs_schema import answers, body_of, describe
-from cluster.openai.edge import CLIENT_LEFT, Edge
+from cluster.openai.edge import CLIENT_LEFT, Edge, path_below_root
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.hints import HEADER, with_header
@@ -79,13 +80,15 @@ def create_app(
     )
     app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
     describe(app)
-    _add_generation(app, surface)
+    endpoints = _add_generation(app, surface)
     _add_models(app, surface)
     _add_tokens(app, surface)
     _add_operations(app, surface, version)
     extend(app, surface)
-    _add_error_handlers(app)
+    for error_kind, handler in _ERROR_HANDLERS.items():
+        app.add_exception_handler(error_kind, handler)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
+    app.add_middleware(_ShortCut, endpoints=endpoints)
     app.add_middleware(Edge, callers=surface.callers, metrics=surface.metrics, paths=paths)
     return app
 
@@ -102,7 +105,38 @@ def _request_id(request: Request, asked: str | None) -> str:
     return found
 
 
-def _add_generation(app: FastAPI, surface: Surface) -> None:
+_Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+class _ShortCut:
+    """Calls the endpoints that generate, straight: looking for a route and what it depends on is a fifth of a request.
+
+    In FastAPI they are for the documentation, and for other methods.
+    """
+
+    def __init__(self, app: ASGIApp, *, endpoints: Mapping[str, _Endpoint]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, as ASGI."""
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(path_below_root(scope))
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await endpoint(request)
+        except tuple(_ERROR_HANDLERS) as error:
+            handler = next(handler for kind, handler in _ERROR_HANDLERS.items() if isinstance(error, kind))
+            response = await handler(request, error)
+        await response(scope, receive, send)
+
+
+def _add_generation(app: FastAPI, surface: Surface) -> dict[str, _Endpoint]:
+    """Add the endpoints that generate; return them by path."""
     max_bytes = surface.limits.max_body_bytes
     chat_decoder, completion_decoder = BodyDecoder(ChatRequest), BodyDecoder(CompletionRequest)
 
@@ -131,6 +165,8 @@ def _add_generation(app: FastAPI, surface: Surface) -> None:
             surface, request.state.caller, fields, _request_id(request, fields.request_id)
         )
         return await completion.respond(request)
+
+    return {"/v1/chat/completions": chat_completions, "/v1/completions": completions}
 
 
 def _add_models(app: FastAPI, surface: Surface) -> None:
@@ -196,32 +232,39 @@ def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
         return _json(replies.VersionReply(version))
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    def reply(error: KvrayError) -> Response:
-        return Response(error_json(error), error.status, headers=error_headers(error), media_type="application/json")
+def _error_reply(error: KvrayError) -> Response:
+    return Response(error_json(error), error.status, headers=error_headers(error), media_type="application/json")
 
-    @app.exception_handler(KvrayError)
-    async def on_serve_error(_: Request, error: KvrayError) -> Response:
-        if error.status >= 500:
-            logger.warning("%s: %s", type(error).__name__, error.message)
-        return reply(error)
 
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> Response:
-        seen = shown(request.url.path)
-        if error.status_code == 404:
-            return reply(RequestError(f"path: got {seen}, want one that is in /docs", status=404))
-        message = f"{request.method} {seen}: {HTTPStatus(error.status_code).phrase}"
-        if error.status_code == 405:
-            message = f"method: got {request.method} for {seen}, want {(error.headers or {}).get('Allow', 'another')}"
-        response = reply(RequestError(message, status=error.status_code))
-        response.headers.update(error.headers or {})
-        return response
+async def _on_serve_error(_: Request, error: KvrayError) -> Response:
+    if error.status >= 500:
+        logger.warning("%s: %s", type(error).__name__, error.message)
+    return _error_reply(error)
 
-    @app.exception_handler(ClientDisconnect)
-    async def on_client_left(_: Request, __: Exception) -> Response:
-        return Response(status_code=CLIENT_LEFT)  # nobody reads it
 
-    @app.exception_handler(RecursionError)
-    async def on_nested_too_deeply(_: Request, __: Exception) -> Response:
-        return reply(nested_too_deeply())
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    seen = shown(request.url.path)
+    if error.status_code == 404:
+        return _error_reply(RequestError(f"path: got {seen}, want one that is in /docs", status=404))
+    message = f"{request.method} {seen}: {HTTPStatus(error.status_code).phrase}"
+    if error.status_code == 405:
+        message = f"method: got {request.method} for {seen}, want {(error.headers or {}).get('Allow', 'another')}"
+    response = _error_reply(RequestError(message, status=error.status_code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_client_left(_: Request, __: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_LEFT)  # nobody reads it
+
+
+async def _on_nested_too_deeply(_: Request, __: RecursionError) -> Response:
+    return _error_reply(nested_too_deeply())
+
+
+_ERROR_HANDLERS: Final[dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]]] = {
+    KvrayError: _on_serve_error,
+    HTTPException: _on_http_error,
+    ClientDisconnect: _on_client_left,
+    RecursionError: _on_nested_too_deeply,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,12 +23,22 @@ class Readiness:
 class Backend(Protocol):
     """Routes sequences to workers and streams their tokens back. One event loop, any number of calls at once."""
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
-        """Stream all sequences of one client request, their chunks interleaved as they come.
+    def start(self, requests: Sequence[GenerateRequest], take: Callable[[TokenChunk | None], None]) -> None:
+        """Begin all sequences of one client request; the first one's id names them all. Returns at once.
 
-        Each sequence ends with one chunk that has a finish_reason, unless it is cancelled; the iterator ends after the
-        last of them. A sequence that fails or cannot be taken ends with finish_reason "error". Closing or cancelling
-        the iterator stops all that still runs, within a step.
+        `take` gets their chunks, interleaved as they come, perhaps before this returns; it is quick and never raises.
+        Each sequence ends with one chunk that has a finish_reason, unless it is cancelled; None follows the last of
+        them. A sequence that fails or cannot be taken ends with finish_reason "error".
+
+        Raises:
+            InvariantError: a sequence's id is in use.
+        """
+        ...
+
+    def leave(self, request_id: str) -> None:
+        """Stop all that still runs of a client request, within a step: nobody takes its chunks any more.
+
+        Returns at once and never fails; `take` is not called again. Requests that are unknown or ended are ignored.
         """
         ...
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from secrets import token_hex
 
@@ -18,7 +16,7 @@ from cluster.openai.conversation import rendered
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
 from cluster.openai.logprobs import chat_logprobs, prompt_logprobs
-from cluster.openai.protocol import ChatRequest, StreamOptions
+from cluster.openai.protocol import ChatRequest
 from cluster.openai.replies import (
     ChatChoice,
     ChatChunk,
@@ -35,7 +33,7 @@ from cluster.openai.replies import (
 )
 from cluster.openai.sampling import check_stream_options, max_output_tokens
 from cluster.openai.starting import OutputPlan, start
-from cluster.openai.stream import DONE, event
+from cluster.openai.stream import event
 from cluster.openai.surface import Surface
 from cluster.openai.tool_calls import CallDelta
 from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
@@ -130,29 +128,32 @@ class Chat(Answer):
         tools: ToolPlan,
         generation: Generation,
     ) -> None:
-        super().__init__(surface, fields, reply_id, generation)
+        self._shows_tokens = bool(fields.logprobs or fields.return_token_ids)
+        self._parsers = [tools.parser() for _ in generation.requests]
+        is_text_only = not self._shows_tokens and self._parsers[0] is None
+        super().__init__(surface, fields, reply_id, generation, is_text_only=is_text_only)
         self._fields = fields
         self._token_ids = token_ids
         self._tools = tools
-        self._parsers = [tools.parser() for _ in generation.requests]
         self._has_calls = [False] * len(generation.requests)
         self._is_prompt_given = False
+        self._messages = [_Message() for _ in generation.requests]  #: of a whole reply
+        self._choices: dict[int, ChatChoice] = {}
 
-    async def reply(self) -> bytes:
-        """Implement `Answer.reply`: all choices as one ChatReply."""
-        messages = [_Message() for _ in self._generation.requests]
-        choices: dict[int, ChatChoice] = {}
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, delta in deltas:
-                messages[index].add(*self._parsed(index, delta), delta)
-                if delta.finish_reason is not None:
-                    choices[index] = self._whole(index, messages[index], delta)
+    def _add(self, index: int, delta: Delta) -> None:
+        """Implement `Answer._add`."""
+        self._messages[index].add(*self._parsed(index, delta), delta)
+        if delta.finish_reason is not None:
+            self._choices[index] = self._whole_choice(index, self._messages[index], delta)
+
+    def _reply(self) -> bytes:
+        """Implement `Answer._reply`: all choices as one ChatReply."""
         reply = ChatReply(
             id=self._id,
             created=self._created,
             model=self._surface.model.name,
-            choices=[choices[index] for index in sorted(choices)],
-            usage=self._generation.usage(),
+            choices=[self._choices[index] for index in sorted(self._choices)],
+            usage=self._usage(),
             prompt_logprobs=prompt_logprobs(
                 self._surface.tokenizer, self._generation.transcripts[0].prompt_logprobs or []
             )
@@ -163,20 +164,14 @@ class Chat(Answer):
         )
         return _encode(reply)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Implement `Answer.events`: a ChatChunk for each delta, then usage where asked for."""
-        options = self._fields.stream_options or StreamOptions()
-        has_usage = bool(options.include_usage)
-        no_usage: UnsetType | None = None if has_usage else UNSET
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, delta in deltas:
-                chunk = self._chunk_of(index, delta)
-                if chunk is not None:
-                    usage = self._generation.usage() if options.continuous_usage_stats else no_usage
-                    yield event(self._enveloped(chunk, usage))
-        if has_usage or self._fields.return_prompt_sources:
-            yield event(self._enveloped(None, self._generation.usage() if has_usage else UNSET, self._extras()))
-        yield DONE
+    def _event(self, index: int, delta: Delta) -> bytes:
+        """Implement `Answer._event`: a ChatChunk."""
+        choice = self._chunk_of(index, delta)
+        return b"" if choice is None else event(self._enveloped(choice, self._usage_of_event()))
+
+    def _envelope(self, usage: Usage | UnsetType | None, kvray: KvrayExtras | UnsetType) -> ChatChunk:
+        """Implement `Answer._envelope`."""
+        return self._enveloped(None, usage, kvray)
 
     def _enveloped(
         self,
@@ -199,9 +194,7 @@ class Chat(Answer):
     def _chunk_of(self, index: int, delta: Delta) -> ChatChunkChoice | None:
         """Make one event's choice; None where a delta adds nothing that a client could see yet."""
         content, calls = self._parsed(index, delta)
-        fields = self._fields
-        shows_tokens = bool(fields.logprobs or fields.return_token_ids)
-        if not content and not calls and delta.finish_reason is None and not shows_tokens:
+        if not content and not calls and delta.finish_reason is None and not self._shows_tokens:
             return None
         is_first = not self._is_begun[index]
         self._is_begun[index] = True
@@ -215,7 +208,7 @@ class Chat(Answer):
             logprobs=self._chat_logprobs(delta.logprobs),
             finish_reason=self._finish_reason(index, delta),
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
-            token_ids=delta.token_ids if fields.return_token_ids else UNSET,
+            token_ids=delta.token_ids if self._fields.return_token_ids else UNSET,
         )
 
     def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
@@ -236,7 +229,7 @@ class Chat(Answer):
             return "tool_calls"
         return delta.finish_reason
 
-    def _whole(self, index: int, message: _Message, last: Delta) -> ChatChoice:
+    def _whole_choice(self, index: int, message: _Message, last: Delta) -> ChatChoice:
         calls = message.tool_calls()
         content = "".join(message.content)
         return ChatChoice(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -15,7 +12,7 @@ from cluster.openai.constraints import constraint_of
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
 from cluster.openai.logprobs import CompletionLogprobList, joined, prompt_logprobs
-from cluster.openai.protocol import CompletionRequest, StreamOptions
+from cluster.openai.protocol import CompletionRequest
 from cluster.openai.replies import (
     CompletionChoice,
     CompletionLogprobs,
@@ -26,7 +23,7 @@ from cluster.openai.replies import (
 )
 from cluster.openai.sampling import check_stream_options, max_output_tokens
 from cluster.openai.starting import OutputPlan, start
-from cluster.openai.stream import DONE, event
+from cluster.openai.stream import event
 from cluster.openai.surface import Surface
 from cluster.openai.transcript import Delta
 
@@ -104,37 +101,37 @@ class Completion(Answer):
         texts: list[str | None],
         generation: Generation,
     ) -> None:
-        super().__init__(surface, fields, reply_id, generation)
+        self._shows_tokens = fields.logprobs is not None or bool(fields.return_token_ids)
+        self._is_prompt_only = fields.max_tokens == 0
+        is_text_only = not self._shows_tokens and not self._is_prompt_only
+        super().__init__(surface, fields, reply_id, generation, is_text_only=is_text_only)
         self._fields = fields
         self._prompts = prompts
         self._texts = texts
         self._logprobs = [CompletionLogprobList(surface.tokenizer, fields.logprobs or 0) for _ in generation.requests]
-        self._is_prompt_only = fields.max_tokens == 0
+        self._pieces: list[list[CompletionChoice]] = [[] for _ in generation.requests]  #: of a whole reply
 
-    async def reply(self) -> bytes:
-        """Implement `Answer.reply`: all choices as one CompletionReply."""
-        pieces: list[list[CompletionChoice]] = [[] for _ in self._generation.requests]
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, delta in deltas:
-                pieces[index].append(self._choice(index, delta))
-        return _encode(self._reply([_whole(parts) for parts in pieces], self._usage(), self._extras()))
+    def _add(self, index: int, delta: Delta) -> None:
+        """Implement `Answer._add`."""
+        self._pieces[index].append(self._choice(index, delta))
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Implement `Answer.events`: a CompletionReply for each delta, then usage where asked for."""
-        options = self._fields.stream_options or StreamOptions()
-        has_usage = bool(options.include_usage)
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, delta in deltas:
-                choice = self._choice(index, delta)
-                if not choice.text and choice.finish_reason is None and not self._shows_tokens:
-                    continue
-                usage: Usage | UnsetType | None = None if has_usage else UNSET
-                yield event(self._reply([choice], self._usage() if options.continuous_usage_stats else usage, UNSET))
-        if has_usage or self._fields.return_prompt_sources:
-            yield event(self._reply([], self._usage() if has_usage else UNSET, self._extras()))
-        yield DONE
+    def _reply(self) -> bytes:
+        """Implement `Answer._reply`: all choices as one CompletionReply."""
+        choices = [_whole(parts) for parts in self._pieces]
+        return _encode(self._enveloped(choices, self._usage(), self._extras()))
 
-    def _reply(
+    def _event(self, index: int, delta: Delta) -> bytes:
+        """Implement `Answer._event`: a CompletionReply."""
+        choice = self._choice(index, delta)
+        if not choice.text and choice.finish_reason is None and not self._shows_tokens:
+            return b""
+        return event(self._enveloped([choice], self._usage_of_event(), UNSET))
+
+    def _envelope(self, usage: Usage | UnsetType | None, kvray: KvrayExtras | UnsetType) -> CompletionReply:
+        """Implement `Answer._envelope`."""
+        return self._enveloped([], usage, kvray)
+
+    def _enveloped(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, kvray: KvrayExtras | UnsetType
     ) -> CompletionReply:
         return CompletionReply(
@@ -145,11 +142,6 @@ class Completion(Answer):
             usage=usage,
             kvray=kvray,
         )
-
-    @property
-    def _shows_tokens(self) -> bool:
-        """Whether a piece without text still says something."""
-        return self._fields.logprobs is not None or bool(self._fields.return_token_ids)
 
     def _usage(self) -> Usage:
         usage = self._generation.usage()

@@ -65,13 +65,13 @@ class Edge:
             await send_error(error, send)
             return
         if caller is not None and not caller.is_operator and label not in TENANT_PATHS:
-            await send_error(not_allowed(None, f"path {shown(_path(scope))}"), send)
+            await send_error(not_allowed(None, f"path {shown(path_below_root(scope))}"), send)
             return
         scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
 
     def _label(self, scope: Scope) -> str:
-        path = _path(scope)
+        path = path_below_root(scope)
         if path.startswith("/v1/models/"):
             return "/v1/models/{id}"
         return path if path in self._paths else "other"
@@ -125,7 +125,7 @@ class _Exchange:
         await self._send(message)
 
 
-def _path(scope: Scope) -> str:
-    """Return the path below the application's root."""
+def path_below_root(scope: Scope) -> str:
+    """Return a request's path below the application's root."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"

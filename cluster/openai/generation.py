@@ -1,10 +1,10 @@
-"""One client request below HTTP: its sequences, started together, read as deltas, closed together."""
+"""One client request below HTTP: its sequences, started together, taken as deltas, stopped together."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 
 import msgspec
 from msgspec import UNSET
@@ -22,6 +22,9 @@ from cluster.openai.replies import (
 from cluster.openai.transcript import Delta, Transcript
 from messages.errors import KvrayError, WorkerError
 from messages.request import GenerateRequest
+from messages.stream import TokenChunk
+
+logger = logging.getLogger(__name__)
 
 
 class Generation:
@@ -45,43 +48,78 @@ class Generation:
         self._metrics = metrics
         self._ttft_s: dict[int, float] = {}  # by choice index
         self._index = {request.request_id: index for index, request in enumerate(requests)}
+        self._num_open = len(requests)
+        self._is_running = False
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield (choice index, what it got) until every choice has its finish_reason. Closing it stops the work.
+    def start(self, on_delta: Callable[[int, Delta], None], on_end: Callable[[KvrayError | None], None]) -> None:
+        """Begin, once; `stop` has to follow, once. Both are called on the loop, perhaps before this returns.
 
-        Raises:
-            KvrayError: a sequence was refused or failed; the others are stopped.
+        Args:
+            on_delta: is told a choice's index and what it got.
+            on_end: nothing follows: every choice has its finish_reason, or one was refused or failed, and with that
+                error all are stopped. Not called once `stop` was.
         """
-        clock = RequestClock(self._metrics, len(self.requests))
-        reason, began_s = "abandoned", time.perf_counter()
+        self._on_delta, self._on_end = on_delta, on_end
+        self._clock = RequestClock(self._metrics, len(self.requests))
+        self._began_s = time.perf_counter()
+        self._is_running = True
+        self._metrics.running.inc()
+        self._backend.start(self.requests, self._take)
+
+    def stop(self) -> None:
+        """Stop all work that still runs, and count the request as answered; nothing is told any more."""
+        self._end("abandoned")
+        self._metrics.running.dec()
+
+    def _take(self, chunk: TokenChunk | None) -> None:
+        if not self._is_running:
+            return
         try:
-            async with aclosing(self._backend.generate(self.requests)) as chunks:
-                num_open = len(self.requests)
-                async for chunk in chunks:
-                    index = self._index.get(chunk.request_id)
-                    if index is None or self.transcripts[index].is_finished:
-                        continue
-                    if chunk.sources is not None:
-                        clock.sources(chunk.sources)
-                        self._ttft_s.setdefault(index, time.perf_counter() - began_s)
-                    delta = self.transcripts[index].take(chunk)
-                    clock.chunk(index, len(delta.token_ids))
-                    if delta.finish_reason is not None:
-                        num_open -= 1
-                        clock.finish(delta.finish_reason)
-                        if chunk.finish_reason is None and num_open:  # a stop string: only we know that it is over
-                            self._backend.cancel(chunk.request_id)
-                    yield index, delta
-                    if num_open == 0:
-                        return
-            raise WorkerError(
-                f"{num_open} of {len(self.requests)} sequences ended without a last token", code="stream_ended"
-            )
-        except KvrayError:
-            reason = "error"
-            raise
-        finally:
-            clock.end(reason)
+            if chunk is None:
+                self._miss()
+            else:
+                self._take_chunk(chunk)
+        except KvrayError as error:
+            self._fail(error)
+        except Exception:  # of this request alone: whoever brought the chunk has others to serve
+            logger.exception("an answer failed")
+            self._fail(KvrayError("internal error"))
+
+    def _take_chunk(self, chunk: TokenChunk) -> None:
+        """Make a delta of a chunk: read path step 8."""
+        index = self._index.get(chunk.request_id)
+        if index is None or self.transcripts[index].is_finished:
+            return
+        if chunk.sources is not None:
+            self._clock.sources(chunk.sources)
+            self._ttft_s.setdefault(index, time.perf_counter() - self._began_s)
+        delta = self.transcripts[index].take(chunk)
+        self._clock.chunk(index, len(delta.token_ids))
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+            self._clock.finish(delta.finish_reason)
+            if chunk.finish_reason is None and self._num_open:  # a stop string: only we know that it is over
+                self._backend.cancel(chunk.request_id)
+        self._on_delta(index, delta)
+        if self._num_open == 0:
+            self._end("")
+            self._on_end(None)
+
+    def _miss(self) -> None:
+        raise WorkerError(
+            f"{self._num_open} of {len(self.requests)} sequences ended without a last token", code="stream_ended"
+        )
+
+    def _fail(self, error: KvrayError) -> None:
+        self._end("error")
+        self._on_end(error)
+
+    def _end(self, reason: str) -> None:
+        """Stop what still runs; choices that have no finish_reason count as ended for `reason`."""
+        if self._is_running:
+            self._is_running = False
+            self._clock.end(reason)
+            self._backend.leave(self.requests[0].request_id)
 
     def usage(self) -> Usage:
         """Count the tokens so far. A prompt with several choices counts once, by its first choice."""

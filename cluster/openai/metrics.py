@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from messages.stream import PromptSources
 
@@ -56,19 +59,12 @@ class HttpMetrics:
             ["source"],
             registry=registry,
         )
-        self.generation_tokens = Counter(
-            "kvray_generation_tokens_total", "Tokens generated for clients", registry=registry
-        )
+        self.chunks = ChunkCounts()
+        registry.register(self.chunks)
         self.time_to_first_token = Histogram(
             "kvray_time_to_first_token_seconds",
             "To the first token",
             buckets=_TTFT_BUCKETS_S,
-            registry=registry,
-        )
-        self.inter_token_latency = Histogram(
-            "kvray_inter_token_latency_seconds",
-            "Between a choice's chunks",
-            buckets=_ITL_BUCKETS_S,
             registry=registry,
         )
         self.request_latency = Histogram(
@@ -119,6 +115,37 @@ class _Merged(Collector):
         return self._families.values()
 
 
+class ChunkCounts(Collector):
+    """What is counted for every chunk: tokens, and the time since the choice's last one. One event loop.
+
+    prometheus_client's own classes take a lock and look at all buckets each time: 3 us for both, a third of what a
+    streamed token costs; these take 0.3 us.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._gaps = [0] * (len(_ITL_BUCKETS_S) + 1)  #: chunks by bucket; the last one has no bound
+        self._gaps_s = 0.0
+
+    def add(self, num_tokens: int, gap_s: float) -> None:
+        """Count a chunk that came so long after the one before it; 0: it is the first."""
+        self.num_tokens += num_tokens
+        if gap_s > 0:
+            self._gaps[bisect_left(_ITL_BUCKETS_S, gap_s)] += 1
+            self._gaps_s += gap_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families; the registry calls this."""
+        tokens = CounterMetricFamily("kvray_generation_tokens", "Tokens generated for clients")
+        tokens.add_metric([], self.num_tokens)
+        yield tokens
+        bounds = [*map(floatToGoString, _ITL_BUCKETS_S), "+Inf"]
+        buckets: Sequence[tuple[str, float]] = list(zip(bounds, accumulate(self._gaps), strict=True))
+        gaps = HistogramMetricFamily("kvray_inter_token_latency_seconds", "Between a choice's chunks")
+        gaps.add_metric([], buckets, self._gaps_s)
+        yield gaps
+
+
 class RequestClock:
     """Times one generation request with `num_choices` choices. `end` must be called, once."""
 
@@ -128,7 +155,6 @@ class RequestClock:
         self._last_s = [0.0] * num_choices
         self._is_first = True
         self._num_open = num_choices
-        metrics.running.inc()
 
     def chunk(self, choice: int, num_tokens: int) -> None:
         """Note that `num_tokens` tokens of `choice` arrived now."""
@@ -136,13 +162,9 @@ class RequestClock:
         if self._is_first:
             self._is_first = False
             self._metrics.time_to_first_token.observe(now_s - self._started_s)
-        if num_tokens == 0:
-            return
-        last_s = self._last_s[choice]
-        if last_s:
-            self._metrics.inter_token_latency.observe(now_s - last_s)
-        self._last_s[choice] = now_s
-        self._metrics.generation_tokens.inc(num_tokens)
+        if num_tokens > 0:
+            self._metrics.chunks.add(num_tokens, now_s - (self._last_s[choice] or now_s))
+            self._last_s[choice] = now_s
 
     def sources(self, sources: PromptSources) -> None:
         """Count where a sequence's prompt came from."""
@@ -158,7 +180,6 @@ class RequestClock:
 
     def end(self, reason: str) -> None:
         """End the request; choices still open ended for `reason`."""
-        self._metrics.running.dec()
         if self._num_open:
             self._metrics.finished.labels(reason).inc(self._num_open)
         else:

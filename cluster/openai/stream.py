@@ -1,12 +1,16 @@
-"""Answers that stop working when the client leaves: server-sent events, and whole replies."""
+"""Answers that stop working when the client leaves: server-sent events, and whole replies.
+
+A stream costs no task's turn and no call of ASGI per token. What a turn of the event loop brings to it is one write, to
+the client's connection itself where the server lends it (`DIRECT`), else by ASGI. What the client is too slow for waits
+here as it will be sent.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.openai.errors import error_json, send_error
+from cluster.openai.generation import Generation
+from cluster.openai.transcript import Delta
 from messages.errors import KvrayError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +28,8 @@ T = TypeVar("T")
 
 _encoder = msgspec.json.Encoder()
 
+_MAX_EVENTS: Final = 64  #: in one write: what waits for a slow client fills no other buffer, and holds nobody up
+DIRECT: Final = "kvray.direct"  #: the extension of an ASGI scope that is a DirectWriter
 DONE: Final = b"data: [DONE]\n\n"
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -72,43 +80,140 @@ async def reply_while_connected(request: Request, work: Coroutine[Any, Any, byte
     return Response(await first_of(work, request.receive), media_type="application/json")
 
 
+class DirectWriter(Protocol):
+    """The connection of a request whose answer has begun, lent by a server to whoever answers, besides ASGI."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client has to read first; what is written all the same is kept in memory."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the answer's body; never blocks, never fails: a client that left reads nothing."""
+        ...
+
+    def on_resume(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever it is not paused any more, until the answer ends."""
+        ...
+
+
+class Turn:
+    """The streams that got something in this turn of the event loop: each writes it at the turn's end."""
+
+    def __init__(self) -> None:
+        self._streams: list[EventStream] = []
+
+    def add(self, stream: EventStream) -> None:
+        """Have `stream` write what it has, once all that comes in this turn is there."""
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._end)
+        self._streams.append(stream)
+
+    def _end(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.send_held()
+
+
 class EventStream(Response):
     """Sends events as they come. An error before the first one is a reply with its own status; after it, an event."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self._events = events
-        self._is_started = False
+    def __init__(
+        self,
+        generation: Generation,
+        turn: Turn,
+        event_of: Callable[[int, Delta], bytes],
+        last_events: Callable[[], bytes],
+    ) -> None:
+        """Make it ready; nothing runs yet.
+
+        Args:
+            generation: what is answered.
+            turn: of the loop that this runs on.
+            event_of: writes what a choice got as an event, or as nothing.
+            last_events: writes what follows when all choices have ended.
+        """
+        self._generation = generation
+        self._turn = turn
+        self._event_of = event_of
+        self._last_events = last_events
+        self._held: list[bytes] = []  #: not sent yet
+        self._writer: DirectWriter | None = None
+        self._has_more = asyncio.Event()  #: the coroutine has something to do
+        self._has_ended = False
+        self._error: KvrayError | None = None
         self.background = None
         self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, as ASGI. When the client leaves, they are closed and nothing more is sent."""
+        """Send the events, as ASGI. When the client leaves, work for them stops and nothing more is sent."""
         try:
-            await first_of(self._send_all(send), receive)
+            await first_of(self._send_all(scope, send), receive)
         except ClientDisconnect:
             logger.debug("the client left its stream")
 
-    async def _send_all(self, send: Send) -> None:
-        try:
-            async with aclosing(self._events) as events:
-                async for data in events:
-                    if not self._is_started:
-                        self._is_started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-        except KvrayError as error:
-            await self._send_error(error, send)
-            return
-        except Exception:
-            if not self._is_started:
-                raise
-            logger.exception("a stream failed")
-            await self._send_error(KvrayError("internal error"), send)
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def send_held(self) -> None:
+        """Write what is there to the connection that was lent, unless the client has to read first."""
+        if self._writer is None or self._has_ended:
+            return  # the coroutine below sends it
+        while self._held and not self._writer.is_paused:
+            self._writer.write(self._taken())
 
-    async def _send_error(self, error: KvrayError, send: Send) -> None:
-        if not self._is_started:
-            await send_error(error, send)
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        try:
+            self._generation.start(self._take, self._end)
+            await self._has_more.wait()
+            self._has_more.clear()
+            if self._error is not None and not self._held:
+                await send_error(self._error, send)
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await self._send_held_by_asgi(send)
+            self._lend(scope.get("extensions", {}).get(DIRECT))
+            while not self._has_ended:
+                await self._has_more.wait()
+                self._has_more.clear()
+                if self._writer is None:
+                    await self._send_held_by_asgi(send)
+            self._writer = None  # or what waits for it would overtake what waits for ASGI
+            while len(self._held) > _MAX_EVENTS:
+                await send({"type": "http.response.body", "body": self._taken(), "more_body": True})
+            rest = self._taken() + self._end_of_stream()
+            await send({"type": "http.response.body", "body": rest, "more_body": False})
+        finally:
+            self._generation.stop()
+
+    async def _send_held_by_asgi(self, send: Send) -> None:
+        while self._held and not self._has_ended:
+            await send({"type": "http.response.body", "body": self._taken(), "more_body": True})
+
+    def _lend(self, writer: DirectWriter | None) -> None:
+        """Write to `writer` from now on, first what came meanwhile."""
+        self._writer = writer
+        if writer is not None:
+            writer.on_resume(self.send_held)
+            self.send_held()
+
+    def _take(self, index: int, delta: Delta) -> None:
+        data = self._event_of(index, delta)
+        if not data:
             return
-        await send({"type": "http.response.body", "body": b"data: " + error_json(error) + b"\n\n"})
+        if not self._held:
+            if self._writer is None:
+                self._has_more.set()
+            else:
+                self._turn.add(self)
+        self._held.append(data)
+
+    def _end(self, error: KvrayError | None) -> None:
+        self._error = error
+        self._has_ended = True
+        self._has_more.set()
+
+    def _taken(self) -> bytes:
+        """Return the next piece of what is held, which is held no longer."""
+        taken, self._held = self._held[:_MAX_EVENTS], self._held[_MAX_EVENTS:]
+        return b"".join(taken)
+
+    def _end_of_stream(self) -> bytes:
+        return self._last_events() if self._error is None else b"data: " + error_json(self._error) + b"\n\n"

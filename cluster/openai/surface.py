@@ -12,6 +12,7 @@ from cluster.openai.callers import Callers
 from cluster.openai.errors import model_not_found
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
+from cluster.openai.stream import Turn
 from cluster.openai.tool_calls import ToolFormat
 from text.tokenizer import Tokenizer
 
@@ -34,6 +35,7 @@ class Surface:
     metrics: HttpMetrics
     tool_format: ToolFormat | None  #: how the model writes tool calls
     hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls
+    turn: Turn = field(default_factory=Turn)  #: of the event loop
     huge_texts: asyncio.Lock = field(default_factory=asyncio.Lock)  #: whoever encodes one
 
     async def encode(self, text: str, *, add_special_tokens: bool, enough: int | None = None) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from messages.errors import KvrayError, WorkerError, error_from_info
 from messages.stream import PromptPlan, PromptSources, TokenChunk, TokenLogprob
@@ -25,13 +27,12 @@ class TextOptions:
     stop_token_ids: frozenset[int] = frozenset()  #: the client's own, which count as a stop_reason
 
 
-@dataclass(slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, kw_only=True):
     """The text, tokens and end that one chunk adds to a choice."""
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
     finish_reason: EndReason | None = None
     stop_reason: int | str | None = None
 
@@ -41,7 +42,8 @@ class Transcript:
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._options = options
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens)
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens)
+        self._push, self._flush = detokenizer.push, detokenizer.flush
         self._stops = StopMatcher(options.stop, include_stop_str=options.includes_stop, min_tokens=options.min_tokens)
         self.num_tokens = 0
         self.sources: PromptSources | None = None
@@ -55,20 +57,21 @@ class Transcript:
         Raises:
             KvrayError: the sequence failed, or was cancelled by someone other than its client.
         """
-        if chunk.finish_reason == "error":
-            raise (error_from_info(chunk.error) if chunk.error else KvrayError("the sequence failed"))
-        if chunk.finish_reason == "cancelled":
-            raise WorkerError("the sequence was cancelled by the server", code="cancelled")
+        if chunk.finish_reason is not None:
+            _check_end(chunk)
         if chunk.sources is not None:
             self.sources, self.plan = chunk.sources, chunk.plan
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
-        delta = Delta(token_ids=chunk.token_ids, logprobs=chunk.logprobs)
+        token_ids = chunk.token_ids
+        delta = Delta(token_ids=token_ids, logprobs=chunk.logprobs)
         if self._options.stop:
             self._take_singly(chunk, delta)
+        elif chunk.stop_token_id is None and not self._options.hidden_ids:
+            delta.text = self._push(token_ids)
         else:
-            delta.text = self._detokenizer.push([i for token_ids in self._visible(chunk) for i in token_ids])
-        if delta.finish_reason is None and chunk.finish_reason is not None:
+            delta.text = self._push([token_id for visible in self._visible(chunk) for token_id in visible])
+        if chunk.finish_reason is not None and delta.finish_reason is None:
             self._end(chunk, delta)
         self.num_tokens += len(delta.token_ids)
         self.is_finished = delta.finish_reason is not None
@@ -88,7 +91,7 @@ class Transcript:
         """Take a chunk token by token, so that the token that completes a stop string is the last one."""
         texts: list[str] = []
         for position, token_ids in enumerate(self._visible(chunk), start=1):
-            text, met = self._stops.push(self._detokenizer.push(token_ids))
+            text, met = self._stops.push(self._push(token_ids))
             texts.append(text)
             if met is not None:
                 delta.finish_reason, delta.stop_reason = "stop", met
@@ -98,7 +101,7 @@ class Transcript:
         delta.text = "".join(texts)
 
     def _end(self, chunk: TokenChunk, delta: Delta) -> None:
-        text, met = self._stops.push(self._detokenizer.flush(), 0)
+        text, met = self._stops.push(self._flush(), 0)
         delta.text += text
         if met is not None:
             delta.finish_reason, delta.stop_reason = "stop", met
@@ -107,3 +110,10 @@ class Transcript:
         delta.finish_reason = "length" if chunk.finish_reason == "length" else "stop"
         if chunk.stop_token_id in self._options.stop_token_ids:
             delta.stop_reason = chunk.stop_token_id
+
+
+def _check_end(chunk: TokenChunk) -> None:
+    if chunk.finish_reason == "error":
+        raise (error_from_info(chunk.error) if chunk.error else KvrayError("the sequence failed"))
+    if chunk.finish_reason == "cancelled":
+        raise WorkerError("the sequence was cancelled by the server", code="cancelled")

@@ -222,7 +222,8 @@ def test_a_full_server_closes_who_waits_longest_and_refuses_where_all_are_busy(s
 
 def test_who_does_not_read_gives_its_slot_up_and_who_reads_slowly_does_not(start):
     server = start(num_tokens=3000, unread_timeout_s=3)
-    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 3000}).encode()
+    counted = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # so that order shows
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 3000, **counted}).encode()
     clients = []
     for _ in range(11):
         client = socket.socket()
@@ -232,10 +233,11 @@ def test_who_does_not_read_gives_its_slot_up_and_who_reads_slowly_does_not(start
         client.sendall(HEAD % len(body) + body)
         clients.append(client)
     slow, *unread = clients
+    told = b""
     ends_s = time.monotonic() + 20
     while server.counted() != {"unread": 10.0}:
         assert time.monotonic() < ends_s, server.counted()
-        assert slow.recv(16384)
+        told += slow.recv(16384)
         time.sleep(0.2)
     assert server.metric("kvray_requests_running") == {"": 1.0}
     for client in unread:
@@ -243,9 +245,10 @@ def test_who_does_not_read_gives_its_slot_up_and_who_reads_slowly_does_not(start
             while client.recv(65536):
                 pass
         client.close()
-    told = b""
     while b"[DONE]" not in told[-200:]:
-        told = told[-200:] + slow.recv(65536)
+        told += slow.recv(65536)
+    numbers = [int(number) for number in re.findall(rb'"completion_tokens":(\d+)', told)]
+    assert numbers == [*range(1, 3001), 3000]
     assert server.counted() == {"unread": 10.0}
 
 

@@ -14,6 +14,7 @@ import pytest_asyncio
 from cluster.dispatch import Dispatcher, DispatchOptions
 from kvcache.names import pack_tokens
 from messages.request import GenerateRequest, SamplingParams
+from tests.cluster.reading import chunks_of
 from tests.decode.test_two_hosts import FAULTY
 from tests.harness import harness_workers
 from tests.models import make_tiny_model
@@ -69,7 +70,7 @@ async def test_a_prompt_that_ends_workers_ends_two_and_harms_no_other_request(fl
     async def answer(request: GenerateRequest) -> tuple[list[int], str | None]:
         token_ids: list[int] = []
         error = None
-        async for chunk in fleet.dispatcher.generate([request]):
+        async for chunk in chunks_of(fleet.dispatcher, [request]):
             token_ids += chunk.token_ids
             error = chunk.error.code if chunk.error is not None else None
         return token_ids, error

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from messages.fleet import Stats
 from messages.request import GenerateRequest, SamplingParams
 from messages.route import RouteRequest
 from messages.stream import TokenChunk
+from tests.cluster.reading import chunks_of
 from tests.models import EOS, VOCAB_SIZE, make_tiny_model
 from tests.reference import Reference
 from tests.workers import CHANNEL, SECRET, engine_of, worker_options
@@ -59,19 +60,21 @@ class Fleet:
         self.workers = workers
         self.router = router
         self.dispatcher = dispatcher
-        self.cancel, self.ready = dispatcher.cancel, dispatcher.ready
+        self.cancel, self.leave, self.ready = dispatcher.cancel, dispatcher.leave, dispatcher.ready
         self.metrics = dispatcher.metrics
         self.cuts_after: list[int] = []  #: chunks of the next request after which its worker is lost
         self.num_cuts = 0
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
+    def start(self, requests: Sequence[GenerateRequest], take: Callable[[TokenChunk | None], None]) -> None:
         cuts_after, self.cuts_after = self.cuts_after, []
-        num_chunks = 0
-        async for chunk in self.dispatcher.generate(requests):
-            num_chunks += 1
-            yield chunk
-            if num_chunks in cuts_after:
-                self.cut()
+        numbers = itertools.count(1)
+
+        def take_and_cut(chunk: TokenChunk | None) -> None:
+            take(chunk)
+            if chunk is not None and next(numbers) in cuts_after:
+                asyncio.get_running_loop().call_soon(self.cut)
+
+        self.dispatcher.start(requests, take_and_cut)
 
     def cut(self) -> None:
         """Lose every worker that something runs on."""
@@ -89,7 +92,7 @@ class Fleet:
         )
         assert self.router.router.stats().get("kvray_router_forgotten_total", 0) == 0, "told, not only swept"
         assert len(self.dispatcher.table) == 0
-        assert self.dispatcher._queues == {}
+        assert self.dispatcher._readers == {}
         self.dispatcher.table.check_invariants()
         self.router.router.check_invariants()
 
@@ -160,7 +163,7 @@ async def outputs(backend: Fleet, requests: list[GenerateRequest]) -> list[list[
     """The token ids of each choice, of which all must end well."""
     token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
     ended: list[str] = []
-    async for chunk in backend.generate(requests):
+    async for chunk in chunks_of(backend, requests):
         assert chunk.error is None, chunk.error
         assert chunk.request_id not in ended
         token_ids[chunk.request_id] += chunk.token_ids
@@ -380,7 +383,7 @@ async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatche
 async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, http):
     (router_address,) = fleet.dispatcher._router_addresses
     count = HttpMetrics("ingress-2")
-    count.generation_tokens.inc(7)
+    count.chunks.num_tokens += 7
     other = Dispatcher(dataclasses.replace(fleet.dispatcher._options, ingress_id="ingress-2"), count.values)
     other.set_routers([router_address])
     await complete(http)
@@ -464,6 +467,38 @@ async def test_who_would_wait_too_long_is_told_when_to_come_again_and_a_short_re
     assert len(replies) - len(refused) >= 3, "every worker has some"
 
 
+async def test_who_leaves_while_it_takes_a_chunk_takes_nothing_more(fleet):
+    requests = asks(prompt_of(20), n=3)
+    taken: list[TokenChunk | None] = []
+
+    def take(chunk: TokenChunk | None) -> None:
+        taken.append(chunk)
+        fleet.dispatcher.leave(requests[0].request_id)  # chunks of its other choices came with this one
+
+    fleet.dispatcher.start(requests, take)
+    await eventually(lambda: bool(taken))
+    await fleet.settle()
+    assert len(taken) == 1
+
+
+async def test_a_choice_may_be_cancelled_while_a_chunk_of_it_is_taken(fleet):
+    requests = asks(prompt_of(20), n=2)
+    taken: list[TokenChunk] = []
+    ended = asyncio.Event()
+
+    def take(chunk: TokenChunk | None) -> None:
+        if chunk is None:
+            ended.set()
+            return
+        taken.append(chunk)
+        fleet.dispatcher.cancel(requests[0].request_id)
+
+    fleet.dispatcher.start(requests, take)
+    await asyncio.wait_for(ended.wait(), 20)
+    assert sum(len(chunk.token_ids) for chunk in taken if chunk.request_id == requests[1].request_id) == 40
+    assert sum(len(chunk.token_ids) for chunk in taken if chunk.request_id == requests[0].request_id) <= 1
+
+
 # ----------------------------------------------------------------------------------------------------- another secret
 
 
@@ -471,7 +506,7 @@ async def test_an_ingress_with_another_secret_tells_its_clients_so(fleet, caplog
     stranger = Dispatcher(dataclasses.replace(fleet.dispatcher._options, secret=ClusterSecret.generate()))
     stranger.set_workers("decode", list(fleet.dispatcher.fleet.values()))
     stranger.set_routers([fleet.router.address])
-    chunks = [chunk async for chunk in stranger.generate(asks(prompt_of(10)))]
+    chunks = [chunk async for chunk in chunks_of(stranger, asks(prompt_of(10)))]
     stranger.close()
     assert chunks[-1].error is not None
     assert "it has another cluster secret (key id" in chunks[-1].error.message

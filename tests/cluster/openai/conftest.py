@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -58,6 +58,7 @@ class FakeBackend:
     refusal: KvrayError | None = None
     delay_s: float = 0.0
     requests: list[GenerateRequest] = field(default_factory=list)
+    speaking: dict[str, asyncio.Task[None]] = field(default_factory=dict)  #: by client request
     cancelled: list[str] = field(default_factory=list)
     num_active: int = 0
     num_closed_early: int = 0
@@ -108,27 +109,38 @@ class FakeBackend:
         top = tuple(((token_id + k) % 256, -0.5 - k) for k in range(num_top))
         return TokenLogprob(token_id, -0.5, 1, top)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[TokenChunk, None]:
+    def start(self, requests: Sequence[GenerateRequest], take: Callable[[TokenChunk | None], None]) -> None:
         self.requests += requests
         if self.refusal is not None:
             for request in requests:
-                yield TokenChunk(request_id=request.request_id, finish_reason="error", error=self.refusal.info())
+                take(TokenChunk(request_id=request.request_id, finish_reason="error", error=self.refusal.info()))
+            take(None)
             return
+        queues = [self.script(request) for request in requests]
         self.num_active += 1
-        is_whole = False
-        try:
-            queues = [self.script(request) for request in requests]
-            while any(queues):
-                for queue in queues:
-                    if queue:
-                        await asyncio.sleep(self.delay_s)
-                        chunk = queue.pop(0)
-                        if chunk.request_id not in self.cancelled:
-                            yield chunk
-            is_whole = True
-        finally:
-            self.num_active -= 1
-            self.num_closed_early += not is_whole
+        speaking = asyncio.ensure_future(self._speak(queues, take))
+        self.speaking[requests[0].request_id] = speaking
+        speaking.add_done_callback(self._close)
+
+    def leave(self, request_id: str) -> None:
+        if request_id in self.speaking:
+            self.speaking.pop(request_id).cancel()
+
+    async def _speak(self, queues: list[list[TokenChunk]], take: Callable[[TokenChunk | None], None]) -> None:
+        while any(queues):
+            for queue in queues:
+                if queue:
+                    await asyncio.sleep(self.delay_s)
+                    chunk = queue.pop(0)
+                    if chunk.request_id not in self.cancelled:
+                        take(chunk)
+        take(None)
+
+    def _close(self, spoken: asyncio.Task[None]) -> None:
+        self.num_active -= 1
+        self.num_closed_early += spoken.cancelled()
+        if not spoken.cancelled():
+            spoken.result()
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

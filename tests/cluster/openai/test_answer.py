@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from msgspec import UNSET
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,8 @@ from cluster.openai.generation import Generation
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.protocol import SharedFields
 from cluster.openai.replies import KvrayExtras, PromptSourceCounts
-from cluster.openai.transcript import TextOptions, Transcript
+from cluster.openai.stream import DONE, Turn
+from cluster.openai.transcript import Delta, TextOptions, Transcript
 from messages.errors import CapacityError
 from messages.request import GenerateRequest, SamplingParams
 
@@ -23,12 +25,23 @@ from messages.request import GenerateRequest, SamplingParams
 class Shout(Answer):
     """The text so far, in capitals."""
 
-    async def reply(self) -> bytes:
-        return b"".join([data async for data in self.events()])
+    said = b""
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        async for _, delta in self._generation.deltas():
-            yield delta.text.upper().encode()
+    def _add(self, index: int, delta: Delta) -> None:
+        self.said += self._event(index, delta)
+
+    def _reply(self) -> bytes:
+        return self.said
+
+    def _event(self, index: int, delta: Delta) -> bytes:
+        return delta.text.upper().encode()
+
+    def _envelope(self, usage: object, kvray: object) -> Nothing:
+        return Nothing()
+
+
+class Nothing(msgspec.Struct):
+    """What ends a stream that says nothing else."""
 
 
 @pytest.fixture
@@ -47,7 +60,8 @@ def answer(backend):
         ]
         transcripts = [Transcript(backend.tokenizer, TextOptions()) for _ in requests]
         generation = Generation(backend, HttpMetrics(), requests, transcripts, num_choices=2)
-        return Shout(None, SharedFields(**fields), "id", generation)  # type: ignore[arg-type]
+        surface = SimpleNamespace(turn=Turn())
+        return Shout(surface, SharedFields(**fields), "id", generation, is_text_only=False)  # type: ignore[arg-type]
 
     return make
 
@@ -84,7 +98,9 @@ async def test_a_stream_sends_its_events_as_they_come(answer, backend):
     assert backend.requests == [], "nothing runs before the response is sent"
     start, *parts = await sent(response, request)
     assert dict(start["headers"])[b"content-type"].startswith(b"text/event-stream")
-    assert [part["body"] for part in parts] == [b"A", b"A", b"B", b"B", b"", b"", b""]
+    assert b"".join(part["body"] for part in parts) == b"AABB" + DONE
+    assert [part["more_body"] for part in parts] == [True] * (len(parts) - 1) + [False]
+    assert len(parts) > 2, "what came in another turn was not waited for"
 
 
 async def test_an_error_of_a_whole_reply_is_raised_and_of_a_stream_is_its_reply(answer, backend):
@@ -106,7 +122,7 @@ async def test_a_client_that_leaves_before_its_reply_is_whole_stops_the_work(ans
 @pytest.mark.parametrize("asked", [None, False, True])
 async def test_sources_are_told_only_to_who_asks(answer, asked):
     given = answer(return_prompt_sources=asked)
-    await given.reply()
+    await given._whole()
     told = KvrayExtras(PromptSourceCounts(device=1, host=0, peer=2, disk=0, remote=0, computed=0))
     assert given._extras() == (told if asked else UNSET)
 

@@ -8,6 +8,7 @@ import socket
 import time
 
 import httpx
+import msgspec
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -161,7 +162,7 @@ def test_a_bug_below_is_a_500_in_our_form_and_ends_a_stream(server, caplog):
 
     def half_good(request):
         chunk = good(request, "Hello")[0]
-        return [chunk, None]
+        return [chunk, msgspec.structs.replace(chunk, token_ids=None)]
 
     server.backend.script = half_good
     text = server.post(CHAT, {"messages": USER, "stream": True}).text

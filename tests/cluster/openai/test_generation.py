@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from cluster.openai.generation import Generation
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.replies import KvrayExtras, PromptSourceCounts, PromptTokensDetails, Usage
 from cluster.openai.transcript import Delta, TextOptions, Transcript
-from messages.errors import CapacityError, WorkerError
+from messages.errors import CapacityError, KvrayError, WorkerError
 from messages.request import GenerateRequest, SamplingParams
 from messages.stream import PromptSources, TokenChunk
 
@@ -51,9 +51,37 @@ def world(backend) -> World:
     return World(backend)
 
 
+class Reading:
+    """A generation that runs, and what it told so far."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.backend: Any = generation._backend
+        self.deltas: Deltas = []
+        self.end: asyncio.Future[KvrayError | None] = asyncio.get_running_loop().create_future()
+        generation.start(lambda index, delta: self.deltas.append((index, delta)), self.end.set_result)
+        self.speaking = list(self.backend.speaking.values())
+
+    async def stop(self) -> None:
+        """Stop it, and wait until what spoke has ended, too."""
+        self.generation.stop()
+        await asyncio.gather(*self.speaking, return_exceptions=True)
+
+    async def until(self, condition: Callable[[Deltas], bool]) -> None:
+        for _ in range(100):
+            if condition(self.deltas):
+                return
+            await asyncio.sleep(0)
+        pytest.fail(f"not in 100 turns of the loop: {self.deltas}")
+
+
 async def all_of(generation: Generation) -> Deltas:
-    async with aclosing(generation.deltas()) as deltas:
-        return [item async for item in deltas]
+    reading = Reading(generation)
+    error = await reading.end
+    await reading.stop()
+    if error is not None:
+        raise error
+    return reading.deltas
 
 
 def texts(deltas: Deltas) -> dict[int, str]:
@@ -146,11 +174,11 @@ async def test_sequences_that_stop_coming_without_a_last_token_are_an_error(worl
 
 async def test_closing_it_stops_the_work_and_counts_what_was_open_as_abandoned(world):
     world.backend.script = said(world, {"p0c0": "a", "p0c1": "bcdefgh"})
-    async with aclosing(world.generation(num_choices=2).deltas()) as deltas:
-        async for _, delta in deltas:
-            assert world.counted("kvray_requests_running") == 1
-            if delta.finish_reason:
-                break
+    reading = Reading(world.generation(num_choices=2))
+    await reading.until(lambda deltas: any(delta.finish_reason for _, delta in deltas))
+    assert world.counted("kvray_requests_running") == 1
+    await reading.stop()
+    assert not reading.end.done(), "nothing is told any more"
     assert (world.backend.num_active, world.backend.num_closed_early) == (0, 1)
     assert world.counted("kvray_requests_running") == 0
     assert world.counted("kvray_choices_finished_total", reason="stop") == 1
@@ -188,9 +216,10 @@ async def test_usage_grows_with_what_came_and_nothing_is_cached_before_it_is_tol
     world.backend.says("abc")
     generation = world.generation()
     assert generation.usage() == Usage(10, 0, 10, PromptTokensDetails(0))
-    async with aclosing(generation.deltas()) as deltas:
-        await anext(deltas)
-        assert generation.usage() == Usage(10, 1, 11, PromptTokensDetails(3))
+    reading = Reading(generation)
+    await reading.until(lambda deltas: len(deltas) == 1)
+    assert generation.usage() == Usage(10, 1, 11, PromptTokensDetails(3))
+    await reading.stop()
 
 
 async def test_every_token_and_source_is_counted_for_the_metrics_page(world):
