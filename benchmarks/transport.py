@@ -15,8 +15,8 @@ in each cell; those bytes are compared.
 
 CPU seconds are those of all processes taking part. The loop's lag is how late a 1 ms sleep comes back while verified
 pulls of 32 x 2 MiB follow each other. Goals, each in the worst of its cells, of 16 blocks or more of 512 KiB or more:
-shm at 0.80 of memcpy; verified at 0.97 of the other checkout's that is not, and 1.3 times as fast as its verified one; of
-2 MiB: socket at 0.95 and ucx over tcp at 0.85 of the raw socket; whatever the number of blocks, checksums add
+shm at 0.80 of memcpy, and verified at 0.97 of the other checkout's that is not, and 1.3 times as fast as its verified
+one; of 2 MiB: socket at 0.95 and ucx over tcp at 0.85 of the raw socket; whatever the number of blocks, checksums add
 less than 10 % to a road's time. And: one block of 64 KiB within 1 ms on every direct road; the
 loop never waits longer than 20 ms for a pull (99th percentile).
 """

@@ -23,10 +23,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import uvloop
+
 from harness.transport_cells import SEED, SUM, Pull
 from harness.transport_peer import PeerSpec, connected, open_all, peer_process
 from harness.transport_pool import filled
-
 from transport.memory import Memory
 from transport.protocol import Copy
 from transport.secret import ClusterSecret
