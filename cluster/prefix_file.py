@@ -5,7 +5,8 @@ and `data`. `name` is the one without a salt, so that a reader can tell that the
 takes it in names it with a salt of their own. What computes the bytes is in it, too: other kernels give other bits.
 The number of rows is in the schema's metadata.
 
-A file is mapped, and read in pieces; columns are taken from a mapped batch, whose buffers are the file's own bytes.
+A file is read a batch at a time, of which all but the blocks' bytes are looked at first. It is not mapped: one that is
+cut short meanwhile would end the process that has it mapped, where a read that comes short is an error.
 """
 
 from __future__ import annotations
@@ -97,18 +98,18 @@ class PrefixFile:
     """A file that was written so, by whomever; nothing in it is trusted. Close it at last."""
 
     def __init__(self, path: Path) -> None:
-        """Map it, and look at all of it but the blocks' bytes.
+        """Open it, and look at all of it but the blocks' bytes.
 
         Raises:
             ConfigError: it cannot be read, is no such file, or not whole; names the first row that is wrong.
         """
         self.path = path
         try:
-            self._map = pa.memory_map(str(path))
+            self._file = pa.OSFile(str(path))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
         try:
-            self._reader = pa.ipc.open_file(self._map)
+            self._reader = pa.ipc.open_file(self._file)
             self._check()
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             self.close()
@@ -118,11 +119,11 @@ class PrefixFile:
             raise
 
     def close(self) -> None:
-        """Unmap it; what `pieces` gave is void."""
-        self._map.close()
+        """Close the file; what `pieces` gave stays valid."""
+        self._file.close()
 
     def pieces(self) -> Iterator[ImportRequest]:
-        """Yield the blocks, some MiB or one of them at a time; their bytes lie in the mapped file.
+        """Yield the blocks, some MiB or one of them at a time.
 
         Raises:
             ConfigError: a block's bytes do not have its checksum, or the file was changed meanwhile.
@@ -130,7 +131,10 @@ class PrefixFile:
         max_rows = max(1, PIECE_BYTES // self.model.block_bytes)
         first_block = 0
         for number in range(self._reader.num_record_batches):
-            batch = self._batch(number)
+            try:
+                batch = self._batch(self._reader, number)
+            except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+                raise ConfigError(f"{self.path} was changed while it was read: {_first_line(error)}") from None
             for begin in range(0, batch.num_rows, max_rows):
                 end = min(begin + max_rows, batch.num_rows)
                 piece = self._piece(batch, begin, end, first_block)
@@ -150,12 +154,14 @@ class PrefixFile:
         wanted = schema_of(tokens.list_size, data.byte_width)
         if {key: metadata.get(key) for key in _FORMAT} != _FORMAT or not schema.equals(wanted):
             raise self._wrong(f"its columns are {', '.join(f'{field}' for field in schema)}")
+        beside_data = [number for number, name in enumerate(schema.names) if name != "data"]
+        reader = pa.ipc.open_file(self._file, options=pa.ipc.IpcReadOptions(included_fields=beside_data))
         first: dict[str, Any] = {}
         token_bytes: list[bytes] = []
         namer: BlockNamer | None = None
         num_rows = 0
-        for number in range(self._reader.num_record_batches):
-            batch = self._batch(number)
+        for number in range(reader.num_record_batches):
+            batch = self._batch(reader, number)
             if not batch.num_rows:
                 continue
             for name in ("fingerprint", "kernel_path", "layout_version"):
@@ -180,8 +186,8 @@ class PrefixFile:
         self._layout_version, self._kernel_path = first["layout_version"], first["kernel_path"]
         self._token_bytes = b"".join(token_bytes)
 
-    def _batch(self, number: int) -> pa.RecordBatch:
-        batch = self._reader.get_batch(number)
+    def _batch(self, reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.RecordBatch:
+        batch = reader.get_batch(number)
         batch.validate(full=True)
         if any(column.null_count for column in batch.columns):
             raise self._wrong("it has nulls")

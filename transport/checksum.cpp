@@ -45,8 +45,6 @@ constexpr int kVectors = kLineBytes / kVectorBytes;  // of a line
 // A batch larger than this leaves the core's own cache before anyone reads it: it is written past the caches, which
 // spares reading the lines that are written over.
 constexpr int64_t kStreamedBytes = 1 << 20;
-// So far ahead lines are fetched: processors do not look beyond a page.
-constexpr int64_t kAheadLines = kLeafLines / 2;
 
 template <typename T>
 constexpr T mix(T x) {
@@ -108,20 +106,16 @@ struct Sums {
   Words totals[kVectors] = {};    // of whole leaves
   uint64_t num_leaves = 0;
 
-  // Adds lines `first` and following of a leaf; where it is a copy, writes them. What lies kAheadLines further on is
-  // fetched meanwhile, beyond line kAheadLines from `jump` bytes further still. One loop with one load: processors tell
-  // what will be read next by the instruction that reads.
+  // Adds lines `first` and following of a leaf; where it is a copy, writes them. Meanwhile as many lines of `ahead`, the
+  // leaf that is read next, are fetched: processors do not look beyond a page by themselves. One loop with one load:
+  // they tell what will be read next by the instruction that reads.
   template <Store store>
-  void add(const uint8_t* source, uint8_t* target, int64_t first, int64_t num_lines, int64_t jump) {
+  void add(const uint8_t* source, uint8_t* target, int64_t first, int64_t num_lines, const uint8_t* ahead) {
     Words product[kVectors], half[kVectors];
     for (int i = 0; i < kVectors; ++i) product[i] = products[i], half[i] = halves[i];
     const uint8_t* keys = (const uint8_t*)kKeys.words + first * kLineBytes;
-    const uint8_t* ahead = source + kAheadLines * kLineBytes;
     for (int64_t offset = 0; offset < num_lines * kLineBytes; offset += kLineBytes) {
-      if (store == Store::kStreamed) {
-        ahead += offset == kAheadLines * kLineBytes ? jump : 0;
-        __builtin_prefetch(ahead + offset);
-      }
+      if (store == Store::kStreamed) __builtin_prefetch(ahead + offset);
       for (int i = 0; i < kVectors; ++i) {
         int64_t at = offset + i * kVectorBytes;
         Words words = *(const volatile WordsAnywhere*)(source + at);  // volatile: read once
@@ -168,22 +162,22 @@ bool add_block(Sums& sums, const uint8_t* source, uint8_t* target, int64_t num_b
   int64_t done = 0;
   for (; done + kLeafBytes <= num_bytes; done += kLeafBytes) {
     if (watch != nullptr && watch->is_stopped) return false;
-    bool is_last = num_bytes - done < 2 * kLeafBytes;
-    sums.add<store>(source + done, target + done, 0, kLeafLines, is_last ? next - (source + done + kLeafBytes) : 0);
+    const uint8_t* ahead = done + kLeafBytes < num_bytes ? source + done + kLeafBytes : next;
+    sums.add<store>(source + done, target + done, 0, kLeafLines, ahead);
     sums.end_leaf();
     if (watch != nullptr) watch->num_bytes = watch->num_bytes + kLeafBytes;
   }
   int64_t rest = num_bytes - done;
   if (rest > 0) {
     int64_t num_lines = rest / kLineBytes;
-    sums.add<store>(source + done, target + done, 0, num_lines, 0);
+    sums.add<store>(source + done, target + done, 0, num_lines, next);
     done += num_lines * kLineBytes;
     if (done < num_bytes) {
       alignas(64) uint8_t line[kLineBytes] = {};
       std::memcpy(line, source + done, num_bytes - done);
       asm volatile("" ::: "memory");  // what is in `line` by now is what counts
       if (store != Store::kNone) std::memcpy(target + done, line, num_bytes - done);
-      sums.add<Store::kNone>(line, nullptr, num_lines, 1, 0);
+      sums.add<Store::kNone>(line, nullptr, num_lines, 1, next);
     }
     sums.end_leaf();
     if (watch != nullptr) watch->num_bytes = watch->num_bytes + rest;

@@ -1,8 +1,9 @@
-"""A prefix as an Arrow file: written in pieces, read in pieces from the mapped file, and nothing in it trusted."""
+"""A prefix as an Arrow file: written in pieces, read in pieces, and nothing in it trusted."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -83,16 +84,32 @@ def test_any_arrow_reader_opens_it(path):
     assert b"".join(table["data"].to_pylist()) == DATA
 
 
-def test_a_blocks_bytes_are_the_mapped_files_own(path):
+def test_what_is_looked_at_first_has_no_blocks_bytes_and_then_one_batch_at_a_time_is_there(path):
     before = pa.total_allocated_bytes()
     prefix = PrefixFile(path)
-    pieces = list(prefix.pieces())
-    assert pa.total_allocated_bytes() - before < BLOCK_BYTES
-    mapped = np.frombuffer(pieces[0].data, np.uint8).__array_interface__["data"][0]
-    start = prefix._map.read_buffer(prefix._map.size()).address if prefix._map.seek(0) == 0 else 0
-    assert start <= mapped < start + path.stat().st_size
-    del pieces
+    opened = pa.total_allocated_bytes()
+    assert opened - before < 3 * BLOCK_BYTES
+    for piece in prefix.pieces():
+        del piece
+        assert pa.total_allocated_bytes() - opened < 6 * BLOCK_BYTES
     prefix.close()
+
+
+@pytest.mark.parametrize("left_bytes", [0, 1, 4000])
+def test_a_file_cut_short_while_it_is_read_is_an_error_in_words(path, left_bytes):
+    prefix = PrefixFile(path)
+    os.truncate(path, left_bytes)
+    with pytest.raises(ConfigError, match=r"prefix\.arrow was changed while it was read"):
+        list(prefix.pieces())
+    prefix.close()
+
+
+def test_pieces_outlive_their_file(path):
+    prefix = PrefixFile(path)
+    pieces = list(prefix.pieces())
+    prefix.close()
+    path.unlink()
+    assert b"".join(bytes(piece.data) for piece in pieces) == DATA
 
 
 def test_large_batches_are_read_some_blocks_at_a_time(path, monkeypatch):

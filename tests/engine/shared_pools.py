@@ -15,6 +15,7 @@ from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.handoff import RegionsDescribed
 from transport.loopback import LoopbackNetwork, LoopbackTransport
 from transport.memory import Memory
+from transport.protocol import Transport
 from transport.roads import Roads
 
 NUM_BLOCKS = 8
@@ -23,9 +24,16 @@ SIZE = 4
 
 
 class SharedPool:
-    """A pool of random bytes on the roads `networks`, by name."""
+    """A pool of random bytes on the roads `networks`, by name, and on `others`."""
 
-    def __init__(self, networks: dict[str, LoopbackNetwork], *, seed: int = 0, specs: Sequence = SPECS) -> None:
+    def __init__(
+        self,
+        networks: dict[str, LoopbackNetwork],
+        *,
+        seed: int = 0,
+        specs: Sequence = SPECS,
+        others: Sequence[Transport] = (),
+    ) -> None:
         block_bytes = KvPool(specs, SIZE, torch.float32, "cpu", num_blocks=1).block_bytes
         self.layout = RegionLayout(NUM_BLOCKS, block_bytes)
         self.memory = Memory.allocate(self.layout.num_bytes)
@@ -35,7 +43,7 @@ class SharedPool:
         self.books = BlockPool(NUM_BLOCKS, SIZE, self.memory.view[: NUM_BLOCKS * GENERATION_BYTES].cast("Q"))
         self.checksums = BlockChecksums(self.books, self.kv)
         self.transports = {name: LoopbackTransport(network, road=name) for name, network in networks.items()}
-        self.roads = Roads(list(self.transports.values()), self.memory, Memory.allocate(1 << 20), 0.2)
+        self.roads = Roads([*self.transports.values(), *others], self.memory, Memory.allocate(1 << 20), 0.2)
         self.puller = BlockPuller(self.layout, self.memory, self.checksums, self.roads)
 
     def described(self, **changes: object) -> RegionsDescribed:

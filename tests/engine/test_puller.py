@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
+import transport.shm
 from engine.memory.kv_pool import LayerSpec
 from engine.puller import PullOutcome
 from kvcache.locations import pack_locations
 from messages.handoff import RegionInfo
 from tests.engine.shared_pools import NUM_BLOCKS, SharedPool
-from transport.checksum import checksum
+from transport.checksum import checksum, copy_all_checked
 from transport.loopback import Corrupt, Fail, LoopbackNetwork, Tear, WriteLate
 from transport.protocol import RegionError
+from transport.shm import ShmTransport
 
 
 class Setting:
-    """An owner's pool and the own one, with a link that has proven its roads "a" and "b"."""
+    """An owner's pool and the own one, with a link that has proven all its roads: "a" and "b", or shm."""
 
-    def __init__(self) -> None:
-        networks = {"a": LoopbackNetwork(), "b": LoopbackNetwork()}
-        self.owner, self.own = SharedPool(networks, seed=1), SharedPool(networks, seed=2)
+    def __init__(self, *, is_shm: bool = False) -> None:
+        networks = {} if is_shm else {"a": LoopbackNetwork(), "b": LoopbackNetwork()}
+        self.owner, self.own = (
+            SharedPool(networks, seed=seed, others=[ShmTransport()] if is_shm else []) for seed in (1, 2)
+        )
         self.puller = self.own.puller
         self.peer = self.puller.understand(self.owner.described())
         self.link = self.own.roads.connect(lambda road, body: True)
@@ -30,7 +35,8 @@ class Setting:
 
     async def probed(self) -> None:
         self.own.roads.learn(self.link, self.owner.roads.regions)
-        while len(self.own.roads._learned[self.link].choice.proven()) < 2:  # noqa: ASYNC110 - nobody tells
+        num_roads = len(self.own.roads.names)
+        while len(self.own.roads._learned[self.link].choice.proven()) < num_roads:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
 
     def _count(self) -> None:
@@ -112,6 +118,72 @@ async def test_the_checksum_that_a_road_computed_as_it_wrote_is_the_one_that_cou
     assert (await setting.pull(pairs)).bad == ({0, 1} if error else set())
     assert setting.own.row(0) == setting.owner.row(0)
     assert setting.rejected == Counter(checksum=4 * error)
+
+
+# ------------------------------------------------------------------------------------------------ shared memory, really
+
+
+@pytest.fixture
+async def shm_setting():
+    made = Setting(is_shm=True)
+    await made.probed()
+    yield made
+    made.own.close()
+    made.owner.close()
+
+
+@pytest.fixture
+def between_blocks(monkeypatch):
+    """Calls what is set, once: when the first block of a pull was copied, before the second."""
+    waiting: list[Callable[[], None]] = []
+
+    def copy(target, source, copies, watch):
+        told = copy_all_checked(target, source, copies[:1], watch)
+        while waiting:
+            waiting.pop()()
+        return told + copy_all_checked(target, source, copies[1:], watch)
+
+    monkeypatch.setattr(transport.shm, "copy_all_checked", copy)
+    return waiting.append
+
+
+def overwrite(setting) -> None:
+    for block_id in range(NUM_BLOCKS):
+        setting.owner.damage(block_id)
+
+
+@pytest.mark.parametrize("is_reused", [True, False])
+@pytest.mark.parametrize("when", ["before", "during"])
+async def test_over_shared_memory_a_block_that_was_overwritten_in_time_is_bad(
+    shm_setting, between_blocks, when, is_reused
+):
+    setting = shm_setting
+    locations = setting.owner.published(0, 1, 2)
+
+    def use_otherwise():
+        if is_reused:
+            setting.owner.books.unpin(setting.owner.books.allocate(NUM_BLOCKS))
+        overwrite(setting)
+
+    use_otherwise() if when == "before" else between_blocks(use_otherwise)
+    outcome = await setting.pull(list(zip(locations, (3, 4, 5), strict=True)))
+    bad = {0, 1, 2} if when == "before" else {1, 2}
+    assert outcome.bad == bad
+    # The road is blamed where the generation says nothing, and there is no other to ask over.
+    reasons = ["generation"] if is_reused else ["checksum", "transfer"]
+    assert setting.rejected == Counter(dict.fromkeys(reasons, len(bad)))
+    assert when == "before" or checksum(setting.own.row(3)) == locations[0].checksum
+
+
+async def test_over_shared_memory_a_block_that_its_owner_overwrites_afterwards_stays_as_it_came(shm_setting):
+    setting = shm_setting
+    pairs = list(zip(setting.owner.published(0, 1), (3, 4), strict=True))
+    assert await setting.pull(pairs) == PullOutcome()
+    overwrite(setting)
+    assert [checksum(setting.own.row(target)) for _, target in pairs] == [one.checksum for one, _ in pairs]
+
+
+# ------------------------------------------------------------------------------------------------------ pulls that fail
 
 
 async def test_what_came_before_a_failure_is_used(setting):

@@ -215,6 +215,25 @@ def test_progress_is_seen_and_stops_end_a_long_copy_with_what_is_whole(used):
     assert len(values) == watch.num_bytes // len(source)
 
 
+@pytest.mark.parametrize("block_bytes", [64 << 10, 2 << 20])  # through the caches, and past them
+def test_of_a_source_that_is_written_meanwhile_the_checksum_is_that_of_what_lies_in_the_target(used, block_bytes):
+    source, target = bytearray(random_bytes(block_bytes)), bytearray(block_bytes)
+    words = np.frombuffer(source, np.uint64)
+    is_over = threading.Event()
+
+    def write():
+        while not is_over.is_set():
+            np.invert(words, out=words)  # without the interpreter's lock
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(200):
+        value = copy_checked(target, source)
+        assert value == checksum(target)
+    is_over.set()
+    thread.join()
+
+
 # ---------------------------------------------------------------------------------------------------- what is noticed
 
 

@@ -54,11 +54,13 @@ from transport.ucx.library import (
     EndpointAttributes,
     EndpointParameters,
     ListenerParameters,
+    RequestMemory,
     SocketAddress,
     TagInfo,
     TransportEntry,
     from_sockaddr,
     quick,
+    request_bytes_of,
     status_text,
     to_sockaddr,
     ucp,
@@ -79,11 +81,15 @@ class UcxError(Exception):
 class Transfer:
     """A request to UCX under way, and the buffer that UCX reads or writes until it is over."""
 
-    __slots__ = ("_buffer", "_request", "_status")
+    __slots__ = ("_buffer", "_memory", "_request", "_status")
 
-    def __init__(self, request: int | None, buffer: object = None) -> None:
-        """Follow what an operation of UCX returned: null, a negative status, or a pointer to a request."""
+    def __init__(self, request: int | None, buffer: object = None, memory: RequestMemory | None = None) -> None:
+        """Follow what an operation of UCX returned: null, a negative status, or a pointer to a request.
+
+        `memory` is what the request lies in; None: UCX's own, which it gets back.
+        """
         self._buffer = buffer
+        self._memory = memory
         self._request = request or 0
         self._status = 0
         if self._request >= 2**64 - 100:
@@ -96,8 +102,9 @@ class Transfer:
             status: int = quick().ucp_request_check_status(self._request)
             if status == IN_PROGRESS:
                 return False
-            ucp().ucp_request_free(self._request)
-            self._request, self._buffer, self._status = 0, None, status
+            if self._memory is None:
+                ucp().ucp_request_free(self._request)
+            self._request, self._buffer, self._memory, self._status = 0, None, None, status
         return True
 
     @property
@@ -114,8 +121,9 @@ class Transfer:
 class Connection:
     """One end of a connection. `Worker.connect` and `Worker.accept` make them."""
 
-    def __init__(self, endpoint: int, number: int, errors: dict[int, str]) -> None:
+    def __init__(self, endpoint: int, number: int, errors: dict[int, str], request_bytes: int) -> None:
         self._endpoint = endpoint
+        self._request_bytes = request_bytes
         self._number = number
         self._errors = errors  # of all connections, by number; filled by UCX's thread
 
@@ -127,7 +135,9 @@ class Connection:
     def send(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Send `buffer` as message `tag`."""
         owner, address = _address_of(buffer)
-        return Transfer(ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, NO_PARAMETERS), owner)
+        memory = RequestMemory(self._request_bytes)
+        request = ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, memory.parameters)
+        return Transfer(request, owner, memory)
 
     def local_address(self) -> SocketAddress:
         """Return this end's address as the other end sees it.
@@ -209,6 +219,7 @@ class Worker:
         #: whether it can move GPU memory
         self.has_devices = "cuda_copy" in found
         self._handle: int = self._worker.handle
+        self._request_bytes = request_bytes_of(context.handle)
         self._num_connections = 0
         self._errors: dict[int, str] = {}  # number of a connection -> what broke it
         self._arrived: dict[SocketAddress, tuple[int, float]] = {}  # client's address -> its request, and when it came
@@ -274,7 +285,9 @@ class Worker:
     def receive(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Post `buffer` for the message `tag`, which must be as long, from whomever."""
         owner, address = _address_of(buffer)
-        return Transfer(ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, NO_PARAMETERS), owner)
+        memory = RequestMemory(self._request_bytes)
+        request = ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, memory.parameters)
+        return Transfer(request, owner, memory)
 
     def cancel(self, transfers: Sequence[Transfer]) -> None:
         """End those of `transfers` that nothing has matched yet."""
@@ -320,7 +333,7 @@ class Worker:
         endpoint = ctypes.c_void_p()
         made = EndpointParameters(err_mode=PEER_ERRORS, err_callback=self._on_error, err_argument=number, **parameters)
         _check(ucp().ucp_ep_create(self._handle, ctypes.byref(made), ctypes.byref(endpoint)))
-        return Connection(endpoint.value or 0, number, self._errors)
+        return Connection(endpoint.value or 0, number, self._errors, self._request_bytes)
 
     def _note_error(self, number: int | None, _: int | None, status: int) -> None:
         self._errors[number or 0] = status_text(status)
