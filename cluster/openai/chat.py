@@ -212,7 +212,7 @@ class Chat(Answer):
             index=index,
             delta=ChatDelta(
                 role="assistant" if is_first else UNSET,
-                content=content if content or not (calls or self._tools.is_forced) else UNSET,
+                content=content if content or self._has_empty_content(index, delta) else UNSET,
                 tool_calls=[self._streamed_call(call) for call in calls] if calls else UNSET,
             ),
             logprobs=self._chat_logprobs(delta.logprobs),
@@ -220,6 +220,12 @@ class Chat(Answer):
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
             token_ids=delta.token_ids if fields.return_token_ids else UNSET,
         )
+
+    def _has_empty_content(self, index: int, delta: Delta) -> bool:
+        """Tell whether a chunk without text says so: where its choice may have calls, only the last one without any."""
+        if self._parsers[index] is None:
+            return True
+        return delta.finish_reason is not None and not (self._has_calls[index] or self._tools.is_forced)
 
     def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
         """Split the delta's text into content and calls."""
