@@ -120,7 +120,7 @@ class HttpConfig(_Section, frozen=True):
     cache_hints: Literal["refuse", "use"] = "refuse"
     #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
     client_priority: Literal["ignore", "use"] = "ignore"
-    #: a request's own chat_template: a program that runs here, without limits of its own, so that clients must be trusted
+    #: a request's own chat_template: a program that runs here without limits, so that it wants clients that are trusted
     client_chat_template: Literal["refuse", "use"] = "refuse"
     grammar_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0  #: of processor time, to compile a grammar
     #: a request whose first token is predicted to come later is refused (429), with or without a router

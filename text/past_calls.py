@@ -59,7 +59,9 @@ class PastCallForm:
         """Find out by `render`, which returns None where the template refuses a conversation."""
         content: str | None = ""
         for content in ("", None):
-            with_object, with_text = (render(probe_messages(as_text=is_text, content=content)) for is_text in (False, True))
+            with_object, with_text = (
+                render(probe_messages(as_text=is_text, content=content)) for is_text in (False, True)
+            )
             if any(text is not None and _VALUE in text for text in (with_object, with_text)):
                 break
         else:

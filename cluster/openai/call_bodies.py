@@ -98,10 +98,7 @@ def body_arguments(kind: CallFormat, body: str, tool: ToolSchema) -> str:
     """
     try:
         if kind.arguments == "gemma":
-            body = body.rstrip()
-            if not body.endswith("}"):
-                raise NotALiteralError(f"{body[-1:]!r} where }} was due")
-            found = LiteralReader(body[:-1], kind.quote).arguments(":")
+            found = LiteralReader(f"{{{body}", kind.quote).whole()
             arguments = {key: fitted(value, tool.parameter(key), tool) for key, value in found.items()}
         else:
             elements = read_elements(body, kind.namespace)

@@ -114,7 +114,9 @@ class CallFormat:
 def _objects(open_: str, close: str | None, **more: object) -> CallFormat:
     """Objects between two marks, or lists of objects."""
     return replace(
-        CallFormat(opens=(open_,), closes=() if close is None else (close,), takes_objects=True, separators=" \t\r\n[],"),
+        CallFormat(
+            opens=(open_,), closes=() if close is None else (close,), takes_objects=True, separators=" \t\r\n[],"
+        ),
         **more,  # type: ignore[arg-type]
     )
 
@@ -273,9 +275,7 @@ FORMATS: Final[dict[str, CallFormat]] = {
         name_ends=("<｜tool▁sep｜>",),
         call_closes=("<｜tool▁call▁end｜>",),
     ),
-    "deepseek_v32": replace(
-        _DEEPSEEK_V4, opens=(f"<{_DSML}function_calls>",), closes=(f"</{_DSML}function_calls>",)
-    ),
+    "deepseek_v32": replace(_DEEPSEEK_V4, opens=(f"<{_DSML}function_calls>",), closes=(f"</{_DSML}function_calls>",)),
     "deepseek_v4": _DEEPSEEK_V4,
     "deepseek_v41": _tags(f"<{_DSML} calls>", f"</{_DSML} calls>", "invoke", "parameter", f"{_DSML} "),
     "step3": _tags(

@@ -28,7 +28,7 @@ _SUFFIXED: Final = ("hy_v3", "hy_v4")
 
 
 def tool_format(tokenizer: Tokenizer, name: str | None = None) -> CallFormat | None:
-    """Return the format that an operator named, else the one that is recognised; None, and a warning, without either."""
+    """Return the format that an operator named, else the one that is recognised. Without either None, and a warning."""
     name = name or recognised(tokenizer)
     if name is None:
         if tokenizer.chat_template_source:

@@ -71,7 +71,11 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
 
 async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
     text = rendered(
-        surface.tokenizer, fields.messages, fields, tools.template_tools, takes_template=surface.limits.takes_chat_template
+        surface.tokenizer,
+        fields.messages,
+        fields,
+        tools.template_tools,
+        takes_template=surface.limits.takes_chat_template,
     )
     return await prompts.encoded(
         surface,

@@ -369,9 +369,7 @@ class ForcedCallParser:
         return [CallDelta(0, self._named, arguments)]
 
     def _whole(self, pieces: list[str | CallDelta]) -> list[str | CallDelta]:
-        self._calls = [
-            call for call in _merged([*self._calls, *pieces]) if isinstance(call, CallDelta)
-        ]
+        self._calls = [call for call in _merged([*self._calls, *pieces]) if isinstance(call, CallDelta)]
         num_whole = self._parser.num_calls
         whole: list[str | CallDelta] = [call for call in self._calls if call.index < num_whole]
         self._calls = [call for call in self._calls if call.index >= num_whole]

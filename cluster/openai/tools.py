@@ -121,7 +121,9 @@ def _named(wanted: ToolChoice, tools: list[tuple[int, FunctionSpec]]) -> _Choice
 
 def _allowed(wanted: ToolChoice, tools: list[tuple[int, FunctionSpec]]) -> _Choice:
     if wanted.type != "allowed_tools":
-        raise bad_field("tool_choice.type", wanted.type, "function or allowed_tools: other kinds of tools are not served")
+        raise bad_field(
+            "tool_choice.type", wanted.type, "function or allowed_tools: other kinds of tools are not served"
+        )
     param = "tool_choice.allowed_tools"
     if wanted.allowed_tools is None:
         raise RequestError(f"{param}: missing, want a mode and tools", param=param, code="missing_required_field")

@@ -16,10 +16,26 @@ WANTS_OBJECT = START + "{% for k, v in f.arguments.items() %}{{ k }}={{ v }};{% 
 TAKES_BOTH = START + "{{ f.arguments | tojson }}" + END
 CONCATENATES = START + "{{ 'call ' + f.name + ' ' + f.arguments }}" + END
 PUTS_IN = START + "{{ f.arguments }}" + END
-ONLY_NULL = "{% for m in messages %}{% if m.content is none %}" + START.partition("%}")[2] + "{{ f.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-SHORT_IDS = START + "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id }}{{ f.arguments | tojson }}{% endfor %}{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}{{ m.content }}{% endfor %}"
-NAMED = START + "{{ f.arguments | tojson }}{% endfor %}{% if m.role == 'tool' and not m.name %}{{ raise_exception('name') }}{% endif %}{{ m.name }}{{ m.content }}{% endfor %}"
-SINGLE = "{% for m in messages %}{% if (m.tool_calls or []) | length > 1 %}{{ raise_exception('one') }}{% endif %}{% endfor %}" + TAKES_BOTH
+ONLY_NULL = (
+    "{% for m in messages %}{% if m.content is none %}"
+    + START.partition("%}")[2]
+    + "{{ f.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+SHORT_IDS = (
+    START
+    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id }}"
+    "{{ f.arguments | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}{{ m.content }}{% endfor %}"
+)
+NAMED = (
+    START
+    + "{{ f.arguments | tojson }}{% endfor %}{% if m.role == 'tool' and not m.name %}{{ raise_exception('name') }}"
+    "{% endif %}{{ m.name }}{{ m.content }}{% endfor %}"
+)
+SINGLE = (
+    "{% for m in messages %}{% if (m.tool_calls or []) | length > 1 %}{{ raise_exception('one') }}"
+    "{% endif %}{% endfor %}" + TAKES_BOTH
+)
 
 
 def call(arguments, name="f", call_id="call_of_a_client"):
@@ -52,9 +68,21 @@ def test_arguments_are_an_object_or_a_text_as_the_template_wants_them(template, 
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "{broken", "[1]", "7", "null", '{"a": "\\ud800"}', '{"\\udc00": [{"b": "x\\ud83d"}]}', '{"a": NaN}', "[" * 5000],
+    [
+        "",
+        "{broken",
+        "[1]",
+        "7",
+        "null",
+        '{"a": "\\ud800"}',
+        '{"\\udc00": [{"b": "x\\ud83d"}]}',
+        '{"a": NaN}',
+        "[" * 5000,
+    ],
 )
-@pytest.mark.parametrize("template", [WANTS_OBJECT, TAKES_BOTH, CONCATENATES, PUTS_IN, ONLY_NULL, SHORT_IDS, NAMED, SINGLE])
+@pytest.mark.parametrize(
+    "template", [WANTS_OBJECT, TAKES_BOTH, CONCATENATES, PUTS_IN, ONLY_NULL, SHORT_IDS, NAMED, SINGLE]
+)
 def test_whatever_a_model_once_wrote_is_accepted_for_ever(template, arguments):
     shown(template, call(arguments)).encode()
 

@@ -12,7 +12,8 @@ _VALUE = "{{ v if v is string else v | tojson }}"
 _GEMMA = """\
 {%- macro value(v) -%}
 {%- if v is string %}QUOTE{{ v }}QUOTE
-{%- elif v is mapping %}{{ '{' }}{% for k, w in v.items() %}{{ k }}:{{ value(w) }}{{ '' if loop.last else ',' }}{% endfor %}{{ '}' }}
+{%- elif v is mapping %}{{ '{' }}
+{%- for k, w in v.items() %}{{ k }}:{{ value(w) }}{{ '' if loop.last else ',' }}{% endfor %}{{ '}' }}
 {%- elif v is sequence %}[{% for w in v %}{{ value(w) }}{{ '' if loop.last else ',' }}{% endfor %}]
 {%- else %}{{ v | tojson }}
 {%- endif %}
@@ -63,7 +64,10 @@ def _keys(tag: str = "", between: str = "\n", kind: str = "") -> str:
 
 
 _FUNCTIONS = _pairs("<function={{ f.name }}>\n", "<parameter={{ k }}>\n", "\n</parameter>\n", "</function>\n")
-_PYTHON = "{{ f.name }}({% for k, v in f.arguments.items() %}{{ k }}={{ v | tojson }}{{ '' if loop.last else ', ' }}{% endfor %})"
+_PYTHON = (
+    "{{ f.name }}({% for k, v in f.arguments.items() %}"
+    "{{ k }}={{ v | tojson }}{{ '' if loop.last else ', ' }}{% endfor %})"
+)
 _DSML = "｜DSML｜"
 _STRING = " string=\"{{ 'true' if v is string else 'false' }}\""
 
@@ -134,7 +138,9 @@ TEMPLATES: dict[str, str] = {
         _tags("invoke", "parameter", f"{_DSML} ", _STRING), f"<{_DSML} calls>\n", f"</{_DSML} calls>"
     ),
     "step3": _template(
-        "<｜tool_call_begin｜>function<｜tool_sep｜>" + _tags("invoke", "parameter", "steptml:") + "<｜tool_call_end｜>",
+        "<｜tool_call_begin｜>function<｜tool_sep｜>"
+        + _tags("invoke", "parameter", "steptml:")
+        + "<｜tool_call_end｜>",
         "<｜tool_calls_begin｜>",
         "<｜tool_calls_end｜>",
     ),
@@ -207,18 +213,36 @@ TEMPLATES: dict[str, str] = {
 #: other templates of the same formats
 MORE_TEMPLATES: list[tuple[str, str]] = [
     # Hermes 2 Pro: arguments before the name
-    ("hermes", _template('<tool_call>\n{"arguments": {{ f.arguments | tojson }}, "name": "{{ f.name }}"}\n</tool_call>\n')),
-    ("mistral", _template('{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}', "[TOOL_CALLS] [", "]", ", ")),
+    (
+        "hermes",
+        _template('<tool_call>\n{"arguments": {{ f.arguments | tojson }}, "name": "{{ f.name }}"}\n</tool_call>\n'),
+    ),
+    (
+        "mistral",
+        _template('{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}', "[TOOL_CALLS] [", "]", ", "),
+    ),
     ("mistral", _template("[TOOL_CALLS]{{ f.name }}[ARGS]{{ f.arguments | tojson }}")),
     ("glm45", _template(_keys(between=""))),
     ("lfm2", _template(_PYTHON + "\n", "<|tool_call_start|>\n```python\n", "```\n<|tool_call_end|>")),  # MiniCPM3
-    ("openai", _template("<|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>{{ f.arguments | tojson }}<|call|>")),
+    (
+        "openai",
+        _template(
+            "<|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>{{"
+            " f.arguments | tojson }}<|call|>"
+        ),
+    ),
     ("gigachat3", _template(f"<|message_sep|>\n\nfunction call<|role_sep|>\n{_JSON}")),
     ("jamba", _template(_JSON + "\n", "<tool_calls>\n", "</tool_calls>")),  # MiniMax M1
-    ("cohere_command3", _template(
-        '{"tool_call_id": "0", "tool_name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}',
-        "<|START_TEXT|><|END_TEXT|><|START_ACTION|>[", "]<|END_ACTION|>", ", ")),
-]  # fmt: skip
+    (
+        "cohere_command3",
+        _template(
+            '{"tool_call_id": "0", "tool_name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}',
+            "<|START_TEXT|><|END_TEXT|><|START_ACTION|>[",
+            "]<|END_ACTION|>",
+            ", ",
+        ),
+    ),
+]
 
 
 def spoken(template: str, calls: list[tuple[str, dict[str, Any]]], content: str = "") -> str:

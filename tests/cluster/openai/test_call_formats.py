@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -83,7 +84,7 @@ def test_the_way_a_text_is_split_changes_nothing_wherever_it_ends(case, cuts, en
     kind, template = case
     text = spoken(template, CALLS, "Let me look.")[:end] if end else spoken(template, CALLS) + "\nDone."
     points = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    pieces = [text[begin:finish] for begin, finish in zip(points, points[1:], strict=False)]
+    pieces = [text[begin:finish] for begin, finish in itertools.pairwise(points)]
     assert collect(kind, pieces, is_cut=is_cut) == collect(kind, [text], is_cut=is_cut)
 
 
@@ -110,7 +111,9 @@ def test_any_json_comes_back_in_formats_that_write_it(kind, arguments):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from([name for name, kind in FORMATS.items() if kind.arguments not in ("object", "json", "python")]),
+    kind=st.sampled_from(
+        [name for name, kind in FORMATS.items() if kind.arguments not in ("object", "json", "python")]
+    ),
     city=st.text(st.characters(blacklist_characters="<", blacklist_categories=("Cs",)), max_size=30),
     days=st.integers(-(10**9), 10**9),
 )
@@ -150,37 +153,94 @@ def test_every_format_has_a_template_here_or_is_one_that_has():
         ("llama3_json", '{"name": "Bob", "parameters": {"x": 1}} is', '{"name": "Bob", "parameters": {"x": 1}} is', []),
         ("xlam", 'So:\n```json\n[{"name": "add", "arguments": {}}]\n```\nDone', "So:\nDone", [("add", {})]),
         ("xlam", "So:\n```json\n[1]\n``` [2]", "So:\n```json\n[1]\n``` [2]", []),
-        ("pythonic", "[add(city='x'), get_weather(days=0x10)]", "", [("add", {"city": "x"}), ("get_weather", {"days": 16})]),
+        (
+            "pythonic",
+            "[add(city='x'), get_weather(days=0x10)]",
+            "",
+            [("add", {"city": "x"}), ("get_weather", {"days": 16})],
+        ),
         ("pythonic", "[add] and [other(1)] and [", "[add] and [other(1)] and [", []),
         ("pythonic", "[add(", "[add(", []),
         ("pythonic", "[add(1 + 1)]", "[add(1 + 1)]", []),
-        ("lfm2", "<|tool_call_start|>[other('a', days=2)]<|tool_call_end|> ok", "<|tool_call_start|>[other('a', days=2)]<|tool_call_end|> ok", []),
-        ("lfm2", "<|tool_call_start|>[add('a', days=2)]<|tool_call_end|> ok", " ok", [("add", {"city": "a", "days": 2})]),
+        (
+            "lfm2",
+            "<|tool_call_start|>[other('a', days=2)]<|tool_call_end|> ok",
+            "<|tool_call_start|>[other('a', days=2)]<|tool_call_end|> ok",
+            [],
+        ),
+        (
+            "lfm2",
+            "<|tool_call_start|>[add('a', days=2)]<|tool_call_end|> ok",
+            " ok",
+            [("add", {"city": "a", "days": 2})],
+        ),
         ("lfm2", '<|tool_call_start|>[{"name": "add", "arguments": {}}]<|tool_call_end|>', "", [("add", {})]),
         ("mistral", "[TOOL_CALLS]add{}", "", [("add", {})]),
         ("mistral", "[TOOL_CALLS]!", "[TOOL_CALLS]!", []),
         # a close tag that is missing: the next thing ends the value, and the end the call
-        ("qwen3_xml", "<function=add>\n<parameter=city>\nOslo\n<parameter=days>\n2\n</parameter>\n", "", [("add", {"city": "Oslo", "days": 2})]),
+        (
+            "qwen3_xml",
+            "<function=add>\n<parameter=city>\nOslo\n<parameter=days>\n2\n</parameter>\n",
+            "",
+            [("add", {"city": "Oslo", "days": 2})],
+        ),
         ("qwen3_xml", "<tool_call>\n<function=add>\n<parameter=city>\nOslo\n", "", [("add", {"city": "Oslo"})]),
         ("qwen3_xml", "<tool_call>\n<function=add>\n<parameter=days>\n2", "", [("add", {"days": 2})]),
         ("qwen3_xml", "<tool_call>\nplain text\n</tool_call>", "<tool_call>\nplain text\n</tool_call>", []),
-        ("mimo", "<tool_call><function=add><parameter=city>\nOslo\n</parameter></function></tool_call>", "", [("add", {"city": "\nOslo\n"})]),
+        (
+            "mimo",
+            "<tool_call><function=add><parameter=city>\nOslo\n</parameter></function></tool_call>",
+            "",
+            [("add", {"city": "\nOslo\n"})],
+        ),
         ("glm45", "<tool_call>add</tool_call>", "", [("add", {})]),
-        ("gemma4", "<|tool_call>call:add{city:<|\"|>a,b}<|\"|>}<tool_call|>", "", [("add", {"city": "a,b}"})]),
+        ("gemma4", '<|tool_call>call:add{city:<|"|>a,b}<|"|>}<tool_call|>', "", [("add", {"city": "a,b}"})]),
         ("gemma4", "<|tool_call>call:add{city:7}", "", [("add", {"city": "7"})]),
         ("gemma4", "<|tool_call>call:add{city}<tool_call|>", "<|tool_call>call:add{city}<tool_call|>", []),
-        ("minicpm5", '<function name="add"><param name="city">plain</param></function>', "", [("add", {"city": "plain"})]),
+        (
+            "minicpm5",
+            '<function name="add"><param name="city">plain</param></function>',
+            "",
+            [("add", {"city": "plain"})],
+        ),
         ("k2_horizon", '<ifm|tool_call>{"name": "add", "arguments": {}}</ifm|tool_call>', "", [("add", {})]),
-        ("kimi_k3", '<|open|>tools<|sep|><|open|>call tool="add" index="1"<|sep|><|open|>json type="object"<|sep|>{"a": 1}<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>', "", [("add", {"a": 1})]),
-        ("kimi_k2", "<|tool_call_begin|>functions.add:0<|tool_call_argument_begin|><|tool_call_end|>", "", [("add", {})]),
-        ("openai", "<|channel|>commentary<|message|>First.<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}<|call|>", "First.", [("add", {})]),
+        (
+            "kimi_k3",
+            '<|open|>tools<|sep|><|open|>call tool="add" index="1"<|sep|><|open|>json'
+            ' type="object"<|sep|>{"a": 1}<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+            "",
+            [("add", {"a": 1})],
+        ),
+        (
+            "kimi_k2",
+            "<|tool_call_begin|>functions.add:0<|tool_call_argument_begin|><|tool_call_end|>",
+            "",
+            [("add", {})],
+        ),
+        (
+            "openai",
+            "<|channel|>commentary<|message|>First.<|end|><|start|>assistant"
+            " to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
+            "First.",
+            [("add", {})],
+        ),
         ("openai", " to=functions.add<|channel|>commentary json<|message|>{}", "", [("add", {})]),
         ("openai", "<|channel|>final<|message|>Hi.<|return|>", "Hi.", []),
-        ("gigachat3", 'Hm.<|message_sep|>\n\nfunction call<|role_sep|>\n{"name": "add", "arguments": {}}<|message_sep|>', "Hm.", [("add", {})]),
+        (
+            "gigachat3",
+            'Hm.<|message_sep|>\n\nfunction call<|role_sep|>\n{"name": "add", "arguments": {}}<|message_sep|>',
+            "Hm.",
+            [("add", {})],
+        ),
         ("muse_glimmer", " to=user<|message|>Hi.", "Hi.", []),
-        ("minimax_m3", "]<]minimax[>[<tool_call>]<]minimax[>[<invoke name=\"add\">oops]<]minimax[>[</invoke>", "]<]minimax[>[<tool_call>]<]minimax[>[<invoke name=\"add\">oops]<]minimax[>[</invoke>", []),
+        (
+            "minimax_m3",
+            ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="add">oops]<]minimax[>[</invoke>',
+            ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="add">oops]<]minimax[>[</invoke>',
+            [],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_models_write_besides(kind, text, content, calls):
     assert read(kind, [text]) == (content, calls)
     assert read(kind, list(text)) == (content, calls)

@@ -30,14 +30,17 @@ def test_the_format_of_a_past_call_is_the_models(kind, template):
 
 
 def test_a_past_call_that_an_earlier_template_shows_only_in_one_form_is_seen_too():
-    call = "<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' + c.function.arguments + '}\n</tool_call>"
+    call = (
+        '<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' + c.function.arguments + \'}\n</tool_call>'
+    )
     calls = f"{{% for c in m.tool_calls %}}{{{{ '{call}' }}}}{{% endfor %}}"
-    concatenates = f"{{% for m in messages %}}{{% if m.tool_calls and m.content is none %}}{calls}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    shows = f"{{% if m.tool_calls and m.content is none %}}{calls}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    concatenates = f"{{% for m in messages %}}{shows}{{% endfor %}}"
     assert recognised(model(concatenates)) == "hermes"
 
 
 def test_without_past_calls_what_the_model_is_told_of_tools_counts():
-    told = "{% if tools %}Answer with <tool_call>\n{\"name\": ...}\n</tool_call>{% endif %}"
+    told = '{% if tools %}Answer with <tool_call>\n{"name": ...}\n</tool_call>{% endif %}'
     assert recognised(model(told + PLAIN)) == "hermes"
     told = "{% if tools %}<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>{% endif %}"
     assert recognised(model(told + PLAIN)) == "qwen3_xml"
@@ -58,7 +61,10 @@ def test_past_calls_without_a_mark_are_taken_for_what_the_model_is_told():
 
 
 def test_a_template_that_refuses_calls_may_still_have_their_marks_in_it():
-    refuses = "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no') }}<|tool_calls_section_begin|><|tool_call_begin|>{% endif %}{{ m.content }}{% endfor %}"
+    refuses = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no') }}<|tool_calls_section_begin|>"
+        "<|tool_call_begin|>{% endif %}{{ m.content }}{% endfor %}"
+    )
     assert recognised(model(refuses)) == "kimi_k2"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +31,9 @@ def test_at_the_end_nothing_waits():
     assert buffer.clean == 3
 
 
-@pytest.mark.parametrize(("text", "found"), [("", None), ("a", None), ("ab", None), ("abc", "ab"), ("abba", "abba"), ("x", "")])
+@pytest.mark.parametrize(
+    ("text", "found"), [("", None), ("a", None), ("ab", None), ("abc", "ab"), ("abba", "abba"), ("x", "")]
+)
 def test_a_beginning_is_decided_when_nothing_longer_can_come(text, found):
     buffer = Buffer()
     buffer.push(text)
@@ -50,4 +54,4 @@ def test_the_way_a_text_is_split_changes_no_mark(text, cuts):
         return found, buffer.text
 
     points = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    assert marks([text[a:b] for a, b in zip(points, points[1:], strict=False)]) == marks([text])
+    assert marks([text[a:b] for a, b in itertools.pairwise(points)]) == marks([text])

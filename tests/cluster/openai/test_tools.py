@@ -188,7 +188,11 @@ def test_allowed_tools_may_be_required(server):
         ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type", '"web_search"'),
         ({"tools": [{"type": "custom"}], "tool_choice": "none"}, "tools[0].type", '"custom"'),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type", '"custom"'),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "custom", "custom": {"name": "f"}}},
+            "tool_choice.type",
+            '"custom"',
+        ),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
         ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "missing"),
         (
@@ -202,12 +206,15 @@ def test_allowed_tools_may_be_required(server):
             "auto or required",
         ),
         (
-            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            },
             "tool_choice.allowed_tools.tools",
             "at least one",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_function_is_refused_by_name(server, fields, param, words):
     reply = server.post("/v1/chat/completions", {"messages": USER, **fields})
     assert reply.status_code == 400
@@ -257,7 +264,9 @@ def test_ids_of_calls_count_on_where_the_model_gives_them(serve, served_model):
         {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": call.function.to_dict()}]},
         {"role": "tool", "tool_call_id": call.id, "content": "rain"},
     ]
-    reply = server.client().chat.completions.create(model="tiny", messages=past, tools=[WEATHER], tool_choice="required")
+    reply = server.client().chat.completions.create(
+        model="tiny", messages=past, tools=[WEATHER], tool_choice="required"
+    )
     assert [call.id for call in reply.choices[0].message.tool_calls] == [
         "functions.get_weather:1",
         "functions.get_weather:2",

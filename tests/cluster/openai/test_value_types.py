@@ -86,7 +86,9 @@ def test_parameters_that_the_schema_does_not_tell_of_are_texts():
 
 
 def test_parameters_may_stand_behind_references_and_alternatives():
-    tool = ToolSchema({"allOf": [{"$ref": "#/$defs/One"}], "$defs": {"One": {"properties": {"a": {"type": "integer"}}}}})
+    tool = ToolSchema(
+        {"allOf": [{"$ref": "#/$defs/One"}], "$defs": {"One": {"properties": {"a": {"type": "integer"}}}}}
+    )
     assert tool.types(tool.parameter("a")) == {"integer"}
 
 
