@@ -241,6 +241,11 @@ def _complain(error: KvrayError) -> int:
 
 
 def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
+    from cluster.openai.call_recognition import tool_format
+    from text.tokenizer import Tokenizer
+
+    # which says so where calls are not recognised: what ingresses log of it is not seen here
+    tool_format(Tokenizer.load(config.model.path, chat_template=config.model.chat_template), config.model.tool_parser)
     name = config.model.names[0]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)

@@ -17,7 +17,7 @@ from text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-NOT_RECOGNISED: Final = (
+_NOT_RECOGNISED: Final = (
     "the chat template does not show how the model calls tools, so that its calls are answered as text; where it was "
     f"trained to, name the format with --tool-call-parser (model.tool_parser), one of {', '.join(FORMATS)}"
 )
@@ -28,11 +28,13 @@ _SUFFIXED: Final = ("hy_v3", "hy_v4")
 
 
 def tool_format(tokenizer: Tokenizer, name: str | None = None) -> CallFormat | None:
-    """Return the format that an operator named, else the one that is recognised. Without either None, and a warning."""
+    """Return the format that an operator named, else the one that is recognised; without either None, logging that."""
     name = name or recognised(tokenizer)
     if name is None:
         if tokenizer.chat_template_source:
-            logger.warning("%s", NOT_RECOGNISED)
+            render, [question, *_] = _rendering(tokenizer), probe_messages()
+            shows_tools = render([question], [PROBE_TOOL]) != render([question], None)
+            logger.log(logging.WARNING if shows_tools else logging.INFO, "%s", _NOT_RECOGNISED)
         return None
     return format_of(name, tokenizer)
 

@@ -22,8 +22,7 @@ ONLY_NULL = (
     + "{{ f.arguments | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 SHORT_IDS = (
-    START
-    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id }}"
+    START + "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id }}"
     "{{ f.arguments | tojson }}{% endfor %}"
     "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}{{ m.content }}{% endfor %}"
 )

@@ -83,10 +83,12 @@ def test_a_suffix_is_read_off_the_tokens():
     assert format_of("hy_v3", tokenizer).opens == ("<tool_calls:x>",)
 
 
-def test_a_format_that_is_not_seen_is_named_in_one_line_that_lists_the_choices(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert tool_format(model(PLAIN)) is None
+@pytest.mark.parametrize(("shows", "level"), [("{{ tools }}", logging.WARNING), ("", logging.INFO)])
+def test_a_format_that_is_not_seen_is_named_in_one_line_that_lists_the_choices(caplog, shows, level):
+    with caplog.at_level(logging.INFO):
+        assert tool_format(model(shows + PLAIN)) is None
     [record] = caplog.records
+    assert record.levelno == level
     assert "\n" not in record.getMessage()
     assert all(name in record.getMessage() for name in FORMATS)
 
