@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from typing import NamedTuple
+
 
 class Buffer:
     """Text that was read and is not decided about yet."""
@@ -27,17 +31,17 @@ class Buffer:
 
         Which mark it is never depends on how the text was split: it waits for what may turn out to be a longer one.
         """
+        if not marks:
+            return None
         begin = self.clean if marks == self._marks else 0
         self._marks = marks
-        found = [(at, -len(mark), mark) for mark in marks if (at := self.text.find(mark, begin)) >= 0]
-        self.clean = len(self.text) if self.is_final else self._open_at(marks, begin)
-        if not found:
+        patterns = _patterns(marks)
+        found = patterns.whole.search(self.text, begin)
+        self.clean = len(self.text) if self.is_final else self._open_at(patterns, begin)
+        if found is None or found.start() >= self.clean:
             return None
-        at, _, mark = min(found)
-        if at >= self.clean:
-            return None
-        self.clean = at
-        return at, mark
+        self.clean = found.start()
+        return found.start(), found[0]
 
     def starts(self, marks: tuple[str, ...]) -> str | None:
         """Return the longest mark that the text begins with, "" for none; None where that is not decided yet."""
@@ -45,11 +49,26 @@ class Buffer:
             return None
         return max((mark for mark in marks if self.text.startswith(mark)), key=len, default="")
 
-    def _open_at(self, marks: tuple[str, ...], begin: int) -> int:
+    def _open_at(self, patterns: _Patterns, begin: int) -> int:
         """Return where the first mark may begin that the text ends within; its length where none does."""
-        longest = max(map(len, marks), default=1) - 1
-        for at in range(max(begin, len(self.text) - longest), len(self.text)):
-            tail = self.text[at:]
-            if any(len(mark) > len(tail) and mark.startswith(tail) for mark in marks):
-                return at
+        for first in patterns.first.finditer(self.text, max(begin, len(self.text) - patterns.longest + 1)):
+            tail = self.text[first.start() :]
+            if any(len(mark) > len(tail) and mark.startswith(tail) for mark in self._marks):
+                return first.start()
         return len(self.text)
+
+
+class _Patterns(NamedTuple):
+    whole: re.Pattern[str]  #: any of the marks, the longest that fits
+    first: re.Pattern[str]  #: a character that one of them begins with
+    longest: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _patterns(marks: tuple[str, ...]) -> _Patterns:
+    by_length = sorted(set(marks), key=len, reverse=True)
+    return _Patterns(
+        re.compile("|".join(map(re.escape, by_length))),
+        re.compile("|".join(map(re.escape, sorted({mark[0] for mark in marks})))),
+        len(by_length[0]),
+    )
