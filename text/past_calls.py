@@ -110,7 +110,7 @@ class PastCallForm:
             return json.dumps(arguments, ensure_ascii=False) if self.wants_text else arguments
         if self.wants_text:
             return arguments
-        parsed = _parsed(arguments)
+        parsed = _parsed(arguments) if arguments.strip() not in ("", "null") else {}
         if parsed is not None:
             return parsed
         # What a model once wrote need not be an object: it is shown as it is, where the template can.

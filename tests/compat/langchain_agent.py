@@ -28,8 +28,6 @@ def add(numbers: list[float]) -> str:
 chat = ChatOpenAI(base_url=url, model=model, api_key="unused", streaming=mode == "stream")
 agent = create_agent(chat, [get_weather, add])
 question = {"messages": [{"role": "user", "content": "How warm is it in all?"}]}
-if mode == "stream":
-    final = list(agent.stream(question, stream_mode="values"))[-1]
-else:
-    final = agent.invoke(question)
+states = agent.stream(question, stream_mode="values") if mode == "stream" else [agent.invoke(question)]
+final = list(states)[-1]
 print(json.dumps({"answer": final["messages"][-1].text, "calls": calls}))

@@ -206,7 +206,7 @@ TEMPLATES: dict[str, str] = {
     ),
     "hy_v4": _template(_keys(between=""), "<tool_calls>", "</tool_calls>"),
     "lfm2": _template(_PYTHON, "<|tool_call_start|>[", "]<|tool_call_end|>", ", "),
-    "olmo3": _template(_PYTHON, "<function_calls>\n", "\n</function_calls>", "\n"),
+    "olmo3": _template(_PYTHON, "<function_calls>\n", "\n</function_calls>", "{{ '\\n' }}"),
     "pythonic": _template(_PYTHON, "[", "]", ", "),
     "llama4_pythonic": _template(_PYTHON, "<|python_start|>[", "]<|python_end|>", ", ", head="{# <|header_start|> #}"),
 }
