@@ -1,7 +1,7 @@
 """`make compat`: agents of other people's libraries, run to their end against a real `kvray serve`.
 
 Its model follows a script, said in the format of each of some models, so that what the libraries are given comes
-through the whole path: the engine, the detokenizer, the reader of calls, the HTTP stream, and back through the template.
+through the whole path: engine, detokenizer, reader of calls, HTTP stream, and back through the chat template.
 """
 
 from __future__ import annotations
