@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
 from text.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarTokenizer, check_grammar
+from text.tokenizer import Tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -46,7 +47,7 @@ def bpe() -> tokenizers.Tokenizer:
 @functools.cache
 def grammar_tokenizer(vocab_size: int | None = None) -> GrammarTokenizer:
     backend = bpe()
-    return GrammarTokenizer.from_tokenizer_json(backend, vocab_size or backend.get_vocab_size(), [EOS])
+    return GrammarTokenizer(Tokenizer(backend), vocab_size or backend.get_vocab_size(), [EOS])
 
 
 def matcher_of(grammar: Grammar, tokenizer: GrammarTokenizer | None = None) -> GrammarMatcher:
@@ -118,7 +119,7 @@ def test_where_nothing_can_follow_only_the_end_is_allowed():
 
 def test_a_matcher_fed_with_the_tokens_so_far_continues_as_the_first_would():
     grammar = Grammar(kind="json_schema", spec=json.dumps(SCHEMA))
-    ids = bpe().encode('{"name": "x", "age": 4').ids
+    ids = bpe().encode('{"name":"x","age":4').ids
     one, other = (matcher_of(grammar) for _ in range(2))
     for token in ids:
         one.mask()
@@ -157,7 +158,7 @@ def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
         ("json_schema", "{", "is not JSON"),
         ("json_schema", "3", "wanted an object"),
         ("json_schema", '{"type": "objekt"}', "objekt"),
-        ("json_schema", '{"minimum": -100000000000000000000}', "-100000000000000000000"),
+        ("json_schema", '{"type": "integer", "minimum": 100000000000000000000}', "minimum"),
         ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "minimum"),
         ("json_schema", '{"$ref": "http://example.com/x"}', "example.com"),
         ("json_schema", '{"items":' * 100_000 + "{}" + "}" * 100_000, "nested too deep"),
@@ -165,7 +166,7 @@ def test_a_token_that_was_not_allowed_ends_the_sequence_with_an_error():
         ("choice", '["a", 1]', "one or more strings"),
         ("choice", '"a"', "one or more strings"),
         ("lark", "start: nothing", "nothing"),
-        ("lark", "", "Empty grammar"),
+        ("lark", "", "no start rule"),
         ("regex", r"[^\x00-\x{10ffff}]", "no output"),
     ],
 )
@@ -235,21 +236,12 @@ def test_only_grammars_that_nobody_holds_or_asks_for_are_given_up():
     assert compiler.find(grammars[1]) is held
 
 
-def test_a_tokenizer_json_may_be_given_by_its_path(tmp_path):
-    backend = tokenizers.Tokenizer.from_str(bpe().to_str())
-    backend.enable_truncation(3)
-    backend.enable_padding(length=8)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = GrammarTokenizer.from_tokenizer_json(tmp_path / "tokenizer.json", 300, [EOS])
-    check_grammar(tokenizer, Grammar(kind="json_object"))
-
-
 def test_a_model_without_an_end_token_has_no_structured_output():
     with pytest.raises(ConfigError, match="end token"):
-        GrammarTokenizer.from_tokenizer_json(bpe(), 300, [])
+        GrammarTokenizer(Tokenizer(bpe()), 300, [])
 
 
 def test_any_of_several_end_tokens_may_end_it():
-    tokenizer = GrammarTokenizer.from_tokenizer_json(bpe(), bpe().get_vocab_size(), [EOS, PAD])
+    tokenizer = GrammarTokenizer(Tokenizer(bpe()), bpe().get_vocab_size(), [EOS, PAD])
     matcher = matcher_of(Grammar(kind="regex", spec=""), tokenizer)
     assert allowed(matcher) == [EOS, PAD]
