@@ -118,6 +118,8 @@ class HttpConfig(_Section, frozen=True):
     #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
     client_priority: Literal["ignore", "use"] = "ignore"
     grammar_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0  #: of processor time, to compile a grammar
+    #: of structured output: compact, without a space; or with spaces, lines and indents, as the model writes it
+    json_layout: Literal["compact", "pretty"] = "compact"
     #: a request whose first token is predicted to come later is refused (429), with or without a router
     max_ttft_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 20.0
     #: a request that has not ended by then is ended with an error

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
-from text.grammar_writing import one_line, refused_grammar, whole_grammar, written
+from text.grammar_writing import library_refusal, one_line, refused_grammar, whole_grammar, written
 from text.tokenizer import Tokenizer
 from text.vocabulary import Vocabulary, vocabulary_of
 
@@ -24,6 +24,7 @@ _LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fue
 _NUM_KEPT = 64  #: compiled grammars that nobody holds, of some 100 KiB each as a rule
 _NUM_WALKS, _WALK_TOKENS = 4, 8  #: beginnings of outputs that a check looks at
 _SPACE: Final = b" "
+_NO_TOKEN: Final = "NoExtensionBias"  #: llguidance's word for a mask without any token
 
 
 class GrammarTokenizer:
@@ -107,10 +108,11 @@ class CompiledGrammar:
             RequestError: it is not well formed, or larger than the limits allow.
         """
         self.tokenizer = tokenizer
-        source = whole_grammar(written(grammar), has_space=not tokenizer.is_first_alike)
+        grammar = written(grammar)
+        source = whole_grammar(grammar, has_space=not tokenizer.is_first_alike)
         matcher = llguidance.LLMatcher(tokenizer.backend, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise refused_grammar(matcher.get_error())
+            raise library_refusal(grammar, matcher.get_error())
         self.plain = matcher
         self.spaced: llguidance.LLMatcher | None = None  #: before the space that stands before the text
         if not tokenizer.is_first_alike:
@@ -209,7 +211,9 @@ class GrammarMatcher:
         vocab_size = self._tokenizer.vocab_size
         words = np.frombuffer(matcher.compute_bitmask(), np.int32)[: (vocab_size + 31) // 32].copy()
         if matcher.is_error():
-            raise _failed(matcher.get_error())
+            if _NO_TOKEN not in matcher.get_error():
+                raise _failed(matcher.get_error())
+            words[:] = 0
         if vocab_size % 32:
             words[-1] &= (1 << vocab_size % 32) - 1
         return words
@@ -235,7 +239,7 @@ def _walk(matcher: GrammarMatcher, rng: np.random.Generator) -> None:
     try:
         allowed = _allowed(matcher)
     except RequestError as error:
-        reason = "no output satisfies it, or this model's tokens write none, or finding the first takes too long"
+        reason = "no output satisfies it, or this model has no token that writes its beginning, or that takes too long"
         raise refused_grammar(reason) from error
     try:
         for _ in range(_WALK_TOKENS):
@@ -244,7 +248,7 @@ def _walk(matcher: GrammarMatcher, rng: np.random.Generator) -> None:
                 return
             allowed = _allowed(matcher)
     except RequestError as error:
-        raise refused_grammar(f"too complex for its first tokens: {error.message}") from error
+        raise refused_grammar(f"its first tokens lead to what is too complex, or cannot be written: {error.message}") from error
 
 
 def _allowed(matcher: GrammarMatcher) -> NDArray[np.int64]:

@@ -24,6 +24,18 @@ _REGEX_SPECIAL: Final = frozenset("\\.+*?()|[]{}^$#&-~/")
 _OPTIONS: Final = '%llguidance {"no_forcing": true}'
 _MAX_WRITTEN_CHARS: Final = 2**20
 
+#: which keyword the library means where its message does not say
+_KEYWORDS_OF: Final = {
+    "required property": "required",
+    "Regex is empty": "pattern",
+    "regex": "pattern",
+    "incompatible types": "type",
+    "incompatible boolean": "const",
+    "circular reference": "$ref",
+    "patternProperty": "patternProperties",
+    "min/maxProperties": "minProperties",
+}
+
 _COMMENT_OR_STRING: Final = re.compile(r"#[^\n]*|//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|/(?:[^/\\\n]|\\.)+/")
 _CONTINUED: Final = re.compile(r"\n\s*(?=\|)")
 _CODE_POINT: Final = re.compile(r"\\(\\)|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
@@ -53,6 +65,14 @@ def whole_grammar(grammar: Grammar, *, has_space: bool) -> str:
 def refused_grammar(reason: str) -> RequestError:
     """Make the error that refuses a grammar."""
     return RequestError(f"grammar refused: {one_line(reason)}", code="bad_grammar")
+
+
+def library_refusal(grammar: Grammar, message: str) -> RequestError:
+    """Make the error for what the library says of a written grammar; of a JSON schema's it names the keyword."""
+    keyword = ""
+    if '"json_schema"' in grammar.spec:
+        keyword = next((f"{keyword}: " for words, keyword in _KEYWORDS_OF.items() if words in message), "")
+    return refused_grammar(keyword + message)
 
 
 def one_line(message: str) -> str:

@@ -55,7 +55,7 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
     check_stream_options(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise bad_field("top_logprobs", fields.top_logprobs, "logprobs to be true with it")
-    structure = constraint_of(fields)
+    structure = constraint_of(fields, surface.limits.json_whitespace)
     tools = plan_tools(fields, surface.tool_format)
     check_no_other_structure(tools, None if structure is None else structure[0])
     token_ids = await _token_ids(surface, fields, tools)

@@ -15,26 +15,33 @@ _DATE = (
     rf"({_YEAR}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
     rf"|{_LEAP}-02-29)"
 )
-_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-_ATOM = r"[a-zA-Z0-9_+-]{1,20}"
+_CLOCK = r"T([0-9]{1,4}H([0-9]{1,4}M([0-9]{1,4}S)?)?|[0-9]{1,4}M([0-9]{1,4}S)?|[0-9]{1,4}S)"
+_DAYS = r"([0-9]{1,4}Y([0-9]{1,4}M([0-9]{1,4}D)?)?|[0-9]{1,4}M([0-9]{1,4}D)?|[0-9]{1,4}D)"
+_LABEL = r"[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*"
+_ATOM = r"[a-zA-Z0-9_+-]+"
 
 #: formats that are written more narrowly here than by the library: dates that calendars have, seconds without a leap
-#: second, mail addresses at a domain that has a dot: what the parsers of clients take
+#: second, durations of few digits, mail addresses at a domain that has a dot: what the parsers of clients take
 _FORMATS: Final = {
     "date": _DATE,
     "time": _TIME,
     "date-time": rf"{_DATE}[tT]{_TIME}",
-    "email": rf"{_ATOM}(\.{_ATOM}){{0,2}}@({_LABEL}\.){{1,3}}[a-zA-Z]{{2,6}}",
+    "duration": rf"P({_DAYS}({_CLOCK})?|{_CLOCK}|[0-9]{{1,4}}W)",
+    "base64": r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",
+    "email": rf"{_ATOM}(\.{_ATOM})*@({_LABEL}\.)+[a-zA-Z]{{2,6}}",
 } | {
     f"uuid{version}": rf"[0-9a-f]{{8}}-[0-9a-f]{{4}}-{version}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}"
     for version in range(1, 9)
 }
 
 #: formats that the library knows; all others say something about a string and hold nobody to it, as JSON Schema has it
-LIBRARY_FORMATS: Final = frozenset({"duration", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+LIBRARY_FORMATS: Final = frozenset({"hostname", "ipv4", "ipv6", "uuid", "uri"})
 
 _AHEAD = re.compile(r"\^?\(\?([=!])")
-_SET_ONLY = re.compile(r"\^?(\[(?!\^)(?:[^\]\\\[]|\\.)+\])\*\$?")
+_CHARACTER = r"[^\\\[\](){}^$.*+?|]|\\[^a-zA-Z0-9]"
+_SET = re.compile(rf"\[(?!\^)((?:[^\]\\\[]|\\.)+)\]|({_CHARACTER})")
+_SET_ALONE = re.compile(rf"\^?(?:{_SET.pattern})\*\$")
+_PAIR_AHEAD = re.compile(rf"\.\*({_CHARACTER})({_CHARACTER})")
 
 
 def pattern_of_format(name: str) -> str | None:
@@ -43,11 +50,31 @@ def pattern_of_format(name: str) -> str | None:
     return None if pattern is None else f"^({pattern})$"
 
 
+def as_library_reads(pattern: str) -> str:
+    """Return a pattern with the same meaning for the library, which calculates with sets: `[a&&[b]` is a set to others."""
+    out: list[str] = []
+    is_class, is_escaped = False, False
+    for character in pattern:
+        if is_class and not is_escaped and character in "[&~":
+            out.append("\\")
+        out.append(character)
+        if is_escaped:
+            is_escaped = False
+        elif character == "\\":
+            is_escaped = True
+        elif character == "[":
+            is_class = True
+        elif character == "]":
+            is_class = False
+    return "".join(out)
+
+
 def without_looking_ahead(pattern: str) -> list[str]:
     """Return patterns that a string matches together exactly where it matches `pattern`.
 
-    What stands ahead at the very beginning becomes a pattern of its own: `^(?=.*a)b` is `^.*a` and `^b`. What must not
-    stand there does where it is a whole string of some characters: `(?!^[ab]*$)` is `[^ab]`. Others stay as they are.
+    What stands ahead at the very beginning becomes a pattern of its own: `^(?=.*a)b` is `^.*a` and `^b`. So does what
+    must not stand there, where it is a character, a pair of them anywhere, or a whole string of some: `(?!^[ab]*$)` is
+    `[^ab]`. Others stay as they are.
     """
     found: list[str] = []
     rest = pattern
@@ -56,16 +83,28 @@ def without_looking_ahead(pattern: str) -> list[str]:
         if end is None or _has_alternatives(rest):
             break
         ahead = rest[match.end() : end]
-        if match[1] == "=":
-            found.append(f"^(?:{ahead.removeprefix('^')})")
-        elif (only := _SET_ONLY.fullmatch(ahead)) and ahead.endswith("$"):
-            found.append(f"[^{only[1][1:]}")
-        else:
+        pattern_ahead = f"^(?:{ahead.removeprefix('^')})" if match[1] == "=" else _otherwise(ahead)
+        if pattern_ahead is None:
             break
+        found.append(pattern_ahead)
         rest = "^" + rest[end + 1 :].removeprefix("^")
         if not match[0].startswith("^") and not pattern.startswith("^"):
             return [pattern]  # it may match further on: not at the beginning alone
     return [*found, rest]
+
+
+def _otherwise(ahead: str) -> str | None:
+    """Return a pattern of the strings that do not begin with `ahead`."""
+    if match := _SET.fullmatch(ahead):
+        return f"^(?:[^{match[1] or match[2]}]|$)"
+    if match := _SET_ALONE.fullmatch(ahead):
+        return f"[^{match[1] or match[2]}]"
+    if match := _PAIR_AHEAD.fullmatch(ahead):
+        first, second = match.groups()
+        if first == second:
+            return f"^(?:[^{first}]|{first}[^{first}])*{first}?$"
+        return f"^(?:[^{first}]|{first}+[^{first}{second}])*{first}*$"
+    return None
 
 
 def _group_end(pattern: str, begin: int) -> int | None:

@@ -19,7 +19,12 @@ from messages.errors import RequestError
 from text.json_schema import number_bounds
 from text.json_schema.exclusive import exclusions, types_of
 from text.json_schema.places import Place, refused, shown
-from text.json_schema.string_patterns import LIBRARY_FORMATS, pattern_of_format, without_looking_ahead
+from text.json_schema.string_patterns import (
+    LIBRARY_FORMATS,
+    as_library_reads,
+    pattern_of_format,
+    without_looking_ahead,
+)
 
 _MAX_DEPTH: Final = 40  #: schemas within each other, before one becomes a definition: the library reads 128 levels of JSON
 _MAX_CHARS: Final = 2**20  #: of a string: longer than any output
@@ -172,13 +177,15 @@ class _Translation:
             case "pattern":
                 if not isinstance(value, str):
                     raise refused(keyword, place, f"got {shown(value)}, want a regular expression")
-                *ahead, out[keyword] = without_looking_ahead(value)
+                *ahead, out[keyword] = without_looking_ahead(as_library_reads(value))
                 every += [{"pattern": pattern} for pattern in ahead]
             case _:
                 if not isinstance(value, str):
                     raise refused(keyword, place, f"got {shown(value)}, want a format's name")
                 pattern = pattern_of_format(value)
-                if pattern is not None:
+                if "pattern" in place.node:
+                    pass  # which says it already: a format holds nobody to anything, in JSON Schema's words
+                elif pattern is not None:
                     every.append({"pattern": pattern})
                 elif value in LIBRARY_FORMATS:
                     out[keyword] = value
@@ -188,13 +195,18 @@ class _Translation:
     def _object(self, place: Place, out: dict[str, Any], every: list[Written]) -> None:
         node = place.node
         properties = {name: self._below(place, "properties", name) for name in _keys(place, "properties")}
-        patterns = {name: self._below(place, "patternProperties", name) for name in _keys(place, "patternProperties")}
+        patterns = {
+            as_library_reads(name): self._below(place, "patternProperties", name)
+            for name in _keys(place, "patternProperties")
+        }
         required = _names(place, "required", node.get("required", []))
         others: Written = True
         if "additionalProperties" in node:
             others = self._below(place, "additionalProperties")
         elif _is_unevaluated(place, "unevaluatedProperties"):
             others = self._below(place, "unevaluatedProperties")
+        elif patterns and not properties:
+            others = False  # a map by patterns: what else there may be, nobody means
         if "propertyNames" in node:
             others = self._property_names(place, properties, patterns, others)
         required = self._dependencies(place, required, every)
@@ -237,7 +249,7 @@ class _Translation:
         if properties or len(keywords & {"pattern", "format"}) + bool(keywords & {"minLength", "maxLength"}) > 1:
             raise refused("propertyNames", place, f"got {shown(said)}, want one pattern, and no properties beside it")
         if keywords == {"pattern"} and isinstance(said["pattern"], str):
-            patterns[said["pattern"]] = others
+            patterns[as_library_reads(said["pattern"])] = others
         elif keywords <= {"minLength", "maxLength"}:
             most = _count(names, "maxLength") if "maxLength" in said else ""
             patterns[f"^(?s:.){{{_count(names, 'minLength', 0)},{most}}}$"] = others
