@@ -24,8 +24,8 @@ from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
 from cluster.openai.app import create_app
-from cluster.openai.constraints import PRETTY
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
+from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes

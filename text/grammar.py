@@ -248,7 +248,9 @@ def _walk(matcher: GrammarMatcher, rng: np.random.Generator) -> None:
                 return
             allowed = _allowed(matcher)
     except RequestError as error:
-        raise refused_grammar(f"its first tokens lead to what is too complex, or cannot be written: {error.message}") from error
+        raise refused_grammar(
+            f"its first tokens lead to what is too complex, or cannot be written: {error.message}"
+        ) from error
 
 
 def _allowed(matcher: GrammarMatcher) -> NDArray[np.int64]:

@@ -27,13 +27,19 @@ _MAX_WRITTEN_CHARS: Final = 2**20
 #: which keyword the library means where its message does not say
 _KEYWORDS_OF: Final = {
     "required property": "required",
-    "Regex is empty": "pattern",
+    "required item": "minItems",
+    "patternProperty": "patternProperties",
+    "multipleOf": "multipleOf",
+    "is equal to exclusive": "minimum",
     "regex": "pattern",
+    "Regex is empty": "pattern",
     "incompatible types": "type",
     "incompatible boolean": "const",
     "circular reference": "$ref",
-    "patternProperty": "patternProperties",
     "min/maxProperties": "minProperties",
+    "prefixItems": "prefixItems",
+    "anyOf": "anyOf",
+    "items": "minItems",
 }
 
 _COMMENT_OR_STRING: Final = re.compile(r"#[^\n]*|//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|/(?:[^/\\\n]|\\.)+/")
@@ -164,7 +170,7 @@ def _lark_of(grammar: Grammar) -> str:
     # The converter ends a rule at the end of its line, and loses zeros that a code point begins with.
     text = _CODE_POINT.sub(_character, _CONTINUED.sub(" ", grammar.spec.replace("\r\n", "\n")))
     try:
-        return gbnf_to_lark(text)
+        return str(gbnf_to_lark(text))
     except Exception as error:  # the converter raises a bare Exception for most faults of a grammar
         reason = str(error) or "it ends too soon"
         raise refused_grammar(f"{reason}, want EBNF with a rule named root, or Lark") from error

@@ -42,7 +42,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     known = [token_id for token_id in range(size) if tokenizer.backend.id_to_token(token_id) is not None]
     firsts = tokenizer.backend.decode_batch([[token_id] for token_id in known], skip_special_tokens=False)
     tokens = [b""] * size
-    shortened, unlike = [], []
+    shortened: list[int] = []
+    unlike: list[int] = []
     for token_id, later, first in zip(known, _later(tokenizer, known), firsts, strict=True):
         tokens[token_id] = later
         byte = tokenizer.decoding.byte_of(str(tokenizer.backend.id_to_token(token_id)))

@@ -65,7 +65,7 @@ def _too_long(seen: str, max_bytes: int) -> RequestError:
 
 
 class BodyDecoder(Generic[T]):
-    """Decodes one kind of body. Unknown fields are ignored, and logged once per name; known but unserved ones refused."""
+    """Decodes one kind of body. Unknown fields are ignored, and logged once; some that others serve are refused."""
 
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)

@@ -13,6 +13,7 @@ from cluster.openai.protocol import ChatRequest, NamedToolChoice, Tool
 from cluster.openai.tool_calls import SPECIAL_TOKEN_FORMATS, NamedCallParser, ToolCallParser, ToolFormat
 from messages.errors import RequestError
 from messages.request import Grammar
+from text.json_schema.embedding import embedded
 
 _CHOICES = ("none", "auto", "required")
 
@@ -102,47 +103,35 @@ def _grammar(schema: dict[str, Any]) -> Grammar:
 
 
 def _calls_schema(tools: list[Tool], *, is_single: bool) -> dict[str, Any]:
-    """Make the schema of a list of calls of any of `tools`; references stay within each tool's own definitions."""
-    definitions: dict[str, Any] = {}
-    calls: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools):
-        place = f"tool{index}"
-        definitions[place] = _rebased(_parameters(tool), f"#/$defs/{place}")
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "parameters": {"$ref": f"#/$defs/{place}"}},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
+    """Make the schema of a list of calls of any of `tools`; what is refused of one names it."""
+    places = {f"tools[{index}].function.parameters": tool for index, tool in enumerate(tools)}
+    schema: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"anyOf": [_call_schema(tool, place) for place, tool in places.items()]},
+        "$defs": embedded({place: _parameters(tool) for place, tool in places.items()}),
+    }
     if is_single:
         schema["maxItems"] = 1
     return schema
 
 
-def _rebased(schema: Any, root: str) -> Any:
-    """Return `schema` with its references to its own root pointing below `root`."""
-    if isinstance(schema, list):
-        return [_rebased(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
+def _call_schema(tool: Tool, place: str) -> dict[str, Any]:
     return {
-        key: root + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _rebased(value, root)
-        for key, value in schema.items()
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, "parameters": {"$ref": f"#/$defs/{place}"}},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
     }
 
 
-def check_no_other_structure(plan: ToolPlan, param: str | None) -> None:
+def check_no_other_structure(plan: ToolPlan, param: str) -> None:
     """Check that a forced call, a structure of its own, is the only one.
 
     Raises:
         RequestError: the request asks for another one too, in field `param`.
     """
-    if plan.grammar is not None and param is not None:
+    if plan.grammar is not None:
         raise RequestError(
             f"{param}: got it together with a tool_choice that forces a call, want one of the two",
             param=param,

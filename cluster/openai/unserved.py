@@ -1,4 +1,4 @@
-"""Fields that other servers have, that would change the output, and that are not served here: refused, never ignored."""
+"""Fields that other servers have and that would change the output, but are not served here: refused, never ignored."""
 
 from __future__ import annotations
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import uuid
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
 from pydantic import (
+    UUID4,
     AnyUrl,
     AwareDatetime,
-    BaseModel,
     Base64Bytes,
+    BaseModel,
     ByteSize,
     ConfigDict,
     Field,
@@ -28,16 +29,15 @@ from pydantic import (
     SecretStr,
     StrictBool,
     StringConstraints,
-    UUID4,
     conint,
     conlist,
     constr,
 )
 from pydantic.dataclasses import dataclass
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 
-class Color(str, Enum):
+class Color(StrEnum):
     RED = "red"
     GREEN = "green"
 

@@ -8,7 +8,20 @@ from typing import Any
 Schema = Any
 
 _PATTERNS = ["^a+$", "^[a-z]{2,5}$", "b", r"^\d{3}-\d{2}$", r"^(x|yy)*$", "^(?=.*[0-9]).{3,}$", "^(?!a)b", r"\.txt$"]
-_FORMATS = ["date", "time", "date-time", "email", "uuid", "ipv4", "ipv6", "uri", "hostname", "duration", "path", "binary"]
+_FORMATS = [
+    "date",
+    "time",
+    "date-time",
+    "email",
+    "uuid",
+    "ipv4",
+    "ipv6",
+    "uri",
+    "hostname",
+    "duration",
+    "path",
+    "binary",
+]
 _NAMES = ["a", "b", "name", "kind", "x y", 'q"', "$ref", "é"]
 _VALUES = [None, True, False, 0, 1, -3, 2**53, 2**64, 1.5, 1e300, "", "a", "cat", "\n", [], [1, "a"], {}, {"$ref": "#"}]
 
@@ -31,8 +44,15 @@ class SchemaDraw:
     def _schema(self, depth: int) -> Schema:
         rng = self._rng
         if depth <= 0:
-            return rng.choice([{"type": "integer"}, {"type": "string"}, {"enum": ["u", "v", 3]}, {"type": "boolean"}, {}])
-        kind = rng.choice(["typed"] * 25 + ["typed"] * 5 + ["anyOf", "oneOf", "allOf", "ref", "values"] * 3 + ["values", "anyOf", "oneOf", "allOf", "ref", "ref", "boolean", "mixed", "not", "if"])
+            return rng.choice(
+                [{"type": "integer"}, {"type": "string"}, {"enum": ["u", "v", 3]}, {"type": "boolean"}, {}]
+            )
+        kind = rng.choice(
+            ["typed"] * 25
+            + ["typed"] * 5
+            + ["anyOf", "oneOf", "allOf", "ref", "values"] * 3
+            + ["values", "anyOf", "oneOf", "allOf", "ref", "ref", "boolean", "mixed", "not", "if"]
+        )
         match kind:
             case "values":
                 values = rng.sample(_VALUES, rng.randrange(1, 5))
@@ -56,7 +76,9 @@ class SchemaDraw:
 
     def _typed(self, depth: int) -> dict[str, Any]:
         rng = self._rng
-        kind = rng.choice(["object"] * 3 + ["array", "array", "string", "string", "integer", "number", "null", "boolean"])
+        kind = rng.choice(
+            ["object"] * 3 + ["array", "array", "string", "string", "integer", "number", "null", "boolean"]
+        )
         schema: dict[str, Any] = {"type": kind, "title": "T", "x-note": {"type": "nothing"}}
         if rng.random() < 0.1:
             schema["type"] = [kind, "null"] if kind != "null" else ["null", "string"]
@@ -119,7 +141,9 @@ class SchemaDraw:
             "patternProperties": {rng.choice(["^p", "^[0-9]+$"]): self._schema(depth - 1)},
             "minProperties": rng.choice([0, 1, 2]),
             "maxProperties": rng.choice([1, 3, 10]),
-            "propertyNames": rng.choice([{"pattern": "^[a-z]+$"}, {"enum": ["a", "k"]}, {"type": "string"}, {"maxLength": 3}]),
+            "propertyNames": rng.choice(
+                [{"pattern": "^[a-z]+$"}, {"enum": ["a", "k"]}, {"type": "string"}, {"maxLength": 3}]
+            ),
             "dependentRequired": {"a": ["b"]},
             "dependentSchemas": {"a": self._schema(0)},
             "unevaluatedProperties": rng.choice([True, False]),

@@ -91,7 +91,9 @@ def _double(value: Fraction, towards: float) -> Fraction:
     return Fraction(double)
 
 
-def _check_room(place: Place, low: Fraction | None, high: Fraction | None, step: Fraction | None, most: Fraction) -> None:
+def _check_room(
+    place: Place, low: Fraction | None, high: Fraction | None, step: Fraction | None, most: Fraction
+) -> None:
     node = place.node
     if low is not None and low > most:
         raise refused("minimum" if "minimum" in node else "exclusiveMinimum", place, f"want at most {most}")

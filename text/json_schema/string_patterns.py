@@ -51,7 +51,7 @@ def pattern_of_format(name: str) -> str | None:
 
 
 def as_library_reads(pattern: str) -> str:
-    """Return a pattern with the same meaning for the library, which calculates with sets: `[a&&[b]` is a set to others."""
+    """Return a pattern that means the same to the library, which calculates with sets: `[a&&[b]` is one to others."""
     out: list[str] = []
     is_class, is_escaped = False, False
     for character in pattern:
@@ -118,7 +118,7 @@ def _has_alternatives(pattern: str) -> bool:
 
 
 def _structure(pattern: str, begin: int) -> Iterator[tuple[int, str, int]]:
-    """Yield each character from `begin` on that is neither escaped nor in a class, with its place and the groups open."""
+    """Yield the characters from `begin` on that are neither escaped nor in a class, with place and depth of groups."""
     depth, is_class, is_escaped = 0, False, False
     for index in range(begin, len(pattern)):
         character = pattern[index]

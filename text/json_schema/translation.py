@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from messages.errors import RequestError
 from text.json_schema import number_bounds
+from text.json_schema.endings import Written, ends, finite
 from text.json_schema.exclusive import exclusions, types_of
-from text.json_schema.places import Place, refused, shown
+from text.json_schema.places import Place, count, flag, indices, keys, names_of, refused, shown
 from text.json_schema.string_patterns import (
     LIBRARY_FORMATS,
     as_library_reads,
@@ -26,7 +27,9 @@ from text.json_schema.string_patterns import (
     without_looking_ahead,
 )
 
-_MAX_DEPTH: Final = 40  #: schemas within each other, before one becomes a definition: the library reads 128 levels of JSON
+_MAX_DEPTH: Final = (
+    40  #: schemas within each other, before one becomes a definition: the library reads 128 levels of JSON
+)
 _MAX_CHARS: Final = 2**20  #: of a string: longer than any output
 _MAX_ITEMS: Final = 2**30
 _MAX_LEADING: Final = 32  #: items that `contains` asks for
@@ -35,8 +38,6 @@ _MAX_DEPENDENT: Final = 6  #: properties on which others depend: each doubles th
 
 _TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 _APPLICATORS: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas", "dependencies"})
-#: keywords that say nothing that could be written, wherever they hold anybody to anything
-_UNFOLLOWED: Final = {"$dynamicRef": "no dynamic reference", "$recursiveRef": "no recursive reference"}
 _NUMBERS: Final = frozenset(number_bounds.KEYWORDS)
 _STRINGS: Final = frozenset({"pattern", "format", "minLength", "maxLength"})
 _ARRAYS: Final = frozenset(
@@ -55,8 +56,6 @@ _OBJECTS: Final = frozenset(
 
 _UNWRITTEN: Final = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
-Written = dict[str, Any] | bool
-
 
 def followable(schema: dict[str, Any]) -> dict[str, Any]:
     """Write `schema` so that the grammar library follows it.
@@ -69,9 +68,9 @@ def followable(schema: dict[str, Any]) -> dict[str, Any]:
     translation = _Translation()
     root = translation.reference(Place.root(schema))
     translation.finish()
-    definitions = _finite(translation.definitions)
-    if not _ends(root, {name for name, written in definitions.items() if written is not False}):
-        keyword = "$ref" if len(definitions) > 1 else next(iter(schema), "false")
+    definitions = finite(translation.definitions)
+    if not ends(root, {name for name, written in definitions.items() if written is not False}):
+        keyword = "$ref" if '"$ref"' in json.dumps(translation.definitions) else next(iter(schema), "false")
         raise RequestError(f"{keyword}: no value satisfies the schema that ever ends", code="bad_grammar")
     return {**root, "$defs": definitions}
 
@@ -109,49 +108,56 @@ class _Translation:
         node = place.node
         if isinstance(node, bool):
             return node
-        for keyword, reason in _UNFOLLOWED.items():
-            if keyword in node:
-                raise refused(keyword, place, f"got {shown(node[keyword])}, want {reason}")
         types = _checked_types(place)
         out: dict[str, Any] = {}
         every: list[Written] = []  # schemas that hold as well
         for keyword in node:
-            match keyword:
-                case "type":
-                    out["type"] = node["type"]
-                case "const":
-                    out["const"] = _value(place, "const", node["const"])
-                case "enum":
-                    if not isinstance(node["enum"], list) or not node["enum"]:
-                        raise refused("enum", place, f"got {shown(node['enum'])}, want a list of one or more values")
-                    out["enum"] = [_value(place, "enum", value) for value in node["enum"]]
-                case "$ref":
-                    out |= self.reference(place.target())
-                case "anyOf" | "allOf":
-                    written = [self._below(place, keyword, index) for index in _indices(place, keyword)]
-                    if keyword == "anyOf":
-                        out["anyOf"] = written
-                    else:
-                        every += written
-                case "oneOf":
-                    every.append({"anyOf": self._one_of(place, types)})
-                case "not":
-                    every.append(_negated(place))
-                case "if":
-                    if "then" in node or "else" in node:
-                        raise refused("if", place, f"got {shown(node['if'])}, want anyOf in its place")
-                case _ if keyword in _NUMBERS and not _NUMBERS & out.keys() and types & {"integer", "fraction"}:
-                    out |= number_bounds.bounded(place, is_integer="fraction" not in types)
-                case _ if keyword in _STRINGS and "string" in types:
-                    self._string_keyword(place, keyword, out, every)
+            self._value_keyword(place, keyword, out)
+            self._applicator(place, keyword, types, every, out)
+            if keyword in _NUMBERS and not _NUMBERS & out.keys() and types & {"integer", "fraction"}:
+                out |= number_bounds.bounded(place, is_integer="fraction" not in types)
+            if keyword in _STRINGS and "string" in types:
+                self._string_keyword(place, keyword, out, every)
         if "object" in types and _OBJECTS & node.keys():
             self._object(place, out, every)
         if "array" in types and _ARRAYS & node.keys():
             self._array(place, types, out, every)
         return {**out, "allOf": every} if every else out
 
+    def _value_keyword(self, place: Place, keyword: str, out: dict[str, Any]) -> None:
+        node = place.node
+        match keyword:
+            case "type":
+                out["type"] = node["type"]
+            case "const":
+                out["const"] = _value(place, "const", node["const"])
+            case "enum":
+                if not isinstance(node["enum"], list) or not node["enum"]:
+                    raise refused("enum", place, f"got {shown(node['enum'])}, want a list of one or more values")
+                out["enum"] = [_value(place, "enum", value) for value in node["enum"]]
+            case "$ref":
+                out |= self.reference(place.target())
+            case "$dynamicRef" | "$recursiveRef":
+                raise refused(keyword, place, f"got {shown(node[keyword])}, want $ref")
+
+    def _applicator(
+        self, place: Place, keyword: str, types: frozenset[str], every: list[Written], out: dict[str, Any]
+    ) -> None:
+        node = place.node
+        match keyword:
+            case "anyOf":
+                out["anyOf"] = [self._below(place, keyword, index) for index in indices(place, keyword)]
+            case "allOf":
+                every += [self._below(place, keyword, index) for index in indices(place, keyword)]
+            case "oneOf":
+                every.append({"anyOf": self._one_of(place, types)})
+            case "not":
+                every.append(_negated(place))
+            case "if" if "then" in node or "else" in node:
+                raise refused("if", place, f"got {shown(node['if'])}, want anyOf in its place")
+
     def _one_of(self, place: Place, types: frozenset[str]) -> list[Written]:
-        options = [place.below("oneOf", index) for index in _indices(place, "oneOf")]
+        options = [place.below("oneOf", index) for index in indices(place, "oneOf")]
         forbidden = exclusions(options, types)
         if forbidden is None:
             raise refused("oneOf", place, "a value may satisfy several of its schemas, want ones that part, or anyOf")
@@ -168,12 +174,12 @@ class _Translation:
         value = place.node[keyword]
         match keyword:
             case "minLength":
-                out[keyword] = _count(place, keyword)
-                if out[keyword] > min(_count(place, "maxLength", _MAX_CHARS), _MAX_CHARS):
+                out[keyword] = count(place, keyword)
+                if out[keyword] > min(count(place, "maxLength", _MAX_CHARS), _MAX_CHARS):
                     raise refused(keyword, place, f"got {value}, want at most maxLength, and at most {_MAX_CHARS}")
             case "maxLength":
-                if _count(place, keyword) <= _MAX_CHARS:
-                    out[keyword] = _count(place, keyword)
+                if count(place, keyword) <= _MAX_CHARS:
+                    out[keyword] = count(place, keyword)
             case "pattern":
                 if not isinstance(value, str):
                     raise refused(keyword, place, f"got {shown(value)}, want a regular expression")
@@ -194,12 +200,12 @@ class _Translation:
 
     def _object(self, place: Place, out: dict[str, Any], every: list[Written]) -> None:
         node = place.node
-        properties = {name: self._below(place, "properties", name) for name in _keys(place, "properties")}
+        properties = {name: self._below(place, "properties", name) for name in keys(place, "properties")}
         patterns = {
             as_library_reads(name): self._below(place, "patternProperties", name)
-            for name in _keys(place, "patternProperties")
+            for name in keys(place, "patternProperties")
         }
-        required = _names(place, "required", node.get("required", []))
+        required = names_of(place, "required", node.get("required", []))
         others: Written = True
         if "additionalProperties" in node:
             others = self._below(place, "additionalProperties")
@@ -244,15 +250,15 @@ class _Translation:
                 for name in allowed:
                     properties.setdefault(name, others)
             return False
-        if not keywords or others is False and not properties:
+        if not keywords or (others is False and not properties):
             return others
         if properties or len(keywords & {"pattern", "format"}) + bool(keywords & {"minLength", "maxLength"}) > 1:
             raise refused("propertyNames", place, f"got {shown(said)}, want one pattern, and no properties beside it")
         if keywords == {"pattern"} and isinstance(said["pattern"], str):
             patterns[as_library_reads(said["pattern"])] = others
         elif keywords <= {"minLength", "maxLength"}:
-            most = _count(names, "maxLength") if "maxLength" in said else ""
-            patterns[f"^(?s:.){{{_count(names, 'minLength', 0)},{most}}}$"] = others
+            most = count(names, "maxLength") if "maxLength" in said else ""
+            patterns[f"^(?s:.){{{count(names, 'minLength', 0)},{most}}}$"] = others
         else:
             raise refused("propertyNames", place, f"got {shown(said)}, want a pattern, lengths or a list of names")
         return False
@@ -262,13 +268,13 @@ class _Translation:
         node = place.node
         needed: dict[str, list[str]] = {}
         schemas: dict[str, Written] = {}
-        for name in _keys(place, "dependentRequired"):
-            needed[name] = _names(place, "dependentRequired", node["dependentRequired"][name])
-        for name in _keys(place, "dependentSchemas"):
+        for name in keys(place, "dependentRequired"):
+            needed[name] = names_of(place, "dependentRequired", node["dependentRequired"][name])
+        for name in keys(place, "dependentSchemas"):
             schemas[name] = self._below(place, "dependentSchemas", name)
-        for name in _keys(place, "dependencies"):
+        for name in keys(place, "dependencies"):
             if isinstance(node["dependencies"][name], list):
-                needed[name] = _names(place, "dependencies", node["dependencies"][name])
+                needed[name] = names_of(place, "dependencies", node["dependencies"][name])
             else:
                 schemas[name] = self._below(place, "dependencies", name)
         if len(needed) + len(schemas) > _MAX_DEPENDENT:
@@ -296,7 +302,7 @@ class _Translation:
             rest = self._below(place, "additionalItems")
         elif _is_unevaluated(place, "unevaluatedItems"):
             rest = self._below(place, "unevaluatedItems")
-        least, most = _count(place, "minItems", 0), _count(place, "maxItems", _MAX_ITEMS)
+        least, most = count(place, "minItems", 0), count(place, "maxItems", _MAX_ITEMS)
         if "contains" in node:
             num_leading = self._contained(place, is_alone=not prefix)
             if num_leading:
@@ -315,12 +321,12 @@ class _Translation:
             out["minItems"] = least
         if most < _MAX_ITEMS:
             out["maxItems"] = most
-        if _flag(place, "uniqueItems") and most > 1:
+        if flag(place, "uniqueItems") and most > 1:
             every.append(_distinct(place, types, least, most))
 
     def _contained(self, place: Place, *, is_alone: bool) -> int:
         """Return how many items at the head of a list are to be what `contains` says: nobody asks where they are."""
-        least = _count(place, "minContains", 1)
+        least = count(place, "minContains", 1)
         if not is_alone or "maxContains" in place.node or least > _MAX_LEADING:
             keyword = "maxContains" if "maxContains" in place.node else "contains"
             raise refused(keyword, place, f"want contains without prefixItems, of at most {_MAX_LEADING} items")
@@ -343,12 +349,12 @@ def _negated(place: Place) -> Written:
         return True
     keywords = negated.keys() if isinstance(negated, dict) else set()
     if keywords == {"required"}:
-        names = _names(place, "not", negated["required"])
+        names = names_of(place, "not", negated["required"])
         if len(names) == 1:
             return {"type": "object", "properties": {names[0]: False}}
     if keywords == {"type"}:
         left = types_of({}) - _checked_types(place.below("not"))
-        if left and "integer" in left or "fraction" not in left:
+        if left and ("integer" in left or "fraction" not in left):
             return {"type": sorted(left - {"fraction"} - ({"integer"} if "fraction" in left else set()))}
     raise refused("not", place, f"got {shown(negated)}, want what a value is to be")
 
@@ -361,14 +367,17 @@ def _distinct(place: Place, types: frozenset[str], least: int, most: int) -> Wri
         while isinstance(items.node, dict) and "$ref" in items.node:
             items = items.target()
     said = items.node if items is not None and isinstance(items.node, dict) else {}
-    values = [True, False] if said.get("type") == "boolean" else [said["const"]] if "const" in said else said.get("enum")
+    values = (
+        [True, False] if said.get("type") == "boolean" else [said["const"]] if "const" in said else said.get("enum")
+    )
     if not isinstance(values, list) or not 1 <= len(values) <= _MAX_DISTINCT or "prefixItems" in place.node:
         raise refused(
             "uniqueItems",
             place,
-            f"got true, want false, or items of an enum of at most {_MAX_DISTINCT} values: nobody counts what came before",
+            f"got true, want false, or an enum of at most {_MAX_DISTINCT} items: what came before is not looked at",
         )
-    values = [_value(place, "uniqueItems", value) for value in {json.dumps(value): value for value in values}.values()]
+    different = {json.dumps(value): value for value in values}
+    values = [_value(place, "uniqueItems", value) for value in different.values()]
     lists: list[Written] = [
         {"type": "array", "prefixItems": [{"const": value} for value in chosen], "items": False, "minItems": length}
         for length in range(least, min(most, len(values)) + 1)
@@ -382,7 +391,7 @@ def _distinct(place: Place, types: frozenset[str], least: int, most: int) -> Wri
 
 def _count_properties(place: Place, out: dict[str, Any]) -> None:
     """Write how many properties there may be, where the library counts them: beyond those that are all required."""
-    least, most = _count(place, "minProperties", 0), _count(place, "maxProperties", _MAX_ITEMS)
+    least, most = count(place, "minProperties", 0), count(place, "maxProperties", _MAX_ITEMS)
     properties, required = out.get("properties", {}), out.get("required", [])
     is_closed = out.get("additionalProperties") is False and "patternProperties" not in out
     possible = [name for name, schema in properties.items() if schema is not False]
@@ -425,93 +434,3 @@ def _value(place: Place, keyword: str, value: Any) -> Any:
     if isinstance(value, float) and abs(value) > 2**53 and Decimal(repr(value)) != Decimal(value):
         raise refused(keyword, place, f"got {shown(value)}, want a number whose digits tell it apart")
     return value
-
-
-def _indices(place: Place, keyword: str) -> range:
-    value = place.node[keyword]
-    if not isinstance(value, list) or not value:
-        raise refused(keyword, place, f"got {shown(value)}, want a list of one or more schemas")
-    return range(len(value))
-
-
-def _keys(place: Place, keyword: str) -> list[str]:
-    value = place.node.get(keyword, {})
-    if not isinstance(value, dict):
-        raise refused(keyword, place, f"got {shown(value)}, want an object")
-    return list(value)
-
-
-def _names(place: Place, keyword: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise refused(keyword, place, f"got {shown(value)}, want a list of names")
-    return list(dict.fromkeys(value))
-
-
-def _count(place: Place, keyword: str, default: int = 0) -> int:
-    value = place.node.get(keyword, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
-        raise refused(keyword, place, f"got {shown(value)}, want a whole number from 0")
-    return int(value)
-
-
-def _flag(place: Place, keyword: str) -> bool:
-    value = place.node.get(keyword, False)
-    if not isinstance(value, bool):
-        raise refused(keyword, place, f"got {shown(value)}, want true or false")
-    return value
-
-
-# ---------------------------------------------------------------- what ends
-
-
-def _finite(definitions: dict[str, Written]) -> dict[str, Written]:
-    """Replace by false what only values that never end would satisfy: references that need themselves."""
-    ending: set[str] = set()
-    while True:
-        more = {name for name in definitions.keys() - ending if _ends(definitions[name], ending)}
-        if not more:
-            break
-        ending |= more
-    if len(ending) == len(definitions):
-        return definitions
-    return {name: _pruned(schema, ending) if name in ending else False for name, schema in definitions.items()}
-
-
-def _ends(schema: Written, ending: set[str]) -> bool:
-    """Tell whether some value of the schema is known to end, by the definitions that do."""
-    if isinstance(schema, bool):
-        return schema
-    if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in ending:
-        return False
-    properties = schema.get("properties", {})
-    must = [properties.get(name, schema.get("additionalProperties", True)) for name in schema.get("required", [])]
-    prefix = schema.get("prefixItems", [])
-    num_items = schema.get("minItems", 0)
-    must += prefix[:num_items]
-    if num_items > len(prefix):
-        must.append(schema.get("items", True))
-    has_other_type = bool(types_of(schema) - {"object", "array"}) and not {"const", "enum"} & schema.keys()
-    return (
-        (has_other_type or all(_ends(inner, ending) for inner in must))
-        and all(_ends(inner, ending) for inner in schema.get("allOf", []))
-        and ("anyOf" not in schema or any(_ends(inner, ending) for inner in schema["anyOf"]))
-    )
-
-
-def _pruned(schema: Any, ending: set[str]) -> Any:
-    """Return a schema with false for references to what does not end. What stands in constants stays."""
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in ending:
-        return False
-    out: dict[str, Any] = {}
-    for keyword, value in schema.items():
-        if keyword in ("properties", "patternProperties"):
-            out[keyword] = {name: _pruned(inner, ending) for name, inner in value.items()}
-        elif keyword in ("allOf", "anyOf", "prefixItems"):
-            out[keyword] = [_pruned(inner, ending) for inner in value]
-        elif keyword in ("items", "additionalProperties"):
-            out[keyword] = _pruned(value, ending)
-        else:
-            out[keyword] = value
-    return out
