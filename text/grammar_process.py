@@ -30,6 +30,7 @@ from text.grammar import GrammarTokenizer, check_grammar
 from text.tokenizer import Tokenizer
 
 _WAIT_FACTOR: Final = 10  #: who gets less than this share of a processor is not waited for
+_LEAST_WAIT_S: Final = 1.0  #: a kernel tells of spent time some milliseconds late, on a busy machine much later
 _START_S: Final = 30.0  #: for the vocabulary, on a busy machine
 _END_S: Final = 0.5  #: from closing its pipe to the end
 
@@ -72,7 +73,7 @@ class GrammarProcess:
         """
         if self._process is None:
             self._process = self._started()
-        wait_s = _WAIT_FACTOR * self._setup.cpu_s
+        wait_s = max(_WAIT_FACTOR * self._setup.cpu_s, _LEAST_WAIT_S)
         line = _asked(self._process, grammar, wait_s)
         if line.endswith(b"\n"):
             answer = msgspec.json.decode(line, type=_Answer)

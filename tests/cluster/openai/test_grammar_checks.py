@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from cluster.openai.backend import HttpLimits
 from cluster.openai.grammar_checks import GrammarChecks
 from messages.errors import CapacityError, RequestError
 from messages.request import Grammar
+from text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -56,6 +59,19 @@ async def test_a_model_without_an_end_token_can_keep_to_no_structure(served_mode
     with pytest.raises(RequestError) as caught:
         await checks.check("the_field", Grammar(kind="json_object"))
     assert (caught.value.param, caught.value.code) == ("the_field", "unsupported")
+
+
+async def test_a_tokenizer_that_grammars_cannot_use_is_said_once_and_in_each_refusal(served_model, tokenizer, caplog):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.decoder = decoders.CTC()
+    other = Tokenizer(backend, {"eos_token": "<|end|>"})
+    with caplog.at_level("WARNING"):
+        checks = GrammarChecks(served_model(other), other, HttpLimits())
+    assert len(caplog.messages) == 1
+    assert "\n" not in caplog.messages[0]
+    with pytest.raises(RequestError, match=r"the_field: .*by the tokenizer's decoder \(CTC\)") as caught:
+        await checks.check("the_field", Grammar(kind="json_object"))
+    assert (caught.value.param, caught.value.code, caught.value.status) == ("the_field", "unsupported", 400)
 
 
 async def test_who_leaves_does_not_take_the_answer_from_the_others(checks):
