@@ -66,10 +66,9 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, Gramma
 
 def _of_structured_outputs(wanted: StructuredOutputs) -> list[tuple[str, Grammar]]:
     prefix = "structured_outputs."
-    schema = wanted.json_
-    if wanted.disable_additional_properties and schema is not None:
-        schema = _closed(_schema_of(f"{prefix}json", schema))
-    found = _of_values(prefix, schema, wanted.regex, wanted.choice, wanted.grammar)
+    if wanted.disable_additional_properties:
+        raise bad_field(f"{prefix}disable_additional_properties", True, "additionalProperties: false in the schema")
+    found = _of_values(prefix, wanted.json_, wanted.regex, wanted.choice, wanted.grammar)
     if wanted.json_object:
         found.append((f"{prefix}json_object", Grammar(kind="json_object")))
     return found
@@ -94,32 +93,15 @@ def json_grammar(param: str, schema: Any) -> Grammar:
     """Make the grammar of a JSON schema, given as an object or as JSON text.
 
     Raises:
-        RequestError: `schema` is neither.
+        RequestError: `schema` is neither, or nested too deeply.
     """
-    return Grammar(kind="json_schema", spec=msgspec.json.encode(_schema_of(param, schema)).decode())
-
-
-def _schema_of(param: str, schema: Any) -> dict[str, Any]:
-    if isinstance(schema, str):
-        try:
-            schema = msgspec.json.decode(schema)
-        except (msgspec.DecodeError, RecursionError):
-            raise bad_field(param, schema, "a JSON schema, as an object or as JSON text") from None
-    if not isinstance(schema, dict):
-        raise bad_field(param, schema, "a JSON schema, as an object or as JSON text")
-    return schema
-
-
-def _closed(schema: Any) -> Any:
-    """Return a schema whose objects have only the properties that it names."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: value if key in ("const", "enum") else _closed(value) for key, value in schema.items()}
-    if schema.get("type") == "object" and not {"additionalProperties", "patternProperties"} & schema.keys():
-        closed["additionalProperties"] = False
-    return closed
+    try:
+        value = msgspec.json.decode(schema) if isinstance(schema, str) else schema
+        if isinstance(value, dict):
+            return Grammar(kind="json_schema", spec=msgspec.json.encode(value).decode())
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    raise bad_field(param, schema, "a JSON schema, as an object or as JSON text")
 
 
 def _choice_grammar(param: str, choices: list[str]) -> Grammar:

@@ -76,7 +76,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, rename={"json_": "json"}, f
     structural_tag: Any = None  #: refused
     whitespace_pattern: str | None = None  #: a regular expression of what may stand between JSON's tokens
     disable_any_whitespace: bool | None = None  #: true: nothing may
-    disable_additional_properties: bool | None = None  #: objects have no properties but those that the schema names
+    disable_additional_properties: bool | None = None  #: refused: a schema says so itself
 
 
 class PinHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -138,26 +138,15 @@ def test_white_space_is_the_requests_or_the_servers(fields, whitespace):
     assert found[1].whitespace == whitespace
 
 
-def test_objects_are_closed_where_a_request_wants_it():
-    schema = {"type": "object", "properties": {"a": {"type": "object"}, "b": {"enum": [{"type": "object"}]}}}
-    wanted = StructuredOutputs(json_=schema, disable_additional_properties=True)
-    found = constraint_of(SharedFields(structured_outputs=wanted))
-    assert found is not None
-    assert json.loads(found[1].spec) == {
-        "type": "object",
-        "properties": {
-            "a": {"type": "object", "additionalProperties": False},
-            "b": {"enum": [{"type": "object"}]},
-        },
-        "additionalProperties": False,
-    }
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"structured_outputs": {"json_schema": {}}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"json": {}, "disable_additional_properties": True}},
+            "structured_outputs.disable_additional_properties",
+        ),
         ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, "response_format"),
         ({"response_format": {"type": "structural_tag", "structures": []}}, "response_format"),
         ({"response_format": {"type": "grammar"}}, "response_format.type"),
@@ -219,3 +208,18 @@ def test_beside_tools_whose_calls_nobody_knows_a_format_is_refused(serve):
     reply = server.post(CHAT, fields)
     assert reply.status_code == 400
     assert "together with tools" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("levels", [60, 300, 480, 900, 960, 990, 3000])
+def test_a_schema_nested_however_deep_is_followed_or_refused(server, levels):
+    schema = '{"items":' * levels + '{"type":"null"}' + "}" * levels
+    named = '"tool_choice":{"type":"function","function":{"name":"f"}}'
+    for fields in (
+        f'"guided_json":{schema}',
+        f'"guided_json":{json.dumps(schema)}',
+        f'"tools":[{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}],"tool_choice":"required"',
+        f'"tools":[{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}],{named}',
+    ):
+        body = f'{{"messages":[{{"role":"user","content":"Hi"}}],"max_tokens":2,{fields}}}'
+        reply = server.http.post(f"{server.url}{CHAT}", content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code in ((200,) if levels == 60 and "tools" not in fields else (200, 400)), reply.text[:300]
