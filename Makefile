@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+COMPAT := build/compat
 BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 # torch's CPU build, libgomp and friends spin while they wait; with several workers on a laptop that only costs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: chaos help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: chaos compat help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ chaos: $(VENV)/.testing kernels ## ten minutes of random faults under eight clie
 test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
 	$(BIN)/python -m pytest -m long $(ARGS)
 
+compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## agents of other people's libraries against a real server (needs npm; ARGS="--format qwen3_xml")
+	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environment $(COMPAT) $(ARGS)
+
 check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,6 +59,14 @@ bench: $(VENV)/.testing kernels ## every benchmark's quick form, one after the o
 kernels: $(VENV)/.serving ## build the C++ kernels, checksum and block index for this machine (cached; torch and numpy serve without)
 	@if command -v $${CXX:-g++} >/dev/null 2>&1; then $(BIN)/python -m kvrouter.build; $(BIN)/python -m engine.kernels.cpu.build; \
 	else echo "no C++ compiler: plain torch kernels, numpy checksums and a block index in Python will be used"; fi
+
+# Nothing of it is ever installed beside kvray itself.
+$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/package.json
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+	cp tests/compat/package.json $(COMPAT)
+	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
+	@touch $@
 
 clean: ## forget the environment and all caches in this folder
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

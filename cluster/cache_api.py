@@ -346,7 +346,9 @@ async def _prompt_of(surface: Surface, request: Request, fields: PromptFields) -
     salt = surface.callers.meant(_caller(request), fields.tenant).salt(fields.cache_salt)
     if fields.messages is not None:
         tools = template_tools(fields.tools) if fields.tools else None
-        text = rendered(surface.tokenizer, fields.messages, fields, tools)
+        text = rendered(
+            surface.tokenizer, fields.messages, fields, tools, takes_template=surface.limits.takes_chat_template
+        )
         return PromptTokens(await _encoded(surface, "messages", text, bool(fields.add_special_tokens)), salt)
     assert fields.prompt is not None
     found = prompts.prompts_of(fields.prompt, surface.model)

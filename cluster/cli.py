@@ -23,6 +23,7 @@ from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, 
 from cluster.config import KvrayConfig, load_config, num_ingresses
 from cluster.credentials import api_keys
 from cluster.logs import configure_logging
+from cluster.openai.call_formats import FORMATS
 from messages.errors import ConfigError, KvrayError
 
 logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ under python -m
@@ -89,7 +90,15 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads per worker.")] = None,
-    tool_call_parser: Annotated[str | None, typer.Option("--tool-call-parser")] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            "--tool-call-parser", help=f"How it writes tool calls; default: as its template does. {', '.join(FORMATS)}."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", help="A Jinja file instead of the model's own template.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level")] = None,
     log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
 ) -> None:
@@ -102,6 +111,7 @@ def serve(
             ("model", "max_model_len"): max_model_len,
             ("model", "served_names"): served_model_name or None,
             ("model", "tool_parser"): tool_call_parser,
+            ("model", "chat_template"): None if chat_template is None else str(chat_template.resolve()),
             ("engine", "block_size"): block_size,
             ("engine", "kv_cache_memory"): kv_cache_memory,
             ("tiers", "host_memory"): host_memory,
@@ -210,7 +220,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     code = 0
     with stop_signals() as stop:
         try:
-            check_model_files(Path(config.model.path))
+            check_model_files(Path(config.model.path), config.model.chat_template)
             with _Progress() as progress, running(config, stop, progress.show) as launched:
                 progress.clear()
                 body(config, launched, stop)
@@ -231,6 +241,11 @@ def _complain(error: KvrayError) -> int:
 
 
 def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
+    from cluster.openai.call_recognition import tool_format
+    from text.tokenizer import Tokenizer
+
+    # which says so where calls are not recognised: what ingresses log of it is not seen here
+    tool_format(Tokenizer.load(config.model.path, chat_template=config.model.chat_template), config.model.tool_parser)
     name = config.model.names[0]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)
@@ -255,8 +270,8 @@ def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any, *, api_ke
     hold_conversation(launched.url, api_key, _out, stop)
 
 
-def check_model_files(path: Path) -> None:
-    """Check of a model directory what can be told without torch, so that most mistakes show at once.
+def check_model_files(path: Path, chat_template: str | None = None) -> None:
+    """Check of a model directory, and of a chat template, what can be told without torch: most mistakes show at once.
 
     Raises:
         ConfigError: there is no directory, or files in it are missing or broken; one line that says which.
@@ -273,7 +288,7 @@ def check_model_files(path: Path) -> None:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is no transformers model directory: it has no config.json")
         read_json(path / "config.json")
-        Tokenizer.load(path)
+        Tokenizer.load(path, chat_template=chat_template)
         weight_files(path)
     except OSError as error:
         raise ConfigError(f"{error.filename or path} cannot be read: {error.strerror}") from None

@@ -26,6 +26,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from cluster.openai.call_formats import FORMATS
 from messages.errors import ConfigError
 
 #: Shipped with the package; the default of `kvray serve`.
@@ -62,7 +63,9 @@ class ModelConfig(_Section, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: tokens of prompt and output together; None: what the model was made for
     max_model_len: Annotated[int, Meta(ge=1, le=2**30)] | None = None
-    tool_parser: Literal["hermes", "llama3", "mistral", "list"] | None = None  #: None: told from the chat template
+    #: how it writes tool calls, by vLLM's names (`kvray serve --help`); None: as its chat template shows it
+    tool_parser: str | None = None
+    chat_template: str | None = None  #: a file, read where an ingress runs; None: the model's own
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,6 +120,8 @@ class HttpConfig(_Section, frozen=True):
     cache_hints: Literal["refuse", "use"] = "refuse"
     #: a request's priority: whoever may send one can put others behind, so that it counts only where clients agree
     client_priority: Literal["ignore", "use"] = "ignore"
+    #: a request's own chat_template: a program that runs here without limits, so that it wants clients that are trusted
+    client_chat_template: Literal["refuse", "use"] = "refuse"
     grammar_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0  #: of processor time, to compile a grammar
     #: of structured output: compact, without a space; or with spaces, lines and indents, as the model writes it
     json_layout: Literal["compact", "pretty"] = "compact"
@@ -385,6 +390,10 @@ def recorded_ray_address() -> str | None:
 
 def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
+    if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
+        raise ConfigError(
+            f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw {_shown(config.model.tool_parser)}"
+        )
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")

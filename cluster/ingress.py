@@ -81,7 +81,7 @@ class Ingress:
         watch.start("Router", self._on_routers)
         self._watch = watch
         model_dir = Path(config.model.path)
-        self._tokenizer = Tokenizer.load(model_dir)
+        self._tokenizer = Tokenizer.load(model_dir, chat_template=config.model.chat_template)
         async with asyncio.timeout(_FLEET_TIMEOUT_S):
             await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
@@ -116,6 +116,7 @@ class Ingress:
                 grammar_timeout_s=http.grammar_timeout_s,
                 uses_priority=http.client_priority == "use",
                 json_whitespace=PRETTY if http.json_layout == "pretty" else "",
+                takes_chat_template=http.client_chat_template == "use",
             ),
             tool_parser=self._config.model.tool_parser,
             metrics=self._metrics,

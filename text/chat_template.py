@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from messages.errors import ConfigError, RequestError
+from text.past_calls import PROBE_TOOL, PastCallForm
 
 Message = Mapping[str, Any]
 
@@ -108,8 +110,8 @@ class ChatTemplate:
     """One model's chat template. Stateless after loading; any thread may render.
 
     Beyond what transformers does, and only where a template written for it needs it: text parts are joined into a
-    string for a template that cannot read parts, and the arguments of tool calls, JSON text in OpenAI's API, are
-    handed over as the object they stand for.
+    string for a template that cannot read parts, and past calls of tools are brought into the form that it takes, above
+    all their arguments, JSON text in OpenAI's API, which most templates want as the object that they stand for.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, name: str = "chat template") -> None:
@@ -122,9 +124,10 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{name}, line {error.lineno}: {error.message}") from error
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._reads_parts = self._probe_parts()
+        self._past_calls = PastCallForm.learned(functools.partial(self._probed, tools=[PROBE_TOOL]))
 
     def render(
         self,
@@ -141,7 +144,7 @@ class ChatTemplate:
             RequestError: the template, or a check before it, refuses a message; names the field.
         """
         self._check_roles(messages)
-        chat = [self._normalized(index, message) for index, message in enumerate(messages)]
+        chat = self._past_calls.fitted([self._normalized(index, message) for index, message in enumerate(messages)])
         mark_at = ""
         if continue_final_message:
             if add_generation_prompt:
@@ -182,14 +185,14 @@ class ChatTemplate:
                 raise RequestError(
                     f"messages[{index}].role is {role!r}, wanted a string", param=f"messages[{index}].role"
                 )
-            if role not in KNOWN_ROLES and f"'{role}'" not in self._source and f'"{role}"' not in self._source:
+            if role not in KNOWN_ROLES and f"'{role}'" not in self.source and f'"{role}"' not in self.source:
                 raise RequestError(
                     f"messages[{index}].role is {role!r}, wanted one of {', '.join(sorted(KNOWN_ROLES))}",
                     param=f"messages[{index}].role",
                 )
 
     def _normalized(self, index: int, message: Message) -> dict[str, Any]:
-        """Copy a message to render: no nulls, reasoning under the names templates read, arguments as objects."""
+        """Copy a message to render: no nulls, reasoning under the names templates read."""
         copy = {key: value for key, value in message.items() if value is not None}
         reasoning = next((copy[field] for field in _REASONING_FIELDS if field in copy), None)
         if reasoning is not None:
@@ -203,8 +206,6 @@ class ChatTemplate:
                 f"messages[{index}].content is {type(content).__name__}, wanted a string or a list of text parts",
                 param=f"messages[{index}].content",
             )
-        if isinstance(copy.get("tool_calls"), list | tuple):
-            copy["tool_calls"] = [_with_object_arguments(call) for call in copy["tool_calls"]]
         return copy
 
     def _mark_final(self, chat: list[dict[str, Any]]) -> str:
@@ -222,16 +223,22 @@ class ChatTemplate:
 
     def _probe_parts(self) -> bool:
         """Tell whether the template gives for a list with one text part what it gives for that text."""
-        as_text = [{"role": "user", "content": _PROBE}]
-        as_parts = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+        as_text = self._probed([{"role": "user", "content": _PROBE}])
+        # a template that refuses either form says so when a request meets it
+        return as_text is not None and as_text == self._probed(
+            [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+        )
+
+    def _probed(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str | None:
+        """Render `messages` as they are; None where the template refuses them."""
         try:
-            texts = [
-                self._template.render(messages=chat, tools=None, add_generation_prompt=True, **self._variables({}))
-                for chat in (as_text, as_parts)
-            ]
+            return self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=True, **self._variables({})
+            )
         except (*_RENDER_ERRORS, RecursionError):
-            return False  # a template that refuses either form says so when a request meets it
-        return texts[0] == texts[1]
+            return None
 
 
 def _text_part(part: Any, param: str) -> dict[str, Any]:
@@ -242,19 +249,6 @@ def _text_part(part: Any, param: str) -> dict[str, Any]:
             param=param,
         )
     return dict(part)
-
-
-def _with_object_arguments(call: Any) -> Any:
-    """Return `call` with its function's arguments parsed, where they are the JSON text of an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(arguments, str):
-        return call
-    try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return call  # what a model once wrote need not be JSON: the template shows it as it is
-    return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
 
 
 def _cut_at_mark(text: str, continued: str) -> str:

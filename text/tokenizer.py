@@ -27,10 +27,11 @@ from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, enc
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
+_NUM_OTHER_TEMPLATES = 16
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Immutable after loading; any thread may use it."""
+    """A model's tokenizer and chat template. Any thread may use it, but one at a time to render a chat."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
+        self._others: dict[str, ChatTemplate] = {}  # that clients brought, by their source
         added = backend.get_added_tokens_decoder()
         #: ids of control tokens, which decode can skip
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -56,8 +58,8 @@ class Tokenizer:
         self._long_piece = threading.Lock()  #: whoever encodes much at once, which takes much memory
 
     @classmethod
-    def load(cls, model_dir: str | Path) -> Tokenizer:
-        """Load the tokenizer of a transformers model directory.
+    def load(cls, model_dir: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
+        """Load the tokenizer of a transformers model directory; `chat_template`: a file to use instead of its own.
 
         Raises:
             ConfigError: there is no tokenizer.json, or a file cannot be read as what it should be.
@@ -77,7 +79,7 @@ class Tokenizer:
         special = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
         templates = {
             name: ChatTemplate(source, special, name=f"chat template {name!r} of {folder}")
-            for name, source in _template_sources(folder, config).items()
+            for name, source in _template_sources(folder, config, chat_template).items()
         }
         return cls(backend, special, templates)
 
@@ -147,14 +149,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> str:
-        """Render the prompt's text by the model's chat template, as `ChatTemplate.render` does.
+        """Render the prompt's text by the model's chat template, or by `chat_template`, as `ChatTemplate.render` does.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, or the template refuses the messages, or is none.
         """
-        name = "tool_use" if tools is not None and "tool_use" in self._chat_templates else "default"
-        template = self._chat_templates.get(name)
+        template = self._template(has_tools=tools is not None) if chat_template is None else self._other(chat_template)
         if template is None:
             raise RequestError(
                 "the model has no chat template: use /v1/completions with a prompt",
@@ -168,6 +170,29 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
+
+    @property
+    def chat_template_source(self) -> str:
+        """The chat template that shows tools, as it was written; "" where the model has none."""
+        template = self._template(has_tools=True)
+        return "" if template is None else template.source
+
+    def _template(self, *, has_tools: bool) -> ChatTemplate | None:
+        name = "tool_use" if has_tools and "tool_use" in self._chat_templates else "default"
+        return self._chat_templates.get(name)
+
+    def _other(self, source: str) -> ChatTemplate:
+        """Return a template that is not the model's, compiled; some are kept, for clients send them again and again."""
+        template = self._others.get(source)
+        if template is None:
+            try:
+                template = ChatTemplate(source, self.special_tokens, name="chat_template")
+            except ConfigError as error:
+                raise RequestError(error.message, param="chat_template") from error
+            while len(self._others) >= _NUM_OTHER_TEMPLATES:
+                self._others.pop(next(iter(self._others)))
+            self._others[source] = template
+        return template
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -390,8 +415,15 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
             backend.add_special_tokens([present])
 
 
-def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _template_sources(folder: Path, config: Mapping[str, Any], named: str | Path | None) -> dict[str, str]:
     """Find the chat templates, by name. Files of their own come before those in tokenizer_config.json."""
+    if named is not None:
+        try:
+            return {"default": Path(named).read_text(encoding="utf-8")}
+        except OSError as error:
+            raise ConfigError(f"chat template {named}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"chat template {named} is not UTF-8: {_one_line(error)}") from error
     sources = {}
     if (folder / "chat_template.jinja").is_file():
         sources["default"] = folder / "chat_template.jinja"

@@ -16,10 +16,10 @@ from starlette.responses import Response
 from cluster.openai import replies
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
 from cluster.openai.body import BodyDecoder, nested_too_deeply, read_body
+from cluster.openai.call_recognition import tool_format
 from cluster.openai.callers import Callers
 from cluster.openai.chat import start_chat
 from cluster.openai.completions import start_completion
-from cluster.openai.conversation import tool_format
 from cluster.openai.docs_schema import answers, body_of, describe
 from cluster.openai.edge import CLIENT_LEFT, Edge
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
@@ -29,7 +29,6 @@ from cluster.openai.metrics import HttpMetrics
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.openai.surface import Surface
 from cluster.openai.tokens import detokenize, tokenize
-from cluster.openai.tool_calls import MARKS, ToolFormat
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
 
@@ -46,7 +45,7 @@ def create_app(
     version: str,
     limits: HttpLimits | None = None,
     callers: Callers | None = None,
-    tool_parser: ToolFormat | None = None,
+    tool_parser: str | None = None,
     metrics: HttpMetrics | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
 ) -> FastAPI:
@@ -59,12 +58,12 @@ def create_app(
         version: of the product, for /version.
         limits: what one client may ask for.
         callers: where they have keys, every path but /health, /ready and /version wants one; None: everybody.
-        tool_parser: how the model writes tool calls; None: as its chat template shows a past one.
+        tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
         metrics: where to count; None: in ones of its own.
         extend: adds more endpoints.
     """
-    kind = tool_parser or tool_format(tokenizer)
-    marks = MARKS[kind] if kind else ()
+    kind = tool_format(tokenizer, tool_parser)
+    marks = "\n".join(kind.marks) if kind else ""
     limits = limits or HttpLimits()
     surface = Surface(
         backend=backend,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from cluster.openai.protocol import ChatMessage, Salt, Tool
+from cluster.openai.protocol import ChatMessage, ClientTemplate, Salt, Tool
 from messages.tier import Tier
 
 CACHE_TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
@@ -38,6 +38,7 @@ class PromptFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: ClientTemplate | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: CacheSalt | None = None
     tenant: TenantName | None = None

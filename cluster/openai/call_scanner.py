@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Final
 
-ARGUMENT_KEYS: Final = ("arguments", "parameters")
+_NAME_KEYS: Final = ("name", "tool_name")
+_ARGUMENT_KEYS: Final = ("arguments", "parameters", "args")
+#: what else an object may have that nothing but its looks makes a call
+_OTHER_KEYS: Final = ("id", "type", "tool_call_id")
 _SPACE: Final = " \t\r\n"
 _LITERAL: Final = "+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -17,16 +20,20 @@ class NotACallError(ValueError):
 class CallScanner:
     """`{"name": "f", "arguments": {...}}`, in whichever order and with whatever else is in it.
 
-    With `name` given, the object itself is the arguments. `take()` gives argument text as soon as the name is known;
-    arguments that come as a JSON string of JSON are given decoded, when they are whole.
+    With `name` given, the object itself is the arguments; with `is_keyed` it is `{"f": {...}}`; with `is_strict` it has
+    nothing in it that calls have not. `take()` gives argument text as soon as the name is known; arguments that come as
+    a JSON string of JSON are given decoded, when they are whole.
     """
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, *, is_keyed: bool = False, is_strict: bool = False) -> None:
         self.raw: list[str] = []
         self.name = name
         self.has_arguments = name is not None
         self.is_done = False
         self._is_named_outside = name is not None
+        self._is_keyed = is_keyed
+        self._is_strict = is_strict
+        self._is_of_arguments = False  # the value being read
         self._state = "start"
         self._key: str | None = None
         self._value: list[str] = []  # characters of the key or value being read
@@ -74,7 +81,7 @@ class CallScanner:
         if char != "{":
             raise NotACallError(f"a call begins with {{, not {char!r}")
         if self._is_named_outside:
-            self._key = "arguments"
+            self._is_of_arguments = True
             self._begin_value(char)
         else:
             self._state = "key"
@@ -98,11 +105,12 @@ class CallScanner:
 
     def _begin_value(self, char: str) -> None:
         self._value = [char]
-        if self._key in ARGUMENT_KEYS:
-            self.has_arguments = True
+        self.has_arguments |= self._is_of_arguments
         if char == '"':
             self._state = "string"
         elif char in "{[":
+            if self._is_strict and not self._is_of_arguments:
+                raise NotACallError(f"{self._key!r} of a call is no {char}")
             self._state = "nested"
             self._depth = 1
             self._give(char)
@@ -112,7 +120,7 @@ class CallScanner:
             raise NotACallError(f"{char!r} begins no value")
 
     def _give(self, text: str) -> None:
-        if self._key in ARGUMENT_KEYS:
+        if self._is_of_arguments:
             self._untaken.append(text)
 
     def _nested(self, char: str) -> None:
@@ -151,13 +159,24 @@ class CallScanner:
         except ValueError as error:
             raise NotACallError(str(error)) from None
         if self._key is None:
-            self._key = text
-            self._state = "colon"
+            self._begin_member(text)
             return
-        if self._key == "name":
+        if self._key in _NAME_KEYS and not self._is_keyed:
             self.name = text
         self._give(text)
         self._state = "comma"
+
+    def _begin_member(self, key: str) -> None:
+        self._key = key
+        self._state = "colon"
+        if self._is_keyed:
+            if self.name is not None:
+                raise NotACallError(f"{key!r} beside {self.name!r}")
+            self.name = key
+        elif self._is_strict and key not in (*_NAME_KEYS, *_ARGUMENT_KEYS, *_OTHER_KEYS):
+            raise NotACallError(f"{key!r} is nothing that a call has")
+        # of several, the first
+        self._is_of_arguments = not self.has_arguments and (self._is_keyed or key in _ARGUMENT_KEYS)
 
     def _literal(self, char: str) -> None:
         if char in _LITERAL:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from secrets import token_hex
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -38,7 +37,7 @@ from cluster.openai.sampling import check_stream_options, max_output_tokens
 from cluster.openai.starting import OutputPlan, start
 from cluster.openai.stream import DONE, event
 from cluster.openai.surface import Surface
-from cluster.openai.tool_calls import MARKS, CallDelta
+from cluster.openai.tool_calls import CallDelta
 from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
 from cluster.openai.transcript import Delta
 from messages.errors import RequestError
@@ -84,19 +83,24 @@ def _beside_tools(surface: Surface, structure: tuple[str, Grammar], tools: ToolP
     param, grammar = structure
     if tools.template_tools is None:
         return structure
-    begins = () if tools.kind is None else MARKS[tools.kind][:1]
-    if not begins:
+    if not tools.begins:
         raise RequestError(
             f"{param}: got it together with tools, want tool_choice none, or required: how this model begins a call is"
             " not known",
             param=param,
             code="invalid_value",
         )
-    return param, format_or_call(grammar, begins, surface.tokenizer)
+    return param, format_or_call(grammar, tools.begins, surface.tokenizer)
 
 
 async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
-    text = rendered(surface.tokenizer, fields.messages, fields, tools.template_tools)
+    text = rendered(
+        surface.tokenizer,
+        fields.messages,
+        fields,
+        tools.template_tools,
+        takes_template=surface.limits.takes_chat_template,
+    )
     return await prompts.encoded(
         surface,
         "messages",
@@ -121,15 +125,17 @@ class _Message:
     """One choice of a whole reply, as it grows."""
 
     content: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)  #: of calls
     names: list[str] = field(default_factory=list)  #: of the functions called
     arguments: list[list[str]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
 
-    def add(self, content: str, calls: list[CallDelta], delta: Delta) -> None:
+    def add(self, content: str, calls: list[CallDelta], delta: Delta, tools: ToolPlan) -> None:
         self.content.append(content)
         for call in calls:
             if call.name is not None:
+                self.ids.append(tools.call_id(call))
                 self.names.append(call.name)
                 self.arguments.append([])
             self.arguments[call.index].append(call.arguments)
@@ -138,8 +144,8 @@ class _Message:
 
     def tool_calls(self) -> list[ToolCall]:
         return [
-            ToolCall(id=_call_id(), type="function", function=FunctionCall("".join(arguments), name))
-            for name, arguments in zip(self.names, self.arguments, strict=True)
+            ToolCall(id=call_id, type="function", function=FunctionCall("".join(arguments), name))
+            for call_id, name, arguments in zip(self.ids, self.names, self.arguments, strict=True)
         ]
 
 
@@ -169,7 +175,7 @@ class Chat(Answer):
         choices: dict[int, ChatChoice] = {}
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
-                messages[index].add(*self._parsed(index, delta), delta)
+                messages[index].add(*self._parsed(index, delta), delta, self._tools)
                 if delta.finish_reason is not None:
                     choices[index] = self._whole(index, messages[index], delta)
         reply = ChatReply(
@@ -234,14 +240,20 @@ class Chat(Answer):
             index=index,
             delta=ChatDelta(
                 role="assistant" if is_first else UNSET,
-                content=content if content or not calls else UNSET,
-                tool_calls=[_streamed_call(call) for call in calls] if calls else UNSET,
+                content=content if content or self._has_empty_content(index, delta) else UNSET,
+                tool_calls=[self._streamed_call(call) for call in calls] if calls else UNSET,
             ),
             logprobs=self._chat_logprobs(delta.logprobs),
             finish_reason=self._finish_reason(index, delta),
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
             token_ids=delta.token_ids if fields.return_token_ids else UNSET,
         )
+
+    def _has_empty_content(self, index: int, delta: Delta) -> bool:
+        """Tell whether a chunk without text says so: where its choice may have calls, only the last one without any."""
+        if self._parsers[index] is None:
+            return True
+        return delta.finish_reason is not None and not (self._has_calls[index] or self._tools.is_forced)
 
     def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
         """Split the delta's text into content and calls."""
@@ -250,7 +262,7 @@ class Chat(Answer):
             return delta.text, []
         pieces = parser.push(delta.text)
         if delta.finish_reason is not None:
-            pieces += parser.flush()
+            pieces += parser.flush(is_cut=delta.finish_reason == "length" or isinstance(delta.stop_reason, str))
         calls = [p for p in pieces if isinstance(p, CallDelta) and not (self._tools.is_single and p.index)]
         self._has_calls[index] |= bool(calls)
         return "".join(piece for piece in pieces if isinstance(piece, str)), calls
@@ -264,9 +276,10 @@ class Chat(Answer):
     def _whole(self, index: int, message: _Message, last: Delta) -> ChatChoice:
         calls = message.tool_calls()
         content = "".join(message.content)
+        has_content = bool(content) or not (calls or self._tools.is_forced)
         return ChatChoice(
             index=index,
-            message=ChatReplyMessage(content=content if content or not calls else None, tool_calls=calls or UNSET),
+            message=ChatReplyMessage(content=content if has_content else None, tool_calls=calls or UNSET),
             logprobs=self._chat_logprobs(message.logprobs),
             finish_reason=self._finish_reason(index, last) or "stop",
             stop_reason=last.stop_reason,
@@ -278,13 +291,9 @@ class Chat(Answer):
             return None
         return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0)
 
-
-def _call_id() -> str:
-    return f"call_{token_hex(12)}"
-
-
-def _streamed_call(call: CallDelta) -> ToolCall:
-    """Write a piece of a call; its first one carries id and name."""
-    if call.name is None:
-        return ToolCall(index=call.index, function=FunctionCall(call.arguments))
-    return ToolCall(index=call.index, id=_call_id(), type="function", function=FunctionCall(call.arguments, call.name))
+    def _streamed_call(self, call: CallDelta) -> ToolCall:
+        """Write a piece of a call; its first one carries id and name."""
+        if call.name is None:
+            return ToolCall(index=call.index, function=FunctionCall(call.arguments))
+        function = FunctionCall(call.arguments, call.name)
+        return ToolCall(index=call.index, id=self._tools.call_id(call), type="function", function=function)

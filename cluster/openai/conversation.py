@@ -1,4 +1,4 @@
-"""Chat messages and tools as chat templates expect them, and how a template writes tool calls."""
+"""Chat messages and tools as chat templates expect them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import msgspec
 from cluster.openai.cache_protocol import PromptFields
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ChatMessage, ChatRequest, ContentPart, PastToolCall, TokenizeRequest, Tool
-from cluster.openai.tool_calls import ToolFormat, format_of_text
 from messages.errors import RequestError
 from text.tokenizer import Tokenizer
-
-_PROBE_NAME = "probe_call"
 
 
 def _template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -76,8 +73,12 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     seen: set[str] = set()
     result: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
+        place = f"tools[{index}]"
         if tool.type != "function":
-            raise bad_field(f"tools[{index}].type", tool.type, '"function"')
+            raise bad_field(f"{place}.type", tool.type, '"function": other kinds of tools are not served')
+        if tool.function is None:
+            param = f"{place}.function"
+            raise RequestError(f"{param}: missing, want a function", param=param, code="missing_required_field")
         if tool.function.name in seen:
             raise bad_field(f"tools[{index}].function.name", tool.function.name, "a name that no other tool has")
         seen.add(tool.function.name)
@@ -91,12 +92,22 @@ def rendered(
     messages: Sequence[ChatMessage],
     fields: ChatRequest | TokenizeRequest | PromptFields,
     tools: list[dict[str, Any]] | None,
+    *,
+    takes_template: bool = False,
 ) -> str:
     """Render `messages` by the chat template, the assistant's turn begun unless `fields` say otherwise.
 
+    `takes_template`: a client may bring its own.
+
     Raises:
-        RequestError: the template or the model cannot take a message.
+        RequestError: the template or the model cannot take a message; or a client brings a template that may not.
     """
+    if fields.chat_template is not None and not takes_template:
+        raise RequestError(
+            "chat_template: got one, want none: this server renders by the model's own (http.client_chat_template)",
+            param="chat_template",
+            code="not_allowed",
+        )
     continues = bool(fields.continue_final_message)
     return tokenizer.render_chat(
         _template_messages(messages),
@@ -104,19 +115,5 @@ def rendered(
         add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
         continue_final_message=continues,
         template_kwargs=fields.chat_template_kwargs,
+        chat_template=fields.chat_template,
     )
-
-
-def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
-    """Tell how the model writes tool calls, from how its chat template shows it a past one. None: it shows none."""
-    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": _PROBE_NAME, "arguments": {"key": "value"}}}
-    tool = {"type": "function", "function": {"name": _PROBE_NAME, "description": "", "parameters": {"type": "object"}}}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "text"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    try:
-        text = tokenizer.render_chat(messages, tools=[tool], add_generation_prompt=False)
-    except RequestError:
-        return None
-    return format_of_text(text, _PROBE_NAME)

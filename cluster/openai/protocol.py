@@ -33,6 +33,9 @@ HintTokens = Annotated[
     TokenRange, Meta(description="[begin, end) of prompt and answer; end null: to the end. Default: all of them")
 ]
 
+ClientTemplate = Annotated[
+    str, Meta(description="a chat template instead of the model's, where the operator takes them from clients")
+]
 ReturnTokenIds = Annotated[bool, Meta(description="token_ids per choice, and prompt_token_ids")]
 ReturnPromptSources = Annotated[
     bool,
@@ -204,7 +207,7 @@ class FunctionSpec(msgspec.Struct, frozen=True):
 class Tool(msgspec.Struct, frozen=True):
     """A tool; functions only."""
 
-    function: FunctionSpec
+    function: FunctionSpec | None = None
     type: str = "function"
 
 
@@ -214,10 +217,25 @@ class NamedFunction(msgspec.Struct, frozen=True):
     name: str
 
 
-class NamedToolChoice(msgspec.Struct, frozen=True):
-    """`tool_choice` that names one function."""
+class AllowedTool(msgspec.Struct, frozen=True):
+    """One of the tools that a choice allows."""
 
-    function: NamedFunction
+    function: NamedFunction | None = None
+    type: str = "function"
+
+
+class AllowedTools(msgspec.Struct, frozen=True):
+    """`tool_choice.allowed_tools`: `mode` is auto or required."""
+
+    mode: str
+    tools: list[AllowedTool]
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """`tool_choice` that names one function, or those of the tools that may be called."""
+
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
     type: str = "function"
 
 
@@ -228,11 +246,12 @@ class ChatRequest(SharedFields, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: ClientTemplate | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tool_choice: str | NamedToolChoice | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     #: carried by clients by habit; they change nothing here
     modalities: list[str] | None = None
@@ -261,6 +280,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: ClientTemplate | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cluster.openai.backend import Backend, HttpLimits, ServedModel
+from cluster.openai.call_formats import CallFormat
 from cluster.openai.callers import Callers
 from cluster.openai.errors import model_not_found
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
-from cluster.openai.tool_calls import ToolFormat
 from text.tokenizer import Tokenizer
 
 # Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
@@ -32,7 +32,7 @@ class Surface:
     limits: HttpLimits
     callers: Callers
     metrics: HttpMetrics
-    tool_format: ToolFormat | None  #: how the model writes tool calls
+    tool_format: CallFormat | None  #: how the model writes tool calls
     hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls
     huge_texts: asyncio.Lock = field(default_factory=asyncio.Lock)  #: whoever encodes one
 

@@ -27,7 +27,12 @@ async def tokenize(surface: Surface, fields: TokenizeRequest) -> bytes:
         param, text, adds_special = "prompt", fields.prompt or "", fields.add_special_tokens is not False
     else:
         tools = template_tools(fields.tools) if fields.tools else None
-        param, text = "messages", rendered(surface.tokenizer, fields.messages, fields, tools)
+        param, text = (
+            "messages",
+            rendered(
+                surface.tokenizer, fields.messages, fields, tools, takes_template=surface.limits.takes_chat_template
+            ),
+        )
         adds_special = bool(fields.add_special_tokens)
     _check_bytes(param, text, surface.limits.max_tokenize_bytes)
     token_ids = await surface.encode(text, add_special_tokens=adds_special)

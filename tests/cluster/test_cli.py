@@ -43,7 +43,15 @@ def test_serve_takes_the_flags_of_vllm_serve_that_mean_the_same():
     finished, _ = run_kvray("serve", "--help")
     flags = (
         *("--host", "--port", "--dtype", "--max-model-len", "--served-model-name", "--api-key", "--block-size"),
-        *("--max-num-seqs", "--max-num-batched-tokens", "--tool-call-parser", "--prefill", "--decode", "--config"),
+        *(
+            "--max-num-seqs",
+            "--max-num-batched-tokens",
+            "--tool-call-parser",
+            "--chat-template",
+            "--prefill",
+            "--decode",
+            "--config",
+        ),
     )
     for flag in flags:
         assert flag in finished.stdout

@@ -20,6 +20,7 @@ from cluster.config import (
     parse_size,
     prepare_environment,
 )
+from cluster.openai.call_formats import FORMATS
 from messages.errors import ConfigError
 
 
@@ -85,7 +86,11 @@ def test_what_is_shown_can_be_read_again():
         ({"log": {"format": "xml"}}, "log.format: wanted one of text, json, saw str 'xml'"),
         (
             {"model": {"tool_parser": "x"}},
-            "model.tool_parser: wanted one of hermes, llama3, mistral, list, saw str 'x'",
+            f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw str 'x'",
+        ),
+        (
+            {"http": {"client_chat_template": "yes"}},
+            "http.client_chat_template: wanted one of refuse, use, saw str 'yes'",
         ),
         ({1: {}}, "names of sections: wanted str, saw dict {1: {}}"),
     ],

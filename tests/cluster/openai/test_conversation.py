@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.openai.conversation import rendered, template_tools, tool_format
+from cluster.openai.conversation import rendered, template_tools
 from cluster.openai.protocol import (
     CalledFunction,
     ChatMessage,
@@ -139,6 +139,24 @@ def test_tools_and_variables_of_the_client_reach_the_template(seen):
     assert seen(USER, tools=tools, chat_template_kwargs={"extra": [1]})[1::2] == [tools, [1]]
 
 
+def test_a_clients_own_template_is_used_where_the_operator_allows_it(speaking):
+    fields = TokenizeRequest(chat_template="<{{ messages[0].content }}>")
+    tokenizer = speaking("{{ messages }}")
+    assert rendered(tokenizer, [USER], fields, None, takes_template=True) == "<Hi>"
+    error = refusal(lambda: rendered(tokenizer, [USER], fields, None))
+    assert (error.param, error.code) == ("chat_template", "not_allowed")
+    for number in range(100):
+        several = TokenizeRequest(chat_template=f"{number}")
+        assert rendered(tokenizer, [USER], several, None, takes_template=True) == f"{number}"
+
+
+def test_a_clients_template_that_is_none_names_the_line(speaking):
+    fields = TokenizeRequest(chat_template="ok\n{% if %}")
+    error = refusal(lambda: rendered(speaking(""), [USER], fields, None, takes_template=True))
+    assert error.param == "chat_template"
+    assert "line 2" in error.message
+
+
 # --------------------------------------------------------------------------------------------------------------- tools
 
 
@@ -155,33 +173,10 @@ def test_what_a_client_leaves_out_of_a_tool_stays_out():
     ("tool", "param"),
     [
         (Tool(FunctionSpec("g"), type="retrieval"), "tools[1].type"),
+        (Tool(type="custom"), "tools[1].type"),
+        (Tool(), "tools[1].function"),
         (Tool(FunctionSpec("f", "another")), "tools[1].function.name"),
     ],
 )
 def test_a_tool_that_is_no_function_or_whose_name_is_taken_is_named(tool, param):
     assert refusal(lambda: template_tools([Tool(FunctionSpec("f")), tool])).param == param
-
-
-ONE_CALL = "{% for m in messages %}{% for c in m.tool_calls or [] %}CALL{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("call", "kind"),
-    [
-        ('<tool_call>{"name": "{{ c.function.name }}", "arguments": {}}</tool_call>', "hermes"),
-        ('{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}', "llama3"),
-        ('[TOOL_CALLS] [{"name": "{{ c.function.name }}"}]', "mistral"),
-        ("{{ c.function.name }}", None),
-        ("{{ raise_exception('no tools') }}", None),
-    ],
-)
-def test_how_a_model_writes_calls_is_seen_from_how_its_template_shows_them(speaking, call, kind):
-    assert tool_format(speaking(ONE_CALL.replace("CALL", call))) == kind
-
-
-def test_a_template_that_shows_only_the_tools_shows_no_way_to_call_them(speaking):
-    assert tool_format(speaking("{{ tools | tojson }}{{ messages[0].content }}")) is None
-
-
-def test_a_model_without_a_template_writes_no_calls(tokenizer):
-    assert tool_format(Tokenizer(tokenizer.backend)) is None

@@ -1,180 +1,113 @@
-"""Tool calls parsed back from text, however it is split."""
+"""What the reader of tool calls gives when, and what becomes of calls that are cut off or forced."""
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cluster.openai.tool_calls import CallDelta, NamedCallParser, ToolCallParser, format_of_text
+from cluster.openai.call_formats import FORMATS
+from cluster.openai.tool_calls import CallDelta, ForcedCallParser, ToolCallParser
+from cluster.openai.value_types import ToolSchema
 
-NAMES = ("get_weather", "add")
-
-CASES = [
-    # kind, text, content, calls
-    ("hermes", "Just text.", "Just text.", []),
-    (
-        "hermes",
-        'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
-        "I look.",
-        [("get_weather", {"city": "Oslo"})],
-    ),
-    (
-        "hermes",
-        '<tool_call>{"name":"add","arguments":{"a":[1,{"b":"}]\\""}]}}</tool_call>\n<tool_call>{"name":"add",'
-        '"arguments":{}}</tool_call>',
-        "",
-        [("add", {"a": [1, {"b": '}]"'}]}), ("add", {})],
-    ),
-    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', "", [("add", {"a": 1})]),
-    ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", {"a": 1})]),
-    ("hermes", '<tool_call>{"name": "add"}</tool_call> done', " done", [("add", {})]),
-    ("hermes", '<tool_call>{"id": 7, "ok": true, "name": "add", "arguments": null}</tool_call>', "", [("add", {})]),
-    ("hermes", "a < b and <tool_cal", "a < b and <tool_cal", []),
-    ("hermes", "<tool_call>none</tool_call>", "<tool_call>none</tool_call>", []),
-    ("hermes", '<tool_call>{"title": "add"}</tool_call>', '<tool_call>{"title": "add"}</tool_call>', []),
-    ("hermes", '<tool_call>{"name": "ad', '<tool_call>{"name": "ad', []),
-    ("hermes", '<tool_call>{"name": "naïve\\u0301", "arguments": {"猫": "🙂"}}', "", [("naïve\u0301", {"猫": "🙂"})]),
-    ("llama3", '{"name": "get_weather", "parameters": {"city": "Oslo"}}', "", [("get_weather", {"city": "Oslo"})]),
-    ("llama3", '<|python_tag|>{"name": "add", "parameters": {}}', "", [("add", {})]),
-    (
-        "llama3",
-        '\n{"name": "add", "parameters": {"a": 1}}; {"name": "add", "parameters": {"a": 2}}',
-        "",
-        [("add", {"a": 1}), ("add", {"a": 2})],
-    ),
-    ("llama3", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
-    ("llama3", '{"name": "Bob", "parameters": {"x": 1}} is', '{"name": "Bob", "parameters": {"x": 1}} is', []),
-    ("llama3", '{"title": [1, 2]} is JSON', '{"title": [1, 2]} is JSON', []),
-    ("llama3", "The answer is {4}.", "The answer is {4}.", []),
-    ("llama3", "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
-    (
-        "mistral",
-        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": {}}]',
-        "",
-        [("add", {"a": 1}), ("get_weather", {})],
-    ),
-    (
-        "mistral",
-        'Well. [TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]get_weather[CALL_ID]abc123XYZ[ARGS]{"city": "Rome"}',
-        "Well.",
-        [("add", {"a": 1}), ("get_weather", {"city": "Rome"})],
-    ),
-    ("mistral", "[TOOL_CALLS]add{}", "", [("add", {})]),
-    ("mistral", "[1, 2, 3]", "[1, 2, 3]", []),
-    ("mistral", "[TOOL_CALLS]!", "[TOOL_CALLS]!", []),
-    (
-        "list",
-        '[{"name": "add", "parameters": {"a": 1}}, {"name": "add", "parameters": {"a": 2}}]',
-        "",
-        [("add", {"a": 1}), ("add", {"a": 2})],
-    ),
-]
+SCHEMA = {"properties": {"path": {"type": "string"}, "size": {"type": "integer"}}}
+TOOLS = {"add": ToolSchema(SCHEMA), "get_weather": ToolSchema(None)}
+LIST = '[{"name": "add", "parameters": {"a": 1}}, {"name": "get_weather", "parameters": {"b": [2]}}]'
 
 
-def collect(parser, pieces):
-    """Content and calls of a text that comes in `pieces`."""
-    content, names, arguments = "", [], []
-    for out in [*map(parser.push, pieces), parser.flush()]:
-        for piece in out:
-            if isinstance(piece, str):
-                content += piece
-                continue
-            if piece.name is not None:
-                assert piece.index == len(names)
-                names.append(piece.name)
-                arguments.append("")
-            arguments[piece.index] += piece.arguments
-    return content, [(name, json.loads(text)) for name, text in zip(names, arguments, strict=True)]
+def reader(kind: str, allowed: frozenset[str] | None = None) -> ToolCallParser:
+    return ToolCallParser(FORMATS[kind], TOOLS, allowed)
 
 
-@pytest.mark.parametrize(("kind", "text", "content", "calls"), CASES)
-def test_formats_are_read_whole_and_character_by_character(kind, text, content, calls):
-    assert collect(ToolCallParser(kind, NAMES), [text]) == (content, calls)
-    assert collect(ToolCallParser(kind, NAMES), list(text)) == (content, calls)
-
-
-@settings(max_examples=200, deadline=None)
-@given(case=st.sampled_from(CASES), cuts=st.lists(st.integers(0, 120), max_size=8))
-def test_the_way_a_text_is_split_changes_nothing(case, cuts):
-    kind, text, content, calls = case
-    points = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    pieces = [text[a:b] for a, b in itertools.pairwise(points)]
-    assert collect(ToolCallParser(kind, NAMES), pieces) == (content, calls)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    kind=st.sampled_from(["hermes", "llama3", "mistral"]),
-    pieces=st.lists(
-        st.one_of(
-            st.text(max_size=5),
-            st.sampled_from(
-                [
-                    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[ARGS]", '{"name": "add"'),
-                    *(
-                        ", ",
-                        "}",
-                        '"arguments": ',
-                        '"parameters": ',
-                        '{"a": 1',
-                        "[",
-                        "]",
-                        "add",
-                        "\\",
-                        '"',
-                        ";",
-                        "<tool",
-                    ),
-                ]
-            ),
-        ),
-        max_size=12,
-    ),
-)
-def test_no_text_whatsoever_breaks_a_parser(kind, pieces):
-    parser = ToolCallParser(kind, NAMES)
-    out = [piece for text in pieces for piece in parser.push(text)] + parser.flush()
-    named = [p.index for p in out if isinstance(p, CallDelta) and p.name is not None]
-    assert named == list(range(len(named)))
-    assert all(p.index in named for p in out if isinstance(p, CallDelta))
-
-
-def test_arguments_stream_as_they_come():
-    parser = ToolCallParser("hermes", NAMES)
+def test_arguments_in_json_stream_as_they_come():
+    parser = reader("hermes")
     assert parser.push('<tool_call>{"name": "add", "argu') == []
     assert parser.push('ments": {"a') == [CallDelta(0, "add", '{"a')]
     assert parser.push('": 1}') == [CallDelta(0, None, '": 1}')]
     assert parser.push("}</tool_call>") == []
 
 
+def test_a_string_between_tags_streams_as_it_comes():
+    parser = reader("qwen3_xml")
+    assert parser.push("<tool_call>\n<function=add>") == [CallDelta(0, "add", "")]
+    assert parser.push("\n<parameter=path>\nli") == [CallDelta(0, None, '{"path": "li')]
+    assert parser.push('ne "1"\n') == [CallDelta(0, None, 'ne \\"1\\"')]
+    assert parser.push("line 2\n</param") == [CallDelta(0, None, "\\nline 2")]
+    assert parser.push("eter><parameter=size>1") == [CallDelta(0, None, '", "size": ')]
+    assert parser.push("2</parameter></function>") == [CallDelta(0, None, "12}")]
+
+
+def test_text_streams_but_for_what_may_begin_a_call():
+    parser = reader("llama3_json")
+    assert parser.push("Hello, wor") == ["Hello, wor"]
+    assert parser.push("ld {") == ["ld"]
+    assert parser.push("x}") == [" {x}"]
+    assert parser.push(' {"title":') == [' {"title":']
+
+
 def test_a_call_cut_short_keeps_what_was_given():
-    parser = ToolCallParser("hermes", NAMES)
-    parser.push('<tool_call>{"name": "add", "arguments": {"a": 1')
-    assert parser.flush() == []
+    for kind, text in (
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1'),
+        ("qwen3_xml", "<function=add><parameter=path>a"),
+    ):
+        parser = reader(kind)
+        assert parser.push(text)
+        assert parser.flush(is_cut=True) == []
 
 
-def test_a_named_call_is_all_arguments():
-    parser = NamedCallParser("add")
-    assert parser.push('{"a"') == [CallDelta(0, "add", '{"a"')]
-    assert parser.push(": 1}") == [CallDelta(0, None, ": 1}")]
+def test_a_call_that_the_model_ended_is_closed():
+    parser = reader("qwen3_xml")
+    parser.push("<function=add><parameter=path>a")
+    assert parser.flush(is_cut=False) == [CallDelta(0, None, '"}')]
+    parser = reader("glm45")
+    parser.push("<tool_call>add\n<arg_key>size</arg_key><arg_value>5")
+    assert parser.flush(is_cut=False) == [CallDelta(0, None, "5}")]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ('<tool_call>\n{"name": "f", "arguments": {"key": "value"}}\n</tool_call>', "hermes"),
-        ('<tool_call>{"arguments": 1, "name": "f"}</tool_call>', "hermes"),
-        ('{"name": "f", "parameters": {"key": "value"}}', "llama3"),
-        ('[TOOL_CALLS] [{"name": "f", "arguments": {"key": "value"}}]', "mistral"),
-        ('[TOOL_CALLS][{"arguments": 0, "name": "f", "id": "a"}]', "mistral"),
-        ('[TOOL_CALLS]f[ARGS]{"key": "value"}', "mistral"),
-        ("<tool_call>\n<function=f>\n</function></tool_call>", None),
-        ("the tools: f", None),
-    ],
-)
-def test_formats_are_recognised_from_how_a_past_call_is_shown(text, kind):
-    assert format_of_text(text, "f") == kind
+def test_a_call_that_had_no_name_yet_is_content():
+    for kind, text in (
+        ("hermes", '<tool_call>{"name": "ad'),
+        ("kimi_k2", "<|tool_call_begin|>functions.ad"),
+        ("pythonic", "[add(path='x'"),
+        ("gemma4", '<|tool_call>call:add{path:<|"|>x'),
+    ):
+        parser = reader(kind)
+        assert [*parser.push(text), *parser.flush(is_cut=True)] == [text]
+
+
+def test_names_alone_make_a_bare_object_a_call_and_limits_any_other():
+    text = '<tool_call>{"name": "other", "arguments": {}}</tool_call>'
+    assert [delta.name for delta in reader("hermes").push(text)] == ["other"]
+    for kind, said in (
+        ("hermes", text),
+        ("qwen3_xml", "<function=other>x</function>"),
+        ("lfm2", "<|tool_call_start|>[other(a=1)]<|tool_call_end|>"),
+    ):
+        parser = reader(kind, frozenset({"add"}))
+        assert [*parser.push(said), *parser.flush(is_cut=False)] == [said]
+
+
+def test_forced_calls_are_given_when_they_are_whole():
+    parser = ForcedCallParser(None)
+    assert parser.push(LIST[:40]) == [CallDelta(0, "add", '{"a": 1}')]
+    assert parser.push(LIST[40:-3]) == []
+    assert parser.push(LIST[-3:]) == [CallDelta(1, "get_weather", '{"b": [2]}')]
+    assert parser.flush(is_cut=False) == []
+
+
+@pytest.mark.parametrize("size", range(len(LIST)))
+def test_of_forced_calls_that_are_cut_off_only_whole_ones_are_given(size):
+    for pieces in ([LIST[:size]], list(LIST[:size])):
+        parser = ForcedCallParser(None)
+        out = [delta for piece in pieces for delta in parser.push(piece)] + parser.flush(is_cut=True)
+        assert all(isinstance(delta, CallDelta) and json.loads(delta.arguments) for delta in out)
+        assert len(out) == (size >= 40) + (size >= len(LIST) - 1)
+
+
+def test_a_named_call_is_all_arguments_or_none():
+    parser = ForcedCallParser("add")
+    assert parser.push('{"a"') == parser.push(": 1}") == []
+    assert parser.flush(is_cut=True) == [CallDelta(0, "add", '{"a": 1}')], "it was whole when the tokens ran out"
+    parser = ForcedCallParser("add")
+    parser.push('{"a": ')
+    assert parser.flush(is_cut=True) == []

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from cluster.openai.backend import HttpLimits
+from tests.cluster.openai.call_templates import TEMPLATES, spoken
+
 USER = [{"role": "user", "content": "Weather?"}]
 WEATHER = {
     "type": "function",
@@ -27,16 +30,6 @@ TREE = {
     },
 }
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-LLAMA_TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{% for c in m.tool_calls or [] %}"
-    '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
-    "{% endfor %}{{ m.content }}{% endfor %}{{ tools }}"
-)
-MISTRAL_TEMPLATE = (
-    "{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}{% endfor %}]{% endif %}'
-    "{{ m.content }}{% endfor %}{{ tools }}"
-)
 
 
 def create(server, **fields):
@@ -113,12 +106,13 @@ def test_a_required_call_is_forced_by_a_grammar(server):
 def test_required_schemas_keep_their_own_references(tokenizer):
     import msgspec
 
+    from cluster.openai.call_formats import FORMATS
     from cluster.openai.protocol import ChatRequest
     from cluster.openai.tools import plan_tools
     from text.grammar import CompiledGrammar, GrammarMatcher, GrammarTokenizer
 
     body = {"messages": USER, "tools": [WEATHER, TREE], "tool_choice": "required"}
-    plan = plan_tools(msgspec.convert(body, ChatRequest), "hermes")
+    plan = plan_tools(msgspec.convert(body, ChatRequest), FORMATS["hermes"])
     grammars = GrammarTokenizer(tokenizer, 264, [tokenizer.eos_token_id])
     compiled = CompiledGrammar(grammars, plan.grammar)
 
@@ -166,21 +160,128 @@ def test_past_calls_and_results_are_rendered(server):
     assert "<tool>rain" in server.prompt()
 
 
+ALLOWED = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+
+
+def test_only_allowed_tools_are_shown_and_called(server):
+    choice = {"type": "allowed_tools", "allowed_tools": ALLOWED}
+    other = '<tool_call>{"name": "plant", "arguments": {}}</tool_call>'
+    server.backend.says(CALL + other)
+    reply = create(server, tools=[TREE, WEATHER], tool_choice=choice).choices[0]
+    assert [call.function.name for call in reply.message.tool_calls] == ["get_weather"]
+    assert reply.message.content == other
+    assert '"plant"' not in server.prompt()
+
+
+def test_allowed_tools_may_be_required(server):
+    server.backend.says('[{"name": "get_weather", "parameters": {"city": "Rome"}}]')
+    choice = {"type": "allowed_tools", "allowed_tools": {**ALLOWED, "mode": "required"}}
+    assert create(server, tools=[TREE, WEATHER], tool_choice=choice).choices[0].finish_reason == "tool_calls"
+    spec = server.backend.requests[0].params.grammar.spec
+    assert '{"const": "get_weather"}' in spec
+    assert '{"const": "plant"}' not in spec
+
+
 @pytest.mark.parametrize(
-    ("template", "text"),
+    ("fields", "param", "words"),
     [
-        (LLAMA_TEMPLATE, '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Oslo"}}'),
-        (LLAMA_TEMPLATE, '{"name": "get_weather", "parameters": {"city": "Oslo"}}'),
-        (MISTRAL_TEMPLATE, '<|other|>[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]'),
+        ({"tools": [{"type": "custom", "custom": {"name": "run"}}]}, "tools[0].type", '"custom"'),
+        ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type", '"web_search"'),
+        ({"tools": [{"type": "custom"}], "tool_choice": "none"}, "tools[0].type", '"custom"'),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "custom", "custom": {"name": "f"}}},
+            "tool_choice.type",
+            '"custom"',
+        ),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "missing"),
+        (
+            {"tools": [TREE], "tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED}},
+            "tool_choice.allowed_tools.tools[0].function.name",
+            "plant",
+        ),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {**ALLOWED, "mode": "any"}}},
+            "tool_choice.allowed_tools.mode",
+            "auto or required",
+        ),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            },
+            "tool_choice.allowed_tools.tools",
+            "at least one",
+        ),
     ],
 )
-def test_other_formats_are_found_from_the_template_and_their_special_tokens_read(serve, template, text):
-    server = serve(template)
-    server.backend.says(text)
+def test_what_is_no_function_is_refused_by_name(server, fields, param, words):
+    reply = server.post("/v1/chat/completions", {"messages": USER, **fields})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert words in reply.json()["error"]["message"]
+
+
+FORCED = '[{"name":"get_weather","parameters":{"city":"Rome"}},{"name":"get_weather","parameters":{"city":"Oslo"}}]'
+NAMED_CHOICE = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(
+    ("said", "choice", "max_tokens", "cities"),
+    [
+        (FORCED, "required", 5, []),
+        (FORCED, "required", 70, ["Rome"]),
+        (FORCED, "required", len(FORCED) - 3, ["Rome"]),
+        (FORCED, "required", len(FORCED), ["Rome", "Oslo"]),
+        ('{"city":"Rome"}', NAMED_CHOICE, 8, []),
+        ('{"city":"Rome"}', NAMED_CHOICE, 15, ["Rome"]),
+    ],
+)
+def test_forced_calls_that_are_cut_off_are_those_that_are_whole_and_nothing_else(
+    server, said, choice, max_tokens, cities
+):
+    server.backend.says(said)
+    fields = {"tools": [WEATHER], "tool_choice": choice, "max_tokens": max_tokens}
+    whole = create(server, **fields).choices[0]
+    assert whole.finish_reason == "length"
+    assert whole.message.content is None
+    calls = whole.message.tool_calls or []
+    assert [json.loads(call.function.arguments)["city"] for call in calls] == cities
+    deltas = [chunk.choices[0].delta for chunk in create(server, **fields, stream=True)]
+    assert not any(delta.content for delta in deltas)
+    streamed = [call for delta in deltas for call in delta.tool_calls or []]
+    assert [json.loads(call.function.arguments)["city"] for call in streamed] == cities
+
+
+def test_ids_of_calls_count_on_where_the_model_gives_them(serve, served_model):
+    server = serve(TEMPLATES["kimi_k2"], model=served_model(max_model_len=4096, max_prompt_tokens=4000))
+    server.backend.says(spoken(TEMPLATES["kimi_k2"], [("get_weather", {"city": "Oslo"})]))
+    call = create(server, tools=[WEATHER]).choices[0].message.tool_calls[0]
+    assert call.id == "functions.get_weather:0"
+    server.backend.says(FORCED)
+    past = [
+        *USER,
+        {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": call.function.to_dict()}]},
+        {"role": "tool", "tool_call_id": call.id, "content": "rain"},
+    ]
+    reply = server.client().chat.completions.create(
+        model="tiny", messages=past, tools=[WEATHER], tool_choice="required"
+    )
+    assert [call.id for call in reply.choices[0].message.tool_calls] == [
+        "functions.get_weather:1",
+        "functions.get_weather:2",
+    ]
+
+
+def test_special_tokens_that_are_marks_are_read_and_others_are_not_shown(serve):
+    server = serve(TEMPLATES["mistral"])
+    server.backend.says('<|other|>Hm.<|other|>[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}')
     choice = create(server, tools=[WEATHER]).choices[0]
-    assert choice.message.content is None
+    assert choice.message.content == "Hm."
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Oslo"}
     assert choice.finish_reason == "tool_calls"
+    assert create(server).choices[0].message.content == 'Hm.get_weather[ARGS]{"city": "Oslo"}'
 
 
 def test_the_format_can_be_configured(serve):
@@ -193,3 +294,13 @@ def test_a_model_that_writes_no_calls_answers_in_text(serve):
     server = serve("{{ messages[0].content }}")
     server.backend.says(CALL)
     assert create(server, tools=[WEATHER]).choices[0].message.content == CALL
+
+
+def test_a_clients_template_is_refused_unless_the_operator_allows_it(server, serve):
+    body = {"messages": USER, "chat_template": "<<{{ messages[0].content }}>>"}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        reply = server.post(path, body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template")
+    allowing = serve(limits=HttpLimits(takes_chat_template=True))
+    assert allowing.post("/v1/chat/completions", body).status_code == 200
+    assert allowing.prompt() == "<<Weather?>>"

@@ -1,0 +1,51 @@
+"""An agent's conversation with a real `kvray serve`, whose model follows a script."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+
+from tests.cluster.openai.call_templates import TEMPLATES, as_pairs, spoken
+from tests.scripted_model import make_scripted_model
+from tests.served import serving
+
+CALLS = [("get_weather", {"city": "Oslo", "days": 2}), ("get_weather", {"city": "Rome", "days": 1})]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.alone]
+
+
+def test_an_agent_calls_its_tool_and_answers(tmp_path):
+    template = TEMPLATES["qwen3_xml"]
+    replies = {0: "I look.\n" + spoken(template, CALLS), 2: "It is 3 and 20 degrees."}
+    model = make_scripted_model(tmp_path / "scripted", template, replies)
+    with serving(str(model), "--dtype", "float32", log_dir=tmp_path) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+        messages = [{"role": "user", "content": "How warm is it?"}]
+        first = client.chat.completions.create(model="scripted", messages=messages, tools=[TOOL]).choices[0]
+        assert first.finish_reason == "tool_calls"
+        assert first.message.content == "I look."
+        assert as_pairs(first.message.tool_calls) == CALLS
+        with client.chat.completions.stream(model="scripted", messages=messages, tools=[TOOL]) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "I look.")
+        assert as_pairs(streamed.message.tool_calls) == CALLS
+        forced = client.chat.completions.create(
+            model="scripted", messages=messages, tools=[TOOL], tool_choice="required", max_tokens=12
+        ).choices[0]
+        assert (forced.finish_reason, forced.message.content) == ("length", None)
+        messages.append(first.message.to_dict())
+        for call in first.message.tool_calls:
+            degrees = {"Oslo": "3", "Rome": "20"}[json.loads(call.function.arguments)["city"]]
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": degrees})
+        last = client.chat.completions.create(model="scripted", messages=messages, tools=[TOOL]).choices[0]
+        assert (last.finish_reason, last.message.content) == ("stop", "It is 3 and 20 degrees.")
