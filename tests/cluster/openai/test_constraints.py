@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from cluster.openai.chat import _beside_tools
 from cluster.openai.constraints import constraint_of, json_grammar
 from cluster.openai.protocol import JsonSchemaFormat, ResponseFormat, SharedFields, StructuredOutputs
+from cluster.openai.tools import ToolPlan
 from messages.errors import RequestError
 from messages.request import Grammar
 
@@ -202,12 +204,12 @@ def test_beside_tools_the_output_is_the_format_or_begins_as_a_call(server):
     assert "@g1" not in server.backend.requests[-1].params.grammar.spec
 
 
-def test_beside_tools_whose_calls_nobody_knows_a_format_is_refused(serve):
-    server = serve("{% for m in messages %}{{ m.content }}{% endfor %}")
-    fields = {"messages": USER, "tools": [TOOL], "response_format": {"type": "json_object"}}
-    reply = server.post(CHAT, fields)
-    assert reply.status_code == 400
-    assert "together with tools" in reply.json()["error"]["message"]
+def test_beside_tools_whose_calls_nobody_knows_a_format_is_refused():
+    plan = ToolPlan(template_tools=[TOOL])
+    with pytest.raises(RequestError, match=r"guided_regex: got it together with tools, .* not known") as caught:
+        _beside_tools(None, ("guided_regex", Grammar(kind="regex", spec="a")), plan)
+    assert (caught.value.param, caught.value.status) == ("guided_regex", 400)
+    assert _beside_tools(None, ("p", Grammar(kind="json_object")), ToolPlan()) == ("p", Grammar(kind="json_object"))
 
 
 @pytest.mark.parametrize("levels", [60, 300, 480, 900, 960, 990, 3000])
