@@ -62,7 +62,7 @@ SCHEMA = {
     },
     "required": ["name", "age", "tags"],
 }
-TEXT = '{"name": "Ada Lovelace", "age": 36, "tags": ["mathematics", "poetry", "engines"]}'
+TEXT = '{"name":"Ada Lovelace","age":36,"tags":["mathematics","poetry","engines"]}'
 
 
 def best_ms(work: Callable[[], object], repeats: int) -> float:
