@@ -36,6 +36,7 @@ from transformers import (
 from engine.sampling.sampler import Sampler, SamplingRow
 from messages.request import Grammar, SamplingParams
 from text.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarTokenizer
+from text.tokenizer import Tokenizer
 
 NUM_ROWS = 16
 KINDS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ SCHEMA = {
     },
     "required": ["name", "age", "tags"],
 }
-TEXT = '{"name": "Ada Lovelace", "age": 36, "tags": ["mathematics", "poetry", "engines"]}'
+TEXT = '{"name":"Ada Lovelace","age":36,"tags":["mathematics","poetry","engines"]}'
 
 
 def best_ms(work: Callable[[], object], repeats: int) -> float:
@@ -155,7 +156,7 @@ def grammar_us(vocab_size: int) -> dict[str, float]:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
     start = time.process_time()
-    tokenizer = GrammarTokenizer.from_tokenizer_json(backend, vocab_size, [vocab_size - 1])
+    tokenizer = GrammarTokenizer(Tokenizer(backend), vocab_size, [vocab_size - 1])
     setup_s = time.process_time() - start
     grammar = Grammar(kind="json_schema", spec=json.dumps(SCHEMA))
     build = best_ms(lambda: CompiledGrammar(tokenizer, grammar), 5) * 1e3

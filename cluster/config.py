@@ -123,6 +123,8 @@ class HttpConfig(_Section, frozen=True):
     #: a request's own chat_template: a program that runs here without limits, so that it wants clients that are trusted
     client_chat_template: Literal["refuse", "use"] = "refuse"
     grammar_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0  #: of processor time, to compile a grammar
+    #: of structured output: compact, without a space; or with spaces, lines and indents, as the model writes it
+    json_layout: Literal["compact", "pretty"] = "compact"
     #: a request whose first token is predicted to come later is refused (429), with or without a router
     max_ttft_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 20.0
     #: a request that has not ended by then is ended with an error

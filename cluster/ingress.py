@@ -26,6 +26,7 @@ from cluster.fleet import FleetWatch, ReplicaMetadata
 from cluster.listener import take_listener
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
+from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
@@ -118,6 +119,7 @@ class Ingress:
                 max_choices=http.max_choices,
                 grammar_timeout_s=http.grammar_timeout_s,
                 uses_priority=http.client_priority == "use",
+                json_whitespace=PRETTY if http.json_layout == "pretty" else "",
                 takes_chat_template=http.client_chat_template == "use",
             ),
             tool_parser=self._config.model.tool_parser,

@@ -43,9 +43,10 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
-from messages.errors import RequestError
+from messages.errors import ConfigError, RequestError
 from messages.request import Grammar, SamplingParams
 from text.grammar import GrammarCompiler, GrammarTokenizer
+from text.tokenizer import Tokenizer
 from transport.memory import Memory
 
 _WARM_UP_PROMPT_TOKENS = 512
@@ -111,13 +112,7 @@ class Engine:
             pool = BlockPool(num_blocks, options.block_size)
             kv_pool = KvPool(*shape, num_blocks=num_blocks)
             memory = DeviceMemory(kv_pool.data)
-        grammars = None
-        if model_dir is not None and loaded.eos_token_ids:
-            grammars = GrammarCompiler(
-                GrammarTokenizer.from_tokenizer_json(
-                    model_dir / "tokenizer.json", loaded.vocab_size, loaded.eos_token_ids
-                )
-            )
+        grammars = None if model_dir is None else _grammars(model_dir, loaded)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -179,7 +174,7 @@ class Engine:
     def compile(self, wanted: CompileGrammar) -> GrammarCompiled:
         """Compile a sequence's grammar; may take a while, on any thread beside the steps."""
         if self.grammars is None:
-            return GrammarCompiled(wanted.seq_id, RequestError("this model names no end token: want free output"))
+            return GrammarCompiled(wanted.seq_id, RequestError("this model can keep to no structure, want free output"))
         try:
             return GrammarCompiled(wanted.seq_id, self.grammars.compile(wanted.grammar))
         except RequestError as error:
@@ -230,3 +225,13 @@ class Engine:
     def close(self) -> None:
         """Give the pool's memory back."""
         self.memory.close()
+
+
+def _grammars(model_dir: Path, loaded: LoadedModel) -> GrammarCompiler | None:
+    """Make what compiles grammars; None where the model can keep to none, which ingresses say as they start."""
+    try:
+        return GrammarCompiler(
+            GrammarTokenizer(Tokenizer.load(model_dir), loaded.vocab_size, tuple(loaded.eos_token_ids))
+        )
+    except ConfigError:
+        return None

@@ -12,14 +12,20 @@ from messages.tier import Tier
 #: was at most that far on from the last token that had come.
 SUSPECT_TOKENS = 4
 
-GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark"]
+GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark", "any_of", "written"]
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """A constraint on the output. `spec` is a JSON text for json_schema and choice (a list of strings)."""
+    """A constraint on the output.
+
+    `spec` is a JSON text for json_schema, choice (a list of strings) and any_of (a list of grammars, one of which
+    holds); for lark it is in Lark's language or in EBNF. Whoever checks a grammar writes it in the library's own
+    language: a written one takes no interpreted code to compile.
+    """
 
     kind: GrammarKind
     spec: str = ""
+    whitespace: str = ""  #: a regular expression of what may stand between two tokens of JSON, beside nothing
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

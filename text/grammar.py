@@ -2,73 +2,104 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Final
 from weakref import WeakValueDictionary
 
 import llguidance
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
+from text.grammar_writing import library_refusal, one_line, refused_grammar, whole_grammar, written
+from text.tokenizer import Tokenizer
+from text.vocabulary import Vocabulary, vocabulary_of
 
 #: What a client's grammar may cost. Lexer fuel is about 50,000 steps a millisecond when a grammar is built and 14,000
 #: when a mask is computed (llguidance's own figures): some 20 ms to build, some 15 ms for the worst mask.
 _LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, verbose_errors=False)
-#: Whitespace between JSON's tokens: enough to indent, too little for a small model to get lost in.
-_JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n\r\t]{1,64}"}
-_REGEX_SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
 _NUM_KEPT = 64  #: compiled grammars that nobody holds, of some 100 KiB each as a rule
 _NUM_WALKS, _WALK_TOKENS = 4, 8  #: beginnings of outputs that a check looks at
+_SPACE: Final = b" "
+_NO_TOKEN: Final = "NoExtensionBias"  #: llguidance's word for a mask without any token
 
 
 class GrammarTokenizer:
-    """A vocabulary prepared for grammars: once per process (0.1 s for 32 k tokens, 0.6 s for 128 k). Any thread."""
+    """A vocabulary prepared for grammars: once per process (0.2 s for 32 k tokens, 0.8 s for 128 k). Any thread.
 
-    def __init__(self, backend: llguidance.LLTokenizer, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
-        self.backend = backend
-        self.vocab_size = vocab_size  #: the model's: width of a mask
-        self.eos_ids = eos_ids
+    Tokens count as what they write into a text (`text.vocabulary`): a text is allowed in every way of writing it.
+    Special tokens write nothing, for replies leave them out: their text is written with others.
+    """
 
-    @classmethod
-    def from_tokenizer_json(
-        cls, tokenizer: str | Path | tokenizers.Tokenizer, vocab_size: int, eos_ids: Sequence[int]
-    ) -> GrammarTokenizer:
-        """Prepare the vocabulary of a tokenizer.json, or of the object made from it.
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """Prepare the vocabulary of `tokenizer`.
 
         Args:
-            tokenizer: path of a tokenizer.json, or what `tokenizers` made of one.
+            tokenizer: the model's.
             vocab_size: the model's vocabulary; ids that the tokenizer does not have are never allowed.
             eos_ids: tokens that end an output; allowed where the grammar is complete.
 
         Raises:
-            ConfigError: there is no end token, or llguidance cannot use the tokenizer.
+            ConfigError: there is no end token, or grammars cannot use the tokenizer.
         """
         if not eos_ids:
-            raise ConfigError("structured output needs an end token, but the model names none")
-        text = tokenizer.to_str() if isinstance(tokenizer, tokenizers.Tokenizer) else Path(tokenizer).read_text("utf-8")
-        parsed = json.loads(text)
-        # Where the tokenizer has more tokens than the model, llguidance wants room for all; mask() cuts them off.
-        size = max(vocab_size, _num_tokens(parsed))
+            raise ConfigError("the model names no end token")
+        self.vocab_size = vocab_size  #: the model's: width of a mask
+        self.eos_ids = tuple(eos_ids)
+        vocabulary = vocabulary_of(tokenizer)
+        tokens = [*vocabulary.tokens, *[b""] * (vocab_size - len(vocabulary.tokens)), _SPACE]
+        self.space_id = len(tokens) - 1  #: no token of the model: stands for the space that a decoder drops
+        is_special = {*tokenizer.special_ids, *eos_ids}
         try:
-            # llguidance encodes with it: truncation and padding would be in the way
-            plain = json.dumps({**parsed, "truncation": None, "padding": None})
-            backend = llguidance.LLTokenizer(plain, n_vocab=size, eos_token=list(eos_ids))
+            self.backend = llguidance.LLTokenizer(_Tokens(tokens, sorted(is_special)), eos_token=list(eos_ids))
         except ValueError as error:
-            raise ConfigError(f"structured output cannot use this tokenizer: {_one_line(str(error))}") from error
-        return cls(backend, vocab_size, tuple(eos_ids))
+            raise ConfigError(f"the grammar library cannot use this tokenizer: {error}") from error
+        self.shortened = vocabulary.shortened
+        self.is_first_alike = not (vocabulary.shortened or vocabulary.unlike)
+        self._first_words = self._words_of_first(vocabulary)
+
+    def _words_of_first(self, vocabulary: Vocabulary) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return which tokens begin a text as they are, and which without their space."""
+        unlike = vocabulary.shortened | vocabulary.unlike
+        plain = [token_id for token_id in range(self.vocab_size) if token_id not in unlike]
+        shortened = [token_id for token_id in vocabulary.shortened if token_id < self.vocab_size]
+        return _words(plain, self.vocab_size), _words(shortened, self.vocab_size)
+
+    def first_mask(self, plain: NDArray[np.int32], spaced: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Join masks of the grammar and of a space before it into one of what may begin a text."""
+        is_plain, is_shortened = self._first_words
+        return (plain & is_plain) | (spaced & is_shortened)
+
+
+class _Tokens:
+    """A vocabulary, as llguidance asks for it. It never asks how a text is tokenized: no text is forced on a model."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], special_ids: list[int]) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special_ids
+        self.eos_token_id = special_ids[0]
+
+    def __call__(self, text: str) -> list[int]:
+        return []
+
+
+def _words(token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    """Write a set of tokens as a mask, [ceil(vocab_size / 32)] int32."""
+    bits = np.zeros((vocab_size + 31) // 32 * 32, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 class CompiledGrammar:
     """A grammar made ready for any number of sequences. Frozen; any thread."""
 
-    __slots__ = ("__weakref__", "beginning", "tokenizer")
+    __slots__ = ("__weakref__", "plain", "spaced", "tokenizer")
 
     def __init__(self, tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
         """Compile `grammar`: some milliseconds as a rule, without the interpreter's lock; nothing can interrupt it.
@@ -77,9 +108,16 @@ class CompiledGrammar:
             RequestError: it is not well formed, or larger than the limits allow.
         """
         self.tokenizer = tokenizer
-        self.beginning = llguidance.LLMatcher(tokenizer.backend, _compiled(grammar), log_level=0, limits=_LIMITS)
-        if self.beginning.is_error():
-            raise _refused(grammar, self.beginning.get_error())
+        grammar = written(grammar)
+        source = whole_grammar(grammar, has_space=not tokenizer.is_first_alike)
+        matcher = llguidance.LLMatcher(tokenizer.backend, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise library_refusal(grammar, matcher.get_error())
+        self.plain = matcher
+        self.spaced: llguidance.LLMatcher | None = None  #: before the space that stands before the text
+        if not tokenizer.is_first_alike:
+            self.spaced = matcher.deep_copy()
+            matcher.consume_token(tokenizer.space_id)
 
 
 class GrammarCompiler:
@@ -129,7 +167,9 @@ class GrammarMatcher:
     def __init__(self, grammar: CompiledGrammar) -> None:
         """Stand at the beginning of the output; takes no time worth mentioning."""
         self._tokenizer = grammar.tokenizer
-        self._matcher = grammar.beginning.deep_copy()
+        self._matcher = grammar.plain.deep_copy()
+        #: until the first token tells whether the decoder drops its space
+        self._spaced = None if grammar.spaced is None else grammar.spaced.deep_copy()
 
     @property
     def is_complete(self) -> bool:
@@ -145,6 +185,10 @@ class GrammarMatcher:
         for token_id in token_ids:
             if self._matcher.is_stopped() and not self._matcher.is_error() and token_id in self._tokenizer.eos_ids:
                 continue  # ended before: llguidance takes no second end token, a sequence that ignores eos may
+            if self._spaced is not None:
+                if token_id in self._tokenizer.shortened:
+                    self._matcher = self._spaced
+                self._spaced = None
             if not self._matcher.consume_token(token_id):
                 raise _failed(self._matcher.get_error() or f"token {token_id} comes after its end")
 
@@ -156,36 +200,47 @@ class GrammarMatcher:
         Raises:
             RequestError: the grammar grew too complex to go on.
         """
+        words = self._allowed_by(self._matcher)
+        if self._spaced is not None:
+            words = self._tokenizer.first_mask(words, self._allowed_by(self._spaced))
+        if not words.any():
+            raise _failed("this model has no token that writes what must come next")
+        return words
+
+    def _allowed_by(self, matcher: llguidance.LLMatcher) -> NDArray[np.int32]:
         vocab_size = self._tokenizer.vocab_size
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: (vocab_size + 31) // 32].copy()
-        if self._matcher.is_error():
-            raise _failed(self._matcher.get_error())
+        words = np.frombuffer(matcher.compute_bitmask(), np.int32)[: (vocab_size + 31) // 32].copy()
+        if matcher.is_error():
+            if _NO_TOKEN not in matcher.get_error():
+                raise _failed(matcher.get_error())
+            words[:] = 0
         if vocab_size % 32:
             words[-1] &= (1 << vocab_size % 32) - 1
         return words
 
 
-def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+def check_grammar(tokenizer: GrammarTokenizer, grammar: Grammar) -> Grammar:
     """Refuse a grammar that no output can satisfy, that is not well formed, or too complex for its first tokens.
 
-    Takes as long as compiling it and some masks: `text.grammar_process` bounds that.
+    Returns it as a written one. Takes as long as compiling it and some masks: `text.grammar_process` bounds that.
 
     Raises:
         RequestError: the grammar is refused: what was seen and what is wanted.
     """
-    compiled = CompiledGrammar(tokenizer, grammar)
+    checked = written(grammar)
+    compiled = CompiledGrammar(tokenizer, checked)
     for seed in range(_NUM_WALKS):
-        _walk(GrammarMatcher(compiled), grammar, np.random.default_rng(seed))
+        _walk(GrammarMatcher(compiled), np.random.default_rng(seed))
+    return checked
 
 
-def _walk(matcher: GrammarMatcher, grammar: Grammar, rng: np.random.Generator) -> None:
+def _walk(matcher: GrammarMatcher, rng: np.random.Generator) -> None:
     """Begin an output at random: what a row of the first tokens costs shows only there."""
     try:
         allowed = _allowed(matcher)
-    except RequestError:
-        allowed = np.empty(0, np.int64)
-    if not len(allowed):
-        raise _refused(grammar, "no output satisfies it, or finding its first token takes too long")
+    except RequestError as error:
+        reason = "no output satisfies it, or this model has no token that writes its beginning, or that takes too long"
+        raise refused_grammar(reason) from error
     try:
         for _ in range(_WALK_TOKENS):
             matcher.accept([int(rng.choice(allowed))])
@@ -193,71 +248,14 @@ def _walk(matcher: GrammarMatcher, grammar: Grammar, rng: np.random.Generator) -
                 return
             allowed = _allowed(matcher)
     except RequestError as error:
-        raise _refused(grammar, f"too complex for its first tokens: {error.message}") from error
+        raise refused_grammar(
+            f"its first tokens lead to what is too complex, or cannot be written: {error.message}"
+        ) from error
 
 
 def _allowed(matcher: GrammarMatcher) -> NDArray[np.int64]:
     return np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
 
 
-def _compiled(grammar: Grammar) -> str:
-    """Write the grammar in the form that llguidance reads."""
-    matcher = llguidance.LLMatcher
-    match grammar.kind:
-        case "json_schema":
-            schema = _parsed(grammar)
-            if not isinstance(schema, dict):
-                raise _refused(grammar, f"{_shown(schema)} is no JSON schema, wanted an object")
-            try:
-                return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
-            except ValueError as error:  # Python's JSON has numbers that llguidance's has not
-                raise _refused(grammar, str(error)) from error
-        case "json_object":
-            return str(matcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS))
-        case "choice":
-            choices = _parsed(grammar)
-            if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-                raise _refused(grammar, f"{_shown(choices)}, wanted a list of one or more strings")
-            return str(matcher.grammar_from_regex("|".join(_escaped(choice) for choice in choices)))
-        case "regex":
-            return str(matcher.grammar_from_regex(grammar.spec))
-        case "lark":
-            return str(matcher.grammar_from_lark(grammar.spec))
-
-
-def _parsed(grammar: Grammar) -> Any:
-    try:
-        return json.loads(grammar.spec)
-    except ValueError as error:
-        raise _refused(grammar, f"{_shown(grammar.spec)} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise _refused(grammar, "it is nested too deep") from error
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"\\{character}" if character in _REGEX_SPECIAL else character for character in text)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _num_tokens(parsed: dict[str, Any]) -> int:
-    """Return one past the largest id of a parsed tokenizer.json."""
-    vocab = parsed["model"]["vocab"]
-    model_ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
-    return max([*model_ids, *(token["id"] for token in parsed["added_tokens"])], default=-1) + 1
-
-
-def _one_line(message: str) -> str:
-    line = " ".join(message.split())
-    return line if len(line) <= 300 else line[:297] + "..."
-
-
-def _refused(grammar: Grammar, reason: str) -> RequestError:
-    return RequestError(f"{grammar.kind} grammar refused: {_one_line(reason)}", code="bad_grammar")
-
-
 def _failed(reason: str) -> RequestError:
-    return RequestError(f"the output cannot follow its grammar any further: {_one_line(reason)}", code="grammar_failed")
+    return RequestError(f"the output cannot follow its grammar any further: {one_line(reason)}", code="grammar_failed")

@@ -2,9 +2,9 @@
 
     client                              process
     _Setup ------------------------->   prepares the vocabulary, then bounds its own memory
-           <------------------------    null: it is ready
+           <------------------------    an answer without anything: it is ready
     Grammar ------------------------>   bounds its own time, and checks
-           <------------------------    ErrorInfo, or null where the grammar is fine; the end, where it was too dear
+           <------------------------    the Grammar as a written one, or ErrorInfo; the end, where it was too dear
 
 One JSON document a line, either way. The kernel ends the process, so that nothing runs on, whoever else is gone.
 """
@@ -27,8 +27,10 @@ import tokenizers
 from messages.errors import CapacityError, ErrorInfo, RequestError
 from messages.request import Grammar
 from text.grammar import GrammarTokenizer, check_grammar
+from text.tokenizer import Tokenizer
 
 _WAIT_FACTOR: Final = 10  #: who gets less than this share of a processor is not waited for
+_LEAST_WAIT_S: Final = 1.0  #: a kernel tells of spent time some milliseconds late, on a busy machine much later
 _START_S: Final = 30.0  #: for the vocabulary, on a busy machine
 _END_S: Final = 0.5  #: from closing its pipe to the end
 
@@ -39,6 +41,11 @@ class _Setup(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     cpu_s: float
     memory_bytes: int
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    grammar: Grammar | None = None
+    error: ErrorInfo | None = None
 
 
 class GrammarProcess:
@@ -57,19 +64,23 @@ class GrammarProcess:
         )
         self._process: subprocess.Popen[bytes] | None = None
 
-    def check(self, grammar: Grammar) -> str | None:
-        """Return why the grammar is refused, or None. Blocks; one caller at a time.
+    def check(self, grammar: Grammar) -> Grammar:
+        """Return the grammar as a written one. Blocks; one caller at a time.
 
         Raises:
+            RequestError: the grammar is refused.
             CapacityError: the machine is too busy to tell.
         """
         if self._process is None:
             self._process = self._started()
-        wait_s = _WAIT_FACTOR * self._setup.cpu_s
+        wait_s = max(_WAIT_FACTOR * self._setup.cpu_s, _LEAST_WAIT_S)
         line = _asked(self._process, grammar, wait_s)
-        if line:
-            info = msgspec.json.decode(line, type=ErrorInfo | None)
-            return None if info is None else info.message
+        if line.endswith(b"\n"):
+            answer = msgspec.json.decode(line, type=_Answer)
+            if answer.grammar is None:
+                assert answer.error is not None
+                raise RequestError(answer.error.message, code="bad_grammar")
+            return answer.grammar
         process, self._process = self._process, None
         status: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -77,9 +88,8 @@ class GrammarProcess:
         _end(process)
         if status is None:
             raise CapacityError(f"the grammar was not compiled within {wait_s:g} s, want it later", retry_after_s=5)
-        if status == -signal.SIGPROF:
-            return f"compiling it takes more than {self._setup.cpu_s:g} s, want a simpler one"
-        return f"compiling it takes more than {self._setup.memory_bytes / 2**20:g} MiB, want a simpler one"
+        spent = f"{self._setup.cpu_s:g} s" if status == -signal.SIGPROF else f"{self._setup.memory_bytes / 2**20:g} MiB"
+        raise RequestError(f"compiling it takes more than {spent}, want a simpler one", code="bad_grammar")
 
     def _started(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -124,26 +134,25 @@ def main() -> None:
     """Answer what comes on standard input, until it ends."""
     lines = sys.stdin.buffer
     setup = msgspec.json.decode(lines.readline(), type=_Setup)
-    tokenizer = GrammarTokenizer.from_tokenizer_json(
-        tokenizers.Tokenizer.from_str(setup.tokenizer_json), setup.vocab_size, setup.eos_ids
+    tokenizer = GrammarTokenizer(
+        Tokenizer(tokenizers.Tokenizer.from_str(setup.tokenizer_json)), setup.vocab_size, setup.eos_ids
     )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _bound_memory(setup.memory_bytes)
-    _answer(None)
+    _answer(_Answer())
     for line in lines:
         grammar = msgspec.json.decode(line, type=Grammar)
-        answer: ErrorInfo | None = None
         signal.setitimer(signal.ITIMER_PROF, setup.cpu_s)  # SIGPROF ends the process, wherever it is
         try:
-            check_grammar(tokenizer, grammar)
+            answer = _Answer(grammar=check_grammar(tokenizer, grammar))
         except RequestError as error:
-            answer = error.info()
+            answer = _Answer(error=error.info())
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(answer)
 
 
-def _answer(error: ErrorInfo | None) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(error) + b"\n")
+def _answer(answer: _Answer) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
     sys.stdout.buffer.flush()
 
 

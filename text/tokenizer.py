@@ -225,7 +225,7 @@ class _Decoding:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         spec = json.loads(backend.to_str())["decoder"]
         steps = [] if spec is None else spec["decoders"] if spec["type"] == "Sequence" else [spec]
-        kinds = [step["type"] for step in steps]
+        self.kinds = kinds = [step["type"] for step in steps]  #: of its steps; empty: it puts a space between tokens
         self.is_byte_level = kinds == ["ByteLevel"]
         self.has_byte_tokens = "ByteFallback" in kinds
         self.may_end_open = "ByteLevel" in kinds
@@ -259,7 +259,7 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
         elif kind == "Replace":
             if is_fused:
                 return False
-        elif kind not in {"ByteFallback", "Metaspace"}:
+        elif kind not in {"ByteFallback", "Metaspace", "WordPiece"}:
             return False
     return True
 

@@ -103,4 +103,5 @@ class HttpLimits:
     grammar_timeout_s: float = 2.0  #: of processor time, to compile a grammar
     max_grammar_bytes: int = 256 * 1024 * 1024  #: of memory, to compile a grammar
     uses_priority: bool = False  #: a client's own; else it is ignored
+    json_whitespace: str = ""  #: what may stand between JSON's tokens in structured output, a regular expression
     takes_chat_template: bool = False  #: a client's own; else it is refused

@@ -11,6 +11,7 @@ import msgspec
 from starlette.requests import Request
 
 from cluster.openai.errors import shown
+from cluster.openai.unserved import check_unserved
 from messages.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _too_long(seen: str, max_bytes: int) -> RequestError:
 
 
 class BodyDecoder(Generic[T]):
-    """Decodes one kind of body. Unknown fields are ignored, and logged once per name."""
+    """Decodes one kind of body. Unknown fields are ignored, and logged once; some that others serve are refused."""
 
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
@@ -80,7 +81,7 @@ class BodyDecoder(Generic[T]):
         """
         try:
             value = self._decoder.decode(body)
-            self._log_unknown(self._names.decode(body).keys() - self._known)
+            self._check_unknown(self._names.decode(body))
         except msgspec.ValidationError as error:
             raise _explain(error, body) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -89,8 +90,11 @@ class BodyDecoder(Generic[T]):
             raise nested_too_deeply() from None
         return value
 
-    def _log_unknown(self, names: set[str]) -> None:
-        for name in sorted(names - self._logged):
+    def _check_unknown(self, values: dict[str, msgspec.Raw]) -> None:
+        unknown = values.keys() - self._known
+        for name in sorted(unknown):
+            check_unserved(name, values[name])
+        for name in sorted(unknown - self._logged):
             if len(self._logged) < _MAX_LOGGED_NAMES:
                 self._logged.add(name)
                 logger.info("ignored unknown request field %s (logged once)", shown(name))

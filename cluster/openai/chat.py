@@ -13,6 +13,7 @@ from cluster.openai.callers import Caller
 from cluster.openai.constraints import constraint_of
 from cluster.openai.conversation import rendered
 from cluster.openai.errors import bad_field
+from cluster.openai.format_or_call import format_or_call
 from cluster.openai.generation import Generation
 from cluster.openai.logprobs import chat_logprobs, prompt_logprobs
 from cluster.openai.protocol import ChatRequest
@@ -37,6 +38,8 @@ from cluster.openai.surface import Surface
 from cluster.openai.tool_calls import CallDelta
 from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
 from cluster.openai.transcript import Delta
+from messages.errors import RequestError
+from messages.request import Grammar
 from messages.stream import TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
@@ -52,9 +55,11 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
     check_stream_options(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise bad_field("top_logprobs", fields.top_logprobs, "logprobs to be true with it")
-    structure = constraint_of(fields)
+    structure = constraint_of(fields, surface.limits.json_whitespace)
     tools = plan_tools(fields, surface.tool_format)
-    check_no_other_structure(tools, None if structure is None else structure[0])
+    if structure is not None:
+        check_no_other_structure(tools, structure[0])
+        structure = _beside_tools(surface, structure, tools)
     token_ids = await _token_ids(surface, fields, tools)
     plan = OutputPlan(
         max_tokens=[_max_tokens(surface, fields, len(token_ids))],
@@ -65,6 +70,25 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
     )
     generation = await start(surface, caller, fields, request_id, [token_ids], plan)
     return Chat(surface, fields, f"chatcmpl-{request_id}", token_ids, tools, generation)
+
+
+def _beside_tools(surface: Surface, structure: tuple[str, Grammar], tools: ToolPlan) -> tuple[str, Grammar]:
+    """Let the output be a call as well, where the model may make one.
+
+    Raises:
+        RequestError: it is not known what its calls begin with.
+    """
+    param, grammar = structure
+    if tools.template_tools is None:
+        return structure
+    if not tools.begins:
+        raise RequestError(
+            f"{param}: got it together with tools, want tool_choice none, or required: how this model begins a call is"
+            " not known",
+            param=param,
+            code="invalid_value",
+        )
+    return param, format_or_call(grammar, tools.begins, surface.tokenizer)
 
 
 async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:

@@ -48,7 +48,7 @@ async def start_completion(surface: Surface, caller: Caller, fields: CompletionR
         max_tokens=[_max_tokens(surface, fields, len(token_ids)) for token_ids in prompts],
         logprobs=fields.logprobs,
         prompt_logprobs=_prompt_logprobs(fields),
-        grammar=constraint_of(fields),
+        grammar=constraint_of(fields, surface.limits.json_whitespace),
     )
     generation = await start(surface, caller, fields, request_id, prompts, plan)
     return Completion(surface, fields, f"cmpl-{request_id}", prompts, texts, generation)

@@ -12,15 +12,24 @@ from messages.errors import RequestError
 from messages.request import Grammar
 
 _MAX_CHOICES = 4096
+#: white space between JSON's tokens: one space, or one line break and what indents: a small model gets lost in more
+PRETTY = r" |\r?\n[ \t]{0,32}"
 
 
-def constraint_of(request: SharedFields) -> tuple[str, Grammar] | None:
+def constraint_of(request: SharedFields, whitespace: str = "") -> tuple[str, Grammar] | None:
     """Return the field that asks for a structure, and the grammar it means; None where the output is free.
 
+    Args:
+        request: what the client sent.
+        whitespace: what may stand between JSON's tokens, unless the request says it (`messages.request.Grammar`).
+
     Raises:
-        RequestError: more than one structure is asked for, or one that is malformed.
+        RequestError: more than one structure is asked for, or one that is malformed or not served.
     """
-    found = [*_of_response_format(request.response_format), *_of_structured_outputs(request.structured_outputs)]
+    wanted = request.structured_outputs or StructuredOutputs()
+    if wanted.structural_tag is not None:
+        raise bad_field("structured_outputs.structural_tag", wanted.structural_tag, "another structure")
+    found = [*_of_response_format(request.response_format), *_of_structured_outputs(wanted)]
     found += _of_values(
         "guided_",
         request.guided_json,
@@ -31,7 +40,15 @@ def constraint_of(request: SharedFields) -> tuple[str, Grammar] | None:
     if len(found) > 1:
         names = " and ".join(param for param, _ in found)
         raise RequestError(f"{found[1][0]}: got {names}, want one structure", param=found[1][0], code="invalid_value")
-    return found[0] if found else None
+    if not found:
+        return None
+    param, grammar = found[0]
+    pattern = wanted.whitespace_pattern or request.guided_whitespace_pattern
+    if pattern is None:
+        pattern = "" if wanted.disable_any_whitespace else whitespace
+    if grammar.kind in ("json_schema", "json_object") and pattern:
+        grammar = msgspec.structs.replace(grammar, whitespace=pattern)
+    return param, grammar
 
 
 def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, Grammar]]:
@@ -47,10 +64,10 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, Gramma
     return [(param, json_grammar(param, wanted.json_schema.schema_))]
 
 
-def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[tuple[str, Grammar]]:
-    if wanted is None:
-        return []
+def _of_structured_outputs(wanted: StructuredOutputs) -> list[tuple[str, Grammar]]:
     prefix = "structured_outputs."
+    if wanted.disable_additional_properties:
+        raise bad_field(f"{prefix}disable_additional_properties", True, "additionalProperties: false in the schema")
     found = _of_values(prefix, wanted.json_, wanted.regex, wanted.choice, wanted.grammar)
     if wanted.json_object:
         found.append((f"{prefix}json_object", Grammar(kind="json_object")))
@@ -76,16 +93,15 @@ def json_grammar(param: str, schema: Any) -> Grammar:
     """Make the grammar of a JSON schema, given as an object or as JSON text.
 
     Raises:
-        RequestError: `schema` is neither.
+        RequestError: `schema` is neither, or nested too deeply.
     """
-    if isinstance(schema, str):
-        try:
-            schema = msgspec.json.decode(schema)
-        except (msgspec.DecodeError, RecursionError):
-            raise bad_field(param, schema, "a JSON schema, as an object or as JSON text") from None
-    if not isinstance(schema, dict):
-        raise bad_field(param, schema, "a JSON schema, as an object or as JSON text")
-    return Grammar(kind="json_schema", spec=msgspec.json.encode(schema).decode())
+    try:
+        value = msgspec.json.decode(schema) if isinstance(schema, str) else schema
+        if isinstance(value, dict):
+            return Grammar(kind="json_schema", spec=msgspec.json.encode(value).decode())
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    raise bad_field(param, schema, "a JSON schema, as an object or as JSON text")
 
 
 def _choice_grammar(param: str, choices: list[str]) -> Grammar:

@@ -8,6 +8,8 @@ import logging
 from collections import OrderedDict
 from typing import Final
 
+import msgspec
+
 from cluster.openai.backend import HttpLimits, ServedModel
 from messages.errors import CapacityError, ConfigError, RequestError
 from messages.request import Grammar
@@ -20,7 +22,41 @@ logger = logging.getLogger(__name__)
 _MAX_CHARS: Final = 256 * 1024
 _MAX_PENDING: Final = 128  #: grammars that wait to be checked, most of them for milliseconds
 _MAX_WAIT_S: Final = 20.0  #: for its turn, behind others that may each take as long as the limit
-_NUM_KEPT: Final = 4096  #: answers, of some 100 bytes each
+_MAX_KEPT_CHARS: Final = 2**24  #: of answers
+
+
+_Answer = Grammar | str  # a written grammar, or why it is refused
+
+
+class _Answers:
+    """What was found out of grammars, by digest: what was asked for last, up to a limit."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, _Answer] = OrderedDict()
+        self._num_chars = 0
+
+    def find(self, digest: bytes) -> _Answer | None:
+        answer = self._kept.get(digest)
+        if answer is not None:
+            self._kept.move_to_end(digest)
+        return answer
+
+    def keep(self, digest: bytes, answer: _Answer) -> None:
+        self._kept[digest] = answer
+        self._num_chars += _num_chars(answer)
+        while self._num_chars > _MAX_KEPT_CHARS:
+            self._num_chars -= _num_chars(self._kept.popitem(last=False)[1])
+
+
+def _num_chars(answer: _Answer) -> int:
+    return len(answer if isinstance(answer, str) else answer.spec)
+
+
+def _checked(process: GrammarProcess, grammar: Grammar) -> _Answer:
+    try:
+        return process.check(grammar)
+    except RequestError as error:
+        return error.message
 
 
 class GrammarChecks:
@@ -29,13 +65,15 @@ class GrammarChecks:
     def __init__(self, model: ServedModel, tokenizer: Tokenizer, limits: HttpLimits) -> None:
         self._limits = limits
         self._process: GrammarProcess | None = None
-        self._answers: OrderedDict[bytes, str | None] = OrderedDict()  #: why it is refused, by digest
-        self._running: dict[bytes, asyncio.Task[str | None]] = {}  #: by digest
+        self._reason = ""  #: why this model can keep to no structure
+        self._answers = _Answers()
+        self._running: dict[bytes, asyncio.Task[_Answer]] = {}  #: by digest
         self._turn = asyncio.Lock()
         try:
-            GrammarTokenizer.from_tokenizer_json(tokenizer.backend, model.vocab_size, model.eos_token_ids)
+            GrammarTokenizer(tokenizer, model.vocab_size, model.eos_token_ids)
         except ConfigError as error:
             logger.warning("structured output and forced tool calls are refused: %s", error)
+            self._reason = str(error)
             return
         self._process = GrammarProcess(
             tokenizer.backend.to_str(),
@@ -45,8 +83,8 @@ class GrammarChecks:
             memory_bytes=limits.max_grammar_bytes,
         )
 
-    async def check(self, param: str, grammar: Grammar) -> None:
-        """Compile `grammar` and throw the result away; one that was checked before costs nothing.
+    async def check(self, param: str, grammar: Grammar) -> Grammar:
+        """Compile `grammar`, and return it as a written one; one that was checked before costs nothing.
 
         Raises:
             RequestError: the grammar is refused, or none can be compiled for this model; names `param`.
@@ -54,7 +92,7 @@ class GrammarChecks:
         """
         if self._process is None:
             raise RequestError(
-                f"{param}: this model has no end token, want no structure", param=param, code="unsupported"
+                f"{param}: got a structure, want none with this model: {self._reason}", param=param, code="unsupported"
             )
         if len(grammar.spec) > _MAX_CHARS:
             raise RequestError(
@@ -62,16 +100,13 @@ class GrammarChecks:
                 param=param,
                 code="invalid_value",
             )
-        digest = hashlib.blake2b(grammar.spec.encode(), person=grammar.kind.encode()).digest()
-        if digest in self._answers:
-            self._answers.move_to_end(digest)
-            answer = self._answers[digest]
-        else:
-            answer = await self._asked(digest, grammar)
-        if answer is not None:
+        digest = hashlib.blake2b(msgspec.json.encode(grammar)).digest()
+        answer = self._answers.find(digest) or await self._asked(digest, grammar)
+        if isinstance(answer, str):
             raise RequestError(f"{param}: {answer}", param=param, code="bad_grammar")
+        return answer
 
-    async def _asked(self, digest: bytes, grammar: Grammar) -> str | None:
+    async def _asked(self, digest: bytes, grammar: Grammar) -> _Answer:
         """Have the process check a grammar, once for all who want it meanwhile."""
         task = self._running.get(digest)
         if task is None:
@@ -80,22 +115,20 @@ class GrammarChecks:
             task = self._running[digest] = asyncio.create_task(self._run(digest, grammar))
         return await asyncio.shield(task)  # one who asks may leave, the others wait on
 
-    async def _run(self, digest: bytes, grammar: Grammar) -> str | None:
+    async def _run(self, digest: bytes, grammar: Grammar) -> _Answer:
         assert self._process is not None
         try:
             async with asyncio.timeout(_MAX_WAIT_S):
                 await self._turn.acquire()
             try:
-                answer = await asyncio.to_thread(self._process.check, grammar)
+                answer = await asyncio.to_thread(_checked, self._process, grammar)
             finally:
                 self._turn.release()
         except TimeoutError:
             raise self._too_many() from None
         finally:
             del self._running[digest]
-        self._answers[digest] = answer
-        if len(self._answers) > _NUM_KEPT:
-            self._answers.popitem(last=False)
+        self._answers.keep(digest, answer)
         return answer
 
     def _too_many(self) -> CapacityError:

@@ -61,21 +61,25 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, rename={"schema_": "schema"}
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`response_format`: text, json_object or json_schema."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct, frozen=True, rename={"json_": "json"}):
-    """`structured_outputs`, as vLLM names it: at most one of them."""
+class StructuredOutputs(msgspec.Struct, frozen=True, rename={"json_": "json"}, forbid_unknown_fields=True):
+    """`structured_outputs`, as vLLM names it: at most one structure, and how its JSON is laid out."""
 
     json_: Any = None
     regex: str | None = None
     choice: list[str] | None = None
-    grammar: str | None = None
+    grammar: str | None = None  #: in Lark's language or EBNF
     json_object: bool | None = None
+    structural_tag: Any = None  #: refused
+    whitespace_pattern: str | None = None  #: a regular expression of what may stand between JSON's tokens
+    disable_any_whitespace: bool | None = None  #: true: nothing may
+    disable_additional_properties: bool | None = None  #: refused: a schema says so itself
 
 
 class PinHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,6 +151,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     priority: Priority | None = None
     request_id: RequestId | None = None
     session_id: SessionId | None = None

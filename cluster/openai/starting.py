@@ -44,8 +44,7 @@ async def start(
         CapacityError: too many grammars wait to be checked.
     """
     n = num_choices(fields, len(prompts), surface.limits)
-    if plan.grammar is not None:
-        await surface.grammars.check(*plan.grammar)
+    grammar = None if plan.grammar is None else await surface.grammars.check(*plan.grammar)
     skips_special = fields.skip_special_tokens is not False
     options = TextOptions(
         stop=stop_strings(fields, surface.limits),
@@ -69,7 +68,7 @@ async def start(
             max_tokens=max_tokens,
             logprobs=plan.logprobs,
             prompt_logprobs=plan.prompt_logprobs,
-            grammar=None if plan.grammar is None else plan.grammar[1],
+            grammar=grammar,
         )
         data = packed(token_ids)
         requests += [

@@ -17,6 +17,7 @@ from cluster.openai.tool_calls import CallDelta, CallParser, ForcedCallParser, T
 from cluster.openai.value_types import ToolSchema
 from messages.errors import RequestError
 from messages.request import Grammar
+from text.json_schema.embedding import embedded
 
 _CHOICES = ("none", "auto", "required")
 
@@ -39,6 +40,18 @@ class ToolPlan:
     def is_forced(self) -> bool:
         """Whether the output is nothing but calls."""
         return self.grammar is not None
+
+    @property
+    def begins(self) -> tuple[str, ...]:
+        """What an output may begin with that is a call; nothing where that is not known."""
+        if self.kind is None:
+            return ()
+        bare = [f'{{"name": "{name}"' for name in self.tools] + [f'{{"name":"{name}"' for name in self.tools]
+        return (
+            *filter(None, self.kind.opens or self.kind.heads),
+            *(bare if "{" in self.kind.weak_opens else ()),
+            *(f"[{name}(" for name in self.tools if self.kind.arguments == "python" and "[" in self.kind.weak_opens),
+        )
 
     @property
     def keeps_special_tokens(self) -> bool:
@@ -89,7 +102,7 @@ def plan_tools(request: ChatRequest, kind: CallFormat | None) -> ToolPlan:
         param = f"tools[{index}].function.parameters"
         return replace(plan, named=tool.name, grammar=_grammar(_parameters(tool)), grammar_param=param)
     if choice.mode == "required":
-        schema = _calls_schema([tool for _, tool in choice.tools], is_single=plan.is_single)
+        schema = _calls_schema(choice.tools, is_single=plan.is_single)
         return replace(plan, grammar=_grammar(schema))
     return replace(plan, kind=kind)
 
@@ -157,48 +170,36 @@ def _grammar(schema: dict[str, Any]) -> Grammar:
     return Grammar(kind="json_schema", spec=msgspec.json.encode(schema).decode())
 
 
-def _calls_schema(tools: list[FunctionSpec], *, is_single: bool) -> dict[str, Any]:
-    """Make the schema of a list of calls of any of `tools`; references stay within each tool's own definitions."""
-    definitions: dict[str, Any] = {}
-    calls: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools):
-        place = f"tool{index}"
-        definitions[place] = _rebased(_parameters(tool), f"#/$defs/{place}")
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "parameters": {"$ref": f"#/$defs/{place}"}},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
+def _calls_schema(tools: list[tuple[int, FunctionSpec]], *, is_single: bool) -> dict[str, Any]:
+    """Make the schema of a list of calls of any of `tools`; what is refused of one names it."""
+    places = {f"tools[{index}].function.parameters": tool for index, tool in tools}
+    schema: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"anyOf": [_call_schema(tool, place) for place, tool in places.items()]},
+        "$defs": embedded({place: _parameters(tool) for place, tool in places.items()}),
+    }
     if is_single:
         schema["maxItems"] = 1
     return schema
 
 
-def _rebased(schema: Any, root: str) -> Any:
-    """Return `schema` with its references to its own root pointing below `root`."""
-    if isinstance(schema, list):
-        return [_rebased(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
+def _call_schema(tool: FunctionSpec, place: str) -> dict[str, Any]:
     return {
-        key: root + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _rebased(value, root)
-        for key, value in schema.items()
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "parameters": {"$ref": f"#/$defs/{place}"}},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
     }
 
 
-def check_no_other_structure(plan: ToolPlan, param: str | None) -> None:
+def check_no_other_structure(plan: ToolPlan, param: str) -> None:
     """Check that a forced call, a structure of its own, is the only one.
 
     Raises:
         RequestError: the request asks for another one too, in field `param`.
     """
-    if plan.grammar is not None and param is not None:
+    if plan.grammar is not None:
         raise RequestError(
             f"{param}: got it together with a tool_choice that forces a call, want one of the two",
             param=param,

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from messages.errors import RequestError
 from messages.request import Grammar
 from text.grammar_process import GrammarProcess
 
@@ -39,18 +40,21 @@ def process() -> Callable[..., GrammarProcess]:
 
 def test_good_and_bad_grammars_are_told_apart_by_one_process(process):
     checks = process()
-    assert checks.check(HARMLESS) is None
-    refusal = checks.check(Grammar(kind="regex", spec="(["))
-    assert refusal is not None
-    assert "unclosed character class" in refusal
-    assert checks.check(plain(20)) is None
+    written = checks.check(HARMLESS)
+    assert written.kind == "written"
+    with pytest.raises(RequestError, match="unclosed character class"):
+        checks.check(Grammar(kind="regex", spec="(["))
+    assert checks.check(plain(20)).kind == "written"
+    assert checks.check(written) == written
 
 
 def test_what_takes_too_long_is_refused_and_the_next_one_is_checked(process):
     checks = process(cpu_s=0.001)
     for _ in range(2):
-        assert checks.check(plain(500)) == "compiling it takes more than 0.001 s, want a simpler one"
+        with pytest.raises(RequestError, match=r"^compiling it takes more than 0.001 s, want a simpler one$"):
+            checks.check(plain(500))
 
 
 def test_what_takes_too_much_memory_is_refused(process):
-    assert process(memory_bytes=0).check(plain(500)) == "compiling it takes more than 0 MiB, want a simpler one"
+    with pytest.raises(RequestError, match=r"^compiling it takes more than 0 MiB, want a simpler one$"):
+        process(memory_bytes=0).check(plain(500))

@@ -8,6 +8,8 @@ import msgspec
 import pytest
 
 from cluster.openai.backend import HttpLimits
+from messages.request import Grammar
+from text.grammar_writing import written
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -312,8 +314,7 @@ def test_special_tokens_show_only_when_asked_for(server):
 def test_structures_become_grammars(server, fields, kind, spec):
     response = server.post("/v1/chat/completions", {"messages": USER, **fields})
     assert response.status_code == 200, response.text
-    grammar = server.backend.requests[0].params.grammar
-    assert (grammar.kind, grammar.spec) == (kind, spec)
+    assert server.backend.requests[0].params.grammar == written(Grammar(kind=kind, spec=spec))
 
 
 def test_plain_text_is_no_structure(server):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from cluster.openai.backend import HttpLimits
 from cluster.openai.grammar_checks import GrammarChecks
 from messages.errors import CapacityError, RequestError
 from messages.request import Grammar
+from text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -58,6 +61,19 @@ async def test_a_model_without_an_end_token_can_keep_to_no_structure(served_mode
     assert (caught.value.param, caught.value.code) == ("the_field", "unsupported")
 
 
+async def test_a_tokenizer_that_grammars_cannot_use_is_said_once_and_in_each_refusal(served_model, tokenizer, caplog):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.decoder = decoders.CTC()
+    other = Tokenizer(backend, {"eos_token": "<|end|>"})
+    with caplog.at_level("WARNING"):
+        checks = GrammarChecks(served_model(other), other, HttpLimits())
+    assert len(caplog.messages) == 1
+    assert "\n" not in caplog.messages[0]
+    with pytest.raises(RequestError, match=r"the_field: .*by the tokenizer's decoder \(CTC\)") as caught:
+        await checks.check("the_field", Grammar(kind="json_object"))
+    assert (caught.value.param, caught.value.code, caught.value.status) == ("the_field", "unsupported", 400)
+
+
 async def test_who_leaves_does_not_take_the_answer_from_the_others(checks):
     grammar = Grammar(kind="choice", spec='["a"]')
     leaving = asyncio.create_task(checks.check("p", grammar))
@@ -68,14 +84,14 @@ async def test_who_leaves_does_not_take_the_answer_from_the_others(checks):
     assert leaving.cancelled()
 
 
-async def ask_for(checks: GrammarChecks, num: int) -> list[BaseException | None]:
+async def ask_for(checks: GrammarChecks, num: int) -> list[Grammar | BaseException]:
     asked = [checks.check("p", Grammar(kind="regex", spec=f"a{{{n}}}")) for n in range(1, num + 1)]
     return await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_as_many_grammars_as_clients_send_at_once_are_checked_up_to_a_limit(checks):
     outcomes = await ask_for(checks, 129)
-    assert outcomes[:128] == [None] * 128
+    assert [outcome.kind for outcome in outcomes[:128]] == ["written"] * 128
     assert isinstance(outcomes[128], CapacityError)
     assert (outcomes[128].status, outcomes[128].retry_after_s) == (429, 1)
 
@@ -86,7 +102,7 @@ async def test_who_would_wait_too_long_behind_grammars_that_are_dear_is_told_to_
         outcomes = await ask_for(checks, 2)
     assert [(outcome.status, outcome.retry_after_s) for outcome in outcomes] == [(429, 1)] * 2
     assert checks._running == {}
-    assert await ask_for(checks, 1) == [None]
+    assert [outcome.kind for outcome in await ask_for(checks, 1)] == ["written"]
 
 
 @pytest.mark.parametrize(

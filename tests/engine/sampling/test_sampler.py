@@ -20,6 +20,7 @@ from engine.scheduling.plan import Sampled
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
 from messages.request import Grammar, SamplingParams
 from text.grammar import GrammarCompiler, GrammarTokenizer
+from text.tokenizer import Tokenizer
 
 INF = float("inf")
 
@@ -420,7 +421,7 @@ SCHEMA = {
 
 @functools.cache
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(GrammarTokenizer.from_tokenizer_json(byte_tokenizer(), VOCAB, [EOS]))
+    return GrammarCompiler(GrammarTokenizer(Tokenizer(byte_tokenizer()), VOCAB, [EOS]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -1,0 +1,55 @@
+"""Fields that other servers have and that would change the output, but are not served here: refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from cluster.openai.errors import bad_field
+
+_STRUCTURE: Final = "structured_outputs or response_format"
+
+#: by name: the values that change nothing, and what is wanted instead of others. Of OpenAI's API, of vLLM's, and the
+#: names that SGLang, TGI and llama.cpp have for structures
+_UNSERVED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+    "functions": (([],), "tools"),
+    "function_call": (("none", "auto"), "tool_choice"),
+    "audio": ((), "text alone"),
+    "prediction": ((), "no prediction"),
+    "web_search_options": ((), "no search"),
+    "bad_words": (([],), "logit_bias"),
+    "allowed_token_ids": ((), "logit_bias or structured_outputs"),
+    "logits_processors": (([],), "no processor"),
+    "structural_tag": ((), _STRUCTURE),
+    "guided_decoding_backend": (("auto", "guidance"), "auto"),
+    "use_beam_search": ((False,), "false"),
+    "length_penalty": ((1, 0), "1, for there are no beams"),
+    "early_stopping": ((False,), "false, for there are no beams"),
+    "echo": ((False,), "false"),
+    "documents": (([],), "documents in messages"),
+    "prompt_embeds": ((), "a prompt of text or token ids"),
+    "return_tokens_as_token_ids": ((False,), "return_token_ids"),
+    "logprob_token_ids": (([],), "top_logprobs"),
+    "vllm_xargs": (({},), "no extra arguments"),
+    "lora_request": ((), "a model by its name"),
+    "json_schema": ((), _STRUCTURE),
+    "regex": ((), _STRUCTURE),
+    "ebnf": ((), _STRUCTURE),
+    "grammar": ((), _STRUCTURE),
+    "custom_logit_processor": ((), "no processor"),
+}
+
+
+def check_unserved(name: str, raw: msgspec.Raw) -> None:
+    """Check a field that the API does not have.
+
+    Raises:
+        RequestError: it is one that other servers have, with a value that would change the output.
+    """
+    if name not in _UNSERVED:
+        return
+    harmless, wanted = _UNSERVED[name]
+    value = msgspec.json.decode(raw)
+    if value is not None and value not in harmless:
+        raise bad_field(name, value, f"{wanted}: {name} is not served")
