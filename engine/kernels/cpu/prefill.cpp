@@ -24,7 +24,7 @@ constexpr int kPanel = 2;
 #endif
 constexpr int kTileRows = 192;  // query rows (tokens x heads of the group) that share one packing of keys and values
 
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // c[kRows][N * W] = c * factor + a . b, where a is [kRows, depth] words (a_row words apart), b is [depth, N * W] words.
 template <typename T, int N>
@@ -72,7 +72,7 @@ struct Scratch {
   float *q, *o, *keys, *values;
   std::vector<float> maxima, weights;  // [rows], [rows, W]: weights are summed by lane and added up at the end
 
-  float* reserve(size_t q_size, size_t o_size, size_t k_size, size_t v_size, size_t rows) {
+  void reserve(size_t q_size, size_t o_size, size_t k_size, size_t v_size, size_t rows) {
     const size_t needed = q_size + o_size + k_size + v_size + 16;
     if (memory.size() < needed) memory.resize(needed);
     float* at = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4;
@@ -81,7 +81,6 @@ struct Scratch {
     keys = o + o_size;
     values = keys + k_size;
     if (maxima.size() < rows) maxima.resize(rows), weights.resize(rows * W);
-    return at;
   }
 };
 
@@ -129,12 +128,8 @@ void pack_values(const PagedKv<T>& kv, const int32_t* table, int begin, int n, i
   }
 }
 
-// Scores [n] of one row to weights: words for the second product, written over the row where a word is a float.
-// Returns the factor for what the row has summed so far.
-template <typename T>
-inline float weigh(float* s, uint16_t* halves, int n, int begin, int first, int last, const Scores& scores,
-                   float& maximum_so_far, float* weight) {
-  const float scale = scores.scaling * kLog2E;
+// Of one row with scores [n], which stay: those that are to be weighed, and the largest of them.
+inline float prepare(float* s, int n, int begin, int first, int last, const Scores& scores) {
   if (scores.softcap > 0) {
     const float cap = scores.softcap;
     for (int j = 0; j < n; j += W) store(s + j, tanhv(load(s + j) * (scores.scaling / cap)) * (cap / scores.scaling));
@@ -149,8 +144,13 @@ inline float weigh(float* s, uint16_t* halves, int n, int begin, int first, int 
     }
   vf top = load(s);
   for (int j = W; j < n; j += W) top = maximum(top, load(s + j));
-  const float now = std::max(maximum_so_far, largest(top) * scale);
-  const float shift = now == -INFINITY ? 0.f : now;  // a row that has seen no key yet
+  return largest(top);
+}
+
+// Scores [n] of one row to weights: words for the second product, written over the row where a word is a float.
+// Returns their sums by lane.
+template <typename T>
+inline vf weigh(float* s, uint16_t* halves, int n, float scale, float shift) {
   vf total = {};
   for (int j = 0; j < n; j += W) {
     // Rounding to bfloat16 leaves nothing of what the fifth term would add.
@@ -162,10 +162,7 @@ inline float weigh(float* s, uint16_t* halves, int n, int begin, int first, int 
     else
       store(s + j, p);
   }
-  float factor = std::exp2(maximum_so_far - shift);
-  maximum_so_far = now;
-  store(weight, fma(load(weight), splat(factor), total));
-  return factor;
+  return total;
 }
 
 }  // namespace
@@ -183,19 +180,21 @@ void prefill_tile(const PrefillAttention<T>& a, const Chunk& chunk, int kv_head,
   scratch.reserve(static_cast<size_t>(padded_rows) * depth, static_cast<size_t>(padded_rows) * width,
                   static_cast<size_t>(depth) * kKeys, static_cast<size_t>(kKeys) * width, padded_rows);
   float *q = scratch.q, *o = scratch.o, *keys = scratch.keys, *values = scratch.values;
+  float *maxima = scratch.maxima.data(), *weights = scratch.weights.data();
   std::memset(q, 0, sizeof(float) * padded_rows * depth);
   std::memset(o, 0, sizeof(float) * padded_rows * width);
   const int first_position = chunk.kv_len - chunk.q_len + first_query;
+  const float scale = a.scores.scaling * kLog2E;
 
   for (int r = 0; r < padded_rows; r++) {
     const int head = kv_head * group + r % group;
     vf weight = {};
-    scratch.maxima[r] = -INFINITY;
+    maxima[r] = -INFINITY;
     if (a.scores.sinks && r < num_rows) {
-      scratch.maxima[r] = a.scores.sinks[head] * kLog2E;
+      maxima[r] = a.scores.sinks[head] * kLog2E;
       weight[0] = 1.f;
     }
-    store(&scratch.weights[r * W], weight);
+    store(weights + r * W, weight);
     if (r >= num_rows) continue;
     const T* row = a.q + (chunk.q_start + first_query + r / group) * a.q_row + head * a.q_head;
     if constexpr (Wd::kElements == 2)
@@ -210,20 +209,34 @@ void prefill_tile(const PrefillAttention<T>& a, const Chunk& chunk, int kv_head,
     pack_keys(a.kv, chunk.table, begin, n, kv_head, depth, keys);
     pack_values(a.kv, chunk.table, begin, n, kv_head, width, values);
     for (int r = 0; r < padded_rows; r += kRows) {
-      const int last = first_position + std::min(r + kRows, num_rows) / group - ((std::min(r + kRows, num_rows) % group) ? 0 : 1);
+      const int last_row = std::min(r + kRows, num_rows) - 1;
+      const int last = first_position + last_row / group;
       const int first = a.scores.first_key(first_position + r / group);
       if (last < begin || first >= begin + n) continue;
       const int seen = std::min(n, last + 1 - begin);
       const int columns = round_up(seen, W);
       alignas(64) float s[kRows * kKeys];
       alignas(64) uint16_t halves[kRows * kKeys];
-      float factor[kRows];
+      alignas(64) float tops[round_up(kRows, W)] = {}, factor[round_up(kRows, W)],
+          shifts[round_up(kRows, W)];
       multiply<T>(q + r * depth, depth, keys, kKeys, depth, s, kKeys, columns / W, nullptr);
       for (int i = 0; i < kRows; i++) {
         const int position = first_position + std::min(r + i, num_rows - 1) / group;
-        factor[i] = weigh<T>(s + i * kKeys, halves + i * kKeys, columns, begin, a.scores.first_key(position),
-                             std::min(position, begin + n - 1), a.scores, scratch.maxima[r + i],
-                             &scratch.weights[(r + i) * W]);
+        tops[i] = prepare(s + i * kKeys, columns, begin, a.scores.first_key(position),
+                          std::min(position, begin + n - 1), a.scores);
+      }
+      for (int i = 0; i < kRows; i += W) {
+        const int count = std::min(W, kRows - i);
+        const vf before = load_upto(maxima + r + i, count), now = maximum(before, load(tops + i) * scale);
+        const vf shift = now == -INFINITY ? vf{} : now;  // a row that has seen no key yet
+        store_upto(maxima + r + i, now, count);
+        store(shifts + i, shift);
+        store(factor + i, exp2v<7>(before - shift));
+      }
+      for (int i = 0; i < kRows; i++) {
+        float* weight = weights + (r + i) * W;
+        const vf total = weigh<T>(s + i * kKeys, halves + i * kKeys, columns, scale, shifts[i]);
+        store(weight, fma(load(weight), splat(factor[i]), total));
       }
       const float* p = Wd::kElements == 2 ? reinterpret_cast<const float*>(halves) : s;
       multiply<T>(p, kKeys / Wd::kElements, values, width, (seen + Wd::kElements - 1) / Wd::kElements, o + r * width,
@@ -234,7 +247,7 @@ void prefill_tile(const PrefillAttention<T>& a, const Chunk& chunk, int kv_head,
   for (int r = 0; r < num_rows; r++) {
     const int head = kv_head * group + r % group;
     T* out = a.out + (chunk.q_start + first_query + r / group) * a.out_row + head * a.out_head;
-    const vf divisor = splat(sum(load(&scratch.weights[r * W])));
+    const vf divisor = splat(sum(load(weights + r * W)));
     for (int d = 0; d < v_dim; d += W) store_upto(out + d, load(o + r * width + d) / divisor, v_dim - d);
   }
 }
