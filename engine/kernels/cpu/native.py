@@ -78,7 +78,9 @@ class NativeKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
-        out: torch.Tensor = self._module.prefill_attention(query, k_view, v_view, block_table, kv_len, *_plain(options))
+        out: torch.Tensor = self._module.prefill_attention(
+            query, k_view, v_view, block_table, kv_len, *_plain(options)
+        )
         return out
 
     def pack_weights(self, weights: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,8 @@ class NativeKernels:
         bias: torch.Tensor | None,
         out_features: int,
         counts: Sequence[int] | None = None,
+        *,
+        is_gelu: bool | None = None,
     ) -> torch.Tensor:
         """Multiply rows by packed weights, bfloat16: a row has the same bits in any batch and on every path.
 
@@ -106,15 +110,17 @@ class NativeKernels:
         Args:
             x: `[num_rows, in_features]`.
             words: as `pack_weights` returned them.
-            bias: `[num_groups, out_features]` contiguous, or None.
+            bias: `[num_groups, out_features]` contiguous, or None; `[num_groups, 2, out_features]` of a gated one.
             out_features: width of the result.
             counts: so many rows, one after the other, go to each group; None: all go to the one group.
+            is_gelu: a gated layer's activation, gelu's tanh form or silu: `words` are those of the gate and, one behind
+                the other in dimension 1, of what it lets through; the result is what `gate` makes of both products.
 
         Returns:
             `[num_rows, out_features]`.
         """
         counts = [len(x)] if counts is None else counts
-        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path)
+        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path, is_gelu)
         return out
 
     def rms_norm(
