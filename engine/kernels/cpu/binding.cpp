@@ -185,8 +185,9 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor&
 
 Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view, const Tensor& block_table,
                          int64_t kv_len, double scaling, int64_t window, double softcap,
-                         const std::optional<Tensor>& sinks, int64_t chunk) {
+                         const std::optional<Tensor>& sinks, int64_t chunk, bool is_on_tiles) {
   check_attention(query, k_view, v_view, sinks);
+  TORCH_CHECK(!is_on_tiles || kvray::may_use_tiles(), "prefill attention on tiles, which this process may not use");
   const int64_t num_tokens = query.size(0), num_heads = query.size(1);
   TORCH_CHECK(block_table.scalar_type() == at::kInt && block_table.is_contiguous() &&
                   block_table.numel() * k_view.size(2) >= kv_len,
@@ -199,7 +200,7 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor
                                  pointer<const T>(query),     query.stride(0),
                                  query.stride(1),             pointer<T>(out),
                                  out.stride(0),               out.stride(1),
-                                 static_cast<int>(num_heads)};
+                                 static_cast<int>(num_heads), is_on_tiles};
     const kvray::Chunk part{0, static_cast<int>(num_tokens), static_cast<int>(kv_len),
                             block_table.const_data_ptr<int32_t>()};
     const int tile = kvray::query_tile(a.group()), num_kv_heads = a.kv.num_kv_heads;

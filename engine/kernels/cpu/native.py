@@ -30,9 +30,12 @@ class NativeKernels:
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self.name = f"native-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
         #: How bfloat16 linears are computed; None where no way of this machine gives the bits that it should.
         self.linear_path = _choose_linear_path(module)
+        #: Prefill attention in bfloat16 goes on tiles where linears do, which shows that they compute as they should.
+        self._is_on_tiles = self.linear_path == "tiles" and module.has_bf16_dot
+        dots = "-tiles" if self._is_on_tiles else "-bf16dot" if module.has_bf16_dot else ""
+        self.name = f"native-{module.vector_floats}{dots}"
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
         """Take every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
@@ -79,7 +82,7 @@ class NativeKernels:
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
         out: torch.Tensor = self._module.prefill_attention(
-            query, k_view, v_view, block_table, kv_len, *_plain(options)
+            query, k_view, v_view, block_table, kv_len, *_plain(options), self._is_on_tiles
         )
         return out
 
