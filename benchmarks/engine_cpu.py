@@ -8,8 +8,9 @@
 A cell is a model shape, a dtype and a workload; models are Llamas with random weights, prompts random tokens, decoding
 greedy, ends ignored. Each contender runs in a process of its own, one after the other within a cell, warms up, repeats,
 and its median counts: output tokens of all requests over the time from the first request to the last token.
-Goals: 3x transformers' generate_batch, 1.5x its generate on the padded batch, above vLLM, and of the KV memory held at
-256 tokens and more under 2 % without a token in it.
+Goals: 3x transformers' generate_batch, 1.5x its generate on the padded batch, 1.05 to 1.25x vLLM by the CPU's
+instructions, and of the KV memory held at 256 tokens and more under 2 % without a token in it; vLLM's share stands
+beside it, by arithmetic from the size of its blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.report import CACHE, ROOT, goal, hardware, parser, record
+from harness.report import CACHE, ROOT, cpu_flags, goal, hardware, parser, record
 
 PEERS = ROOT / "benchmarks" / "peers"
 VLLM = "0.32.0"
@@ -44,7 +45,7 @@ CONTENDERS = {
     "generate, padded": ("transformers_generate.py", "padded"),
     "vllm": ("vllm_generate.py", ""),
 }
-GOALS = {"generate_batch": 3.0, "generate, padded": 1.5, "vllm": 1.0}
+GOALS = {"generate_batch": 3.0, "generate, padded": 1.5}
 MAX_WASTE_PERCENT = 2.0
 
 
@@ -144,16 +145,29 @@ def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> d
     return result
 
 
+def over_vllm(cell: Cell, cpu_flags: set[str]) -> float | None:
+    """Return the wanted ratio to vLLM on a CPU; None where it emulates bfloat16 and nothing is wanted of a cell."""
+    is_bfloat16 = cell.dtype == "bfloat16"
+    if not any(flag.startswith("avx512") for flag in cpu_flags):
+        return None if is_bfloat16 else 1.1
+    if is_bfloat16 and "amx_bf16" in cpu_flags:
+        return 1.25
+    return 1.05 if is_bfloat16 and cell.shape == "500M" else 1.15  # the one is near the limit of the arithmetic
+
+
 def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
     """Write the goals of one cell, a line each."""
     ours = results["kvray"]
     lines = []
-    for peer, wanted in GOALS.items():
+    wanted_of_vllm = over_vllm(cell, cpu_flags())
+    for peer, wanted in (GOALS if wanted_of_vllm is None else GOALS | {"vllm": wanted_of_vllm}).items():
         theirs = results.get(peer)
         ratio = ours["tokens_per_s"] / theirs["tokens_per_s"] if ours and theirs else None
         lines.append(goal(f"{cell.name} over {peer}", ratio, at_least=wanted, unit="x"))
     waste = ours.get("waste_percent") if ours else None
     lines.append(goal(f"{cell.name} KV wasted", waste, under=MAX_WASTE_PERCENT, unit=" %"))
+    if vllm := results.get("vllm"):
+        lines.append(f"{cell.name} KV wasted by vllm, blocks of {vllm['block_size']}: {vllm['waste_percent']:.2f} %")
     return lines
 
 

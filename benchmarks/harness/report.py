@@ -47,6 +47,15 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB"
 
 
+def cpu_flags() -> set[str]:
+    """Return the instructions that the kernel says the CPU has; none where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}
+
+
 def commit() -> str:
     """Return the commit measured; with a plus sign where files differ from it."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from job import Tokens, answer, read_job
 from vllm import LLM, SamplingParams
 
@@ -23,7 +25,11 @@ def main() -> None:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    answer(job, generate)
+    # It does not tell how full its blocks are. All requests run in step: as full as their length leaves them.
+    size = llm.llm_engine.vllm_config.cache_config.block_size
+    lengths = range(job.num_prompt_tokens, job.num_prompt_tokens + job.num_output_tokens)
+    waste = fmean(-length % size / (length + -length % size) for length in lengths)
+    answer(job, generate, lambda: {"waste_percent": 100 * waste, "block_size": size})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from engine.kernels.cpu.native import NativeKernels
+from engine.model.linear import MergedLinear, can_merge
 
 PROBE_NAME = "kvray_fuse_probe"
 TRIAL_ROWS = 5
@@ -155,13 +156,17 @@ def _is_served(tensor: torch.Tensor) -> bool:
 class FusedGate:
     """Stands for a gated MLP's forward: `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, mlp: nn.Module, kernels: NativeKernels, is_gelu: bool) -> None:
+    def __init__(self, mlp: Any, kernels: NativeKernels, is_gelu: bool) -> None:
         self._gate, self._up, self._down = _forwards(mlp)
+        opening: list[object] = [mlp.gate_proj, mlp.up_proj]
+        self._merged = MergedLinear(opening) if can_merge(opening) else None
         self._kernels = kernels
         self._is_gelu = is_gelu
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Compute what the MLP's own forward computes."""
+        if self._merged is not None:
+            return self._down(self._merged.gated(x, is_gelu=self._is_gelu))
         return self._down(self._kernels.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
 
 
@@ -278,7 +283,9 @@ class FusedAttention:
         self._kernels = kernels
         self._options = options
         # forward, not the module: no hooks are on them, and the way through a module's call takes longer than a norm
-        self._projections = [module.q_proj.forward, module.k_proj.forward, module.v_proj.forward]
+        projections = [module.q_proj, module.k_proj, module.v_proj]
+        self._projections = [projection.forward for projection in projections]
+        self._merged = MergedLinear(projections) if can_merge(projections) else None
         self._output = module.o_proj.forward
         self._query_norm = getattr(module, "q_norm", None)
         self._key_norm = getattr(module, "k_norm", None)
@@ -308,7 +315,11 @@ class FusedAttention:
             )
             return (out if kept_rows is None else out[:, kept_rows]), weights
         heads = (*hidden_states.shape[:-1], -1, module.head_dim)  # [1, T, num_heads, head_dim]
-        query, key, value = (projection(hidden_states).view(heads) for projection in self._projections)
+        if self._merged is not None:
+            projected = self._merged(hidden_states)
+        else:
+            projected = tuple(projection(hidden_states) for projection in self._projections)
+        query, key, value = (rows.view(heads) for rows in projected)
         if self._query_norm is not None:
             query = self._query_norm(query)
         if self._key_norm is not None:

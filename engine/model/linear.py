@@ -11,8 +11,8 @@ threads, but calls of 32 rows gave the same bits at every depth that was tried: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ _MAX_LONE_FEATURES = 1024
 #: Rows that oneDNN gets per call in bfloat16 where it computes with AMX.
 _AMX_ROWS = 32
 
+#: Columns of a block of packed words: `linear.h`.
+_BLOCK_COLUMNS = 32
+
 
 class NativeLinear(nn.Module):
     """A bfloat16 linear layer of the compiled kernels. CPU, inference only."""
@@ -38,19 +41,62 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self._kernels = kernels
-        self._words = kernels.pack_weights(weight.detach()[None])
+        self.kernels = kernels
+        #: As `NativeKernels.pack_weights` gives them; a `MergedLinear` puts its own in their place.
+        self.words = kernels.pack_weights(weight.detach()[None])
 
     @property
     def weight(self) -> torch.Tensor:
         """`[out_features, in_features]`, unpacked anew at each access: for models that look at a weight directly."""
-        return self._kernels.unpack_weights(self._words, self.out_features, self.in_features)[0]
+        return self.kernels.unpack_weights(self.words, self.out_features, self.in_features)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Turn `x [..., in_features]` into `[..., out_features]`."""
         rows = x.reshape(-1, self.in_features)
-        out = self._kernels.linear(rows, self._words, self.bias, self.out_features)
+        out = self.kernels.linear(rows, self.words, self.bias, self.out_features)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class MergedLinear:
+    """Native linears over the same rows as one: what they give, one behind the other, or gated. The same bits.
+
+    Its words take the place of theirs: each goes on with its part of them.
+    """
+
+    def __init__(self, linears: Sequence[NativeLinear]) -> None:
+        """Merge `linears`, of which `can_merge` said that it may be done."""
+        self._kernels = linears[0].kernels
+        self._in_features = linears[0].in_features
+        self._widths = [linear.out_features for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        counts = [linear.words.shape[1] for linear in linears]
+        self._words = torch.cat([linear.words for linear in linears], 1)
+        for linear, words in zip(linears, torch.split(self._words, counts, 1), strict=True):
+            linear.words = words
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Turn `x [..., in_features]` into each linear's `[..., out_features]`, side by side in memory."""
+        return torch.split(self._multiply(x, sum(self._widths), None), self._widths, -1)
+
+    def gated(self, x: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """Turn `x [..., in_features]` into what `NativeKernels.gate` makes of two linears' results."""
+        return self._multiply(x, self._widths[0], is_gelu)
+
+    def _multiply(self, x: torch.Tensor, width: int, is_gelu: bool | None) -> torch.Tensor:
+        rows = x.reshape(-1, self._in_features)
+        out = self._kernels.linear(rows, self._words, self._bias, width, is_gelu=is_gelu)
+        return out.view(*x.shape[:-1], width)
+
+
+def can_merge(modules: Sequence[object]) -> TypeGuard[Sequence[NativeLinear]]:
+    """Tell whether these can be one `MergedLinear`: native, of the same rows, without gaps between their columns."""
+    linears = [module for module in modules if isinstance(module, NativeLinear)]
+    return (
+        len(linears) == len(modules)
+        and len({(linear.in_features, linear.bias is None) for linear in linears}) == 1
+        and all(linear.out_features % _BLOCK_COLUMNS == 0 for linear in linears[:-1])
+    )
 
 
 class PackedLinear(nn.Module):

@@ -106,6 +106,7 @@ struct PrefillAttention {
   T* out;  // [num_tokens, num_heads, v_dim]
   int64_t out_row, out_head;
   int num_heads;
+  bool is_on_tiles;  // bfloat16 products by AMX, where may_use_tiles(): other bits than without
 
   int group() const { return num_heads / kv.num_kv_heads; }
 };

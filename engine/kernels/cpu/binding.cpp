@@ -15,6 +15,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "tiles.h"
 
 namespace {
 
@@ -184,8 +185,9 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor&
 
 Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view, const Tensor& block_table,
                          int64_t kv_len, double scaling, int64_t window, double softcap,
-                         const std::optional<Tensor>& sinks, int64_t chunk) {
+                         const std::optional<Tensor>& sinks, int64_t chunk, bool is_on_tiles) {
   check_attention(query, k_view, v_view, sinks);
+  TORCH_CHECK(!is_on_tiles || kvray::may_use_tiles(), "prefill attention on tiles, which this process may not use");
   const int64_t num_tokens = query.size(0), num_heads = query.size(1);
   TORCH_CHECK(block_table.scalar_type() == at::kInt && block_table.is_contiguous() &&
                   block_table.numel() * k_view.size(2) >= kv_len,
@@ -198,7 +200,7 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor
                                  pointer<const T>(query),     query.stride(0),
                                  query.stride(1),             pointer<T>(out),
                                  out.stride(0),               out.stride(1),
-                                 static_cast<int>(num_heads)};
+                                 static_cast<int>(num_heads), is_on_tiles};
     const kvray::Chunk part{0, static_cast<int>(num_tokens), static_cast<int>(kv_len),
                             block_table.const_data_ptr<int32_t>()};
     const int tile = kvray::query_tile(a.group()), num_kv_heads = a.kv.num_kv_heads;
@@ -248,19 +250,22 @@ Tensor add_rms_norm(const Tensor& residual, const Tensor& delta, const Tensor& w
   return norm_rows(&residual, delta, weight, {static_cast<float>(eps), adds_one, rounds_first});
 }
 
+kvray::Activation activation(bool is_gelu) {
+  return is_gelu ? kvray::Activation::kGeluTanh : kvray::Activation::kSilu;
+}
+
 void gate(const Tensor& gate, const Tensor& up, bool is_gelu) {
   TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.sizes() == up.sizes() &&
                   gate.scalar_type() == up.scalar_type(),
               "gate: want two contiguous tensors of one shape and type");
   const int64_t n = gate.size(-1), num_rows = gate.numel() / std::max<int64_t>(n, 1);
-  const auto activation = is_gelu ? kvray::Activation::kGeluTanh : kvray::Activation::kSilu;
   by_dtype(gate, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* to = pointer<T>(gate);
     const T* from = pointer<const T>(up);
     at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
-        kvray::gate_row<T>(to + i * n, from + i * n, static_cast<int>(n), activation);
+        kvray::gate_row<T>(to + i * n, from + i * n, static_cast<int>(n), activation(is_gelu));
     });
   });
 }
@@ -356,13 +361,14 @@ char* scratch(size_t bytes) {
   return memory.data() + (kPage - reinterpret_cast<uintptr_t>(memory.data()) % kPage);
 }
 
-// y = x w' + bias, group g for the next counts[g] rows of x; y [num_rows, width].
+// y = x w' + bias, group g for the next counts[g] rows of x; y [num_rows, width]. Gated: two layers make one result.
 Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>& bias, int64_t width,
-              const std::vector<int64_t>& counts, const std::string& path_name) {
+              const std::vector<int64_t>& counts, const std::string& path_name, std::optional<bool> is_gelu) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
               "x: want bfloat16 [num_rows, in_features]");
   const int64_t num_rows = x.size(0), depth = x.size(1), groups = static_cast<int64_t>(counts.size());
-  const int64_t panels = ceil_div(depth, kvray::kPanelDepth), blocks = ceil_div(width, kvray::kBlockColumns);
+  const int64_t layers = is_gelu ? 2 : 1, panels = ceil_div(depth, kvray::kPanelDepth),
+                blocks = layers * ceil_div(width, kvray::kBlockColumns);
   TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 4 &&
                   words.size(0) == groups && words.size(1) == blocks && words.size(2) == panels &&
                   words.size(3) == kvray::kPanelWords,
@@ -372,14 +378,16 @@ Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>&
                   std::all_of(counts.begin(), counts.end(), [](int64_t count) { return count >= 0; }),
               "counts: want ", num_rows, " in all");
   if (bias)
-    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() && bias->numel() == groups * width,
-                "bias: want contiguous bfloat16 [", groups, ", ", width, "]");
+    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
+                    bias->numel() == groups * layers * width,
+                "bias: want contiguous bfloat16 [", groups, ", ", layers * width, "]");
   Tensor y = at::empty({num_rows, width}, x.options());
   kvray::Linear job{};
   job.path = linear_path(path_name);
   job.x_row = x.stride(0);
   job.width = width;
   job.depth = depth;
+  if (is_gelu) job.gate = activation(*is_gelu);
 
   struct Part {
     kvray::Linear job;
@@ -418,7 +426,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>&
   int64_t row = 0;
   for (int64_t group = 0; group < groups; group++) {
     job.weights = static_cast<const uint32_t*>(words.const_data_ptr()) + group * blocks * panels * kvray::kPanelWords;
-    job.bias = bias ? pointer<const bf16>(*bias) + group * width : nullptr;
+    job.bias = bias ? pointer<const bf16>(*bias) + group * layers * width : nullptr;
     for (const int64_t end = row + counts[group]; row < end; row += job.num_rows) {
       job.x = pointer<const bf16>(x) + row * x.stride(0);
       job.y = pointer<bf16>(y) + row * width;
@@ -450,7 +458,7 @@ Tensor linear_by_definition(const Tensor& x, const Tensor& weight, const std::op
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::call_guard, pybind11::gil_scoped_release;
+  using pybind11::arg, pybind11::call_guard, pybind11::gil_scoped_release;
   m.def("write_kv", &write_kv, call_guard<gil_scoped_release>());
   m.def("decode_attention", &decode_attention, call_guard<gil_scoped_release>());
   m.def("prefill_attention", &prefill_attention, call_guard<gil_scoped_release>());
@@ -462,7 +470,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_paths", &linear_paths);
   m.def("pack_weights", &pack_weights, call_guard<gil_scoped_release>());
   m.def("unpack_weights", &unpack_weights, call_guard<gil_scoped_release>());
-  m.def("linear", &linear, call_guard<gil_scoped_release>());
+  m.def("linear", &linear, arg("x"), arg("words"), arg("bias"), arg("width"), arg("counts"), arg("path"),
+        arg("is_gelu") = std::nullopt, call_guard<gil_scoped_release>());
   m.def("linear_by_definition", &linear_by_definition, call_guard<gil_scoped_release>());
   m.attr("vector_floats") = kvray::W;
   m.attr("has_bf16_dot") = kvray::kHasBf16Dot;

@@ -27,6 +27,7 @@ _SOURCES = (
     "attention.h",
     "elementwise.h",
     "linear.h",
+    "tiles.h",
     "vec.h",
     "binding.cpp",
     "decode.cpp",

@@ -34,14 +34,17 @@ void score_keys(const T* q, int q_stride, const T* const* keys, const T* const* 
       prefetch_row(keys[std::min(j + i + kAhead, n - 1)], k_dim);
     }
     vf x[H][4] = {};
-    for (int d = 0; d < k_dim; d += kStep) {
+    const auto add = [&](int d, auto load) {
       vf k[4];
-      for (int i = 0; i < 4; i++) k[i] = Wd::load_words_upto(keys[j + i] + d, k_dim - d);
+      for (int i = 0; i < 4; i++) k[i] = load(keys[j + i] + d);
       for (int h = 0; h < H; h++) {
         vf w = Wd::load_words(q + h * q_stride + d);
         for (int i = 0; i < 4; i++) x[h][i] = Wd::dot(k[i], w, x[h][i]);
       }
-    }
+    };
+    int d = 0;
+    for (; d + kStep <= k_dim; d += kStep) add(d, [](const T* at) { return Wd::load_words(at); });
+    if (d < k_dim) add(d, [&](const T* at) { return Wd::load_words_upto(at, k_dim - d); });
     for (int h = 0; h < H; h++) sum_four(x[h], scaling, &s[h][j]);
   }
 }
@@ -67,16 +70,18 @@ inline float weigh(float* s, int n, float softcap, float& maximum_so_far, float&
   return factor;
 }
 
-// sums[h] = sums[h] * factor[h] + s[h] . values, C vectors from column d on.
-template <typename T, int H, int C>
+// sums[h] = sums[h] * factor[h] + s[h] . values, C vectors from column d on, or less than one where it is not whole.
+template <typename T, int H, int C, bool IsWhole = true>
 void add_values(const float (*s)[kKeys], const T* const* values, int n, int d, int v_dim, const float* factor,
                 float* sums) {
+  static_assert(IsWhole || C == 1);
+  const auto get = [&](const auto* p) { return IsWhole ? load(p) : load_part(p, v_dim - d); };
   vf o[H][C];
   for (int h = 0; h < H; h++)
-    for (int c = 0; c < C; c++) o[h][c] = load_upto(sums + h * v_dim + d + c * W, v_dim - d - c * W) * factor[h];
+    for (int c = 0; c < C; c++) o[h][c] = get(sums + h * v_dim + d + c * W) * factor[h];
   for (int j = 0; j < n; j++) {
     vf v[C];
-    for (int c = 0; c < C; c++) v[c] = load_upto(values[j] + d + c * W, v_dim - d - c * W);
+    for (int c = 0; c < C; c++) v[c] = get(values[j] + d + c * W);
     for (int h = 0; h < H; h++) {
       vf p = splat(s[h][j]);
       for (int c = 0; c < C; c++) o[h][c] = fma(p, v[c], o[h][c]);
@@ -113,7 +118,9 @@ void attend(const DecodeAttention<T>& a, int row, int kv_head, int head, int beg
     for (int h = 0; h < H; h++) factor[h] = weigh(s[h], n, a.scores.softcap, maxima[h], weights[h]);
     int d = 0;
     for (; d + kColumns * W <= v_dim; d += kColumns * W) add_values<T, H, kColumns>(s, values, n, d, v_dim, factor, sums);
-    for (; d < v_dim; d += W) add_values<T, H, 1>(s, values, n, d, v_dim, factor, sums);
+    for (; d + 2 * W <= v_dim; d += 2 * W) add_values<T, H, 2>(s, values, n, d, v_dim, factor, sums);
+    for (; d + W <= v_dim; d += W) add_values<T, H, 1>(s, values, n, d, v_dim, factor, sums);
+    if (d < v_dim) add_values<T, H, 1, false>(s, values, n, d, v_dim, factor, sums);
   }
 }
 

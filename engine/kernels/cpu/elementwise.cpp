@@ -1,29 +1,6 @@
 #include "elementwise.h"
 
 namespace kvray {
-namespace {
-
-// x as it reads back after being stored as T.
-template <typename T>
-inline vf rounded(vf x) {
-  if constexpr (sizeof(T) == 2) return widen(narrow(x));
-  return x;
-}
-
-// x / (1 + e^-y)
-inline vf swish(vf x, vf y) {
-  vf exponent = y * -kLog2E;
-  vf bounded = exponent > 127.f ? splat(127.f) : exponent;
-  return x / (1.f + exp2v<7>(bounded));
-}
-
-inline vf silu(vf x) { return swish(x, x); }
-
-// x / 2 * (1 + tanh(y)) is x / (1 + e^-2y), which keeps its digits where tanh is near -1.
-inline vf gelu_tanh(vf x) { return swish(x, 1.5957691216057308f * (x + 0.044715f * (x * x * x))); }
-
-}  // namespace
-
 template <typename T>
 void rms_norm_row(const T* x, const T* weight, int n, const NormStyle& style, T* out) {
   vf squares[4] = {};  // four sums, so that one addition need not wait for the one before
@@ -50,9 +27,7 @@ void add_row(const T* from, int n, T* to) {
 template <typename T>
 void gate_row(T* gate, const T* up, int n, Activation activation) {
   for (int i = 0; i < n; i += W) {
-    vf x = load_upto(gate + i, n - i);
-    vf y = activation == Activation::kSilu ? silu(x) : gelu_tanh(x);
-    store_upto(gate + i, rounded<T>(y) * load_upto(up + i, n - i), n - i);
+    store_upto(gate + i, gated<T>(load_upto(gate + i, n - i), load_upto(up + i, n - i), activation), n - i);
   }
 }
 

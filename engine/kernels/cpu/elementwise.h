@@ -24,6 +24,28 @@ void add_row(const T* from, int n, T* to);
 
 enum class Activation { kSilu, kGeluTanh };
 
+// x as it reads back after being stored as T.
+template <typename T>
+inline vf rounded(vf x) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(x));
+  return x;
+}
+
+// x / (1 + e^-y)
+inline vf swish(vf x, vf y) {
+  vf exponent = y * -kLog2E;
+  vf bounded = exponent > 127.f ? splat(127.f) : exponent;
+  return x / (1.f + exp2v<7>(bounded));
+}
+
+// round(activation(x)) * up. GELU's tanh form, x / 2 * (1 + tanh(y)), is x / (1 + e^-2y), which keeps its digits where
+// tanh is near -1.
+template <typename T>
+inline vf gated(vf x, vf up, Activation activation) {
+  const bool is_silu = activation == Activation::kSilu;
+  return rounded<T>(swish(x, is_silu ? x : 1.5957691216057308f * (x + 0.044715f * (x * x * x)))) * up;
+}
+
 // gate = round(activation(gate)) * up, one row of n.
 template <typename T>
 void gate_row(T* gate, const T* up, int n, Activation activation);

@@ -6,13 +6,12 @@
 #include <memory>
 #include <new>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>)
-#define KVRAY_TILES 1
+#include "tiles.h"
+
+#if defined(KVRAY_TILES)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace kvray {
@@ -188,8 +187,8 @@ struct Piece {
   int64_t num_rows() const {
     return std::min(linear.unit_rows, linear.num_rows - unit * linear.unit_rows);
   }
-  int64_t b_block() const { return linear.panels * kPanelWords; }
-  const uint32_t* weights() const { return linear.weights + block * b_block() + k * kPanelWords; }
+  int64_t b_block() const { return linear.beside(); }
+  const uint32_t* weights() const { return linear.weights + (block * linear.panels + k) * kPanelWords; }
 };
 
 template <typename Step, int R, int V, bool Fetches>
@@ -232,37 +231,18 @@ struct Strips {
 // -------------------------------------------------------------------------------------------------------------- tiles
 
 #if defined(KVRAY_TILES)
-#define KVRAY_TARGET_TILES __attribute__((target("amx-tile,amx-bf16")))
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0-3 are sums, 4-5 rows, 6-7 weights.
-KVRAY_TARGET_TILES void configure_tiles(int rows) {
-  TileConfig config;
-  for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
-  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 believes that eight bytes of it are read
-  _tile_loadconfig(&config);
-}
-
-KVRAY_TARGET_TILES void release_tiles() { _tile_release(); }
-
 constexpr int kSumsStride = kBlockColumns * sizeof(float), kWeightsStride = 64;
-constexpr int kHalfBlock = 16;  // columns, or rows, of a tile
 
 // 32 rows by one column block. Rows are `stride` bytes apart, panels `step`.
 KVRAY_TARGET_TILES void square(const char* a, int64_t step, int64_t stride, const uint32_t* b, int64_t steps,
                                const float* from, float* to) {
-  constexpr int kLower = kHalfBlock * kBlockColumns;
+  constexpr int kLower = kTileSide * kBlockColumns;
   asm volatile("" : : : "memory");  // GCC 12's tile loads do not say that they read memory
   if (from) {
     _tile_loadd(0, from, kSumsStride);
-    _tile_loadd(1, from + kHalfBlock, kSumsStride);
+    _tile_loadd(1, from + kTileSide, kSumsStride);
     _tile_loadd(2, from + kLower, kSumsStride);
-    _tile_loadd(3, from + kLower + kHalfBlock, kSumsStride);
+    _tile_loadd(3, from + kLower + kTileSide, kSumsStride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -280,9 +260,9 @@ KVRAY_TARGET_TILES void square(const char* a, int64_t step, int64_t stride, cons
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, to, kSumsStride);
-  _tile_stored(1, to + kHalfBlock, kSumsStride);
+  _tile_stored(1, to + kTileSide, kSumsStride);
   _tile_stored(2, to + kLower, kSumsStride);
-  _tile_stored(3, to + kLower + kHalfBlock, kSumsStride);
+  _tile_stored(3, to + kLower + kTileSide, kSumsStride);
   asm volatile("" : : : "memory");
 }
 
@@ -310,10 +290,10 @@ KVRAY_TARGET_TILES void flat(const char* a, int64_t step, int64_t stride, const 
     }
   }
   _tile_stored(0, to, kSumsStride);
-  _tile_stored(1, to + kHalfBlock, kSumsStride);
+  _tile_stored(1, to + kTileSide, kSumsStride);
   if (IsWide) {
     _tile_stored(2, to + sums_block, kSumsStride);
-    _tile_stored(3, to + sums_block + kHalfBlock, kSumsStride);
+    _tile_stored(3, to + sums_block + kTileSide, kSumsStride);
   }
   asm volatile("" : : : "memory");
 }
@@ -327,7 +307,9 @@ struct Tiles {
                                 : linear.packed_rows + piece.unit * linear.unit_bytes;
     a += piece.k * step;
     if (linear.num_rows > kTileFew)
-      square(a, step, stride, piece.weights(), piece.steps, piece.from, piece.to);
+      for (int64_t i = 0; i < piece.num_blocks; i++)
+        square(a, step, stride, piece.weights() + i * piece.b_block(), piece.steps,
+               piece.from ? piece.from + i * piece.sums_block : nullptr, piece.to + i * piece.sums_block);
     else if (piece.num_blocks == 2)
       flat<true>(a, step, stride, piece.weights(), piece.b_block(), piece.steps, piece.to, piece.sums_block);
     else
@@ -344,22 +326,33 @@ bool has_few_rows(const Linear& linear) {
   return linear.num_rows <= (linear.path == LinearPath::kTiles ? kTileFew : kFewRows);
 }
 
-// Sums [num_rows][32] of one column block, plus bias, to y from `row` on.
-void finish(const Linear& linear, const float* sums, int64_t row, int64_t num_rows, int64_t block) {
-  constexpr int kParts = static_cast<int>(kBlockColumns) / W;
+constexpr int kParts = static_cast<int>(kBlockColumns) / W;
+
+// A row's 32 sums, plus bias from `first` on, as they are rounded.
+inline void add_bias(const float* sums, const bf16* bias, int width, vf (&result)[kParts]) {
+  for (int i = 0; i < kParts; i++) {
+    result[i] = load(sums + i * W);
+    if (bias && i * W < width) result[i] += load_upto(bias + i * W, width - i * W);
+    const vi is_nan = result[i] != result[i];
+    result[i] = (vf)((is_nan & 0x7fc00000) | (~is_nan & (vi)result[i]));
+  }
+}
+
+// Sums [num_rows][32] of one column block to y from `row` on; where it is gated, with those of the block beside it.
+void finish(const Linear& linear, const float* sums, const float* beside, int64_t row, int64_t num_rows,
+            int64_t block) {
   const int64_t first = block * kBlockColumns;
   const int width = static_cast<int>(std::min(kBlockColumns, linear.width - first));
-  vf bias[kParts] = {};
-  if (linear.bias)
-    for (int i = 0; i < kParts && i * W < width; i++) bias[i] = load_upto(linear.bias + first + i * W, width - i * W);
-  for (int64_t r = 0; r < num_rows; r++, sums += kBlockColumns) {
+  const bf16* bias = linear.bias ? linear.bias + first : nullptr;
+  for (int64_t r = 0; r < num_rows; r++, sums += kBlockColumns, beside += kBlockColumns) {
     bf16* to = linear.y + (row + r) * linear.width + first;
     vf result[kParts];
-    for (int i = 0; i < kParts; i++) {
-      result[i] = load(sums + i * W);
-      if (linear.bias) result[i] += bias[i];
-      const vi is_nan = result[i] != result[i];
-      result[i] = (vf)((is_nan & 0x7fc00000) | (~is_nan & (vi)result[i]));
+    add_bias(sums, bias, width, result);
+    if (linear.gate) {
+      vf up[kParts];
+      add_bias(beside, bias ? bias + linear.width : nullptr, width, up);
+      for (int i = 0; i < kParts; i++)
+        result[i] = gated<bf16>(rounded<bf16>(result[i]), rounded<bf16>(up[i]), *linear.gate);
     }
 #if defined(KVRAY_AVX512) && defined(__AVX512BF16__)
     if (width == kBlockColumns) {
@@ -381,7 +374,7 @@ template <typename Kernel>
 void run_task(const Linear& linear, const LinearTasks& tasks, int64_t task) {
   const int64_t m0 = task / tasks.wide * tasks.units, m1 = std::min(m0 + tasks.units, linear.num_units);
   const int64_t block = task % tasks.wide * tasks.blocks;
-  const int64_t num_blocks = std::min(tasks.blocks, linear.column_blocks - block);
+  const int64_t num_blocks = linear.gate ? 2 : std::min(tasks.blocks, linear.column_blocks - block);
   const int64_t panels = linear.panels, unit_rows = linear.unit_rows;
   const int64_t chunk = m1 - m0 > 1 ? kChunk : panels, sums_block = (m1 - m0) * unit_rows * kBlockColumns;
   float* all_sums = task_sums();
@@ -394,8 +387,8 @@ void run_task(const Linear& linear, const LinearTasks& tasks, int64_t task) {
       const Piece piece{linear, m, block, num_blocks, k, steps, k ? sums : nullptr, sums, sums_block, m == m0};
       Kernel::multiply(piece);
       if (k + steps < panels) continue;
-      for (int64_t i = 0; i < num_blocks; i++)
-        finish(linear, sums + i * sums_block, m * unit_rows, piece.num_rows(), block + i);
+      for (int64_t i = 0; i < (linear.gate ? 1 : num_blocks); i++)
+        finish(linear, sums + i * sums_block, sums + sums_block, m * unit_rows, piece.num_rows(), block + i);
     }
   }
   Kernel::end();
@@ -510,7 +503,7 @@ void pack_row_unit(const Linear& linear, int64_t unit) {
 
 LinearTasks cut_linear(const Linear& linear) {
   const int64_t all_units = linear.num_units, high = ceil_div(all_units, kTaskRows / linear.unit_rows);
-  const int64_t blocks = has_few_rows(linear) ? 2 : 1, wide = ceil_div(linear.column_blocks, blocks);
+  const int64_t blocks = has_few_rows(linear) && !linear.gate ? 2 : 1, wide = ceil_div(linear.column_blocks, blocks);
   return {ceil_div(all_units, high), blocks, wide, high * wide};
 }
 

@@ -14,7 +14,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "elementwise.h"
 #include "vec.h"
 
 namespace kvray {
@@ -29,9 +31,6 @@ constexpr int64_t kPanelDepth = 32;  // of the depth: the unit of the order of s
 constexpr int64_t kBlockColumns = 32;
 constexpr int64_t kPanelWords = kPanelDepth * kBlockColumns / 2;  // a panel of a column block, in pairs of bfloat16
 
-// Whether the CPU has tiles and the system lets this process use them; asks the system the first time.
-bool may_use_tiles();
-
 // Weights [width, depth] to words [column blocks][panels][kPanelWords], zeros where width and depth end.
 // Tiles take [2 x 16 columns][16 pairs][16 columns], other paths [8][2 parities][32 columns].
 void pack_weights(LinearPath path, const bf16* weights, int64_t width, int64_t depth, int64_t column_block,
@@ -43,10 +42,11 @@ struct Linear {
   LinearPath path;
   const bf16* x;  // [num_rows, depth]
   int64_t x_row;
-  const uint32_t* weights;
-  const bf16* bias;  // [width] or null
+  const uint32_t* weights;  // where it is gated, column blocks of the gate, then as many of what it lets through
+  const bf16* bias;  // [width], or [2, width] where it is gated, or null
   bf16* y;  // [num_rows, width]
   int64_t num_rows, width, depth;
+  std::optional<Activation> gate;  // y = round(activation(x gate' + bias)) * round(x up' + bias)
 
   // What follows of the above, set by lay_out(): rows are packed and multiplied a unit at a time.
   int64_t panels, column_blocks, unit_rows, unit_bytes, num_units;
@@ -54,6 +54,8 @@ struct Linear {
 
   void lay_out();
   bool is_read_in_place(int64_t unit) const;
+  // Words from a column block to the one that is multiplied beside it: the next one, or the one that it lets through.
+  int64_t beside() const { return (gate ? column_blocks : 1) * panels * kPanelWords; }
 };
 
 // Rows to multiply at a time, so that they take no more than some 32 MiB when they are packed.

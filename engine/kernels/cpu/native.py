@@ -30,9 +30,12 @@ class NativeKernels:
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self.name = f"native-{module.vector_floats}{'-bf16dot' if module.has_bf16_dot else ''}"
         #: How bfloat16 linears are computed; None where no way of this machine gives the bits that it should.
         self.linear_path = _choose_linear_path(module)
+        #: Prefill attention in bfloat16 goes on tiles where linears do, which shows that they compute as they should.
+        self._is_on_tiles = self.linear_path == "tiles" and module.has_bf16_dot
+        dots = "-tiles" if self._is_on_tiles else "-bf16dot" if module.has_bf16_dot else ""
+        self.name = f"native-{module.vector_floats}{dots}"
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
         """Take every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
@@ -78,7 +81,9 @@ class NativeKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
-        out: torch.Tensor = self._module.prefill_attention(query, k_view, v_view, block_table, kv_len, *_plain(options))
+        out: torch.Tensor = self._module.prefill_attention(
+            query, k_view, v_view, block_table, kv_len, *_plain(options), self._is_on_tiles
+        )
         return out
 
     def pack_weights(self, weights: torch.Tensor) -> torch.Tensor:
@@ -98,6 +103,8 @@ class NativeKernels:
         bias: torch.Tensor | None,
         out_features: int,
         counts: Sequence[int] | None = None,
+        *,
+        is_gelu: bool | None = None,
     ) -> torch.Tensor:
         """Multiply rows by packed weights, bfloat16: a row has the same bits in any batch and on every path.
 
@@ -106,15 +113,17 @@ class NativeKernels:
         Args:
             x: `[num_rows, in_features]`.
             words: as `pack_weights` returned them.
-            bias: `[num_groups, out_features]` contiguous, or None.
+            bias: `[num_groups, out_features]` contiguous, or None; `[num_groups, 2, out_features]` of a gated one.
             out_features: width of the result.
             counts: so many rows, one after the other, go to each group; None: all go to the one group.
+            is_gelu: a gated layer's activation, gelu's tanh form or silu: `words` are those of the gate and, one behind
+                the other in dimension 1, of what it lets through; the result is what `gate` makes of both products.
 
         Returns:
             `[num_rows, out_features]`.
         """
         counts = [len(x)] if counts is None else counts
-        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path)
+        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path, is_gelu)
         return out
 
     def rms_norm(

@@ -75,7 +75,13 @@ inline vf load(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+inline vf widen(vh x) {
+#if defined(KVRAY_AVX512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#else
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 inline vf load(const bf16* p) {
   vh x;
   std::memcpy(&x, p, sizeof x);
@@ -83,8 +89,11 @@ inline vf load(const bf16* p) {
 }
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-// Round to the nearest bfloat16, ties to even; NaN stays NaN.
+// Round to the nearest bfloat16, ties to even; NaN stays NaN. What the instruction does besides: subnormals become zeros.
 inline vh narrow(vf x) {
+#if defined(KVRAY_AVX512) && defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   vu u = (vu)x;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
@@ -164,14 +173,14 @@ inline float largest(vf x) {
 #endif
 }
 
-// 2^x for x <= 127, exactly 0 below -127 (and for -infinity), NaN for NaN. The relative error is below 2e-7 with seven
+// 2^x for x <= 127, exactly 0 below -126.5 (and for -infinity), NaN for NaN. The relative error is below 2e-7 with seven
 // terms and below 5e-5 with four, which is enough where the result is rounded to bfloat16 (2^-9).
 template <int Terms>
 inline vf exp2v(vf x) {
-  x = maximum(splat(-127.f), x);
 #if defined(KVRAY_AVX512)
   vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  x = maximum(splat(-127.f), x);
   vf shifted = x + 12582912.f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
   vf n = shifted - 12582912.f;
 #endif
@@ -181,8 +190,13 @@ inline vf exp2v(vf x) {
                           9.61812911e-3f, 1.33335581e-3f, 1.54035304e-4f, 1.52527338e-5f};
   vf p = splat(c[Terms]);
   for (int k = Terms - 1; k >= 0; k--) p = fma(p, f, splat(c[k]));
+#if defined(KVRAY_AVX512)
+  const __mmask16 is_seen = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.5f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(is_seen, (__m512)p, (__m512)n);
+#else
   vi exponent = __builtin_convertvector(n, vi) + 127;
   return p * (vf)(exponent << 23);
+#endif
 }
 
 constexpr float kLog2E = 1.44269504088896f;

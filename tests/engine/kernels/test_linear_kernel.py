@@ -146,6 +146,25 @@ def test_groups_of_rows_are_multiplied_by_their_own_weights_as_if_alone(module):
         assert same_bits(module.linear(rows, words, biases, 50, counts, path), torch.cat(wanted))
 
 
+@pytest.mark.parametrize("is_gelu", [False, True])
+@pytest.mark.parametrize("width", [7, 80, 96])
+def test_a_gated_layer_has_the_bits_of_two_linears_and_the_gate(module, is_gelu, width):
+    generator = torch.Generator().manual_seed(0)
+    rows, gate, up, biases = (
+        (torch.randn(shape, generator=generator) / 8).bfloat16()
+        for shape in ((300, 100), (width, 100), (width, 100), (2, width))
+    )
+    for path, bias, count in itertools.product(paths(module), (None, biases), (1, 3, 5, 16, 17, 100, 300)):
+        parts = [module.pack_weights(weight[None], path) for weight in (gate, up)]
+        opened, raised = (
+            module.linear(rows[:count], words, each, width, [count], path)
+            for words, each in zip(parts, (None, None) if bias is None else biases, strict=True)
+        )
+        module.gate(opened, raised, is_gelu)
+        got = module.linear(rows[:count], torch.cat(parts, 1), bias, width, [count], path, is_gelu)
+        assert same_bits(got, opened), (path, count)
+
+
 @pytest.mark.slow
 def test_more_rows_than_fit_one_pass_are_multiplied_in_several(module):
     rows, weight = cancelling(8192, 32, 5000)
@@ -204,23 +223,37 @@ PROGRAM = r"""
 
 #include "linear.h"
 
-// A product by the definition and by `fma`: prints how many results differ.
+using namespace kvray;
+
+// A product by the path that the build names.
+void multiply(Linear job) {
+  job.path = LinearPath::KVRAY_TEST_PATH;
+  job.lay_out();
+  job.packed_rows = static_cast<char*>(std::aligned_alloc(64, (job.num_units * job.unit_bytes + 63) / 64 * 64));
+  for (int64_t i = 0; i < job.num_units; i++) pack_row_unit(job, i);
+  const LinearTasks tasks = cut_linear(job);
+  for (int64_t i = 0; i < tasks.count; i++) linear_task(job, tasks, i);
+  std::free(job.packed_rows);
+}
+
+// Products of two layers, apart and gated, by a path and by the definition: prints how many results differ.
 int main() {
-  using namespace kvray;
-  const int64_t depth = 100, width = 40, num_rows = 41, panels = 4, blocks = 2;
-  std::vector<bf16> x(num_rows * depth), w(width * depth), bias(width), y(num_rows * width), wanted(y);
+  const int64_t depth = 100, width = 40, num_rows = 81, panels = 4, blocks = 2;
+  std::vector<bf16> x(num_rows * depth), w(2 * width * depth), bias(2 * width);
+  std::vector<bf16> y(num_rows * width), gate(y), up(y);
   uint32_t state = 1;
   for (auto* all : {&x, &w, &bias})
     for (bf16& value : *all) {
       state = state * 1664525u + 1013904223u;
       value.bits = static_cast<uint16_t>((state >> 16 & 0x807f) | (120 + (state >> 8) % 12) << 7);
     }
-  std::vector<uint32_t> words(blocks * panels * kPanelWords);
-  for (int64_t i = 0; i < blocks; i++) pack_weights(LinearPath::kFma, w.data(), width, depth, i, words.data());
+  std::vector<uint32_t> words(2 * blocks * panels * kPanelWords);
+  for (int64_t i = 0; i < 2 * blocks; i++)
+    pack_weights(LinearPath::KVRAY_TEST_PATH, w.data() + i / blocks * width * depth, width, depth, i % blocks,
+                 words.data() + i / blocks * blocks * panels * kPanelWords);
   int64_t differ = 0;
   for (int64_t count = 1; count <= num_rows; count++) {
     Linear job{};
-    job.path = LinearPath::kFma;
     job.x = x.data();
     job.x_row = depth;
     job.weights = words.data();
@@ -229,14 +262,14 @@ int main() {
     job.num_rows = count;
     job.width = width;
     job.depth = depth;
-    job.lay_out();
-    job.packed_rows = static_cast<char*>(std::aligned_alloc(64, (job.num_units * job.unit_bytes + 63) / 64 * 64));
-    for (int64_t i = 0; i < job.num_units; i++) pack_row_unit(job, i);
-    const LinearTasks tasks = cut_linear(job);
-    for (int64_t i = 0; i < tasks.count; i++) linear_task(job, tasks, i);
-    std::free(job.packed_rows);
-    linear_by_definition(x.data(), w.data(), bias.data(), count, width, depth, wanted.data());
-    for (int64_t i = 0; i < count * width; i++) differ += y[i].bits != wanted[i].bits;
+    linear_by_definition(x.data(), w.data(), bias.data(), count, width, depth, gate.data());
+    linear_by_definition(x.data(), w.data() + width * depth, bias.data() + width, count, width, depth, up.data());
+    multiply(job);
+    for (int64_t i = 0; i < count * width; i++) differ += y[i].bits != gate[i].bits;
+    job.gate = Activation::kSilu;
+    multiply(job);
+    gate_row(gate.data(), up.data(), static_cast<int>(count * width), Activation::kSilu);
+    for (int64_t i = 0; i < count * width; i++) differ += y[i].bits != gate[i].bits;
   }
   std::printf("%lld of %lld floats a vector differ\n", static_cast<long long>(differ), static_cast<long long>(W));
 }
@@ -260,12 +293,27 @@ def test_other_machines_instructions_give_the_bits_of_the_definition_too(tmp_pat
         pytest.skip("names instruction sets of x86-64")
     if target == "AVX-512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no AVX-512")
-    (tmp_path / "program.cpp").write_text(PROGRAM)
-    flags = ["-std=c++17", "-O3", flag, "-ffp-contract=off", "-static", "-Wno-psabi", f"-I{KERNELS}"]
-    sources = [tmp_path / "program.cpp", KERNELS / "linear.cpp"]
-    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "program"], check=True, capture_output=True)
-    out = subprocess.check_output([*runner, tmp_path / "program"], text=True, env=os.environ)
-    assert out == f"0 of {floats} floats a vector differ\n"
+    assert run_program(tmp_path, "kFma", compiler, flag, runner=runner) == f"0 of {floats} floats a vector differ\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="tiles are x86-64's")
+def test_tiles_as_they_are_defined_give_the_bits_of_the_definition_too(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    emulation = Path(__file__).with_name("emulated_tiles.h")
+    flags = ["-march=x86-64-v3", "-include", str(emulation)]
+    assert run_program(tmp_path, "kTiles", "g++", *flags) == "0 of 8 floats a vector differ\n"
+
+
+def run_program(directory: Path, path: str, compiler: str, *flags: str, runner: tuple[str, ...] = ()) -> str:
+    """Compile PROGRAM for one path with the kernels that it needs, and return what it prints."""
+    (directory / "program.cpp").write_text(PROGRAM)
+    always = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", "-Wno-psabi", f"-I{KERNELS}"]
+    sources = [directory / "program.cpp", KERNELS / "linear.cpp", KERNELS / "elementwise.cpp"]
+    command = [compiler, *always, *flags, f"-DKVRAY_TEST_PATH={path}", *sources, "-o", directory / "program"]
+    subprocess.run(command, check=True, capture_output=True)
+    return subprocess.check_output([*runner, directory / "program"], text=True, env=os.environ)
 
 
 @pytest.mark.slow

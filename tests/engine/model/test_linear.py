@@ -5,7 +5,15 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.kernels.cpu.native import load_kernels
 from engine.model import linear as linear_module
-from engine.model.linear import GroupedLinear, NativeLinear, PackedLinear, can_pack, pack_linears
+from engine.model.linear import (
+    GroupedLinear,
+    MergedLinear,
+    NativeLinear,
+    PackedLinear,
+    can_merge,
+    can_pack,
+    pack_linears,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +79,35 @@ def test_bfloat16_goes_to_the_kernels_and_float32_to_onednn(kernels):
     for shape in ((2, 3, 48), (6, 48), (1, 1, 48), (48,), (0, 48)):
         assert model[1](torch.zeros(shape).bfloat16()).shape == (*shape[:-1], 101)
     torch.testing.assert_close(model[1](x), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_merged_linears_give_the_bits_of_each_which_go_on_as_before(kernels, has_bias):
+    linears = [NativeLinear(*made, kernels) for made in _weights((64, 32, 40), 100, has_bias=has_bias)]
+    weights = [linear.weight for linear in linears]
+    x = torch.randn(1, 37, 100).bfloat16()
+    want = [linear(x) for linear in linears]
+    assert can_merge(linears)
+    assert all(map(torch.equal, MergedLinear(linears)(x), want))
+    assert all(map(torch.equal, [linear(x) for linear in linears], want))
+    assert all(map(torch.equal, [linear.weight for linear in linears], weights))
+
+
+def test_linears_with_gaps_between_them_or_of_another_kind_are_not_merged(kernels):
+    (first, bias), second = _weights((40, 32), 100, has_bias=True)
+    plain, last = NativeLinear(first, bias, kernels), NativeLinear(*second, kernels)
+    assert not can_merge([plain, last])
+    assert can_merge([last, plain])
+    assert not can_merge([last, NativeLinear(first, None, kernels)])
+    assert not can_merge([last, NativeLinear(first[:, :64], bias, kernels)])
+    assert not can_merge([last, PackedLinear(first.float(), None)])
+
+
+def _weights(widths: tuple[int, ...], depth: int, *, has_bias: bool) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Draw a weight `[width, depth]` of each width, and a bias."""
+    return [
+        (torch.randn(width, depth).bfloat16(), torch.randn(width).bfloat16() if has_bias else None) for width in widths
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
