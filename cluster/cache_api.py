@@ -22,7 +22,6 @@ from cluster.caches import Caches, Piece, PromptTokens, Sum
 from cluster.openai import prompts
 from cluster.openai.body import BodyDecoder, read_body
 from cluster.openai.cache_protocol import (
-    CACHE_TIERS,
     NODE_TIERS,
     CacheStatsReply,
     CheckRequest,
@@ -50,14 +49,14 @@ from cluster.prefixes import Prefixes
 from messages.cache import BlocksListed
 from messages.errors import RequestError
 from messages.fleet import WorkerInfo
-from messages.tier import Tier
+from messages.tier import TIERS, Tier
 
 #: Rows of a table, of some 100 bytes each: all of them are gathered before the first is sent, as it tells their number.
 _MAX_ROWS: Final = 2_000_000
 _PARAMETERS: Final = {
     "parameters": [
         {"name": "format", "in": "query", "schema": {"enum": ["arrow", "parquet", "json"], "default": "arrow"}},
-        {"name": "tier", "in": "query", "schema": {"enum": list(CACHE_TIERS)}, "description": "default: all of them"},
+        {"name": "tier", "in": "query", "schema": {"enum": list(TIERS)}, "description": "default: all of them"},
         {"name": "tenant", "in": "query", "schema": {"type": "string"}, "description": "default: all of them"},
     ]
 }
@@ -96,7 +95,7 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
     async def clear(request: Request) -> Response:
         """Drop blocks from pools and node caches; with `dry_run`, which is the default, say what would go."""
         fields = clear_decoder.decode(await read_body(request, max_bytes))
-        tiers = fields.tiers or CACHE_TIERS
+        tiers = fields.tiers or TIERS
         prompt = await _prompt_of(surface, request, fields)
         if prompt is not None and fields.everything:
             raise bad_field("everything", True, "it false where there is a prompt")
@@ -130,7 +129,7 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
                     raise bad_field(param, getattr(fields, param), "a prompt or messages with it, or none: everything")
             if not _caller(request).is_operator:
                 raise not_allowed("prompt", "check of everything")
-        tiers = _unique(fields.tiers or CACHE_TIERS)
+        tiers = _unique(fields.tiers or TIERS)
         owners = await caches.owners(tiers)
         return _lines(owners, caches.check(owners, tiers, prompt))
 
@@ -145,7 +144,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
         """Drop a prompt's blocks, but those that are to be kept; with `dry_run`, the default, say what would go."""
         fields = evict_decoder.decode(await read_body(request, max_bytes))
         prompt = await _wanted_prompt_of(surface, request, fields)
-        tiers = _unique(fields.tiers or CACHE_TIERS)
+        tiers = _unique(fields.tiers or TIERS)
         return _json(await caches.clear(tiers, prompt, None, is_dry_run=fields.dry_run, spares_kept=True))
 
     @app.post("/v1/cache/move", openapi_extra=body_of(MoveRequest), responses=answers(WorkProgress))
@@ -244,9 +243,9 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
         )
         if wanted is None:
             raise bad_field("format", query.get("format"), "arrow, parquet or json")
-        tiers = [tier for tier in CACHE_TIERS if tier == query.get("tier", tier)]
+        tiers = [tier for tier in TIERS if tier == query.get("tier", tier)]
         if not tiers:
-            raise bad_field("tier", query.get("tier"), f"one of {', '.join(CACHE_TIERS)}")
+            raise bad_field("tier", query.get("tier"), f"one of {', '.join(TIERS)}")
         caller, tenant = _caller(request), query.get("tenant")
         owner = None if tenant is None and caller.is_operator else surface.callers.meant(caller, tenant).owner(None)
         async with tabling:  # one at a time is in memory before it is sent
@@ -366,7 +365,7 @@ async def _encoded(surface: Surface, param: str, text: str, adds_special: bool) 
 
 def _unique(tiers: Sequence[Tier]) -> list[Tier]:
     """Return the tiers in order, each once."""
-    return [tier for tier in CACHE_TIERS if tier in tiers]
+    return [tier for tier in TIERS if tier in tiers]
 
 
 def _json(value: msgspec.Struct) -> Response:

@@ -15,7 +15,6 @@ import msgspec
 from cluster.dispatch import Dispatcher
 from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import (
-    CACHE_TIERS,
     NODE_TIERS,
     CacheFailure,
     CacheStatsReply,
@@ -42,7 +41,7 @@ from messages.cache import (
 )
 from messages.errors import CapacityError, KvrayError, RequestError, WorkerError, error_from_info
 from messages.fleet import TakeBlocks, WorkerInfo
-from messages.tier import Tier
+from messages.tier import TIERS, Tier
 
 _NAMES_AT_A_TIME: Final = 512  #: some ms of their owner
 _NAMES_LOOKED_UP: Final = 4096  #: some ms of a router, or 15 where no two neighbours have the same holders
@@ -478,7 +477,7 @@ def _tenant_stats(values: dict[str, float]) -> dict[str, dict[Tier, TenantStats]
             name, tier = labels_of(full_name)["tenant"], labels_of(full_name)["tier"]
             quota = values.get(full_name.replace("_bytes{", "_quota_bytes{"))
             one = TenantStats(bytes=int(value), quota_bytes=None if quota is None else int(quota))
-            found.setdefault(name, {}).update({known: one for known in CACHE_TIERS if known == tier})
+            found.setdefault(name, {}).update({known: one for known in TIERS if known == tier})
     return found
 
 

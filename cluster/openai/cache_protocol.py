@@ -10,7 +10,6 @@ from msgspec import Meta
 from cluster.openai.protocol import ChatMessage, ClientTemplate, Salt, Tool
 from messages.tier import Tier
 
-CACHE_TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
 #: Those of node caches.
 NodeTier: TypeAlias = Literal["host", "disk", "remote"]
 NODE_TIERS: tuple[NodeTier, ...] = ("host", "disk", "remote")
