@@ -3,6 +3,8 @@
     python benchmarks/engine_cpu.py                 every cell, against transformers
     python benchmarks/engine_cpu.py --with-vllm     against vLLM too; installs it first, in an environment of its own
     python benchmarks/engine_cpu.py --quick         one small cell without vLLM, within 60 s
+    python benchmarks/engine_cpu.py --beside-spinner  one cell, ours and vLLM's, alone and beside a process that spins
+    python benchmarks/engine_cpu.py --cpu-limit 1   the same, alone and with one core's time, as Kubernetes limits it
     python benchmarks/engine_cpu.py --record        also append to benchmarks/results/engine_cpu.jsonl
 
 A cell is a model shape, a dtype and a workload; models are Llamas with random weights, prompts random tokens, decoding
@@ -10,7 +12,8 @@ greedy, ends ignored. Each contender runs in a process of its own, one after the
 and its median counts: output tokens of all requests over the time from the first request to the last token.
 Goals: 3x transformers' generate_batch, 1.5x its generate on the padded batch, 1.05 to 1.25x vLLM by the CPU's
 instructions, and of the KV memory held at 256 tokens and more under 2 % without a token in it; vLLM's share stands
-beside it, by arithmetic from the size of its blocks.
+beside it, by arithmetic from the size of its blocks. Beside a process that spins on one of two cores, or with one
+core's time: half of what it is alone, and no less than vLLM there.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from harness.crowding import cpu_quota, spinner
 from harness.report import CACHE, ROOT, cpu_flags, goal, hardware, parser, record
+
+from engine.cores import OMP_ENVIRONMENT
 
 PEERS = ROOT / "benchmarks" / "peers"
 VLLM = "0.32.0"
@@ -47,6 +54,8 @@ CONTENDERS = {
 }
 GOALS = {"generate_batch": 3.0, "generate, padded": 1.5}
 MAX_WASTE_PERCENT = 2.0
+CROWDED_CELL = "120M bfloat16 256/64"
+MIN_CROWDED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,13 @@ def vllm_python(*, is_wanted: bool) -> Path | None:
     return python
 
 
-def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Run one contender on one cell; None, with the reason on standard error, where it does not run."""
+def run(
+    contender: str, cell: Cell, python: Path, args: argparse.Namespace, enter: Callable[[], None] | None = None
+) -> dict[str, Any] | None:
+    """Run one contender on one cell; None, with the reason on standard error, where it does not run.
+
+    `enter` is called in its process before anything else.
+    """
     script, method = CONTENDERS[contender]
     job = {
         "model_dir": str(model_directory(cell.shape)),
@@ -134,8 +148,15 @@ def run(contender: str, cell: Cell, python: Path, args: argparse.Namespace) -> d
     }
     if contender == "vllm":
         del environment["PYTHONPATH"]
+    if contender == "kvray":
+        environment |= OMP_ENVIRONMENT
     done = subprocess.run(
-        [python, PEERS / script], input=json.dumps(job), capture_output=True, text=True, env=environment
+        [python, PEERS / script],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=enter,
     )
     if done.returncode != 0:
         print(f"{contender} on {cell.name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
@@ -171,6 +192,36 @@ def goals(cell: Cell, results: dict[str, dict[str, Any] | None]) -> list[str]:
     return lines
 
 
+def run_crowded(cell: Cell, pythons: dict[str, Path | None], args: argparse.Namespace) -> list[str]:
+    """Run ours and vLLM's alone and crowded; write the goals, a line each."""
+    how = f"with {args.cpu_limit:g} of the cores" if args.cpu_limit else "beside a spinner"
+    rates: dict[str, list[float | None]] = {}
+    for name in ("kvray", "vllm"):
+        python = pythons[name]
+        if python is None or (args.only and name not in args.only):
+            continue
+        alone, crowded = run(name, cell, python, args), None
+        if args.cpu_limit:
+            with cpu_quota(args.cpu_limit) as enter:
+                crowded = run(name, cell, python, args, enter) if enter else None
+        else:
+            with spinner():
+                crowded = run(name, cell, python, args)
+        rates[name] = [result["tokens_per_s"] if result else None for result in (alone, crowded)]
+        texts = [f"{rate:.1f}" if rate else "-" for rate in rates[name]]
+        print(f"{name:18}{cell.name}: alone {texts[0]}, {how} {texts[1]} tokens/s", flush=True)
+        if args.record:
+            record("engine_cpu", {name: [alone, crowded]}, cell=cell.name, crowded=how)
+    alone_rate, crowded_rate = rates.get("kvray", [None, None])
+    their_rate = rates.get("vllm", [None, None])[1]
+    share = crowded_rate / alone_rate if crowded_rate and alone_rate else None
+    ratio = crowded_rate / their_rate if crowded_rate and their_rate else None
+    return [
+        goal(f"{cell.name} {how}, of alone", share, at_least=MIN_CROWDED_SHARE, unit="x"),
+        goal(f"{cell.name} {how}, over vllm there", ratio, at_least=1.0, unit="x"),
+    ]
+
+
 def main() -> None:
     options = parser(__doc__, "engine_cpu", quick="one small cell")
     options.add_argument("--with-vllm", action="store_true", help="install vLLM on first use")
@@ -180,6 +231,8 @@ def main() -> None:
     options.add_argument("--cells", default="", help="only cells whose name contains this")
     options.add_argument("--requests", type=int, help="at once, instead of 16, where a cell would take hours")
     options.add_argument("--only", choices=list(CONTENDERS), nargs="+", help="these contenders")
+    options.add_argument("--beside-spinner", action="store_true", help="alone, then beside a process that never waits")
+    options.add_argument("--cpu-limit", type=float, help="alone, then in a control group with so many cores' time")
     args = options.parse_args()
     pythons: dict[str, Path | None] = dict.fromkeys(CONTENDERS, Path(sys.executable))
     pythons["vllm"] = vllm_python(is_wanted=args.with_vllm)
@@ -187,6 +240,12 @@ def main() -> None:
     if args.requests:
         cells = [replace(cell, num_requests=args.requests) for cell in cells]
     print(f"{hardware()}; {args.threads} threads; {args.requests or 16} requests at once; tokens/s")
+    if args.beside_spinner or args.cpu_limit:
+        cell = QUICK_CELLS[0] if args.quick else next(cell for cell in CELLS if cell.name == CROWDED_CELL)
+        if args.quick:
+            pythons["vllm"] = None
+        print("\n".join(run_crowded(cell, pythons, args)))
+        return
     print(f"{'':26}" + "".join(f"{name:>18}" for name in CONTENDERS))
     lines = []
     for cell in cells:

@@ -11,11 +11,8 @@ Importable as it is: `serve run cluster.app:build model=DIR`, or in a serveConfi
 from __future__ import annotations
 
 import functools
-import math
-import os
 from typing import Any
 
-import ray
 from ray import serve
 
 from cluster.config import (
@@ -35,6 +32,7 @@ from cluster.replica import prepare_replica
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.core import EngineOptions
+from engine.cores import OMP_ENVIRONMENT
 from engine.worker import WorkerOptions
 from kvcache.names import tenant_number
 from kvrouter.actor import RouterActor, RouterOptions
@@ -83,7 +81,11 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         "graceful_shutdown_wait_loop_s": 0.2,
     }
     common: dict[str, Any] = {"request_router_config": fleet_router_config(), **life}
-    resources = {"num_cpus": config.pools.cpus_per_worker, "num_gpus": config.pools.gpus_per_worker}
+    resources = {
+        "num_cpus": config.pools.cpus_per_worker,
+        "num_gpus": config.pools.gpus_per_worker,
+        "runtime_env": {"env_vars": OMP_ENVIRONMENT},
+    }
     decode = serve.deployment(
         name="Decode",
         num_replicas=config.pools.decode,
@@ -122,7 +124,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
     )(Ingress).bind(config, APP_NAME, roles, [router, *inner], listener)
 
 
-def _placed(resources: dict[str, float], labels: dict[str, str]) -> dict[str, Any]:
+def _placed(resources: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
     return {**resources, **({"label_selector": labels} if labels else {})}
 
 
@@ -137,7 +139,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
         dtype=config.model.dtype,
         device=config.model.device,
         max_model_len=config.model.max_model_len,
-        num_threads=section.num_threads or _threads_per_worker(config),
+        num_threads=section.num_threads,
         engine=EngineOptions(
             block_size=section.block_size,
             kv_cache_bytes=None if section.kv_cache_memory is None else parse_size(section.kv_cache_memory),
@@ -188,10 +190,3 @@ def _quotas(tenant: TenantConfig) -> dict[Tier, int]:
         "remote": tenant.remote_quota,
     }
     return {tier: parse_size(size) for tier, size in sizes.items() if size is not None}
-
-
-def _threads_per_worker(config: KvrayConfig) -> int:
-    """Return the CPU threads of one worker: the node's cores shared out between its workers (measured: docs/LOG.md)."""
-    num_nodes = sum(1 for node in ray.nodes() if node["Alive"]) if ray.is_initialized() else 1
-    workers_per_node = math.ceil((config.pools.prefill + config.pools.decode) / max(1, num_nodes))
-    return max(1, (os.cpu_count() or 1) // workers_per_node)

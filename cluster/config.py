@@ -84,7 +84,7 @@ class EngineSection(_Section, frozen=True):
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: budget of a step
     #: prefill chunks are cut so that running sequences wait no longer, where possible
     itl_target_ms: Annotated[float, Meta(ge=0.1, le=1e6)] = 50.0
-    #: CPU threads per worker; None: the node's cores shared out
+    #: CPU threads of a step, at most; None: the node's cores, which its workers share by who has something to compute
     num_threads: Annotated[int, Meta(ge=1, le=4096)] | None = None
     kernels: Literal["auto", "off"] = "auto"  #: C++ kernels on CPU, where they were built
 

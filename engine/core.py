@@ -12,12 +12,14 @@ A worker drives the same object from its event loop (engine.driver).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from engine.cores import NodeCores, num_cores
 from engine.memory.checksums import BlockChecksums
 from engine.memory.device_memory import DeviceMemory
 from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
@@ -41,6 +43,7 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
+from engine.step_threads import StepThreads
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
@@ -80,6 +83,7 @@ class Engine:
     runner: Runner
     scheduler: Scheduler
     grammars: GrammarCompiler | None  #: None: no structured output
+    threads: StepThreads | None  #: None: not computed on a CPU
     _config: SchedulerConfig
     _pending: list[Instruction] = field(default_factory=list)
 
@@ -101,6 +105,8 @@ class Engine:
             max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
         )
         is_host = loaded.device.type == "cpu"
+        num_threads = torch.get_num_threads()
+        threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_host else None
         layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=is_host)
         shape = (loaded.layer_specs, options.block_size, loaded.dtype, loaded.device)
         memory: Memory | DeviceMemory
@@ -130,8 +136,9 @@ class Engine:
             memory=memory,
             checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
-            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars)),
+            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None),
             grammars=grammars,
+            threads=threads,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
             _config=config,
         )
@@ -161,7 +168,14 @@ class Engine:
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """Give `event` to the scheduler; return its instructions. `now_s` defaults to the monotonic clock."""
-        return self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+        instructions = self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
+        if (
+            isinstance(event, StepWanted)
+            and self.threads
+            and not any(isinstance(each, RunStep) for each in instructions)
+        ):
+            self.threads.rest()
+        return instructions
 
     def bound_s(self, plan: StepPlan) -> float:
         """Return how many seconds the step of `plan` may take before it counts as one that will never end."""
@@ -185,7 +199,8 @@ class Engine:
 
         May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
-        result = self.runner.execute(plan)
+        with self.threads.step() if self.threads else contextlib.nullcontext():
+            result = self.runner.execute(plan)
         for part in plan.parts:
             if part.is_kept:  # peers will read its blocks: here the bytes are still in the cache, and nobody waits
                 size = self.options.block_size
@@ -223,7 +238,9 @@ class Engine:
         return self.scheduler.num_waiting + self.scheduler.num_pulling + self.scheduler.num_running > 0
 
     def close(self) -> None:
-        """Give the pool's memory back."""
+        """Give the pool's memory back, and the cores."""
+        if self.threads:
+            self.threads.close()
         self.memory.close()
 
 

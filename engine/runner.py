@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,16 @@ class _PackedStep:
 class Runner:
     """Executes steps over one pool. Blocking; all calls from one thread."""
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool, sampler: Sampler) -> None:
+    def __init__(
+        self, loaded: LoadedModel, pool: KvPool, sampler: Sampler, on_layer: Callable[[], None] | None = None
+    ) -> None:
         """Bind the model's attention layers to the pool.
 
         Args:
             loaded: the model; its attention becomes ours.
             pool: blocks shaped for this model.
             sampler: turns logits into tokens.
+            on_layer: called before the attention of each layer.
 
         Raises:
             InvariantError: the pool was laid out for another model.
@@ -59,6 +62,7 @@ class Runner:
         self._device = loaded.device
         self._block_size = pool.block_size
         self._sampler = sampler
+        self._on_layer = on_layer
         self._tables = SlotTables(loaded.device)
         self._layers = [
             LayerAttention(k_view, v_view, kernels, layer.chunk)
@@ -206,6 +210,7 @@ class Runner:
                 max_kv_len=max((part.end for part in parts if part.kind == "decode"), default=0),
                 spans=spans,
                 kept_rows=kept_rows,
+                on_layer=self._on_layer,
             ),
             sampled=sampled,
             logprob_parts=logprob_parts,

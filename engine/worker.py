@@ -23,6 +23,7 @@ import torch
 
 from engine.borrower import Borrower
 from engine.core import Engine, EngineOptions
+from engine.cores import num_cores
 from engine.crashing import CrashOnce, guarded
 from engine.driver import EngineDriver
 from engine.lending import Lender
@@ -117,7 +118,7 @@ class WorkerOptions:
     dtype: str
     device: str
     max_model_len: int | None
-    num_threads: int | None
+    num_threads: int | None  #: of a step, at most; None: as many as there are cores
     engine: EngineOptions
     use_kernels: bool
     host: str | None = None  #: where the channel listens; None: the node's address
@@ -187,7 +188,7 @@ class EngineWorker:
             model_dir,
             dtype=options.dtype,
             device=options.device,
-            num_threads=options.num_threads,
+            num_threads=options.num_threads or num_cores(),
             max_model_len=options.max_model_len,
             use_kernels=options.use_kernels,
             on_progress=lambda text: logger.info("%s %s: %s", role, worker_id, text),

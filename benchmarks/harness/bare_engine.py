@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.cores import OMP_ENVIRONMENT
 from harness.prompts import draw_prompts
 from harness.report import ROOT
 
@@ -37,7 +38,7 @@ class BareEngine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "OMP_WAIT_POLICY": "PASSIVE"},
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", **OMP_ENVIRONMENT},
         )
 
     def __enter__(self) -> BareEngine:

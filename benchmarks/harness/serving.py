@@ -112,7 +112,6 @@ def _variables(directory: Path) -> dict[str, str]:
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         "HOME": str(directory),
         "PYTHONUNBUFFERED": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # as `make serve` does
     }
 
 

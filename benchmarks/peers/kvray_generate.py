@@ -9,6 +9,7 @@ from statistics import fmean
 from job import Tokens, answer, read_job
 
 from engine.core import Engine, EngineOptions
+from engine.cores import num_cores
 from engine.model.load import load_model
 from engine.scheduling.plan import (
     EmitTokens,
@@ -24,7 +25,10 @@ from messages.request import SamplingParams
 
 job = read_job()
 loaded = load_model(
-    Path(job.model_dir), dtype=job.dtype, num_threads=job.num_threads, use_kernels=job.method != "torch"
+    Path(job.model_dir),
+    dtype=job.dtype,
+    num_threads=min(job.num_threads, num_cores()),
+    use_kernels=job.method != "torch",
 )
 # Everything is there at once and nobody watches it stream: no ITL target, as none of the peers has one.
 engine = Engine.build(loaded, EngineOptions(kv_cache_bytes=3 << 30, itl_target_s=1e9))

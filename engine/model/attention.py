@@ -6,7 +6,7 @@ step's new K and V in the pool, then computes decode rows and prefill chunks wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -66,6 +66,7 @@ class StepAttention:
     max_kv_len: int
     spans: Sequence[PrefillSpan]
     kept_rows: torch.Tensor | None = None  #: [rows] int64 whose logits are wanted; None: all. Nobody reads the others'
+    on_layer: Callable[[], None] | None = None  #: called before each layer is computed
 
 
 _current_step: ContextVar[StepAttention] = ContextVar("current_step")
@@ -114,6 +115,8 @@ def paged_attention(
         `[1, T, num_heads, v_dim]` and None for the weights.
     """
     step = kv_step if kv_step is not None else _current_step.get()
+    if step.on_layer is not None:
+        step.on_layer()
     layer_index: Any = module.layer_idx
     layer = step.layers[layer_index]
     kernels, k_view, v_view = layer.kernels, layer.k_view, layer.v_view

@@ -19,6 +19,7 @@ from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.cpu.native import load_kernels
 from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
+from engine.model.activations import fix_activations
 from engine.model.attention import choose_kernels
 from engine.model.bits import path_digest
 from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
@@ -126,6 +127,8 @@ def load_model(
         pack_experts(model, native)
     if native:
         names.append(f"{fuse_modules(model, native).name}-{fuse_layers(model, native)}")
+    if target.type == "cpu" and chosen is torch.float32:
+        fix_activations(model)
     if target.type == "cpu":
         use_huge_pages()
         keep_freed_buffers()

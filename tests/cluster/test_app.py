@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
-import ray
 from ray import cloudpickle
 
 from cluster.app import APP_NAME, build, build_application
@@ -37,11 +35,6 @@ def options(**sections: dict[str, Any]) -> WorkerOptions:
     for_decode, for_prefill = made["Decode"].init_args[1], made["Prefill"].init_args[1]
     assert for_decode == for_prefill
     return for_decode
-
-
-@pytest.fixture
-def eight_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
 
 
 # --------------------------------------------------------------------------------------------------------- deployments
@@ -81,7 +74,9 @@ def test_replicas_are_as_many_as_the_configuration_says_and_the_router_is_one():
 
 def test_only_workers_reserve_anything_and_each_kind_goes_to_the_nodes_that_are_labelled_for_it():
     pools = {"cpus_per_worker": 2.0, "gpus_per_worker": 1.0, "decode_labels": {"zone": "a"}}
-    made = {name: deployment.ray_actor_options for name, deployment in deployments(pools=pools).items()}
+    made = {name: dict(deployment.ray_actor_options) for name, deployment in deployments(pools=pools).items()}
+    for name in ("Decode", "Prefill"):
+        del made[name]["runtime_env"]
     assert made["Decode"] == {"num_cpus": 2.0, "num_gpus": 1.0, "label_selector": {"zone": "a"}}
     assert made["Prefill"] == {"num_cpus": 2.0, "num_gpus": 1.0}
     assert made["Router"] == made["Ingress"] == {"num_cpus": 0}
@@ -169,24 +164,15 @@ def test_an_application_from_a_document_reads_no_credential_where_it_is_built(mo
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
-@pytest.mark.parametrize(
-    ("prefill", "decode", "threads"), [(1, 1, 4), (1, 2, 2), (3, 1, 2), (4, 4, 1), (5, 4, 1), (20, 20, 1)]
-)
-def test_a_nodes_workers_share_its_cores_and_each_has_one_at_least(eight_cores, prefill, decode, threads):
-    assert options(pools={"prefill": prefill, "decode": decode}).num_threads == threads
+def test_each_worker_counts_its_nodes_cores_itself():
+    assert options(pools={"prefill": 2, "decode": 2}).num_threads is None
 
 
-def test_a_worker_alone_has_all_cores(eight_cores):
-    assert deployments(pools={"prefill": 0})["Decode"].init_args[1].num_threads == 8
-
-
-@pytest.mark.parametrize(("alive", "threads"), [([True], 2), ([True, True], 4), ([True, False], 2), ([True] * 3, 4)])
-def test_workers_are_spread_over_the_nodes_that_live(eight_cores, monkeypatch, alive, threads):
-    """Four workers on one node or more; where they do not divide evenly the fullest node counts."""
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": is_alive} for is_alive in alive])
-    assert options(pools={"prefill": 2, "decode": 2}).num_threads == threads
-
-
-def test_a_number_that_was_given_is_not_shared_out(eight_cores):
+def test_a_number_that_was_given_counts():
     assert options(engine={"num_threads": 5}, pools={"prefill": 4, "decode": 4}).num_threads == 5
+
+
+def test_threads_of_a_worker_soon_sleep_where_they_wait():
+    made = deployments()
+    for name in ("Decode", "Prefill"):
+        assert made[name].ray_actor_options["runtime_env"] == {"env_vars": {"GOMP_SPINCOUNT": "10000"}}

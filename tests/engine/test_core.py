@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.core import Engine, EngineOptions
+from engine.cores import NodeCores
 from engine.kernels.cpu.native import load_kernels
 from engine.memory.kv_pool import KvPool
 from engine.model.load import load_model
@@ -24,6 +25,7 @@ from engine.scheduling.plan import (
     StepPlan,
     StepResult,
 )
+from engine.step_threads import StepThreads
 from messages.request import SamplingParams
 from tests.models import DEEPSEEK, VOCAB_SIZE, make_tiny_model
 
@@ -227,7 +229,7 @@ def test_a_seeded_request_gives_the_same_alone_beside_others_and_on_blocks_cache
         engine.pool.clear()
         assert answers(engine, numbers) == alone
         assert answers(engine, numbers[::-1]) == alone  # on blocks that were computed beside others
-        torch.set_num_threads(2)
+        engine.threads = StepThreads(2, NodeCores(2, tmp_path / "cores"))
         engine.pool.clear()
         assert answers(engine, numbers[3:]) == {number: alone[number] for number in numbers[3:]}
         assert answers(engine, [5]) == {5: alone[5]}
