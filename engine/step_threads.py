@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -33,6 +33,7 @@ _MAX_PAUSE_S = 30.0
 #: Who is of a team is at work for at least so much of the time of its steps.
 _AT_WORK = 0.5
 _TASKS = Path("/proc/self/task")
+_STAT = Path("/proc/stat")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -73,13 +74,8 @@ class _Times(NamedTuple):
     waited: int  #: for a core
 
 
-class _Window(NamedTuple):
-    """Where the counters stood when a window began."""
-
-    threads: dict[str, _Times]  #: by id; all of the process, or those of the team once they are known
-    idle_s: float  #: of all cores together
-    own_s: float  #: this process's, of all its threads
-    begun_s: float
+#: Where the counters stand, by the thread's id: all of the process, or those of the team once they are known.
+_Counters: TypeAlias = dict[str, _Times]
 
 
 class StepThreads:
@@ -94,22 +90,28 @@ class StepThreads:
         self._size = 0  # torch's threads; 0: not set yet
         self._looked_s = 0.0
         self._members: list[str] | None = None  # ids of the team's threads; None: not known
-        self._window: _Window | None = None
-        self._busy_s = 0.0
+        self._before: _Counters | None = None  # when the window began
+        self._busy_s = 0.0  # within steps of the window; the two others of those steps that could have had more threads
+        self._watched_s = 0.0
+        self._unused_s = 0.0  # cores that no other process used, times seconds
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Compute a step, on the worker's part of the cores."""
         begun_s = time.monotonic()
         self._fit(begun_s)
-        if self._window is None and self.team.most > 1:
-            self._window = _read_window(self._members, begun_s)
+        if self._before is None and self.team.most > 1:
+            self._before = _counters(self._members)
+        unused_s = _unused_s() if self.team.may_grow(begun_s) else None
         yield
         now_s = time.monotonic()
         self._busy_s += now_s - begun_s
-        if self._window is not None and self._busy_s >= _WINDOW_S:
-            self._window = self._judge(self._window, now_s)
-            self._busy_s = 0.0
+        if unused_s is not None:
+            self._unused_s += _unused_s() - unused_s
+            self._watched_s += now_s - begun_s
+        if self._before is not None and self._busy_s >= _WINDOW_S:
+            self._before = self._judge(self._before, now_s)
+            self._busy_s = self._watched_s = self._unused_s = 0.0
 
     def on_layer(self) -> None:
         """Go on with other threads, within a step, where the worker's part of the cores is another by now."""
@@ -132,18 +134,18 @@ class StepThreads:
         if size != self._size:
             torch.set_num_threads(size)
             self._size = size
-            self._members = self._window = None
-            self._busy_s = 0.0
+            self._members = self._before = None
+            self._busy_s = self._watched_s = self._unused_s = 0.0
 
-    def _judge(self, before: _Window, now_s: float) -> _Window | None:
+    def _judge(self, before: _Counters, now_s: float) -> _Counters | None:
         """Let the team be as large as it should after a window; return where the next begins."""
-        now = _read_window(self._members, now_s)
+        now = _counters(self._members)
         if now is None:
             return None
         spent = {
             thread: _Times(times.ran - earlier.ran, times.waited - earlier.waited)
-            for thread, times in now.threads.items()
-            if (earlier := before.threads.get(thread)) is not None
+            for thread, times in now.items()
+            if (earlier := before.get(thread)) is not None
         }
         if self._members is None:
             # Whoever is of the team was at work, or waited for others of it, or for a core, while steps were computed.
@@ -154,21 +156,21 @@ class StepThreads:
             self.team.on_shares([times.ran / max(1, sum(times)) for times in team], now_s)
         else:
             self._members = None
-        if self.team.may_grow(now_s):
-            not_of_others_s = now.idle_s - before.idle_s + now.own_s - before.own_s
-            self.team.on_idle(not_of_others_s / (now_s - before.begun_s) - self._size, now_s)
+        if self._watched_s > 0:
+            self.team.on_idle(self._unused_s / self._watched_s - self._size, now_s)
         return now
 
 
-def _read_window(members: list[str] | None, now_s: float) -> _Window | None:
+def _counters(members: list[str] | None) -> _Counters | None:
     """Read the counters of these threads, or of all; None where the kernel does not give them."""
-    threads: dict[str, _Times] = {}
+    threads: _Counters = {}
     for thread in [task.name for task in _TASKS.iterdir()] if members is None else members:
         with contextlib.suppress(OSError, ValueError):  # it ended
             ran, waited, _ = (_TASKS / thread / "schedstat").read_text().split()
             threads[thread] = _Times(int(ran), int(waited))
-    try:
-        idle = Path("/proc/stat").read_text().split(None, 5)[4]
-        return _Window(threads, int(idle) / _TICKS_PER_S, time.process_time(), now_s) if threads else None
-    except (OSError, ValueError, IndexError):
-        return None
+    return threads or None
+
+
+def _unused_s() -> float:
+    """Read for how long cores of the machine, counted together, were used by no other process."""
+    return int(_STAT.read_text().split(None, 5)[4]) / _TICKS_PER_S + time.process_time()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine import step_threads
 from engine.cores import NodeCores
 from engine.step_threads import StepThreads, TeamSize
 
@@ -99,6 +100,26 @@ def test_beside_processes_that_take_all_cores_one_thread_computes(tmp_path):
         for process in busy:
             process.kill()
             process.wait()
+
+
+def test_what_others_do_between_steps_does_not_keep_a_team_small(tmp_path, monkeypatch):
+    times: list[float] = []  # when a step began or ended
+
+    def unused_s() -> float:
+        """Two cores within steps, none between them."""
+        times.append(time.monotonic())
+        return sum(2 * (end - begin) for begin, end in zip(times[::2], times[1::2], strict=False))
+
+    monkeypatch.setattr(step_threads, "_unused_s", unused_s)
+    threads = StepThreads(2, NodeCores(2, tmp_path / "none"))
+    threads.team.on_shares([0.5, 0.5], time.monotonic() - 1.0)
+    assert threads.team.size == 1
+    until_s = time.monotonic() + 60
+    while threads.team.size == 1 and time.monotonic() < until_s:
+        with threads.step():
+            multiply()
+        time.sleep(0.05)  # others compute
+    assert threads.team.size == 2
 
 
 def multiply() -> None:
