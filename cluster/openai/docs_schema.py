@@ -10,6 +10,8 @@ from fastapi.openapi.utils import get_openapi
 
 from cluster.openai import cache_protocol, protocol, replies
 from cluster.openai.errors import ErrorReply
+from cluster.openai.responses.protocol import ResponsesRequest
+from cluster.openai.responses.replies import DeletedReply, ItemList, ResponseCreated, ResponseReply
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
@@ -17,6 +19,11 @@ _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
     protocol.CompletionRequest,
     protocol.TokenizeRequest,
     protocol.DetokenizeRequest,
+    ResponsesRequest,
+    ResponseReply,
+    ResponseCreated,
+    DeletedReply,
+    ItemList,
     replies.ChatReply,
     replies.ChatChunk,
     replies.CompletionReply,
