@@ -29,7 +29,7 @@ from cluster.openai.hints import HEADER, with_header
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.not_served import not_served
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from cluster.openai.responses.endpoints import add_responses
+from cluster.openai.responses.endpoints import DOCUMENTED, add_responses
 from cluster.openai.responses.kept import KeptResponses
 from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
@@ -84,7 +84,7 @@ def create_app(
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
     )
     app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
-    describe(app)
+    describe(app, *DOCUMENTED)
     endpoints = _add_generation(app, surface)
     endpoints |= add_responses(app, surface, responses or KeptResponses(ResponseStore(StoreLimits())))
     _add_models(app, surface)

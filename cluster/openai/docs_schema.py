@@ -10,8 +10,6 @@ from fastapi.openapi.utils import get_openapi
 
 from cluster.openai import cache_protocol, protocol, replies
 from cluster.openai.errors import ErrorReply
-from cluster.openai.responses.protocol import ResponsesRequest
-from cluster.openai.responses.replies import DeletedReply, ItemList, ResponseCreated, ResponseReply
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
@@ -19,11 +17,6 @@ _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
     protocol.CompletionRequest,
     protocol.TokenizeRequest,
     protocol.DetokenizeRequest,
-    ResponsesRequest,
-    ResponseReply,
-    ResponseCreated,
-    DeletedReply,
-    ItemList,
     replies.ChatReply,
     replies.ChatChunk,
     replies.CompletionReply,
@@ -69,13 +62,13 @@ def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = No
     return {200: {"description": "The answer", "content": content}, "4XX": errors, "5XX": errors}
 
 
-def describe(app: FastAPI) -> None:
-    """Give `app` a schema that includes these types."""
+def describe(app: FastAPI, *more: type[msgspec.Struct]) -> None:
+    """Give `app` a schema that includes these types, and `more`."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _, types = msgspec.json.schema_components(_TYPES, ref_template=_TEMPLATE)
+            _, types = msgspec.json.schema_components((*_TYPES, *more), ref_template=_TEMPLATE)
             schema.setdefault("components", {}).setdefault("schemas", {}).update(types)
             app.openapi_schema = schema
         return app.openapi_schema

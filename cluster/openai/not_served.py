@@ -1,4 +1,4 @@
-"""Paths of OpenAI's and other servers' APIs that are not built here, so that whoever asks one is told so by its name."""
+"""Paths of others' APIs that are not built here: whoever asks one is told so by its name."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 from starlette.requests import Request
@@ -85,40 +83,29 @@ class ResponseAnswer:
             ClientDisconnect: the client left before a whole reply was ready.
             KvrayError: a whole reply was refused or failed.
         """
+        generation = self._begun.generation
         if self._fields.stream:
-            return EventStream(self._stream())
+            return EventStream(generation, self._surface.turn, self._event, self._last_event, self._failed)
         return await reply_while_connected(request, self._whole())
 
     async def _whole(self) -> bytes:
-        async with aclosing(self._begun.generation.deltas()) as deltas:
-            async for _, delta in deltas:
-                self._take(delta)
-                self._events.clear()
+        await self._begun.generation.run(self._take)
+        self._events.clear()
         return self._kept()
 
-    async def _stream(self) -> AsyncGenerator[bytes, None]:
-        try:
-            async with aclosing(self._begun.generation.deltas()) as deltas:
-                async for _, delta in deltas:
-                    data = self._event(delta)
-                    if data:
-                        yield data
-        except KvrayError as error:
-            if not self._has_begun:
-                raise
-            yield self._failed(error)
-
-    def _event(self, delta: Delta) -> bytes:
+    def _event(self, index: int, delta: Delta) -> bytes:
         """Write what a delta brings as events; nothing where a client could not see it yet."""
         if not self._has_begun:
             self._has_begun = True
             for kind in (ResponseCreated, ResponseInProgress):
                 self._events.append(kind(sequence_number=next(self._output.numbers), response=self._begun_reply))
-        self._take(delta)
-        if delta.finish_reason is not None:
-            self._kept()
-            ended = ResponseCompleted if self._reply.status == "completed" else ResponseIncomplete
-            self._events.append(ended(sequence_number=next(self._output.numbers), response=self._reply))
+        self._take(index, delta)
+        return self._written()
+
+    def _last_event(self) -> bytes:
+        self._kept()
+        ended = ResponseCompleted if self._reply.status == "completed" else ResponseIncomplete
+        self._events.append(ended(sequence_number=next(self._output.numbers), response=self._reply))
         return self._written()
 
     def _failed(self, error: KvrayError) -> bytes:
@@ -136,7 +123,7 @@ class ResponseAnswer:
         self._events.clear()
         return data
 
-    def _take(self, delta: Delta) -> None:
+    def _take(self, _index: int, delta: Delta) -> None:
         """Add what a delta brings to the output."""
         if shows_logprobs(self._fields):
             self._logprobs += delta.logprobs
@@ -173,8 +160,7 @@ class ResponseAnswer:
         )
 
     def _kept(self) -> bytes:
-        data = _encode(self._reply)
-        self._keep(data)
+        self._keep(data := _encode(self._reply))
         return data
 
     def _text_logprobs(self) -> list[ChatTokenLogprob]:
@@ -195,8 +181,8 @@ class ResponseAnswer:
 
 
 def _server_sent(event: Event) -> bytes:
-    tag: Any = event.__struct_config__.tag
-    return b"event: " + tag.encode() + b"\ndata: " + _encode(event) + b"\n\n"
+    name = str(event.__struct_config__.tag)
+    return b"".join((b"event: ", name.encode(), b"\ndata: ", _encode(event), b"\n\n"))
 
 
 def _begun_reply(surface: Surface, fields: ResponsesRequest, key: str) -> ResponseReply:

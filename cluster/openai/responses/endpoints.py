@@ -27,6 +27,8 @@ from cluster.openai.surface import Surface
 from messages.errors import RequestError
 
 _PREFIXES: Final = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+#: types that the documentation refers to
+DOCUMENTED: Final = (ResponsesRequest, ResponseReply, ResponseCreated, DeletedReply, ItemList)
 _MAX_PAGE: Final = 100
 _PAGE: Final = 20
 
@@ -39,7 +41,9 @@ def add_responses(
     """Add the endpoints; return those that generate, by path."""
     decoder = BodyDecoder(ResponsesRequest)
 
-    @app.post("/v1/responses", openapi_extra=body_of(ResponsesRequest), responses=answers(ResponseReply, ResponseCreated))
+    @app.post(
+        "/v1/responses", openapi_extra=body_of(ResponsesRequest), responses=answers(ResponseReply, ResponseCreated)
+    )
     async def create_response(request: Request) -> Response:
         """Generate the assistant's next turn, and keep it for a request that goes on from it."""
         fields = decoder.decode(await read_body(request, surface.limits.max_body_bytes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, TypeVar
 
 import msgspec
@@ -72,7 +72,7 @@ class _Conversation:
         role = _wanted(f"{place}.role", item.role, ", ".join(_ROLES))
         if role not in _ROLES:
             raise bad_field(f"{place}.role", role, ", ".join(_ROLES))
-        content = _content(f"{place}.content", _wanted(f"{place}.content", item.content, "text"))
+        content = _content(f"{place}.content", item.content)
         if role != "assistant":
             self.end_turn()
             self._append(place, ChatMessage(role=role, content=content))
@@ -97,7 +97,7 @@ class _Conversation:
         call_id = _wanted(f"{place}.call_id", item.call_id, "the call's id")
         if call_id not in self._call_ids:
             raise bad_field(f"{place}.call_id", call_id, "the id of a function_call before it")
-        content = _content(f"{place}.output", _wanted(f"{place}.output", item.output, "text"))
+        content = _content(f"{place}.output", item.output)
         self.end_turn()
         self._append(place, ChatMessage(role="tool", tool_call_id=call_id, content=content))
 
@@ -137,13 +137,13 @@ def _parts(content: str | list[ContentPart]) -> list[ContentPart]:
 
 
 def _content(
-    param: str, content: str | Sequence[InputPart], kinds: tuple[str, ...] = _TEXT_PARTS
+    param: str, content: str | list[InputPart] | None, kinds: tuple[str, ...] = _TEXT_PARTS
 ) -> str | list[ContentPart]:
     """Return text as text, several parts as parts: how a template puts them together is its own affair."""
     if isinstance(content, str):
         return content
     texts: list[str] = []
-    for index, part in enumerate(content):
+    for index, part in enumerate(_wanted(param, content, "text")):
         place = f"{param}[{index}]"
         if part.type == "refusal" and kinds is _TEXT_PARTS:
             texts.append(_wanted(f"{place}.refusal", part.refusal, "text"))
