@@ -5,6 +5,7 @@
     pools:   how many workers of each kind, and what they reserve
     http:    where clients are served, and what a request may ask for
     connections:  what clients may hold of an ingress
+    responses:    what an ingress keeps of /v1/responses
     network: the channels between processes, and the roads between pools
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
@@ -29,17 +30,14 @@ from msgspec import Meta
 from cluster.openai.call_formats import FORMATS
 from messages.errors import ConfigError
 
-#: Shipped with the package; the default of `kvray serve`.
-DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"
+DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"  #: shipped with the package; the default of `kvray serve`
 
 _CORES_FOR_TWO_INGRESSES = 4
 #: Never printed: the one value that may hold credentials. Everything else names where they are found.
 _PRIVATE = "http.api_keys"
 
-#: A size that is told on the spot.
-AUTO_SIZE = "auto"
+AUTO_SIZE = "auto"  #: a size that is told on the spot
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
-
 
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 
@@ -97,8 +95,7 @@ class PoolsConfig(_Section, frozen=True):
     ingress: Annotated[int, Meta(ge=1, le=4096)] | None = None  #: None: 2, so that one may be lost, or 1 on few cores
     cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0
     gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0
-    #: a worker that is stopped may finish what it has for so long
-    drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 120.0
+    drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 120.0  #: a worker that is stopped may finish what it has
     prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
     decode_labels: dict[str, str] = {}
 
@@ -127,8 +124,7 @@ class HttpConfig(_Section, frozen=True):
     json_layout: Literal["compact", "pretty"] = "compact"
     #: a request whose first token is predicted to come later is refused (429), with or without a router
     max_ttft_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 20.0
-    #: a request that has not ended by then is ended with an error
-    request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0
+    request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0  #: by then a request is ended, with an error
 
 
 class ConnectionsConfig(_Section, frozen=True):
@@ -143,6 +139,14 @@ class ConnectionsConfig(_Section, frozen=True):
     idle_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 90  #: after an answer; longer than clients keep theirs
     #: for which a client reads nothing of an answer that waits for it; then its request is cancelled
     unread_timeout_s: Annotated[int, Meta(ge=1, le=86400)] = 30
+
+
+class ResponsesConfig(_Section, frozen=True):
+    """What each ingress keeps of /v1/responses, in memory, for requests that go on from them."""
+
+    memory: str = "64MiB"  #: of all of them; who has most loses first what is oldest
+    max_responses: Annotated[int, Meta(ge=0, le=2**30)] = 10_000  #: 0: none are kept
+    max_age_s: Annotated[float, Meta(ge=1, le=1e9)] = 86400.0
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -219,6 +223,7 @@ class KvrayConfig(_Section, frozen=True):
     pools: PoolsConfig = PoolsConfig()
     http: HttpConfig = HttpConfig()
     connections: ConnectionsConfig = ConnectionsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     network: NetworkConfig = NetworkConfig()
     tiers: TiersConfig = TiersConfig()
     tenants: TenantsConfig = TenantsConfig()
@@ -415,6 +420,7 @@ def _check(config: KvrayConfig) -> None:
         "engine.kv_cache_memory": config.engine.kv_cache_memory,
         "tiers.host_memory": None if config.tiers.host_memory == AUTO_SIZE else config.tiers.host_memory,
         "tiers.disk_capacity": config.tiers.disk_capacity,
+        "responses.memory": config.responses.memory,
     }
     names = [tenant.name for tenant in config.tenants.members]
     for number, tenant in enumerate(config.tenants.members):

@@ -44,6 +44,7 @@ from messages.cache import BlocksFetched, BlocksKnown, BlocksListed, CacheAnswer
 from messages.errors import CapacityError, WorkerError
 from messages.fleet import GetStats, Stats, TakeBlocks, WorkerInfo
 from messages.request import GenerateRequest
+from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RouteFailed
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
@@ -70,7 +71,7 @@ class DispatchOptions:
     max_ttft_s: float  #: predicted; new requests beyond it are refused
 
 
-_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer
+_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer
 
 
 @dataclass(slots=True)
@@ -105,6 +106,7 @@ class Dispatcher:
         self._router_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._query_ids = itertools.count()
+        self._answer_stored: Callable[[StoredQuestion], StoredAnswer] = _no_answer
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
         self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
@@ -196,6 +198,7 @@ class Dispatcher:
         address = self._router_addresses[0]
         self._router = self._connect(address, self._on_router_message, self._on_router_lost)
         logger.info("router at %s", address)
+        self._send_stats()
         self._decide(RouterFound())
 
     def _on_router_lost(self, reason: str) -> None:
@@ -216,8 +219,10 @@ class Dispatcher:
                 self._decide(message)
             case RouteFailed():
                 self._decide(message)
-            case Stats() | BlocksKnown():
+            case Stats() | BlocksKnown() | StoredAnswer():
                 _take_answer(self._router, message)
+            case StoredQuestion() if self._router is not None:
+                self._router.client.send(self._answer_stored(message))
             case _:
                 logger.warning("unexpected %s from the router", type(message).__name__)
 
@@ -299,6 +304,9 @@ class Dispatcher:
     def _tell_stats(self) -> None:
         """Tell the router what this ingress counts, for whoever is asked for the numbers of all."""
         self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
+        self._send_stats()
+
+    def _send_stats(self) -> None:
         if self._router is not None:
             values = {**self.table.stats(), **self._values()}
             stats = Stats(query_id="", worker_id=self._options.ingress_id, role="ingress", values=values)
@@ -316,6 +324,33 @@ class Dispatcher:
         query = WhereBlocks(query_id=self._query_id(), names=names)
         answer = await self._answer(self._router, query, _STATS_TIMEOUT_S)
         assert isinstance(answer, BlocksKnown)
+        return answer
+
+    def answer_with(self, answer: Callable[[StoredQuestion], StoredAnswer]) -> None:
+        """Have `answer` say what other ingresses ask of the responses that this one keeps."""
+        self._answer_stored = answer
+
+    async def ask_ingress(self, holder: str, owner: str, response_id: str, *, drops: bool) -> StoredAnswer:
+        """Ask the ingress `holder` for a response that it keeps.
+
+        Raises:
+            CapacityError: there is no router now, which passes it on.
+            WorkerError: it was lost, or does not answer in time.
+        """
+        if self._router is None:
+            raise CapacityError(
+                "no router answers: who keeps the response cannot be asked", status=503, retry_after_s=1.0
+            )
+        question = StoredQuestion(
+            query_id=self._query_id(),
+            asker=self._options.ingress_id,
+            holder=holder,
+            owner=owner,
+            response_id=response_id,
+            drops=drops,
+        )
+        answer = await self._answer(self._router, question, _STATS_TIMEOUT_S)
+        assert isinstance(answer, StoredAnswer)
         return answer
 
     async def ask_owner(self, owner: WorkerInfo, question: CacheQuestion, timeout_s: float) -> CacheAnswer:
@@ -342,7 +377,10 @@ class Dispatcher:
         return f"{os.getpid()}-{next(self._query_ids)}"
 
     async def _answer(
-        self, connection: _Connection, question: GetStats | WhereBlocks | CacheQuestion, timeout_s: float
+        self,
+        connection: _Connection,
+        question: GetStats | WhereBlocks | CacheQuestion | StoredQuestion,
+        timeout_s: float,
     ) -> _Answer:
         future: asyncio.Future[_Answer] = self._loop.create_future()
         connection.answers[question.query_id] = future
@@ -354,6 +392,10 @@ class Dispatcher:
             raise WorkerError(f"no answer within {timeout_s:g} s") from None
         finally:
             connection.answers.pop(question.query_id, None)
+
+
+def _no_answer(question: StoredQuestion) -> StoredAnswer:
+    return StoredAnswer(query_id=question.query_id, asker=question.asker, reply=None)
 
 
 def _take_answer(connection: _Connection | None, answer: _Answer) -> None:

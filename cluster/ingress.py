@@ -32,6 +32,7 @@ from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
 from cluster.replica import prepare_replica
 from cluster.status import fleet_status
+from cluster.stored_responses import stored_responses
 from messages.errors import WorkerError
 from messages.fleet import Role, WorkerInfo
 from text.json_file import read_json
@@ -75,6 +76,7 @@ class Ingress:
             ),
             self._metrics.values,
         )
+        self._responses = stored_responses(self._dispatcher, config.responses, ingress_id)
         self._has_worker = asyncio.Event()
         watch = FleetWatch(app_name)
         for deployment in roles:
@@ -124,6 +126,7 @@ class Ingress:
             ),
             tool_parser=self._config.model.tool_parser,
             metrics=self._metrics,
+            responses=self._responses,
             extend=self._add_cache,
         )
 

@@ -34,6 +34,7 @@ from messages.fleet import (
     TakeBlocks,
     WorkerInfo,
 )
+from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
@@ -196,8 +197,18 @@ class RouterWorker:
                 self._server.send(peer, self.router.where(message))
             case Stats():
                 self._ingresses[peer] = message
+            case StoredQuestion():
+                if not self._pass_on(message.holder, message):
+                    self._server.send(peer, StoredAnswer(query_id=message.query_id, asker=message.asker, reply=None))
+            case StoredAnswer():
+                self._pass_on(message.asker, message)
             case _:
                 logger.warning("router: unexpected %s from an ingress", type(message).__name__)
+
+    def _pass_on(self, ingress_id: str, message: StoredQuestion | StoredAnswer) -> bool:
+        """Send `message` to the ingress of that name; False: there is none."""
+        peers = [peer for peer, told in self._ingresses.items() if told.worker_id == ingress_id]
+        return any(self._server.send(peer, message) for peer in peers)
 
     def _on_ingress_lost(self, peer: PeerId) -> None:
         self._ingresses.pop(peer, None)

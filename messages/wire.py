@@ -34,6 +34,7 @@ from messages.handoff import (
     RoomRequest,
 )
 from messages.request import CancelRequest, GenerateRequest
+from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import TokenBatch
 
@@ -82,6 +83,8 @@ Message: TypeAlias = (
     | BlocksKnown
     | CacheQuestion
     | CacheAnswer
+    | StoredQuestion
+    | StoredAnswer
 )
 
 _encoder = msgspec.msgpack.Encoder()

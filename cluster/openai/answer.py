@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from abc import ABC, abstractmethod
 from typing import Final
@@ -18,7 +17,6 @@ from cluster.openai.replies import KvrayExtras, Usage
 from cluster.openai.stream import DONE, EventStream, event, reply_while_connected
 from cluster.openai.surface import Surface
 from cluster.openai.transcript import Delta
-from messages.errors import KvrayError
 
 _encode = msgspec.json.Encoder().encode
 _MARK: Final = "\0"  #: stands for an event's text where it is cut out
@@ -61,20 +59,7 @@ class Answer(ABC):
         return await reply_while_connected(request, self._whole())
 
     async def _whole(self) -> bytes:
-        has_ended = asyncio.Event()
-        errors: list[KvrayError] = []
-
-        def end(error: KvrayError | None) -> None:
-            errors.extend([] if error is None else [error])
-            has_ended.set()
-
-        try:
-            self._generation.start(self._add, end)
-            await has_ended.wait()
-        finally:
-            self._generation.stop()
-        if errors:
-            raise errors[0]
+        await self._generation.run(self._add)
         return self._reply()
 
     def _event_of(self, index: int, delta: Delta) -> bytes:

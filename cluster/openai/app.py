@@ -27,7 +27,11 @@ from cluster.openai.errors import error_headers, error_json, model_not_found, sh
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.hints import HEADER, with_header
 from cluster.openai.metrics import HttpMetrics
+from cluster.openai.not_served import not_served
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from cluster.openai.responses.endpoints import DOCUMENTED, add_responses
+from cluster.openai.responses.kept import KeptResponses
+from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
 from cluster.openai.tokens import detokenize, tokenize
 from messages.errors import KvrayError, RequestError
@@ -48,6 +52,7 @@ def create_app(
     callers: Callers | None = None,
     tool_parser: str | None = None,
     metrics: HttpMetrics | None = None,
+    responses: KeptResponses | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
 ) -> FastAPI:
     """Create the application. Nothing runs before the first request; everything happens on one event loop.
@@ -61,6 +66,7 @@ def create_app(
         callers: where they have keys, every path but /health, /ready and /version wants one; None: everybody.
         tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
         metrics: where to count; None: in ones of its own.
+        responses: those that later requests may go on from; None: what this process keeps, within the defaults.
         extend: adds more endpoints.
     """
     kind = tool_format(tokenizer, tool_parser)
@@ -78,8 +84,9 @@ def create_app(
         hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
     )
     app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
-    describe(app)
+    describe(app, *DOCUMENTED)
     endpoints = _add_generation(app, surface)
+    endpoints |= add_responses(app, surface, responses or KeptResponses(ResponseStore(StoreLimits())))
     _add_models(app, surface)
     _add_tokens(app, surface)
     _add_operations(app, surface, version)
@@ -243,6 +250,9 @@ async def _on_serve_error(_: Request, error: KvrayError) -> Response:
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
     seen = shown(request.url.path)
+    what = not_served(request.url.path)
+    if what is not None:
+        return _error_reply(RequestError(f"path: got {seen}, and {what}", status=404, code="not_served"))
     if error.status_code == 404:
         return _error_reply(RequestError(f"path: got {seen}, want one that is in /docs", status=404))
     message = f"{request.method} {seen}: {HTTPStatus(error.status_code).phrase}"

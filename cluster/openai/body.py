@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _MAX_LOGGED_NAMES = 256  # of unknown fields: a client that invents names must not fill memory or the log
 _EXCERPT_CHARS = 40
-_PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 _VALUE_OF = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:\s*-?(?:"[^"]*)?\Z')  # a key whose value is being read

@@ -80,6 +80,12 @@ class Callers:
         matches = [caller for known, caller in self._by_digest.items() if hmac.compare_digest(digest, known)]
         return matches[0] if matches and scheme.lower() == "bearer" else None
 
+    def owner(self, caller: Caller, authorization: str) -> str:
+        """Return whose responses are kept for this caller: the tenant's, else the key's, else everybody's."""
+        if caller.name or not self._by_digest:
+            return caller.name
+        return f"key {_digest(authorization.partition(' ')[2].strip()).hex()}"  # no tenant's name has a space
+
     def meant(self, caller: Caller, tenant: str | None) -> Caller:
         """Return whose blocks `caller` means who names a `tenant`; None: its own.
 

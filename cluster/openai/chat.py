@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -45,8 +46,25 @@ from messages.stream import TokenLogprob
 _encode = msgspec.json.Encoder().encode
 
 
+class Begun(NamedTuple):
+    """A chat request that was checked, rendered and tokenized, and does not run yet."""
+
+    token_ids: list[int]  #: of the prompt
+    tools: ToolPlan
+    generation: Generation
+
+
 async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, request_id: str) -> Chat:
     """Check, render and tokenize a request; nothing runs yet.
+
+    Raises:
+        RequestError: a field cannot be served; names it.
+    """
+    return Chat(surface, fields, f"chatcmpl-{request_id}", await begin(surface, caller, fields, request_id))
+
+
+async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_id: str) -> Begun:
+    """Check, render and tokenize a request, for whoever puts the answer into a form.
 
     Raises:
         RequestError: a field cannot be served; names it.
@@ -68,8 +86,7 @@ async def start_chat(surface: Surface, caller: Caller, fields: ChatRequest, requ
         grammar=structure if tools.grammar is None else (tools.grammar_param, tools.grammar),
         keeps_special_tokens=tools.keeps_special_tokens,
     )
-    generation = await start(surface, caller, fields, request_id, [token_ids], plan)
-    return Chat(surface, fields, f"chatcmpl-{request_id}", token_ids, tools, generation)
+    return Begun(token_ids, tools, await start(surface, caller, fields, request_id, [token_ids], plan))
 
 
 def _beside_tools(surface: Surface, structure: tuple[str, Grammar], tools: ToolPlan) -> tuple[str, Grammar]:
@@ -150,22 +167,15 @@ class _Message:
 class Chat(Answer):
     """The answer to a chat request: the assistant's next turn."""
 
-    def __init__(
-        self,
-        surface: Surface,
-        fields: ChatRequest,
-        reply_id: str,
-        token_ids: list[int],
-        tools: ToolPlan,
-        generation: Generation,
-    ) -> None:
+    def __init__(self, surface: Surface, fields: ChatRequest, reply_id: str, begun: Begun) -> None:
+        generation = begun.generation
         self._shows_tokens = bool(fields.logprobs or fields.return_token_ids)
-        self._parsers = [tools.parser() for _ in generation.requests]
+        self._parsers = [begun.tools.parser() for _ in generation.requests]
         is_text_only = not self._shows_tokens and self._parsers[0] is None
         super().__init__(surface, fields, reply_id, generation, is_text_only=is_text_only)
         self._fields = fields
-        self._token_ids = token_ids
-        self._tools = tools
+        self._token_ids = begun.token_ids
+        self._tools = begun.tools
         self._has_calls = [False] * len(generation.requests)
         self._is_prompt_given = False
         self._messages = [_Message() for _ in generation.requests]  #: of a whole reply
@@ -253,10 +263,8 @@ class Chat(Answer):
         parser = self._parsers[index]
         if parser is None:
             return delta.text, []
-        pieces = parser.push(delta.text)
-        if delta.finish_reason is not None:
-            pieces += parser.flush(is_cut=delta.finish_reason == "length" or isinstance(delta.stop_reason, str))
-        calls = [p for p in pieces if isinstance(p, CallDelta) and not (self._tools.is_single and p.index)]
+        pieces = self._tools.pieces(parser, delta)
+        calls = [piece for piece in pieces if isinstance(piece, CallDelta)]
         self._has_calls[index] |= bool(calls)
         return "".join(piece for piece in pieces if isinstance(piece, str)), calls
 

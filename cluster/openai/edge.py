@@ -15,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.openai.callers import Callers, not_allowed
 from cluster.openai.errors import send_error, shown
 from cluster.openai.metrics import HttpMetrics
+from cluster.openai.not_served import not_served
 from messages.errors import KvrayError, RequestError
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
+_NOT_SERVED: Final = "not served"  #: the label of OpenAI's other paths
 #: What a tenant may ask who is no operator. All other paths show, or touch, what is others' too.
 TENANT_PATHS: Final = frozenset(
     {
@@ -28,12 +30,21 @@ TENANT_PATHS: Final = frozenset(
         "/v1/completions",
         "/v1/models",
         "/v1/models/{id}",
+        "/v1/responses",
+        "/v1/responses/{id}",
+        "/v1/responses/{id}/input_items",
+        _NOT_SERVED,
         "/tokenize",
         "/detokenize",
         "/docs",
         "/openapi.json",
         *(f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")),
     }
+)
+_WITH_NAMES: Final = (
+    (re.compile(r"/v1/models/.*", re.DOTALL), "/v1/models/{id}"),
+    (re.compile(r"/v1/responses/[^/]+"), "/v1/responses/{id}"),
+    (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
 )
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
@@ -72,9 +83,12 @@ class Edge:
 
     def _label(self, scope: Scope) -> str:
         path = path_below_root(scope)
-        if path.startswith("/v1/models/"):
-            return "/v1/models/{id}"
-        return path if path in self._paths else "other"
+        if path in self._paths:
+            return path
+        for pattern, label in _WITH_NAMES:
+            if pattern.fullmatch(path):
+                return label
+        return "other" if not_served(path) is None else _NOT_SERVED
 
 
 class _Exchange:

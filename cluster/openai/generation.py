@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,27 @@ class Generation:
         self._is_running = True
         self._metrics.running.inc()
         self._backend.start(self.requests, self._take)
+
+    async def run(self, on_delta: Callable[[int, Delta], None]) -> None:
+        """Begin, and wait until every choice has ended; instead of `start` and `stop`. Cancelled, it stops the work.
+
+        Raises:
+            KvrayError: a sequence was refused or failed.
+        """
+        has_ended = asyncio.Event()
+        errors: list[KvrayError] = []
+
+        def end(error: KvrayError | None) -> None:
+            errors.extend([] if error is None else [error])
+            has_ended.set()
+
+        try:
+            self.start(on_delta, end)
+            await has_ended.wait()
+        finally:
+            self.stop()
+        if errors:
+            raise errors[0]
 
     def stop(self) -> None:
         """Stop all work that still runs, and count the request as answered; nothing is told any more."""

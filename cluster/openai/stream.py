@@ -124,6 +124,7 @@ class EventStream(Response):
         turn: Turn,
         event_of: Callable[[int, Delta], bytes],
         last_events: Callable[[], bytes],
+        error_event: Callable[[KvrayError], bytes] = lambda error: b"data: " + error_json(error) + b"\n\n",
     ) -> None:
         """Make it ready; nothing runs yet.
 
@@ -132,11 +133,13 @@ class EventStream(Response):
             turn: of the loop that this runs on.
             event_of: writes what a choice got as an event, or as nothing.
             last_events: writes what follows when all choices have ended.
+            error_event: writes what follows where one failed after events were given.
         """
         self._generation = generation
         self._turn = turn
         self._event_of = event_of
         self._last_events = last_events
+        self._error_event = error_event
         self._held: list[bytes] = []  #: not sent yet
         self._writer: DirectWriter | None = None
         self._has_more = asyncio.Event()  #: the coroutine has something to do
@@ -216,4 +219,4 @@ class EventStream(Response):
         return b"".join(taken)
 
     def _end_of_stream(self) -> bytes:
-        return self._last_events() if self._error is None else b"data: " + error_json(self._error) + b"\n\n"
+        return self._last_events() if self._error is None else self._error_event(self._error)

@@ -49,3 +49,28 @@ def test_an_agent_calls_its_tool_and_answers(tmp_path):
             messages.append({"role": "tool", "tool_call_id": call.id, "content": degrees})
         last = client.chat.completions.create(model="scripted", messages=messages, tools=[TOOL]).choices[0]
         assert (last.finish_reason, last.message.content) == ("stop", "It is 3 and 20 degrees.")
+
+
+def test_an_agent_goes_on_from_its_last_response_whichever_ingress_is_asked(tmp_path):
+    template = TEMPLATES["hermes"]
+    replies = {0: spoken(template, CALLS), 2: "It is 3 and 20 degrees."}
+    model = make_scripted_model(tmp_path / "scripted", template, replies)
+    config = tmp_path / "kvray.yaml"
+    config.write_text("pools: {ingress: 2}")
+    tool = {"type": "function", **TOOL["function"]}
+    with serving(str(model), "--dtype", "float32", "--config", str(config), log_dir=tmp_path) as served:
+        for _ in range(8):  # on a connection of its own each, which either ingress may accept
+            said = []
+            items, previous = "How warm is it?", None
+            while not said:
+                with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+                    with client.responses.stream(
+                        model="scripted", input=items, tools=[tool], previous_response_id=previous
+                    ) as stream:
+                        response = stream.get_final_response()
+                calls = [item for item in response.output if item.type == "function_call"]
+                assert [(call.name, json.loads(call.arguments)) for call in calls] == (CALLS if calls else [])
+                said = [item for item in response.output if item.type == "message"]
+                items = [{"type": "function_call_output", "call_id": call.call_id, "output": "3"} for call in calls]
+                previous = response.id
+            assert response.output_text == "It is 3 and 20 degrees."

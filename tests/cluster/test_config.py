@@ -64,7 +64,8 @@ def test_what_is_shown_can_be_read_again():
         ({"engin": {}}, "engin: no such key; did you mean engine?"),
         (
             {"zebra": {}},
-            "zebra: no such key; known are model, engine, pools, http, connections, network, tiers, tenants, log",
+            "zebra: no such key; known are model, engine, pools, http, connections, responses, network, tiers, "
+            "tenants, log",
         ),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
@@ -257,6 +258,7 @@ def test_what_is_no_size_is_refused_where_it_stands(text):
     assert refusal({"engine": {"kv_cache_memory": text}}) == (
         f"engine.kv_cache_memory: wanted a size such as 512MiB or 2GiB, saw {text!r}"
     )
+    assert refusal({"responses": {"memory": text}}).startswith("responses.memory: wanted a size")
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):

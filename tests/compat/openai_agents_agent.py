@@ -1,13 +1,16 @@
-"""openai-agents' agent with two tools; its answer and the calls it made, as JSON. Arguments: base URL, model, mode."""
+"""openai-agents' agent with two tools; its answer and the calls it made, as JSON.
+
+Arguments: chat, responses, or kept (responses, each going on from the one before by its id); base URL, model, mode.
+"""
 
 import asyncio
 import json
 import sys
 
-from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
+from agents import Agent, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 from openai import AsyncOpenAI
 
-url, model, mode = sys.argv[1:]
+api, url, model, mode = sys.argv[1:]
 calls = []
 
 
@@ -28,15 +31,15 @@ def add(numbers: list[float]) -> str:
 async def main() -> None:
     set_tracing_disabled(True)
     client = AsyncOpenAI(base_url=url, api_key="unused")
-    agent = Agent(
-        name="Adder", model=OpenAIChatCompletionsModel(model=model, openai_client=client), tools=[get_weather, add]
-    )
+    kind = OpenAIChatCompletionsModel if api == "chat" else OpenAIResponsesModel
+    agent = Agent(name="Adder", model=kind(model=model, openai_client=client), tools=[get_weather, add])
+    question, is_kept = "How warm is it in all?", api == "kept"
     if mode == "stream":
-        result = Runner.run_streamed(agent, "How warm is it in all?")
+        result = Runner.run_streamed(agent, question, auto_previous_response_id=is_kept)
         async for _ in result.stream_events():
             pass
     else:
-        result = await Runner.run(agent, "How warm is it in all?")
+        result = await Runner.run(agent, question, auto_previous_response_id=is_kept)
     print(json.dumps({"answer": result.final_output, "calls": calls}))
 
 

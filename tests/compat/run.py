@@ -34,7 +34,10 @@ def clients(environment: Path) -> dict[str, list[str]]:
     # node looks for packages beside the script
     script = shutil.copy(HERE / "vercel_agent.mjs", environment)
     return {
-        "openai-agents": [python, str(HERE / "openai_agents_agent.py")],
+        **{
+            f"openai-agents {api}": [python, str(HERE / "openai_agents_agent.py"), api]
+            for api in ("chat", "responses", "kept")
+        },
         "langchain": [python, str(HERE / "langchain_agent.py")],
         "vercel ai": ["node", str(script)],
     }
@@ -68,7 +71,7 @@ def main() -> int:
                     for mode in ("whole", "stream"):
                         wrong = complaint([*command, f"{served.url}/v1", "scripted", mode])
                         num_failed += wrong is not None
-                        print(f"{kind:12} {name:14} {mode:6} {'ok' if wrong is None else wrong}", flush=True)
+                        print(f"{kind:12} {name:24} {mode:6} {'ok' if wrong is None else wrong}", flush=True)
     return 1 if num_failed else 0
 
 
