@@ -21,7 +21,7 @@ from messages.errors import KvrayError, RequestError
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
-_NOT_SERVED: Final = "not served"  #: the label of OpenAI's other paths
+_NOT_SERVED: Final = "not served"  #: the label of paths that others serve and nobody here
 #: What a tenant may ask who is no operator. All other paths show, or touch, what is others' too.
 TENANT_PATHS: Final = frozenset(
     {
@@ -33,7 +33,6 @@ TENANT_PATHS: Final = frozenset(
         "/v1/responses",
         "/v1/responses/{id}",
         "/v1/responses/{id}/input_items",
-        _NOT_SERVED,
         "/tokenize",
         "/detokenize",
         "/docs",
@@ -75,7 +74,7 @@ class Edge:
             )
             await send_error(error, send)
             return
-        if caller is not None and not caller.is_operator and label not in TENANT_PATHS:
+        if caller is not None and not caller.is_operator and label not in TENANT_PATHS | {_NOT_SERVED}:
             await send_error(not_allowed(None, f"path {shown(path_below_root(scope))}"), send)
             return
         scope["state"]["caller"] = caller

@@ -63,11 +63,12 @@ def test_an_agent_goes_on_from_its_last_response_whichever_ingress_is_asked(tmp_
             said = []
             items, previous = "How warm is it?", None
             while not said:
-                with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
-                    with client.responses.stream(
-                        model="scripted", input=items, tools=[tool], previous_response_id=previous
-                    ) as stream:
-                        response = stream.get_final_response()
+                asked = {"model": "scripted", "input": items, "tools": [tool], "previous_response_id": previous}
+                with (
+                    openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client,
+                    client.responses.stream(**asked) as stream,
+                ):
+                    response = stream.get_final_response()
                 calls = [item for item in response.output if item.type == "function_call"]
                 assert [(call.name, json.loads(call.arguments)) for call in calls] == (CALLS if calls else [])
                 said = [item for item in response.output if item.type == "message"]
