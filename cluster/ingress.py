@@ -123,6 +123,7 @@ class Ingress:
                 takes_chat_template=http.client_chat_template == "use",
             ),
             tool_parser=self._config.model.tool_parser,
+            reasoning_parser=self._config.model.reasoning_parser,
             metrics=self._metrics,
             extend=self._add_cache,
         )

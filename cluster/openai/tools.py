@@ -53,11 +53,6 @@ class ToolPlan:
             *(f"[{name}(" for name in self.tools if self.kind.arguments == "python" and "[" in self.kind.weak_opens),
         )
 
-    @property
-    def keeps_special_tokens(self) -> bool:
-        """Whether the marks of calls may be special tokens, which the text must keep until it is parsed."""
-        return self.kind is not None
-
     def parser(self) -> CallParser | None:
         """Make a fresh parser for one choice; None where all output is content."""
         if self.is_forced:
