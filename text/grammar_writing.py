@@ -100,7 +100,8 @@ def _sources(grammar: Grammar) -> list[dict[str, Any]]:
         sources.append({"name": f"g{number}", **_source(option)})
         starts.append(f"{'before ' if option.before else ''}@g{number}")
         rules += filter(None, [option.before])
-    return [{"name": "g0", "lark_grammar": "\n".join([f"start: {' | '.join(starts)}", *dict.fromkeys(rules)])}, *sources]
+    lines = [f"start: {' | '.join(starts)}", *dict.fromkeys(rules)]
+    return [{"name": "g0", "lark_grammar": "\n".join(lines)}, *sources]
 
 
 def _source(grammar: Grammar) -> dict[str, Any]:

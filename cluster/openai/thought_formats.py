@@ -13,7 +13,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtFormat:
-    """One way to write thoughts. Marks are literal texts; the longest that fits is taken, the first of each is usual."""
+    """One way to write thoughts. Marks are literal texts, the usual one first; the longest that fits is taken."""
 
     opens: tuple[str, ...]  #: begin a thought
     closes: tuple[str, ...]  #: end it
@@ -49,7 +49,8 @@ _COHERE: Final = ThoughtFormat(
     drops=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
 )
 
-#: By the names of vLLM 0.32. `hf` is not among them: it reads what a tokenizer says of its own format.
+#: By the names of vLLM 0.32, but for `hf`, which reads what a tokenizer says of its own format. Where a template fits
+#: several formats it is taken for the first.
 THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
     "openai_gptoss": ThoughtFormat(
         opens=("<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>analysis<|message|>"),
@@ -62,7 +63,13 @@ THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
             *(
                 f"{start}<|channel|>{channel}<|message|>"
                 for start in ("", "<|start|>assistant")
-                for channel in ("final", "final <|constrain|>json", "final<|constrain|>json", "final json", "commentary")
+                for channel in (
+                    "final",
+                    "final <|constrain|>json",
+                    "final<|constrain|>json",
+                    "final json",
+                    "commentary",
+                )
             ),
             "<|start|>assistant",
             "<|end|>",
@@ -110,7 +117,6 @@ THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
             "<|eot|>",
         ),
     ),
-    "mistral": ThoughtFormat(opens=("[THINK]", "<think>"), closes=("[/THINK]", "</think>")),
     "plamo3": ThoughtFormat(
         opens=("<|plamo:begin_think:plamo|>",), closes=("<|plamo:end_think:plamo|>",), is_implied=True
     ),
@@ -155,4 +161,5 @@ THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
     "poolside_v1": _THINK,
     "step3": _THINKS_FIRST,
     "step3p5": _THINKS_FIRST,
+    "mistral": ThoughtFormat(opens=("[THINK]", "<think>"), closes=("[/THINK]", "</think>")),
 }

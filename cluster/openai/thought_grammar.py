@@ -31,10 +31,11 @@ def written_before(plan: ThoughtPlan, tokenizer: Tokenizer, *, lead: str) -> str
         rules.append(f"thought[suffix={json.dumps(plan.close)}]: /(?s:.*)/")
     if kind.between:
         inside += f" {written_mark(kind.between, tokenizer)}"
+    opened = written_mark(kind.opens[0], tokenizer)
     if plan.begins_inside:
-        body = inside
+        body = f"{opened}? {inside}"  # models repeat the mark
     elif plan.may_open:
-        body = f"({written_mark(kind.opens[0], tokenizer)} {inside})?"
+        body = f"({opened} {inside})?"
     else:
         body, rules = "", []
     body = f"{body} {lead}".strip()

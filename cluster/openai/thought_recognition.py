@@ -55,9 +55,19 @@ def recognised(tokenizer: Tokenizer) -> str | None:
     kinds = {name: format_of(name, tokenizer) for name in THOUGHT_FORMATS}
     if _SUFFIX.search(tokens) is None:
         kinds = {name: kind for name, kind in kinds.items() if name not in ("hy_v3", "hy_v4")}
-    kinds = {name: kind for name, kind in kinds.items() if not kind.is_kept}
+    source = tokenizer.chat_template_source
+    known = source + tokens
+    kinds = {
+        name: kind
+        for name, kind in kinds.items()
+        if not kind.is_kept and (not kind.drops or any(mark in known for mark in kind.drops))
+    }
     for shown in _past_thoughts(tokenizer):
-        read_back = {name: left for name, kind in kinds.items() if (left := _left_of_thought(kind, shown)) is not None}
+        read_back = {
+            name: (left, kind.lead not in known)
+            for name, kind in kinds.items()
+            if (left := _left_of_thought(kind, shown)) is not None
+        }
         # where several formats read it, the one for which nothing of the marks is left as text
         if read_back:
             return min(read_back, key=read_back.__getitem__)
@@ -67,7 +77,7 @@ def recognised(tokenizer: Tokenizer) -> str | None:
         for name, kind in kinds.items():
             if any(end.endswith(mark.rstrip()) for mark in kind.opens):
                 return name
-    for text in (tokenizer.chat_template_source, tokens):
+    for text in (source, tokens):
         for name, kind in kinds.items():
             pairs = zip(kind.opens, kind.closes, strict=False)
             if any(close in text and (open_ in text or kind.opens == ("<think>",)) for open_, close in pairs):

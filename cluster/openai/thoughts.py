@@ -30,6 +30,9 @@ class ThoughtReader:
         self._num_begun = 0  #: thoughts
         self._num_held = 0  #: tokens of a thought whose text is not decided about
         self.num_tokens = 0  #: of thoughts, without their marks
+        self._space = ""  #: held back: nothing else came since the thought or the content began
+        self._is_blank = True  #: nothing but white space came since
+        self._wanted: tuple[str, ...] = ()  #: marks that would change anything now
         self._begin(is_inside=plan.begins_inside and not kind.is_kept)
 
     @property
@@ -108,16 +111,15 @@ class ThoughtReader:
     def _begin(self, *, is_inside: bool) -> None:
         """Begin a thought, or what is none."""
         self.is_inside = is_inside  #: of a thought
-        self._space = ""  #: held back: nothing else came since the thought or the content began
-        self._is_blank = True  #: nothing but white space came since
-        self._wanted = self._find_wanted()
+        self._space = ""
+        self._is_blank = True
         if is_inside:
             self._num_begun += 1
             self._num_held = 0
             self._may_open = self._kind.is_repeated
+        self._wanted = self._find_wanted()
 
     def _find_wanted(self) -> tuple[str, ...]:
-        """Return the marks that would change anything now."""
         kind = self._kind
         if self.is_inside:
             return (*kind.closes, *kind.yields, *(kind.opens if self._is_blank else ()))
@@ -180,7 +182,7 @@ def _at_end(kind: ThoughtFormat, prompt: str) -> tuple[str, bool]:
 
 
 def _within(kind: ThoughtFormat, message: str) -> tuple[str, bool]:
-    """Do as `_at_end` for a message that the output goes on from: where no thought is open in it, it is at its content."""
+    """Do as `_at_end` for a message that the output goes on from: where no thought is open in it, it has ended."""
     opened = max(kind.opens, key=message.rfind)
     is_open = message.rfind(opened) > max(map(message.rfind, kind.closes))
     return (opened, False) if is_open else ("", True)
