@@ -24,6 +24,7 @@ from cluster.config import KvrayConfig, load_config, num_ingresses
 from cluster.credentials import api_keys
 from cluster.logs import configure_logging
 from cluster.openai.call_formats import FORMATS
+from cluster.openai.thought_formats import THOUGHT_FORMATS
 from messages.errors import ConfigError, KvrayError
 
 logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ under python -m
@@ -96,6 +97,13 @@ def serve(
             "--tool-call-parser", help=f"How it writes tool calls; default: as its template does. {', '.join(FORMATS)}."
         ),
     ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(
+            "--reasoning-parser",
+            help=f"How it writes thoughts; default: as its template does. {', '.join(THOUGHT_FORMATS)}.",
+        ),
+    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", help="A Jinja file instead of the model's own template.")
     ] = None,
@@ -111,6 +119,7 @@ def serve(
             ("model", "max_model_len"): max_model_len,
             ("model", "served_names"): served_model_name or None,
             ("model", "tool_parser"): tool_call_parser,
+            ("model", "reasoning_parser"): reasoning_parser,
             ("model", "chat_template"): None if chat_template is None else str(chat_template.resolve()),
             ("engine", "block_size"): block_size,
             ("engine", "kv_cache_memory"): kv_cache_memory,

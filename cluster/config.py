@@ -28,6 +28,7 @@ import yaml
 from msgspec import Meta
 
 from cluster.openai.call_formats import FORMATS
+from cluster.openai.thought_formats import THOUGHT_FORMATS
 from messages.errors import ConfigError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"  #: shipped with the package; the default of `kvray serve`
@@ -63,6 +64,8 @@ class ModelConfig(_Section, frozen=True):
     max_model_len: Annotated[int, Meta(ge=1, le=2**30)] | None = None
     #: how it writes tool calls, by vLLM's names (`kvray serve --help`); None: as its chat template shows it
     tool_parser: str | None = None
+    #: how it writes thoughts, by vLLM's names; None: as its chat template shows it
+    reasoning_parser: str | None = None
     chat_template: str | None = None  #: a file, read where an ingress runs; None: the model's own
 
     @property
@@ -398,6 +401,11 @@ def _check(config: KvrayConfig) -> None:
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
         raise ConfigError(
             f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw {_shown(config.model.tool_parser)}"
+        )
+    if config.model.reasoning_parser is not None and config.model.reasoning_parser not in THOUGHT_FORMATS:
+        raise ConfigError(
+            f"model.reasoning_parser: wanted one of {', '.join(THOUGHT_FORMATS)}, saw"
+            f" {_shown(config.model.reasoning_parser)}"
         )
     first, last = config.network.port_range
     if first >= last:

@@ -125,6 +125,7 @@ class Ingress:
                 takes_chat_template=http.client_chat_template == "use",
             ),
             tool_parser=self._config.model.tool_parser,
+            reasoning_parser=self._config.model.reasoning_parser,
             metrics=self._metrics,
             responses=self._responses,
             extend=self._add_cache,

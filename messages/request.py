@@ -26,6 +26,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     kind: GrammarKind
     spec: str = ""
     whitespace: str = ""  #: a regular expression of what may stand between two tokens of JSON, beside nothing
+    before: str = ""  #: rules in Lark's language, one of them named `before`: what stands before it
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -18,6 +18,7 @@ import jinja2.utils
 
 from messages.errors import ConfigError, RequestError
 from text.past_calls import PROBE_TOOL, PastCallForm
+from text.past_thoughts import NAMES, PastThoughtForm, named
 
 Message = Mapping[str, Any]
 
@@ -25,8 +26,6 @@ Message = Mapping[str, Any]
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 #: What a template may do wrong with a client's values: all that Python raises for a value of the wrong kind.
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-#: Names a message's reasoning goes by; the first is what current templates read, the second what gpt-oss's reads.
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 #: Ends the text to be continued. The space shows whether the template trims its messages.
 _CONTINUE_MARK = "\uf8f0kvray-continues\uf8f1 "
 _PROBE = "kvray-probe"
@@ -127,6 +126,7 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._reads_parts = self._probe_parts()
+        self._past_thoughts = PastThoughtForm.learned(self._probed)
         self._past_calls = PastCallForm.learned(functools.partial(self._probed, tools=[PROBE_TOOL]))
 
     def render(
@@ -144,7 +144,8 @@ class ChatTemplate:
             RequestError: the template, or a check before it, refuses a message; names the field.
         """
         self._check_roles(messages)
-        chat = self._past_calls.fitted([self._normalized(index, message) for index, message in enumerate(messages)])
+        chat = [self._normalized(index, message) for index, message in enumerate(messages)]
+        chat = self._past_calls.fitted(self._past_thoughts.fitted(chat))
         mark_at = ""
         if continue_final_message:
             if add_generation_prompt:
@@ -194,9 +195,9 @@ class ChatTemplate:
     def _normalized(self, index: int, message: Message) -> dict[str, Any]:
         """Copy a message to render: no nulls, reasoning under the names templates read."""
         copy = {key: value for key, value in message.items() if value is not None}
-        reasoning = next((copy[field] for field in _REASONING_FIELDS if field in copy), None)
-        if reasoning is not None:
-            copy = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
+        thought = next((copy[name] for name in NAMES if name in copy), None)
+        if thought is not None:
+            copy |= named(thought)
         content = copy.get("content")
         if isinstance(content, list | tuple):
             parts = [_text_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)]

@@ -58,13 +58,15 @@ def written(grammar: Grammar) -> Grammar:
     spec = json.dumps(_sources(grammar))
     if len(spec) > _MAX_WRITTEN_CHARS:
         raise refused_grammar(f"it grows to {len(spec)} characters, want at most {_MAX_WRITTEN_CHARS}")
-    return Grammar(kind="written", spec=spec)
+    return Grammar(kind="written", spec=spec, before=grammar.before)
 
 
 def whole_grammar(grammar: Grammar, *, has_space: bool) -> str:
     """Return the text that the library compiles of a written grammar; with a space before it where `has_space`."""
     space = '" " ' if has_space else ""
-    first = json.dumps({"name": "output", "lark_grammar": f"{_OPTIONS}\nstart: {space}@g0"})
+    before = "before " if grammar.before else ""
+    lark = f"{_OPTIONS}\nstart: {space}{before}@g0\n{grammar.before}"
+    first = json.dumps({"name": "output", "lark_grammar": lark})
     return f'{{"grammars": [{first}, {grammar.spec[1:-1]}]}}'
 
 
@@ -91,13 +93,15 @@ def _sources(grammar: Grammar) -> list[dict[str, Any]]:
     """Return the grammars that `grammar` is made of, the first of which is it, named g0, g1, ..."""
     if grammar.kind != "any_of":
         return [{"name": "g0", **_source(grammar)}]
-    sources = [_source(option) for option in msgspec.json.decode(grammar.spec, type=list[Grammar])]
-    names = [f"g{number}" for number in range(1, len(sources) + 1)]
-    start = " | ".join(f"@{name}" for name in names)
-    return [
-        {"name": "g0", "lark_grammar": f"start: {start}"},
-        *({"name": name, **source} for name, source in zip(names, sources, strict=True)),
-    ]
+    sources: list[dict[str, Any]] = []
+    starts: list[str] = []
+    rules: list[str] = []
+    for number, option in enumerate(msgspec.json.decode(grammar.spec, type=list[Grammar]), start=1):
+        sources.append({"name": f"g{number}", **_source(option)})
+        starts.append(f"{'before ' if option.before else ''}@g{number}")
+        rules += filter(None, [option.before])
+    lines = [f"start: {' | '.join(starts)}", *dict.fromkeys(rules)]
+    return [{"name": "g0", "lark_grammar": "\n".join(lines)}, *sources]
 
 
 def _source(grammar: Grammar) -> dict[str, Any]:

@@ -65,10 +65,10 @@ class Answer(ABC):
     def _event_of(self, index: int, delta: Delta) -> bytes:
         """Write what a choice got as a server-sent event; nothing where a client could not see it yet."""
         frame = self._frames[index]
-        if frame is not None and delta.finish_reason is None:
+        if frame is not None and delta.finish_reason is None and not delta.reasoning:
             return frame[0] + _encode(delta.text) + frame[1] if delta.text else b""
         data = self._event(index, delta)
-        if self._is_text_only and self._is_begun[index] and delta.finish_reason is None:
+        if frame is None and self._is_text_only and self._is_begun[index] and delta.finish_reason is None:
             head, _, tail = self._event(index, Delta(text=_MARK)).rpartition(_encode(_MARK))
             self._frames[index] = head, tail
         return data

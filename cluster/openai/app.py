@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
@@ -33,6 +33,7 @@ from cluster.openai.responses.endpoints import DOCUMENTED, add_responses
 from cluster.openai.responses.kept import KeptResponses
 from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
+from cluster.openai.thought_recognition import thought_format
 from cluster.openai.tokens import detokenize, tokenize
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ def create_app(
     limits: HttpLimits | None = None,
     callers: Callers | None = None,
     tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
     metrics: HttpMetrics | None = None,
     responses: KeptResponses | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
@@ -65,12 +67,13 @@ def create_app(
         limits: what one client may ask for.
         callers: where they have keys, every path but /health, /ready and /version wants one; None: everybody.
         tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
+        reasoning_parser: how it writes thoughts, by a name of `THOUGHT_FORMATS`; None: as its chat template shows it.
         metrics: where to count; None: in ones of its own.
         responses: those that later requests may go on from; None: what this process keeps, within the defaults.
         extend: adds more endpoints.
     """
     kind = tool_format(tokenizer, tool_parser)
-    marks = "\n".join(kind.marks) if kind else ""
+    thoughts = thought_format(tokenizer, reasoning_parser)
     limits = limits or HttpLimits()
     surface = Surface(
         backend=backend,
@@ -81,7 +84,9 @@ def create_app(
         callers=callers or Callers(),
         metrics=metrics or HttpMetrics(),
         tool_format=kind,
-        hidden_ids=frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) not in marks),
+        call_ids=_special_ids(tokenizer, kind.marks if kind else ()),
+        thought_format=thoughts,
+        thought_ids=_special_ids(tokenizer, thoughts.marks if thoughts else ()),
     )
     app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
     describe(app, *DOCUMENTED)
@@ -97,6 +102,12 @@ def create_app(
     app.add_middleware(_ShortCut, endpoints=endpoints)
     app.add_middleware(Edge, callers=surface.callers, metrics=surface.metrics, paths=paths)
     return app
+
+
+def _special_ids(tokenizer: Tokenizer, marks: Sequence[str]) -> frozenset[int]:
+    """Return the special tokens that are, or are in, one of `marks`."""
+    text = "\n".join(marks)
+    return frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) in text)
 
 
 def _json(value: msgspec.Struct) -> Response:

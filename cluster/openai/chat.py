@@ -12,11 +12,12 @@ from cluster.openai import prompts
 from cluster.openai.answer import Answer
 from cluster.openai.callers import Caller
 from cluster.openai.constraints import constraint_of
-from cluster.openai.conversation import rendered
+from cluster.openai.conversation import rendered, template_kwargs
 from cluster.openai.errors import bad_field
 from cluster.openai.format_or_call import format_or_call
 from cluster.openai.generation import Generation
 from cluster.openai.logprobs import chat_logprobs, prompt_logprobs
+from cluster.openai.output_parser import OutputParser, ThoughtDelta
 from cluster.openai.protocol import ChatRequest
 from cluster.openai.replies import (
     ChatChoice,
@@ -36,6 +37,8 @@ from cluster.openai.sampling import check_stream_options, max_output_tokens
 from cluster.openai.starting import OutputPlan, start
 from cluster.openai.stream import event
 from cluster.openai.surface import Surface
+from cluster.openai.thought_grammar import written_before, written_lead
+from cluster.openai.thoughts import ThoughtPlan, plan_thought
 from cluster.openai.tool_calls import CallDelta
 from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
 from cluster.openai.transcript import Delta
@@ -77,27 +80,41 @@ async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_i
     tools = plan_tools(fields, surface.tool_format)
     if structure is not None:
         check_no_other_structure(tools, structure[0])
-        structure = _beside_tools(surface, structure, tools)
-    token_ids = await _token_ids(surface, fields, tools)
+    prompt = _prompt(surface, fields, tools)
+    thought = _thought(surface, fields, tools, prompt)
+    lead = written_lead(thought, surface.tokenizer)
+    if structure is not None and tools.template_tools is not None:
+        structure, lead = _beside_tools(surface, structure, tools, lead), ""
+    token_ids = await prompts.encoded(
+        surface,
+        "messages",
+        prompt,
+        add_special_tokens=bool(fields.add_special_tokens),  # the template writes them itself
+        truncate=fields.truncate_prompt_tokens,
+        max_tokens=fields.max_completion_tokens or fields.max_tokens,
+    )
     plan = OutputPlan(
         max_tokens=[_max_tokens(surface, fields, len(token_ids))],
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         prompt_logprobs=fields.prompt_logprobs,
         grammar=structure if tools.grammar is None else (tools.grammar_param, tools.grammar),
-        keeps_special_tokens=tools.keeps_special_tokens,
+        before="" if thought is None else written_before(thought, surface.tokenizer, lead=lead),
+        shown_ids=(frozenset() if tools.kind is None else surface.call_ids)
+        | (frozenset() if thought is None else surface.thought_ids),
+        thought=thought,
     )
     return Begun(token_ids, tools, await start(surface, caller, fields, request_id, [token_ids], plan))
 
 
-def _beside_tools(surface: Surface, structure: tuple[str, Grammar], tools: ToolPlan) -> tuple[str, Grammar]:
-    """Let the output be a call as well, where the model may make one.
+def _beside_tools(
+    surface: Surface, structure: tuple[str, Grammar], tools: ToolPlan, lead: str = ""
+) -> tuple[str, Grammar]:
+    """Let the output be a call as well, which the model may make. `lead`: stands before the structure.
 
     Raises:
         RequestError: it is not known what its calls begin with.
     """
     param, grammar = structure
-    if tools.template_tools is None:
-        return structure
     if not tools.begins:
         raise RequestError(
             f"{param}: got it together with tools, want tool_choice none, or required: how this model begins a call is"
@@ -105,24 +122,29 @@ def _beside_tools(surface: Surface, structure: tuple[str, Grammar], tools: ToolP
             param=param,
             code="invalid_value",
         )
-    return param, format_or_call(grammar, tools.begins, surface.tokenizer)
+    return param, format_or_call(grammar, tools.begins, surface.tokenizer, lead)
 
 
-async def _token_ids(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> list[int]:
-    text = rendered(
+def _prompt(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> str:
+    return rendered(
         surface.tokenizer,
         fields.messages,
         fields,
         tools.template_tools,
         takes_template=surface.limits.takes_chat_template,
     )
-    return await prompts.encoded(
-        surface,
-        "messages",
-        text,
-        add_special_tokens=bool(fields.add_special_tokens),  # the template writes them itself
-        truncate=fields.truncate_prompt_tokens,
-        max_tokens=fields.max_completion_tokens or fields.max_tokens,
+
+
+def _thought(surface: Surface, fields: ChatRequest, tools: ToolPlan, prompt: str) -> ThoughtPlan | None:
+    """Plan the outputs' thoughts; None where all that they write is content, or calls."""
+    last = fields.messages[-1].content
+    text = last if isinstance(last, str) else "".join(part.text or "" for part in last or ())
+    return plan_thought(
+        surface.thought_format,
+        prompt,
+        template_kwargs(fields),
+        continued=text if fields.continue_final_message else None,
+        call_marks=() if tools.kind is None else tools.kind.marks,
     )
 
 
@@ -139,6 +161,7 @@ def _max_tokens(surface: Surface, fields: ChatRequest, num_prompt_tokens: int) -
 class _Message:
     """One choice of a whole reply, as it grows."""
 
+    thought: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  #: of calls
     names: list[str] = field(default_factory=list)  #: of the functions called
@@ -146,16 +169,23 @@ class _Message:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
 
-    def add(self, content: str, calls: list[CallDelta], delta: Delta, tools: ToolPlan) -> None:
-        self.content.append(content)
-        for call in calls:
-            if call.name is not None:
-                self.ids.append(tools.call_id(call))
-                self.names.append(call.name)
-                self.arguments.append([])
-            self.arguments[call.index].append(call.arguments)
+    def add(self, pieces: list[ThoughtDelta | str | CallDelta], delta: Delta, tools: ToolPlan) -> None:
+        for piece in pieces:
+            if isinstance(piece, str):
+                self.content.append(piece)
+            elif isinstance(piece, ThoughtDelta):
+                self.thought.append(piece.text)
+            else:
+                self._add_call(piece, tools)
         self.logprobs += delta.logprobs
         self.token_ids += delta.token_ids
+
+    def _add_call(self, call: CallDelta, tools: ToolPlan) -> None:
+        if call.name is not None:
+            self.ids.append(tools.call_id(call))
+            self.names.append(call.name)
+            self.arguments.append([])
+        self.arguments[call.index].append(call.arguments)
 
     def tool_calls(self) -> list[ToolCall]:
         return [
@@ -169,21 +199,25 @@ class Chat(Answer):
 
     def __init__(self, surface: Surface, fields: ChatRequest, reply_id: str, begun: Begun) -> None:
         generation = begun.generation
-        self._shows_tokens = bool(fields.logprobs or fields.return_token_ids)
-        self._parsers = [begun.tools.parser() for _ in generation.requests]
-        is_text_only = not self._shows_tokens and self._parsers[0] is None
+        self._may_think = generation.transcripts[0].num_reasoning_tokens is not None
+        shows_thoughts = fields.include_reasoning is not False
+        has_tokens = shows_thoughts or not self._may_think  #: else they would tell of thoughts, as in vLLM
+        self._has_logprobs = bool(fields.logprobs) and has_tokens
+        self._has_token_ids = bool(fields.return_token_ids) and has_tokens
+        self._shows_tokens = self._has_logprobs or self._has_token_ids
+        self._parsers = [OutputParser(begun.tools, shows_thoughts=shows_thoughts) for _ in generation.requests]
+        is_text_only = not self._shows_tokens and not self._parsers[0].reads_calls
         super().__init__(surface, fields, reply_id, generation, is_text_only=is_text_only)
         self._fields = fields
         self._token_ids = begun.token_ids
         self._tools = begun.tools
-        self._has_calls = [False] * len(generation.requests)
         self._is_prompt_given = False
         self._messages = [_Message() for _ in generation.requests]  #: of a whole reply
         self._choices: dict[int, ChatChoice] = {}
 
     def _add(self, index: int, delta: Delta) -> None:
         """Implement `Answer._add`."""
-        self._messages[index].add(*self._parsed(index, delta), delta, self._tools)
+        self._messages[index].add(self._parsers[index].split(delta), delta, self._tools)
         if delta.finish_reason is not None:
             self._choices[index] = self._whole_choice(index, self._messages[index], delta)
 
@@ -234,61 +268,64 @@ class Chat(Answer):
 
     def _chunk_of(self, index: int, delta: Delta) -> ChatChunkChoice | None:
         """Make one event's choice; None where a delta adds nothing that a client could see yet."""
-        content, calls = self._parsed(index, delta)
-        if not content and not calls and delta.finish_reason is None and not self._shows_tokens:
+        pieces = self._parsers[index].split(delta)
+        if not pieces and delta.finish_reason is None and not self._shows_tokens:
             return None
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        thought = "".join(piece.text for piece in pieces if isinstance(piece, ThoughtDelta))
+        calls = [piece for piece in pieces if isinstance(piece, CallDelta)]
         is_first = not self._is_begun[index]
         self._is_begun[index] = True
         return ChatChunkChoice(
             index=index,
             delta=ChatDelta(
                 role="assistant" if is_first else UNSET,
+                reasoning=thought or UNSET,
+                reasoning_content=thought or UNSET,
                 content=content if content or self._has_empty_content(index, delta) else UNSET,
                 tool_calls=[self._streamed_call(call) for call in calls] if calls else UNSET,
             ),
             logprobs=self._chat_logprobs(delta.logprobs),
             finish_reason=self._finish_reason(index, delta),
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
-            token_ids=delta.token_ids if self._fields.return_token_ids else UNSET,
+            token_ids=delta.token_ids if self._has_token_ids else UNSET,
         )
 
     def _has_empty_content(self, index: int, delta: Delta) -> bool:
         """Tell whether a chunk without text says so: where its choice may have calls, only the last one without any."""
-        if self._parsers[index] is None:
+        if not self._parsers[index].reads_calls and not self._may_think:
             return True
-        return delta.finish_reason is not None and not (self._has_calls[index] or self._tools.is_forced)
-
-    def _parsed(self, index: int, delta: Delta) -> tuple[str, list[CallDelta]]:
-        """Split the delta's text into content and calls."""
-        parser = self._parsers[index]
-        if parser is None:
-            return delta.text, []
-        pieces = self._tools.pieces(parser, delta)
-        calls = [piece for piece in pieces if isinstance(piece, CallDelta)]
-        self._has_calls[index] |= bool(calls)
-        return "".join(piece for piece in pieces if isinstance(piece, str)), calls
+        return delta.finish_reason is not None and not (self._parsers[index].has_calls or self._tools.is_forced)
 
     def _finish_reason(self, index: int, delta: Delta) -> ChatFinish | None:
         """Return the reason: "tool_calls" after calls, except the one that tool_choice named, as in OpenAI's API."""
-        if delta.finish_reason == "stop" and self._has_calls[index] and self._tools.named is None:
+        if delta.finish_reason == "stop" and self._parsers[index].has_calls and self._tools.named is None:
             return "tool_calls"
         return delta.finish_reason
 
     def _whole_choice(self, index: int, message: _Message, last: Delta) -> ChatChoice:
         calls = message.tool_calls()
         content = "".join(message.content)
-        has_content = bool(content) or not (calls or self._tools.is_forced)
+        thought = "".join(message.thought)
+        is_thought_alone = not content and self._generation.transcripts[index].num_reasoning_tokens
+        has_content = bool(content) or not (calls or self._tools.is_forced or is_thought_alone)
+        told = thought or None if self._may_think else UNSET
         return ChatChoice(
             index=index,
-            message=ChatReplyMessage(content=content if has_content else None, tool_calls=calls or UNSET),
+            message=ChatReplyMessage(
+                content=content if has_content else None,
+                reasoning=told,
+                reasoning_content=told,
+                tool_calls=calls or UNSET,
+            ),
             logprobs=self._chat_logprobs(message.logprobs),
             finish_reason=self._finish_reason(index, last) or "stop",
             stop_reason=last.stop_reason,
-            token_ids=message.token_ids if self._fields.return_token_ids else UNSET,
+            token_ids=message.token_ids if self._has_token_ids else UNSET,
         )
 
     def _chat_logprobs(self, entries: list[TokenLogprob]) -> ChatLogprobs | None:
-        if not self._fields.logprobs:
+        if not self._has_logprobs:
             return None
         return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0)
 

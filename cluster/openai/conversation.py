@@ -36,10 +36,13 @@ def _template_message(param: str, message: ChatMessage) -> dict[str, Any]:
     }
     if message.tool_calls:
         result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             result[name] = value
+    reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
+    if reasoning is not None:
+        result["reasoning_content"] = reasoning
     return result
 
 
@@ -87,6 +90,15 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return result
 
 
+def template_kwargs(fields: ChatRequest | TokenizeRequest | PromptFields) -> dict[str, Any]:
+    """Return the variables that a client gives to the chat template: its own, and what its effort comes to."""
+    own = fields.chat_template_kwargs or {}
+    effort = fields.reasoning_effort if isinstance(fields, ChatRequest) else None
+    if effort is None:
+        return own
+    return {"enable_thinking": effort != "none", **own, "reasoning_effort": effort}
+
+
 def rendered(
     tokenizer: Tokenizer,
     messages: Sequence[ChatMessage],
@@ -114,6 +126,6 @@ def rendered(
         tools=tools,
         add_generation_prompt=not continues if fields.add_generation_prompt is None else fields.add_generation_prompt,
         continue_final_message=continues,
-        template_kwargs=fields.chat_template_kwargs,
+        template_kwargs=template_kwargs(fields),
         chat_template=fields.chat_template,
     )

@@ -11,19 +11,23 @@ from messages.request import Grammar
 from text.tokenizer import Tokenizer
 
 
-def format_or_call(structure: Grammar, begins: Sequence[str], tokenizer: Tokenizer) -> Grammar:
+def format_or_call(structure: Grammar, begins: Sequence[str], tokenizer: Tokenizer, lead: str = "") -> Grammar:
     """Return a grammar of `structure`, or of any text that begins with one of `begins`, the marks before a call.
+
+    `lead`: stands before the structure, in Lark's language.
 
     What a call says after its mark is held to nothing, as without a structure. A mark may be, or hold, special tokens,
     which no text stands for.
     """
-    marks = " | ".join(_written(begin, tokenizer) for begin in begins)
+    marks = " | ".join(written_mark(begin, tokenizer) for begin in begins)
     calls = f"start: ({marks}) <[0-{tokenizer.vocab_size - 1}]>*"
+    if lead:
+        structure = msgspec.structs.replace(structure, before=f"before: {lead}")
     options = [structure, Grammar(kind="lark", spec=calls)]
     return Grammar(kind="any_of", spec=msgspec.json.encode(options).decode())
 
 
-def _written(mark: str, tokenizer: Tokenizer) -> str:
+def written_mark(mark: str, tokenizer: Tokenizer) -> str:
     """Write a mark in Lark's language, special tokens by their ids."""
     parts: list[str] = []
     text = ""

@@ -13,6 +13,7 @@ from msgspec import UNSET
 from cluster.openai.backend import Backend
 from cluster.openai.metrics import HttpMetrics, RequestClock
 from cluster.openai.replies import (
+    CompletionTokensDetails,
     KvrayExtras,
     PlannedLoad,
     PromptPlanReply,
@@ -153,6 +154,9 @@ class Generation:
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            completion_tokens_details=UNSET
+            if self.transcripts[0].num_reasoning_tokens is None
+            else CompletionTokensDetails(sum(t.num_reasoning_tokens or 0 for t in self.transcripts)),
         )
 
     def extras(self) -> KvrayExtras:

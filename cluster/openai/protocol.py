@@ -6,7 +6,7 @@ Bounds that do not depend on the model are in the types, so that they are checke
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -33,6 +33,10 @@ HintTokens = Annotated[
     TokenRange, Meta(description="[begin, end) of prompt and answer; end null: to the end. Default: all of them")
 ]
 
+ReasoningEffort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    Meta(description="a variable of the chat template; enable_thinking too, false with none"),
+]
 ClientTemplate = Annotated[
     str, Meta(description="a chat template instead of the model's, where the operator takes them from clients")
 ]
@@ -193,6 +197,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: list[PastToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  #: the newer name of the same
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):
@@ -252,6 +257,8 @@ class ChatRequest(SharedFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tool_choice: str | ToolChoice | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: Annotated[bool, Meta(description="false: thoughts are made, and not shown")] | None = None
     parallel_tool_calls: bool | None = None
     #: carried by clients by habit; they change nothing here
     modalities: list[str] | None = None

@@ -19,6 +19,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int  #: nobody had to compute them
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """Of the output's tokens, where thoughts are told from content."""
+
+    reasoning_tokens: int  #: of thoughts
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens read and written. With n choices the prompt counts once."""
 
@@ -26,6 +32,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class PromptSourceCounts(msgspec.Struct, frozen=True):
@@ -159,10 +166,12 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatReplyMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+    """The assistant's turn. A thought goes by both names that vLLM's clients read, the newer one first."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
     refusal: None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
@@ -193,9 +202,11 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chunk adds to a message."""
+    """What a chunk adds to a message, as ChatReplyMessage has it."""
 
     role: Literal["assistant"] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 

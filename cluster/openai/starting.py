@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from secrets import token_hex
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from cluster.openai.prompts import packed
 from cluster.openai.protocol import SharedFields
 from cluster.openai.sampling import num_choices, sampling_params, stop_strings
 from cluster.openai.surface import Surface
+from cluster.openai.thoughts import ThoughtPlan
 from cluster.openai.transcript import TextOptions, Transcript
 from messages.request import GenerateRequest, Grammar
 
@@ -26,7 +28,9 @@ class OutputPlan(NamedTuple):
     logprobs: int | None
     prompt_logprobs: int | None
     grammar: tuple[str, Grammar] | None  #: with the field that asks for it
-    keeps_special_tokens: bool = False  #: those that mark tool calls; the others stay hidden
+    before: str = ""  #: what stands before the grammar (`messages.request.Grammar`)
+    shown_ids: frozenset[int] = frozenset()  #: special tokens that the text keeps, for whoever parses it
+    thought: ThoughtPlan | None = None
 
 
 async def start(
@@ -45,14 +49,17 @@ async def start(
     """
     n = num_choices(fields, len(prompts), surface.limits)
     grammar = None if plan.grammar is None else await surface.grammars.check(*plan.grammar)
+    if grammar is not None and plan.before:
+        grammar = msgspec.structs.replace(grammar, before=plan.before)
     skips_special = fields.skip_special_tokens is not False
     options = TextOptions(
         stop=stop_strings(fields, surface.limits),
         includes_stop=bool(fields.include_stop_str_in_output),
         min_tokens=fields.min_tokens or 0,
-        skips_special_tokens=skips_special and not plan.keeps_special_tokens,
-        hidden_ids=surface.hidden_ids if skips_special and plan.keeps_special_tokens else frozenset(),
+        skips_special_tokens=skips_special and not plan.shown_ids,
+        hidden_ids=_hidden(surface.tokenizer.special_ids, plan.shown_ids) if skips_special else frozenset(),
         stop_token_ids=frozenset(fields.stop_token_ids or ()),
+        thought=plan.thought,
     )
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
     # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
@@ -86,3 +93,9 @@ async def start(
         ]
     transcripts = [Transcript(surface.tokenizer, options) for _ in requests]
     return Generation(surface.backend, surface.metrics, requests, transcripts, n)
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden(special_ids: frozenset[int], shown_ids: frozenset[int]) -> frozenset[int]:
+    """Return the special tokens that a text leaves out though it keeps others; none where it keeps none of them."""
+    return special_ids - shown_ids if shown_ids else frozenset()

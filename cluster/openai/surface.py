@@ -14,6 +14,7 @@ from cluster.openai.errors import model_not_found
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.stream import Turn
+from cluster.openai.thought_formats import ThoughtFormat
 from text.tokenizer import Tokenizer
 
 # Text longer than this is encoded in a thread: at some 2 MB/s it would hold up everyone's tokens for over 4 ms.
@@ -34,7 +35,9 @@ class Surface:
     callers: Callers
     metrics: HttpMetrics
     tool_format: CallFormat | None  #: how the model writes tool calls
-    hidden_ids: frozenset[int]  #: special tokens that do not mark tool calls
+    call_ids: frozenset[int]  #: special tokens that mark them
+    thought_format: ThoughtFormat | None  #: how the model writes thoughts
+    thought_ids: frozenset[int]  #: special tokens that mark them
     turn: Turn = field(default_factory=Turn)  #: of the event loop
     huge_texts: asyncio.Lock = field(default_factory=asyncio.Lock)  #: whoever encodes one
 

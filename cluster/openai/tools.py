@@ -14,7 +14,6 @@ from cluster.openai.conversation import template_tools
 from cluster.openai.errors import bad_field
 from cluster.openai.protocol import ChatRequest, FunctionSpec, ToolChoice
 from cluster.openai.tool_calls import CallDelta, CallParser, ForcedCallParser, ToolCallParser
-from cluster.openai.transcript import Delta
 from cluster.openai.value_types import ToolSchema
 from messages.errors import RequestError
 from messages.request import Grammar
@@ -54,23 +53,11 @@ class ToolPlan:
             *(f"[{name}(" for name in self.tools if self.kind.arguments == "python" and "[" in self.kind.weak_opens),
         )
 
-    @property
-    def keeps_special_tokens(self) -> bool:
-        """Whether the marks of calls may be special tokens, which the text must keep until it is parsed."""
-        return self.kind is not None
-
     def parser(self) -> CallParser | None:
         """Make a fresh parser for one choice; None where all output is content."""
         if self.is_forced:
             return ForcedCallParser(self.named)
         return None if self.kind is None else ToolCallParser(self.kind, self.tools, self.allowed)
-
-    def pieces(self, parser: CallParser, delta: Delta) -> list[str | CallDelta]:
-        """Split what a choice got into content and pieces of calls, in order, by the choice's own parser."""
-        pieces = parser.push(delta.text)
-        if delta.finish_reason is not None:
-            pieces += parser.flush(is_cut=delta.finish_reason == "length" or isinstance(delta.stop_reason, str))
-        return [p for p in pieces if isinstance(p, str) or not (self.is_single and p.index)]
 
     def call_id(self, call: CallDelta) -> str:
         """Return the id of a call, of which `call` is the first piece: the model's own, or one in its form."""

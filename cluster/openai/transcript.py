@@ -1,4 +1,4 @@
-"""The text of one choice, grown chunk by chunk: detokenized, cut at stop strings."""
+"""The text of one choice, grown chunk by chunk: detokenized, its thoughts set apart, cut at stop strings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.openai.thoughts import Read, ThoughtPlan
 from messages.errors import KvrayError, WorkerError, error_from_info
 from messages.stream import PromptPlan, PromptSources, TokenChunk, TokenLogprob
 from text.stops import StopMatcher
@@ -25,11 +26,13 @@ class TextOptions:
     skips_special_tokens: bool = True
     hidden_ids: frozenset[int] = frozenset()  #: tokens without text, besides those that skips_special_tokens skips
     stop_token_ids: frozenset[int] = frozenset()  #: the client's own, which count as a stop_reason
+    thought: ThoughtPlan | None = None  #: how thoughts are told from content; None: there are none
 
 
 class Delta(msgspec.Struct, kw_only=True):
     """The text, tokens and end that one chunk adds to a choice."""
 
+    reasoning: str = ""  #: of a thought; it comes before `text`
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []
@@ -44,12 +47,18 @@ class Transcript:
         self._options = options
         detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens)
         self._push, self._flush = detokenizer.push, detokenizer.flush
+        self._reader = None if options.thought is None else options.thought.reader()
         self._stops = StopMatcher(options.stop, include_stop_str=options.includes_stop, min_tokens=options.min_tokens)
         self.num_tokens = 0
         self.sources: PromptSources | None = None
         self.plan: PromptPlan | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.is_finished = False
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Tokens that thoughts are made of, so far; None where thoughts are not told from content."""
+        return None if self._reader is None else self._reader.num_tokens
 
     def take(self, chunk: TokenChunk) -> Delta:
         """Return what `chunk` adds.
@@ -65,7 +74,7 @@ class Transcript:
             self.prompt_logprobs = chunk.prompt_logprobs
         token_ids = chunk.token_ids
         delta = Delta(token_ids=token_ids, logprobs=chunk.logprobs)
-        if self._options.stop:
+        if self._options.stop or (self._reader is not None and not self._reader.is_done):
             self._take_singly(chunk, delta)
         elif chunk.stop_token_id is None and not self._options.hidden_ids:
             delta.text = self._push(token_ids)
@@ -88,20 +97,29 @@ class Transcript:
         return visible
 
     def _take_singly(self, chunk: TokenChunk, delta: Delta) -> None:
-        """Take a chunk token by token, so that the token that completes a stop string is the last one."""
+        """Take a chunk token by token: thoughts count theirs, and the one that completes a stop string is the last."""
+        thoughts: list[str] = []
         texts: list[str] = []
         for position, token_ids in enumerate(self._visible(chunk), start=1):
-            text, met = self._stops.push(self._push(token_ids))
+            text = self._push(token_ids)
+            if self._reader is not None:
+                thought, text = self._reader.push(text)
+                thoughts.append(thought)
+            text, met = self._stops.push(text)
             texts.append(text)
             if met is not None:
                 delta.finish_reason, delta.stop_reason = "stop", met
                 delta.token_ids = chunk.token_ids[:position]
                 delta.logprobs = chunk.logprobs[:position]
                 break
+        delta.reasoning = "".join(thoughts)
         delta.text = "".join(texts)
 
     def _end(self, chunk: TokenChunk, delta: Delta) -> None:
-        text, met = self._stops.push(self._flush(), 0)
+        last = self._flush()
+        thought, last = Read("", last) if self._reader is None else self._reader.flush(last)
+        text, met = self._stops.push(last, 0)
+        delta.reasoning += thought
         delta.text += text
         if met is not None:
             delta.finish_reason, delta.stop_reason = "stop", met

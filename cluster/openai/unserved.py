@@ -38,6 +38,11 @@ _UNSERVED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "ebnf": ((), _STRUCTURE),
     "grammar": ((), _STRUCTURE),
     "custom_logit_processor": ((), "no processor"),
+    "thinking_token_budget": ((-1,), "max_tokens or reasoning_effort"),
+    "thinking_budget": ((-1,), "max_tokens or reasoning_effort"),
+    "enable_thinking": ((), "chat_template_kwargs"),
+    "thinking": ((), "chat_template_kwargs"),
+    "separate_reasoning": ((True,), "include_reasoning"),
 }
 
 

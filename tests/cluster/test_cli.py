@@ -47,6 +47,7 @@ def test_serve_takes_the_flags_of_vllm_serve_that_mean_the_same():
             "--max-num-seqs",
             "--max-num-batched-tokens",
             "--tool-call-parser",
+            "--reasoning-parser",
             "--chat-template",
             "--prefill",
             "--decode",

@@ -21,6 +21,7 @@ from cluster.config import (
     prepare_environment,
 )
 from cluster.openai.call_formats import FORMATS
+from cluster.openai.thought_formats import THOUGHT_FORMATS
 from messages.errors import ConfigError
 
 
@@ -88,6 +89,10 @@ def test_what_is_shown_can_be_read_again():
         (
             {"model": {"tool_parser": "x"}},
             f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw str 'x'",
+        ),
+        (
+            {"model": {"reasoning_parser": "x"}},
+            f"model.reasoning_parser: wanted one of {', '.join(THOUGHT_FORMATS)}, saw str 'x'",
         ),
         (
             {"http": {"client_chat_template": "yes"}},

@@ -128,6 +128,35 @@ async def test_an_output_follows_its_grammar_from_prefills_first_token_on(model_
     assert "invalid regex" in bad.last.error.message
 
 
+async def test_a_structure_begins_after_a_thought_also_of_a_sequence_that_moves(model_dir):
+    options = worker_options(model_dir)
+    tokenizer = Tokenizer.load(model_dir)
+    end = tokenizer.encode("</think>", add_special_tokens=False)
+    fields = {
+        "grammar": Grammar(
+            kind="choice",
+            spec='["yes and no"]',
+            before='before: thought\nthought[suffix="</think>"]: /(?s:.*)/',
+        ),
+        "logit_bias": dict.fromkeys(end, 30.0),  # a model of random weights writes its end in the end
+        "temperature": 0.9,
+        "max_tokens": 400,
+    }
+    (prompt,) = prompts(6, 100)
+    async with running_pair(options, options) as pair:
+        answers = [pair.ingress.send(f"r{seed}", prompt, seed=seed, **fields) for seed in range(4)]
+        found = await pair.ingress.finish(*answers)
+        texts = [tokenizer.decode(token_ids) for token_ids in found]
+        for text in texts:
+            thought, _, answer = text.partition("</think>")
+            assert answer == "yes and no"
+            assert thought
+        for num_generated in (1, len(found[0]) - 3):
+            moved = pair.ingress.send(f"m{num_generated}", prompt, found[0][:num_generated], seed=0, **fields)
+            (rest,) = await pair.ingress.finish(moved)
+            assert found[0][:num_generated] + rest == found[0]
+
+
 async def test_choices_with_one_prompt_compute_it_once(model_dir, reference):
     (prompt,) = prompts(5, 400)
     options = worker_options(model_dir)

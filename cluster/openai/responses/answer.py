@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from cluster.openai.chat import Begun
 from cluster.openai.logprobs import chat_logprobs
+from cluster.openai.output_parser import OutputParser, ThoughtDelta
 from cluster.openai.replies import ChatTokenLogprob
 from cluster.openai.responses.kept import id_of
 from cluster.openai.responses.output import ResponseOutput
@@ -68,7 +69,7 @@ class ResponseAnswer:
         self._fields = fields
         self._begun = begun
         self._keep = keep
-        self._parser = begun.tools.parser()
+        self._parser = OutputParser(begun.tools)
         self._events: list[Event] = []  #: not written yet
         self._output = ResponseOutput(key, num_items, self._events.append)
         self._begun_reply = _begun_reply(surface, fields, key)
@@ -127,17 +128,19 @@ class ResponseAnswer:
         """Add what a delta brings to the output."""
         if shows_logprobs(self._fields):
             self._logprobs += delta.logprobs
-        pieces = [delta.text] if self._parser is None else self._begun.tools.pieces(self._parser, delta)
-        for piece in pieces:
+        for piece in self._parser.split(delta):
             self._add(piece)
         if delta.finish_reason is not None:
             self._end(delta)
 
-    def _add(self, piece: str | CallDelta) -> None:
-        """Add a piece of the model's turn; thoughts, where a model has them, would be one more kind."""
+    def _add(self, piece: ThoughtDelta | str | CallDelta) -> None:
+        """Add a piece of the model's turn."""
+        if isinstance(piece, ThoughtDelta):
+            self._logprobs.clear()  # only a message's text has them
+            self._output.add_thought(piece.text)
+            return
         if isinstance(piece, str):
-            if piece:
-                self._output.add_text(piece, self._text_logprobs())
+            self._output.add_text(piece, self._text_logprobs())
             return
         if piece.name is not None:
             self._logprobs.clear()  # they were of the call
@@ -171,11 +174,12 @@ class ResponseAnswer:
 
     def _usage(self) -> ResponseUsage:
         usage = self._begun.generation.usage()
+        details = usage.completion_tokens_details
         return ResponseUsage(
             input_tokens=usage.prompt_tokens,
             input_tokens_details=CachedTokens(usage.prompt_tokens_details.cached_tokens),
             output_tokens=usage.completion_tokens,
-            output_tokens_details=ReasoningTokens(),
+            output_tokens_details=ReasoningTokens(details.reasoning_tokens if details else 0),
             total_tokens=usage.total_tokens,
         )
 

@@ -1,4 +1,4 @@
-"""A response's output, as it grows: pieces of text and of calls become items, and the events that tell of them."""
+"""A response's output, as it grows: thoughts, text and calls become items, and the events that tell of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from cluster.openai.responses.replies import (
     OutputText,
     PartAdded,
     PartDone,
+    ReasoningDelta,
+    ReasoningDone,
+    ReasoningItem,
+    ReasoningText,
     TextDelta,
     TextDone,
 )
@@ -40,6 +44,20 @@ class _OpenMessage:
 
     def item(self, status: ItemStatus) -> OutputMessage:
         return OutputMessage(id=self.id, status=status, content=[self.part()])
+
+
+@dataclass(slots=True)
+class _OpenThought:
+    """The thought that text is added to."""
+
+    id: str
+    texts: list[str] = field(default_factory=list)
+
+    def part(self) -> ReasoningText:
+        return ReasoningText(text="".join(self.texts))
+
+    def item(self, status: ItemStatus) -> ReasoningItem:
+        return ReasoningItem(id=self.id, status=status, content=[self.part()])
 
 
 @dataclass(slots=True)
@@ -67,10 +85,7 @@ def _is_json(text: str) -> bool:
 
 
 class ResponseOutput:
-    """The items of one response, in the order in which the model gave them; at most the last one is open.
-
-    A new kind of item (thoughts) is one more kind of open item, with the events of its pieces.
-    """
+    """The items of one response, in the order in which the model gave them; at most the last one is open."""
 
     def __init__(self, key: str, num_given: int, emit: Callable[[Event], None]) -> None:
         """Begin an output without items.
@@ -85,7 +100,7 @@ class ResponseOutput:
         self._key = key
         self._num_given = num_given
         self._emit = emit
-        self._open: _OpenMessage | _OpenCall | None = None
+        self._open: _OpenMessage | _OpenThought | _OpenCall | None = None
 
     @property
     def is_in_message(self) -> bool:
@@ -112,6 +127,21 @@ class ResponseOutput:
                     logprobs=logprobs,
                 )
             )
+
+    def add_thought(self, text: str) -> None:
+        """Add a piece of what the model thinks."""
+        thought = self._open
+        if not isinstance(thought, _OpenThought):
+            self.close()
+            thought = self._open = _OpenThought(self._item_id("rs"))
+            self._emit_item(ItemAdded, ReasoningItem(id=thought.id, status="in_progress", content=[]))
+            self._emit_part(PartAdded, thought.id, ReasoningText(text=""))
+        thought.texts.append(text)
+        self._emit(
+            ReasoningDelta(
+                sequence_number=next(self.numbers), item_id=thought.id, output_index=len(self.items), delta=text
+            )
+        )
 
     def begin_call(self, call_id: str, name: str) -> None:
         """Begin a call, to which arguments will be added."""
@@ -152,6 +182,14 @@ class ResponseOutput:
                 )
             )
             self._emit_part(PartDone, opened.id, part)
+        elif isinstance(opened, _OpenThought):
+            thought = opened.part()
+            self._emit(
+                ReasoningDone(
+                    sequence_number=next(self.numbers), item_id=opened.id, output_index=index, text=thought.text
+                )
+            )
+            self._emit_part(PartDone, opened.id, thought)
         else:
             self._emit(
                 ArgumentsDone(
@@ -175,7 +213,7 @@ class ResponseOutput:
     def _emit_item(self, kind: type[ItemAdded | ItemDone], item: OutputItem) -> None:
         self._emit(kind(sequence_number=next(self.numbers), output_index=len(self.items), item=item))
 
-    def _emit_part(self, kind: type[PartAdded | PartDone], item_id: str, part: OutputText) -> None:
+    def _emit_part(self, kind: type[PartAdded | PartDone], item_id: str, part: OutputText | ReasoningText) -> None:
         number = next(self.numbers)
         self._emit(kind(sequence_number=number, item_id=item_id, output_index=len(self.items), part=part))
 

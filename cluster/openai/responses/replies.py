@@ -39,7 +39,22 @@ class FunctionCallItem(msgspec.Struct, frozen=True, kw_only=True, tag="function_
     arguments: str
 
 
-OutputItem: TypeAlias = OutputMessage | FunctionCallItem
+class ReasoningText(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning_text"):
+    """The part of a thought that is its text."""
+
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning"):
+    """What the model thinks before it answers; it is told whole, not summed up."""
+
+    id: str
+    status: ItemStatus
+    summary: tuple[()] = ()
+    content: list[ReasoningText]
+
+
+OutputItem: TypeAlias = OutputMessage | FunctionCallItem | ReasoningItem
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -197,21 +212,21 @@ class ItemDone(_Event, frozen=True, kw_only=True, tag="response.output_item.done
 
 
 class PartAdded(_Event, frozen=True, kw_only=True, tag="response.content_part.added"):
-    """A message's text begins."""
+    """A message's or a thought's text begins."""
 
     item_id: str
     output_index: int
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class PartDone(_Event, frozen=True, kw_only=True, tag="response.content_part.done"):
-    """A message's text is whole."""
+    """A message's or a thought's text is whole."""
 
     item_id: str
     output_index: int
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class TextDelta(_Event, frozen=True, kw_only=True, tag="response.output_text.delta"):
@@ -232,6 +247,24 @@ class TextDone(_Event, frozen=True, kw_only=True, tag="response.output_text.done
     content_index: int = 0
     text: str
     logprobs: list[ChatTokenLogprob]
+
+
+class ReasoningDelta(_Event, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+    """A piece of a thought."""
+
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningDone(_Event, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+    """All of a thought."""
+
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    text: str
 
 
 class ArgumentsDelta(_Event, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
@@ -263,6 +296,8 @@ Event: TypeAlias = (
     | PartDone
     | TextDelta
     | TextDone
+    | ReasoningDelta
+    | ReasoningDone
     | ArgumentsDelta
     | ArgumentsDone
 )

@@ -1,0 +1,132 @@
+"""Which format of thoughts a model was trained to write, told from its chat template and its tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from cluster.openai.thought_formats import THOUGHT_FORMATS, ThoughtFormat
+from cluster.openai.thoughts import ThoughtPlan
+from messages.errors import RequestError
+from text.past_calls import PROBE_TOOL, PROBE_USER, probe_messages
+from text.tokenizer import Tokenizer
+
+_THOUGHT: Final = "probe-thought"
+_ANSWER: Final = "probe-answer"
+_ON: Final[dict[str, Any]] = {"enable_thinking": True, "thinking": True}
+#: Hunyuan's tags end in the name of a release: <think:opensource>
+_SUFFIX: Final = re.compile(r"<think(:[^\s<>\"']{1,64})>")
+
+
+def thought_format(tokenizer: Tokenizer, name: str | None = None) -> ThoughtFormat | None:
+    """Return the format that an operator named, else the one that is recognised; None where there is neither.
+
+    A model whose format is recognised begins a thought only where its prompt or its output says so.
+    """
+    if name is not None:
+        return format_of(name, tokenizer)
+    found = recognised(tokenizer)
+    return None if found is None else replace(format_of(found, tokenizer), is_implied=False)
+
+
+def format_of(name: str, tokenizer: Tokenizer) -> ThoughtFormat:
+    """Return the format of that name, with the marks that this model's tokens have of it."""
+    kind = THOUGHT_FORMATS[name]
+    tokens = _added_tokens(tokenizer)
+    if name in ("hy_v3", "hy_v4"):
+        suffix = _SUFFIX.search(" ".join(tokens))
+        return kind if suffix is None else kind.with_suffix(suffix[1])
+    if len(kind.opens) == len(kind.closes) > 1:
+        pairs = sorted(zip(kind.opens, kind.closes, strict=True), key=lambda pair: pair[0] not in tokens)
+        opens, closes = zip(*pairs, strict=True)
+        return replace(kind, opens=opens, closes=closes)
+    return kind
+
+
+def recognised(tokenizer: Tokenizer) -> str | None:
+    """Return the name of the format in which the model writes thoughts; None where nothing tells.
+
+    First by how its template shows a past thought, which the format's own reader must read back as it was; then by what
+    a prompt ends with; then by the marks in the template itself, and among the tokens.
+    """
+    tokens = " ".join(_added_tokens(tokenizer))
+    kinds = {name: format_of(name, tokenizer) for name in THOUGHT_FORMATS}
+    if _SUFFIX.search(tokens) is None:
+        kinds = {name: kind for name, kind in kinds.items() if name not in ("hy_v3", "hy_v4")}
+    source = tokenizer.chat_template_source
+    known = source + tokens
+    kinds = {
+        name: kind
+        for name, kind in kinds.items()
+        if not kind.is_kept and (not kind.drops or any(mark in known for mark in kind.drops))
+    }
+    for shown in _past_thoughts(tokenizer):
+        read_back = {
+            name: (left, kind.lead not in known)
+            for name, kind in kinds.items()
+            if (left := _left_of_thought(kind, shown)) is not None
+        }
+        # where several formats read it, the one for which nothing of the marks is left as text
+        if read_back:
+            return min(read_back, key=read_back.__getitem__)
+    question = probe_messages()[:1]
+    for template_kwargs in ({}, _ON):
+        end = (_rendered(tokenizer, question, template_kwargs, is_begun=True) or "").rstrip()
+        for name, kind in kinds.items():
+            if any(end.endswith(mark.rstrip()) for mark in kind.opens):
+                return name
+    for text in (source, tokens):
+        for name, kind in kinds.items():
+            pairs = zip(kind.opens, kind.closes, strict=False)
+            if any(close in text and (open_ in text or kind.opens == ("<think>",)) for open_, close in pairs):
+                return name
+    return None
+
+
+def _past_thoughts(tokenizer: Tokenizer) -> list[str]:
+    """Return how the template shows a thought that the conversation has: in a last turn, or before a call."""
+    question, call, result = probe_messages()
+    thinks = {"reasoning_content": _THOUGHT}
+    answer = {"role": "assistant", "content": _ANSWER, **thinks}
+    shown: list[str] = []
+    for messages in ([question, answer], [question, {**call, **thinks}, result]):
+        for template_kwargs in ({}, _ON):
+            text = _rendered(tokenizer, messages, template_kwargs) or ""
+            text = text[text.rfind(PROBE_USER) + len(PROBE_USER) :]
+            if _THOUGHT in text:
+                shown.append(text)
+    return shown
+
+
+def _rendered(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    template_kwargs: Mapping[str, Any],
+    *,
+    is_begun: bool = False,
+) -> str | None:
+    has_calls = any("tool_calls" in message for message in messages)
+    try:
+        return tokenizer.render_chat(
+            messages,
+            tools=[PROBE_TOOL] if has_calls else None,
+            add_generation_prompt=is_begun,
+            template_kwargs=template_kwargs,
+        )
+    except RequestError:
+        return None
+
+
+def _left_of_thought(kind: ThoughtFormat, text: str) -> int | None:
+    """Return how many characters are content beside a past thought; None where the thought is not read as it was."""
+    plan = ThoughtPlan(kind=kind, begins_inside=False, may_open=True, close=kind.closes[0], drops=kind.drops)
+    reader = plan.reader()
+    read, last = reader.push(text), reader.flush("")
+    is_it = (read.thought + last.thought).strip() == _THOUGHT and not reader.is_inside
+    return len(read.content + last.content) if is_it else None
+
+
+def _added_tokens(tokenizer: Tokenizer) -> list[str]:
+    return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
