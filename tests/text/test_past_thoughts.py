@@ -16,8 +16,8 @@ NAMED = (
 #: takes content as a list of parts, a thought among them
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'thinking' %}[THINK]{{ p.thinking }}[/THINK]{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
-    "{% endfor %}"
+    "{% if p.type == 'thinking' %}[THINK]{{ p.thinking }}[/THINK]{% else %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
 )
 #: refuses a thought beside content in a message with calls
 ONE_OF_BOTH = (
