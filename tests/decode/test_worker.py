@@ -9,6 +9,9 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
+from cluster.openai.thought_formats import ThoughtFormat
+from cluster.openai.thought_grammar import written_before
+from cluster.openai.thoughts import ThoughtPlan
 from decode import worker as decode_worker
 from engine.scheduling.backlog import Backlog
 from engine.scheduling.coming import Coming
@@ -128,30 +131,27 @@ async def test_an_output_follows_its_grammar_from_prefills_first_token_on(model_
     assert "invalid regex" in bad.last.error.message
 
 
-async def test_a_structure_begins_after_a_thought_also_of_a_sequence_that_moves(model_dir):
+@pytest.mark.parametrize("mark", ["!?", "<|system|>"])
+async def test_a_structure_begins_after_a_thought_also_of_a_sequence_that_moves(model_dir, mark):
     options = worker_options(model_dir)
     tokenizer = Tokenizer.load(model_dir)
-    end = tokenizer.encode("</think>", add_special_tokens=False)
+    kind = ThoughtFormat(opens=("<think>",), closes=(mark,))
+    plan = ThoughtPlan(kind=kind, begins_inside=True, may_open=False, close=mark)
     fields = {
-        "grammar": Grammar(
-            kind="choice",
-            spec='["yes and no"]',
-            before='before: thought\nthought[suffix="</think>"]: /(?s:.*)/',
-        ),
-        "logit_bias": dict.fromkeys(end, 30.0),  # a model of random weights writes its end in the end
+        "grammar": Grammar(kind="choice", spec='["yes and no"]', before=written_before(plan, tokenizer, lead="")),
+        # a model of random weights comes to the mark
+        "logit_bias": dict.fromkeys(tokenizer.encode(mark, add_special_tokens=False), 4.0),
         "temperature": 0.9,
-        "max_tokens": 400,
+        "max_tokens": 60,
     }
     (prompt,) = prompts(6, 100)
     async with running_pair(options, options) as pair:
         answers = [pair.ingress.send(f"r{seed}", prompt, seed=seed, **fields) for seed in range(4)]
         found = await pair.ingress.finish(*answers)
-        texts = [tokenizer.decode(token_ids) for token_ids in found]
-        for text in texts:
-            thought, _, answer = text.partition("</think>")
-            assert answer == "yes and no"
-            assert thought
-        for num_generated in (1, len(found[0]) - 3):
+        texts = [tokenizer.decode(token_ids, skip_special_tokens=False).partition(mark) for token_ids in found]
+        assert {answer[:10] for _, _, answer in texts} == {"yes and no"}
+        assert len({thought for thought, _, _ in texts}) > 1
+        for num_generated in (1, 50):
             moved = pair.ingress.send(f"m{num_generated}", prompt, found[0][:num_generated], seed=0, **fields)
             (rest,) = await pair.ingress.finish(moved)
             assert found[0][:num_generated] + rest == found[0]

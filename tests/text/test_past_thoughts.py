@@ -17,8 +17,7 @@ NAMED = (
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
     "{% if p.type == 'thinking' %}[THINK]{{ p.thinking }}[/THINK]{% else %}{{ p.text }}{% endif %}{% endfor %}"
-    "{% endif %}"
-    "{% endfor %}"
+    "{% endif %}{% endfor %}"
 )
 #: refuses a thought beside content in a message with calls
 ONE_OF_BOTH = (

@@ -209,7 +209,6 @@ def test_beside_tools_whose_calls_nobody_knows_a_format_is_refused():
     with pytest.raises(RequestError, match=r"guided_regex: got it together with tools, .* not known") as caught:
         _beside_tools(None, ("guided_regex", Grammar(kind="regex", spec="a")), plan)
     assert (caught.value.param, caught.value.status) == ("guided_regex", 400)
-    assert _beside_tools(None, ("p", Grammar(kind="json_object")), ToolPlan()) == ("p", Grammar(kind="json_object"))
 
 
 @pytest.mark.parametrize("levels", [60, 300, 480, 900, 960, 990, 3000])

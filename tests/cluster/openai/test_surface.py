@@ -45,7 +45,9 @@ def surface(served_model, tokenizer) -> Surface:
         callers=Callers(),
         metrics=HttpMetrics(),
         tool_format=None,
-        hidden_ids=frozenset(),
+        call_ids=frozenset(),
+        thought_format=None,
+        thought_ids=frozenset(),
     )
 
 
