@@ -45,7 +45,9 @@ class Answer(ABC):
         self._shows_usage = bool(options.continuous_usage_stats)  #: in every event
         self._is_text_only = is_text_only and not self._shows_usage
         #: by choice: what stands around the text of each event but the first one and the last
-        self._frames: list[tuple[bytes, bytes] | None] = [None] * len(generation.requests)
+        self._frames: list[list[bytes] | None] = [None] * len(generation.requests)
+        #: what stands around, and between, the text of a thought, which an event says twice
+        self._thought_frames: list[list[bytes] | None] = [None] * len(generation.requests)
 
     async def respond(self, request: Request) -> Response:
         """Return the HTTP response, a stream where the client asked for one.
@@ -64,13 +66,18 @@ class Answer(ABC):
 
     def _event_of(self, index: int, delta: Delta) -> bytes:
         """Write what a choice got as a server-sent event; nothing where a client could not see it yet."""
-        frame = self._frames[index]
-        if frame is not None and delta.finish_reason is None and not delta.reasoning:
-            return frame[0] + _encode(delta.text) + frame[1] if delta.text else b""
+        is_thought = delta.reasoning != ""
+        if delta.finish_reason is not None or (is_thought and delta.text):
+            return self._event(index, delta)
+        frames = self._thought_frames if is_thought else self._frames
+        frame = frames[index]
+        if frame is not None:
+            text = delta.reasoning or delta.text
+            return _encode(text).join(frame) if text else b""
         data = self._event(index, delta)
-        if frame is None and self._is_text_only and self._is_begun[index] and delta.finish_reason is None:
-            head, _, tail = self._event(index, Delta(text=_MARK)).rpartition(_encode(_MARK))
-            self._frames[index] = head, tail
+        if self._is_text_only and self._is_begun[index]:
+            marked = Delta(reasoning=_MARK) if is_thought else Delta(text=_MARK)
+            frames[index] = self._event(index, marked).split(_encode(_MARK))
         return data
 
     def _last_events(self) -> bytes:

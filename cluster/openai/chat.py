@@ -83,8 +83,9 @@ async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_i
     prompt = _prompt(surface, fields, tools)
     thought = _thought(surface, fields, tools, prompt)
     lead = written_lead(thought, surface.tokenizer)
-    if structure is not None and tools.template_tools is not None:
-        structure, lead = _beside_tools(surface, structure, tools, lead), ""
+    if structure is not None:
+        structure = _beside_tools(surface, structure, tools, lead)
+        lead = lead if tools.template_tools is None else ""
     token_ids = await prompts.encoded(
         surface,
         "messages",
@@ -109,12 +110,14 @@ async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_i
 def _beside_tools(
     surface: Surface, structure: tuple[str, Grammar], tools: ToolPlan, lead: str = ""
 ) -> tuple[str, Grammar]:
-    """Let the output be a call as well, which the model may make. `lead`: stands before the structure.
+    """Let the output be a call as well, where the model may make one. `lead`: stands before the structure then.
 
     Raises:
         RequestError: it is not known what its calls begin with.
     """
     param, grammar = structure
+    if tools.template_tools is None:
+        return structure
     if not tools.begins:
         raise RequestError(
             f"{param}: got it together with tools, want tool_choice none, or required: how this model begins a call is"

@@ -131,13 +131,6 @@ THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
         opens=("Here is my thought process:", "Here's my thought process:"),
         closes=("Here is my response:", "Here's my response:"),
     ),
-    "hunyuan_a13b": ThoughtFormat(
-        opens=("<think>\n", "<think>"),
-        closes=("</think>", "</think>\n", "\n</think>", "\n</think>\n"),
-        lead="\n<answer>\n",
-        drops=("<answer>\n", "<answer>", "\n</answer>", "</answer>"),
-    ),
-    "ernie45": replace(_THINKS_FIRST, drops=("<response>\n", "<response>", "\n</response>\n", "\n</response>")),
     # one pair of marks, <think> and </think>
     "qwen3": _THINKS_FIRST,
     "deepseek_r1": _THINKS_FIRST,
@@ -161,5 +154,26 @@ THOUGHT_FORMATS: Final[dict[str, ThoughtFormat]] = {
     "poolside_v1": _THINK,
     "step3": _THINKS_FIRST,
     "step3p5": _THINKS_FIRST,
+    "hunyuan_a13b": ThoughtFormat(
+        opens=("<think>\n", "<think>"),
+        closes=("</think>", "</think>\n", "\n</think>", "\n</think>\n"),
+        lead="\n<answer>\n",
+        drops=("<answer>\n", "<answer>", "\n</answer>", "</answer>"),
+    ),
+    "ernie45": replace(_THINKS_FIRST, drops=("<response>\n", "<response>", "\n</response>\n", "\n</response>")),
     "mistral": ThoughtFormat(opens=("[THINK]", "<think>"), closes=("[/THINK]", "</think>")),
+    # not in vLLM
+    "solar_open": ThoughtFormat(
+        opens=("<|think|>", "<|begin|>assistant<|think|>"),
+        closes=("<|end|>",),
+        is_repeated=True,
+        between="<|begin|>assistant",
+        lead="<|content|>",
+        drops=("<|content|>", "<|begin|>assistant<|content|>", "<|begin|>assistant", "<|end|>"),
+    ),
+    "apriel": ThoughtFormat(
+        opens=("Here are my reasoning steps:\n",),
+        closes=("[BEGIN FINAL RESPONSE]", "[BEGIN FINAL RESPONSE]\n", "\n[BEGIN FINAL RESPONSE]\n"),
+        lead="\n",
+    ),
 }

@@ -17,6 +17,7 @@ _THOUGHT: Final = "probe-thought"
 _ANSWER: Final = "probe-answer"
 _ON: Final[dict[str, Any]] = {"enable_thinking": True, "thinking": True}
 #: Hunyuan's tags end in the name of a release: <think:opensource>
+_SUFFIXED: Final = ("hy_v3", "hy_v4")
 _SUFFIX: Final = re.compile(r"<think(:[^\s<>\"']{1,64})>")
 
 
@@ -35,9 +36,9 @@ def format_of(name: str, tokenizer: Tokenizer) -> ThoughtFormat:
     """Return the format of that name, with the marks that this model's tokens have of it."""
     kind = THOUGHT_FORMATS[name]
     tokens = _added_tokens(tokenizer)
-    if name in ("hy_v3", "hy_v4"):
-        suffix = _SUFFIX.search(" ".join(tokens))
-        return kind if suffix is None else kind.with_suffix(suffix[1])
+    if name in _SUFFIXED:
+        suffix = _suffix(tokenizer)
+        return kind if suffix is None else kind.with_suffix(suffix)
     if len(kind.opens) == len(kind.closes) > 1:
         pairs = sorted(zip(kind.opens, kind.closes, strict=True), key=lambda pair: pair[0] not in tokens)
         opens, closes = zip(*pairs, strict=True)
@@ -53,8 +54,8 @@ def recognised(tokenizer: Tokenizer) -> str | None:
     """
     tokens = " ".join(_added_tokens(tokenizer))
     kinds = {name: format_of(name, tokenizer) for name in THOUGHT_FORMATS}
-    if _SUFFIX.search(tokens) is None:
-        kinds = {name: kind for name, kind in kinds.items() if name not in ("hy_v3", "hy_v4")}
+    if _suffix(tokenizer) is None:
+        kinds = {name: kind for name, kind in kinds.items() if name not in _SUFFIXED}
     source = tokenizer.chat_template_source
     known = source + tokens
     kinds = {
@@ -64,7 +65,7 @@ def recognised(tokenizer: Tokenizer) -> str | None:
     }
     for shown in _past_thoughts(tokenizer):
         read_back = {
-            name: (left, kind.lead not in known)
+            name: (left, kind.lead not in known, not any(mark in known for mark in kind.yields))
             for name, kind in kinds.items()
             if (left := _left_of_thought(kind, shown)) is not None
         }
@@ -77,12 +78,19 @@ def recognised(tokenizer: Tokenizer) -> str | None:
         for name, kind in kinds.items():
             if any(end.endswith(mark.rstrip()) for mark in kind.opens):
                 return name
+    # those first that have what other models' templates lack
+    kinds = dict(sorted(kinds.items(), key=lambda item: not any(m in known for m in (*item[1].drops, *item[1].yields))))
     for text in (source, tokens):
         for name, kind in kinds.items():
             pairs = zip(kind.opens, kind.closes, strict=False)
             if any(close in text and (open_ in text or kind.opens == ("<think>",)) for open_, close in pairs):
                 return name
     return None
+
+
+def _suffix(tokenizer: Tokenizer) -> str | None:
+    found = _SUFFIX.search(" ".join([*_added_tokens(tokenizer), *_past_thoughts(tokenizer)]))
+    return None if found is None else found[1]
 
 
 def _past_thoughts(tokenizer: Tokenizer) -> list[str]:

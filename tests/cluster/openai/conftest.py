@@ -38,14 +38,14 @@ HERMES_TEMPLATE = (
 Script = Callable[[GenerateRequest], list[TokenChunk]]
 
 
-def make_tokenizer(template: str = HERMES_TEMPLATE) -> Tokenizer:
-    """One token per byte, then the special ones."""
+def make_tokenizer(template: str = HERMES_TEMPLATE, special_tokens: Sequence[str] = SPECIAL) -> Tokenizer:
+    """One token per byte, then the special ones, of which the first ends an output."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    special = {"eos_token": "<|end|>", "bos_token": "<|bos|>"}
+    backend.add_special_tokens(list(special_tokens))
+    special = {"eos_token": special_tokens[0], "bos_token": "<|bos|>"}
     return Tokenizer(backend, special, {"default": ChatTemplate(template, special)})
 
 
@@ -263,11 +263,11 @@ def server(_shared: _Running) -> Iterator[Server]:
 
 @pytest.fixture
 def serve(http: httpx.Client) -> Iterator[Callable[..., Server]]:
-    """A server of its own: serve(template=..., **settings of create_app)."""
+    """A server of its own: serve(template, special_tokens, **settings of create_app)."""
     started: list[_Running] = []
 
-    def start(template: str = HERMES_TEMPLATE, **settings: object) -> Server:
-        started.append(_Running(http, FakeBackend(make_tokenizer(template)), **settings))
+    def start(template: str = HERMES_TEMPLATE, special_tokens: Sequence[str] = SPECIAL, **settings: object) -> Server:
+        started.append(_Running(http, FakeBackend(make_tokenizer(template, special_tokens)), **settings))
         return started[-1].server
 
     yield start

@@ -175,3 +175,68 @@ def test_without_a_format_of_thoughts_replies_are_as_they_were(server):
     assert reply["choices"][0]["message"].keys() == {"role", "content", "refusal"}
     assert "completion_tokens_details" not in reply["usage"]
     assert reply["choices"][0]["message"]["content"] == "<think>x</think>A"
+
+
+# -------------------------------------------------------------------------------------------------------------- harmony
+
+
+HARMONY = (
+    "{% for m in messages %}{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}{% for c in m.tool_calls or [] %}<|start|>assistant<|channel|>commentary to=functions."
+    "{{ c.function.name }} <|constrain|>json<|message|>{{ c.function.arguments | tojson }}<|call|>{% endfor %}"
+    "{% if m.role == 'assistant' %}{% if m.content %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "<|end|>{% endif %}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+HARMONY_TOKENS = (
+    *("<|return|>", "<|bos|>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "<|call|>"),
+    "<|other|>",
+)
+ANALYSIS = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+
+
+@pytest.fixture
+def gpt_oss(serve, served_model):
+    return serve(HARMONY, HARMONY_TOKENS, model=served_model(vocab_size=268, eos_token_ids=(256,)))
+
+
+def said(server, body, text, *, per_chunk=1):
+    """The message, whole and put together from a stream, which are alike."""
+    server.backend.says(text, per_chunk=per_chunk)
+    whole = server.post("/v1/chat/completions", body).json()["choices"][0]
+    joined: dict[str, str] = {}
+    for chunk in server.client().chat.completions.create(**body, stream=True):
+        for name, piece in chunk.choices[0].delta.to_dict().items():
+            if isinstance(piece, str) and name != "role":
+                joined[name] = joined.get(name, "") + piece
+    for name in ("content", "reasoning", "reasoning_content"):
+        assert joined.get(name, "") == (whole["message"][name] or "")
+    return whole
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 7, 100])
+def test_gpt_oss_channels_are_thought_content_and_calls(gpt_oss, per_chunk):
+    final = said(gpt_oss, BODY, f"{ANALYSIS}<|channel|>final<|message|>Hello", per_chunk=per_chunk)
+    assert (final["message"]["reasoning"], final["message"]["content"]) == ("Hm.", "Hello")
+    preamble = f"{ANALYSIS}<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant"
+    call = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}'
+    called = said(gpt_oss, {**BODY, "tools": [TOOL]}, preamble + call, per_chunk=per_chunk)
+    assert (called["message"]["reasoning"], called["message"]["content"]) == ("Hm.", "Wait.")
+    assert [each["function"]["arguments"] for each in called["message"]["tool_calls"]] == ['{"a": 1}']
+    assert called["finish_reason"] == "tool_calls"
+
+
+def test_gpt_oss_gives_a_structure_in_its_last_channel(gpt_oss):
+    body = {**BODY, "response_format": {"type": "json_object"}}
+    choice = said(gpt_oss, body, f'{ANALYSIS}<|channel|>final <|constrain|>json<|message|>{{"a": 1}}')
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", '{"a": 1}')
+    beside = gpt_oss.post("/v1/chat/completions", {**body, "tools": [TOOL]})
+    assert beside.status_code == 200
+
+
+def test_an_agent_shows_gpt_oss_its_thoughts_again(gpt_oss):
+    gpt_oss.backend.says(f"{ANALYSIS}<|channel|>commentary to=functions.f <|constrain|>json<|message|>{{}}")
+    message = gpt_oss.post("/v1/chat/completions", {**BODY, "tools": [TOOL]}).json()["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "R"}
+    gpt_oss.post("/v1/chat/completions", {**BODY, "tools": [TOOL], "messages": [*QUESTION, message, result]})
+    assert "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary" in gpt_oss.prompt()

@@ -85,3 +85,9 @@ def test_of_formats_with_the_same_marks_the_frames_of_the_answer_tell():
     assert recognised(model(think + "<answer>\n{{ m.content }}\n</answer>{% endfor %}")) == "hunyuan_a13b"
     for name in ("cohere_command3", "cohere_command4"):
         assert recognised(model(shows(THOUGHT_FORMATS[name]))) == name
+
+
+def test_a_mark_that_ends_thoughts_too_tells_of_formats_that_are_alike_else():
+    cuts = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    assert recognised(model(cuts + "<|tool_calls_section_begin|>")) == "kimi_k2"
+    assert recognised(model(shows(THOUGHT_FORMATS["kimi_k2"]), "<|tool_calls_section_begin|>")) == "kimi_k2"
