@@ -75,3 +75,24 @@ def test_an_agent_goes_on_from_its_last_response_whichever_ingress_is_asked(tmp_
                 items = [{"type": "function_call_output", "call_id": call.call_id, "output": "3"} for call in calls]
                 previous = response.id
             assert response.output_text == "It is 3 and 20 degrees."
+
+
+def test_a_model_thinks_and_then_answers_in_the_structure_that_is_asked_for(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    # the mark ends with a token: a structure allows none that goes on with something else
+    replies = {0: "<think>Is it {so warm}? Yes</think>It is warm."}
+    model = make_scripted_model(tmp_path / "scripted", template, replies)
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Is it warm?"}], "temperature": 0}
+    with serving(str(model), "--dtype", "float32", "--reasoning-parser", "qwen3", log_dir=tmp_path) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+        free = client.chat.completions.create(**body)
+        assert free.choices[0].message.reasoning_content == "Is it {so warm}? Yes"
+        assert free.choices[0].message.content == "It is warm."
+        assert 0 < free.usage.completion_tokens_details.reasoning_tokens < free.usage.completion_tokens
+        for grammar in ({"choice": ["No.", "warm"]}, {"regex": "It is (cold|warmer)!"}, {"json": {"const": 1}}):
+            held = client.chat.completions.create(**body, extra_body={"structured_outputs": grammar}).choices[0]
+            assert held.message.reasoning_content == "Is it {so warm}? Yes"
+            assert held.message.content in ("No.", "warm", "It is cold!", "It is warmer!", "1")
+            assert held.finish_reason == "stop"

@@ -19,6 +19,7 @@ from cluster.openai.protocol import (
     Positive,
     Priority,
     Probability,
+    ReasoningEffort,
     RepetitionPenalty,
     RequestId,
     Salt,
@@ -116,9 +117,9 @@ class TextOptions(msgspec.Struct, frozen=True):
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True):
-    """`reasoning`. `effort` is given to the chat template as `reasoning_effort`; the others change nothing here."""
+    """`reasoning`. `effort` is the chat request's `reasoning_effort`; the others change nothing here."""
 
-    effort: str | None = None
+    effort: ReasoningEffort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from cluster.openai.backend import HttpLimits
 from cluster.openai.errors import bad_field
@@ -48,6 +48,7 @@ _SAME: Final = (
     "ignore_eos",
     "min_tokens",
     "skip_special_tokens",
+    "chat_template_kwargs",
     "parallel_tool_calls",
     "priority",
     "request_id",
@@ -129,7 +130,7 @@ def chat_request(
         logprobs=has_logprobs,
         top_logprobs=fields.top_logprobs if has_logprobs else None,
         response_format=None if text_format is None else _response_format(text_format),
-        chat_template_kwargs=_template_kwargs(fields),
+        reasoning_effort=None if fields.reasoning is None else fields.reasoning.effort,
         **{name: getattr(fields, name) for name in _SAME},
     )
     return request, places
@@ -195,10 +196,3 @@ def _response_format(wanted: TextFormat) -> ResponseFormat:
     if wanted.type != "json_schema":
         return ResponseFormat(wanted.type)
     return ResponseFormat(wanted.type, JsonSchemaFormat(wanted.name, wanted.schema_, wanted.strict))
-
-
-def _template_kwargs(fields: ResponsesRequest) -> dict[str, Any] | None:
-    effort = fields.reasoning.effort if fields.reasoning is not None else None
-    if effort is None:
-        return fields.chat_template_kwargs
-    return {"reasoning_effort": effort, **(fields.chat_template_kwargs or {})}

@@ -395,6 +395,19 @@ def test_the_effort_is_given_to_the_template(serve):
     assert server.prompt() == "high:Hi"
 
 
+def test_no_effort_asks_for_no_thought(serve):
+    server = serve(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<think></think>' if enable_thinking is false else '<think>' }}{% endif %}"
+    )
+    server.backend.says("Hm.</think>Hello")
+    assert [item["type"] for item in whole(server, input="Hi")["output"]] == ["reasoning", "message"]
+    server.backend.says("Hello</think>")
+    for off in ({"reasoning": {"effort": "none"}}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        (message,) = whole(server, input="Hi", **off)["output"]
+        assert message["content"][0]["text"] == "Hello</think>"
+
+
 def test_hints_of_the_cache_are_taken_as_in_chat(server):
     refused = post(server, {"input": "Hi", "kvray": {"cache": {"pin": {}}}})
     assert (refused.status_code, refused.json()["error"]["param"]) == (403, "kvray.cache")
