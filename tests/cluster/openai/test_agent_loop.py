@@ -9,6 +9,8 @@ import pytest
 from tests.cluster.openai.call_templates import MORE_TEMPLATES, TEMPLATES, spoken
 from tests.cluster.openai.test_call_formats import IDS
 
+pytestmark = pytest.mark.slow
+
 TOOLS = [
     {
         "type": "function",
