@@ -137,6 +137,7 @@ class Connection(HttpToolsProtocol):
         self._refusal: KvrayError | None = None
         self._is_refused = False
         self.resumed: Callable[[], None] | None = None  #: told when the client has read what waited for it
+        self._answered: RequestResponseCycle | None = None  #: the request that runs, or ran last; `cycle` came last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Wait for a request, if there is room for one more connection."""
@@ -155,8 +156,11 @@ class Connection(HttpToolsProtocol):
             )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give back all that was held."""
+        """Give back all that was held, and tell whoever answers; uvicorn tells only who would answer last."""
         self._connections.remove(self)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -235,6 +239,10 @@ class Connection(HttpToolsProtocol):
                 # uvicorn's own timer ends with any byte, even one that begins no request.
                 self._expect(self._limits.idle_timeout_s)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
     def look(self, now_s: float) -> None:
         """Refuse the client if what it owes is late, or if it does not read what it asked for.
 
@@ -264,9 +272,9 @@ class Connection(HttpToolsProtocol):
             self.resumed()
 
     def _look_for_reader(self, now_s: float) -> None:
-        if not self.flow.write_paused or self.transport.is_closing():
+        if not self.flow.write_paused and not self.transport.is_closing():
             return
-        num_bytes = self.transport.get_write_buffer_size()  # nothing is added while it is paused
+        num_bytes = self.transport.get_write_buffer_size()  # nothing is added while it is paused, or is to close
         if self._unread is None or num_bytes < self._unread[0]:
             self._unread = (num_bytes, now_s)
         elif now_s - self._unread[1] >= self._limits.unread_timeout_s:

@@ -252,6 +252,33 @@ def test_who_does_not_read_gives_its_slot_up_and_who_reads_slowly_does_not(start
     assert server.counted() == {"unread": 10.0}
 
 
+@pytest.mark.parametrize("ends", [b"Connection: close\r\n", b""])
+def test_who_does_not_read_a_whole_answer_is_disconnected_though_nothing_runs_any_more(start, ends):
+    server = start(unread_timeout_s=3, idle_timeout_s=1)
+    body = json.dumps({"prompt": "ab " * 100_000, "return_token_strs": True}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(server.address)
+    client.sendall(HEAD.replace(b"/v1/completions", b"/tokenize").replace(b"Host", ends + b"Host") % len(body) + body)
+    ends_s = time.monotonic() + 10
+    while server.counted() != {"unread": 1.0}:
+        assert time.monotonic() < ends_s
+        time.sleep(0.2)
+    client.close()
+
+
+def test_who_leaves_while_requests_wait_behind_the_one_that_runs_ends_it(start):
+    server = start(delay_s=0.05, num_tokens=1000)
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 1000}).encode()
+    client = server.connect(HEAD % len(body) + body + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.recv(12) == b"HTTP/1.1 200"
+    client.close()
+    ends_s = time.monotonic() + 5
+    while server.metric("kvray_requests_running") != {"": 0.0}:
+        assert time.monotonic() < ends_s
+        time.sleep(0.1)
+
+
 def test_too_many_requests_at_once_on_one_connection_are_cut(start):
     server = start(delay_s=0.1)
     client = server.connect(HEAD % len(STREAM) + STREAM + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
