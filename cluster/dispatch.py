@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
@@ -28,6 +28,7 @@ from cluster.request_events import (
     End,
     Event,
     FleetChanged,
+    Instruction,
     RequestAdded,
     RequestLeft,
     RouterFound,
@@ -97,6 +98,8 @@ class Dispatcher:
                 max_ttft_s=options.max_ttft_s,
             )
         )
+        self._events: deque[Event] = deque()  #: of which the table was not told yet
+        self._is_deciding = False
         self._readers: dict[str, Callable[[TokenChunk | None], None]] = {}  #: by request
         self._fleet: dict[str, WorkerInfo] = {}
         self._workers: dict[str, _Connection] = {}  #: by worker id; those that are or were talked to
@@ -129,27 +132,41 @@ class Dispatcher:
         self._decide(SequenceCancelled(request_id))
 
     def _decide(self, event: Event) -> None:
-        """Tell the table, and do what it says."""
-        for instruction in self.table.on_event(event, time.monotonic()):
-            match instruction:
-                case Deliver(request_id, chunk):
-                    # Whoever takes a chunk may leave, or cancel a sequence, and be told no more by what follows here.
-                    if (take := self._readers.get(request_id)) is not None:
-                        take(chunk)
-                case End(request_id):
-                    if (take := self._readers.pop(request_id, None)) is not None:
-                        take(None)
-                case SendToWorker(worker_id, address, message):
-                    self._worker(worker_id, address).client.send(message)
-                case SendToRouter(message):
-                    if self._router is not None:
-                        self._router.client.send(message)
-                case Warn(message):
-                    logger.warning("%s", message)
-                case _:
-                    assert_never(instruction)
+        """Tell the table, and do what it says; only then tell it what readers did meanwhile.
+
+        Else the end of a request could be sent before its beginning, where it was placed anew in the same breath.
+        """
+        self._events.append(event)
+        if self._is_deciding:
+            return
+        self._is_deciding = True
+        try:
+            while self._events:
+                for instruction in self.table.on_event(self._events.popleft(), time.monotonic()):
+                    self._carry_out(instruction)
+        finally:
+            self._is_deciding = False
         if self._tick_timer is None and len(self.table) > 0:
             self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Deliver(request_id, chunk):
+                # Whoever takes a chunk may leave, or cancel a sequence, and be told no more by what follows here.
+                if (take := self._readers.get(request_id)) is not None:
+                    take(chunk)
+            case End(request_id):
+                if (take := self._readers.pop(request_id, None)) is not None:
+                    take(None)
+            case SendToWorker(worker_id, address, message):
+                self._worker(worker_id, address).client.send(message)
+            case SendToRouter(message):
+                if self._router is not None:
+                    self._router.client.send(message)
+            case Warn(message):
+                logger.warning("%s", message)
+            case _:
+                assert_never(instruction)
 
     def _tick(self) -> None:
         self._tick_timer = None

@@ -22,10 +22,11 @@ from cluster.openai.metrics import HttpMetrics
 from decode.worker import DecodeWorker
 from kvcache.names import pack_tokens
 from kvrouter.worker import RouterWorker
+from messages.errors import WorkerError
 from messages.fleet import Stats
 from messages.request import GenerateRequest, SamplingParams
 from messages.route import RouteRequest
-from messages.stream import TokenChunk
+from messages.stream import TokenBatch, TokenChunk
 from tests.cluster.reading import chunks_of
 from tests.models import EOS, VOCAB_SIZE, make_tiny_model
 from tests.reference import Reference
@@ -219,6 +220,21 @@ async def test_many_requests_survive_the_loss_of_their_worker_and_all_of_them_ar
     got = [choice for choices in await asyncio.gather(*tasks) for choice in choices]
     assert got == [reference.greedy(prompt, 40) for prompt in prompts]
     assert fleet.num_cuts > 0
+
+
+async def test_who_leaves_at_a_chunk_is_ended_where_the_next_one_has_placed_it(fleet):
+    dispatcher = fleet.dispatcher
+    requests = asks(prompt_of(50), 2, max_tokens=400)
+    first, second = (request.request_id for request in requests)
+    dispatcher.start(requests, lambda chunk: dispatcher.leave(first))
+    while first not in dispatcher.table._placed:  # noqa: ASYNC110  # before its first chunk
+        await asyncio.sleep(0)
+    assert first in dispatcher._readers, "nothing has come of it yet"
+    worker_id = dispatcher.table._placed[first].request.worker_id
+    failed = TokenChunk(request_id=second, finish_reason="error", error=WorkerError("broken").info())
+    # A stop string that only the surface knows, and a choice that failed, in one step.
+    dispatcher._on_worker_message(worker_id, TokenBatch(chunks=[TokenChunk(request_id=first, token_ids=[7]), failed]))
+    await fleet.settle()
 
 
 # -------------------------------------------------------------------------------------------- what else moves with it
