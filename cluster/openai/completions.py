@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -21,7 +23,7 @@ from cluster.openai.replies import (
     PromptLogprobs,
     Usage,
 )
-from cluster.openai.sampling import check_stream_options, max_output_tokens
+from cluster.openai.sampling import check_stream_options, max_output_tokens, num_choices
 from cluster.openai.starting import OutputPlan, start
 from cluster.openai.stream import event
 from cluster.openai.surface import Surface
@@ -40,7 +42,11 @@ async def start_completion(surface: Surface, caller: Caller, fields: CompletionR
     _check(surface, fields)
     texts: list[str | None] = []
     prompts: list[list[int]] = []
-    for prompt in prompt_checks.prompts_of(fields.prompt, surface.model):
+    asked = prompt_checks.prompts_of(fields.prompt, surface.model)
+    num_choices(fields, len(asked), surface.limits)  # so that no more than these are encoded
+    for prompt in asked:
+        if prompts:
+            await asyncio.sleep(0)  # each is some ms of work at most, all are seconds: others' tokens go between them
         token_ids = await _token_ids(surface, fields, prompt)
         prompts.append(token_ids)
         texts.append(prompt if isinstance(prompt, str) else None)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 
 import pytest
 
 from cluster.openai.backend import HttpLimits
 from cluster.openai.callers import Callers
+from cluster.openai.completions import start_completion
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.metrics import HttpMetrics
+from cluster.openai.protocol import CompletionRequest
 from cluster.openai.surface import Surface
+from messages.errors import RequestError
 from tests.cluster.openai.conftest import FakeBackend
 from text.tokenizer import Tokenizer
 
@@ -62,3 +66,24 @@ async def test_a_long_text_is_encoded_beside_the_event_loop_and_a_short_one_on_i
 async def test_huge_texts_are_encoded_one_at_a_time(surface):
     await asyncio.gather(*(surface.encode("ab " * 2**17, add_special_tokens=False) for _ in range(3)))
     assert surface.tokenizer.most_running == 1
+
+
+async def complete(surface: Surface, prompts: list[str]) -> None:
+    await start_completion(surface, surface.callers.find(""), CompletionRequest(prompt=prompts), "r")
+
+
+async def test_others_have_their_turn_between_many_short_prompts(surface):
+    completing = asyncio.ensure_future(complete(surface, ["a" * 100] * 200))
+    num_encoded = [0]
+    while not completing.done():
+        await asyncio.sleep(0)
+        num_encoded.append(len(surface.tokenizer.threads))
+    await completing
+    assert num_encoded[-1] == 200
+    assert max(after - before for before, after in itertools.pairwise(num_encoded)) == 1
+
+
+async def test_more_prompts_than_a_request_may_have_are_refused_before_any_is_encoded(surface):
+    with pytest.raises(RequestError, match="1025 prompts"):
+        await complete(surface, ["a"] * 1025)
+    assert surface.tokenizer.threads == []
