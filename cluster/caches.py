@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -12,8 +11,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from cluster.cache_stats import owner_stats, seen_by
 from cluster.dispatch import Dispatcher
-from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import (
     NODE_TIERS,
     CacheFailure,
@@ -21,10 +20,7 @@ from cluster.openai.cache_protocol import (
     HeldTokens,
     Holder,
     LookupReply,
-    OwnerStats,
-    TenantStats,
     TierCounts,
-    TierStats,
     WorkReply,
 )
 from kvcache.names import NAME_BYTES, TOKEN_BYTES, block_names, split_names
@@ -41,7 +37,7 @@ from messages.cache import (
 )
 from messages.errors import CapacityError, KvrayError, RequestError, WorkerError, error_from_info
 from messages.fleet import TakeBlocks, WorkerInfo
-from messages.tier import TIERS, Tier
+from messages.tier import Tier
 
 _NAMES_AT_A_TIME: Final = 512  #: some ms of their owner
 _NAMES_LOOKED_UP: Final = 4096  #: some ms of a router, or 15 where no two neighbours have the same holders
@@ -208,15 +204,15 @@ class Caches:
         told = await self._dispatcher.fleet_stats()
         values = {stats.worker_id: stats.values for stats in told}
         workers = [
-            _owner(info, values.get(info.worker_id), ("device",))
+            owner_stats(info, values.get(info.worker_id), ("device",))
             for info in sorted(self._dispatcher.fleet.values(), key=lambda info: (info.role, info.worker_id))
         ]
-        caches = [_owner(cache.info, cache.values, NODE_TIERS) for stats in told for cache in stats.caches]
+        caches = [owner_stats(cache.info, cache.values, NODE_TIERS) for stats in told for cache in stats.caches]
         if tenant is None:
             return CacheStatsReply(workers=workers, caches=caches)
         return CacheStatsReply(
-            workers=[_seen_by(tenant, worker) for worker in workers],
-            caches=[_seen_by(tenant, cache) for cache in caches],
+            workers=[seen_by(tenant, worker) for worker in workers],
+            caches=[seen_by(tenant, cache) for cache in caches],
         )
 
     async def listed(
@@ -448,61 +444,3 @@ def _covered(runs: Iterable[HeldTokens]) -> int:
         num_tokens += max(0, run.end - max(run.begin, end))
         end = max(end, run.end)
     return num_tokens
-
-
-def _owner(info: WorkerInfo, values: dict[str, float] | None, tiers: Sequence[Tier]) -> OwnerStats:
-    stats = {tier: _tier_stats(info, tier, values or {}) for tier in tiers}
-    return OwnerStats(
-        worker_id=info.worker_id,
-        role=info.role,
-        node=info.node_id,
-        block_bytes=info.block_bytes,
-        block_size=info.block_size,
-        is_answering=values is not None,
-        tiers={tier: one for tier, one in stats.items() if one is not None},
-        tenants=_tenant_stats(values or {}),
-    )
-
-
-def _seen_by(tenant: str, owner: OwnerStats) -> OwnerStats:
-    """Return of what an owner has only what it has of a tenant."""
-    own = {name: one for name, one in owner.tenants.items() if name == tenant}
-    return msgspec.structs.replace(owner, tiers={}, tenants=own)
-
-
-def _tenant_stats(values: dict[str, float]) -> dict[str, dict[Tier, TenantStats]]:
-    found: dict[str, dict[Tier, TenantStats]] = {}
-    for full_name, value in values.items():
-        if full_name.startswith("kvray_cache_tenant_bytes{"):
-            name, tier = labels_of(full_name)["tenant"], labels_of(full_name)["tier"]
-            quota = values.get(full_name.replace("_bytes{", "_quota_bytes{"))
-            one = TenantStats(bytes=int(value), quota_bytes=None if quota is None else int(quota))
-            found.setdefault(name, {}).update({known: one for known in TIERS if known == tier})
-    return found
-
-
-def _tier_stats(info: WorkerInfo, tier: Tier, values: dict[str, float]) -> TierStats | None:
-    """Return a tier's numbers; None where the owner has no such tier."""
-
-    def number(name: str) -> int | None:
-        value = values.get(name)
-        return None if value is None or not math.isfinite(value) else int(value)
-
-    if tier in ("device", "host"):
-        blocks = number("kvray_cache_blocks_held")
-        return TierStats(
-            blocks=blocks,
-            bytes=None if blocks is None else blocks * info.block_bytes,
-            capacity_bytes=info.num_blocks * info.block_bytes,
-            hits=number("kvray_blocks_hit_total" if tier == "device" else 'kvray_cache_offered_total{tier="host"}'),
-            evictions=number("kvray_blocks_evicted_total"),
-        )
-    if f"kvray_{tier}_blocks" not in values:
-        return None
-    return TierStats(
-        blocks=number(f"kvray_{tier}_blocks"),
-        bytes=number(f"kvray_{tier}_bytes"),
-        capacity_bytes=number(f"kvray_{tier}_capacity_bytes"),
-        hits=number(f'kvray_cache_offered_total{{tier="{tier}"}}'),
-        evictions=number(f"kvray_{tier}_evicted_blocks_total"),
-    )

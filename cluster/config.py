@@ -16,17 +16,17 @@ An unknown key is an error that names it. Flags of the command line override the
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import yaml
 from msgspec import Meta
 
+from cluster.config_refusals import refusal, shown
 from cluster.openai.call_formats import FORMATS
 from cluster.openai.thought_formats import THOUGHT_FORMATS
 from messages.errors import ConfigError
@@ -34,8 +34,6 @@ from messages.errors import ConfigError
 DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"  #: shipped with the package; the default of `kvray serve`
 
 _CORES_FOR_TWO_INGRESSES = 4
-#: Never printed: the one value that may hold credentials. Everything else names where they are found.
-_PRIVATE = "http.api_keys"
 
 AUTO_SIZE = "auto"  #: a size that is told on the spot
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
@@ -243,7 +241,7 @@ def parse_config(document: dict[str, Any]) -> KvrayConfig:
     try:
         config = msgspec.convert(document, KvrayConfig, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(_refusal(document, str(error))) from None
+        raise ConfigError(refusal(KvrayConfig, document, str(error))) from None
     _check(config)
     return config
 
@@ -263,7 +261,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"configuration file {path}: wanted a mapping of sections, saw {_shown(loaded)}")
+            raise ConfigError(f"configuration file {path}: wanted a mapping of sections, saw {shown(loaded)}")
         document = _spelled_out(loaded or {})
     for section, values in overrides.items():
         present = document.get(section)
@@ -400,12 +398,12 @@ def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
         raise ConfigError(
-            f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw {_shown(config.model.tool_parser)}"
+            f"model.tool_parser: wanted one of {', '.join(FORMATS)}, saw {shown(config.model.tool_parser)}"
         )
     if config.model.reasoning_parser is not None and config.model.reasoning_parser not in THOUGHT_FORMATS:
         raise ConfigError(
             f"model.reasoning_parser: wanted one of {', '.join(THOUGHT_FORMATS)}, saw"
-            f" {_shown(config.model.reasoning_parser)}"
+            f" {shown(config.model.reasoning_parser)}"
         )
     first, last = config.network.port_range
     if first >= last:
@@ -443,68 +441,3 @@ def _check(config: KvrayConfig) -> None:
                 parse_size(size)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error.message}") from None
-
-
-def _refusal(document: dict[str, Any], complaint: str) -> str:
-    """Tell what msgspec finds wrong with `document`, in our words: where, what was seen, what is wanted."""
-    what, _, where = complaint.partition(" - at `$")
-    steps = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", where)
-    is_of_entry = bool(steps) and not steps[-1][0] and not what.startswith("Object")
-    seen: Any = document
-    place = ""
-    for key, index in steps[:-1] if is_of_entry else steps:
-        seen = seen[key or int(index)]
-        place += f"[{index}]" if index else f"{'.' if place else ''}{key}"
-    unknown = re.match("Object contains unknown field `(.*)`", what)
-    if unknown:
-        known = [field.name for field in msgspec.structs.fields(_section_at(place))]
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        return f"{place + '.' if place else ''}{unknown[1]}: no such key; {hint}"
-    missing = re.match("Object missing required field `(.*)`", what)
-    if missing:
-        return f"{place}.{missing[1]}: missing, a value is wanted"
-    shown = "something else" if place == _PRIVATE else _shown(seen)
-    if what.startswith("Invalid enum value"):
-        section, _, name = place.rpartition(".")
-        choices = re.findall(r"'([^']*)'", str(get_type_hints(_section_at(section))[name]))
-        return f"{place}: wanted one of {', '.join(choices)}, saw {shown}"
-    in_entries = " in every entry" if is_of_entry else ""
-    pattern = re.match("Expected `str` matching regex '(.*)'", what)
-    if pattern:
-        return f"{place}: wanted what matches {pattern[1]}, saw {shown}"
-    if re.match("Expected `(int|float)` [<>]=", what):
-        low, high = _range_of(place)
-        return f"{place}: wanted {low:.15g} to {high:.15g}{in_entries}, saw {shown if in_entries else f'{seen:.15g}'}"
-    wanted = re.match("Expected `(.*?)`(?: of length ([0-9]+))?", what)
-    if not wanted:
-        return f"{place or 'the document'}: {what}"
-    kind = wanted[1].removesuffix(" | null")
-    kind = {"object": "a mapping", "array": "a list"}.get(kind, kind) + (f" of {wanted[2]}" if wanted[2] else "")
-    return f"{place or 'names of sections'}: wanted {kind}{in_entries}, saw {shown}"
-
-
-def _section_at(place: str) -> type[msgspec.Struct]:
-    found: type[msgspec.Struct] = KvrayConfig
-    for key in re.findall(r"[^.\[\]]+", place):
-        if not key.isdecimal():
-            kind = get_type_hints(found)[key]
-            found = get_args(kind)[0] if get_args(kind) else kind
-    return found
-
-
-def _range_of(place: str) -> tuple[float, float]:
-    """Return the least and the largest number allowed at `place`: those of the one Meta in the field's type."""
-    section, _, name = place.rpartition(".")
-    pending = [get_type_hints(_section_at(section), include_extras=True)[name]]
-    while not isinstance(pending[-1], Meta):
-        pending += get_args(pending.pop())
-    low, high = pending[-1].ge, pending[-1].le
-    assert low is not None
-    assert high is not None, "every range has both ends"
-    return low, high
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
