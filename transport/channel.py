@@ -49,7 +49,7 @@ _NO_RECONNECT_MS = 24 * 3600 * 1000  #: -1 would drop what was received but not 
 #: context has 1,023 sockets unless more are asked for, a process often 1,024 descriptors.
 _MAX_SOCKETS = 65_535
 _MAX_DESCRIPTORS = 131_072
-#: Pings, at least, before a peer's silence would count as its end.
+#: Pings in the time for which a peer may be silent, at least, where nothing else goes both ways.
 _PINGS_PER_SILENCE = 3
 _PONG = encode(Pong())
 _PING = encode(Ping())
@@ -72,7 +72,7 @@ class ChannelConfig:
 
     @property
     def beats_per_ping(self) -> int:
-        """Own heartbeats between two looks at whether a Ping is wanted."""
+        """Own heartbeats without a word from the one end or the other after which a Ping is sent."""
         return max(1, self.max_silent_beats // _PINGS_PER_SILENCE)
 
 
@@ -281,8 +281,7 @@ class ChannelClient:
         self._on_ready = on_ready
         self._config = config
         self._silent_beats = 0
-        self._beats_to_ping = config.beats_per_ping
-        self._has_sent = self._has_heard = False  # since the last look at whether a Ping is wanted
+        self._unsent_beats = 0  # own heartbeats since something was sent
         self._state: Literal["connecting", "ready", "lost", "closed"] = "connecting"
         self._is_disconnected = False  # lost as soon as what came before is read
         self._sockets: list[zmq.Socket[bytes]] = []
@@ -355,7 +354,7 @@ class ChannelClient:
         except zmq.Again:
             self._lose(f"it does not read: {self._config.max_queued_messages} messages are waiting")
             return False
-        self._has_sent = True
+        self._unsent_beats = 0
         self._inbox.poke()
         return True
 
@@ -365,7 +364,6 @@ class ChannelClient:
             self._lose("it sent something that is no message")
             return
         self._silent_beats = 0
-        self._has_heard = True
         if self._state == "connecting":
             self._state = "ready"
             self._connect_timer.cancel()
@@ -399,13 +397,11 @@ class ChannelClient:
             if self._silent_beats > self._config.max_silent_beats:
                 self._lose(f"silent for {self._config.lost_after_s:g} s")
                 return
-        self._beats_to_ping -= 1
-        if not self._beats_to_ping:
-            if not (self._has_sent and self._has_heard):  # else both ends know that the other one is there
-                self._send(_PING)
-            self._beats_to_ping = self._config.beats_per_ping
-            self._has_sent = self._has_heard = False
+        self._unsent_beats += 1
+        # Before the Ping, which may be what loses the peer: then nothing beats any more.
         self._beat_timer = self._loop.call_later(self._config.heartbeat_s, self._beat)
+        if max(self._silent_beats, self._unsent_beats) >= self._config.beats_per_ping:
+            self._send(_PING)
 
     def _lose(self, reason: str) -> None:
         if self._state in ("lost", "closed"):

@@ -1,15 +1,16 @@
 """What a streamed token costs an ingress: processor time of its process alone, while the whole service streams.
 
-Both services are up, and take turns: whoever streams has the machine.
+Both services are up, and take turns: whoever streams has the machine. And what a long text costs it: memory.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+import httpx
 import psutil
 
 from harness.http_client import HttpConnection
@@ -18,6 +19,7 @@ from harness.serving import Served
 
 PROMPT_TOKENS = 32
 OUTPUT_TOKENS = 128
+TEXT_BYTES = (768 << 10, 8 << 20)  #: what `/tokenize` takes by default, and what it does not
 PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -63,13 +65,38 @@ async def _stream(connection: HttpConnection, number: int, prompt: Sequence[int]
 
 def _cpu_s(served: Served) -> float:
     """Return the processor time of all ingresses so far, to the nanosecond: `times()` counts hundredths of a second."""
-    total_ns = 0
+    schedules = [path for pid in _ingresses(served) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(schedule.read_text().split()[0]) for schedule in schedules) / 1e9
+
+
+def tokenizing_mib(served: Served) -> float:
+    """Have texts tokenized, or refused; return the MiB by which an ingress grows at its peak, the most of them."""
+    grown_kib = 0
+    for num_bytes in TEXT_BYTES:
+        before = {pid: _memory_kib(pid, "VmRSS") for pid in _ingresses(served)}
+        for pid in before:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # its peak is what it has now
+        body = {
+            "model": "bench",
+            "prompt": ("It was a quiet morning, and nobody spoke. " * (num_bytes // 32))[:num_bytes],
+        }
+        status = httpx.post(f"{served.url}/tokenize", json=body, timeout=60).status_code
+        assert status in (200, 413), f"/tokenize of {num_bytes} bytes: got status {status}"
+        grown_kib = max(grown_kib, *(_memory_kib(pid, "VmHWM") - kib for pid, kib in before.items()))
+    return grown_kib / 1024
+
+
+def _memory_kib(pid: int, name: str) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _ingresses(served: Served) -> Iterator[int]:
+    """Yield the ids of the processes that are ingresses."""
     for process in psutil.Process(served.pid).children(recursive=True):
         try:
             words = process.cmdline()
         except psutil.Error:
             continue
         if words and "Ingress" in words[0]:
-            for schedule in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
-                total_ns += int(schedule.read_text().split()[0])
-    return total_ns / 1e9
+            yield process.pid

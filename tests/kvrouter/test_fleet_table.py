@@ -69,6 +69,7 @@ def test_prices_of_a_source_that_left_are_known_when_it_comes_back_and_those_of_
     assert fleet.links._others == {}
 
 
+@pytest.mark.slow
 def test_a_fleet_that_grows_shrinks_and_grows_again_is_priced_as_the_plain_one():
     rng = random.Random(7)
     fleet, plain = FleetTable(ASSUMED.move), PlainFleet()

@@ -224,5 +224,6 @@ class CompiledKeepersMachine(KeepersMachine):
     make = staticmethod(compiled)
 
 
-for case in (TestPlainKeepers := KeepersMachine.TestCase, TestCompiledKeepers := CompiledKeepersMachine.TestCase):
-    case.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestPlainKeepers, TestCompiledKeepers = KeepersMachine.TestCase, CompiledKeepersMachine.TestCase
+TestPlainKeepers.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestCompiledKeepers.settings = TestPlainKeepers.settings

@@ -505,7 +505,7 @@ def test_a_snapshot_is_no_sign_of_use():
 def test_a_worker_that_the_index_has_no_room_for_is_told_of_and_listened_to_once_there_is(monkeypatch, caplog):
     index = compiled()
     for number in range(2**16 - 1):
-        index.fold(f"w{number}", stored=names(1, 1))
+        index.fold(f"w{number}")
     monkeypatch.setattr("kvrouter.router.open_index", lambda _: index)
     fleet = Fleet(info("d"))  # the last one that there is room for
     fleet.tell(WorkerJoined(info("e")))

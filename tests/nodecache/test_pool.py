@@ -211,6 +211,7 @@ def test_a_successor_has_all_that_was_committed_in_the_old_order_and_nothing_pin
     memory.close()
 
 
+@pytest.mark.slow
 def test_bookkeeping_takes_at_most_160_bytes_a_block_with_every_block_held():
     count = 1 << 15
     layout = layout_of(count, 64)

@@ -596,22 +596,44 @@ async def test_what_a_client_sent_before_it_ended_is_read_in_bounded_turns(monke
     server.close()
 
 
-async def test_pings_are_for_links_on_which_nothing_else_goes_both_ways(opened, monkeypatch):
+@pytest.mark.parametrize(
+    ("sends", "hears", "num_pings"), [(False, False, 4), (True, False, 4), (False, True, 4), (True, True, 0)]
+)
+async def test_pings_are_for_links_on_which_nothing_else_goes_both_ways(opened, sends, hears, num_pings):
     server = opened(Server())
     client = opened(Client(server.channel.address))
     await asyncio.wait_for(client.ready.wait(), 5)
-    sent = []
-    send = client.channel._send
-    monkeypatch.setattr(client.channel, "_send", lambda data: (sent.append(data), send(data))[1])
-    client.channel._beat_timer.cancel()
+    pinged = [beat(client, sends=sends, hears=hears) for _ in range(4 * FAST.beats_per_ping)]
+    assert sum(pinged) == num_pings
 
-    def beat(*, is_busy):
-        for _ in range(2 * FAST.beats_per_ping):
-            client.channel._has_sent = client.channel._has_heard = is_busy
-            client.channel._silent_beats = 0
-            client.channel._beat()
-            client.channel._beat_timer.cancel()
-        return [sent.pop() for _ in tuple(sent)]
 
-    assert beat(is_busy=False) == [channel_module._PING] * 2
-    assert beat(is_busy=True) == []
+async def test_a_peer_is_pinged_before_it_counts_as_lost_whenever_the_last_word_came(opened):
+    server = opened(Server())
+    client = opened(Client(server.channel.address))
+    await asyncio.wait_for(client.ready.wait(), 5)
+    for num_quiet_beats in range(2 * FAST.beats_per_ping):
+        for _ in range(num_quiet_beats):
+            beat(client)
+        beat(client, sends=True, hears=True)
+        pinged = [beat(client) for _ in range(FAST.max_silent_beats - 1)]
+        assert sum(pinged) >= channel_module._PINGS_PER_SILENCE - 1
+        assert pinged.index(True) < FAST.beats_per_ping
+
+
+def beat(client, *, sends=False, hears=False):
+    """Have the client's heart beat once, after a word from either end or none; whether it pings, which is answered."""
+    channel = client.channel
+    if sends:
+        channel.send(GetStats(query_id="1"))
+    if hears:
+        channel._receive([channel_module._PONG])
+    pings = []
+    send, channel._send = channel._send, lambda data: pings.append(data) or send(data)
+    channel._beat_timer.cancel()
+    channel._beat()
+    channel._beat_timer.cancel()
+    channel._send = send
+    if pings:
+        assert pings == [channel_module._PING]
+        channel._receive([channel_module._PONG])
+    return bool(pings)

@@ -24,7 +24,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,15 @@ class UcxError(Exception):
 class Transfer:
     """A request to UCX under way, and the buffer that UCX reads or writes until it is over."""
 
-    __slots__ = ("_buffer", "_memory", "_request", "_status")
+    __slots__ = ("_buffer", "_give_back", "_request", "_status")
 
-    def __init__(self, request: int | None, buffer: object = None, memory: RequestMemory | None = None) -> None:
+    def __init__(self, request: int | None, buffer: object = None, give_back: Callable[[], None] | None = None) -> None:
         """Follow what an operation of UCX returned: null, a negative status, or a pointer to a request.
 
-        `memory` is what the request lies in; None: UCX's own, which it gets back.
+        `give_back` has the memory that the request lies in, and is called when it is over; None: the memory is UCX's.
         """
         self._buffer = buffer
-        self._memory = memory
+        self._give_back = give_back
         self._request = request or 0
         self._status = 0
         if self._request >= 2**64 - 100:
@@ -102,9 +102,11 @@ class Transfer:
             status: int = quick().ucp_request_check_status(self._request)
             if status == IN_PROGRESS:
                 return False
-            if self._memory is None:
+            if self._give_back is None:
                 ucp().ucp_request_free(self._request)
-            self._request, self._buffer, self._memory, self._status = 0, None, None, status
+            else:
+                self._give_back()
+            self._request, self._buffer, self._give_back, self._status = 0, None, None, status
         return True
 
     @property
@@ -118,12 +120,36 @@ class Transfer:
             ucp().ucp_request_cancel(worker, self._request)
 
 
+class Requests:
+    """Begins transfers whose requests lie in memory of ours. One thread.
+
+    A request in UCX's own memory would have to be given back, under the lock of the worker, which UCX's thread holds
+    most of the time while data streams: whoever waits for it spins, on a core that the data needs. Over tcp, on two
+    cores, pulls of 16 x 2 MiB to 256 x 512 KiB take 0.73 to 0.88 of the time (November 2026).
+
+    UCX's thread marks a request as completed before it writes the status and looks at the flags once more, all under
+    that lock. So memory of what is over stays until somebody else had the lock.
+    """
+
+    def __init__(self, request_bytes: int) -> None:
+        """Begin requests of that size, which the context wants."""
+        self._request_bytes = request_bytes
+        self._over: list[RequestMemory] = []
+
+    def begin(self, buffer: object, operation: Callable[..., int | None], *arguments: object) -> Transfer:
+        """Call `operation`, which takes the lock of the worker; `buffer` keeps what it reads or writes."""
+        memory = RequestMemory(self._request_bytes)
+        request = operation(*arguments, memory.parameters)
+        self._over.clear()
+        return Transfer(request, buffer, partial(self._over.append, memory))
+
+
 class Connection:
     """One end of a connection. `Worker.connect` and `Worker.accept` make them."""
 
-    def __init__(self, endpoint: int, number: int, errors: dict[int, str], request_bytes: int) -> None:
+    def __init__(self, endpoint: int, number: int, errors: dict[int, str], requests: Requests) -> None:
         self._endpoint = endpoint
-        self._request_bytes = request_bytes
+        self._requests = requests
         self._number = number
         self._errors = errors  # of all connections, by number; filled by UCX's thread
 
@@ -135,9 +161,7 @@ class Connection:
     def send(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Send `buffer` as message `tag`."""
         owner, address = _address_of(buffer)
-        memory = RequestMemory(self._request_bytes)
-        request = ucp().ucp_tag_send_nbx(self._endpoint, address, num_bytes, tag, memory.parameters)
-        return Transfer(request, owner, memory)
+        return self._requests.begin(owner, ucp().ucp_tag_send_nbx, self._endpoint, address, num_bytes, tag)
 
     def local_address(self) -> SocketAddress:
         """Return this end's address as the other end sees it.
@@ -219,7 +243,7 @@ class Worker:
         #: whether it can move GPU memory
         self.has_devices = "cuda_copy" in found
         self._handle: int = self._worker.handle
-        self._request_bytes = request_bytes_of(context.handle)
+        self._requests = Requests(request_bytes_of(context.handle))
         self._num_connections = 0
         self._errors: dict[int, str] = {}  # number of a connection -> what broke it
         self._arrived: dict[SocketAddress, tuple[int, float]] = {}  # client's address -> its request, and when it came
@@ -285,9 +309,8 @@ class Worker:
     def receive(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Post `buffer` for the message `tag`, which must be as long, from whomever."""
         owner, address = _address_of(buffer)
-        memory = RequestMemory(self._request_bytes)
-        request = ucp().ucp_tag_recv_nbx(self._handle, address, num_bytes, tag, 2**64 - 1, memory.parameters)
-        return Transfer(request, owner, memory)
+        arguments = (self._handle, address, num_bytes, tag, 2**64 - 1)
+        return self._requests.begin(owner, ucp().ucp_tag_recv_nbx, *arguments)
 
     def cancel(self, transfers: Sequence[Transfer]) -> None:
         """End those of `transfers` that nothing has matched yet."""
@@ -333,7 +356,7 @@ class Worker:
         endpoint = ctypes.c_void_p()
         made = EndpointParameters(err_mode=PEER_ERRORS, err_callback=self._on_error, err_argument=number, **parameters)
         _check(ucp().ucp_ep_create(self._handle, ctypes.byref(made), ctypes.byref(endpoint)))
-        return Connection(endpoint.value or 0, number, self._errors, self._request_bytes)
+        return Connection(endpoint.value or 0, number, self._errors, self._requests)
 
     def _note_error(self, number: int | None, _: int | None, status: int) -> None:
         self._errors[number or 0] = status_text(status)

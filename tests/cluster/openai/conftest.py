@@ -15,7 +15,6 @@ import msgspec
 import openai
 import pytest
 import tokenizers
-import uvicorn
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -24,6 +23,7 @@ from cluster.openai.backend import HttpLimits, Readiness, ServedModel
 from messages.errors import KvrayError
 from messages.request import GenerateRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
+from tests.cluster.openai.brief_server import BriefServer
 from text.chat_template import ChatTemplate
 from text.tokenizer import Tokenizer
 
@@ -213,8 +213,7 @@ class _Running:
         limits = settings.pop("limits", None) or HttpLimits(max_body_bytes=64 * 1024, max_choices=8, max_sequences=16)
         app = create_app(backend, model, backend.tokenizer, version="1.2.3", limits=limits, **settings)  # type: ignore[arg-type]
         self.socket = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", ws="none", lifespan="off", timeout_graceful_shutdown=1)
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = BriefServer(app)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
@@ -223,7 +222,7 @@ class _Running:
         self.server = Server(f"http://127.0.0.1:{port}", backend, backend.tokenizer, http)
 
     def stop(self) -> None:
-        self.uvicorn.should_exit = True
+        self.uvicorn.end()
         self.thread.join(5)
         self.socket.close()
         assert not self.thread.is_alive()
