@@ -62,7 +62,7 @@ class ToolSchema:
         return frozenset().union(*map(_own_types, self._parts(schema))) & _ALL
 
     def _parts(self, schema: Any) -> list[Mapping[str, Any]]:
-        """Return a schema and its alternatives, theirs too, without references; each once, however they go in circles."""
+        """Return a schema and its alternatives, theirs too, without references; each once, if they go in circles."""
         parts: dict[int, Mapping[str, Any]] = {}
         waiting = [schema]
         while waiting:
