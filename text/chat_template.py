@@ -123,6 +123,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{name}, line {error.lineno}: {error.message}") from error
+        except (RecursionError, SyntaxError) as error:  # of the parser, of the Python that it is compiled to
+            raise ConfigError(f"{name} is nested too deep: {error}") from error
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._reads_parts = self._probe_parts()

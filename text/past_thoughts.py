@@ -10,7 +10,7 @@ from text.past_calls import PROBE_USER, probe_messages
 
 #: Names a thought goes by: what most templates read, gpt-oss's, and vLLM's newer one.
 NAMES: Final = ("reasoning_content", "thinking", "reasoning")
-_THOUGHT: Final = "probe-thought"
+PROBE_THOUGHT: Final = "probe-thought"
 
 
 def named(thought: str) -> dict[str, str]:
@@ -29,16 +29,16 @@ class PastThoughtForm:
     def learned(cls, render: Callable[[Sequence[dict[str, Any]]], str | None]) -> PastThoughtForm:
         """Find out by `render`, which returns None where the template refuses a conversation."""
         question = {"role": "user", "content": PROBE_USER}
-        answer = {"role": "assistant", "content": "probe-answer", **named(_THOUGHT)}
+        answer = {"role": "assistant", "content": "probe-answer", **named(PROBE_THOUGHT)}
         in_part = cls(wants_part=True)
-        if _THOUGHT not in (render([question, answer]) or ""):
+        if PROBE_THOUGHT not in (render([question, answer]) or ""):
             text = render([question, *in_part.fitted([answer])]) or ""
             is_read = "'thinking'" not in text and '"thinking"' not in text  # not put in as the list that it is
-            return in_part if _THOUGHT in text and is_read else cls()
+            return in_part if PROBE_THOUGHT in text and is_read else cls()
         for as_text in (False, True):
             _, call, result = probe_messages(as_text=as_text, content="probe-answer")
             if render([question, call, result]) is not None:
-                return cls(is_content=render([question, {**call, **named(_THOUGHT)}, result]) is None)
+                return cls(is_content=render([question, {**call, **named(PROBE_THOUGHT)}, result]) is None)
         return cls()
 
     def fitted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

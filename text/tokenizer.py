@@ -50,6 +50,7 @@ class Tokenizer:
         #: ids of control tokens, which decode can skip
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added_ids = frozenset(added)
+        self.added_tokens = [token.content for token in added.values()]  #: as texts, special ones and others
         #: one past the largest id; the model's own vocabulary is often padded beyond it
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         #: facts about the decoder, for the classes below

@@ -13,6 +13,7 @@ from cluster.openai.literals import LiteralReader, NotALiteralError, read_elemen
 from cluster.openai.value_types import ToolSchema, fitted, typed
 
 _NAME: Final = re.compile(r"[A-Za-z_][\w.-]*")
+_MAX_NAME_CHARS: Final = 256
 _BRACKETS: Final = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
@@ -72,6 +73,8 @@ class PythonCallScanner:
             self._depth = 1
             return
         self._head += char
+        if len(self._head) > _MAX_NAME_CHARS:
+            raise NotACallError(f"no name has more than {_MAX_NAME_CHARS} characters")
         is_name = _NAME.fullmatch(self._head.rstrip()) is not None and (char.isspace() or head == self._head[:-1])
         is_known = self._known is None or any(name.startswith(self._head.rstrip()) for name in self._known)
         if not is_name or not is_known:

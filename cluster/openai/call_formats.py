@@ -17,6 +17,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from cluster.openai.marks import suffixed
+
 Arguments = Literal["object", "json", "pairs", "elements", "gemma", "python"]
 
 _NAME: Final = re.compile(
@@ -94,19 +96,15 @@ class CallFormat:
 
     def with_suffix(self, suffix: str) -> CallFormat:
         """Return the format with `suffix` in all tags: <tool_call> is then <tool_callSUFFIX>."""
-
-        def renamed(marks: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(mark.replace(">", f"{suffix}>") for mark in marks)
-
         assert self.pairs is not None
-        open_, value, close = renamed((self.pairs.open, self.pairs.value, self.pairs.close))
+        open_, value, close = suffixed((self.pairs.open, self.pairs.value, self.pairs.close), suffix)
         return replace(
             self,
-            opens=renamed(self.opens),
-            closes=renamed(self.closes),
-            heads=renamed(self.heads),
-            name_ends=renamed(self.name_ends),
-            call_closes=renamed(self.call_closes),
+            opens=suffixed(self.opens, suffix),
+            closes=suffixed(self.closes, suffix),
+            heads=suffixed(self.heads, suffix),
+            name_ends=suffixed(self.name_ends, suffix),
+            call_closes=suffixed(self.call_closes, suffix),
             pairs=replace(self.pairs, open=open_, value=value, close=close),
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
 
 from cluster.openai.call_formats import FORMATS, CallFormat
 from cluster.openai.tool_calls import CallDelta, ToolCallParser
+from cluster.openai.trial_chats import SUFFIXED, tried
 from cluster.openai.value_types import ToolSchema
-from messages.errors import RequestError
 from text.past_calls import PROBE_ARGUMENTS, PROBE_NAME, PROBE_TOOL, PROBE_USER, probe_messages
 from text.tokenizer import Tokenizer
 
@@ -22,9 +23,8 @@ _NOT_RECOGNISED: Final = (
     f"trained to, name the format with --tool-call-parser (model.tool_parser), one of {', '.join(FORMATS)}"
 )
 _TOOLS: Final = {PROBE_NAME: ToolSchema(PROBE_TOOL["function"]["parameters"])}
-#: Hunyuan's tags end in the name of a release: <tool_call:opensource>
+#: the end of a tag that has one
 _SUFFIX: Final = re.compile(r"<tool_calls?(:[^\s<>\"']{1,64})>")
-_SUFFIXED: Final = ("hy_v3", "hy_v4")
 
 
 def tool_format(tokenizer: Tokenizer, name: str | None = None) -> CallFormat | None:
@@ -32,7 +32,7 @@ def tool_format(tokenizer: Tokenizer, name: str | None = None) -> CallFormat | N
     name = name or recognised(tokenizer)
     if name is None:
         if tokenizer.chat_template_source:
-            render, [question, *_] = _rendering(tokenizer), probe_messages()
+            render, [question, *_] = partial(tried, tokenizer), probe_messages()
             shows_tools = render([question], [PROBE_TOOL]) != render([question], None)
             logger.log(logging.WARNING if shows_tools else logging.INFO, "%s", _NOT_RECOGNISED)
         return None
@@ -42,7 +42,7 @@ def tool_format(tokenizer: Tokenizer, name: str | None = None) -> CallFormat | N
 def format_of(name: str, tokenizer: Tokenizer) -> CallFormat:
     """Return the format of that name, with the marks that this model's tokens have of it."""
     kind = FORMATS[name]
-    suffix = _SUFFIX.search(" ".join(_added_tokens(tokenizer))) if name in _SUFFIXED else None
+    suffix = _SUFFIX.search(" ".join(tokenizer.added_tokens)) if name in SUFFIXED else None
     return kind if suffix is None else kind.with_suffix(suffix[1])
 
 
@@ -55,7 +55,7 @@ def recognised(tokenizer: Tokenizer) -> str | None:
     """
     tools = [PROBE_TOOL]
     question, call, result = probe_messages()
-    rendered = _rendering(tokenizer)
+    rendered = partial(tried, tokenizer)
     past = rendered([question, call], tools) or rendered([question, call, result], tools) or ""
     shown = past[past.rfind(PROBE_USER) + len(PROBE_USER) :]
     source = tokenizer.chat_template_source
@@ -75,17 +75,7 @@ def recognised(tokenizer: Tokenizer) -> str | None:
         marked = _most_marked(kinds, text, without)
         if marked is not None:
             return marked
-    return best or _by_tokens(kinds, _added_tokens(tokenizer))
-
-
-def _rendering(tokenizer: Tokenizer) -> Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str | None]:
-    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
-        try:
-            return tokenizer.render_chat(messages, tools=tools, add_generation_prompt=False)
-        except RequestError:
-            return None
-
-    return render
+    return best or _by_tokens(kinds, tokenizer.added_tokens)
 
 
 def _left_of_call(kind: CallFormat, text: str) -> int | None:
@@ -118,7 +108,3 @@ def _by_tokens(kinds: dict[str, CallFormat], tokens: Iterable[str]) -> str | Non
         name: kind for name, kind in kinds.items() if kind.opens and kind.opens[0] in owned and not kind.weak_opens
     }
     return next(iter(found), None) if len(set(found.values())) == 1 else None
-
-
-def _added_tokens(tokenizer: Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]

@@ -16,6 +16,7 @@ _CONSTANTS: Final = {"True": True, "true": True, "False": False, "false": False,
 _ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
 _MAX_DEPTH = 100
+_MAX_NUMBER_CHARS = 3500  #: more hexadecimal digits are more decimal ones than Python writes
 _CLOSERS: Final = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -233,7 +234,7 @@ def _elements(text: str, at: int, namespace: str, depth: int) -> tuple[list[tupl
 
 
 def _number(word: str) -> int | float | None:
-    if not _NUMBER.fullmatch(word) or len(word) > 4000:
+    if len(word) > _MAX_NUMBER_CHARS or not _NUMBER.fullmatch(word):
         return None
     plain = word.replace("_", "")
     try:

@@ -72,3 +72,8 @@ def _patterns(marks: tuple[str, ...]) -> _Patterns:
         re.compile("|".join(map(re.escape, sorted({mark[0] for mark in marks})))),
         len(by_length[0]),
     )
+
+
+def suffixed(marks: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+    """Return tags with `suffix` within them: <think> is then <thinkSUFFIX>."""
+    return tuple(mark.replace(">", f"{suffix}>") for mark in marks)

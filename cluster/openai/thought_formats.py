@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+from cluster.openai.marks import suffixed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtFormat:
@@ -33,11 +35,7 @@ class ThoughtFormat:
 
     def with_suffix(self, suffix: str) -> ThoughtFormat:
         """Return the format with `suffix` in its tags: <think> is then <thinkSUFFIX>."""
-
-        def renamed(marks: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(mark.replace(">", f"{suffix}>") for mark in marks)
-
-        return replace(self, opens=renamed(self.opens), closes=renamed(self.closes))
+        return replace(self, opens=suffixed(self.opens, suffix), closes=suffixed(self.closes, suffix))
 
 
 _THINK: Final = ThoughtFormat(opens=("<think>",), closes=("</think>",))

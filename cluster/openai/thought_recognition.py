@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 from cluster.openai.thought_formats import THOUGHT_FORMATS, ThoughtFormat
 from cluster.openai.thoughts import ThoughtPlan
-from messages.errors import RequestError
+from cluster.openai.trial_chats import SUFFIXED, tried
 from text.past_calls import PROBE_TOOL, PROBE_USER, probe_messages
+from text.past_thoughts import PROBE_THOUGHT
 from text.tokenizer import Tokenizer
 
-_THOUGHT: Final = "probe-thought"
 _ANSWER: Final = "probe-answer"
 _ON: Final[dict[str, Any]] = {"enable_thinking": True, "thinking": True}
-#: Hunyuan's tags end in the name of a release: <think:opensource>
-_SUFFIXED: Final = ("hy_v3", "hy_v4")
+#: the end of a tag that has one
 _SUFFIX: Final = re.compile(r"<think(:[^\s<>\"']{1,64})>")
 
 
@@ -35,8 +33,8 @@ def thought_format(tokenizer: Tokenizer, name: str | None = None) -> ThoughtForm
 def format_of(name: str, tokenizer: Tokenizer) -> ThoughtFormat:
     """Return the format of that name, with the marks that this model's tokens have of it."""
     kind = THOUGHT_FORMATS[name]
-    tokens = _added_tokens(tokenizer)
-    if name in _SUFFIXED:
+    tokens = tokenizer.added_tokens
+    if name in SUFFIXED:
         suffix = _suffix(tokenizer)
         return kind if suffix is None else kind.with_suffix(suffix)
     if len(kind.opens) == len(kind.closes) > 1:
@@ -52,10 +50,10 @@ def recognised(tokenizer: Tokenizer) -> str | None:
     First by how its template shows a past thought, which the format's own reader must read back as it was; then by what
     a prompt ends with; then by the marks in the template itself, and among the tokens.
     """
-    tokens = " ".join(_added_tokens(tokenizer))
+    tokens = " ".join(tokenizer.added_tokens)
     kinds = {name: format_of(name, tokenizer) for name in THOUGHT_FORMATS}
     if _suffix(tokenizer) is None:
-        kinds = {name: kind for name, kind in kinds.items() if name not in _SUFFIXED}
+        kinds = {name: kind for name, kind in kinds.items() if name not in SUFFIXED}
     source = tokenizer.chat_template_source
     known = source + tokens
     kinds = {
@@ -74,7 +72,7 @@ def recognised(tokenizer: Tokenizer) -> str | None:
             return min(read_back, key=read_back.__getitem__)
     question = probe_messages()[:1]
     for template_kwargs in ({}, _ON):
-        end = (_rendered(tokenizer, question, template_kwargs, is_begun=True) or "").rstrip()
+        end = (tried(tokenizer, question, is_begun=True, template_kwargs=template_kwargs) or "").rstrip()
         for name, kind in kinds.items():
             if any(end.endswith(mark.rstrip()) for mark in kind.opens):
                 return name
@@ -89,42 +87,23 @@ def recognised(tokenizer: Tokenizer) -> str | None:
 
 
 def _suffix(tokenizer: Tokenizer) -> str | None:
-    found = _SUFFIX.search(" ".join([*_added_tokens(tokenizer), *_past_thoughts(tokenizer)]))
+    found = _SUFFIX.search(" ".join([*tokenizer.added_tokens, *_past_thoughts(tokenizer)]))
     return None if found is None else found[1]
 
 
 def _past_thoughts(tokenizer: Tokenizer) -> list[str]:
     """Return how the template shows a thought that the conversation has: in a last turn, or before a call."""
     question, call, result = probe_messages()
-    thinks = {"reasoning_content": _THOUGHT}
+    thinks = {"reasoning_content": PROBE_THOUGHT}
     answer = {"role": "assistant", "content": _ANSWER, **thinks}
     shown: list[str] = []
-    for messages in ([question, answer], [question, {**call, **thinks}, result]):
+    for messages, tools in (([question, answer], None), ([question, {**call, **thinks}, result], [PROBE_TOOL])):
         for template_kwargs in ({}, _ON):
-            text = _rendered(tokenizer, messages, template_kwargs) or ""
+            text = tried(tokenizer, messages, tools, template_kwargs=template_kwargs) or ""
             text = text[text.rfind(PROBE_USER) + len(PROBE_USER) :]
-            if _THOUGHT in text:
+            if PROBE_THOUGHT in text:
                 shown.append(text)
     return shown
-
-
-def _rendered(
-    tokenizer: Tokenizer,
-    messages: list[dict[str, Any]],
-    template_kwargs: Mapping[str, Any],
-    *,
-    is_begun: bool = False,
-) -> str | None:
-    has_calls = any("tool_calls" in message for message in messages)
-    try:
-        return tokenizer.render_chat(
-            messages,
-            tools=[PROBE_TOOL] if has_calls else None,
-            add_generation_prompt=is_begun,
-            template_kwargs=template_kwargs,
-        )
-    except RequestError:
-        return None
 
 
 def _left_of_thought(kind: ThoughtFormat, text: str) -> int | None:
@@ -132,9 +111,5 @@ def _left_of_thought(kind: ThoughtFormat, text: str) -> int | None:
     plan = ThoughtPlan(kind=kind, begins_inside=False, may_open=True, close=kind.closes[0], drops=kind.drops)
     reader = plan.reader()
     read, last = reader.push(text), reader.flush("")
-    is_it = (read.thought + last.thought).strip() == _THOUGHT and not reader.is_inside
+    is_it = (read.thought + last.thought).strip() == PROBE_THOUGHT and not reader.is_inside
     return len(read.content + last.content) if is_it else None
-
-
-def _added_tokens(tokenizer: Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]

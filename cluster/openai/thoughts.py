@@ -82,7 +82,8 @@ class ThoughtReader:
             self._take(into, buffer.take(size))
             if found is None:
                 return Read("".join(thought), "".join(content))
-            self._meet(found[1])
+            if found[1] in self._wanted:  # what stood before it may have changed that
+                self._meet(found[1])
 
     def _take(self, into: list[str], text: str) -> None:
         """Give text; white space that a thought or the content begins with waits for what follows it."""

@@ -64,6 +64,7 @@ class ToolCallParser:
         self._state: Literal["text", "area", "name", "json", "scan", "pairs", "body"]
         self._state = "text" if self._text_marks else "area"
         self._raw = ""  # read since the area or the call began, for text that turns out to be content
+        self._num_blank = 0  # characters that the buffer of text begins with, known to be white space
         self._is_weak = False  # of the area: a call must be one of a known tool
         self._num_in_area = 0  # calls
         self._is_after_call = False  # no content since
@@ -87,6 +88,9 @@ class ToolCallParser:
         if self._state == "pairs" and self._reader is not None:
             if not is_cut:
                 self._give(out, self._reader.close(buffer))
+        elif self._state == "json" and self._is_announced:
+            if not is_cut:
+                self._give(out, "{}")
         elif self._state == "body" and not is_cut and self._end_body(out, buffer.text):
             pass
         elif self._state == "text":
@@ -131,8 +135,10 @@ class ToolCallParser:
         buffer = self._buffer
         found = buffer.find(self._text_marks)
         before = buffer.text[: buffer.clean if found is None else found[0]]
-        text = before.rstrip(_SPACE)
+        rest = before[self._num_blank :].rstrip(_SPACE)
+        text = before[: self._num_blank + len(rest)] if rest else ""
         buffer.take(len(text))
+        self._num_blank = len(before) - len(text) if found is None else 0
         if text:
             self._content(out, text)
         if found is None:
@@ -232,10 +238,8 @@ class ToolCallParser:
             self._begin_scan(CallScanner(self._name))
         elif mark and mark in self._kind.fillers:
             self._raw += buffer.take(len(mark))
-        elif mark:
+        elif mark or self._is_announced:
             self._give(out, "{}")
-            self._end_call()
-        elif self._is_announced:
             self._end_call()
         else:
             self._leave(out, self._raw)
@@ -254,6 +258,7 @@ class ToolCallParser:
                 scanner.feed(char)
                 if scanner.is_announced and not self._is_announced:
                     self._check(scanner)
+                    self._give_scanned(out, scanner)
             except NotACallError:
                 buffer.take(num_read - 1)  # the character that shows it may begin something else
                 self._scanner = None

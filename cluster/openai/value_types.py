@@ -23,7 +23,7 @@ _ALIASES: Final = {
     "none": "null",
 }
 _INTEGER: Final = re.compile(r"\s*([+-]?[0-9]{1,4000})\s*")
-_MAX_HOPS = 32  #: of references and alternatives within each other
+_MAX_HOPS = 32  #: of references to references
 
 
 class ToolSchema:
@@ -40,16 +40,13 @@ class ToolSchema:
 
     def property_of(self, schema: Any, key: str) -> Any:
         """Return the schema of an object's property; None where nothing is known of it."""
-        schema = self._resolved(schema)
-        properties = schema.get("properties")
-        if isinstance(properties, Mapping) and key in properties:
-            return properties[key]
-        for part in self._alternatives(schema):
-            found = self.property_of(part, key) if part is not schema else None
-            if found is not None:
-                return found
-        others = schema.get("additionalProperties")
-        return others if isinstance(others, Mapping) else None
+        parts = self._parts(schema)
+        for part in parts:
+            properties = part.get("properties")
+            if isinstance(properties, Mapping) and key in properties:
+                return properties[key]
+        others = (part.get("additionalProperties") for part in parts)
+        return next((other for other in others if isinstance(other, Mapping)), None)
 
     def parameter(self, key: str) -> Any:
         """Return the schema of a parameter; None where the tool has none of that name."""
@@ -57,37 +54,24 @@ class ToolSchema:
 
     def items_of(self, schema: Any) -> Any:
         """Return the schema of an array's items; None where nothing is known of them."""
-        schema = self._resolved(schema)
-        if isinstance(schema.get("items"), Mapping):
-            return schema["items"]
-        return next((found for part in self._alternatives(schema) if (found := self.items_of(part)) is not None), None)
+        items = (part.get("items") for part in self._parts(schema))
+        return next((each for each in items if isinstance(each, Mapping)), None)
 
     def types(self, schema: Any) -> frozenset[str]:
         """Return the names of the types that `schema` allows; none where it tells of none."""
-        return frozenset(self._types(schema, 0))
+        return frozenset().union(*map(_own_types, self._parts(schema))) & _ALL
 
-    def _types(self, schema: Any, hops: int) -> set[str]:
-        if hops > _MAX_HOPS:
-            return set()
-        schema = self._resolved(schema)
-        named = schema.get("type")
-        names = named if isinstance(named, list) else [named]
-        found = {_ALIASES.get(name.strip().lower(), name.strip().lower()) for name in names if isinstance(name, str)}
-        values = schema["enum"] if isinstance(schema.get("enum"), list) else []
-        found |= {_type_of(value) for value in [*values, *([schema["const"]] if "const" in schema else [])]}
-        for part in self._alternatives(schema):
-            found |= self._types(part, hops + 1)
-        if schema.get("nullable") is True:
-            found.add("null")
-        if not found and isinstance(schema.get("properties"), Mapping):
-            found.add("object")
-        if not found and isinstance(schema.get("items"), Mapping):
-            found.add("array")
-        return found & _ALL
-
-    def _alternatives(self, schema: Mapping[str, Any]) -> list[Any]:
-        parts = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
-        return [part for several in parts for part in several]
+    def _parts(self, schema: Any) -> list[Mapping[str, Any]]:
+        """Return a schema and its alternatives, theirs too, without references; each once, if they go in circles."""
+        parts: dict[int, Mapping[str, Any]] = {}
+        waiting = [schema]
+        while waiting:
+            part = self._resolved(waiting.pop())
+            if id(part) not in parts:
+                parts[id(part)] = part
+                several = [part[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(part.get(key), list)]
+                waiting += reversed([each for alternatives in several for each in alternatives])
+        return list(parts.values())
 
     def _resolved(self, schema: Any) -> Mapping[str, Any]:
         """Follow references within the schema."""
@@ -102,6 +86,22 @@ class ToolSchema:
                 step = step.replace("~1", "/").replace("~0", "~")
                 schema = schema.get(step) if isinstance(schema, Mapping) else None
         return {}
+
+
+def _own_types(schema: Mapping[str, Any]) -> set[str]:
+    """Return the names of types that a schema itself tells of, whatever its alternatives do."""
+    named = schema.get("type")
+    names = named if isinstance(named, list) else [named]
+    found = {_ALIASES.get(name.strip().lower(), name.strip().lower()) for name in names if isinstance(name, str)}
+    values = schema["enum"] if isinstance(schema.get("enum"), list) else []
+    found |= {_type_of(value) for value in [*values, *([schema["const"]] if "const" in schema else [])]}
+    if schema.get("nullable") is True:
+        found.add("null")
+    if not found and isinstance(schema.get("properties"), Mapping):
+        found.add("object")
+    if not found and isinstance(schema.get("items"), Mapping):
+        found.add("array")
+    return found
 
 
 def _type_of(value: Any) -> str:

@@ -349,3 +349,9 @@ def test_a_template_cannot_leave_its_sandbox(source):
 def test_a_syntax_error_names_its_line():
     with pytest.raises(ConfigError, match="line 2"):
         ChatTemplate("{{ 1 }}\n{% if %}", {})
+
+
+@pytest.mark.parametrize("source", ["{{ " + "(" * 3000 + " }}", "{% for x in y %}" * 40 + "{% endfor %}" * 40])
+def test_a_template_nested_too_deep_is_refused(source):
+    with pytest.raises(ConfigError, match="nested too deep"):
+        ChatTemplate(source, {})

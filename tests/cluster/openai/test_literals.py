@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,12 @@ def test_no_text_breaks_the_reader(text):
     for read in (read_literal, lambda text: LiteralReader(text, "<q>").arguments(":"), lambda t: read_elements(t, "")):
         with contextlib.suppress(NotALiteralError):
             read(text)
+
+
+def test_a_number_that_python_could_not_write_is_none():
+    assert json.dumps(read_literal("0x" + "f" * 3400))
+    with pytest.raises(NotALiteralError):
+        read_literal("0x" + "f" * 3600)
 
 
 def test_arguments_have_names_or_get_them_in_order():

@@ -104,6 +104,11 @@ def test_marks_in_an_answer_are_text():
     assert read_alike(plan, "<think>a <thin> b</think>A") == ("a <thin> b", "A")
 
 
+def test_a_mark_that_a_thought_may_only_begin_with_is_text_later():
+    opened = plan_thought(THOUGHT_FORMATS["qwen3"], f"{PROMPT}<think>", {})
+    assert read_alike(opened, "a<think>b</think>c") == ("a<think>b", "c")
+
+
 def test_a_blank_thought_is_none():
     plan = plan_thought(THOUGHT_FORMATS["qwen3"], PROMPT, {})
     assert read_alike(plan, "<think>\n\n</think>\n\nA") == ("", "\n\nA")

@@ -64,6 +64,29 @@ def test_a_call_that_the_model_ended_is_closed():
     assert parser.flush(is_cut=False) == [CallDelta(0, None, "5}")]
 
 
+def test_an_object_that_breaks_after_its_arguments_is_the_same_call_however_it_came():
+    text = '<tool_call>{"name": "add", "arguments": {"a": 1} x'
+    for pieces in ([text], list(text)):
+        parser = reader("hermes")
+        out = [piece for text in pieces for piece in parser.push(text)] + parser.flush(is_cut=False)
+        assert "".join(piece.arguments for piece in out if isinstance(piece, CallDelta)) == '{"a": 1}'
+        assert [piece for piece in out if isinstance(piece, str)] == ["x"]
+
+
+def test_arguments_that_were_to_come_in_one_object_and_did_not_are_none():
+    for end in ("", "<|close|>call<|sep|>", "x"):
+        parser = reader("kimi_k3")
+        out = parser.push(f'<|open|>call tool="add"<|sep|><|open|>json type="object"<|sep|>{end}')
+        out += parser.flush(is_cut=False)
+        assert "".join(piece.arguments for piece in out if isinstance(piece, CallDelta)) == "{}"
+
+
+def test_a_name_without_an_end_is_content():
+    text = "<|tool_call_start|>" + "x" * 300
+    parser = reader("lfm2")
+    assert parser.push(text) == [text]
+
+
 def test_a_call_that_had_no_name_yet_is_content():
     for kind, text in (
         ("hermes", '<tool_call>{"name": "ad'),

@@ -92,6 +92,14 @@ def test_parameters_may_stand_behind_references_and_alternatives():
     assert tool.types(tool.parameter("a")) == {"integer"}
 
 
+def test_alternatives_that_go_in_circles_are_looked_at_once():
+    again = {"$ref": "#/$defs/Again"}
+    tool = ToolSchema({"properties": {"a": again}, "$defs": {"Again": {"anyOf": [again, {"type": "null"}, again]}}})
+    assert tool.types(tool.parameter("a")) == {"null"}
+    assert tool.property_of(tool.parameter("a"), "b") is None
+    assert tool.items_of(tool.parameter("a")) is None
+
+
 @given(st.text(max_size=20), st.sets(st.sampled_from(ANY)))
 def test_whatever_the_text_it_gives_a_value_that_can_be_sent(text, types):
     json.dumps(typed(text, frozenset(types)), allow_nan=False, ensure_ascii=False).encode()
