@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,12 +33,15 @@ class Place:
         """
         dialect = schema.get("$schema")
         specification = specification_with(dialect, default=DRAFT202012) if isinstance(dialect, str) else DRAFT202012
-        registry: SchemaRegistry = Registry()
+        resource = specification.create_resource(schema)
         try:
-            resolver = registry.resolver_with_root(specification.create_resource(schema))
+            uri = resource.id() or ""
+            registry: SchemaRegistry = Registry().with_resource(uri, resource)
         except (AttributeError, TypeError, ValueError):  # `referencing` has plain errors for what is no URI
             raise _no_id(cls(schema, "#", None), schema) from None
-        return cls(schema, "#", resolver)
+        with suppress(AttributeError, TypeError, ValueError, LookupError):  # it comes through what is no schema
+            registry = registry.crawl()  # here once, else with each reference to an anchor
+        return cls(schema, "#", registry.resolver(uri))
 
     def below(self, *keys: str | int) -> Place:
         """Go to a schema within this one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 
 import jsonschema
 import pytest
@@ -217,6 +218,18 @@ def test_schemas_may_be_nested(depth):
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
     [text] = masked_walk().json_texts(schema, 1)
     assert text.count("[") == depth
+
+
+def test_many_references_to_anchors_take_no_longer_than_others():
+    names = [f"a{index}" for index in range(1000)]
+    anchors = {name: {"$anchor": name, "type": "null"} for name in names}
+    by_anchor = {"properties": {name: {"$ref": f"#{name}"} for name in names}, "$defs": anchors}
+    by_pointer = {"properties": {name: {"$ref": f"#/$defs/{name}"} for name in names}, "$defs": anchors}
+    begun_s = time.process_time()
+    plain = followable(by_pointer)
+    plain_s = time.process_time() - begun_s
+    assert followable(by_anchor) == plain
+    assert time.process_time() - begun_s - plain_s < 10 * plain_s + 0.5
 
 
 def test_what_never_ends_is_left_out_where_there_is_another_way():
