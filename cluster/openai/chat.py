@@ -78,8 +78,9 @@ async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_i
         raise bad_field("top_logprobs", fields.top_logprobs, "logprobs to be true with it")
     structure = constraint_of(fields, surface.limits.json_whitespace)
     tools = plan_tools(fields, surface.tool_format)
-    if structure is not None:
-        check_no_other_structure(tools, structure[0])
+    if structure is not None and tools.grammar is not None:
+        check_no_other_structure(structure[0])
+        structure = None  # it is of the content, which a forced call has none of
     prompt = _prompt(surface, fields, tools)
     thought = _thought(surface, fields, tools, prompt)
     lead = written_lead(thought, surface.tokenizer)

@@ -188,13 +188,15 @@ def _call_schema(tool: FunctionSpec, place: str) -> dict[str, Any]:
     }
 
 
-def check_no_other_structure(plan: ToolPlan, param: str) -> None:
-    """Check that a forced call, a structure of its own, is the only one.
+def check_no_other_structure(param: str) -> None:
+    """Check that a forced call, a structure of its own, may come with the structure that field `param` asks for.
+
+    OpenAI's `response_format` holds the content alone, and some clients always send it; others hold the whole output.
 
     Raises:
-        RequestError: the request asks for another one too, in field `param`.
+        RequestError: it may not.
     """
-    if plan.grammar is not None:
+    if not param.startswith("response_format"):
         raise RequestError(
             f"{param}: got it together with a tool_choice that forces a call, want one of the two",
             param=param,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final
 
-from text.json_schema.places import Place
+from text.json_schema.places import Place, enumerated, refused, shown
 
 _MAX_SHAPES: Final = 64  #: that are told apart of one schema
 _MAX_DEPTH: Final = 6  #: of properties within properties, and of references on the way to one shape
@@ -54,6 +54,21 @@ def types_of(node: dict[str, Any]) -> frozenset[str]:
     wanted = node.get("type", list(_TYPES))
     names = [wanted] if isinstance(wanted, str) else wanted
     return frozenset().union(*(_TYPES.get(name, set()) for name in names))
+
+
+def types_at(place: Place) -> frozenset[str]:
+    """Return `types_of` a client's schema.
+
+    Raises:
+        RequestError: its `type` is none.
+    """
+    node = place.node
+    if "type" in node:
+        names = [node["type"]] if isinstance(node["type"], str) else node["type"]
+        known = tuple(_TYPES)  # what a client has there may not be hashable
+        if not isinstance(names, list) or not names or not all(name in known for name in names):
+            raise refused("type", place, f"got {shown(node['type'])}, want one or more of {', '.join(_TYPES)}")
+    return types_of(node)
 
 
 def exclusions(options: list[Place], types: frozenset[str]) -> list[set[str]] | None:
@@ -119,12 +134,13 @@ def _below_list(place: Place, keyword: str) -> Iterable[Place]:
 
 def _own_shape(place: Place) -> _Shape:
     node = place.node
-    values = [node["const"]] if "const" in node else node.get("enum")
+    types = types_at(place)
+    values = [node["const"]] if "const" in node else enumerated(place) if "enum" in node else None
     properties = node.get("properties") if isinstance(node.get("properties"), dict) else {}
     required = node.get("required") if isinstance(node.get("required"), list) else []
     is_closed = node.get("additionalProperties") is False and not node.get("patternProperties")
     return _Shape(
-        types_of(node) if values is None else types_of(node) & frozenset(map(_type_of, values)),
+        types if values is None else types & frozenset(map(_type_of, values)),
         None if values is None else frozenset(map(_canonical, values)),
         frozenset(name for name in required if isinstance(name, str)),
         {name: (place.below("properties", name),) for name in properties},

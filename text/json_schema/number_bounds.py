@@ -28,24 +28,26 @@ def bounded(place: Place, *, is_integer: bool) -> dict[str, Any]:
     low, is_low_excluded = _bound(place, "minimum", "exclusiveMinimum")
     high, is_high_excluded = _bound(place, "maximum", "exclusiveMaximum")
     step = _number(place, "multipleOf") if "multipleOf" in node else None
-    if step is not None and step <= 0:
-        raise refused("multipleOf", place, f"got {shown(node['multipleOf'])}, want a number above 0")
-    written: dict[str, Any] = {}
+    if step is not None and not 0 < step <= _MOST:
+        raise refused("multipleOf", place, f"got {shown(node['multipleOf'])}, want a number above 0, at most 2**53")
     if is_integer:
         if low is not None:
             low = Fraction(_integer_above(math.floor(low) + 1 if is_low_excluded else math.ceil(low)))
-            written["minimum"] = int(low)
         if high is not None:
             high = Fraction(_integer_below(math.ceil(high) - 1 if is_high_excluded else math.floor(high)))
-            written["maximum"] = int(high)
+        is_low_excluded = is_high_excluded = False
     else:
         if low is not None:
             low = max(_double(low, math.inf), Fraction(-_MOST))
-            written["exclusiveMinimum" if is_low_excluded else "minimum"] = float(low)
         if high is not None:
             high = min(_double(high, -math.inf), Fraction(_MOST))
-            written["exclusiveMaximum" if is_high_excluded else "maximum"] = float(high)
     _check_room(place, low, high, step, most=Fraction(_MOST_INTEGER if is_integer else _MOST))
+    number = int if is_integer else float
+    written: dict[str, Any] = {}
+    if low is not None:
+        written["exclusiveMinimum" if is_low_excluded else "minimum"] = number(low)
+    if high is not None:
+        written["exclusiveMaximum" if is_high_excluded else "maximum"] = number(high)
     if step is not None:
         written["multipleOf"] = node["multipleOf"]
     return written
@@ -67,7 +69,7 @@ def _bound(place: Place, inclusive: str, exclusive: str) -> tuple[Fraction | Non
 
 def _number(place: Place, keyword: str) -> Fraction:
     value = place.node[keyword]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise refused(keyword, place, f"got {shown(value)}, want a number")
     return Fraction(value)
 

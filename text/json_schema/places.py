@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,18 +26,28 @@ class Place:
 
     @classmethod
     def root(cls, schema: dict[str, Any]) -> Place:
-        """Begin at the whole of a document."""
+        """Begin at the whole of a document.
+
+        Raises:
+            RequestError: its `$id` is no URI.
+        """
         dialect = schema.get("$schema")
         specification = specification_with(dialect, default=DRAFT202012) if isinstance(dialect, str) else DRAFT202012
         resource = specification.create_resource(schema)
-        registry: SchemaRegistry = Registry()
-        return cls(schema, "#", registry.resolver_with_root(resource))
+        try:
+            uri = resource.id() or ""
+            registry: SchemaRegistry = Registry().with_resource(uri, resource)
+        except (AttributeError, TypeError, ValueError):  # `referencing` has plain errors for what is no URI
+            raise _no_id(cls(schema, "#", None), schema) from None
+        with suppress(AttributeError, TypeError, ValueError, LookupError):  # it comes through what is no schema
+            registry = registry.crawl()  # here once, else with each reference to an anchor
+        return cls(schema, "#", registry.resolver(uri))
 
     def below(self, *keys: str | int) -> Place:
         """Go to a schema within this one.
 
         Raises:
-            RequestError: there is no schema.
+            RequestError: there is no schema, or one whose `$id` is no URI.
         """
         node = self.node
         for key in keys:
@@ -46,7 +57,10 @@ class Place:
             raise refused(str(keys[0]), self, f"got {shown(node)}, want a JSON schema")
         resolver, within = self.resolver, self.within
         if isinstance(node, dict) and isinstance(node.get("$id"), str):
-            resolver, within = resolver.in_subresource(DRAFT202012.create_resource(node)), pointer
+            try:
+                resolver, within = resolver.in_subresource(DRAFT202012.create_resource(node)), pointer
+            except ValueError:
+                raise _no_id(Place(node, pointer, resolver), node) from None
         return Place(node, pointer, resolver, self.depth + 1, within)
 
     def target(self) -> Place:
@@ -69,10 +83,31 @@ class Place:
         has_id = isinstance(found.contents, dict) and "$id" in found.contents
         return Place(found.contents, pointer, found.resolver, within=pointer if has_id else self.within)
 
+    def with_targets(self) -> list[Place]:
+        """Return this schema, then the one that its reference leads to, and so on: all of them hold.
+
+        Raises:
+            RequestError: a reference leads nowhere, or back to where it began.
+        """
+        places = [self]
+        passed: set[int] = set()
+        while isinstance(places[-1].node, dict) and "$ref" in places[-1].node:
+            place = places[-1]
+            if id(place.node) in passed:
+                raise refused("$ref", place, f"got {shown(place.node['$ref'])}, which leads back to it")
+            passed.add(id(place.node))
+            places.append(place.target())
+        return places
+
 
 def refused(keyword: str, place: Place, reason: str) -> RequestError:
     """Make the error that refuses a keyword: `reason` says what was seen and what is wanted."""
     return RequestError(f"{keyword} at {place.pointer}: {reason}", code="bad_grammar")
+
+
+def _no_id(place: Place, schema: dict[str, Any]) -> RequestError:
+    keyword = "$id" if "$id" in schema else "id"  # draft 4's
+    return refused(keyword, place, f"got {shown(schema.get(keyword))}, want a URI")
 
 
 def shown(value: Any) -> str:
@@ -126,6 +161,30 @@ def count(place: Place, keyword: str, default: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
         raise refused(keyword, place, f"got {shown(value)}, want a whole number from 0")
     return int(value)
+
+
+def enumerated(place: Place) -> list[Any]:
+    """Return the values of `enum`.
+
+    Raises:
+        RequestError: it is no list of values.
+    """
+    values = place.node["enum"]
+    if not isinstance(values, list) or not values:
+        raise refused("enum", place, f"got {shown(values)}, want a list of one or more values")
+    return values
+
+
+def format_of(place: Place) -> str:
+    """Return the name that `format` has.
+
+    Raises:
+        RequestError: it is no name.
+    """
+    value = place.node["format"]
+    if not isinstance(value, str):
+        raise refused("format", place, f"got {shown(value)}, want a format's name")
+    return value
 
 
 def flag(place: Place, keyword: str) -> bool:

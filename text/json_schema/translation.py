@@ -18,8 +18,8 @@ from typing import Any, Final
 from messages.errors import RequestError
 from text.json_schema import number_bounds
 from text.json_schema.endings import Written, ends, finite
-from text.json_schema.exclusive import exclusions, types_of
-from text.json_schema.places import Place, count, flag, indices, keys, names_of, refused, shown
+from text.json_schema.exclusive import exclusions, types_at, types_of
+from text.json_schema.places import Place, count, enumerated, flag, format_of, indices, keys, names_of, refused, shown
 from text.json_schema.string_patterns import (
     LIBRARY_FORMATS,
     as_library_reads,
@@ -40,6 +40,7 @@ _TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "obj
 _APPLICATORS: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas", "dependencies"})
 _NUMBERS: Final = frozenset(number_bounds.KEYWORDS)
 _STRINGS: Final = frozenset({"pattern", "format", "minLength", "maxLength"})
+_NAMES: Final = _STRINGS | {"const", "enum", "not", "anyOf", "oneOf", "allOf", "if", "$dynamicRef"}
 _ARRAYS: Final = frozenset(
     {
         *("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"),
@@ -53,6 +54,7 @@ _OBJECTS: Final = frozenset(
         *("dependentRequired", "dependentSchemas", "dependencies"),
     }
 )
+_DESCRIBING: Final = frozenset({"title", "description", "$comment", "default", "examples"})
 
 _UNWRITTEN: Final = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
@@ -108,7 +110,7 @@ class _Translation:
         node = place.node
         if isinstance(node, bool):
             return node
-        types = _checked_types(place)
+        types = types_at(place)
         out: dict[str, Any] = {}
         every: list[Written] = []  # schemas that hold as well
         for keyword in node:
@@ -122,6 +124,8 @@ class _Translation:
             self._object(place, out, every)
         if "array" in types and _ARRAYS & node.keys():
             self._array(place, types, out, every)
+        if any(inner is False for inner in every):
+            return False
         return {**out, "allOf": every} if every else out
 
     def _value_keyword(self, place: Place, keyword: str, out: dict[str, Any]) -> None:
@@ -132,9 +136,7 @@ class _Translation:
             case "const":
                 out["const"] = _value(place, "const", node["const"])
             case "enum":
-                if not isinstance(node["enum"], list) or not node["enum"]:
-                    raise refused("enum", place, f"got {shown(node['enum'])}, want a list of one or more values")
-                out["enum"] = [_value(place, "enum", value) for value in node["enum"]]
+                out["enum"] = [_value(place, "enum", value) for value in enumerated(place)]
             case "$ref":
                 out |= self.reference(place.target())
             case "$dynamicRef" | "$recursiveRef":
@@ -186,9 +188,7 @@ class _Translation:
                 *ahead, out[keyword] = without_looking_ahead(as_library_reads(value))
                 every += [{"pattern": pattern} for pattern in ahead]
             case _:
-                if not isinstance(value, str):
-                    raise refused(keyword, place, f"got {shown(value)}, want a format's name")
-                pattern = pattern_of_format(value)
+                pattern = pattern_of_format(format_of(place))
                 if "pattern" in place.node:
                     pass  # which says it already: a format holds nobody to anything, in JSON Schema's words
                 elif pattern is not None:
@@ -233,16 +233,12 @@ class _Translation:
         self, place: Place, properties: dict[str, Written], patterns: dict[str, Written], others: Written
     ) -> Written:
         """Write `propertyNames` as properties, or as a pattern of them. Returns what all others must be."""
-        names = place.below("propertyNames")
-        while isinstance(names.node, dict) and "$ref" in names.node:
-            names = names.target()
-        said = {} if names.node is True else {"enum": []} if names.node is False else names.node
-        keywords = said.keys() & {*_STRINGS, "const", "enum", "not", "anyOf", "oneOf", "allOf", "if", "$dynamicRef"}
-        keywords -= {"format"} if said.get("format") not in LIBRARY_FORMATS else set()
+        names, keywords = _names(place)
+        said = names.node if isinstance(names.node, dict) else {}
         if patterns and keywords:
             raise refused("propertyNames", place, "got it together with patternProperties, want one of the two")
-        if keywords & {"const", "enum"}:
-            values = [said["const"]] if "const" in said else said["enum"]
+        if keywords in ({"const"}, {"enum"}, {"false"}):
+            values = [said["const"]] if "const" in said else enumerated(names) if "enum" in said else []
             allowed = [value for value in values if isinstance(value, str)]
             for name in properties.keys() - set(allowed):
                 properties[name] = False
@@ -306,13 +302,13 @@ class _Translation:
         if "contains" in node:
             num_leading = self._contained(place, is_alone=not prefix)
             if num_leading:
-                prefix = [{"allOf": [self._below(place, "contains"), rest]} for _ in range(num_leading)]
+                prefix = [{"allOf": [self.reference(place.below("contains")), rest]}] * num_leading
                 least = max(least, num_leading)
         if rest is False:
             most = min(most, len(prefix))
         if least > most:
             keyword = "minItems" if "minItems" in node else "contains"
-            raise refused(keyword, place, f"at least {least} items and at most {most} are wanted, which no list has")
+            raise refused(keyword, place, f"at least {shown(least)} items and at most {most} are wanted: no list has")
         if prefix:
             out["prefixItems"] = prefix
         if rest is not True:
@@ -333,27 +329,40 @@ class _Translation:
         return least
 
 
-def _checked_types(place: Place) -> frozenset[str]:
-    node = place.node
-    if "type" in node:
-        names = [node["type"]] if isinstance(node["type"], str) else node["type"]
-        if not isinstance(names, list) or not names or not all(name in _TYPES for name in names):
-            raise refused("type", place, f"got {shown(node['type'])}, want one or more of {', '.join(_TYPES)}")
-    return types_of(node)
+def _names(place: Place) -> tuple[Place, set[str]]:
+    """Return the schema that `propertyNames` is or refers to, and its keywords that hold a name to something.
+
+    "false" stands for those that no name satisfies.
+    """
+    places = place.below("propertyNames").with_targets()
+    found: list[tuple[Place, set[str]]] = []
+    for names in places:
+        if names.node is False or (isinstance(names.node, dict) and "string" not in types_at(names)):
+            return names, {"false"}
+        keywords = set(_NAMES & names.node.keys()) if isinstance(names.node, dict) else set()
+        if "format" in keywords and format_of(names) not in LIBRARY_FORMATS:
+            keywords -= {"format"}
+        if keywords:
+            found.append((names, keywords))
+    if len(found) > 1:
+        raise refused("propertyNames", place, f"got {shown(places[0].node)}, want nothing beside its $ref")
+    return found[0] if found else (places[-1], set())
 
 
 def _negated(place: Place) -> Written:
     """Write what `not` leaves: of a property that must not be there, or of types."""
     negated = place.below("not").node
-    if negated is False:
-        return True
-    keywords = negated.keys() if isinstance(negated, dict) else set()
+    if isinstance(negated, bool):
+        return not negated
+    if not negated.keys() - _DESCRIBING:
+        return False  # as zod has it for what is never there
+    keywords = negated.keys()
     if keywords == {"required"}:
         names = names_of(place, "not", negated["required"])
         if len(names) == 1:
             return {"type": "object", "properties": {names[0]: False}}
     if keywords == {"type"}:
-        left = types_of({}) - _checked_types(place.below("not"))
+        left = types_of({}) - types_at(place.below("not"))
         if left and ("integer" in left or "fraction" not in left):
             return {"type": sorted(left - {"fraction"} - ({"integer"} if "fraction" in left else set()))}
     raise refused("not", place, f"got {shown(negated)}, want what a value is to be")
@@ -363,9 +372,7 @@ def _distinct(place: Place, types: frozenset[str], least: int, most: int) -> Wri
     """Write all lists of different values, one by one, where there are few."""
     items: Any = None
     if "items" in place.node and not isinstance(place.node["items"], list):
-        items = place.below("items")
-        while isinstance(items.node, dict) and "$ref" in items.node:
-            items = items.target()
+        items = place.below("items").with_targets()[-1]
     said = items.node if items is not None and isinstance(items.node, dict) else {}
     values = (
         [True, False] if said.get("type") == "boolean" else [said["const"]] if "const" in said else said.get("enum")

@@ -103,6 +103,20 @@ def test_a_required_call_is_forced_by_a_grammar(server):
     assert '{"const": "plant"}' in spec
 
 
+def test_a_format_of_the_content_holds_no_forced_call(server):
+    arguments = '{"city": "Rome"}'
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    said: dict[str, object] = {f'[{{"name": "get_weather", "parameters": {arguments}}}]': "required", arguments: named}
+    for text, choice in said.items():
+        server.backend.says(text)
+        reply = create(server, tools=[WEATHER], tool_choice=choice, response_format={"type": "json_object"})
+        assert reply.choices[0].message.content is None
+        assert reply.choices[0].message.tool_calls[0].function.arguments == arguments
+        create(server, tools=[WEATHER], tool_choice=choice)
+        with_format, plain = server.backend.requests[-2:]
+        assert with_format.params.grammar == plain.params.grammar
+
+
 def test_required_schemas_keep_their_own_references(tokenizer):
     import msgspec
 

@@ -33,6 +33,6 @@ def test_each_schema_means_what_it_meant():
 
 
 def test_a_refusal_names_the_schema_that_it_is_of():
-    schemas = embedded({"one": {}, "two": {"items": {"$ref": "#/$defs/X"}, "$defs": {"X": {"not": {}}}}})
+    schemas = embedded({"one": {}, "two": {"items": {"$ref": "#/$defs/X"}, "$defs": {"X": {"not": {"minimum": 3}}}}})
     with pytest.raises(RequestError, match=r"^not at #/\$defs/two/\$defs/X: "):
         followable({"anyOf": [{"$ref": f"#/$defs/{name}"} for name in schemas], "$defs": schemas})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
+import random
 import re
 
 import jsonschema
@@ -12,14 +15,72 @@ import pytest
 from pydantic import RootModel
 
 from messages.errors import RequestError
+from messages.request import Grammar
 from tests.text.masked_walk import MaskedWalk, byte_tokenizer
 from tests.text.pydantic_models import MODELS
 from tests.text.random_schemas import SchemaDraw
+from text.grammar_writing import written
 
 #: models whose schemas say less than they check, or that no schema is followed of
 NOT_PARSED = {"Aware", "Numbers", "Encoded", "Invoice", "MapsByEnum"}
 UNFOLLOWED = {"Sets": "uniqueItems"}
 KEYWORD = re.compile(r"grammar refused: [$a-zA-Z]+( at #|: )")
+
+KEYWORDS = [
+    *(
+        "$anchor",
+        "$defs",
+        "$id",
+        "$ref",
+        "$schema",
+        "additionalItems",
+        "additionalProperties",
+        "allOf",
+        "anyOf",
+        "const",
+    ),
+    *("contains", "dependencies", "dependentRequired", "dependentSchemas", "enum", "exclusiveMaximum", "format", "if"),
+    *("exclusiveMinimum", "items", "maxContains", "maxItems", "maxLength", "maximum", "maxProperties", "minContains"),
+    *(
+        "minimum",
+        "minItems",
+        "minLength",
+        "minProperties",
+        "multipleOf",
+        "not",
+        "oneOf",
+        "pattern",
+        "patternProperties",
+    ),
+    *("prefixItems", "properties", "propertyNames", "required", "then", "type", "unevaluatedItems", "uniqueItems"),
+]
+#: what nobody would write there
+ODD = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        1e300,
+        10**400,
+        "",
+        "x",
+        "[",
+        "(?=",
+        "(?!",
+        "http://[x",
+        [],
+        {},
+        [[]],
+        [None],
+        [5],
+    ),
+    *({"a": 1}, {"$ref": 5}, {"$ref": "#"}, {"$ref": "#/x/y"}, {"$ref": "http://[x"}, {"$id": 5}, {"$id": "http://[x"}),
+    *({"type": 5}, {"type": [["a"]]}, {"enum": 5}, {"enum": []}, {"properties": 5}, {"required": 5}, {"format": []}),
+    *([{"type": 5}, {}], [{"enum": 5}, {"const": 1}], {"not": {"type": [[]]}}, {"propertyNames": {"$ref": "#"}}),
+]
 
 
 @functools.cache
@@ -56,6 +117,37 @@ def test_random_schemas_are_followed_or_refused_by_keyword(begin):
 def test_more_random_schemas_are_followed_or_refused_by_keyword(begin):
     followed = [is_followed(SchemaDraw(seed).document(), 6) for seed in range(begin, begin + 50)]
     assert sum(followed) >= 25
+
+
+def spoiled(schema: dict, rng: random.Random) -> None:
+    """Put something odd under a keyword anywhere, or in a value's place."""
+    objects, places = [], []
+
+    def look(value):
+        if isinstance(value, dict):
+            objects.append(value)
+        for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            places.append((value, key))
+            look(value[key])
+
+    look(schema)
+    inside, key = rng.choice(places) if places and rng.random() < 0.5 else (rng.choice(objects), rng.choice(KEYWORDS))
+    inside[key] = copy.deepcopy(rng.choice(ODD))
+
+
+@pytest.mark.parametrize("begin", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(200, 2000, 200))])
+def test_what_is_no_schema_is_refused(begin):
+    num_refused = 0
+    for seed in range(begin, begin + 200):
+        rng = random.Random(seed)
+        schema = SchemaDraw(seed).document()
+        for _ in range(rng.randrange(1, 4)):
+            spoiled(schema, rng)
+        with contextlib.suppress(RequestError):
+            written(Grammar(kind="json_schema", spec=json.dumps(schema)))
+            num_refused -= 1
+        num_refused += 1
+    assert num_refused > 40
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
