@@ -142,13 +142,18 @@ class NodeCores:
 
     def _others(self) -> Iterator[tuple[int, int]]:
         """Yield of each other worker that has something to compute its place, and on how many cores it computes."""
-        begin = 0
-        while True:
-            kind, place, length = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, begin, 0)
+        ranges = [(0, 0)]  # first byte, number of bytes; 0: all from there on
+        while ranges:
+            begin, size = ranges.pop()
+            kind, place, length = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, begin, size)
             if kind == fcntl.F_UNLCK:
-                return
+                continue
             yield place, length - 1
-            begin = place + length
+            end = place + length
+            if begin < place:  # the kernel tells any lock of a range, not the first
+                ranges.append((begin, place - begin))
+            if not size or end < begin + size:
+                ranges.append((end, size and begin + size - end))
 
     def _lock(self, length: int) -> None:
         self._call(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, self._place, length)

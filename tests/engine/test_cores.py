@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -133,6 +134,22 @@ def test_more_workers_than_cores_have_one_each_and_wait_for_nobody(tmp_path):
     for worker in workers:
         worker.take(1)
     assert [worker.take(2) for worker in workers] == [1, 1, 1, 1]
+    for worker in workers:
+        worker.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_sees_all_the_others_wherever_their_places_are(tmp_path, seed: int):
+    file = tmp_path / "cores"
+    file.touch()
+    workers = [NodeCores(32, file) for _ in range(5)]
+    for place, worker in zip(random.Random(seed).sample(range(1000), 5), workers, strict=True):
+        worker._place = place << 16
+    for number, worker in enumerate(workers, 1):
+        assert worker.take(number) == number
+    for worker in workers:
+        others = [(other._place, other._num_taken) for other in workers if other is not worker]
+        assert sorted(worker._others()) == sorted(others)
     for worker in workers:
         worker.close()
 
