@@ -54,10 +54,12 @@ class Room:
         if admitted:
             wanted += self._num_reserved(share)
         ended: list[str] = []
-        for intake_id in reversed(self._ledger.intakes.ids() if wanted > available else ()):
+        intake_ids = self._ledger.intakes.ids() if wanted > available else ()
+        besides = frozenset(matched) if intake_ids else frozenset()
+        for intake_id in reversed(intake_ids):
             other = self._ledger.sequences.get(intake_id)
             if other is None or other.seniority > seq.seniority:
-                available += self._ledger.intakes.num_idle(intake_id, matched)
+                available += self._ledger.intakes.num_idle(intake_id, besides)
                 ended.append(intake_id)
             if wanted <= available:
                 break
