@@ -379,6 +379,10 @@ class SequenceLedger:
         self.pool.commit_all(list(map(seq.block_table.__getitem__, indexes)), names, seq.spec.tenant)
         self._forget_in_flight(seq, names)
 
+    def may_pull(self, seq: Sequence) -> bool:
+        """Tell whether a pull may begin for `seq`: there is one at a time, and one that it did not wait for may run."""
+        return seq.seq_id not in self.orphans
+
     def end_intake(self, intake_id: str, out: list[Instruction]) -> None:
         """Wait no more for what an intake brings: its blocks are given back, those being written are orphans first.
 
@@ -506,7 +510,7 @@ class SequenceLedger:
         if seq.pull is not None:
             _require(seq.pull.is_mixed or seq.phase is Phase.PULLING, "who pulls, and nobody else, has a pull")
             _require(len(table) >= seq.num_blocks_for(seq.pull.end_tokens), "a pull has all its targets")
-            _require(seq.seq_id not in self.orphans, "nobody pulls while an earlier pull of theirs still runs")
+            _require(self.may_pull(seq), "nobody pulls while an earlier pull of theirs still runs")
         _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
         num_full = seq.num_computed // seq.block_size
         _require(

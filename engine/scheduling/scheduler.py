@@ -356,9 +356,8 @@ class Scheduler:
         self._backlog.note(seq)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
-        # An earlier pull for it that nobody waits for any more, but that still runs, leaves no room for another one.
-        may_pull = seq.seq_id not in self._ledger.orphans
-        is_remote = seq.wants_remote and may_pull and not self._sourcing.is_cheaper_here(seq, plan)
+        may_ask = seq.wants_remote and self._ledger.may_pull(seq)
+        is_remote = may_ask and not self._sourcing.is_cheaper_here(seq, plan)
         seq.has_declined = seq.spec.remote_s is not None and not is_remote
         seq.wants_remote = False
         seq.plan, seq.is_handed_over = plan, is_remote
