@@ -136,7 +136,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, int]:
         """Return the counters since the start, by name."""
-        return self._ledger.stats() | {
+        return self._ledger.prompt_counts.stats() | {
+            "num_preemptions": self._ledger.num_preemptions,
             "num_generated_tokens": self._num_generated_tokens,
             "num_rejected_blocks": self._remote.num_rejected_blocks,
             "num_remote_fallbacks": self._remote.num_fallbacks,
@@ -469,7 +470,7 @@ class Scheduler:
         if is_first:
             self.lateness.observe(seq.expected_s, self._now_s - seq.arrived_s)
             if seq.phase is not Phase.PULLING:
-                self._ledger.count_prompt(seq)
+                self._ledger.prompt_counts.take(seq)
         seq.has_emitted = True
         out.append(
             EmitTokens(
