@@ -114,6 +114,10 @@ class Intakes:
         targets = self._intakes[intake_id].idle_head_first()
         return sum(self._pool.num_pins(each) == 1 and each not in besides for each in targets)
 
+    def num_unfilled(self, intake_id: str) -> int:
+        """Count the blocks that hold nothing, and no pull writes to: without this intake they cost nobody anything."""
+        return sum(self._pool.name(each) is None for each in self._intakes[intake_id].idle_head_first())
+
     def overdue(self) -> list[str]:
         """Return the ids of those that took too long."""
         return [intake_id for intake_id, intake in self._intakes.items() if intake.deadline_s <= self._pool.now_s]
