@@ -13,6 +13,7 @@ import os
 import secrets
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,33 +24,49 @@ from pathlib import Path
 OMP_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 #: A file that every process of the node can read and none can replace: only locked, never read.
 _FILE = Path("/sys/devices/system/cpu/online")
 #: `struct flock` of <fcntl.h>, 64 bits: type, from where, first byte, number of bytes, process.
 _FLOCK = "hhqqi4x"
 #: A worker's bytes begin at a multiple of so many, more than there are cores.
 _PLACE_BYTES = 1 << 16
+#: Those of workers that share the same cores lie within so many.
+_SHARED_BYTES = 1 << 40
 #: For a core to come free: as long as a layer of a large chunk takes. A worker that stands still gives none back.
 _MAX_WAIT_S = 0.02
 _POLL_S = 0.0002
 
 
-def num_cores(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
+def num_cores(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """Count the cores that this process may use at a time, at least one: those it is bound to, within its quotas.
 
     Kubernetes sets a limit of CPUs as a quota of time in each period: threads beyond it would all be stopped at once.
     Part of a core counts as one. `cgroups` is where the kernel shows control groups, of either version; a container
     sees its own there.
     """
-    limits = [float(len(os.sched_getaffinity(0)))]
+    quotas = map(_quota, _groups(cgroups, membership))
+    return max(1, math.ceil(min([len(os.sched_getaffinity(0)), *quotas])))
+
+
+def _groups(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> list[Path]:
+    """Return the control groups that this process is in, which may limit its cores."""
+    groups: list[Path] = []
     with contextlib.suppress(OSError, ValueError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers or "cpu" in controllers.split(","):
                 root = cgroups / "cpu" if controllers else cgroups
                 group = root / path.lstrip("/")
-                limits += [_quota(each) for each in (group, *group.parents) if each == root or root in each.parents]
-    return max(1, math.ceil(min(limits)))
+                groups += [each for each in (group, *group.parents) if each == root or root in each.parents]
+    return groups
+
+
+def _whose_cores() -> int:
+    """Number the cores that this process may use, 22 bits: the same for all that share them, within the same quotas."""
+    limits = [group for group in _groups() if _quota(group) < math.inf]
+    told = repr((sorted(os.sched_getaffinity(0)), [(at.st_dev, at.st_ino) for at in map(os.stat, limits)]))
+    return zlib.crc32(told.encode()) >> 10
 
 
 def _quota(group: Path) -> float:
@@ -77,14 +94,16 @@ class NodeCores:
         bytes   place                     it has something to compute
                 place + 1 ... place + n   on n cores
 
-    Workers that do not see each other's locks, in containers of their own, each take all that their quotas allow, as
-    all do where the kernel has no such locks.
+    Workers that are bound to other cores, or have quotas of their own, look at other bytes: what one of them takes the
+    others do not lack. Each takes all that it may use, as do those that do not see each other's locks, in containers of
+    their own, and all where the kernel has no such locks.
     """
 
     def __init__(self, num_cores: int, file: Path = _FILE, *, max_wait_s: float = _MAX_WAIT_S) -> None:
         self.num_cores = num_cores
         self._max_wait_s = max_wait_s
-        self._place = secrets.randbits(40) * _PLACE_BYTES
+        self._begin = _whose_cores() * _SHARED_BYTES  # of the bytes of those that share these cores
+        self._place = self._begin + secrets.randbelow(_SHARED_BYTES // _PLACE_BYTES) * _PLACE_BYTES
         self._num_taken = 0
         self._file: int | None = None
         with contextlib.suppress(OSError):
@@ -142,13 +161,13 @@ class NodeCores:
 
     def _others(self) -> Iterator[tuple[int, int]]:
         """Yield of each other worker that has something to compute its place, and on how many cores it computes."""
-        begin = 0
-        while True:
-            kind, place, length = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, begin, 0)
-            if kind == fcntl.F_UNLCK:
-                return
-            yield place, length - 1
-            begin = place + length
+        ranges = [(self._begin, self._begin + _SHARED_BYTES)]
+        while ranges:
+            begin, end = ranges.pop()
+            kind, place, length = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, begin, end - begin)
+            if kind != fcntl.F_UNLCK:  # any lock of the range, not the first
+                yield place, length - 1
+                ranges += [(a, b) for a, b in ((begin, place), (place + length, end)) if a < b]
 
     def _lock(self, length: int) -> None:
         self._call(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, self._place, length)

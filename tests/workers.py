@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 import unittest.mock
@@ -27,6 +28,7 @@ from transport.protocol import Transport
 from transport.secret import ClusterSecret
 
 SECRET = ClusterSecret(b"\x5a" * 32)
+BLOCK_BYTES = 16384  #: of the tiny model, in float32
 CHANNEL = ChannelConfig(heartbeat_s=0.1, lost_after_s=0.6)
 
 
@@ -166,8 +168,18 @@ def borrower_of(worker: PrefillWorker | DecodeWorker):
     return worker._worker.borrower
 
 
+def peers_of(worker: PrefillWorker | DecodeWorker):
+    return borrower_of(worker).peers
+
+
 def engine_of(worker: PrefillWorker | DecodeWorker):
     return worker._worker.engine
+
+
+def prompts(seed: int, *lengths: int) -> list[list[int]]:
+    """Draw prompts of these lengths, of tokens that the tiny model has."""
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 250) for _ in range(length)] for length in lengths]
 
 
 async def until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:

@@ -94,9 +94,9 @@ class Admission:
                 position += 1
                 continue
             ended = self._room.find(seq, matched, is_short=is_short)
-            for intake_id in ended or ():
-                ledger.end_intake(intake_id, out)
-            if ended is not None and not self._room.is_too_early(seq, matched, now_s):
+            if ended is not None and not self._room.is_too_early(seq, matched, ended, now_s):
+                for intake_id in ended:
+                    ledger.end_intake(intake_id, out)
                 seq.is_long = not is_short
                 self._start(seq, matched, now_s, out)
                 num_free_slots = self._num_free_slots()

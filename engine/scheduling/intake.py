@@ -109,10 +109,14 @@ class Intakes:
         intake = self._intakes.get(intake_id)
         return 0 if intake is None else sum(self._pool.name(each) is None for each in intake.targets.values())
 
-    def num_idle(self, intake_id: str, besides: Collection[int]) -> int:
+    def num_idle(self, intake_id: str, besides: frozenset[int]) -> int:
         """Count the blocks, `besides` those, that would be free without this intake: no pull writes to them."""
         targets = self._intakes[intake_id].idle_head_first()
         return sum(self._pool.num_pins(each) == 1 and each not in besides for each in targets)
+
+    def num_unfilled(self, intake_id: str) -> int:
+        """Count the blocks that hold nothing, and no pull writes to: without this intake they cost nobody anything."""
+        return sum(self._pool.name(each) is None for each in self._intakes[intake_id].idle_head_first())
 
     def overdue(self) -> list[str]:
         """Return the ids of those that took too long."""

@@ -7,19 +7,19 @@ it ends, whatever became of the sequence meanwhile.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence as Items
 from typing import assert_never
 
 from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.intake import Intakes, PullTarget
 from engine.scheduling.plan import Instruction, StopAsking
+from engine.scheduling.prompt_counts import PromptCounts, count_arrived, count_found
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
 from messages.errors import InvariantError
 from messages.request import Copy
-from messages.tier import Tier
 
 #: Blocks of ended sequences that are given back at once; the rest waits for the next event, or until it is wanted.
 _MAX_GIVEN_BACK = 32_768
@@ -46,22 +46,7 @@ class SequenceLedger:
         self._abandoned: list[Instruction] = []  # to holders that were asked for what a step took the room of
         self._left: list[str] = []  # who ended while they waited
         self.num_preemptions = 0
-        self.num_device_tokens = 0  #: the four are prompt tokens by where their KV came from: `count_prompt`
-        self.num_loaded_tokens: Counter[Tier] = Counter()
-        self.num_pulled_tokens = 0
-        self.num_computed_tokens = 0
-
-    def stats(self) -> dict[str, int]:
-        """Return the counters since the start, by name."""
-        return {
-            "num_preemptions": self.num_preemptions,
-            "num_prompt_tokens_device": self.num_device_tokens,
-            "num_prompt_tokens_peer": self.num_pulled_tokens + self.num_loaded_tokens["device"],
-            "num_prompt_tokens_host": self.num_loaded_tokens["host"],
-            "num_prompt_tokens_disk": self.num_loaded_tokens["disk"],
-            "num_prompt_tokens_remote": self.num_loaded_tokens["remote"],
-            "num_prompt_tokens_computed": self.num_computed_tokens,
-        }
+        self.prompt_counts = PromptCounts()
 
     # --------------------------------------------------------------------------------------------------------- phases
 
@@ -91,7 +76,7 @@ class SequenceLedger:
             seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
             for index in seq.brought.keys() & range(len(matched)):
                 seq.num_device_tokens -= seq.num_prompt_tokens_of(index)
-                self._count_found(seq, index)
+                count_found(seq, index)
         seq.first_in_flight = len(matched)
         for name in seq.names[len(matched) :]:
             self.in_flight.setdefault(name, seq)
@@ -160,7 +145,7 @@ class SequenceLedger:
         pull = _pull_of(seq)
         index, rest = divmod(seq.num_computed, seq.block_size)
         while not rest and pull.blocks.state(index) is Coming.ARRIVED:
-            self._count_arrived(seq, pull, index)
+            count_arrived(seq, pull, index)
             index += 1
             seq.num_computed = index * seq.block_size
             self._forget_in_flight(seq, seq.names[index - 1 : index])
@@ -182,29 +167,12 @@ class SequenceLedger:
             seq.num_computed = min(num_blocks * seq.block_size, pull.end_tokens)
             for index in pull.found | pull.asked.keys():
                 if index < num_blocks:
-                    self._count_arrived(seq, pull, index)
+                    count_arrived(seq, pull, index)
             seq.num_pulled_tokens = max(0, min(seq.num_computed, seq.num_prompt_tokens) - seq.num_cached_tokens)
             if seq.has_emitted:
-                self.count_prompt(seq)
+                self.prompt_counts.take(seq)
         if seq.phase is Phase.PULLING:
             self.resume(seq)
-
-    def _count_arrived(self, seq: Sequence, pull: RemotePull, index: int) -> None:
-        """Count the prompt tokens of a block that was found, or came from a holder."""
-        if seq.is_counted:
-            return
-        if index in pull.found:
-            self._count_found(seq, index)
-        elif index in pull.asked:
-            seq.num_loaded_tokens[pull.asked[index].tier] += seq.num_prompt_tokens_of(index)
-
-    def _count_found(self, seq: Sequence, index: int) -> None:
-        """Count the prompt tokens of a block that the pool has: from where it was brought while `seq` waited."""
-        tier = seq.brought.get(index)
-        if tier is None:
-            seq.num_device_tokens += seq.num_prompt_tokens_of(index)
-        else:
-            seq.num_loaded_tokens[tier] += seq.num_prompt_tokens_of(index)
 
     def keep(self, seq: Sequence) -> None:
         """Move `seq` from running to kept: nothing more is computed, the blocks stay."""
@@ -240,16 +208,6 @@ class SequenceLedger:
         """Return who ended while they waited since this was asked last."""
         left, self._left = self._left, []
         return left
-
-    def count_prompt(self, seq: Sequence) -> None:
-        """Count where the KV of a prompt came from: once, when all of it is there, or about to be computed."""
-        if seq.is_counted:
-            return
-        seq.is_counted = True
-        self.num_device_tokens += seq.num_device_tokens
-        self.num_loaded_tokens += seq.num_loaded_tokens
-        self.num_pulled_tokens += seq.num_pulled_tokens
-        self.num_computed_tokens += seq.num_prompt_tokens - seq.num_cached_tokens - seq.num_pulled_tokens
 
     def end(self, seq: Sequence) -> None:
         """Forget `seq`, and give its blocks back as soon as no step and no pull uses them."""
@@ -379,6 +337,10 @@ class SequenceLedger:
         self.pool.commit_all(list(map(seq.block_table.__getitem__, indexes)), names, seq.spec.tenant)
         self._forget_in_flight(seq, names)
 
+    def may_pull(self, seq: Sequence) -> bool:
+        """Tell whether a pull may begin for `seq`: there is one at a time, and one that it did not wait for may run."""
+        return seq.seq_id not in self.orphans
+
     def end_intake(self, intake_id: str, out: list[Instruction]) -> None:
         """Wait no more for what an intake brings: its blocks are given back, those being written are orphans first.
 
@@ -506,7 +468,7 @@ class SequenceLedger:
         if seq.pull is not None:
             _require(seq.pull.is_mixed or seq.phase is Phase.PULLING, "who pulls, and nobody else, has a pull")
             _require(len(table) >= seq.num_blocks_for(seq.pull.end_tokens), "a pull has all its targets")
-            _require(seq.seq_id not in self.orphans, "nobody pulls while an earlier pull of theirs still runs")
+            _require(self.may_pull(seq), "nobody pulls while an earlier pull of theirs still runs")
         _require(len(table) >= seq.num_blocks_for(seq.num_computed), "tables cover what is computed")
         num_full = seq.num_computed // seq.block_size
         _require(

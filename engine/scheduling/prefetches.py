@@ -169,7 +169,7 @@ class Prefetches:
             if room <= 0 or sum(seq_id in self._aheads for seq_id in ledger.intakes.ids()) >= _MAX_INTAKES:
                 return
             ahead = self._aheads[seq.seq_id]
-            is_busy = ledger.intakes.find(seq.seq_id) is not None or seq.seq_id in ledger.orphans
+            is_busy = ledger.intakes.find(seq.seq_id) is not None or not ledger.may_pull(seq)
             if ahead.loads and not is_busy:
                 num_blocks = self._take_in_for(seq, ahead, ahead.loads, room, num_before, out)
                 if num_blocks is None:

@@ -54,10 +54,12 @@ class Room:
         if admitted:
             wanted += self._num_reserved(share)
         ended: list[str] = []
-        for intake_id in reversed(self._ledger.intakes.ids() if wanted > available else ()):
+        intake_ids = self._ledger.intakes.ids() if wanted > available else ()
+        besides = frozenset(matched) if intake_ids else frozenset()
+        for intake_id in reversed(intake_ids):
             other = self._ledger.sequences.get(intake_id)
             if other is None or other.seniority > seq.seniority:
-                available += self._ledger.intakes.num_idle(intake_id, matched)
+                available += self._ledger.intakes.num_idle(intake_id, besides)
                 ended.append(intake_id)
             if wanted <= available:
                 break
@@ -87,13 +89,13 @@ class Room:
         wanted = self._num_wanted(seq, matched) + sum(map(pool.is_dispensable, matched))
         return wanted - pool.num_idle(wanted)
 
-    def is_too_early(self, seq: Sequence, matched: list[int], now_s: float) -> bool:
+    def is_too_early(self, seq: Sequence, matched: list[int], ended: list[str], now_s: float) -> bool:
         """Tell whether `seq` had better wait for room that costs nothing.
 
         While others go on here blocks come free, or are used again by those who wait behind it: that is worth waiting
-        for as long as computing them again would take, and harm those beside.
+        for as long as computing them again would take, and harm those beside. `ended`: the intakes that would give way.
         """
-        num_displaced = self.num_displaced(seq, matched)
+        num_displaced = self.num_displaced(seq, matched) - sum(map(self._ledger.intakes.num_unfilled, ended))
         if num_displaced <= 0 or not self._admitted():
             seq.lacks_room_s = None
             return False

@@ -136,7 +136,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, int]:
         """Return the counters since the start, by name."""
-        return self._ledger.stats() | {
+        return self._ledger.prompt_counts.stats() | {
+            "num_preemptions": self._ledger.num_preemptions,
             "num_generated_tokens": self._num_generated_tokens,
             "num_rejected_blocks": self._remote.num_rejected_blocks,
             "num_remote_fallbacks": self._remote.num_fallbacks,
@@ -356,9 +357,8 @@ class Scheduler:
         self._backlog.note(seq)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
-        # An earlier pull for it that nobody waits for any more, but that still runs, leaves no room for another one.
-        may_pull = seq.seq_id not in self._ledger.orphans
-        is_remote = seq.wants_remote and may_pull and not self._sourcing.is_cheaper_here(seq, plan)
+        may_ask = seq.wants_remote and self._ledger.may_pull(seq)
+        is_remote = may_ask and not self._sourcing.is_cheaper_here(seq, plan)
         seq.has_declined = seq.spec.remote_s is not None and not is_remote
         seq.wants_remote = False
         seq.plan, seq.is_handed_over = plan, is_remote
@@ -470,7 +470,7 @@ class Scheduler:
         if is_first:
             self.lateness.observe(seq.expected_s, self._now_s - seq.arrived_s)
             if seq.phase is not Phase.PULLING:
-                self._ledger.count_prompt(seq)
+                self._ledger.prompt_counts.take(seq)
         seq.has_emitted = True
         out.append(
             EmitTokens(

@@ -52,9 +52,8 @@ class Sourcing:
         """Decide what of the blocks that `seq` lacks comes from the holders that its request names.
 
         `beside`: the address of a worker that was asked for all that follows the head, and is not asked for more.
-        Nothing is loaded while a pull that it did not wait for still runs: there is one at a time.
         """
-        if not seq.held or seq.max_match_blocks == 0 or seq.seq_id in self._ledger.orphans:
+        if not seq.held or seq.max_match_blocks == 0 or not self._ledger.may_pull(seq):
             return LoadPlan()
         pull, pool = seq.pull, self._ledger.pool
         refused = {beside} if pull is None else {beside, *pull.holders}

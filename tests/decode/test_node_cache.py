@@ -23,7 +23,6 @@ from messages.route import Placement, RouteRequest
 from nodecache.process import CacheOptions, CacheSettings
 from nodecache.supervisor import Supervisor
 from tests.models import make_tiny_model
-from tests.reference import Reference
 from tests.workers import (
     CHANNEL,
     SECRET,
@@ -39,16 +38,6 @@ from transport.channel import ChannelClient
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 BLOCK_SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

@@ -16,9 +16,7 @@ import pytest
 
 from tests.harness import ROOT, harness_workers
 from tests.hosts import two_hosts
-from tests.models import make_tiny_model
-from tests.reference import Reference
-from tests.workers import SECRET, Ingress, worker_options
+from tests.workers import BLOCK_BYTES, SECRET, Ingress, worker_options
 from transport.channel import ChannelConfig
 from transport.opening import RoadOptions
 
@@ -31,18 +29,7 @@ CHANNEL = ChannelConfig(heartbeat_s=0.2, lost_after_s=2.0)
 #: No progress, the heartbeat's silence, computing instead, and a busy machine.
 BOUND_S = 15.0
 PROMPT_TOKENS = 700  #: 44 blocks
-BLOCK_BYTES = 16384
 RATE = "4mbit"  #: of the cable: the pull of a prompt takes more than a second
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
 
 
 @pytest.fixture(scope="module")

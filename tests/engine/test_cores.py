@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -137,6 +138,22 @@ def test_more_workers_than_cores_have_one_each_and_wait_for_nobody(tmp_path):
         worker.close()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_each_sees_all_the_others_wherever_their_places_are(tmp_path, seed: int):
+    file = tmp_path / "cores"
+    file.touch()
+    workers = [NodeCores(32, file) for _ in range(5)]
+    for place, worker in zip(random.Random(seed).sample(range(1000), 5), workers, strict=True):
+        worker._place = worker._begin + (place << 16)
+    for number, worker in enumerate(workers, 1):
+        assert worker.take(number) == number
+    for worker in workers:
+        others = [(other._place, other._num_taken) for other in workers if other is not worker]
+        assert sorted(worker._others()) == sorted(others)
+    for worker in workers:
+        worker.close()
+
+
 def test_together_they_never_compute_on_more_cores_than_there_are(node):
     has = [0] * len(node)
     lock = threading.Lock()
@@ -166,9 +183,10 @@ def test_together_they_never_compute_on_more_cores_than_there_are(node):
 
 
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from engine.cores import NodeCores
+os.sched_setaffinity(0, set(map(int, sys.argv[2:])) or os.sched_getaffinity(0))
 cores = NodeCores(4, Path(sys.argv[1]))
 print(cores.take(4), flush=True)
 time.sleep(600)
@@ -190,6 +208,25 @@ def test_the_cores_of_a_worker_that_is_killed_are_free(tmp_path, end):
         assert worker.take(4) == 1
         other.send_signal(end)
         other.wait()
+        assert worker.take(4) == 4
+    finally:
+        other.kill()
+        other.communicate()
+        worker.close()
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores to be bound to one of them")
+def test_who_is_bound_to_other_cores_is_not_waited_for(tmp_path):
+    file = tmp_path / "cores"
+    file.touch()
+    worker = NodeCores(4, file, max_wait_s=60)
+    core = str(min(os.sched_getaffinity(0)))
+    other = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(file), core], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "4\n"
         assert worker.take(4) == 4
     finally:
         other.kill()

@@ -296,6 +296,21 @@ def test_a_source_that_never_answers_pins_blocks_for_a_while_only(worker):
     worker.drain()
 
 
+def test_a_prompt_is_not_handed_over_while_an_earlier_pull_for_it_still_runs(worker):
+    spec = SequenceSpec(
+        seq_id="r", token_ids=BASES[1], num_prompt_tokens=40, params=SamplingParams(max_tokens=4), remote_s=0.0,
+        remote_source="far", held=held_at("host"),
+    )  # fmt: skip
+    worker.add(spec)
+    worker.offer_blocks("r", "at host", [0], is_last=False)
+    worker.now_s += 31
+    worker.post(TimePassed())
+    assert list(worker.pulls) == ["r"]
+    end_first(worker)
+    assert (worker.asked, worker.scheduler.declined_ids()) == ({}, ("r",))
+    worker.drain()
+
+
 @pytest.mark.parametrize("bad", [(), (1,)])
 def test_what_comes_too_late_is_not_taken_in_a_second_time_while_it_is_still_written(worker, bad):
     worker.take_in("first", 0, None)

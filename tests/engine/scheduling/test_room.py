@@ -101,7 +101,7 @@ def full_of_kept_blocks(num_free: int, reused_share: float = 1.0) -> LedgerBench
 
 
 def is_too_early(bench, seq, now_s=0.0) -> bool:
-    return bench.room.is_too_early(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), now_s)
+    return bench.room.is_too_early(seq, bench.pool.match(seq.names[: seq.max_match_blocks]), [], now_s)
 
 
 def test_what_costs_nothing_that_is_kept_is_never_too_early():
