@@ -14,10 +14,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
+from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
 from messages.errors import ConfigError, WorkerError
 
-cache_app = typer.Typer(no_args_is_help=True, help="Show and steer what is cached where.")
+cache_app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Show and steer what is cached where.",
+)
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -26,16 +30,28 @@ TIMEOUT_S = 120.0  #: between two signs of life: a store has up to a minute for 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _KIB = 1024
 
-Text = Annotated[str | None, typer.Argument(help="A prompt; -: from standard input.")]
+_ALL_TIERS = "all of them"
+_NEEDED = "none"
+_PROMPT_NEEDED = "what --file holds"
+
+Text = Annotated[str | None, typer.Argument(help="A prompt; -: from standard input.", show_default=_PROMPT_NEEDED)]
 PromptFile = Annotated[
     Path | None,
-    typer.Option("--file", help="JSON with `prompt` (text, token ids) or `messages`, as the API takes them."),
+    typer.Option(
+        "--file",
+        help="JSON with `prompt` (text, token ids) or `messages`, as the API takes them.",
+        show_default="TEXT",
+    ),
 ]
-CacheSalt = Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are meant.")]
-Tenant = Annotated[str | None, typer.Option("--tenant", help="Whose blocks; default: the API key's own.")]
+CacheSalt = Annotated[
+    str | None, typer.Option("--cache-salt", help="Of the requests that are meant.", show_default="none")
+]
+Tenant = Annotated[str | None, typer.Option("--tenant", help="Whose blocks.", show_default="the API key's own")]
 TierNames = Annotated[
-    list[str] | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
+    list[str] | None,
+    typer.Option("--tier", help="device, host, disk, remote; once for each.", show_default=_ALL_TIERS),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")]
 
 
 @cache_app.command()
@@ -44,14 +60,14 @@ def lookup(
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which tokens of a prompt lie where."""
     body = prompt_body(text, file, cache_salt, tenant)
-    found = _answer(url, "/v1/cache/lookup", key_of(api_key, api_key_file), body)
+    found = _answer(server_of(url, api_key, api_key_file), "/v1/cache/lookup", body)
     if as_json:
         print_json(found)
         return
@@ -64,10 +80,10 @@ def lookup(
 
 @cache_app.command()
 def stats(
-    url: Url = DEFAULT_URL, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, as_json: AsJson = False
+    url: Url = None, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, as_json: AsJson = False
 ) -> None:
     """Show what workers and node caches hold, by tier."""
-    document = _answer(url, "/v1/cache/stats", key_of(api_key, api_key_file))
+    document = _answer(server_of(url, api_key, api_key_file), "/v1/cache/stats")
     if as_json:
         print_json(document)
         return
@@ -94,13 +110,17 @@ def stats(
 
 @cache_app.command()
 def table(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: standard output.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file.", show_default="standard output")
+    ] = None,
     table_format: Annotated[str, typer.Option("--format", help="arrow (a stream), parquet, json.")] = "json",
     tier: Annotated[
-        str | None, typer.Option("--tier", help="device, host, disk, remote; default: all of them.")
+        str | None, typer.Option("--tier", help="device, host, disk, remote.", show_default=_ALL_TIERS)
     ] = None,
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Whose blocks; default: all that may be seen.")] = None,
-    url: Url = DEFAULT_URL,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", help="Whose blocks.", show_default="all that may be seen")
+    ] = None,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
 ) -> None:
@@ -109,7 +129,7 @@ def table(
         raise ConfigError(f"{table_format} on a terminal; a file is wanted (--output)")
     query = {"format": table_format, "tier": tier, "tenant": tenant}
     path = f"/v1/cache/table?{urlencode({name: value for name, value in query.items() if value is not None})}"
-    with asked(url, path, key_of(api_key, api_key_file), "cache", TIMEOUT_S) as response:
+    with asked(server_of(url, api_key, api_key_file), path, "cache", TIMEOUT_S) as response:
         if output is None:
             shutil.copyfileobj(response, sys.stdout.buffer)
             return
@@ -127,17 +147,19 @@ def clear(
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    everything: Annotated[bool, typer.Option("--everything", help="All blocks, in place of a prompt's.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="All blocks, in place of a prompt's.", show_default="a prompt's")
+    ] = False,
     tier: TierNames = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
-    url: Url = DEFAULT_URL,
+    dry_run: DryRun = True,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Drop a prompt's blocks from all caches, or a tenant's, or one salt's, or all. First look, then --no-dry-run."""
     body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier), "everything": everything, "dry_run": dry_run}
-    done = _answer(url, "/v1/cache/clear", key_of(api_key, api_key_file), body)
+    done = _answer(server_of(url, api_key, api_key_file), "/v1/cache/clear", body)
     show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
 
 
@@ -148,15 +170,15 @@ def evict(
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
     tier: TierNames = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would go.")] = True,
-    url: Url = DEFAULT_URL,
+    dry_run: DryRun = True,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Drop a prompt's blocks as `clear` does, but those that are pinned."""
     body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier), "dry_run": dry_run}
-    done = _answer(url, "/v1/cache/evict", key_of(api_key, api_key_file), body)
+    done = _answer(server_of(url, api_key, api_key_file), "/v1/cache/evict", body)
     show_work(done, "would be dropped" if dry_run else "dropped", as_json=as_json)
 
 
@@ -166,9 +188,9 @@ def pin(
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    ttl_s: Annotated[float | None, typer.Option("--ttl", help="Seconds; default: for good.")] = None,
+    ttl_s: Annotated[float | None, typer.Option("--ttl", help="Seconds.", show_default="for good")] = None,
     priority: Annotated[int, typer.Option("--priority", help="-2 to 2: each doubles or halves the worth.")] = 0,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
@@ -176,7 +198,7 @@ def pin(
     """Keep a prompt's blocks in host memory, as far as they lie there."""
     more = {"priority": priority} | ({} if ttl_s is None else {"ttl_s": ttl_s})
     body = prompt_body(text, file, cache_salt, tenant) | more
-    show_work(_answer(url, "/v1/cache/pin", key_of(api_key, api_key_file), body), "pinned", as_json=as_json)
+    show_work(_answer(server_of(url, api_key, api_key_file), "/v1/cache/pin", body), "pinned", as_json=as_json)
 
 
 @cache_app.command()
@@ -185,32 +207,32 @@ def unpin(
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep a prompt's blocks no longer than others."""
     body = prompt_body(text, file, cache_salt, tenant)
-    show_work(_answer(url, "/v1/cache/unpin", key_of(api_key, api_key_file), body), "unpinned", as_json=as_json)
+    show_work(_answer(server_of(url, api_key, api_key_file), "/v1/cache/unpin", body), "unpinned", as_json=as_json)
 
 
 @cache_app.command()
 def move(
-    source: Annotated[str, typer.Option("--from", help="host, disk, remote.")],
-    target: Annotated[str, typer.Option("--to", help="host, disk, remote.")],
+    source: Annotated[str, typer.Option("--from", help="host, disk, remote.", show_default=_NEEDED)],
+    target: Annotated[str, typer.Option("--to", help="host, disk, remote.", show_default=_NEEDED)],
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring a prompt's blocks from one tier to another, on each node: copied and verified, then dropped there."""
     body = prompt_body(text, file, cache_salt, tenant) | {"source": source, "target": target}
-    done = _followed(url, "/v1/cache/move", key_of(api_key, api_key_file), body)
+    done = _followed(server_of(url, api_key, api_key_file), "/v1/cache/move", body)
     show_work(done, f"moved to {target}", as_json=as_json)
 
 
@@ -220,28 +242,32 @@ def warm(
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    worker: Annotated[str | None, typer.Option("--worker", help="Its id: and to the pool of this worker.")] = None,
-    url: Url = DEFAULT_URL,
+    worker: Annotated[
+        str | None, typer.Option("--worker", help="Its id: and to the pool of this worker.", show_default="host memory only")
+    ] = None,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring a prompt's blocks from disk or remote up to host memory, where they lie there; and to a worker's pool."""
     body = prompt_body(text, file, cache_salt, tenant) | ({} if worker is None else {"worker_id": worker})
-    done = _followed(url, "/v1/cache/warm", key_of(api_key, api_key_file), body)
+    done = _followed(server_of(url, api_key, api_key_file), "/v1/cache/warm", body)
     show_work(done, "brought up", as_json=as_json)
 
 
 @cache_app.command()
 def gc(
-    tier: Annotated[list[str] | None, typer.Option("--tier", help="disk, remote; default: both of them.")] = None,
-    url: Url = DEFAULT_URL,
+    tier: Annotated[
+        list[str] | None, typer.Option("--tier", help="disk, remote; once for each.", show_default="both of them")
+    ] = None,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Have disk and remote stores give back the room that dropped blocks take, now and not by and by."""
-    done = _followed(url, "/v1/cache/gc", key_of(api_key, api_key_file), _tiers(tier))
+    done = _followed(server_of(url, api_key, api_key_file), "/v1/cache/gc", _tiers(tier))
     show_work(done, "collected", as_json=as_json)
 
 
@@ -252,14 +278,14 @@ def check(
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
     tier: TierNames = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Read and verify a prompt's blocks, or all; damaged ones are dropped. Exit code 1 where there were any."""
     body = {**prompt_body(text, file, cache_salt, tenant), **_tiers(tier)}
-    done = _followed(url, "/v1/cache/check", key_of(api_key, api_key_file), body)
+    done = _followed(server_of(url, api_key, api_key_file), "/v1/cache/check", body)
     show_work(done, "verified", as_json=as_json)
     if any(one["damaged"] for one in done["tiers"].values()):
         raise typer.Exit(1)
@@ -271,11 +297,11 @@ def progress() -> Progress:
     return Progress(*columns, console=_err, disable=not _err.is_terminal)
 
 
-def _followed(url: str, path: str, api_key: str | None, body: dict[str, Any]) -> dict[str, Any]:
+def _followed(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Have a long work done, and show how far it is, for each owner and tier; the answer to the whole."""
     tasks: dict[str, TaskID] = {}
     whole: dict[str, Any] | None = None
-    with progress() as bars, asked(url, path, api_key, "cache", TIMEOUT_S, body) as response:
+    with progress() as bars, asked(server, path, "cache", TIMEOUT_S, body) as response:
         for line in map(json.loads, response):
             if "held" not in line:
                 whole = line
@@ -314,8 +340,8 @@ def _tiers(names: list[str] | None) -> dict[str, Any]:
     return {"tiers": names} if names else {}
 
 
-def _answer(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    with asked(url, path, api_key, "cache", TIMEOUT_S, body) as response:
+def _answer(server: Server, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    with asked(server, path, "cache", TIMEOUT_S, body) as response:
         document: dict[str, Any] = json.load(response)
     return document
 

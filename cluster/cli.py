@@ -16,21 +16,23 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
+from typer import core
 
-from cluster import prefix_cli
+from cluster import options, prefix_cli
 from cluster.cache_cli import cache_app
-from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
-from cluster.config import KvrayConfig, load_config, num_ingresses
+from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
+from cluster.config import KvrayConfig, drop_service_links, load_config, num_ingresses
 from cluster.credentials import api_keys
 from cluster.logs import configure_logging
-from cluster.openai.call_formats import FORMATS
-from cluster.openai.thought_formats import THOUGHT_FORMATS
+from cluster.model_argument import model_directory
+from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
 
 logger = logging.getLogger("cluster.cli")  # not __name__, which is __main__ under python -m
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+_SETTINGS: Any = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
+app = typer.Typer(**_SETTINGS, pretty_exceptions_enable=False)
+config_app = typer.Typer(**_SETTINGS, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 cache_app.command("export")(prefix_cli.export)
@@ -41,79 +43,92 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _STATUS_TIMEOUT_S = 10.0
 
-_ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
+
+class _ServeCommand(core.TyperCommand):
+    """`kvray serve`, which takes the flags of `vllm serve` that mean the same, and answers the others."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what the arguments mean here."""
+        known = {
+            name: not getattr(parameter, "is_flag", False)
+            for parameter in self.get_params(ctx)
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        said = translated(args, known)
+        for line in said.refusals:
+            _err.print(f"kvray: {line}", markup=False)
+        if said.refusals:
+            raise typer.Exit(2)
+        return super().parse_args(ctx, said.arguments)
 
 
 def main() -> None:
     """Run the command line; a ConfigError is one line on stderr and exit code 2."""
+    drop_service_links()
     try:
-        app()
+        app(prog_name="kvray")
     except KvrayError as error:
         sys.exit(_complain(error))
 
 
-@app.command()
-def serve(
-    model: Annotated[str | None, typer.Argument(help="A transformers model directory; default: the demo.")] = None,
-    config: _ConfigFile = None,
-    prefill: Annotated[int | None, typer.Option("--prefill", help="Prefill workers.")] = None,
-    decode: Annotated[int | None, typer.Option("--decode", help="Decode workers.")] = None,
-    host: Annotated[str | None, typer.Option("--host")] = None,
-    port: Annotated[int | None, typer.Option("--port")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda.")] = None,
-    max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Tokens, prompt and output.")] = None,
-    served_model_name: Annotated[list[str] | None, typer.Option("--served-model-name")] = None,
-    api_key: Annotated[list[str] | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
-    api_key_file: ApiKeyFile = None,
-    block_size: Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")] = None,
-    kv_cache_memory: Annotated[
-        str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
-    ] = None,
-    host_memory: Annotated[
-        str | None,
+def _show_version(is_wanted: bool) -> None:  # noqa: FBT001 - typer's way to call it
+    if is_wanted:
+        print(f"kvray {package_version('kvray')}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    *,
+    is_version: Annotated[
+        bool,
         typer.Option(
-            "--host-memory", help="KV kept in memory of each node, e.g. 8GiB; auto: a tenth of it, up to 1GiB."
+            "--version", "-V", help="Print the version, and exit.", callback=_show_version, is_eager=True, show_default="no"
         ),
-    ] = None,
-    disk_dir: Annotated[Path | None, typer.Option("--disk-dir", help="KV kept on disk of each node, there.")] = None,
-    disk_capacity: Annotated[
-        str | None, typer.Option("--disk-capacity", help="Of --disk-dir; default: 100GiB.")
-    ] = None,
-    remote: Annotated[
-        str | None,
-        typer.Option("--remote", help="KV kept where all nodes reach it: a directory, s3://bucket/prefix, gs://..."),
-    ] = None,
-    remote_compression: Annotated[
-        str | None,
-        typer.Option("--remote-compression", help="off, lossless (the default), int8 (changes KV a little)."),
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option("--max-num-seqs", help="Running sequences per worker.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option("--max-num-batched-tokens")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads per worker.")] = None,
-    tool_call_parser: Annotated[
-        str | None,
-        typer.Option(
-            "--tool-call-parser", help=f"How it writes tool calls; default: as its template does. {', '.join(FORMATS)}."
-        ),
-    ] = None,
-    reasoning_parser: Annotated[
-        str | None,
-        typer.Option(
-            "--reasoning-parser",
-            help=f"How it writes thoughts; default: as its template does. {', '.join(THOUGHT_FORMATS)}.",
-        ),
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option("--chat-template", help="A Jinja file instead of the model's own template.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option("--log-level")] = None,
-    log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
+    ] = False,
 ) -> None:
-    """Serve MODEL over the OpenAI API, disaggregated; in the foreground until Ctrl-C."""
+    """Serve large language models on a Ray cluster, prefill and decode disaggregated, over the OpenAI API."""
+
+
+@app.command(cls=_ServeCommand)
+def serve(
+    model: options.Model = None,
+    config: options.ConfigFile = None,
+    served_model_name: options.ServedNames = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    max_model_len: options.MaxModelLen = None,
+    tool_call_parser: options.ToolCallParser = None,
+    reasoning_parser: options.ReasoningParser = None,
+    chat_template: options.ChatTemplate = None,
+    prefill: options.Prefill = None,
+    decode: options.Decode = None,
+    threads: options.Threads = None,
+    block_size: options.BlockSize = None,
+    kv_cache_memory: options.KvCacheMemory = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    host_memory: options.HostMemory = None,
+    disk_dir: options.DiskDir = None,
+    disk_capacity: options.DiskCapacity = None,
+    remote: options.Remote = None,
+    remote_compression: options.RemoteCompression = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    api_key: options.ServerApiKey = None,
+    api_key_file: options.ServerApiKeyFile = None,
+    access_log: options.AccessLog = None,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
+) -> None:
+    """Serve MODEL over the OpenAI API, disaggregated; in the foreground until Ctrl-C.
+
+    What counts, first to last: flags, KVRAY_... variables, the YAML file (--config), defaults. Flags of `vllm serve` are
+    taken where they mean the same. All settings: `kvray config show`.
+    """
     chosen = _overrides(
         {
-            ("model", "path"): None if model is None else str(Path(model).resolve()),
+            ("model", "path"): model,
             ("model", "dtype"): dtype,
             ("model", "device"): device,
             ("model", "max_model_len"): max_model_len,
@@ -137,6 +152,7 @@ def serve(
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
             ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
+            ("log", "access_log"): access_log,
             ("log", "level"): log_level,
             ("log", "format"): log_format,
         }
@@ -145,27 +161,30 @@ def serve(
 
 
 @app.command()
-def demo(
-    port: Annotated[int, typer.Option("--port")] = 8000,
-    prefill: Annotated[int, typer.Option("--prefill")] = 1,
-    decode: Annotated[int, typer.Option("--decode")] = 1,
-) -> None:
+def demo(port: options.Port = None, prefill: options.Prefill = None, decode: options.Decode = None) -> None:
     """Start, hold a conversation of three turns, show where each prompt's tokens came from, and exit."""
-    overrides = {"http": {"port": port}, "pools": {"prefill": prefill, "decode": decode}}
-    _run(load_config(None, overrides), functools.partial(_hold_conversation, api_key=next(iter(api_keys(None)), None)))
+    chosen = _overrides(
+        {
+            ("http", "port"): port,
+            ("pools", "prefill"): prefill,
+            ("pools", "decode"): decode,
+            ("log", "access_log"): False,
+        }
+    )
+    _run(load_config(None, chosen), functools.partial(_hold_conversation, api_key=next(iter(api_keys(None)), None)))
 
 
 @app.command()
 def status(
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is running where."""
-    document = _fetch_status(url.rstrip("/"), key_of(api_key, api_key_file))
+    document = _fetch_status(server_of(url, api_key, api_key_file))
     if as_json:
-        print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
+        _print_json(document)
     else:
         from cluster.status import status_table
 
@@ -173,36 +192,51 @@ def status(
 
 
 @app.command()
-def version() -> None:
+def version(as_json: AsJson = False) -> None:
     """Print the version of this package."""
-    print(package_version("kvray"))  # noqa: T201
+    if as_json:
+        _print_json({"version": package_version("kvray")})
+    else:
+        print(package_version("kvray"))  # noqa: T201
 
 
 @config_app.command("show")
-def config_show(config: _ConfigFile = None) -> None:
+def config_show(config: options.ConfigFile = None, as_json: AsJson = False) -> None:
     """Print the whole configuration, defaults filled in; keys are masked."""
     document = msgspec.to_builtins(load_config(config, {}))
     document["http"]["api_keys"] = ["***" for _ in document["http"]["api_keys"]]
-    print(yaml.safe_dump(_plain(document), sort_keys=False), end="")  # noqa: T201
+    if as_json:
+        _print_json(document)
+    else:
+        print(yaml.safe_dump(_plain(document), sort_keys=False), end="")  # noqa: T201
 
 
 @config_app.command("check")
-def config_check(config: Annotated[Path, typer.Argument(help="YAML file.")]) -> None:
+def config_check(
+    config: Annotated[Path, typer.Argument(help="YAML file.", show_default="none")], as_json: AsJson = False
+) -> None:
     """Say whether a configuration file is good; exit code 2 if not."""
     load_config(config, {})
-    _out.print(f"{config}: good")
+    if as_json:
+        _print_json({"file": str(config), "is_good": True})
+    else:
+        _out.print(f"{config}: good")
 
 
-def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
-    """Return the status document that the kvray at `url` gives.
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
+
+
+def _fetch_status(server: Server) -> dict[str, Any]:
+    """Return the status document that the kvray there gives.
 
     Raises:
         ConfigError: nobody answers there, or something that is no kvray.
     """
-    with asked(url, "/status", api_key, "status", _STATUS_TIMEOUT_S) as response:
+    with asked(server, "/status", "status", _STATUS_TIMEOUT_S) as response:
         document = json.load(response)
     if not isinstance(document, dict) or not {"workers", "routers", "is_routing_by_cache"} <= document.keys():
-        raise ConfigError(f"no status from {url}: what answers there is not kvray; where does it serve? (--url)")
+        raise ConfigError(f"no status from {server.url}: what answers there is not kvray; where does it serve? (--url)")
     return document
 
 
@@ -229,7 +263,11 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     code = 0
     with stop_signals() as stop:
         try:
-            check_model_files(Path(config.model.path), config.model.chat_template)
+            directory = model_directory(config.model.path)
+            config = msgspec.structs.replace(
+                config, model=msgspec.structs.replace(config.model, path=str(directory))
+            )
+            check_model_files(directory, config.model.chat_template)
             with _Progress() as progress, running(config, stop, progress.show) as launched:
                 progress.clear()
                 body(config, launched, stop)
@@ -283,17 +321,13 @@ def check_model_files(path: Path, chat_template: str | None = None) -> None:
     """Check of a model directory, and of a chat template, what can be told without torch: most mistakes show at once.
 
     Raises:
-        ConfigError: there is no directory, or files in it are missing or broken; one line that says which.
+        ConfigError: files in it are missing or broken; one line that says which.
     """
     from engine.model.checkpoint import weight_files
     from text.json_file import read_json
     from text.tokenizer import Tokenizer
 
     try:
-        if not path.exists():
-            raise ConfigError(f"no model directory at {path}")
-        if not path.is_dir():
-            raise ConfigError(f"{path} is a file, wanted a transformers model directory")
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is no transformers model directory: it has no config.json")
         read_json(path / "config.json")

@@ -9,34 +9,66 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from cluster.announcement import servers_here
 from cluster.credentials import api_keys
 from messages.errors import ConfigError, KvrayError
 
-Url = Annotated[str, typer.Option("--url", help="Where kvray serves.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", help="Every user sees it in `ps`.")]
-ApiKeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", help="API keys, one a line; default: KVRAY_API_KEY, if that is set.")
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Where kvray serves.", show_default="the one of this machine", envvar="KVRAY_URL"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="The whole document.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", help="An API key; every user sees it in `ps`.", show_default="that of --api-key-file"),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="API keys, one a line; the first is used.",
+        show_default="KVRAY_API_KEY, else that of the server found here",
+        envvar="KVRAY_API_KEY_FILE",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The whole document.", show_default="for people")]
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+_DEFAULT_URL = "http://127.0.0.1:8000"
 _MAX_ERROR_BYTES = 1 << 16
 
 
-def key_of(api_key: str | None, api_key_file: Path | None) -> str | None:
-    """Return the key to ask with; None: without one."""
-    if api_key is not None:
-        return api_key
-    return next(iter(api_keys(None if api_key_file is None else str(api_key_file))), None)
+class Server(NamedTuple):
+    """A kvray that serves: where, and the key to ask with; None: without one."""
+
+    url: str
+    api_key: str | None = None
+
+
+def server_of(url: str | None, api_key: str | None = None, api_key_file: Path | None = None) -> Server:
+    """Return the server that is meant; without a URL that which runs on this machine, else where one would.
+
+    Raises:
+        ConfigError: several run here, or the file will not do.
+    """
+    key = api_key or next(iter(api_keys(None if api_key_file is None else str(api_key_file))), None)
+    if url is not None:
+        return Server(url.rstrip("/"), key)
+    found = servers_here()
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} serve here, {', '.join(server.url for server in found)}: which one? (--url)")
+    if not found:
+        return Server(_DEFAULT_URL, key)
+    if key is None and found[0].api_key_file is not None:
+        key = next(iter(api_keys(found[0].api_key_file)), None)
+    return Server(found[0].url, key)
 
 
 @contextmanager
 def asked(
-    url: str, path: str, api_key: str | None, what: str, timeout_s: float, body: dict[str, Any] | bytes | None = None
+    server: Server, path: str, what: str, timeout_s: float, body: dict[str, Any] | bytes | None = None
 ) -> Iterator[http.client.HTTPResponse]:
     """Ask for `path` (with a body: POST; bytes are MessagePack), and give the answer to be read; `what` it is about.
 
@@ -44,7 +76,7 @@ def asked(
         ConfigError: nobody answers there, or no kvray, or the key is wrong.
         KvrayError: kvray refuses, with what it says.
     """
-    url = url.rstrip("/")
+    url, api_key = server
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     if body is not None:

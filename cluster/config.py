@@ -11,7 +11,8 @@
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
 
-An unknown key is an error that names it. Flags of the command line override the file; the file overrides defaults.
+An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
+beside them (`cluster/options.py`), the file, defaults.
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ class LogConfig(_Section, frozen=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+    access_log: bool = True  #: a line for each HTTP request, at info
 
 
 class KvrayConfig(_Section, frozen=True):
@@ -292,6 +294,13 @@ def forget_credentials() -> None:
     """Take the credentials out of the environment, so that no process that is started from now on inherits them."""
     for name in get_args(_Credential):
         os.environ.pop(name, None)
+
+
+def drop_service_links() -> None:
+    """Take out of the environment what Kubernetes puts there of a Service named kvray, KVRAY_PORT=tcp://... and more."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("KVRAY_") and re.match("(tcp|udp|sctp)://", value):
+            del os.environ[name]
 
 
 def parse_size(text: str) -> int:

@@ -23,17 +23,17 @@ from cluster.cache_cli import (
     say_aside,
     show_work,
 )
-from cluster.client import DEFAULT_URL, ApiKey, ApiKeyFile, AsJson, Url, asked, key_of
+from cluster.client import ApiKey, ApiKeyFile, AsJson, Url, asked, server_of
 from messages.errors import ConfigError, WorkerError
 
 
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.", show_default="none")],
     text: Text = None,
     file: PromptFile = None,
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
@@ -44,7 +44,7 @@ def export(
     unfinished = output.with_name(f"{output.name}.unfinished")
     body = prompt_body(text, file, cache_salt, tenant)
     try:
-        with asked(url, "/v1/cache/export", key_of(api_key, api_key_file), "cache", TIMEOUT_S, body) as response:
+        with asked(server_of(url, api_key, api_key_file), "/v1/cache/export", "cache", TIMEOUT_S, body) as response:
             _copy(response, unfinished, output)
         with contextlib.closing(PrefixFile(unfinished)) as prefix, progress() as bars:
             task = bars.add_task("verified", total=prefix.num_rows)
@@ -61,13 +61,23 @@ def export(
 
 
 def take_in(
-    file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
-    cache_salt: Annotated[str | None, typer.Option("--cache-salt", help="Of the requests that are to find it.")] = None,
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Whose requests are to find it.")] = None,
-    tier: Annotated[
-        list[str] | None, typer.Option("--tier", help="host, disk, remote: which may take it in; default: all of them.")
+    file: Annotated[Path, typer.Argument(help="What `export` wrote.", show_default="none")],
+    cache_salt: Annotated[
+        str | None, typer.Option("--cache-salt", help="Of the requests that are to find it.", show_default="none")
     ] = None,
-    url: Url = DEFAULT_URL,
+    tenant: Annotated[
+        str | None,
+        typer.Option("--tenant", help="Whose requests are to find it.", show_default="the API key's own"),
+    ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tier",
+            help="host, disk, remote: which may take it in; once for each.",
+            show_default="all of them",
+        ),
+    ] = None,
+    url: Url = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
@@ -82,7 +92,7 @@ def take_in(
     query = {"cache_salt": cache_salt, "tenant": tenant}
     named = [(name, value) for name, value in query.items() if value is not None]
     path = f"/v1/cache/import?{urlencode([*named, *(('tier', one) for one in tier or ())])}"
-    key = key_of(api_key, api_key_file)
+    server = server_of(url, api_key, api_key_file)
     whole: dict[str, Any] = {}
     with contextlib.closing(PrefixFile(file)) as prefix, progress() as bars:
         task = bars.add_task("verified", total=prefix.num_rows)
@@ -90,7 +100,7 @@ def take_in(
             bars.advance(task, len(piece.checksums) // 8)
         task = bars.add_task("taken in", total=prefix.num_rows)
         for piece in prefix.pieces():
-            with asked(url, path, key, "cache", TIMEOUT_S, msgspec.msgpack.encode(piece)) as response:
+            with asked(server, path, "cache", TIMEOUT_S, msgspec.msgpack.encode(piece)) as response:
                 whole = _added(whole, msgspec.json.decode(response.read()))
             bars.advance(task, len(piece.checksums) // 8)
     show_work(whole, "taken in", as_json=as_json)
