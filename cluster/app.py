@@ -28,7 +28,8 @@ from cluster.config import (
 from cluster.credentials import cluster_secret, refuse_keys
 from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
-from cluster.replica import prepare_replica
+from cluster.logs import open_process_log
+from cluster.replica import prepared
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.core import EngineOptions
@@ -61,19 +62,23 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_application(parse_config(args))
 
 
-def build_application(config: KvrayConfig, listener: str | None = None) -> serve.Application:
+def build_application(
+    config: KvrayConfig, listener: str | None = None, log_dir: str | None = None
+) -> serve.Application:
     """Build an application from a whole configuration.
 
     Ray hands on what is built, and Serve shows it: it says where each process finds the cluster secret and the API keys
     (cluster/credentials.py). `listener` names a socket on this machine that the ingresses accept from themselves
-    (cluster/listener.py); without, requests come through Serve's proxies.
+    (cluster/listener.py); without, requests come through Serve's proxies. In `log_dir`, where there is one, each process
+    keeps a file of what it says (cluster/logs.py); without, Ray does.
 
     Raises:
         ConfigError: the configuration itself holds API keys.
     """
     refuse_keys(config)
     options = _worker_options(config)
-    prepare = functools.partial(prepare_replica, config.log.level, config.log.format)
+    open_log = functools.partial(open_process_log, config.log.level, config.log.format, log_dir)
+    prepare = functools.partial(prepared, open_log)
     read_secret = functools.partial(cluster_secret, config.network.secret_file)
     life = {
         **_HEALTH,
@@ -91,7 +96,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         num_replicas=config.pools.decode,
         ray_actor_options=_placed(resources, config.pools.decode_labels),
         **common,
-    )(WorkerActor).bind(DecodeWorker, options, read_secret, prepare)
+    )(WorkerActor).bind(DecodeWorker, options, read_secret, prepare, open_log)
     inner = [decode]
     if config.pools.prefill > 0:
         inner.append(
@@ -100,7 +105,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
                 num_replicas=config.pools.prefill,
                 ray_actor_options=_placed(resources, config.pools.prefill_labels),
                 **common,
-            )(WorkerActor).bind(PrefillWorker, options, read_secret, prepare)
+            )(WorkerActor).bind(PrefillWorker, options, read_secret, prepare, open_log)
         )
     roles = ["Decode", "Prefill"] if config.pools.prefill > 0 else ["Decode"]
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
@@ -121,7 +126,7 @@ def build_application(config: KvrayConfig, listener: str | None = None) -> serve
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
         **life,
-    )(Ingress).bind(config, APP_NAME, roles, [router, *inner], listener)
+    )(Ingress).bind(config, APP_NAME, roles, [router, *inner], listener, prepare)
 
 
 def _placed(resources: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:

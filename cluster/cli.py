@@ -21,10 +21,12 @@ from typer import core
 from cluster import options, prefix_cli
 from cluster.cache_cli import cache_app
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
-from cluster.config import KvrayConfig, drop_service_links, load_config, num_ingresses
+from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
+from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
 from cluster.model_argument import model_directory
+from cluster.ready_lines import ready_lines
 from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
 
@@ -268,7 +270,10 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
                 config, model=msgspec.structs.replace(config.model, path=str(directory))
             )
             check_model_files(directory, config.model.chat_template)
-            with _Progress() as progress, running(config, stop, progress.show) as launched:
+            with (
+                _Progress(config.log.format) as progress,
+                running(config, stop, progress.show, progress.show_line) as launched,
+            ):
                 progress.clear()
                 body(config, launched, stop)
         except Stopped:
@@ -288,25 +293,16 @@ def _complain(error: KvrayError) -> int:
 
 
 def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
-    from cluster.openai.call_recognition import tool_format
-    from text.tokenizer import Tokenizer
-
-    # which says so where calls are not recognised: what ingresses log of it is not seen here
-    tool_format(Tokenizer.load(config.model.path, chat_template=config.model.chat_template), config.model.tool_parser)
-    name = config.model.names[0]
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
-    _out.print(f"kvray serves {name} at {launched.url}/v1", markup=False)
-    key = " -H 'Authorization: Bearer ...'" if launched.wants_api_key else ""
-    _out.print(
-        f"  curl {launched.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
+    lines = ready_lines(
+        config,
+        launched.url,
+        launched.workers,
+        wants_api_key=launched.wants_api_key,
+        is_own_cluster=launched.is_own_cluster,
+        log_dir=launched.log_dir,
     )
-    where = "Ray started here" if launched.is_own_cluster else "the Ray cluster that was there"
-    pools = config.pools
-    _out.print(
-        f"  {pools.prefill} prefill, {pools.decode} decode, 1 router, {num_ingresses(pools)} ingress on {where}; "
-        "`kvray status` says more. Ctrl-C ends everything.",
-        markup=False,
-    )
+    for line in lines:
+        _out.print(line, markup=False)
     launched.wait(stop)
     logger.info("ending what was started")
 
@@ -338,9 +334,10 @@ def check_model_files(path: Path, chat_template: str | None = None) -> None:
 
 
 class _Progress:
-    """On a terminal one line that changes; elsewhere a log line per change."""
+    """On a terminal one line that changes, below what processes write; elsewhere a log line per change."""
 
-    def __init__(self) -> None:
+    def __init__(self, style: str) -> None:
+        self._style = style
         self._last = ""
         self._status = _err.status("") if _err.is_terminal else None
 
@@ -362,10 +359,19 @@ class _Progress:
         else:
             logger.info("%s", text)
 
+    def show_line(self, name: str, line: str) -> None:
+        """Show a line that the process called `name` has written."""
+        text = terminal_line(name, line, self._style)
+        if self._status is not None:
+            _err.print(text, markup=False)  # above the line that changes
+        else:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - it is one log line, or a part of one
+
     def clear(self) -> None:
         """Clear the line that changes: nothing more happens, or something else is to be printed."""
         if self._status is not None:
             self._status.stop()
+            self._status = None
 
 
 if __name__ == "__main__":

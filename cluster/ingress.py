@@ -7,6 +7,8 @@ import functools
 import gc
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
-from cluster.replica import prepare_replica
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
 from messages.errors import WorkerError
@@ -56,15 +57,25 @@ class Ingress:
         roles: list[str],
         inner: list[DeploymentHandle],
         listener: str | None,
+        prepare: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         """Wait until a decode worker is there: what the model is, only a worker knows.
 
         `inner` ties the other deployments to this application; nothing is called on them. `listener` names a socket to
-        accept requests from besides those that come through Serve.
+        accept requests from besides those that come through Serve. `prepare` is told this process's name.
         """
-        prepare_replica(config.log.level, config.log.format)
         self._config = config
         ingress_id = serve.get_replica_context().replica_id.unique_id
+        with prepare(f"ingress-{ingress_id}"):
+            await self._start(ingress_id, roles, app_name, listener)
+        # What is there by now stays: no full collection looks at it again, which would hold the loop for 0.1 s.
+        gc.collect()
+        gc.freeze()
+
+    async def _start(self, ingress_id: str, roles: list[str], app_name: str, listener: str | None) -> None:
+        config = self._config
+        if not config.log.access_log:
+            logging.getLogger("cluster.access").setLevel(logging.WARNING)
         self._metrics = HttpMetrics(ingress_id)
         self._dispatcher = Dispatcher(
             DispatchOptions(
@@ -94,9 +105,6 @@ class Ingress:
             ended = self._metrics.connections_ended
             server = http_server(self._app, config.connections, lambda reason: ended.labels(reason).inc())
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
-        # What is there by now stays: no full collection looks at it again, which would hold the loop for 0.1 s.
-        gc.collect()
-        gc.freeze()
 
     async def check_health(self) -> None:
         """Raise if this ingress hears nothing any more: Serve calls this every second, and then replaces it."""

@@ -27,10 +27,12 @@ import msgspec
 
 from cluster.config import KvrayConfig, prepare_environment
 from cluster.joining import NicenessCheck, check_credentials
-from cluster.keeper_messages import Failed, KeeperTask, Progress, Report, Seen, Up
+from cluster.keeper_messages import Failed, InSession, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import bound_socket
 from cluster.logs import configure_logging
+from cluster.sessions import Session, clean_former
 from messages.errors import ConfigError, KvrayError, WorkerError, first_line
+from messages.fleet import WorkerInfo
 
 logger = logging.getLogger("cluster.keeper")  # not __name__, which is __main__ under python -m
 
@@ -38,6 +40,7 @@ _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  #: only the road "plasma" goes through 
 _POLL_S = 0.1
 _STATUS_POLL_S = 0.25
 _LOOK_S = 1.0
+_WORKER_TIMEOUT_S = 5.0
 _ROUTE_TIMEOUT_S = 20.0  #: for Serve's proxy to know an application that runs
 _PR_SET_PDEATHSIG = 1  #: linux/prctl.h
 
@@ -62,12 +65,13 @@ class Keeper:
         self._ending = threading.Event()
         self._has_touched_ray = False
         self._has_deployed = False
+        self._session: Session | None = None  #: of a Ray of our own
 
     def run(self) -> None:
         """Bring the application up, look after it until its end is wanted, and take it down."""
         threading.Thread(target=self._wait_for_end, name="end", daemon=True).start()
         try:
-            self._report(Up(self._bring_up()))
+            self._report(self._bring_up())
             while not self._ending.wait(_LOOK_S):
                 self._look()
         except Stopped:
@@ -99,8 +103,8 @@ class Keeper:
             raise Stopped
         self._report(Progress(text))
 
-    def _bring_up(self) -> str:
-        """Return the URL at which the application answers now."""
+    def _bring_up(self) -> Up:
+        """Return the URL at which the application answers now, and who computes."""
         config = self._config
         if self._address is not None:
             check_credentials(self._address)
@@ -114,8 +118,9 @@ class Keeper:
         import ray
         from ray import serve
 
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        level = logging.INFO if config.log.level == "debug" else logging.ERROR
+        logging.getLogger("ray").setLevel(level)
+        logging.getLogger("ray.serve").setLevel(level)
         self._connect(ray)
         _leave_signals_alone()  # once more: Ray's own SIGTERM handler, in C++, prints a stack and aborts
         niceness = None
@@ -130,7 +135,23 @@ class Keeper:
         self._deploy(config, serve)
         if niceness is not None:
             niceness.warn()
-        return url_of(config)
+        return Up(url_of(config), self._workers(config, serve))
+
+    def _workers(self, config: KvrayConfig, serve: Any) -> tuple[WorkerInfo, ...]:
+        """Ask one worker of each kind what it is; one that does not answer is left out: it is for people."""
+        from cluster.app import APP_NAME
+
+        found = []
+        for name, num_workers in (("Decode", config.pools.decode), ("Prefill", config.pools.prefill)):
+            if num_workers:
+                handle = serve.get_deployment_handle(name, APP_NAME)
+                try:
+                    told = handle.record_replica_metadata.remote().result(timeout_s=_WORKER_TIMEOUT_S)
+                except Exception as error:  # noqa: BLE001 - Serve and Ray raise many kinds for a replica that was lost
+                    logger.debug("asking a worker of %s what it is: %s", name, error)
+                else:
+                    found.append(msgspec.convert(told, WorkerInfo))
+        return tuple(found)
 
     def _connect(self, ray: Any) -> None:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -147,6 +168,16 @@ class Keeper:
             raise ConfigError(f"Ray cannot {_verb(address)}: {error}") from error
         except Exception as error:  # bare ones, after 30 s, where its processes are slow to start
             raise WorkerError(f"Ray did not {_verb(address)}, this time: {first_line(error)}") from error
+        if address is None:
+            self._enter_session(ray.get_runtime_context())
+
+    def _enter_session(self, context: Any) -> None:
+        """Take the session of a Ray of our own, and clean those of former ones that ended without doing so."""
+        ray_dir = Path(context.get_temp_dir())
+        self._session = Session(ray_dir / context.get_session_name())
+        self._report(InSession(str(self._session.directory), str(self._session.log_dir)))
+        for former in clean_former(ray_dir):
+            logger.info("cleaned what a former kvray left in %s", former)
 
     def _deploy(self, config: KvrayConfig, serve: Any) -> None:
         from cluster.app import APP_NAME, build_application
@@ -154,7 +185,8 @@ class Keeper:
         self._say("placing workers")
         if self._address is not None:
             self._check_room(config, serve, APP_NAME)
-        logging_config = {"log_level": "ERROR", "enable_access_log": False}
+        is_debug = config.log.level == "debug"
+        logging_config = {"log_level": "DEBUG" if is_debug else "ERROR", "enable_access_log": is_debug}
         if self._listener is not None:
             serve.start(proxy_location="Disabled", logging_config=logging_config)
         else:
@@ -163,7 +195,11 @@ class Keeper:
                 proxy_location="HeadOnly" if config.http.host == "127.0.0.1" else "EveryNode",
                 logging_config=logging_config,
             )
-        target = serve.RunTarget(target=build_application(config, self._listener), name=APP_NAME, route_prefix="/")
+        log_dir = None if self._session is None else str(self._session.log_dir)
+        application = build_application(config, self._listener, log_dir)
+        target = serve.RunTarget(
+            target=application, name=APP_NAME, route_prefix="/", logging_config=logging_config
+        )
         self._say("placing workers")
         self._has_deployed = True
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -212,8 +248,12 @@ class Keeper:
         status = application.status.value
         if status == "DEPLOY_FAILED":
             texts = [application.message, *(item.message for item in application.deployments.values())]
-            logger.error("what Ray Serve says: %s", "\n".join(text for text in texts if text))
-            raise WorkerError("Ray Serve could not start the application")
+            # On a Ray of our own the replicas' tracebacks are on the terminal already.
+            level = logging.ERROR if self._session is None else logging.DEBUG
+            for line in "\n".join(text for text in texts if text).splitlines():
+                logger.log(level, "Ray Serve: %s", line)
+            reason = failure_in("\n".join(texts))
+            raise WorkerError("Ray Serve could not start the application" + (f": {reason}" if reason else ""))
         return bool(status == "RUNNING")
 
     def _wait_until_ready(self, url: str) -> None:
@@ -272,6 +312,12 @@ def config_error_in(text: str) -> str | None:
     """Find the one line of a ConfigError in what Serve says of a replica that failed; None where there is none."""
     found = re.search(r"ConfigError: (.+)", text)
     return None if found is None else found.group(1).strip()
+
+
+def failure_in(text: str) -> str | None:
+    """Find what a traceback that Serve tells of a replica ends with; None where there is none."""
+    found = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+", text, re.MULTILINE)
+    return found[-1].strip() if found else None
 
 
 def _raise_config_error(application: Any) -> None:

@@ -6,6 +6,7 @@ import msgspec
 
 from cluster.config import KvrayConfig
 from messages.errors import ErrorInfo
+from messages.fleet import WorkerInfo
 
 
 class KeeperTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,10 +23,18 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     text: str
 
 
+class InSession(msgspec.Struct, frozen=True, tag="in_session"):
+    """A Ray of our own was started."""
+
+    directory: str  #: of its session
+    log_dir: str  #: where each process of ours keeps a file of what it says
+
+
 class Up(msgspec.Struct, frozen=True, tag="up"):
     """Requests are answered."""
 
     url: str
+    workers: tuple[WorkerInfo, ...] = ()  #: one of each kind
 
 
 class Seen(msgspec.Struct, frozen=True, tag="seen"):
@@ -38,4 +47,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
-Report = Progress | Up | Seen | Failed
+Report = Progress | InSession | Up | Seen | Failed

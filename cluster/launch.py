@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -26,9 +27,13 @@ import psutil
 from cluster.config import KvrayConfig, forget_credentials
 from cluster.credentials import CredentialFiles, for_joined_cluster
 from cluster.joining import cluster_to_join
-from cluster.keeper_messages import Failed, KeeperTask, Progress, Report, Seen, Up
+from cluster.announcement import Announcement, ServerFound
+from cluster.keeper_messages import Failed, InSession, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import SharedListener
-from messages.errors import KvrayError, WorkerError, error_from_info
+from cluster.log_tail import LogTail
+from cluster.sessions import clean
+from messages.errors import ConfigError, KvrayError, WorkerError, error_from_info
+from messages.fleet import WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -70,19 +75,30 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def running(
-    config: KvrayConfig, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None
+    config: KvrayConfig,
+    stop: threading.Event,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_line: Callable[[str, str], None] = lambda _name, _line: None,
 ) -> Iterator[Launched]:
-    """Serve the application for as long as the block lasts. `on_progress` is called on another thread.
+    """Serve the application for as long as the block lasts.
+
+    On other threads `on_progress` is called with what happens while it starts, `on_line` with the name of a process of
+    a Ray of our own and each line that it writes.
 
     Raises:
         ConfigError: the application cannot start as configured; one line says why.
         WorkerError: Ray or Serve failed.
         Stopped: `stop` was set while it started.
     """
-    launched = Launched(config, on_progress)
+    launched = Launched(config, on_progress, on_line)
     try:
         launched.wait_until_up(stop)
         yield launched
+    except WorkerError as error:
+        launched.end()
+        if launched.log_dir is not None:
+            error.message += f"; what its processes said: {launched.log_dir}"
+        raise
     finally:
         launched.end()
 
@@ -90,13 +106,19 @@ def running(
 class Launched:
     """An application that is kept answering requests, by a thread of its own."""
 
-    def __init__(self, config: KvrayConfig, on_progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: KvrayConfig, on_progress: Callable[[str], None], on_line: Callable[[str, str], None]
+    ) -> None:
         self.url = ""
+        self.workers: tuple[WorkerInfo, ...] = ()  #: one of each kind, as they were when it began to serve
         self.is_own_cluster = False  #: Ray is started here, and ends with us
         self.wants_api_key = False
+        self.log_dir: Path | None = None  #: of a Ray of our own: where each process keeps a file of what it says
         self._config = config
         self._credentials = CredentialFiles()
         self._on_progress = on_progress
+        self._on_line = on_line
+        self._announcement: Announcement | None = None
         self._error: BaseException | None = None
         self._is_up = threading.Event()
         self._ending = threading.Event()
@@ -147,6 +169,8 @@ class Launched:
         except BaseException as error:  # noqa: BLE001 - carried to whoever waits
             self._error = error
         finally:
+            if self._announcement is not None:
+                self._announcement.close()
             self._credentials.close()
 
     def _keep_up(self, address: str | None, listener: SharedListener | None) -> None:
@@ -155,17 +179,21 @@ class Launched:
         lost = ""  #: what was lost, once something was
         num_short = 0
         while True:
-            life = _Life(task)
+            life = _Life(task, self._on_line)
+            is_wanted_end = False
             try:
-                lost = life.run(self._ending, self._on_progress, self._on_up)
+                lost = life.run(self._ending, self._on_progress, lambda url, seconds: self._on_up(life, url, seconds))
+                is_wanted_end = not lost
                 if lost and listener is not None:
                     listener.refuse()  # at once, while the rest of this life ends and the next one begins
             except KvrayError as error:
+                is_wanted_end = isinstance(error, ConfigError)
                 if lost:
                     error.message = f"{lost}; starting anew failed: {error.message}"
                 raise
             finally:
-                life.end(is_polite=not lost)
+                self.log_dir = life.log_dir
+                life.end(is_polite=not lost, keeps_session=not is_wanted_end)
             if self._ending.is_set():
                 return
             if not self._is_up.is_set():
@@ -177,18 +205,30 @@ class Launched:
                 raise WorkerError(f"{lost}; {num_short} lives in a row ended within {_SHORT_LIFE_S:.0f} s")
             logger.error("%s: starting Ray and the application anew", lost)
 
-    def _on_up(self, url: str, seconds: float) -> None:
+    def _on_up(self, life: _Life, url: str, seconds: float) -> None:
         if self._is_up.is_set():
             logger.warning("serving again after %.0f s", seconds)
         self.url = url
+        self.workers, self.log_dir = life.workers, life.log_dir
+        if self._announcement is None:
+            server = ServerFound(url=url, pid=os.getpid(), api_key_file=self._config.http.api_key_file)
+            self._announcement = Announcement(server)
         self._is_up.set()
 
 
 class _Life:
     """One keeper and all processes that came of it, from its start to their end."""
 
-    def __init__(self, task: KeeperTask) -> None:
-        """Start the keeper with `task`; `end` is to be called, whatever happens."""
+    def __init__(self, task: KeeperTask, on_line: Callable[[str, str], None] = lambda _name, _line: None) -> None:
+        """Start the keeper with `task`; `end` is to be called, whatever happens.
+
+        `on_line` is called, on any thread, with the name of a process of ours and each line that it writes.
+        """
+        self.workers: tuple[WorkerInfo, ...] = ()  #: one of each kind, once requests are answered
+        self.log_dir: Path | None = None  #: once Ray was started
+        self._session: Path | None = None
+        self._tail: LogTail | None = None
+        self._on_line = on_line
         self._is_own_cluster = task.address is None
         self._others = set(psutil.Process().children(recursive=True))  #: not ours to end
         # Orphans come to us: whatever ends between us and them, we find all that was started.
@@ -230,7 +270,13 @@ class _Life:
                 match report:
                     case Progress(text):
                         on_progress(text)
-                    case Up(url):
+                    case InSession(directory, log_dir):
+                        self._session, self.log_dir = Path(directory), Path(log_dir)
+                        self._tail = LogTail(self.log_dir, self._on_line)
+                    case Up(url, workers):
+                        if self._tail is not None:
+                            self._tail.drain()
+                        self.workers = workers
                         self._up_since_s = time.monotonic()
                         on_up(url, self._up_since_s - began_s)
                     case Seen():
@@ -246,8 +292,11 @@ class _Life:
                 return self._end_of_keeper()
         return ""
 
-    def end(self, *, is_polite: bool) -> None:
-        """End all of it: by the keeper, which is given time for it if `is_polite`, and by force."""
+    def end(self, *, is_polite: bool, keeps_session: bool = False) -> None:
+        """End all of it: by the keeper, which is given time for it if `is_polite`, and by force.
+
+        Ray's session is deleted, with all log files, unless `keeps_session`: then the next one that starts does so.
+        """
         self._selector.close()
         self._line.close()
         if is_polite:
@@ -259,6 +308,10 @@ class _Life:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
             psutil.wait_procs(family, timeout=_POLL_S)
+        if self._tail is not None:
+            self._tail.close()
+        if self._session is not None and not keeps_session:
+            clean(self._session)
 
     def _reports(self, timeout_s: float) -> list[Report]:
         """Return what the keeper reported; waits for `timeout_s`, less where there is something already."""

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 from cluster import warden
-from cluster.logs import configure_logging
+from cluster.logs import turn_over_log
+from messages.errors import KvrayError
+
+logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
 
 
-def prepare_replica(level: str, style: str) -> None:
-    """Log from `level` on, in `style`, and have this process killed if it, or the running event loop, ever hangs."""
-    configure_logging(level, style)
+@contextlib.contextmanager
+def prepared(open_log: Callable[[str], None], name: str) -> Iterator[None]:
+    """Open the log of this process, called `name`, and have it killed if it, or the running event loop, ever hangs.
+
+    What is raised in the block, in which it starts, is logged with its traceback; errors of ours say all in one line,
+    which reaches the terminal by way of Serve.
+    """
+    open_log(name)
     start_warden()
+    try:
+        yield
+    except KvrayError:
+        raise
+    except Exception:
+        logger.exception("%s cannot start", name)
+        raise
 
 
 def start_warden() -> None:
@@ -37,6 +54,7 @@ def start_warden() -> None:
     def beat() -> None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it hangs itself, or was killed
             os.write(sent, b".")
+        turn_over_log()
         loop.call_later(_BEAT_S, beat)
 
     loop.call_soon(beat)

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -62,18 +63,20 @@ class WorkerActor:
         worker_class: type[Worker],
         options: WorkerOptions,
         read_secret: Callable[[], ClusterSecret],
-        prepare: Callable[[], None],
+        prepare: Callable[[str], AbstractContextManager[None]],
+        open_log: Callable[[str], None],
     ) -> None:
-        prepare()
-        secret = read_secret()
+        """Load the model and serve. `prepare` is told this process's name, `open_log` is for those that it starts."""
         self._worker_id = f"{worker_class.role}-{serve.get_replica_context().replica_id.unique_id}"
-        host = options.host or ray.util.get_node_ip_address()
         self._cache: RayNodeCache | None = None
         self._read_secret = read_secret
-        self._worker = worker_class(
-            self._worker_id, host, options, secret, self._on_crash, RayVaults(), self._find_cache
-        )
-        self._info = await self._worker.start()
+        self._open_log = open_log
+        with prepare(self._worker_id):
+            host = options.host or ray.util.get_node_ip_address()
+            self._worker = worker_class(
+                self._worker_id, host, options, read_secret(), self._on_crash, RayVaults(), self._find_cache
+            )
+            self._info = await self._worker.start()
         # What was loaded stays for as long as the process, so nothing is lost if it is never looked through for cycles
         # again: a full collection of a model and its libraries held the event loop for some 0.2 s.
         gc.collect()
@@ -91,7 +94,7 @@ class WorkerActor:
     async def _find_cache(self, options: CacheOptions) -> WorkerInfo:
         """Find the node cache of this node, as `engine.worker.FindCache`."""
         if self._cache is None:
-            self._cache = RayNodeCache(options, self._read_secret)
+            self._cache = RayNodeCache(options, self._read_secret, self._open_log)
         return await self._cache.info()
 
     def _on_crash(self, error: BaseException) -> None:

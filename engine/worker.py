@@ -191,7 +191,7 @@ class EngineWorker:
             num_threads=options.num_threads or num_cores(),
             max_model_len=options.max_model_len,
             use_kernels=options.use_kernels,
-            on_progress=lambda text: logger.info("%s %s: %s", role, worker_id, text),
+            on_progress=lambda text: logger.info("%s", text),
         )
         if options.cache is not None:
             loaded = replace(loaded, fingerprint=options.cache.fingerprint_of(loaded.fingerprint))
@@ -279,6 +279,10 @@ class EngineWorker:
             max_num_seqs=engine.options.max_num_seqs,
             roads=self.roads.names,
             kernel_path=engine.loaded.kernel_path,
+            dtype=str(engine.loaded.dtype).removeprefix("torch."),
+            lacks_kernels=(
+                self.options.use_kernels and engine.loaded.device.type == "cpu" and not engine.loaded.has_kernels
+            ),
             checksum_path=checksum_path(),
             compute=engine.scheduler.cost.price,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,13 +45,14 @@ class RouterActor:
         read_secret: Callable[[], ClusterSecret],
         make_watch: Callable[[], ReplicaWatch],
         deployments: Sequence[str],
-        prepare: Callable[[], None],
+        prepare: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        prepare()
+        """Listen, and follow the replicas of `deployments`. `prepare` is told this process's name."""
         self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
-        host = options.host or ray.util.get_node_ip_address()
-        config = RouterConfig(max_ttft_s=options.max_ttft_s)
-        self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
+        with prepare(self._id):
+            host = options.host or ray.util.get_node_ip_address()
+            config = RouterConfig(max_ttft_s=options.max_ttft_s)
+            self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()

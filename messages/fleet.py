@@ -27,6 +27,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     roads: tuple[str, ...]  #: transports it offers
     kernel_path: str = ""  #: what computes its model, for people
+    dtype: str = ""  #: of its weights and KV, for people
+    lacks_kernels: bool = False  #: it computes on a CPU, slowly, for want of the C++ kernels
     checksum_path: str = ""  #: what computes its blocks' checksums on the host, for people
     compute: ComputePrice | None = None  #: as it measured itself at the start
 

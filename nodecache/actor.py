@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +36,16 @@ _RETRY_DELAYS_S: Final = (0.0, 0.1, 0.4)
 class CacheActor:
     """A node's supervisor of its node cache: keeps the arena's memory. Ends itself, and all of it, when nobody asks."""
 
-    def __init__(self, options: CacheOptions, read_secret: Callable[[], ClusterSecret], idle_s: float) -> None:
+    def __init__(
+        self,
+        options: CacheOptions,
+        read_secret: Callable[[], ClusterSecret],
+        open_log: Callable[[str], None],
+        idle_s: float,
+    ) -> None:
+        open_log(f"cache-{os.uname().nodename}")
+        level = logging.getLevelName(logger.getEffectiveLevel()).lower()
+        options = msgspec.structs.replace(options, log_level=level)
         self._idle_s = idle_s
         self._asked_s = time.monotonic()
         self._is_up = asyncio.Event()
@@ -75,12 +85,20 @@ class RayNodeCache:
     """The node cache of this process's node. Belongs to one event loop of a process that is connected to Ray."""
 
     def __init__(
-        self, options: CacheOptions, read_secret: Callable[[], ClusterSecret], *, idle_s: float = _IDLE_S
+        self,
+        options: CacheOptions,
+        read_secret: Callable[[], ClusterSecret],
+        open_log: Callable[[str], None] = lambda _: None,
+        *,
+        idle_s: float = _IDLE_S,
     ) -> None:
-        """Use the node cache of this node for the model and settings of `options`, which is made if there is none."""
+        """Use the node cache of this node for the model and settings of `options`, which is made if there is none.
+
+        The process that it is made in calls `open_log` with its name first.
+        """
         self._node_id: str = ray.get_runtime_context().get_node_id()
         options = msgspec.structs.replace(options, ray_node_id=self._node_id)
-        self._arguments = (options, read_secret, idle_s)
+        self._arguments = (options, read_secret, open_log, idle_s)
         # Of other settings another one: what an earlier deployment left ends by itself, with who still asks it.
         settings = blake2b(msgspec.msgpack.encode(options.settings), digest_size=4).hexdigest()
         self._name = f"kvray-cache-{self._node_id}-{options.layout.fingerprint.hex()[:16]}-{settings}"

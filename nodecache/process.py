@@ -399,7 +399,8 @@ def main() -> None:
     start = msgspec.json.decode(_first_line(), type=Start)
     logging.basicConfig(
         level=start.options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
     sys.exit(asyncio.run(_serve(start)))

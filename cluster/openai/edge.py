@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from secrets import token_hex
 from typing import Final
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ from cluster.openai.not_served import not_served
 from messages.errors import KvrayError, RequestError
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("cluster.access")  # one line for each request; its level switches it off
 
 OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
 _NOT_SERVED: Final = "not served"  #: the label of paths that others serve and nobody here
@@ -46,6 +48,7 @@ _WITH_NAMES: Final = (
     (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
 )
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_MAX_PATH: Final = 200  #: characters of a path that the access log shows
 CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
 
 
@@ -119,14 +122,23 @@ class _Exchange:
             self._metrics.http_requests.labels(self._label, str(status)).inc()
             if status == CLIENT_LEFT:
                 self._metrics.disconnects.inc()
-            logger.debug(
-                "%s %s %d %.1f ms %s",
-                self._scope["method"],
-                self._label,
-                status,
-                (time.perf_counter() - started_s) * 1000,
-                self._state["request_id"],
-            )
+            if access.isEnabledFor(logging.INFO):
+                self._log(status, time.perf_counter() - started_s)
+
+    def _log(self, status: int, seconds: float) -> None:
+        """Write the line of the access log; a query may hold a cache_salt and is left out."""
+        host, port = self._scope.get("client") or ("-", 0)
+        access.info(
+            '%s:%d "%s %s HTTP/%s" %d %.1f ms %s',
+            host,
+            port,
+            self._scope["method"],
+            quote(self._scope["path"][:_MAX_PATH]),
+            self._scope.get("http_version", "1.1"),
+            status,
+            seconds * 1000,
+            self._state["request_id"],
+        )
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":

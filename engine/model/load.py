@@ -64,6 +64,7 @@ class LoadedModel:
     fingerprint: bytes  #: 32 bytes; equal only where KV blocks are interchangeable
     num_parameters: int
     kernel_path: str  #: which linears and attention compute it, e.g. "cpu/dot/fused-9-4-4-4/native-16-bf16dot"
+    has_kernels: bool = False  #: the C++ kernels for CPUs were there to be used
 
     @property
     def layer_specs(self) -> list[LayerSpec]:
@@ -156,6 +157,7 @@ def load_model(
         ),
         num_parameters=num_parameters,
         kernel_path=kernel_path,
+        has_kernels=native is not None,
     )
 
 

@@ -1,0 +1,112 @@
+"""Shows on the terminal what the processes of a Ray of our own write to their log files, a line each with its name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+_LOOK_S: Final = 0.1
+_MAX_LINE_BYTES: Final = 1 << 16  #: a longer one is shown in pieces
+#: What is more than that behind is not shown: a terminal is slower than a process that writes without end.
+_MAX_BEHIND_BYTES: Final = 4 * 2**20
+_SUFFIX: Final = ".log"
+
+#: Control characters as Python writes them: what native code and libraries write cannot move the cursor.
+_ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), 127)}
+
+
+class LogTail:
+    """Follows all log files of a directory, on a thread of its own, until it is closed."""
+
+    def __init__(self, directory: Path, on_line: Callable[[str, str], None]) -> None:
+        """Call `on_line` with the name of a process and each line that it has written, or writes from now on."""
+        self._directory = directory
+        self._on_line = on_line
+        self._files: dict[str, _Followed] = {}  #: by name
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="logs", daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Show all that was written by now, before this returns."""
+        with self._lock:
+            with contextlib.suppress(OSError):
+                for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
+                    name = path.name.removesuffix(_SUFFIX)
+                    if name not in self._files:
+                        self._files[name] = _Followed(path)
+            for name, followed in self._files.items():
+                for line in followed.lines():
+                    self._on_line(name, line)
+
+    def close(self) -> None:
+        """Show what is left, half lines too, and let go of the files."""
+        self._ending.set()
+        self._thread.join()
+        self.drain()
+        for name, followed in self._files.items():
+            if rest := followed.close():
+                self._on_line(name, rest)
+
+    def _follow(self) -> None:
+        while not self._ending.wait(_LOOK_S):
+            self.drain()
+
+
+class _Followed:
+    """One file, and the one that takes its name when it has become too large."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: IO[bytes] = path.open("rb")
+        self._begun = b""  #: of a line
+
+    def lines(self) -> list[str]:
+        """Read on; return the lines that have ended since."""
+        said = self._read()
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_ino != os.fstat(self._stream.fileno()).st_ino:
+                said += self._read()  # what came between; the former file is whole once another one has its name
+                self._stream.close()
+                self._stream = self._path.open("rb")
+        *ended, self._begun = (self._begun + said).split(b"\n")
+        if len(self._begun) > _MAX_LINE_BYTES:
+            ended.append(self._begun)
+            self._begun = b""
+        return [_plain(line) for line in ended]
+
+    def close(self) -> str:
+        """Let go of the file; return what was begun and has no end."""
+        self._stream.close()
+        return _plain(self._begun)
+
+    def _read(self) -> bytes:
+        num_behind = os.fstat(self._stream.fileno()).st_size - self._stream.tell()
+        if num_behind > _MAX_BEHIND_BYTES:
+            self._stream.seek(-_MAX_BEHIND_BYTES // 2, os.SEEK_END)
+            skipped = num_behind - _MAX_BEHIND_BYTES // 2
+            return b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
+        return self._stream.read()
+
+
+def _plain(line: bytes) -> str:
+    return line.rstrip(b"\r").decode("utf-8", "replace").translate(_ESCAPES)
+
+
+def terminal_line(name: str, line: str, style: str) -> str:
+    """Write a process's line as the terminal shows it: after its name, or as JSON with its name in `worker`."""
+    if style != "json":
+        return f"{name} | {line}"
+    fields = {}
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            fields = json.loads(line)
+    if not isinstance(fields, dict) or "message" not in fields:  # not by way of logging
+        fields = {"message": line}
+    return json.dumps({"worker": name, **fields})

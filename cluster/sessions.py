@@ -1,0 +1,80 @@
+"""The directories of Ray's sessions that were kvray's own: each is locked while it is used, and cleaned afterwards.
+
+Ray leaves a directory of logs and sockets behind for each of its lives, and two agents that notice only after minutes
+that their raylet was killed. Whose lock is free, nobody uses any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+_LOCK: Final = "kvray.lock"
+_LOGS: Final = "kvray"
+_KILL_S: Final = 2.0
+
+
+class Session:
+    """The session of a Ray that this process has started."""
+
+    def __init__(self, directory: Path) -> None:
+        """Lock it, for as long as this process lives, and make room for log files."""
+        self.directory = directory
+        # Not closed: the lock is this process's. No process that it starts inherits it. Locked before it has its name.
+        unnamed = directory / f"{_LOCK}.new"
+        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unnamed.rename(directory / _LOCK)
+        self.log_dir = directory / "logs" / _LOGS
+        self.log_dir.mkdir(mode=0o700, parents=True)
+
+
+def clean(directory: Path) -> bool:
+    """End what is left of a session of kvray's that nobody uses any more, and delete its directory; True if so."""
+    try:
+        if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+            return False
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # gone, or not kvray's
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # in use
+        return False
+    finally:
+        os.close(lock)
+    left = list(_processes_of(directory))
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=_KILL_S)
+    shutil.rmtree(directory, ignore_errors=True)
+    latest = directory.parent / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        with contextlib.suppress(OSError):
+            latest.unlink()
+    return True
+
+
+def clean_former(ray_dir: Path) -> list[Path]:
+    """Clean all sessions of this user's kvray in Ray's directory that nobody uses any more; return which."""
+    with contextlib.suppress(OSError):
+        return [directory for directory in sorted(ray_dir.glob("session_*_*")) if clean(directory)]
+    return []
+
+
+def _processes_of(directory: Path) -> Iterator[psutil.Process]:
+    """Find this user's processes that were told of that session as Ray tells its own, --session-dir=... and the like."""
+    told = re.compile(rf"--[\w-]+={re.escape(str(directory))}(/.*)?")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.uids().real == os.getuid() and any(map(told.fullmatch, process.cmdline())):
+                yield process
