@@ -154,7 +154,7 @@ def serve(
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
             ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
-            ("log", "access_log"): access_log,
+            ("http", "access_log"): access_log,
             ("log", "level"): log_level,
             ("log", "format"): log_format,
         }
@@ -170,7 +170,7 @@ def demo(port: options.Port = None, prefill: options.Prefill = None, decode: opt
             ("http", "port"): port,
             ("pools", "prefill"): prefill,
             ("pools", "decode"): decode,
-            ("log", "access_log"): False,
+            ("http", "access_log"): False,
         }
     )
     _run(load_config(None, chosen), functools.partial(_hold_conversation, api_key=next(iter(api_keys(None)), None)))

@@ -111,6 +111,7 @@ class HttpConfig(_Section, frozen=True):
     api_keys: tuple[str, ...] = ()
     api_key_file: str | None = None  #: one key a line, read where an ingress runs; None: KVRAY_API_KEY of its node
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
+    access_log: bool = True  #: a line for each request, at info
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     #: of a text that /tokenize takes, in UTF-8: it may give as many tokens, all of which are answered
     max_tokenize_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 768 * 2**10
@@ -215,7 +216,6 @@ class LogConfig(_Section, frozen=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
-    access_log: bool = True  #: a line for each HTTP request, at info
 
 
 class KvrayConfig(_Section, frozen=True):

@@ -74,7 +74,7 @@ class Ingress:
 
     async def _start(self, ingress_id: str, roles: list[str], app_name: str, listener: str | None) -> None:
         config = self._config
-        if not config.log.access_log:
+        if not config.http.access_log:
             logging.getLogger("cluster.access").setLevel(logging.WARNING)
         self._metrics = HttpMetrics(ingress_id)
         self._dispatcher = Dispatcher(
@@ -134,6 +134,7 @@ class Ingress:
             ),
             tool_parser=self._config.model.tool_parser,
             reasoning_parser=self._config.model.reasoning_parser,
+            tokenizer_config=read_json(Path(self._config.model.path) / "tokenizer_config.json", is_optional=True),
             metrics=self._metrics,
             responses=self._responses,
             extend=self._add_cache,

@@ -225,7 +225,7 @@ ServerApiKeyFile = Annotated[
 AccessLog = Annotated[
     bool | None,
     _setting(
-        "log.access_log",
+        "http.access_log",
         "--access-log/--no-access-log",
         "A line for each HTTP request.",
         _LOG,

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -22,7 +23,7 @@ from cluster.openai.callers import Callers
 from cluster.openai.chat import start_chat
 from cluster.openai.completions import start_completion
 from cluster.openai.docs_schema import answers, body_of, describe
-from cluster.openai.edge import CLIENT_LEFT, Edge, path_below_root
+from cluster.openai.edge import CLIENT_LEFT, DOCS_FILES, Edge, path_below_root
 from cluster.openai.errors import error_headers, error_json, model_not_found, shown
 from cluster.openai.grammar_checks import GrammarChecks
 from cluster.openai.hints import HEADER, with_header
@@ -34,6 +35,7 @@ from cluster.openai.responses.kept import KeptResponses
 from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
 from cluster.openai.thought_recognition import thought_format
+from cluster.openai.tokenizer_info import tokenizer_info
 from cluster.openai.tokens import detokenize, tokenize
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
@@ -53,6 +55,7 @@ def create_app(
     callers: Callers | None = None,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
     metrics: HttpMetrics | None = None,
     responses: KeptResponses | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
@@ -65,9 +68,10 @@ def create_app(
         tokenizer: of that model.
         version: of the product, for /version.
         limits: what one client may ask for.
-        callers: where they have keys, every path but /health, /ready and /version wants one; None: everybody.
+        callers: where they have keys, every path but those of probes and of /docs wants one; None: everybody.
         tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
         reasoning_parser: how it writes thoughts, by a name of `THOUGHT_FORMATS`; None: as its chat template shows it.
+        tokenizer_config: what the model's tokenizer_config.json holds, for /tokenizer_info.
         metrics: where to count; None: in ones of its own.
         responses: those that later requests may go on from; None: what this process keeps, within the defaults.
         extend: adds more endpoints.
@@ -88,12 +92,12 @@ def create_app(
         thought_format=thoughts,
         thought_ids=_special_ids(tokenizer, thoughts.marks if thoughts else ()),
     )
-    app = FastAPI(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None)
-    describe(app, *DOCUMENTED)
+    app = FastAPIOffline(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None, static_url=DOCS_FILES)
+    describe(app, *DOCUMENTED, wants_api_key=surface.callers.has_keys)
     endpoints = _add_generation(app, surface)
     endpoints |= add_responses(app, surface, responses or KeptResponses(ResponseStore(StoreLimits())))
     _add_models(app, surface)
-    _add_tokens(app, surface)
+    _add_tokens(app, surface, tokenizer_info(tokenizer_config or {}, tokenizer.chat_template_source))
     _add_operations(app, surface, version)
     extend(app, surface)
     for error_kind, handler in _ERROR_HANDLERS.items():
@@ -207,7 +211,7 @@ def _add_models(app: FastAPI, surface: Surface) -> None:
         raise model_not_found(name, model.names)
 
 
-def _add_tokens(app: FastAPI, surface: Surface) -> None:
+def _add_tokens(app: FastAPI, surface: Surface, info: Mapping[str, Any]) -> None:
     max_bytes = surface.limits.max_body_bytes
     tokenize_decoder, detokenize_decoder = BodyDecoder(TokenizeRequest), BodyDecoder(DetokenizeRequest)
 
@@ -216,6 +220,11 @@ def _add_tokens(app: FastAPI, surface: Surface) -> None:
         """Encode text or messages as token ids."""
         fields = tokenize_decoder.decode(await read_body(request, max_bytes))
         return Response(await tokenize(surface, fields), media_type="application/json")
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_facts() -> Response:
+        """Give the tokenizer's configuration, and the chat template that is used."""
+        return Response(msgspec.json.encode(info), media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(replies.DetokenizeReply))
     async def detokenize_ids(request: Request) -> Response:

@@ -70,6 +70,11 @@ class Callers:
         """Return those who hold one of `keys`, all of them nobody in particular."""
         return cls((key, NOBODY) for key in keys)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is wanted."""
+        return bool(self._by_digest)
+
     def find(self, authorization: str) -> Caller | None:
         """Return who sends this Authorization header; None: nobody who may call."""
         if not self._by_digest:

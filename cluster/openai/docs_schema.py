@@ -62,14 +62,18 @@ def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = No
     return {200: {"description": "The answer", "content": content}, "4XX": errors, "5XX": errors}
 
 
-def describe(app: FastAPI, *more: type[msgspec.Struct]) -> None:
-    """Give `app` a schema that includes these types, and `more`."""
+def describe(app: FastAPI, *more: type[msgspec.Struct], wants_api_key: bool = False) -> None:
+    """Give `app` a schema that includes these types, and `more`; with it /docs asks for an API key where one is wanted."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, types = msgspec.json.schema_components((*_TYPES, *more), ref_template=_TEMPLATE)
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(types)
+            parts = schema.setdefault("components", {})
+            parts.setdefault("schemas", {}).update(types)
+            if wants_api_key:
+                parts["securitySchemes"] = {"API key": {"type": "http", "scheme": "bearer"}}
+                schema["security"] = [{"API key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

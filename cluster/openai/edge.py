@@ -22,7 +22,9 @@ from messages.errors import KvrayError, RequestError
 logger = logging.getLogger(__name__)
 access = logging.getLogger("cluster.access")  # one line for each request; its level switches it off
 
-OPEN_PATHS: Final = ("/health", "/ready", "/version")  # for probes, which hold no key
+DOCS_FILES: Final = "/docs/files"  #: below it lies what a browser loads for /docs
+#: For probes, which hold no key, and for the page on which a person enters one; it tells what every kvray does.
+OPEN_PATHS: Final = ("/health", "/ready", "/version", "/docs", "/openapi.json")
 _NOT_SERVED: Final = "not served"  #: the label of paths that others serve and nobody here
 #: What a tenant may ask who is no operator. All other paths show, or touch, what is others' too.
 TENANT_PATHS: Final = frozenset(
@@ -37,13 +39,13 @@ TENANT_PATHS: Final = frozenset(
         "/v1/responses/{id}/input_items",
         "/tokenize",
         "/detokenize",
-        "/docs",
-        "/openapi.json",
+        "/tokenizer_info",
         *(f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")),
     }
 )
 _WITH_NAMES: Final = (
     (re.compile(r"/v1/models/.*", re.DOTALL), "/v1/models/{id}"),
+    (re.compile(rf"{DOCS_FILES}/.*", re.DOTALL), "/docs"),
     (re.compile(r"/v1/responses/[^/]+"), "/v1/responses/{id}"),
     (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
 )

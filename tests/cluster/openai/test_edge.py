@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 import socket
 import time
 
@@ -201,9 +203,9 @@ def test_errors_and_streams_carry_the_request_id_too(server):
 
 def test_api_keys_guard_all_but_probes(serve):
     server = serve(callers=Callers.of_keys(["first", "sécond"]))
-    for path in ("/health", "/ready", "/version"):
+    for path in ("/health", "/ready", "/version", "/docs", "/openapi.json"):
         assert server.http.get(server.url + path).status_code == 200
-    for path in ("/v1/models", "/metrics", "/status", "/docs", "/openapi.json", "/nowhere"):
+    for path in ("/v1/models", "/metrics", "/status", "/tokenizer_info", "/docs/oauth2-redirect", "/nowhere"):
         response = server.http.get(server.url + path)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
@@ -283,8 +285,45 @@ def test_unknown_paths_share_one_label(serve):
     assert "scan" not in text
 
 
+@pytest.mark.parametrize("keys", [(), ("first",)])
+def test_docs_are_a_page_whose_files_come_from_here_and_which_asks_for_a_key_where_one_is_wanted(serve, keys):
+    server = serve(callers=Callers.of_keys(keys))
+    page = server.http.get(f"{server.url}/docs").text
+    loaded = re.findall(r"""(?:src|href)=["']([^"']+)|url: ["']([^"']+)""", page)
+    assert len(loaded) == 4  # style, script, icon, schema
+    for path in map("".join, loaded):
+        assert path.startswith("/")
+        assert server.http.get(server.url + path).status_code == 200
+    schema = server.http.get(f"{server.url}/openapi.json").json()
+    schemes = {"API key": {"type": "http", "scheme": "bearer"}} if keys else None
+    assert schema["components"].get("securitySchemes") == schemes
+    assert schema.get("security") == ([{"API key": []}] if keys else None)
+
+
+def test_tokenizer_info_is_the_configuration_without_files_and_the_template_in_use(serve):
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "vocab_file": "/home/somebody/vocab.json",
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "added_tokens_decoder": {"1": {"content": "<s>", "special": True}},
+        "chat_template": "another",
+    }
+    server = serve(tokenizer_config=config)
+    info = server.http.get(f"{server.url}/tokenizer_info").json()
+    assert "{%" in info.pop("chat_template")
+    assert info == {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "added_tokens_decoder": {"1": "<s>"}}
+
+
+def test_each_request_is_a_line_of_the_access_log_without_its_query(server, caplog):
+    access = logging.getLogger("cluster.access")
+    with caplog.at_level(logging.INFO, "cluster.access"):
+        access.addHandler(caplog.handler)
+        server.http.get(f"{server.url}/v1/mod els?key=secret", headers={"X-Request-Id": "mine"})
+        access.removeHandler(caplog.handler)
+    assert re.fullmatch(r'127\.0\.0\.1:\d+ "GET /v1/mod%20els HTTP/1\.1" 404 \d+\.\d ms mine', caplog.messages[-1])
+
+
 def test_openapi_describes_bodies_replies_and_bounds(server):
-    assert "swagger" in server.http.get(f"{server.url}/docs").text
     schema = server.http.get(f"{server.url}/openapi.json").json()
     body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
