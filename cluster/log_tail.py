@@ -89,9 +89,10 @@ class _Followed:
     def _read(self) -> bytes:
         num_behind = os.fstat(self._stream.fileno()).st_size - self._stream.tell()
         if num_behind > _MAX_BEHIND_BYTES:
-            self._stream.seek(-_MAX_BEHIND_BYTES // 2, os.SEEK_END)
             skipped = num_behind - _MAX_BEHIND_BYTES // 2
-            return b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
+            self._stream.seek(skipped, os.SEEK_CUR)
+            said = b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
+            return said + self._stream.read()
         return self._stream.read()
 
 

@@ -1,0 +1,78 @@
+"""What serves on this machine is found by whoever is of the same user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cluster.announcement import Announcement, ServerFound, servers_here
+
+#: Somebody else who asks, having learned the name.
+ASK = """
+import json, os, sys
+from pathlib import Path
+from cluster.announcement import servers_here, _asked
+os.setuid(65534)
+names = [line.rpartition(" ")[2] for line in Path("/proc/net/unix").read_text().splitlines() if sys.argv[1] in line]
+print(len(names), servers_here(), [_asked(chr(0) + name[1:]) for name in names])
+"""
+NAME = "kvray-serves-"
+
+
+@contextlib.contextmanager
+def announced(**fields):
+    announcement = Announcement(ServerFound(**fields))
+    try:
+        yield
+    finally:
+        announcement.close()
+
+
+def ours() -> list[ServerFound]:
+    """Those that were announced here: another kvray may serve on this machine."""
+    return [server for server in servers_here() if server.url.endswith(".test")]
+
+
+def test_those_that_serve_are_found_until_they_end():
+    assert ours() == []
+    with announced(url="http://b.test", pid=2, api_key_file="/proc/2/fd/3"):
+        with announced(url="http://a.test", pid=1):
+            assert ours() == [
+                ServerFound(url="http://a.test", pid=1),
+                ServerFound(url="http://b.test", pid=2, api_key_file="/proc/2/fd/3"),
+            ]
+        assert [server.url for server in ours()] == ["http://b.test"]
+    assert ours() == []
+
+
+def test_somebody_who_took_such_a_name_and_says_nothing_or_nonsense_is_no_server(monkeypatch):
+    monkeypatch.setattr("cluster.announcement._TIMEOUT_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"\0{NAME}{os.getuid()}-silent")
+        silent.listen()
+        assert ours() == []
+    code = """
+import os, socket
+with socket.socket(socket.AF_UNIX) as door:
+    door.bind(chr(0) + f"kvray-serves-{os.getuid()}-nonsense")
+    door.listen()
+    print(flush=True)
+    peer, _ = door.accept()
+    peer.sendall(b"{}")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert ours() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_another_user_is_told_nothing():
+    with announced(url="http://a.test", pid=1):
+        asked = subprocess.check_output([sys.executable, "-c", ASK, NAME], text=True).split(maxsplit=1)
+    assert int(asked[0]) >= 1
+    assert "a.test" not in asked[1]
