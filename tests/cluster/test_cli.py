@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from cluster.cli import app
 from cluster.config import KvrayConfig, parse_config
+from cluster.options import count, variable
 from tests.served import kvray_command, run_kvray
 
 pytestmark = pytest.mark.slow
@@ -61,6 +67,131 @@ def test_serve_takes_the_flags_of_vllm_serve_that_mean_the_same():
 def test_version_is_the_packages():
     finished, _ = run_kvray("version")
     assert (finished.stdout, finished.stderr, finished.returncode) == (f"{version('kvray')}\n", "", 0)
+    finished, _ = run_kvray("--version")
+    assert (finished.stdout, finished.stderr, finished.returncode) == (f"kvray {version('kvray')}\n", "", 0)
+    finished, _ = run_kvray("version", "--json")
+    assert json.loads(finished.stdout) == {"version": version("kvray")}
+
+
+# -------------------------------------------------------------------------------------------------- options, in process
+
+
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All commands that do something, by what is written to call them."""
+    command = typer.main.get_command(app) if command is None else command
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield path, command
+    for name, each in (inner or {}).items():
+        yield from commands(each, (*path, name))
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands()], ids=" ".join)
+def test_every_option_says_what_it_is_and_what_is_without_it(path):
+    command = dict(commands())[path]
+    assert command.help
+    context = command.context_class(command, info_name="kvray")
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+        if parameter.param_type_name == "option":
+            assert "default" in parameter.get_help_record(context)[1], parameter.name
+
+
+def test_the_options_of_serve_stand_in_groups_and_each_has_a_variable_but_the_key():
+    serve = dict(commands())[("serve",)]
+    named = {parameter.opts[0]: parameter for parameter in serve.params if parameter.param_type_name == "option"}
+    groups = {parameter.rich_help_panel for parameter in named.values()}
+    assert groups >= {"Model", "Workers", "Engine", "Cache tiers", "HTTP", "Logs"}
+    without = {flag for flag, parameter in named.items() if parameter.envvar != variable(flag)}
+    assert without == {"--api-key"}  # KVRAY_API_KEY is never made a part of the configuration
+
+
+def test_defaults_in_the_help_are_the_configurations():
+    serve = dict(commands())[("serve",)]
+    shown = {parameter.opts[0]: parameter.show_default for parameter in serve.params}
+    config = KvrayConfig()
+    assert shown["--port"] == str(config.http.port)
+    assert shown["--max-num-seqs"] == str(config.engine.max_num_seqs)
+    assert shown["--remote-compression"] == config.tiers.remote_compression
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500)])
+def test_numbers_of_tokens_may_be_short(text, tokens):
+    assert count(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "32kb", "auto"])
+def test_what_is_no_number_of_tokens_is_refused(text):
+    with pytest.raises(typer.BadParameter):
+        count(text)
+
+
+# ------------------------------------------------------------------------------------------------------- as it is called
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("cache", "clear"), ("config",)], ids=" ".join)
+def test_h_is_help(words):
+    finished, _ = run_kvray(*words, "-h")
+    assert finished.returncode == 0
+    assert f"Usage: kvray {' '.join(words)}".strip() in finished.stdout
+
+
+def test_shells_complete_commands_and_flags():
+    found = []
+    for words in ("kvray se", "kvray serve --max-n", "kvray cache ex"):
+        finished, _ = run_kvray(
+            extra_environment={
+                "_KVRAY_COMPLETE": "complete_bash",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split()) - 1),
+            }
+        )
+        found.append(finished.stdout.split())
+    assert found == [["serve"], ["--max-num-seqs", "--max-num-batched-tokens"], ["export"]]
+
+
+def test_flags_come_before_variables_and_these_before_the_file(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("http: {port: 70001}\npools: {decode: 70002}\nlog: {level: file}\n")
+    refused = []
+    for flags, variables in (
+        (("--port", "70003"), {"KVRAY_PORT": "70004"}),
+        ((), {"KVRAY_PORT": "70004"}),
+        ((), {}),
+        (("--port", "1", "--decode", "70005"), {"KVRAY_DECODE": "70006"}),
+        (("--port", "1"), {"KVRAY_DECODE": "70006"}),
+        (("--port", "1"), {"KVRAY_DECODE": "1", "KVRAY_LOG_LEVEL": "variable"}),
+        (("--port", "1", "--decode", "1"), {"KVRAY_LOG_LEVEL": ""}),
+    ):
+        finished, _ = run_kvray("serve", *flags, extra_environment={"KVRAY_CONFIG": str(path)} | variables)
+        assert finished.returncode == 2
+        refused.append(re.sub(r".*saw (str )?", "", finished.stderr.strip()))
+    assert refused == ["70003", "70004", "70001", "70005", "70006", "'variable'", "'file'"]
+
+
+def test_what_kubernetes_says_of_a_service_named_kvray_is_no_setting(tmp_path):
+    links = {"KVRAY_PORT": "tcp://10.0.0.1:8000", "KVRAY_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
+    finished, _ = run_kvray("serve", str(tmp_path / "none"), extra_environment=links)
+    assert finished.stderr == f"kvray: no model directory at {tmp_path / 'none'}\n"
+
+
+def test_flags_of_vllms_are_taken_or_answered_in_a_line_each(tmp_path):
+    taken = ("--dtype", "half", "--enable-prefix-caching", "--tensor-parallel-size", "1", "--max_model_len", "2k")
+    finished, _ = run_kvray("serve", "--model", str(tmp_path / "none"), *taken)
+    assert finished.stderr == f"kvray: no model directory at {tmp_path / 'none'}\n"
+    finished, _ = run_kvray("serve", "x", "--tensor-parallel-size", "2", "--gpu-memory-utilization=0.9")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    lines = finished.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["--tensor-parallel-size", "--gpu-memory-utilization"]
+
+
+def test_config_is_printed_as_json_too(tmp_path):
+    finished, _ = run_kvray("config", "show", "--json")
+    assert parse_config(json.loads(finished.stdout)) == KvrayConfig()
+    path = tmp_path / "kvray.yaml"
+    path.write_text("{}")
+    finished, _ = run_kvray("config", "check", str(path), "--json")
+    assert json.loads(finished.stdout) == {"file": str(path), "is_good": True}
 
 
 def test_config_show_is_the_whole_configuration_without_its_secrets(tmp_path):
