@@ -334,6 +334,9 @@ def prepare_environment(*, is_own_cluster: bool) -> None:
         "RAY_worker_niceness": "0",  # Ray runs its workers at niceness 15; ours are what the machine is for
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end must fail, not start another Ray
     }
+    if not is_own_cluster:
+        defaults["RAY_DEDUP_LOGS"] = "0"  # what several workers say is not said for one of them
+        defaults["RAY_COLOR_PREFIX"] = "0"
     if is_own_cluster:
         defaults["RAY_AUTH_MODE"] = "token"
         # What Ray has for Windows and macOS: a node's address is 127.0.0.1, where all of its servers then listen.

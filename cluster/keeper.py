@@ -30,6 +30,7 @@ from cluster.joining import NicenessCheck, check_credentials
 from cluster.keeper_messages import Failed, InSession, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import bound_socket
 from cluster.logs import configure_logging
+from cluster.ray_output import filter_output
 from cluster.sessions import Session, clean_former
 from messages.errors import ConfigError, KvrayError, WorkerError, first_line
 from messages.fleet import WorkerInfo
@@ -154,8 +155,8 @@ class Keeper:
         return tuple(found)
 
     def _connect(self, ray: Any) -> None:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         address = self._address
+        quiet = {"log_to_driver": address is not None, "logging_level": logging.ERROR, "configure_logging": True}
         self._say("starting Ray" if address is None else f"joining the Ray cluster at {address}")
         self._has_touched_ray = True
         try:
@@ -362,12 +363,19 @@ def _leave_signals_alone() -> None:
         signal.signal(number, nothing)  # not SIG_IGN, which Ray's processes would inherit
 
 
-def _keep_ray_off_the_terminal(config: KvrayConfig) -> None:
-    """Log to the terminal, and let only us: Ray tells it of each process that was lost, with pages of its logs."""
+def _keep_ray_off_the_terminal(config: KvrayConfig, *, is_own_cluster: bool) -> None:
+    """Log to the terminal, and let only us: Ray tells it of each process that was lost, with pages of its logs.
+
+    On a cluster that was there what our processes write comes by way of Ray, and is let through.
+    """
     terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding="utf-8")
     with contextlib.redirect_stderr(terminal):
         configure_logging(config.log.level, config.log.format)
-    if config.log.level != "debug":
+    if config.log.level == "debug":
+        return
+    if not is_own_cluster:
+        filter_output(terminal, config.log.format)
+    else:
         with open(os.devnull, "w") as nothing:  # noqa: PTH123 - a descriptor is wanted
             os.dup2(nothing.fileno(), sys.stdout.fileno())
             os.dup2(nothing.fileno(), sys.stderr.fileno())
@@ -383,7 +391,7 @@ def main() -> None:
     line = socket.socket(fileno=descriptor)
     with line.makefile("rb", buffering=0) as lines:
         task = msgspec.json.decode(lines.readline(), type=KeeperTask)
-    _keep_ray_off_the_terminal(task.config)
+    _keep_ray_off_the_terminal(task.config, is_own_cluster=task.address is None)
     Keeper(task, line).run()
     # Ray's threads may linger in the interpreter; everything of ours has ended by now.
     os._exit(0)

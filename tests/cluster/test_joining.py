@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,6 +69,8 @@ def test_a_cluster_that_is_there_is_joined_and_outlives_the_application(tiny_mod
         starting.wait_for("Ctrl-C ends everything")
         assert "on the Ray cluster that was there" in starting.log.read_text()
         assert "runs workers at niceness 15" in starting.log.read_text()
+        starting.wait_for(": loading llama", 20)
+        assert re.search(r"^decode-\w+ \| .* engine\.worker: loading llama", starting.log.read_text(), re.MULTILINE)
         assert http_status(f"http://127.0.0.1:{port}/ready") == 200
 
         finished, _ = run_kvray("serve", str(tiny_model), "--port", str(port), extra_environment=ray_head)
