@@ -84,7 +84,5 @@ def _asked(name: str) -> ServerFound | None:
 
 
 def _user_of(peer: socket.socket) -> int:
-    _pid, user, _group = _CREDENTIALS.unpack(
-        peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
+    _pid, user, _group = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(user)

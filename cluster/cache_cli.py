@@ -79,9 +79,7 @@ def lookup(
 
 
 @cache_app.command()
-def stats(
-    url: Url = None, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, as_json: AsJson = False
-) -> None:
+def stats(url: Url = None, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, as_json: AsJson = False) -> None:
     """Show what workers and node caches hold, by tier."""
     document = _answer(server_of(url, api_key, api_key_file), "/v1/cache/stats")
     if as_json:
@@ -243,7 +241,8 @@ def warm(
     cache_salt: CacheSalt = None,
     tenant: Tenant = None,
     worker: Annotated[
-        str | None, typer.Option("--worker", help="Its id: and to the pool of this worker.", show_default="host memory only")
+        str | None,
+        typer.Option("--worker", help="Its id: and to the pool of this worker.", show_default="host memory only"),
     ] = None,
     url: Url = None,
     api_key: ApiKey = None,

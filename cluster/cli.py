@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit(_complain(error))
 
 
-def _show_version(is_wanted: bool) -> None:  # noqa: FBT001 - typer's way to call it
+def _show_version(is_wanted: bool) -> None:
     if is_wanted:
         print(f"kvray {package_version('kvray')}")  # noqa: T201
         raise typer.Exit
@@ -85,7 +85,12 @@ def everywhere(
     is_version: Annotated[
         bool,
         typer.Option(
-            "--version", "-V", help="Print the version, and exit.", callback=_show_version, is_eager=True, show_default="no"
+            "--version",
+            "-V",
+            help="Print the version, and exit.",
+            callback=_show_version,
+            is_eager=True,
+            show_default="no",
         ),
     ] = False,
 ) -> None:
@@ -125,8 +130,8 @@ def serve(
 ) -> None:
     """Serve MODEL over the OpenAI API, disaggregated; in the foreground until Ctrl-C.
 
-    What counts, first to last: flags, KVRAY_... variables, the YAML file (--config), defaults. Flags of `vllm serve` are
-    taken where they mean the same. All settings: `kvray config show`.
+    What counts, first to last: flags, KVRAY_... variables, the YAML file (--config), defaults. Flags of `vllm serve`
+    are taken where they mean the same. All settings: `kvray config show`.
     """
     chosen = _overrides(
         {
@@ -266,9 +271,7 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     with stop_signals() as stop:
         try:
             directory = model_directory(config.model.path)
-            config = msgspec.structs.replace(
-                config, model=msgspec.structs.replace(config.model, path=str(directory))
-            )
+            config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=str(directory)))
             check_model_files(directory, config.model.chat_template)
             with (
                 _Progress(config.log.format) as progress,

@@ -297,7 +297,7 @@ def forget_credentials() -> None:
 
 
 def drop_service_links() -> None:
-    """Take out of the environment what Kubernetes puts there of a Service named kvray, KVRAY_PORT=tcp://... and more."""
+    """Take out of the environment what Kubernetes puts there of a Service named kvray, KVRAY_PORT=tcp://...."""
     for name, value in list(os.environ.items()):
         if name.startswith("KVRAY_") and re.match("(tcp|udp|sctp)://", value):
             del os.environ[name]

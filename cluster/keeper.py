@@ -198,9 +198,7 @@ class Keeper:
             )
         log_dir = None if self._session is None else str(self._session.log_dir)
         application = build_application(config, self._listener, log_dir)
-        target = serve.RunTarget(
-            target=application, name=APP_NAME, route_prefix="/", logging_config=logging_config
-        )
+        target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/", logging_config=logging_config)
         self._say("placing workers")
         self._has_deployed = True
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import selectors
@@ -24,10 +25,10 @@ from types import FrameType
 import msgspec
 import psutil
 
+from cluster.announcement import Announcement, ServerFound
 from cluster.config import KvrayConfig, forget_credentials
 from cluster.credentials import CredentialFiles, for_joined_cluster
 from cluster.joining import cluster_to_join
-from cluster.announcement import Announcement, ServerFound
 from cluster.keeper_messages import Failed, InSession, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import SharedListener
 from cluster.log_tail import LogTail
@@ -182,7 +183,7 @@ class Launched:
             life = _Life(task, self._on_line)
             is_wanted_end = False
             try:
-                lost = life.run(self._ending, self._on_progress, lambda url, seconds: self._on_up(life, url, seconds))
+                lost = life.run(self._ending, self._on_progress, functools.partial(self._on_up, life))
                 is_wanted_end = not lost
                 if lost and listener is not None:
                     listener.refuse()  # at once, while the rest of this life ends and the next one begins

@@ -37,7 +37,8 @@ class _TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{self._start}{clock} {record.levelname.lower():7} {record.name}: {record.getMessage().translate(_ESCAPES)}"
+        text = record.getMessage().translate(_ESCAPES)
+        line = f"{self._start}{clock} {record.levelname.lower():7} {record.name}: {text}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -80,7 +81,7 @@ def open_process_log(level: str, style: str, directory: str | None, name: str) -
 
     Without a directory stdout and stderr stay what they are, Ray's files, and each line says the name.
     """
-    global _log_file  # noqa: PLW0603 - as stdout and stderr, there is one per process
+    global _log_file
     if directory is not None:
         _log_file = Path(directory) / f"{name}.log"
         _lead_to(_log_file)

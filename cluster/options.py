@@ -59,9 +59,7 @@ def count(text: str) -> int:
 
 Model = Annotated[
     str | None,
-    typer.Argument(
-        help="A directory of a transformers model.", show_default="the demo model", envvar="KVRAY_MODEL"
-    ),
+    typer.Argument(help="A directory of a transformers model.", show_default="the demo model", envvar="KVRAY_MODEL"),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -127,7 +125,9 @@ ReasoningParser = Annotated[
 ]
 ChatTemplate = Annotated[
     Path | None,
-    _setting("model.chat_template", "--chat-template", "A Jinja file, for prompts of chats.", _MODEL, "the model's own"),
+    _setting(
+        "model.chat_template", "--chat-template", "A Jinja file, for prompts of chats.", _MODEL, "the model's own"
+    ),
 ]
 
 Prefill = Annotated[int | None, _setting("pools.prefill", "--prefill", "Prefill workers.", _WORKERS)]

@@ -1,7 +1,7 @@
 """On a Ray cluster that was there: what our processes write, as Ray's driver prints it, for the terminal.
 
-Ray brings the lines of all nodes to its driver, each after "(ServeReplica:kvray:Decode pid=1, ip=10.0.0.2)"; whatever else
-it prints, pages of logs of each process that was lost for one, is left out.
+Ray brings the lines of all nodes to its driver, each after "(ServeReplica:kvray:Decode pid=1, ip=10.0.0.2)"; whatever
+else it prints, pages of logs of each process that was lost for one, is left out.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ def filter_output(terminal: TextIO, style: str) -> None:
             for line in lines:
                 text = shown_line(line.rstrip("\r\n"), style)
                 if text is not None:
-                    print(text, file=terminal, flush=True)  # noqa: T201
+                    print(text, file=terminal, flush=True)
 
     threading.Thread(target=follow, name="ray-output", daemon=True).start()

@@ -72,7 +72,7 @@ def clean_former(ray_dir: Path) -> list[Path]:
 
 
 def _processes_of(directory: Path) -> Iterator[psutil.Process]:
-    """Find this user's processes that were told of that session as Ray tells its own, --session-dir=... and the like."""
+    """Find this user's processes that were told of that session as Ray tells its own, by --session-dir=... or so."""
     told = re.compile(rf"--[\w-]+={re.escape(str(directory))}(/.*)?")
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

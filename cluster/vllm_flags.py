@@ -71,7 +71,7 @@ _HINTS: Final = {
     "--data-parallel-size-local": _WORKERS,
     "--decode-context-parallel-size": _WORKERS,
     "--gpu-memory-utilization": (
-        "there it is the share of an accelerator for all of vLLM: KV's share of the memory that is free at the start is "
+        "there it is the share of an accelerator for all of vLLM; KV's share of what is free at the start is "
         "engine.kv_cache_share in the YAML file, its size --kv-cache-memory"
     ),
     "--num-gpu-blocks-override": "the room for KV, of each worker, is --kv-cache-memory",
@@ -81,7 +81,7 @@ _HINTS: Final = {
     "--kv-offloading-backend": _TIERS,
     "--kv-transfer-config": "prefill and decode are disaggregated as they are (--prefill, --decode); " + _TIERS,
     "--kv-cache-dtype": "KV is kept in the dtype that the model computes in (--dtype)",
-    "--max-num-queued-reqs": "a request whose first token would come too late is refused: http.max_ttft_s in the YAML file",
+    "--max-num-queued-reqs": "who would wait too long is refused: http.max_ttft_s in the YAML file",
     "--long-prefill-token-threshold": "prompts are cut by engine.itl_target_ms in the YAML file",
     "--max-num-partial-prefills": "prompts are cut by engine.itl_target_ms in the YAML file",
     "--quantization": f"of weights, {_NONE}; the dtype is --dtype",

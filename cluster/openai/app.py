@@ -9,7 +9,6 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -37,6 +36,7 @@ from cluster.openai.surface import Surface
 from cluster.openai.thought_recognition import thought_format
 from cluster.openai.tokenizer_info import tokenizer_info
 from cluster.openai.tokens import detokenize, tokenize
+from fastapi_offline import FastAPIOffline
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
 
@@ -92,7 +92,9 @@ def create_app(
         thought_format=thoughts,
         thought_ids=_special_ids(tokenizer, thoughts.marks if thoughts else ()),
     )
-    app = FastAPIOffline(title="kvray", version=version, description=_DESCRIPTION, redoc_url=None, static_url=DOCS_FILES)
+    app = FastAPIOffline(
+        title="kvray", version=version, description=_DESCRIPTION, redoc_url=None, static_url=DOCS_FILES
+    )
     describe(app, *DOCUMENTED, wants_api_key=surface.callers.has_keys)
     endpoints = _add_generation(app, surface)
     endpoints |= add_responses(app, surface, responses or KeptResponses(ResponseStore(StoreLimits())))

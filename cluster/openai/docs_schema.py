@@ -63,7 +63,7 @@ def answers(kind: type[msgspec.Struct], stream: type[msgspec.Struct] | None = No
 
 
 def describe(app: FastAPI, *more: type[msgspec.Struct], wants_api_key: bool = False) -> None:
-    """Give `app` a schema that includes these types, and `more`; with it /docs asks for an API key where one is wanted."""
+    """Give `app` a schema that includes these types, and `more`; by it /docs asks for an API key if one is wanted."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -126,7 +126,7 @@ def test_what_is_no_number_of_tokens_is_refused(text):
         count(text)
 
 
-# ------------------------------------------------------------------------------------------------------- as it is called
+# ------------------------------------------------------------------------------------------------------ as it is called
 
 
 @pytest.mark.parametrize("words", [(), ("serve",), ("cache", "clear"), ("config",)], ids=" ".join)

@@ -61,7 +61,9 @@ def test_a_worker_that_cannot_start_shows_its_warning_and_its_traceback_a_line_e
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     finished, left = run_kvray("serve", str(model), "--port", str(free_port()), extra_environment=environment)
     assert (finished.returncode, finished.stdout, left) == (1, "", [])
-    lines = [line.split(" | ", 1) for line in finished.stderr.splitlines() if re.match(r"(decode|prefill)-\w+ \| ", line)]
+    lines = [
+        line.split(" | ", 1) for line in finished.stderr.splitlines() if re.match(r"(decode|prefill)-\w+ \| ", line)
+    ]
     name = lines[0][0]
     said = [line for process, line in lines if process == name]
     assert any(re.search(r"info    engine\.worker: loading llama", line) for line in said)
@@ -108,7 +110,7 @@ def test_a_server_tells_of_itself_is_found_and_cleans_what_a_killed_one_left(mod
             request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/models", headers=headers)
             with urllib.request.urlopen(request, timeout=10):
                 pass
-            line = rf'^ingress-\w+ \| .* cluster\.access: 127\.0\.0\.1:\d+ "GET /v1/models HTTP/1\.1" 200 .* ms mine$'
+            line = r'^ingress-\w+ \| .* cluster\.access: 127\.0\.0\.1:\d+ "GET /v1/models HTTP/1\.1" 200 .* ms mine$'
             wait_until(lambda: re.search(line, second.log.read_text(), re.MULTILINE) is not None, 10)
             second.process.send_signal(signal.SIGTERM)
             assert second.process.wait(20) == 0
