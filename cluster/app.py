@@ -69,8 +69,8 @@ def build_application(
 
     Ray hands on what is built, and Serve shows it: it says where each process finds the cluster secret and the API keys
     (cluster/credentials.py). `listener` names a socket on this machine that the ingresses accept from themselves
-    (cluster/listener.py); without, requests come through Serve's proxies. In `log_dir` each process keeps a file of what
-    it says (cluster/logs.py); without, Ray does.
+    (cluster/listener.py); without, requests come through Serve's proxies. In `log_dir` each process keeps a file of
+    what it says (cluster/logs.py); without, Ray does.
 
     Raises:
         ConfigError: the configuration itself holds API keys.
