@@ -168,7 +168,14 @@ def serve(
 
 
 @app.command()
-def demo(port: options.Port = None, prefill: options.Prefill = None, decode: options.Decode = None) -> None:
+def demo(
+    port: options.Port = None,
+    prefill: options.Prefill = None,
+    decode: options.Decode = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON line for each question.", show_default="for people")
+    ] = False,
+) -> None:
     """Start, hold a conversation of three turns, show where each prompt's tokens came from, and exit."""
     chosen = _overrides(
         {
@@ -178,7 +185,8 @@ def demo(port: options.Port = None, prefill: options.Prefill = None, decode: opt
             ("http", "access_log"): False,
         }
     )
-    _run(load_config(None, chosen), functools.partial(_hold_conversation, api_key=next(iter(api_keys(None)), None)))
+    api_key = next(iter(api_keys(None)), None)
+    _run(load_config(None, chosen), functools.partial(_hold_conversation, api_key=api_key, as_json=as_json))
 
 
 @app.command()
@@ -310,10 +318,10 @@ def _serve_until_stopped(config: KvrayConfig, launched: Any, stop: Any) -> None:
     logger.info("ending what was started")
 
 
-def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any, *, api_key: str | None) -> None:
+def _hold_conversation(_config: KvrayConfig, launched: Any, stop: Any, *, api_key: str | None, as_json: bool) -> None:
     from cluster.demo.conversation import hold_conversation
 
-    hold_conversation(launched.url, api_key, _out, stop)
+    hold_conversation(launched.url, api_key, _out, stop, as_json=as_json)
 
 
 def check_model_files(path: Path, chat_template: str | None = None) -> None:

@@ -42,6 +42,8 @@ _ALWAYS: Final = frozenset(
 )
 #: values that ask for what is done anyway
 _AS_IT_IS: Final = {
+    "--allowed-headers": ('["*"]', "*"),
+    "--allowed-methods": ('["*"]', "*"),
     "--chat-template-content-format": ("auto",),
     "--config-format": ("auto", "hf"),
     "--convert": ("auto", "none"),
@@ -117,6 +119,9 @@ _HINTS: Final = {
     "--scheduling-policy": "priorities of requests count with http.client_priority: use in the YAML file",
     "--guided-decoding-backend": "grammars are llguidance's; http.grammar_timeout_s in the YAML file limits them",
     "--structured-outputs-config": "grammars are llguidance's; http.grammar_timeout_s in the YAML file limits them",
+    "--allowed-headers": "pages that may call may send all of them",
+    "--allowed-methods": "pages that may call may use all of them",
+    "--sse-keep-alive-interval": "streams are kept alive as they are",
     "--api-server-count": "pools.ingress in the YAML file",
     "--uvicorn-log-level": _LEVEL,
     "--max-log-len": _LEVEL,
@@ -158,6 +163,7 @@ _SWITCHES: Final = {
     "--return-tokens-as-token-ids": "give return_token_ids in requests",
     "--disable-fastapi-docs": "/docs tells nothing of this server but its version",
     "--enable-expert-parallel": _WORKERS,
+    "--allow-credentials": "keys come in the Authorization header, and nothing in cookies",
     "--headless": _RAY,
     "--enable-lora": _NONE,
     "--enable-sleep-mode": _NONE,

@@ -15,12 +15,18 @@ from rich.console import Console
 _CONVERSATION = Path(__file__).parent / "conversation.json"
 
 
-def hold_conversation(url: str, api_key: str | None, out: Console, stop: threading.Event) -> None:
-    """Give notes, ask three questions about them; print answers, TTFTs and where the prompts' tokens came from."""
+def hold_conversation(
+    url: str, api_key: str | None, out: Console, stop: threading.Event, *, as_json: bool = False
+) -> None:
+    """Give notes, ask three questions about them; print answers, TTFTs and where the prompts' tokens came from.
+
+    As JSON that is a line for each question.
+    """
     conversation = json.loads(_CONVERSATION.read_text())
     notes, questions = conversation["notes"], conversation["questions"]
     messages: list[dict[str, str]] = []
-    out.print("notes of about 1,500 tokens, then three questions about them\n")
+    if not as_json:
+        out.print("notes of about 1,500 tokens, then three questions about them\n")
     for turn, (question, expected) in enumerate(questions):
         if stop.is_set():
             return
@@ -29,6 +35,11 @@ def hold_conversation(url: str, api_key: str | None, out: Console, stop: threadi
         answer, ttft_s, usage = _ask(url, api_key, messages)
         messages.append({"role": "assistant", "content": answer})
         sources = usage["prompt_sources"]
+        if as_json:
+            told = {"question": question, "answer": answer.strip(), "expected": expected.strip(), "ttft_s": ttft_s}
+            told |= {"prompt_tokens": usage["prompt_tokens"], "prompt_sources": sources}
+            out.print(json.dumps(told), markup=False)
+            continue
         where = ", ".join(f"{count} {source}" for source, count in sources.items() if count)
         mark = "right" if answer.strip() == expected.strip() else f"wrong, wanted {expected.strip()!r}"
         out.print(f"you    {question}", markup=False)
