@@ -11,6 +11,8 @@ import sys
 import pytest
 
 from cluster.announcement import Announcement, ServerFound, servers_here
+from cluster.client import Server, server_of
+from messages.errors import ConfigError
 
 #: Somebody else who asks, having learned the name.
 ASK = """
@@ -76,3 +78,23 @@ def test_another_user_is_told_nothing():
         asked = subprocess.check_output([sys.executable, "-c", ASK, NAME], text=True).split(maxsplit=1)
     assert int(asked[0]) >= 1
     assert "a.test" not in asked[1]
+
+
+def test_the_command_line_asks_the_one_that_serves_here_with_its_key_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delenv("KVRAY_API_KEY", raising=False)
+    keys = tmp_path / "keys"
+    keys.write_text("a-key\nanother\n")
+    keys.chmod(0o600)
+    monkeypatch.setattr("cluster.client.servers_here", ours)
+    assert server_of(None) == Server("http://127.0.0.1:8000")
+    with announced(url="http://a.test", pid=1, api_key_file=str(keys)):
+        assert server_of(None) == Server("http://a.test", "a-key")
+        assert server_of(None, "mine") == Server("http://a.test", "mine")
+        assert server_of("http://b.test/") == Server("http://b.test")
+        monkeypatch.setenv("KVRAY_API_KEY", "from-the-environment")
+        assert server_of(None) == Server("http://a.test", "from-the-environment")
+        with (
+            announced(url="http://b.test", pid=2),
+            pytest.raises(ConfigError, match=r"2 serve here, http://a\.test, http://b\.test: which one\? \(--url\)"),
+        ):
+            server_of(None)
