@@ -32,6 +32,7 @@ class Session:
         unnamed = directory / f"{_LOCK}.new"
         self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.write(self._lock, _command_line())
         unnamed.rename(directory / _LOCK)
         self.log_dir = directory / "logs" / _LOGS
         self.log_dir.mkdir(mode=0o700, parents=True)
@@ -65,10 +66,25 @@ def clean(directory: Path) -> bool:
 
 
 def clean_former(ray_dir: Path) -> list[Path]:
-    """Clean all sessions of this user's kvray in Ray's directory that nobody uses any more; return which."""
+    """Clean all sessions of this user's kvray in Ray's directory that nobody uses any more; return which.
+
+    Those of the same command line stay: it lost a Ray and started another, and a person may look for the reason.
+    """
     with contextlib.suppress(OSError):
-        return [directory for directory in sorted(ray_dir.glob("session_*_*")) if clean(directory)]
+        former = [path for path in sorted(ray_dir.glob("session_*_*")) if not _is_of_command_line(path)]
+        return [directory for directory in former if clean(directory)]
     return []
+
+
+def _command_line() -> bytes:
+    """Name the process that started this one."""
+    return str(os.getppid()).encode()
+
+
+def _is_of_command_line(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (directory / _LOCK).read_bytes() == _command_line()
+    return False
 
 
 def _processes_of(directory: Path) -> Iterator[psutil.Process]:

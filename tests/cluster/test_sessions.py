@@ -67,6 +67,14 @@ def test_what_a_killed_keeper_left_is_cleaned_and_what_another_uses_is_not(left,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_command_line_that_starts_another_ray_leaves_the_lost_one_to_be_looked_at(left, tmp_path):
+    directory = left(1)
+    code = "import sys; from pathlib import Path; from cluster.sessions import clean_former as clean"
+    child = [sys.executable, "-c", f"{code}; print(clean(Path(sys.argv[1])))", str(tmp_path)]
+    assert subprocess.check_output(child, text=True) == "[]\n"  # as the keeper, a child of this process
+    assert clean_former(tmp_path) == [directory]
+
+
 def test_sessions_that_are_not_kvrays_are_left_alone(left, tmp_path):
     other = session_dir(tmp_path, 1)  # of `ray start`, say: without our lock
     elsewhere = left(2)
