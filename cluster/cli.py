@@ -278,15 +278,14 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     code = 0
     with stop_signals() as stop:
         try:
-            directory = model_directory(config.model.path)
-            config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=str(directory)))
-            check_model_files(directory, config.model.chat_template)
-            with (
-                _Progress(config.log.format) as progress,
-                running(config, stop, progress.show, progress.show_line) as launched,
-            ):
-                progress.clear()
-                body(config, launched, stop)
+            with _Progress(config.log.format) as progress:
+                directory = model_directory(config.model.path)
+                model = msgspec.structs.replace(config.model, path=str(directory))
+                config = msgspec.structs.replace(config, model=model)
+                check_model_files(directory, config.model.chat_template)
+                with running(config, stop, progress.show, progress.show_line) as launched:
+                    progress.clear()
+                    body(config, launched, stop)
         except Stopped:
             _err.print("kvray: stopped while starting")
         except KvrayError as error:
