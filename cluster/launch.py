@@ -212,8 +212,8 @@ class Launched:
         self.url = url
         self.workers, self.log_dir = life.workers, life.log_dir
         if self._announcement is None:
-            server = ServerFound(url=url, pid=os.getpid(), api_key_file=self._config.http.api_key_file)
-            self._announcement = Announcement(server)
+            key_file = self._config.http.api_key_file if self.is_own_cluster else None  # elsewhere it is the nodes'
+            self._announcement = Announcement(ServerFound(url=url, pid=os.getpid(), api_key_file=key_file))
         self._is_up.set()
 
 
