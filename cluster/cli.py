@@ -159,9 +159,9 @@ def serve(
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
             ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
-            ("http", "access_log"): access_log,
             ("log", "level"): log_level,
             ("log", "format"): log_format,
+            ("http", "access_log"): access_log,
         }
     )
     _run(load_config(config, chosen), _serve_until_stopped)

@@ -111,7 +111,6 @@ class HttpConfig(_Section, frozen=True):
     api_keys: tuple[str, ...] = ()
     api_key_file: str | None = None  #: one key a line, read where an ingress runs; None: KVRAY_API_KEY of its node
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
-    access_log: bool = True  #: a line for each request, at info
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     #: of a text that /tokenize takes, in UTF-8: it may give as many tokens, all of which are answered
     max_tokenize_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 768 * 2**10
@@ -128,6 +127,7 @@ class HttpConfig(_Section, frozen=True):
     #: a request whose first token is predicted to come later is refused (429), with or without a router
     max_ttft_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 20.0
     request_timeout_s: Annotated[float, Meta(ge=0.1, le=1e7)] = 600.0  #: by then a request is ended, with an error
+    access_log: bool = True  #: a line for each request, at info
 
 
 class ConnectionsConfig(_Section, frozen=True):
