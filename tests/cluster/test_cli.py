@@ -172,13 +172,13 @@ def test_flags_come_before_variables_and_these_before_the_file(tmp_path):
 def test_what_kubernetes_says_of_a_service_named_kvray_is_no_setting(tmp_path):
     links = {"KVRAY_PORT": "tcp://10.0.0.1:8000", "KVRAY_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
     finished, _ = run_kvray("serve", str(tmp_path / "none"), extra_environment=links)
-    assert finished.stderr == f"kvray: no model directory at {tmp_path / 'none'}\n"
+    assert re.fullmatch(rf"kvray: no model directory .*{tmp_path}/none.*\n", finished.stderr)
 
 
 def test_flags_of_vllms_are_taken_or_answered_in_a_line_each(tmp_path):
     taken = ("--dtype", "half", "--enable-prefix-caching", "--tensor-parallel-size", "1", "--max_model_len", "2k")
     finished, _ = run_kvray("serve", "--model", str(tmp_path / "none"), *taken)
-    assert finished.stderr == f"kvray: no model directory at {tmp_path / 'none'}\n"
+    assert re.fullmatch(rf"kvray: no model directory .*{tmp_path}/none.*\n", finished.stderr)
     finished, _ = run_kvray("serve", "x", "--tensor-parallel-size", "2", "--gpu-memory-utilization=0.9")
     assert (finished.returncode, finished.stdout) == (2, "")
     lines = finished.stderr.splitlines()
