@@ -54,7 +54,9 @@ def main() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A transformers model directory; default: the demo.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A transformers model directory, a GGUF file, or smollm2; default: the demo.")
+    ] = None,
     config: _ConfigFile = None,
     prefill: Annotated[int | None, typer.Option("--prefill", help="Prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option("--decode", help="Decode workers.")] = None,
@@ -113,7 +115,7 @@ def serve(
     """Serve MODEL over the OpenAI API, disaggregated; in the foreground until Ctrl-C."""
     chosen = _overrides(
         {
-            ("model", "path"): None if model is None else str(Path(model).resolve()),
+            ("model", "path"): model,
             ("model", "dtype"): dtype,
             ("model", "device"): device,
             ("model", "max_model_len"): max_model_len,
@@ -225,14 +227,19 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     """Check, start, do `body` while it serves, end everything, and leave with the exit code."""
     configure_logging(config.log.level, config.log.format)
     from cluster.launch import Stopped, running, stop_signals
+    from cluster.model_argument import model_directory
 
     code = 0
     with stop_signals() as stop:
         try:
-            check_model_files(Path(config.model.path), config.model.chat_template)
-            with _Progress() as progress, running(config, stop, progress.show) as launched:
-                progress.clear()
-                body(config, launched, stop)
+            with _Progress() as progress:
+                directory = model_directory(config.model.path, stop, progress.show)
+                model = msgspec.structs.replace(config.model, path=str(directory))
+                config = msgspec.structs.replace(config, model=model)
+                check_model_files(directory, config.model.chat_template)
+                with running(config, stop, progress.show) as launched:
+                    progress.clear()
+                    body(config, launched, stop)
         except Stopped:
             _err.print("kvray: stopped while starting")
         except KvrayError as error:
@@ -290,10 +297,6 @@ def check_model_files(path: Path, chat_template: str | None = None) -> None:
     from text.tokenizer import Tokenizer
 
     try:
-        if not path.exists():
-            raise ConfigError(f"no model directory at {path}")
-        if not path.is_dir():
-            raise ConfigError(f"{path} is a file, wanted a transformers model directory")
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is no transformers model directory: it has no config.json")
         read_json(path / "config.json")

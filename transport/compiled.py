@@ -35,7 +35,7 @@ class CompiledLibrary:
         for source in self.sources:
             digest.update(source.read_bytes())
         digest.update("\0".join([*self.facts, *_cpu()]).encode())
-        return _cache_directory() / digest.hexdigest() / f"{self.name}.so"
+        return cache_directory("kernels") / digest.hexdigest() / f"{self.name}.so"
 
     def build(self, compile_into: Callable[[Path], Path]) -> Path:
         """Return the library's path; if it is not there, `compile_into(directory)` first makes it and returns where."""
@@ -74,10 +74,10 @@ def compile_shared(source: Path, library: Path, flags: Sequence[str]) -> Path:
     return library
 
 
-def _cache_directory() -> Path:
-    """Return where builds are kept: `$XDG_CACHE_HOME/kvray/kernels`, by default below `~/.cache`."""
+def cache_directory(kind: str) -> Path:
+    """Return where what was made of `kind` is kept: `$XDG_CACHE_HOME/kvray/KIND`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kvray" / "kernels"
+    return Path(root) / "kvray" / kind
 
 
 def _cpu() -> list[str]:
