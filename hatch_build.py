@@ -1,4 +1,4 @@
-"""What hatchling calls when it builds a wheel: compiles kernels, checksum and block index for each kind of CPU.
+"""What hatchling calls when it builds a wheel: compiles kernels, checksum and block index for each baseline.
 
 Where there is no C++ compiler the wheel is one for any machine, without them: kvray serves, slowly, and says so.
 """
@@ -30,20 +30,20 @@ class KernelsHook(BuildHookInterface):
         from engine.kernels.cpu.library import KERNELS
         from kvrouter.index_library import INDEX
         from transport.checksum_library import CHECKSUM
-        from transport.compiled import LEVELS, BuildError
+        from transport.compiled import BASELINES, BuildError
 
         self._work = tempfile.TemporaryDirectory()
-        for level, (_, flags) in LEVELS.get(platform.machine(), {}).items():
+        for baseline, (_, flags) in BASELINES.get(platform.machine(), {}).items():
             for library in (KERNELS, CHECKSUM, INDEX):
-                directory = Path(self._work.name) / level / library.name
+                directory = Path(self._work.name) / baseline / library.name
                 directory.mkdir(parents=True)
-                self.app.display_info(f"compiling {library.name} for {level}")
+                self.app.display_info(f"compiling {library.name} for {baseline}")
                 try:
                     path = library.compile(directory, flags)
                 except BuildError as error:
-                    self.app.display_warning(f"this wheel has no {library.name} for {level}: {error}")
+                    self.app.display_warning(f"this wheel has no {library.name} for {baseline}: {error}")
                     continue
-                inside = library.prebuilt(level).relative_to(self.root)
+                inside = library.prebuilt(baseline).relative_to(self.root)
                 build_data["force_include"][str(path)] = str(inside)
         if build_data["force_include"]:
             where = sysconfig.get_platform().replace("-", "_").replace(".", "_")

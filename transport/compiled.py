@@ -1,9 +1,9 @@
-"""C++ compiled ahead: for this machine by an explicit command, or for kinds of CPUs when a wheel is built.
+"""C++ compiled ahead: for this machine by an explicit command, or for several baselines when a wheel is built.
 
 A library has a name that its sources and flags decide, so that one of other sources is never taken for it. Whoever uses
 one only looks whether it is there (`CompiledLibrary.found`): in the cache, compiled for just this machine, or else
-beside the package, where a wheel has it for each kind of CPU in LEVELS (`hatch_build.py`). Nothing here needs more than
-the standard library: a wheel is built without what kvray needs to run.
+beside the package, where a wheel has it for each of BASELINES (`hatch_build.py`). Nothing here needs more than the
+standard library: a wheel is built without what kvray needs to run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-#: Where a wheel has libraries: PREBUILT / level / name-digest.so.
+#: Where a wheel has libraries: PREBUILT / baseline / name-digest.so.
 PREBUILT: Final = Path(__file__).parent / "prebuilt"
 
 
@@ -29,10 +29,10 @@ class BuildError(Exception):
     """A library could not be compiled; says what to install or shows the compiler's words."""
 
 
-class Level(NamedTuple):
-    """A kind of CPU that libraries are compiled for."""
+class Baseline(NamedTuple):
+    """What a library needs of a CPU."""
 
-    cpu_flags: frozenset[str]  #: what a CPU of it can do, as Linux calls it
+    cpu_flags: frozenset[str]  #: what the CPU can do, as Linux calls it
     compiler_flags: tuple[str, ...]
 
 
@@ -40,20 +40,20 @@ class Level(NamedTuple):
 _V3: Final = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _V4: Final = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 #: By machine, then by name, the best first. All of x86-64's have kernels on AMX's tiles, and ask for them at start.
-LEVELS: Final[dict[str, dict[str, Level]]] = {
+BASELINES: Final[dict[str, dict[str, Baseline]]] = {
     "x86_64": {
-        "avx512-bf16": Level(_V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
-        "avx512": Level(_V4, ("-march=x86-64-v4",)),
-        "avx2": Level(_V3, ("-march=x86-64-v3",)),
+        "avx512-bf16": Baseline(_V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+        "avx512": Baseline(_V4, ("-march=x86-64-v4",)),
+        "avx2": Baseline(_V3, ("-march=x86-64-v3",)),
     },
-    "aarch64": {"neon": Level(frozenset(), ("-march=armv8-a",))},
+    "aarch64": {"neon": Baseline(frozenset(), ("-march=armv8-a",))},
 }
 
 
-def levels_of(machine: str, cpu_flags: Iterable[str]) -> list[str]:
-    """Return the names of the levels that a CPU with these flags has, the best first."""
+def baselines_of(machine: str, cpu_flags: Iterable[str]) -> list[str]:
+    """Return the names of the baselines that a CPU with these flags meets, the best first."""
     flags = frozenset(cpu_flags)
-    return [name for name, level in LEVELS.get(machine, {}).items() if level.cpu_flags <= flags]
+    return [name for name, baseline in BASELINES.get(machine, {}).items() if baseline.cpu_flags <= flags]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class CompiledLibrary:
         """Return the library to use on this machine; None where it was never built, or not for such a CPU."""
         if (path := self.path()).exists():
             return path
-        prebuilt = (self.prebuilt(level) for level in levels_of(platform.machine(), cpu_flags()))
+        prebuilt = (self.prebuilt(baseline) for baseline in baselines_of(platform.machine(), cpu_flags()))
         return next((path for path in prebuilt if path.exists()), None)
 
     def path(self) -> Path:
@@ -77,10 +77,10 @@ class CompiledLibrary:
         digest = self._digest(native_target(), *_cpu())
         return cache_directory("kernels") / digest / f"{self.name}.so"
 
-    def prebuilt(self, level: str) -> Path:
-        """Return where a wheel has the library for CPUs of `level`, whether or not it does."""
-        flags = LEVELS[platform.machine()][level].compiler_flags
-        return PREBUILT / level / f"{self.name}-{self._digest(*flags)}.so"
+    def prebuilt(self, baseline: str) -> Path:
+        """Return where a wheel has the library for `baseline`, whether or not it does."""
+        flags = BASELINES[platform.machine()][baseline].compiler_flags
+        return PREBUILT / baseline / f"{self.name}-{self._digest(*flags)}.so"
 
     def build(self) -> Path:
         """Compile for this machine, unless the cache holds it; return the library's path.

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import transport.compiled
-from transport.compiled import LEVELS, BuildError, CompiledLibrary, levels_of
+from transport.compiled import BASELINES, BuildError, CompiledLibrary, baselines_of
 
 V3 = ["fpu", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"]
 V4 = [*V3, *["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]]
@@ -64,7 +64,7 @@ def test_what_could_not_be_compiled_leaves_nothing_behind(library):
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "levels"),
+    ("machine", "flags", "baselines"),
     [
         ("x86_64", [*V4, "avx512_bf16", "amx_tile"], ["avx512-bf16", "avx512", "avx2"]),
         ("x86_64", V4, ["avx512", "avx2"]),
@@ -75,29 +75,29 @@ def test_what_could_not_be_compiled_leaves_nothing_behind(library):
         ("riscv64", [], []),
     ],
 )
-def test_the_levels_of_a_cpu_are_those_that_it_has_all_of_the_best_first(machine, flags, levels):
-    assert levels_of(machine, flags) == levels
+def test_the_baselines_of_a_cpu_are_those_that_it_has_all_of_the_best_first(machine, flags, baselines):
+    assert baselines_of(machine, flags) == baselines
 
 
-def wheel_with(library: CompiledLibrary, *levels: str) -> None:
-    for level in levels:
-        library.prebuilt(level).parent.mkdir(parents=True)
-        library.prebuilt(level).write_text(level)
+def wheel_with(library: CompiledLibrary, *baselines: str) -> None:
+    for baseline in baselines:
+        library.prebuilt(baseline).parent.mkdir(parents=True)
+        library.prebuilt(baseline).write_text(baseline)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64's CPUs")
 @pytest.mark.parametrize(
-    ("flags", "level"), [([*V4, "avx512_bf16"], "avx512-bf16"), (V4, "avx512"), (V3, "avx2"), (["sse4_2"], None)]
+    ("flags", "baseline"), [([*V4, "avx512_bf16"], "avx512-bf16"), (V4, "avx512"), (V3, "avx2"), (["sse4_2"], None)]
 )
-def test_a_wheels_library_is_chosen_by_what_the_cpu_has(library, monkeypatch, flags, level):
-    wheel_with(library, *LEVELS["x86_64"])
+def test_a_wheels_library_is_chosen_by_what_the_cpu_has(library, monkeypatch, flags, baseline):
+    wheel_with(library, *BASELINES["x86_64"])
     monkeypatch.setattr(transport.compiled, "cpu_flags", lambda: flags)
     found = library.found()
-    assert (None if found is None else found.read_text()) == level
+    assert (None if found is None else found.read_text()) == baseline
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64's CPUs")
-def test_a_wheel_that_lacks_the_best_level_serves_with_the_next(library, monkeypatch):
+def test_a_wheel_that_lacks_the_best_baseline_serves_with_the_next(library, monkeypatch):
     wheel_with(library, "avx2")
     monkeypatch.setattr(transport.compiled, "cpu_flags", lambda: V4)
     assert library.found() == library.prebuilt("avx2")
@@ -105,14 +105,16 @@ def test_a_wheel_that_lacks_the_best_level_serves_with_the_next(library, monkeyp
 
 @needs_compiler
 def test_what_was_compiled_for_this_machine_comes_before_a_wheels(library):
-    wheel_with(library, *levels_of(platform.machine(), transport.compiled.cpu_flags()))
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
     library.build()
     assert library.found() == library.path()
 
 
-@pytest.mark.skipif(not levels_of(platform.machine(), transport.compiled.cpu_flags()), reason="a wheel has none for it")
+@pytest.mark.skipif(
+    not baselines_of(platform.machine(), transport.compiled.cpu_flags()), reason="a wheel has none for it"
+)
 def test_a_wheels_library_of_other_sources_is_not_used(library):
-    wheel_with(library, *levels_of(platform.machine(), transport.compiled.cpu_flags()))
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
     assert library.found() is not None
     library.sources[1].write_text("#define NUMBER 2")
     assert library.found() is None
