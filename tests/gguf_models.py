@@ -101,6 +101,31 @@ def _vocabulary(directory: Path, size: int) -> dict[str, Any]:
     }
 
 
+def sentencepiece_vocabulary(size: int) -> dict[str, Any]:
+    """Metadata of a vocabulary of sentencepiece's, with byte tokens and a bos before each text."""
+    words = ["▁the", "▁quick", "▁brown", "▁fox", "▁lazy", "▁dog", "▁code", "lantern"]
+    pieces = dict.fromkeys(word[:end] for word in words for end in range(2, len(word) + 1))
+    letters = dict.fromkeys("▁" + "".join(sorted({letter for word in words for letter in word if letter != "▁"})))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
+    tokens += [f"[PAD{number}]" for number in range(len(tokens), size)]
+    kind = gguf.TokenType
+    types = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256]
+    types += [kind.UNUSED if token.startswith("[PAD") else kind.NORMAL for token in tokens[len(types) :]]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(number) for number in range(len(tokens))],
+        "tokenizer.ggml.token_type": [int(each) for each in types],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     match value:
         case None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ _SAMPLING_KEYS = {
 }
 #: What llama.cpp scales rotary frequencies by, for contexts that are longer than those of the first training.
 _ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight"}
+#: Before the names of chat templates beside the ordinary one, such as tool_use.
+_OTHER_TEMPLATE = "tokenizer.chat_template."
+_TEMPLATE_NAME = re.compile(r"\w{1,64}")
 #: Narrower dtypes that a tensor is written in where they hold each of its numbers.
 _NARROW = (torch.bfloat16, torch.float16)
 _PROBE = "kvray-probe"
@@ -60,9 +65,13 @@ def convert(source: Path, into: Path) -> None:
             _say(
                 f"{min(unread)} is not read by transformers: long contexts are answered worse than by the model itself"
             )
-        _write_config(source, into)
-        _write_tokenizer(source, into)
-        _write_weights(source, into)
+        with tempfile.TemporaryDirectory() as alone:
+            # The file decides, and nothing that lies beside it: transformers looks at that too.
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(source.resolve())
+            _write_config(link, into)
+            _write_tokenizer(link, into, metadata)
+            _write_weights(link, into)
         (into / "generation_config.json").write_text(json.dumps(_generation_config(metadata, into), indent=2) + "\n")
     except ConfigError as error:
         raise ConfigError(f"{source}, architecture {architecture or 'unknown'}: {error.message}") from error
@@ -101,12 +110,19 @@ def _write_config(source: Path, into: Path) -> None:
     read_model_config(into)
 
 
-def _write_tokenizer(source: Path, into: Path) -> None:
+def _write_tokenizer(source: Path, into: Path, metadata: dict[str, Any]) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=str(source), local_files_only=True)
     except Exception as error:  # as above
         raise ConfigError(f"transformers' GGUF reader refuses its tokenizer: {first_line(error)}") from error
     tokenizer.save_pretrained(into)
+    others = {
+        key.removeprefix(_OTHER_TEMPLATE): text for key, text in metadata.items() if key.startswith(_OTHER_TEMPLATE)
+    }
+    for name, text in others.items():
+        if _TEMPLATE_NAME.fullmatch(name):
+            (into / "additional_chat_templates").mkdir(exist_ok=True)
+            (into / "additional_chat_templates" / f"{name}.jinja").write_text(str(text), encoding="utf-8")
 
 
 def _generation_config(metadata: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -82,6 +82,12 @@ struct Tensor {
   }
 };
 
+// The dtype, for people.
+inline std::string dtype_name(const Tensor& tensor) {
+  constexpr const char* kKinds[] = {"int", "uint", "float", "?", "bfloat", "complex", "bool"};
+  return (tensor.code < 7 ? kKinds[tensor.code] : "?") + std::to_string(tensor.bits);
+}
+
 // The sizes, for people.
 inline std::string shown(const Tensor& tensor) {
   std::ostringstream text;

@@ -66,7 +66,7 @@ void by_dtype(const Tensor& tensor, const F& f) {
   else if (tensor.dtype() == Dtype::kBfloat16)
     f(static_cast<bf16*>(nullptr));
   else
-    refuse("dtype is another one, want float32 or bfloat16");
+    refuse("dtype is ", dtype_name(tensor), ", want float32 or bfloat16");
 }
 
 template <typename T>
@@ -76,7 +76,7 @@ T* pointer(const Tensor& tensor) {
 
 void check_rows(const Tensor& tensor, const Tensor& like, int64_t dims, const char* name) {
   check(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, want ", dims);
-  check(tensor.dtype() == like.dtype(), name, " is of another dtype than the others");
+  check(tensor.dtype() == like.dtype(), name, " is ", dtype_name(tensor), ", want ", dtype_name(like));
   check(tensor.stride(-1) == 1 || tensor.size(-1) == 1, name, ": last dimension is not contiguous");
 }
 

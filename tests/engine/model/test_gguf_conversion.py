@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.model.gguf_conversion import convert, main
 from engine.model.load import load_model
 from messages.errors import ConfigError
-from tests.gguf_models import original_of, write_gguf
+from tests.gguf_models import original_of, sentencepiece_vocabulary, write_gguf
 from tests.models import VOCAB_SIZE
 from text.tokenizer import Tokenizer
 
@@ -95,6 +95,30 @@ def test_the_tokenizer_and_its_chat_template_are_the_files(tmp_path):
     assert ours.special_tokens["eos_token"] == "<|end|>"
 
 
+def test_a_vocabulary_of_sentencepiece_is_the_files_too(tmp_path):
+    source, directory = converted(tmp_path, vocab_size=384, metadata=sentencepiece_vocabulary(384))
+    ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(tmp_path, gguf_file=str(source))
+    for text in ("the quick brown fox", "lantern  4821 ü", "</s>the"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text)[0] == 1
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True)
+    assert ours.eos_token_id == 2
+
+
+def test_a_file_has_chat_templates_by_name_too(tmp_path):
+    _, directory = converted(tmp_path, metadata={"tokenizer.chat_template.tool_use": "{{ tools | length }} tools"})
+    ours, messages = Tokenizer.load(directory), [{"role": "user", "content": "Hi"}]
+    assert ours.render_chat(messages, tools=[{}, {}]) == "2 tools"
+    assert ours.render_chat(messages) == "<|user|>Hi<|end|><|assistant|>"
+
+
+def test_what_lies_beside_the_file_changes_nothing(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
+    _, directory = converted(tmp_path)
+    assert Tokenizer.load(directory).special_tokens["eos_token"] == "<|end|>"
+
+
 def generation_config(tmp_path, **metadata) -> dict:
     _, directory = converted(tmp_path, metadata={f"tokenizer.{name}": value for name, value in metadata.items()})
     return json.loads((directory / "generation_config.json").read_text())
@@ -117,7 +141,7 @@ def test_what_the_file_recommends_for_sampling_is_the_default(tmp_path):
     [
         ({"architecture": "clip"}, "architecture clip: .*clip"),
         ({"metadata": {"split.count": 3}}, "architecture llama: it is one of 3 parts"),
-        ({"metadata": {"llama.feed_forward_length": 97}}, r"architecture llama: .*\[96, 64\], and \[97, 64\]"),
+        ({"metadata": {"llama.feed_forward_length": 97}}, r"architecture llama: .*\[64, 96\], and \[64, 97\]"),
         ({"metadata": {"tokenizer.ggml.model": "rwkv"}}, "architecture llama: .*tokenizer.*rwkv"),
         ({"metadata": {"llama.block_count": 5}}, "architecture llama: .* tensors too few, first model.layers.4"),
     ],
