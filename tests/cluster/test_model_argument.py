@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -72,7 +73,7 @@ def test_a_path_where_nothing_is_and_a_file_that_is_no_model_are_told_apart(tmp_
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache):
+def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache, tmp_path):
     directory, said = asked(gguf)
     assert (directory.name, directory.parent.parent) == ("tiny", cache)
     assert any("converting tiny.gguf" in line for line in said)
@@ -81,7 +82,7 @@ def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache
     assert asked(gguf) == (directory, [])
 
     weights = directory / "model.safetensors"
-    stale = cache / f"{directory.parent.name}.abc.partial"
+    copy = shutil.copytree(directory.parent, tmp_path / "copy")
 
     def cut():
         weights.write_bytes(whole[weights.name][:-100])
@@ -89,20 +90,29 @@ def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache
     def changed():
         weights.write_bytes(whole[weights.name][:-1] + bytes([whole[weights.name][-1] ^ 1]))
 
-    def missing():
-        (directory / "tokenizer.json").unlink()
-        (stale / "work").mkdir(parents=True)  # of somebody who was killed while converting
-
     def unlisted():
         (directory.parent / "contents.json").unlink()
 
-    for damage, word in ((cut, "bytes, not"), (changed, "other bytes"), (missing, "missing"), (unlisted, "contents")):
+    def missing():
+        (directory / "tokenizer.json").unlink()
+
+    enough = threading.Event()
+    enough.set()
+    for damage, word in ((cut, "bytes, not"), (changed, "other bytes"), (unlisted, "contents"), (missing, "missing")):
         damage()
-        mended, said = asked(gguf)
-        assert mended == directory
-        assert any(re.search(f"is damaged .*{word}", line) for line in said)
-        assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
-        assert not stale.exists()
+        said = []
+        with pytest.raises(Stopped):
+            model_directory(str(gguf), enough, said.append)
+        assert re.search(f"is damaged .*{word}", said[0])
+        assert not directory.exists()
+        shutil.copytree(copy, directory.parent)
+
+    cut()
+    stale = cache / f"{directory.parent.name}.abc.partial" / "work"
+    stale.mkdir(parents=True)  # of somebody who was killed while converting
+    assert asked(gguf)[0] == directory
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
+    assert not stale.exists()
 
 
 @pytest.mark.slow
