@@ -24,7 +24,13 @@ def run_child(command: list[str], stop: threading.Event, say: Say | None = None)
     with tempfile.TemporaryFile() as errors:
         output = subprocess.DEVNULL if say is None else subprocess.PIPE
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, text=True)
-        reader = threading.Thread(target=lambda: [say(line.strip()) for line in process.stdout or () if say])
+
+        def tell() -> None:
+            for line in process.stdout or ():
+                if say is not None:
+                    say(line.strip())
+
+        reader = threading.Thread(target=tell)
         reader.start()
         try:
             while process.poll() is None:
@@ -36,6 +42,8 @@ def run_child(command: list[str], stop: threading.Event, say: Say | None = None)
             reader.join()
             if process.stdout is not None:
                 process.stdout.close()
+        if stop.is_set():  # Ctrl-C reaches both: it may have ended of that
+            raise Stopped
         errors.seek(0)
         lines = errors.read().decode(errors="replace").splitlines()
         return process.returncode, [line.strip() for line in lines if line.strip()]
