@@ -18,7 +18,13 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from tests.models import CHAT_TEMPLATE, make_tiny_model
 
 #: families that GGUF files spell otherwise than transformers
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "minimax_m2": "minimax-m2"}
+ARCHITECTURES = {
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "minimax_m2": "minimax-m2",
+    "gpt_oss": "gpt-oss",
+}
 _CONTROL, _NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
 
 
@@ -164,7 +170,13 @@ def _as_written(tensor: str, values: np.ndarray, config: Any, family: str) -> np
         return values + 1
     if family == "gpt2" and values.ndim == 2 and tensor.startswith("blk."):
         return values.T
-    if "_exps" in tensor and values.shape[1] == 2 * config.moe_intermediate_size:
-        half = config.moe_intermediate_size
+    if tensor.endswith("ssm_a"):
+        return -np.exp(values)
+    if "ssm_conv1d.weight" in tensor:
+        return values[:, 0]
+    if "ffn_gate_inp_shexp" in tensor:
+        return values[0]
+    if re.search(r"ffn_(gate|up)_exps", tensor):  # which transformers has in one
+        half = values.shape[1] // 2
         return values[:, :half] if "gate" in tensor else values[:, half:]
     return values

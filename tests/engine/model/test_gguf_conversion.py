@@ -25,7 +25,16 @@ FAMILIES = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 128},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "head_dim": 16},
+    # what the reader takes of its own knowledge: the width of experts, and that their weights add up to one
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        **{"moe_intermediate_size": 768, "norm_topk_prob": True},
+    },
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_hidden_layers": 2},
+        **{"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {},
     "gemma2": {},
     "gemma3_text": {},
