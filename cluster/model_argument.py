@@ -48,7 +48,7 @@ def model_directory(named: str, stop: threading.Event, say: Say) -> Path:
             f"no directory {named} here, and nothing is downloaded: get the model first (hf download {named} "
             f"--local-dir {named.rpartition('/')[2]}), then serve that directory; {ways}"
         )
-    raise ConfigError(f"no model directory and no GGUF file at {path.resolve()}; {ways}")
+    raise ConfigError(f"no model directory at {path.resolve()}, and no GGUF file; {ways}")
 
 
 def _converted(source: Path, stop: threading.Event, say: Say) -> Path:
@@ -57,7 +57,7 @@ def _converted(source: Path, stop: threading.Event, say: Say) -> Path:
         with source.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
         if magic != _GGUF_MAGIC:
-            raise ConfigError(f"{source} is a file, and no GGUF file; wanted that, or a transformers model directory")
+            raise ConfigError(f"{source} is a file, wanted a transformers model directory or a GGUF file")
         digest = blake3(max_threads=blake3.AUTO).update_mmap(source).digest()
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}") from None

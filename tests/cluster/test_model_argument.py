@@ -64,11 +64,11 @@ def test_a_hub_id_is_one_line_that_says_what_to_do(named, tmp_path, monkeypatch)
 
 
 def test_a_path_where_nothing_is_and_a_file_that_is_no_model_are_told_apart(tmp_path):
-    with pytest.raises(ConfigError, match="no model directory and no GGUF file at /nowhere/at/all"):
+    with pytest.raises(ConfigError, match="^no model directory at /nowhere/at/all, and no GGUF file; or"):
         asked("/nowhere/at/all")
     path = tmp_path / "notes.txt"
     path.write_text("no model")
-    with pytest.raises(ConfigError, match=f"{path} is a file, and no GGUF file"):
+    with pytest.raises(ConfigError, match=f"{path} is a file, wanted a transformers model directory or a GGUF file"):
         asked(path)
 
 
