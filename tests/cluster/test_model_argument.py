@@ -64,7 +64,7 @@ def test_a_hub_id_is_one_line_that_says_what_to_do(named, tmp_path, monkeypatch)
 
 
 def test_a_path_where_nothing_is_and_a_file_that_is_no_model_are_told_apart(tmp_path):
-    with pytest.raises(ConfigError, match="^no model directory at /nowhere/at/all, and no GGUF file; or"):
+    with pytest.raises(ConfigError, match=r"^no model directory at /nowhere/at/all, and no GGUF file; or"):
         asked("/nowhere/at/all")
     path = tmp_path / "notes.txt"
     path.write_text("no model")
