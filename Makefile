@@ -75,7 +75,7 @@ clean: ## forget the environment and all caches in this folder
 $(VENV)/.serving: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[kernels]'
+	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.testing: $(VENV)/.serving

@@ -274,12 +274,13 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     """Check, start, do `body` while it serves, end everything, and leave with the exit code."""
     configure_logging(config.log.level, config.log.format)
     from cluster.launch import Stopped, running, stop_signals
+    from cluster.model_argument import model_directory
 
     code = 0
     with stop_signals() as stop:
         try:
             with _Progress(config.log.format) as progress:
-                directory = model_directory(config.model.path)
+                directory = model_directory(config.model.path, stop, progress.show)
                 model = msgspec.structs.replace(config.model, path=str(directory))
                 config = msgspec.structs.replace(config, model=model)
                 check_model_files(directory, config.model.chat_template)

@@ -59,7 +59,7 @@ def count(text: str) -> int:
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A directory of a transformers model.", show_default="the demo model", envvar="KVRAY_MODEL"),
+    typer.Argument(help="A transformers model directory, a GGUF file, or smollm2.", show_default="the demo model", envvar="KVRAY_MODEL"),
 ]
 ConfigFile = Annotated[
     Path | None,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from kvrouter.compiled_index import build_index
+from kvrouter.index_library import INDEX
 from transport.compiled import BuildError
 
 
 def main() -> int:
     """Run the command: build, and print where the library lies. The exit code is 1 where it could not be built."""
     try:
-        path = build_index()
+        path = INDEX.build()
     except BuildError as error:
         sys.stderr.write(f"block index not built, Python will be used: {error}\n")
         return 1

@@ -20,32 +20,11 @@ from kvcache.names import NAME_BYTES
 from kvrouter.index import Appointed, Holder, Matches, Run, check_names
 from messages.errors import CapacityError, InvariantError
 from messages.tier import Tier
-from transport.compiled import CompiledLibrary, compile_shared, native_target
 
 _KINDS: dict[Tier, int] = {"disk": 0, "remote": 0, "device": 1, "host": 2}  #: as in `index.cpp`
 _NUM_SHARDS = 1024  #: as there
 _SWEPT_AT_ONCE = 100_000  #: names, some 2 ms
 _TOLD = np.dtype([("name", "V16"), ("column", np.uint32), ("is_spare", np.uint32)])
-
-
-def index_library() -> CompiledLibrary:
-    """Describe the library for this machine."""
-    sources = tuple(Path(__file__).with_name(name) for name in ("index.cpp", "holder_sets.h"))
-    return CompiledLibrary("kvray_index", sources, _flags())
-
-
-def build_index() -> Path:
-    """Compile the library for this machine, unless the cache holds it.
-
-    Raises:
-        BuildError: there is no compiler, or it refused.
-    """
-    library = index_library()
-    return library.build(lambda to: compile_shared(library.sources[0], to / "kvray_index.so", _flags()))
-
-
-def _flags() -> tuple[str, ...]:
-    return ("-std=c++17", "-O3", native_target(), "-shared", "-fPIC", "-fvisibility=hidden")
 
 
 class CompiledIndex:

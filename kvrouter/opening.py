@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvrouter.compiled_index import CompiledIndex, index_library
+from kvrouter.compiled_index import CompiledIndex
 from kvrouter.index import BlockIndex
+from kvrouter.index_library import INDEX
 from kvrouter.plain_index import PlainIndex
 
 _log = logging.getLogger(__name__)
@@ -17,8 +18,8 @@ def open_index(num_blocks: Callable[[str], int]) -> BlockIndex:
 
     `num_blocks` tells how many blocks a worker has room for.
     """
-    path = index_library().path()
-    if not path.exists():
+    path = INDEX.found()
+    if path is None:
         _log.warning("the block index is not compiled, using Python (build it: python -m kvrouter.build)")
         return PlainIndex(num_blocks)
     try:

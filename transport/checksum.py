@@ -35,7 +35,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from transport.compiled import CompiledLibrary, compile_shared, native_target
+from transport.checksum_library import CHECKSUM
 from transport.protocol import Copies, Copy
 
 _log = logging.getLogger(__name__)
@@ -282,41 +282,11 @@ class CompiledChecksum:
         return checksums[:num_whole]
 
 
-def compile_flags(target: str) -> list[str]:
-    """Return the compiler's flags for CPUs like `target`."""
-    return ["-std=c++17", "-O3", target, "-shared", "-fPIC", "-Wno-psabi"]
-
-
-def checksum_library() -> CompiledLibrary:
-    """Describe the library for this machine."""
-    flags = tuple(compile_flags(native_target()))
-    return CompiledLibrary("kvray_checksum", (Path(__file__).with_suffix(".cpp"),), flags)
-
-
-def compile_checksum(directory: Path, target: str) -> Path:
-    """Compile the library into an existing directory, whatever the cache holds.
-
-    Raises:
-        BuildError: there is no compiler, or it refused.
-    """
-    (source,) = checksum_library().sources
-    return compile_shared(source, directory / "kvray_checksum.so", compile_flags(target))
-
-
-def build_checksum() -> Path:
-    """Compile the library for this machine, unless the cache holds it.
-
-    Raises:
-        BuildError: there is no compiler, or it refused.
-    """
-    return checksum_library().build(lambda directory: compile_checksum(directory, native_target()))
-
-
 @functools.cache
 def _implementation() -> Implementation:
     """Take the compiled one where it was built and loads; otherwise numpy, with one log line that says why."""
-    path = checksum_library().path()
-    if not path.exists():
+    path = CHECKSUM.found()
+    if path is None:
         _log.warning("checksums not compiled, using numpy (build them: python -m engine.kernels.cpu.build)")
         return PortableChecksum()
     try:

@@ -1,7 +1,9 @@
-"""C++ compiled for this machine, once, by an explicit command, and kept in a cache.
+"""C++ compiled ahead: for this machine by an explicit command, or for several baselines when a wheel is built.
 
-The key is of everything that a library's bits and its interface depend on: sources, flags, CPU, and what its owner
-adds. Whoever uses a library only looks whether it is there.
+A library has a name that its sources and flags decide, so that one of other sources is never taken for it. Whoever uses
+one only looks whether it is there (`CompiledLibrary.found`): in the cache, compiled for just this machine, or else
+beside the package, where a wheel has it for each of BASELINES (`hatch_build.py`). Nothing here needs more than the
+standard library: a wheel is built without what kvray needs to run.
 """
 
 from __future__ import annotations
@@ -11,43 +13,122 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, NamedTuple
+
+#: Where a wheel has libraries: PREBUILT / baseline / name-digest.so.
+PREBUILT: Final = Path(__file__).parent / "prebuilt"
 
 
 class BuildError(Exception):
     """A library could not be compiled; says what to install or shows the compiler's words."""
 
 
+class Baseline(NamedTuple):
+    """What a library needs of a CPU."""
+
+    cpu_flags: frozenset[str]  #: what the CPU can do, as Linux calls it
+    compiler_flags: tuple[str, ...]
+
+
+#: x86-64-v3 and -v4, as the psABI has them: https://gitlab.com/x86-psABIs/x86-64-ABI
+_V3: Final = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_V4: Final = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+#: By machine, then by name, the best first. All of x86-64's have kernels on AMX's tiles, and ask for them at start.
+BASELINES: Final[dict[str, dict[str, Baseline]]] = {
+    "x86_64": {
+        "avx512-bf16": Baseline(_V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+        "avx512": Baseline(_V4, ("-march=x86-64-v4",)),
+        "avx2": Baseline(_V3, ("-march=x86-64-v3",)),
+    },
+    "aarch64": {"neon": Baseline(frozenset(), ("-march=armv8-a",))},
+}
+
+
+def baselines_of(machine: str, cpu_flags: Iterable[str]) -> list[str]:
+    """Return the names of the baselines that a CPU with these flags meets, the best first."""
+    flags = frozenset(cpu_flags)
+    return [name for name, baseline in BASELINES.get(machine, {}).items() if baseline.cpu_flags <= flags]
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledLibrary:
-    """A shared library that may lie in the cache."""
+    """A shared library that may have been compiled."""
 
     name: str
-    sources: tuple[Path, ...]
-    facts: tuple[str, ...]  #: what it depends on beside sources and CPU: flags, versions
+    sources: tuple[Path, ...]  #: headers among them
+    flags: tuple[str, ...] = ()  #: of the compiler, beside the CPU's
+    is_python: bool = False  #: it includes Python.h, of which it uses the stable ABI
+
+    def found(self) -> Path | None:
+        """Return the library to use on this machine; None where it was never built, or not for such a CPU."""
+        if (path := self.path()).exists():
+            return path
+        prebuilt = (self.prebuilt(baseline) for baseline in baselines_of(platform.machine(), cpu_flags()))
+        return next((path for path in prebuilt if path.exists()), None)
 
     def path(self) -> Path:
-        """Return the library's path for this machine and these sources, whether or not it was built."""
-        digest = hashlib.blake2b(digest_size=12)
-        for source in self.sources:
-            digest.update(source.read_bytes())
-        digest.update("\0".join([*self.facts, *_cpu()]).encode())
-        return _cache_directory() / digest.hexdigest() / f"{self.name}.so"
+        """Return where the library that is compiled for this machine lies, whether or not it was built."""
+        digest = self._digest(native_target(), *_cpu())
+        return cache_directory("kernels") / digest / f"{self.name}.so"
 
-    def build(self, compile_into: Callable[[Path], Path]) -> Path:
-        """Return the library's path; if it is not there, `compile_into(directory)` first makes it and returns where."""
+    def prebuilt(self, baseline: str) -> Path:
+        """Return where a wheel has the library for `baseline`, whether or not it does."""
+        flags = BASELINES[platform.machine()][baseline].compiler_flags
+        return PREBUILT / baseline / f"{self.name}-{self._digest(*flags)}.so"
+
+    def build(self) -> Path:
+        """Compile for this machine, unless the cache holds it; return the library's path.
+
+        Raises:
+            BuildError: a tool is missing, or the compiler refused.
+        """
         target = self.path()
         if target.exists():
             return target
         target.parent.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent.parent) as work:
-            library = compile_into(Path(work))
+            library = self.compile(Path(work), [native_target()])
             target.parent.mkdir(exist_ok=True)
             library.replace(target)  # whole or not at all, whoever else builds
         return target
+
+    def compile(self, directory: Path, target: Sequence[str]) -> Path:
+        """Compile into an existing directory for CPUs that the flags `target` name, whatever the cache holds.
+
+        Raises:
+            BuildError: a tool is missing, or the compiler refused.
+        """
+        require_tool("c++", "g++")
+        flags = [*self.flags, *target, "-fPIC"]
+        if self.is_python:
+            flags += ["-I", sysconfig.get_paths()["include"]]
+        sources = [source for source in self.sources if source.suffix == ".cpp"]
+        objects = [directory / f"{source.stem}.o" for source in sources]
+        commands = [["c++", *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            list(threads.map(_compile, commands))
+        library = directory / f"{self.name}.so"
+        _compile(["c++", "-shared", *map(str, objects), "-o", str(library)])
+        return library
+
+    def _digest(self, *facts: str) -> str:
+        digest = hashlib.blake2b(digest_size=12)
+        for source in self.sources:
+            digest.update(source.read_bytes())
+        digest.update("\0".join([*self.flags, *facts]).encode())
+        return digest.hexdigest()
+
+
+def _compile(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"the compiler refused: {done.stderr}")
 
 
 def native_target() -> str:
@@ -61,23 +142,15 @@ def require_tool(tool: str, package: str) -> None:
         raise BuildError(f"{tool} is not on the PATH: install {package}")
 
 
-def compile_shared(source: Path, library: Path, flags: Sequence[str]) -> Path:
-    """Compile `source` into a shared library at `library`, whatever the cache holds; return where it is.
-
-    Raises:
-        BuildError: there is no compiler, or it refused.
-    """
-    require_tool("c++", "g++")
-    done = subprocess.run(["c++", *flags, str(source), "-o", str(library)], capture_output=True, text=True)
-    if done.returncode:
-        raise BuildError(f"the compiler refused: {done.stderr}")
-    return library
-
-
-def _cache_directory() -> Path:
-    """Return where builds are kept: `$XDG_CACHE_HOME/kvray/kernels`, by default below `~/.cache`."""
+def cache_directory(kind: str) -> Path:
+    """Return where what was made of `kind` is kept: `$XDG_CACHE_HOME/kvray/KIND`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kvray" / "kernels"
+    return Path(root) / "kvray" / kind
+
+
+def cpu_flags() -> list[str]:
+    """Return what this machine's CPU can do, as Linux calls it."""
+    return next((line.partition(":")[2].split() for line in _cpu() if line.startswith(("flags", "Features"))), [])
 
 
 def _cpu() -> list[str]:

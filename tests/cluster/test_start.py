@@ -115,7 +115,7 @@ def test_a_broken_model_directory_is_refused_in_one_line(case, model_dir):
 
 def test_a_directory_that_is_none_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    assert complaint_of(str(tmp_path / "none")) == f"no model directory at {tmp_path / 'none'}"
+    assert complaint_of(str(tmp_path / "none")).startswith(f"no model directory at {tmp_path / 'none'}")
     assert "is a file, wanted a transformers model directory" in complaint_of(str(tmp_path / "file"))
 
 

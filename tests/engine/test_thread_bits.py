@@ -81,7 +81,7 @@ def test_a_request_has_the_same_bits_with_one_to_four_threads_and_where_they_cha
             pytest.skip("kernels not built: python -m engine.kernels.cpu.build")
         kernels = NativeKernels(kernels._module)
         if dtype == "bfloat16":
-            if path not in kernels._module.linear_paths():
+            if path not in kernels._module.linear_paths.split():
                 pytest.skip(f"this CPU has no linears by {path}")
             kernels.linear_path = path
         monkeypatch.setattr(engine.model.load, "load_kernels", lambda: kernels)

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from kvrouter.compiled_index import CompiledIndex, build_index
+from kvrouter.compiled_index import CompiledIndex
 from kvrouter.index import BlockIndex
+from kvrouter.index_library import INDEX
 from kvrouter.plain_index import PlainIndex
 
 
@@ -16,7 +17,7 @@ def plain(num_blocks=lambda _: 1000) -> BlockIndex:
 def compiled(num_blocks=lambda _: 1000) -> BlockIndex:
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
-    return CompiledIndex(build_index(), num_blocks)
+    return CompiledIndex(INDEX.build(), num_blocks)
 
 
 def swept(index: BlockIndex):

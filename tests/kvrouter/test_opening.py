@@ -1,4 +1,5 @@
-from kvrouter.compiled_index import CompiledIndex, index_library
+from kvrouter.compiled_index import CompiledIndex
+from kvrouter.index_library import INDEX
 from kvrouter.opening import open_index
 from kvrouter.plain_index import PlainIndex
 from tests.kvrouter.indexes import compiled
@@ -17,7 +18,7 @@ def test_where_nothing_was_built_python_serves_and_the_log_says_what_to_do(tmp_p
 
 def test_where_the_library_does_not_load_python_serves(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = index_library().path()
+    path = INDEX.path()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF, but no more")
     assert isinstance(open_index(lambda _: 1), PlainIndex)

@@ -22,13 +22,12 @@ from transport.checksum import (
     CopyWatch,
     PortableChecksum,
     checksum,
-    checksum_library,
     checksum_path,
-    compile_checksum,
     copy_all_checked,
     copy_checked,
     keys,
 )
+from transport.checksum_library import CHECKSUM
 from transport.compiled import BuildError, native_target
 from transport.protocol import Copy
 
@@ -84,7 +83,7 @@ def implementation(request, tmp_path_factory):
         return PortableChecksum()
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
-    return CompiledChecksum(compile_checksum(tmp_path_factory.mktemp("build"), request.param))
+    return CompiledChecksum(CHECKSUM.compile(tmp_path_factory.mktemp("build"), [request.param]))
 
 
 @pytest.fixture
@@ -366,7 +365,7 @@ def test_without_a_build_numpy_serves_and_one_log_line_says_so(tmp_path, monkeyp
 
 def test_a_broken_library_is_a_log_line_and_not_an_error(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = checksum_library().path()
+    path = CHECKSUM.path()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF, but no more")
     transport.checksum._implementation.cache_clear()
@@ -380,10 +379,10 @@ def test_a_broken_library_is_a_log_line_and_not_an_error(tmp_path, monkeypatch, 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_a_compiler_that_refuses_is_told_with_its_words(tmp_path):
     with pytest.raises(BuildError, match=r"the compiler refused: (?s:.*)no-such-machine"):
-        compile_checksum(tmp_path, "-march=no-such-machine")
+        CHECKSUM.compile(tmp_path, ["-march=no-such-machine"])
 
 
 def test_without_a_compiler_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match=r"c\+\+ is not on the PATH: install g\+\+"):
-        compile_checksum(tmp_path, native_target())
+        CHECKSUM.compile(tmp_path, [native_target()])

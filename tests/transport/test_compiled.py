@@ -2,53 +2,119 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from transport.compiled import BuildError, CompiledLibrary
+import transport.compiled
+from transport.compiled import BASELINES, BuildError, CompiledLibrary, baselines_of
+
+V3 = ["fpu", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"]
+V4 = [*V3, *["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]]
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "source.cpp"
-    source.write_text("int one = 1;")
-    return CompiledLibrary("one", (source,), ("-O3",))
+    monkeypatch.setattr(transport.compiled, "PREBUILT", tmp_path / "prebuilt")
+    source, header = tmp_path / "source.cpp", tmp_path / "number.h"
+    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }')
+    header.write_text("#define NUMBER 1")
+    return CompiledLibrary("number", (source, header), ("-O1",))
 
 
-def written(text: str):
-    """A compiler that writes `text`."""
-
-    def compile_into(directory):
-        path = directory / "made.so"
-        path.write_text(text)
-        return path
-
-    return compile_into
+def answer(path) -> int:
+    return ctypes.CDLL(str(path)).number()
 
 
+@needs_compiler
 def test_a_library_is_compiled_once(library):
-    assert not library.path().exists()
-    path = library.build(written("first"))
-    assert path == library.path()
-    assert library.build(written("second")).read_text() == "first"
+    assert library.found() is None
+    path = library.build()
+    assert path == library.path() == library.found()
+    written = path.stat().st_mtime_ns
+    assert library.build() == path
+    assert path.stat().st_mtime_ns == written
+    assert answer(path) == 1
 
 
-def test_other_sources_and_other_facts_are_another_library(library):
-    first = library.build(written("first"))
-    assert not replace(library, facts=("-O2",)).path().exists()
-    library.sources[0].write_text("int one = 2;")
-    assert not library.path().exists()
-    assert library.build(written("second")) != first
+@needs_compiler
+def test_other_sources_and_other_flags_are_another_library(library):
+    first = library.build()
+    assert not replace(library, flags=("-O2",)).path().exists()
+    library.sources[1].write_text("#define NUMBER 2")
+    assert library.found() is None
+    second = library.build()
+    assert second != first
+    assert (answer(first), answer(second)) == (1, 2)
 
 
+@needs_compiler
 def test_what_could_not_be_compiled_leaves_nothing_behind(library):
-    def refuse(directory):
-        (directory / "half").write_text("")
-        raise BuildError("no")
-
-    with pytest.raises(BuildError):
-        library.build(refuse)
-    assert not library.path().exists()
+    library.sources[0].write_text("no C++")
+    with pytest.raises(BuildError, match="the compiler refused"):
+        library.build()
+    assert library.found() is None
     assert list(library.path().parent.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "baselines"),
+    [
+        ("x86_64", [*V4, "avx512_bf16", "amx_tile"], ["avx512-bf16", "avx512", "avx2"]),
+        ("x86_64", V4, ["avx512", "avx2"]),
+        ("x86_64", [flag for flag in V4 if flag != "avx512vl"], ["avx2"]),
+        ("x86_64", V3, ["avx2"]),
+        ("x86_64", ["sse4_2", "avx"], []),
+        ("aarch64", ["asimd"], ["neon"]),
+        ("riscv64", [], []),
+    ],
+)
+def test_the_baselines_of_a_cpu_are_those_that_it_has_all_of_the_best_first(machine, flags, baselines):
+    assert baselines_of(machine, flags) == baselines
+
+
+def wheel_with(library: CompiledLibrary, *baselines: str) -> None:
+    for baseline in baselines:
+        library.prebuilt(baseline).parent.mkdir(parents=True)
+        library.prebuilt(baseline).write_text(baseline)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64's CPUs")
+@pytest.mark.parametrize(
+    ("flags", "baseline"), [([*V4, "avx512_bf16"], "avx512-bf16"), (V4, "avx512"), (V3, "avx2"), (["sse4_2"], None)]
+)
+def test_a_wheels_library_is_chosen_by_what_the_cpu_has(library, monkeypatch, flags, baseline):
+    wheel_with(library, *BASELINES["x86_64"])
+    monkeypatch.setattr(transport.compiled, "cpu_flags", lambda: flags)
+    found = library.found()
+    assert (None if found is None else found.read_text()) == baseline
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64's CPUs")
+def test_a_wheel_that_lacks_the_best_baseline_serves_with_the_next(library, monkeypatch):
+    wheel_with(library, "avx2")
+    monkeypatch.setattr(transport.compiled, "cpu_flags", lambda: V4)
+    assert library.found() == library.prebuilt("avx2")
+
+
+@needs_compiler
+def test_what_was_compiled_for_this_machine_comes_before_a_wheels(library):
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
+    library.build()
+    assert library.found() == library.path()
+
+
+@pytest.mark.skipif(
+    not baselines_of(platform.machine(), transport.compiled.cpu_flags()), reason="a wheel has none for it"
+)
+def test_a_wheels_library_of_other_sources_is_not_used(library):
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
+    assert library.found() is not None
+    library.sources[1].write_text("#define NUMBER 2")
+    assert library.found() is None

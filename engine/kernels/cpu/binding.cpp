@@ -1,17 +1,16 @@
-// Python's door to the kernels: checks shapes and types, hands out the work to torch's threads.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-#include <torch/csrc/utils/pybind.h>
+// Python's door to the kernels: checks shapes and types, hands out the work to the threads of torch's OpenMP.
+#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "arguments.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -19,19 +18,42 @@
 
 namespace {
 
-using at::Tensor;
+using kvray::Arguments;
 using kvray::bf16;
+using kvray::check;
+using kvray::Dtype;
+using kvray::refuse;
+using kvray::Tensor;
+using kvray::WithoutGil;
+
+// work(first, last) for parts of [begin, end) of at least `grain` items, on the whole team or, where that is not worth it,
+// on this thread.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& work) {
+  const int64_t count = end - begin;
+  if (count <= 0) return;
+  if (count <= grain || count == 1 || omp_in_parallel() || omp_get_max_threads() == 1) {
+    work(begin, end);
+    return;
+  }
+#pragma omp parallel
+  {
+    const int64_t num_threads = std::min<int64_t>(omp_get_num_threads(), (count + grain - 1) / grain);
+    const int64_t part = (count + num_threads - 1) / num_threads, first = begin + omp_get_thread_num() * part;
+    if (first < end) work(first, std::min(end, first + part));
+  }
+}
 
 // work(i) for i in [0, count), each on whichever thread is free: items may differ much in cost.
 template <typename F>
 void for_each(int64_t count, const F& work) {
-  const int64_t num_threads = std::min<int64_t>(count, at::get_num_threads());
-  if (num_threads <= 1 || at::in_parallel_region()) {
+  const int64_t num_threads = std::min<int64_t>(count, omp_get_max_threads());
+  if (num_threads <= 1 || omp_in_parallel()) {
     for (int64_t i = 0; i < count; i++) work(i);
     return;
   }
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) work(i);
   });
 }
@@ -39,24 +61,23 @@ void for_each(int64_t count, const F& work) {
 // Calls f with a null pointer of the element type.
 template <typename F>
 void by_dtype(const Tensor& tensor, const F& f) {
-  if (tensor.scalar_type() == at::kFloat)
+  if (tensor.dtype() == Dtype::kFloat)
     f(static_cast<float*>(nullptr));
-  else if (tensor.scalar_type() == at::kBFloat16)
+  else if (tensor.dtype() == Dtype::kBfloat16)
     f(static_cast<bf16*>(nullptr));
   else
-    TORCH_CHECK(false, "dtype is ", tensor.scalar_type(), ", want float32 or bfloat16");
+    refuse("dtype is ", dtype_name(tensor), ", want float32 or bfloat16");
 }
 
 template <typename T>
 T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+  return tensor.pointer<T>();
 }
 
 void check_rows(const Tensor& tensor, const Tensor& like, int64_t dims, const char* name) {
-  TORCH_CHECK(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, want ", dims);
-  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " is ", tensor.scalar_type(), ", want ",
-              like.scalar_type());
-  TORCH_CHECK(tensor.stride(-1) == 1 || tensor.size(-1) == 1, name, ": last dimension is not contiguous");
+  check(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, want ", dims);
+  check(tensor.dtype() == like.dtype(), name, " is ", dtype_name(tensor), ", want ", dtype_name(like));
+  check(tensor.stride(-1) == 1 || tensor.size(-1) == 1, name, ": last dimension is not contiguous");
 }
 
 // Views are [num_blocks, num_kv_heads, block_size, dim].
@@ -70,24 +91,42 @@ kvray::PagedKv<T> paged_kv(const Tensor& k_view, const Tensor& v_view) {
 }
 
 void check_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view,
-                     const std::optional<Tensor>& sinks) {
+                     const std::optional<Tensor>& sinks, const Tensor& out) {
   check_rows(query, query, 3, "query");
+  check_rows(out, query, 3, "out");
+  check(out.size(0) == query.size(0) && out.size(1) == query.size(1) && out.size(2) == v_view.size(3), "out is ",
+        shown(out), ", want [", query.size(0), ", ", query.size(1), ", ", v_view.size(3), "]");
   check_rows(k_view, query, 4, "k_view");
   check_rows(v_view, query, 4, "v_view");
-  TORCH_CHECK(query.size(2) == k_view.size(3), "query has head size ", query.size(2), ", keys ", k_view.size(3));
-  TORCH_CHECK(k_view.size(1) == v_view.size(1) && k_view.size(2) == v_view.size(2), "k_view and v_view differ");
-  TORCH_CHECK(query.size(1) % k_view.size(1) == 0, query.size(1), " heads over ", k_view.size(1), " KV heads");
-  TORCH_CHECK(k_view.size(3) <= kvray::kMaxDim, "head size ", k_view.size(3), ", want at most ", kvray::kMaxDim);
+  check(query.size(2) == k_view.size(3), "query has head size ", query.size(2), ", keys ", k_view.size(3));
+  check(k_view.size(1) == v_view.size(1) && k_view.size(2) == v_view.size(2), "k_view and v_view differ");
+  check(query.size(1) % k_view.size(1) == 0, query.size(1), " heads over ", k_view.size(1), " KV heads");
+  check(k_view.size(3) <= kvray::kMaxDim, "head size ", k_view.size(3), ", want at most ", kvray::kMaxDim);
   if (sinks)
-    TORCH_CHECK(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->numel() == query.size(1),
+    check(sinks->dtype() == Dtype::kFloat && sinks->is_contiguous() && sinks->numel() == query.size(1),
                 "sinks: want contiguous float32 [num_heads]");
 }
 
-kvray::Scores scores(double scaling, int64_t window, double softcap, const std::optional<Tensor>& sinks,
-                     int64_t chunk) {
-  return {static_cast<float>(scaling), static_cast<float>(softcap), static_cast<int>(window), static_cast<int>(chunk),
-          sinks ? sinks->const_data_ptr<float>() : nullptr};
-}
+// scaling, window, softcap, sinks, chunk
+struct ScoreArguments {
+  explicit ScoreArguments(Arguments& arguments)
+      : scaling(arguments.number()),
+        window(arguments.integer()),
+        softcap(arguments.number()),
+        sinks(arguments.tensor_or_none()),
+        chunk(arguments.integer()) {}
+
+  kvray::Scores scores() const {
+    return {static_cast<float>(scaling), static_cast<float>(softcap), static_cast<int>(window),
+            static_cast<int>(chunk), sinks ? pointer<const float>(*sinks) : nullptr};
+  }
+
+  double scaling;
+  int64_t window;
+  double softcap;
+  std::optional<Tensor> sinks;
+  int64_t chunk;
+};
 
 template <typename T>
 void scatter(const Tensor& rows, const Tensor& view, const int64_t* blocks, const int64_t* offsets, int64_t begin,
@@ -101,54 +140,62 @@ void scatter(const Tensor& rows, const Tensor& view, const int64_t* blocks, cons
                   from + t * rows.stride(0) + h * rows.stride(1), bytes);
 }
 
-void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_view, const Tensor& v_view,
-              const Tensor& block_ids, const Tensor& offsets) {
+// key, value, k_view, v_view, block_ids, offsets
+void write_kv(Arguments& arguments) {
+  const Tensor key = arguments.tensor(), value = arguments.tensor(), k_view = arguments.tensor(),
+               v_view = arguments.tensor(), block_ids = arguments.tensor(), offsets = arguments.tensor();
+  arguments.end();
   check_rows(key, k_view, 3, "key");
   check_rows(value, v_view, 3, "value");
-  TORCH_CHECK(block_ids.scalar_type() == at::kLong && offsets.scalar_type() == at::kLong &&
+  check(block_ids.dtype() == Dtype::kInt64 && offsets.dtype() == Dtype::kInt64 &&
                   block_ids.is_contiguous() && offsets.is_contiguous() && block_ids.numel() == key.size(0) &&
                   offsets.numel() == key.size(0),
               "block_ids and offsets: want contiguous int64 [", key.size(0), "]");
-  const auto *blocks = block_ids.const_data_ptr<int64_t>(), *rows = offsets.const_data_ptr<int64_t>();
+  const auto *blocks = pointer<const int64_t>(block_ids), *rows = pointer<const int64_t>(offsets);
+  const WithoutGil released;
   by_dtype(key, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    at::parallel_for(0, key.size(0), 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, key.size(0), 64, [&](int64_t begin, int64_t end) {
       scatter<T>(key, k_view, blocks, rows, begin, end);
       scatter<T>(value, v_view, blocks, rows, begin, end);
     });
   });
 }
 
-Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view, const Tensor& block_tables,
-                        const Tensor& slots, const Tensor& kv_lens, double scaling, int64_t window, double softcap,
-                        const std::optional<Tensor>& sinks, int64_t chunk) {
-  check_attention(query, k_view, v_view, sinks);
+// query, k_view, v_view, block_tables, slots, kv_lens, scaling, window, softcap, sinks, chunk, out
+void decode_attention(Arguments& arguments) {
+  const Tensor query = arguments.tensor(), k_view = arguments.tensor(), v_view = arguments.tensor(),
+               block_tables = arguments.tensor(), slots = arguments.tensor(), kv_lens = arguments.tensor();
+  const ScoreArguments how(arguments);
+  const Tensor out = arguments.tensor();
+  arguments.end();
+  check_attention(query, k_view, v_view, how.sinks, out);
   const int64_t num_rows = query.size(0), num_heads = query.size(1);
-  TORCH_CHECK(block_tables.scalar_type() == at::kInt && block_tables.dim() == 2 && block_tables.stride(1) == 1,
+  check(block_tables.dtype() == Dtype::kInt32 && block_tables.dim() == 2 && block_tables.stride(1) == 1,
               "block_tables: want int32 [num_slots, max_blocks]");
-  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.is_contiguous() && slots.numel() == num_rows,
+  check(slots.dtype() == Dtype::kInt64 && slots.is_contiguous() && slots.numel() == num_rows,
               "slots: want contiguous int64 [", num_rows, "]");
   for (int64_t row = 0; row < num_rows; row++) {
-    const int64_t slot = slots.const_data_ptr<int64_t>()[row];
-    TORCH_CHECK(slot >= 0 && slot < block_tables.size(0), "slot ", slot, ", want one of ", block_tables.size(0));
+    const int64_t slot = pointer<const int64_t>(slots)[row];
+    check(slot >= 0 && slot < block_tables.size(0), "slot ", slot, ", want one of ", block_tables.size(0));
   }
-  TORCH_CHECK(kv_lens.scalar_type() == at::kInt && kv_lens.is_contiguous() && kv_lens.numel() == num_rows,
+  check(kv_lens.dtype() == Dtype::kInt32 && kv_lens.is_contiguous() && kv_lens.numel() == num_rows,
               "kv_lens: want contiguous int32 [", num_rows, "]");
-  Tensor out = at::empty({num_rows, num_heads, v_view.size(3)}, query.options());
+  const WithoutGil released;
   by_dtype(query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     kvray::DecodeAttention<T> a{paged_kv<T>(k_view, v_view),
-                                scores(scaling, window, softcap, sinks, chunk),
+                                how.scores(),
                                 pointer<const T>(query),
                                 query.stride(0),
                                 query.stride(1),
                                 pointer<T>(out),
                                 out.stride(0),
                                 out.stride(1),
-                                block_tables.const_data_ptr<int32_t>(),
+                                pointer<const int32_t>(block_tables),
                                 block_tables.stride(0),
-                                slots.const_data_ptr<int64_t>(),
-                                kv_lens.const_data_ptr<int32_t>(),
+                                pointer<const int64_t>(slots),
+                                pointer<const int32_t>(kv_lens),
                                 static_cast<int>(num_heads)};
     struct Item {
       int row, kv_head, split;
@@ -171,7 +218,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor&
       kvray::decode_split<T>(a, item.row, item.kv_head, item.split, &sums[i * group * a.kv.v_dim], &maxima[i * group],
                              &weights[i * group]);
     });
-    at::parallel_for(0, num_rows * num_kv_heads, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_rows * num_kv_heads, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t first = starts[i];
         kvray::decode_merge<T>(a, static_cast<int>(i / num_kv_heads), static_cast<int>(i % num_kv_heads),
@@ -180,29 +227,34 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_view, const Tensor&
       }
     });
   });
-  return out;
 }
 
-Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor& v_view, const Tensor& block_table,
-                         int64_t kv_len, double scaling, int64_t window, double softcap,
-                         const std::optional<Tensor>& sinks, int64_t chunk, bool is_on_tiles) {
-  check_attention(query, k_view, v_view, sinks);
-  TORCH_CHECK(!is_on_tiles || kvray::may_use_tiles(), "prefill attention on tiles, which this process may not use");
+// query, k_view, v_view, block_table, kv_len, scaling, window, softcap, sinks, chunk, is_on_tiles, out
+void prefill_attention(Arguments& arguments) {
+  const Tensor query = arguments.tensor(), k_view = arguments.tensor(), v_view = arguments.tensor(),
+               block_table = arguments.tensor();
+  const int64_t kv_len = arguments.integer();
+  const ScoreArguments how(arguments);
+  const bool is_on_tiles = arguments.flag();
+  const Tensor out = arguments.tensor();
+  arguments.end();
+  check_attention(query, k_view, v_view, how.sinks, out);
+  check(!is_on_tiles || kvray::may_use_tiles(), "prefill attention on tiles, which this process may not use");
   const int64_t num_tokens = query.size(0), num_heads = query.size(1);
-  TORCH_CHECK(block_table.scalar_type() == at::kInt && block_table.is_contiguous() &&
+  check(block_table.dtype() == Dtype::kInt32 && block_table.is_contiguous() &&
                   block_table.numel() * k_view.size(2) >= kv_len,
               "block_table: want contiguous int32 covering ", kv_len, " tokens");
-  TORCH_CHECK(num_tokens <= kv_len, num_tokens, " rows, but only ", kv_len, " tokens");
-  Tensor out = at::empty({num_tokens, num_heads, v_view.size(3)}, query.options());
+  check(num_tokens <= kv_len, num_tokens, " rows, but only ", kv_len, " tokens");
+  const WithoutGil released;
   by_dtype(query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    kvray::PrefillAttention<T> a{paged_kv<T>(k_view, v_view), scores(scaling, window, softcap, sinks, chunk),
+    kvray::PrefillAttention<T> a{paged_kv<T>(k_view, v_view), how.scores(),
                                  pointer<const T>(query),     query.stride(0),
                                  query.stride(1),             pointer<T>(out),
                                  out.stride(0),               out.stride(1),
                                  static_cast<int>(num_heads), is_on_tiles};
     const kvray::Chunk part{0, static_cast<int>(num_tokens), static_cast<int>(kv_len),
-                            block_table.const_data_ptr<int32_t>()};
+                            pointer<const int32_t>(block_table)};
     const int tile = kvray::query_tile(a.group()), num_kv_heads = a.kv.num_kv_heads;
     const int num_tiles = (part.q_len + tile - 1) / tile;
     for_each(static_cast<int64_t>(num_tiles) * num_kv_heads, [&](int64_t i) {
@@ -210,92 +262,111 @@ Tensor prefill_attention(const Tensor& query, const Tensor& k_view, const Tensor
       kvray::prefill_tile<T>(a, part, static_cast<int>(i % num_kv_heads), first, std::min(tile, part.q_len - first));
     });
   });
-  return out;
 }
 
 // Rows that are worth a thread's while.
 int64_t grain(int64_t row_size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(row_size, 1)); }
 
 // With a residual, x becomes x + residual first.
-Tensor norm_rows(const Tensor* residual, const Tensor& x, const Tensor& weight, const kvray::NormStyle& style) {
+void norm_rows(const Tensor* residual, const Tensor& x, Arguments& arguments) {
+  const Tensor weight = arguments.tensor();
+  const float eps = static_cast<float>(arguments.number());
+  const bool adds_one = arguments.flag(), rounds_first = arguments.flag();
+  const Tensor out = arguments.tensor();
+  arguments.end();
+  const kvray::NormStyle style{eps, adds_one, rounds_first};
   const int64_t n = x.size(-1), num_rows = x.numel() / std::max<int64_t>(n, 1);
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.numel() == n &&
-                  weight.scalar_type() == x.scalar_type(),
-              "rms_norm: want contiguous rows and a weight [", n, "] of the same type");
+  check(x.is_contiguous() && weight.is_contiguous() && weight.numel() == n && weight.dtype() == x.dtype(),
+        "rms_norm: want contiguous rows and a weight [", n, "] of the same type");
+  check(out.is_contiguous() && out.numel() == x.numel() && out.dtype() == x.dtype(), "rms_norm: want out as x");
   if (residual)
-    TORCH_CHECK(residual->is_contiguous() && residual->sizes() == x.sizes() &&
-                    residual->scalar_type() == x.scalar_type(),
-                "add_rms_norm: want two contiguous tensors of one shape and type");
-  Tensor out = at::empty(x.sizes(), x.options());
+    check(residual->is_contiguous() && residual->has_shape_of(x) && residual->dtype() == x.dtype(),
+          "add_rms_norm: want two contiguous tensors of one shape and type");
+  const WithoutGil released;
   by_dtype(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T *rows = pointer<T>(x), *to = pointer<T>(out);
     const T *factor = pointer<const T>(weight), *from = residual ? pointer<const T>(*residual) : nullptr;
-    at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         if (from) kvray::add_row<T>(from + i * n, static_cast<int>(n), rows + i * n);
         kvray::rms_norm_row<T>(rows + i * n, factor, static_cast<int>(n), style, to + i * n);
       }
     });
   });
-  return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool adds_one, bool rounds_first) {
-  return norm_rows(nullptr, x, weight, {static_cast<float>(eps), adds_one, rounds_first});
+// x, weight, eps, adds_one, rounds_first, out
+void rms_norm(Arguments& arguments) {
+  const Tensor x = arguments.tensor();
+  norm_rows(nullptr, x, arguments);
 }
 
-Tensor add_rms_norm(const Tensor& residual, const Tensor& delta, const Tensor& weight, double eps, bool adds_one,
-                    bool rounds_first) {
-  return norm_rows(&residual, delta, weight, {static_cast<float>(eps), adds_one, rounds_first});
+// residual, delta, weight, eps, adds_one, rounds_first, out
+void add_rms_norm(Arguments& arguments) {
+  const Tensor residual = arguments.tensor(), delta = arguments.tensor();
+  norm_rows(&residual, delta, arguments);
 }
 
 kvray::Activation activation(bool is_gelu) {
   return is_gelu ? kvray::Activation::kGeluTanh : kvray::Activation::kSilu;
 }
 
-void gate(const Tensor& gate, const Tensor& up, bool is_gelu) {
-  TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.sizes() == up.sizes() &&
-                  gate.scalar_type() == up.scalar_type(),
+// gate, up, is_gelu
+void gate(Arguments& arguments) {
+  const Tensor gate = arguments.tensor(), up = arguments.tensor();
+  const bool is_gelu = arguments.flag();
+  arguments.end();
+  check(gate.is_contiguous() && up.is_contiguous() && gate.has_shape_of(up) && gate.dtype() == up.dtype(),
               "gate: want two contiguous tensors of one shape and type");
   const int64_t n = gate.size(-1), num_rows = gate.numel() / std::max<int64_t>(n, 1);
+  const WithoutGil released;
   by_dtype(gate, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* to = pointer<T>(gate);
     const T* from = pointer<const T>(up);
-    at::parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_rows, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kvray::gate_row<T>(to + i * n, from + i * n, static_cast<int>(n), activation(is_gelu));
     });
   });
 }
 
-void penalize(const Tensor& logits, const Tensor& counts, double repetition, double frequency, double presence,
-              const Tensor& out) {
-  TORCH_CHECK(logits.is_contiguous() && counts.is_contiguous() && out.is_contiguous() &&
-                  logits.scalar_type() == at::kFloat && out.scalar_type() == at::kFloat &&
-                  counts.scalar_type() == at::kInt && logits.numel() == counts.numel() &&
+// logits, counts, repetition, frequency, presence, out
+void penalize(Arguments& arguments) {
+  const Tensor logits = arguments.tensor(), counts = arguments.tensor();
+  const double repetition = arguments.number(), frequency = arguments.number(), presence = arguments.number();
+  const Tensor out = arguments.tensor();
+  arguments.end();
+  check(logits.is_contiguous() && counts.is_contiguous() && out.is_contiguous() &&
+                  logits.dtype() == Dtype::kFloat && out.dtype() == Dtype::kFloat &&
+                  counts.dtype() == Dtype::kInt32 && logits.numel() == counts.numel() &&
                   out.numel() == counts.numel(),
               "penalize: want contiguous float32 rows and int32 counts of one size");
   const kvray::Penalties penalties{static_cast<float>(repetition), static_cast<float>(frequency),
                                    static_cast<float>(presence)};
+  const WithoutGil released;
   kvray::penalize_row(pointer<const float>(logits), pointer<const int32_t>(counts), counts.numel(), penalties,
                       pointer<float>(out));
 }
 
-void rotate(const Tensor& rows, const Tensor& cosine, const Tensor& sine) {
+// rows, cosine, sine
+void rotate(Arguments& arguments) {
+  const Tensor rows = arguments.tensor(), cosine = arguments.tensor(), sine = arguments.tensor();
+  arguments.end();
   check_rows(rows, rows, 3, "rows");
   const int64_t num_tokens = rows.size(0), rotary = cosine.size(-1);
-  TORCH_CHECK(cosine.is_contiguous() && sine.is_contiguous() && cosine.sizes() == sine.sizes() &&
-                  cosine.numel() == num_tokens * rotary && cosine.scalar_type() == rows.scalar_type() &&
-                  sine.scalar_type() == rows.scalar_type() && rotary % 2 == 0 && rotary <= rows.size(2),
+  check(cosine.is_contiguous() && sine.is_contiguous() && cosine.has_shape_of(sine) &&
+                  cosine.numel() == num_tokens * rotary && cosine.dtype() == rows.dtype() &&
+                  sine.dtype() == rows.dtype() && rotary % 2 == 0 && rotary <= rows.size(2),
               "rotate: want contiguous cosine and sine [", num_tokens, ", even, at most ", rows.size(2),
               "] of the rows' type");
+  const WithoutGil released;
   by_dtype(rows, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* to = pointer<T>(rows);
     const T *c = pointer<const T>(cosine), *s = pointer<const T>(sine);
-    at::parallel_for(0, num_tokens, grain(rows.size(1) * rotary), [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_tokens, grain(rows.size(1) * rotary), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++)
         kvray::rotate_row<T>(to + t * rows.stride(0), rows.stride(1), static_cast<int>(rows.size(1)), c + t * rotary,
                              s + t * rotary, static_cast<int>(rotary));
@@ -306,7 +377,7 @@ void rotate(const Tensor& rows, const Tensor& cosine, const Tensor& sine) {
 kvray::LinearPath linear_path(const std::string& name) {
   if (name == "tiles" && kvray::may_use_tiles()) return kvray::LinearPath::kTiles;
   if (name == "dot" && kvray::kHasBf16Dot) return kvray::LinearPath::kDot;
-  TORCH_CHECK(name == "fma", "linear path is ", name, ", want one of linear_paths()");
+  check(name == "fma", "linear path is ", name, ", want one of linear_paths()");
   return kvray::LinearPath::kFma;
 }
 
@@ -321,36 +392,56 @@ std::vector<std::string> linear_paths() {
 
 int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-// weights [num_groups, width, depth] to words [num_groups, blocks, panels, kPanelWords].
-Tensor pack_weights(const Tensor& weights, const std::string& path_name) {
-  const kvray::LinearPath path = linear_path(path_name);
-  TORCH_CHECK(weights.scalar_type() == at::kBFloat16 && weights.dim() == 3 && weights.is_contiguous(),
-              "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
+int64_t num_blocks(int64_t width) { return ceil_div(width, kvray::kBlockColumns); }
+int64_t num_panels(int64_t depth) { return ceil_div(depth, kvray::kPanelDepth); }
+
+void check_words(const Tensor& words, int64_t groups, int64_t blocks, int64_t panels) {
+  check(words.dtype() == Dtype::kInt32 && words.is_contiguous() && words.dim() == 4 && words.size(0) == groups &&
+            words.size(1) == blocks && words.size(2) == panels && words.size(3) == kvray::kPanelWords,
+        "weights packed as ", shown(words), ", want int32 [", groups, ", ", blocks, ", ", panels, ", ",
+        kvray::kPanelWords, "]");
+}
+
+// weights [num_groups, width, depth], path, out: words [num_groups, blocks, panels, kPanelWords]
+void pack_weights(Arguments& arguments) {
+  const Tensor weights = arguments.tensor();
+  const kvray::LinearPath path = linear_path(arguments.text());
+  const Tensor words = arguments.tensor();
+  arguments.end();
+  check(weights.dtype() == Dtype::kBfloat16 && weights.dim() == 3 && weights.is_contiguous(),
+        "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
   const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
-  const int64_t blocks = ceil_div(width, kvray::kBlockColumns), panels = ceil_div(depth, kvray::kPanelDepth);
-  Tensor words = at::empty({groups, blocks, panels, kvray::kPanelWords}, weights.options().dtype(at::kInt));
+  const int64_t blocks = num_blocks(width), panels = num_panels(depth);
+  check_words(words, groups, blocks, panels);
   const auto* from = pointer<const bf16>(weights);
-  auto* to = static_cast<uint32_t*>(words.data_ptr());
+  auto* to = pointer<uint32_t>(words);
+  const WithoutGil released;
   for_each(groups * blocks, [&](int64_t i) {
     const int64_t group = i / blocks;
     kvray::pack_weights(path, from + group * width * depth, width, depth, i % blocks,
                         to + group * blocks * panels * kvray::kPanelWords);
   });
-  return words;
 }
 
-Tensor unpack_weights(const Tensor& words, int64_t width, int64_t depth, const std::string& path_name) {
-  const kvray::LinearPath path = linear_path(path_name);
-  const int64_t groups = words.size(0), blocks = words.size(1), panels = words.size(2);
-  Tensor weights = at::empty({groups, width, depth}, words.options().dtype(at::kBFloat16));
-  const auto* from = static_cast<const uint32_t*>(words.const_data_ptr());
+// words, path, out: weights [num_groups, width, depth]
+void unpack_weights(Arguments& arguments) {
+  const Tensor words = arguments.tensor();
+  const kvray::LinearPath path = linear_path(arguments.text());
+  const Tensor weights = arguments.tensor();
+  arguments.end();
+  check(weights.dtype() == Dtype::kBfloat16 && weights.dim() == 3 && weights.is_contiguous(),
+        "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
+  const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
+  const int64_t blocks = num_blocks(width), panels = num_panels(depth);
+  check_words(words, groups, blocks, panels);
+  const auto* from = pointer<const uint32_t>(words);
   auto* to = pointer<bf16>(weights);
+  const WithoutGil released;
   for_each(groups * blocks, [&](int64_t i) {
     const int64_t group = i / blocks;
     kvray::unpack_weights(path, from + group * blocks * panels * kvray::kPanelWords, width, depth, i % blocks,
                           to + group * width * depth);
   });
-  return weights;
 }
 
 // Memory of the calling thread, aligned to a page, kept between calls.
@@ -361,29 +452,33 @@ char* scratch(size_t bytes) {
   return memory.data() + (kPage - reinterpret_cast<uintptr_t>(memory.data()) % kPage);
 }
 
-// y = x w' + bias, group g for the next counts[g] rows of x; y [num_rows, width]. Gated: two layers make one result.
-Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>& bias, int64_t width,
-              const std::vector<int64_t>& counts, const std::string& path_name, std::optional<bool> is_gelu) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
-              "x: want bfloat16 [num_rows, in_features]");
-  const int64_t num_rows = x.size(0), depth = x.size(1), groups = static_cast<int64_t>(counts.size());
-  const int64_t layers = is_gelu ? 2 : 1, panels = ceil_div(depth, kvray::kPanelDepth),
-                blocks = layers * ceil_div(width, kvray::kBlockColumns);
-  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 4 &&
-                  words.size(0) == groups && words.size(1) == blocks && words.size(2) == panels &&
-                  words.size(3) == kvray::kPanelWords,
-              "weights packed as ", words.sizes(), ", want [", groups, ", ", blocks, ", ", panels, ", ",
-              kvray::kPanelWords, "]");
-  TORCH_CHECK(std::accumulate(counts.begin(), counts.end(), int64_t{0}) == num_rows &&
-                  std::all_of(counts.begin(), counts.end(), [](int64_t count) { return count >= 0; }),
-              "counts: want ", num_rows, " in all");
+// x, words, bias, counts, path, is_gelu, y. y = x w' + bias, group g for the next counts[g] rows of x;
+// y [num_rows, width]. Gated: two layers make one result.
+void linear(Arguments& arguments) {
+  const Tensor x = arguments.tensor(), words = arguments.tensor();
+  const std::optional<Tensor> bias = arguments.tensor_or_none();
+  const std::vector<int64_t> counts = arguments.integers();
+  const kvray::LinearPath path = linear_path(arguments.text());
+  const std::optional<bool> is_gelu = arguments.flag_or_none();
+  const Tensor y = arguments.tensor();
+  arguments.end();
+  check(x.dtype() == Dtype::kBfloat16 && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
+        "x: want bfloat16 [num_rows, in_features]");
+  check(y.dtype() == Dtype::kBfloat16 && y.dim() == 2 && y.is_contiguous() && y.size(0) == x.size(0),
+        "y: want contiguous bfloat16 [", x.size(0), ", out_features]");
+  const int64_t num_rows = x.size(0), depth = x.size(1), width = y.size(1),
+                groups = static_cast<int64_t>(counts.size());
+  const int64_t layers = is_gelu ? 2 : 1, panels = num_panels(depth), blocks = layers * num_blocks(width);
+  check_words(words, groups, blocks, panels);
+  check(std::accumulate(counts.begin(), counts.end(), int64_t{0}) == num_rows &&
+            std::all_of(counts.begin(), counts.end(), [](int64_t count) { return count >= 0; }),
+        "counts: want ", num_rows, " in all");
   if (bias)
-    TORCH_CHECK(bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
-                    bias->numel() == groups * layers * width,
-                "bias: want contiguous bfloat16 [", groups, ", ", layers * width, "]");
-  Tensor y = at::empty({num_rows, width}, x.options());
+    check(bias->dtype() == Dtype::kBfloat16 && bias->is_contiguous() && bias->numel() == groups * layers * width,
+          "bias: want contiguous bfloat16 [", groups, ", ", layers * width, "]");
+  const WithoutGil released;
   kvray::Linear job{};
-  job.path = linear_path(path_name);
+  job.path = path;
   job.x_row = x.stride(0);
   job.width = width;
   job.depth = depth;
@@ -408,7 +503,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>&
       part.job.packed_rows = memory;
       memory += part.job.num_units * part.job.unit_bytes;
     }
-    at::parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const Part& part = part_of(i, &Part::first_unit);
         kvray::pack_row_unit(part.job, i - part.first_unit);
@@ -425,7 +520,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>&
   const int64_t pass = kvray::rows_per_pass(job.path, depth);
   int64_t row = 0;
   for (int64_t group = 0; group < groups; group++) {
-    job.weights = static_cast<const uint32_t*>(words.const_data_ptr()) + group * blocks * panels * kvray::kPanelWords;
+    job.weights = pointer<const uint32_t>(words) + group * blocks * panels * kvray::kPanelWords;
     job.bias = bias ? pointer<const bf16>(*bias) + group * layers * width : nullptr;
     for (const int64_t end = row + counts[group]; row < end; row += job.num_rows) {
       job.x = pointer<const bf16>(x) + row * x.stride(0);
@@ -440,39 +535,72 @@ Tensor linear(const Tensor& x, const Tensor& words, const std::optional<Tensor>&
     }
   }
   if (!parts.empty()) multiply();
-  return y;
 }
 
-Tensor linear_by_definition(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.is_contiguous() &&
-                  weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.is_contiguous() &&
-                  weight.size(1) == x.size(1),
-              "want contiguous bfloat16 x [num_rows, in_features] and weight [out_features, in_features]");
-  Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+// x, weight, bias, y
+void linear_by_definition(Arguments& arguments) {
+  const Tensor x = arguments.tensor(), weight = arguments.tensor();
+  const std::optional<Tensor> bias = arguments.tensor_or_none();
+  const Tensor y = arguments.tensor();
+  arguments.end();
+  check(x.dtype() == Dtype::kBfloat16 && x.dim() == 2 && x.is_contiguous() && weight.dtype() == Dtype::kBfloat16 &&
+            weight.dim() == 2 && weight.is_contiguous() && weight.size(1) == x.size(1) &&
+            y.dtype() == Dtype::kBfloat16 && y.dim() == 2 && y.is_contiguous() && y.size(0) == x.size(0) &&
+            y.size(1) == weight.size(0),
+        "want contiguous bfloat16 x [num_rows, in_features], weight [out_features, in_features] and y");
   kvray::linear_by_definition(pointer<const bf16>(x), pointer<const bf16>(weight),
                               bias ? pointer<const bf16>(*bias) : nullptr, x.size(0), weight.size(0), x.size(1),
                               pointer<bf16>(y));
-  return y;
 }
+
+template <void (*F)(Arguments&)>
+PyMethodDef method(const char* name) {
+  // Python calls it by the flag's signature, whatever the field's type is
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&kvray::called<F>)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {
+    method<&write_kv>("write_kv"),
+    method<&decode_attention>("decode_attention"),
+    method<&prefill_attention>("prefill_attention"),
+    method<&rms_norm>("rms_norm"),
+    method<&add_rms_norm>("add_rms_norm"),
+    method<&gate>("gate"),
+    method<&penalize>("penalize"),
+    method<&rotate>("rotate"),
+    method<&pack_weights>("pack_weights"),
+    method<&unpack_weights>("unpack_weights"),
+    method<&linear>("linear"),
+    method<&linear_by_definition>("linear_by_definition"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "kvray_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg, pybind11::call_guard, pybind11::gil_scoped_release;
-  m.def("write_kv", &write_kv, call_guard<gil_scoped_release>());
-  m.def("decode_attention", &decode_attention, call_guard<gil_scoped_release>());
-  m.def("prefill_attention", &prefill_attention, call_guard<gil_scoped_release>());
-  m.def("rms_norm", &rms_norm, call_guard<gil_scoped_release>());
-  m.def("add_rms_norm", &add_rms_norm, call_guard<gil_scoped_release>());
-  m.def("gate", &gate, call_guard<gil_scoped_release>());
-  m.def("penalize", &penalize, call_guard<gil_scoped_release>());
-  m.def("rotate", &rotate, call_guard<gil_scoped_release>());
-  m.def("linear_paths", &linear_paths);
-  m.def("pack_weights", &pack_weights, call_guard<gil_scoped_release>());
-  m.def("unpack_weights", &unpack_weights, call_guard<gil_scoped_release>());
-  m.def("linear", &linear, arg("x"), arg("words"), arg("bias"), arg("width"), arg("counts"), arg("path"),
-        arg("is_gelu") = std::nullopt, call_guard<gil_scoped_release>());
-  m.def("linear_by_definition", &linear_by_definition, call_guard<gil_scoped_release>());
-  m.attr("vector_floats") = kvray::W;
-  m.attr("has_bf16_dot") = kvray::kHasBf16Dot;
+PyMODINIT_FUNC PyInit_kvray_kernels() {
+  try {
+    kvray::torch_tensors.find();
+  } catch (const kvray::PythonError&) {
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
+  PyObject* module = PyModule_Create(&definition);
+  if (!module) return nullptr;
+  std::string paths;
+  for (const std::string& name : linear_paths()) paths += (paths.empty() ? "" : " ") + name;
+  const bool is_whole = !PyModule_AddIntConstant(module, "vector_floats", kvray::W) &&
+                        !PyModule_AddIntConstant(module, "panel_words", kvray::kPanelWords) &&
+                        !PyModule_AddIntConstant(module, "panel_depth", kvray::kPanelDepth) &&
+                        !PyModule_AddIntConstant(module, "block_columns", kvray::kBlockColumns) &&
+                        !PyModule_AddObjectRef(module, "has_bf16_dot", kvray::kHasBf16Dot ? Py_True : Py_False) &&
+                        !PyModule_AddStringConstant(module, "linear_paths", paths.c_str());
+  if (!is_whole) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -7,13 +7,15 @@ into chunks, on what of it was reused, or on the number of threads.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from engine.kernels.cpu.build import import_library, kernel_library
+from engine.kernels.cpu.library import KERNELS
 from engine.kernels.protocol import AttentionOptions, LayerUse
 from messages.request import SamplingParams
 
@@ -66,9 +68,8 @@ class NativeKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.decode_attention`: split every 512 keys; a group's heads share what is read."""
-        out: torch.Tensor = self._module.decode_attention(
-            query, k_view, v_view, block_tables, slots, kv_lens, *_plain(options)
-        )
+        out = torch.empty((query.size(0), query.size(1), v_view.size(3)), dtype=query.dtype)
+        self._module.decode_attention(query, k_view, v_view, block_tables, slots, kv_lens, *_plain(options), out)
         return out
 
     def prefill_attention(
@@ -81,19 +82,20 @@ class NativeKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
-        out: torch.Tensor = self._module.prefill_attention(
-            query, k_view, v_view, block_table, kv_len, *_plain(options), self._is_on_tiles
+        out = torch.empty((query.size(0), query.size(1), v_view.size(3)), dtype=query.dtype)
+        self._module.prefill_attention(
+            query, k_view, v_view, block_table, kv_len, *_plain(options), self._is_on_tiles, out
         )
         return out
 
     def pack_weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Pack `weights [num_groups, out_features, in_features]` bfloat16 for `linear`; valid in this process only."""
-        words: torch.Tensor = self._module.pack_weights(weights.contiguous(), self.linear_path)
-        return words
+        return pack_weights(self._module, weights.contiguous(), str(self.linear_path))
 
     def unpack_weights(self, words: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
         """Return what `pack_weights` was given."""
-        weights: torch.Tensor = self._module.unpack_weights(words, out_features, in_features, self.linear_path)
+        weights = torch.empty((len(words), out_features, in_features), dtype=torch.bfloat16)
+        self._module.unpack_weights(words, self.linear_path, weights)
         return weights
 
     def linear(
@@ -122,8 +124,9 @@ class NativeKernels:
         Returns:
             `[num_rows, out_features]`.
         """
-        counts = [len(x)] if counts is None else counts
-        out: torch.Tensor = self._module.linear(x, words, bias, out_features, counts, self.linear_path, is_gelu)
+        out = torch.empty((len(x), out_features), dtype=torch.bfloat16)
+        counts = [len(x)] if counts is None else list(counts)
+        self._module.linear(x, words, bias, counts, self.linear_path, is_gelu, out)
         return out
 
     def rms_norm(
@@ -138,7 +141,8 @@ class NativeKernels:
             adds_one: the factor is `1 + weight`.
             rounds_first: round to x's dtype before the weight; otherwise the whole product is float32.
         """
-        out: torch.Tensor = self._module.rms_norm(x, weight, eps, adds_one, rounds_first)
+        out = torch.empty_like(x)
+        self._module.rms_norm(x, weight, eps, adds_one, rounds_first, out)
         return out
 
     def add_rms_norm(
@@ -152,7 +156,8 @@ class NativeKernels:
         rounds_first: bool,
     ) -> torch.Tensor:
         """Compute `rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
-        out: torch.Tensor = self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first)
+        out = torch.empty_like(delta)
+        self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first, out)
         return out
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
@@ -192,7 +197,7 @@ def _plain(options: AttentionOptions) -> tuple[float, int, float, torch.Tensor |
 def _choose_linear_path(module: ModuleType) -> str | None:
     """Choose the fastest path for bfloat16 linears whose bits are those of the definition; takes some milliseconds."""
     generator = torch.Generator().manual_seed(0)
-    for path in module.linear_paths():
+    for path in module.linear_paths.split():
         if all(_is_as_defined(module, path, depth, generator) for depth in (96, 100)):
             return str(path)
         _log.warning("linears by %r give other bits here than they should: not used", path)
@@ -207,29 +212,51 @@ def _is_as_defined(module: ModuleType, path: str, depth: int, generator: torch.G
     weight = torch.cat([half, half], 1).bfloat16()
     bias = (torch.randn(40, generator=generator) * 1e-6).bfloat16()
     rows[:2, :3] = torch.tensor([[float("inf"), float("nan"), 1.0], [1e-39, 1e-39, 1e38]])  # 1e-39 is subnormal
-    wanted = module.linear_by_definition(rows, weight, bias)
-    words = module.pack_weights(weight[None], path)
-    return all(
-        torch.equal(
-            module.linear(rows[:count], words, bias, len(weight), [count], path).view(torch.int16),
-            wanted[:count].view(torch.int16),
-        )
-        for count in (1, 3, 16, len(rows))
-    )
+    wanted, got = torch.empty(2, len(rows), len(weight), dtype=torch.bfloat16)
+    module.linear_by_definition(rows, weight, bias, wanted)
+    words = pack_weights(module, weight[None], path)
+    for count in (1, 3, 16, len(rows)):
+        module.linear(rows[:count], words, bias, [count], path, None, got[:count])
+        if not torch.equal(got[:count].view(torch.int16), wanted[:count].view(torch.int16)):
+            return False
+    return True
+
+
+def pack_weights(module: ModuleType, weights: torch.Tensor, path: str) -> torch.Tensor:
+    """Pack `weights [num_groups, out_features, in_features]` bfloat16, contiguous, for the linears of `path`."""
+    groups, width, depth = weights.shape
+    blocks, panels = -(-width // module.block_columns), -(-depth // module.panel_depth)
+    words = torch.empty((groups, blocks, panels, module.panel_words), dtype=torch.int32)
+    module.pack_weights(weights, path, words)
+    return words
+
+
+def import_library(path: Path) -> ModuleType:
+    """Import a built library.
+
+    Raises:
+        ImportError: it does not load.
+    """
+    spec = importlib.util.spec_from_file_location(KERNELS.name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache
 def load_kernels() -> NativeKernels | None:
-    """Load the kernels built for this machine by `python -m engine.kernels.cpu.build`.
+    """Load the kernels that were built for this machine by `python -m engine.kernels.cpu.build`, or came in a wheel.
 
     Never compiles. None, with one log line saying why, where they were not built or do not load.
     """
-    path = kernel_library().path()
-    if not path.exists():
+    path = KERNELS.found()
+    if path is None:
         _log.warning("kernels not built, using torch's operators (build them: python -m engine.kernels.cpu.build)")
         return None
     try:
         return NativeKernels(import_library(path))
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         _log.warning("kernels do not load, using torch's operators: %s", error)
         return None

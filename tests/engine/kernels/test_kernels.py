@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels.cpu.build import kernel_library
+from engine.kernels.cpu.library import KERNELS
 from engine.kernels.cpu.native import MAX_HEAD_SIZE, load_kernels
 from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
 from engine.kernels.reference import TORCH_KERNELS
@@ -315,7 +315,7 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_seen(kernels):
         kernels.decode_attention(row, case.k, case.v, tables[0], tables[1] + 1, tables[2], 5, PLAIN)
     with pytest.raises(RuntimeError, match="covering 600 tokens"):
         kernels.prefill_attention(case.query, case.k, case.v, case.table[:3], 600, PLAIN)
-    with pytest.raises(RuntimeError, match="want Float"):
+    with pytest.raises(RuntimeError, match="k_view is float16, want float32"):
         kernels.decode_attention(row, case.k.half(), case.v, *tables, 5, PLAIN)
 
 
@@ -349,11 +349,12 @@ def test_without_a_build_there_are_no_kernels_and_one_log_line(tmp_path, monkeyp
 def test_the_twins_for_lesser_machines_pass_all_of_the_above(kernels, tmp_path, target, vector_floats):
     script = f"""
 import pathlib, sys
-from engine.kernels.cpu.build import compile_library, import_library, kernel_library
+from engine.kernels.cpu.library import KERNELS
+from engine.kernels.cpu.native import import_library
 work = pathlib.Path({str(tmp_path)!r})
-kernel_library().path().parent.mkdir(parents=True)
-compile_library(work, "-march={target}").rename(kernel_library().path())
-assert import_library(kernel_library().path()).vector_floats == {vector_floats}
+KERNELS.path().parent.mkdir(parents=True)
+KERNELS.compile(work, ["-march={target}"]).rename(KERNELS.path())
+assert import_library(KERNELS.path()).vector_floats == {vector_floats}
 """
     root = Path(__file__).parents[3]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(root)}
@@ -366,8 +367,8 @@ assert import_library(kernel_library().path()).vector_floats == {vector_floats}
 
 def test_a_broken_library_is_a_log_line_and_not_an_error(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel_library().path().parent.mkdir(parents=True)
-    kernel_library().path().write_bytes(b"\x7fELF, but no more")
+    KERNELS.path().parent.mkdir(parents=True)
+    KERNELS.path().write_bytes(b"\x7fELF, but no more")
     load_kernels.cache_clear()
     try:
         assert load_kernels() is None
