@@ -35,7 +35,7 @@ chaos: $(VENV)/.testing kernels ## ten minutes of random faults under eight clie
 test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## agents of other people's libraries against a real server (needs npm; ARGS="--format qwen3_xml")
+compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## other people's clients against a real server, and docs/COMPATIBILITY.md (needs npm; ARGS="--client litellm")
 	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environment $(COMPAT) $(ARGS)
 
 check: $(VENV)/.testing ## format, lint, types, layers, spelling

@@ -1,0 +1,58 @@
+"""pydantic-ai's agents over its chat and its responses model."""
+
+import os
+
+import pydantic
+import pydantic_ai
+import pytest
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+ASKED = "Who is it?"
+
+
+class Person(pydantic.BaseModel):
+    """A person."""
+
+    name: str
+    kind: str
+
+
+def agent(kind=OpenAIChatModel, output=str, **settings):
+    model = kind("guessing", provider=OpenAIProvider(base_url=os.environ["KVRAY_URL"], api_key="unused"))
+    return pydantic_ai.Agent(model, output_type=output, retries=0, model_settings={"max_tokens": 2000} | settings)
+
+
+def test_chat():
+    reply = agent(temperature=0.0, max_tokens=20).run_sync(ASKED)
+    assert reply.output
+    assert reply.usage.output_tokens == 20
+
+
+def test_stream():
+    streamed = agent(temperature=0.0, max_tokens=20).run_stream_sync(ASKED)
+    assert "".join(streamed.stream_text(delta=True))
+
+
+def test_tools():
+    assert isinstance(agent(output=pydantic_ai.ToolOutput(Person)).run_sync(ASKED).output, Person)
+
+
+def test_tool_stream():
+    streamed = agent(output=pydantic_ai.ToolOutput(Person)).run_stream_sync(ASKED)
+    assert isinstance(streamed.get_output(), Person)
+
+
+def test_structured_output():
+    assert isinstance(agent(output=pydantic_ai.NativeOutput(Person)).run_sync(ASKED).output, Person)
+
+
+def test_responses():
+    reply = agent(OpenAIResponsesModel, pydantic_ai.NativeOutput(Person)).run_sync(ASKED)
+    assert isinstance(reply.output, Person)
+
+
+def test_too_long():
+    with pytest.raises(pydantic_ai.exceptions.ModelHTTPError, match="maximum context length") as caught:
+        agent().run_sync("word " * 20_000)
+    assert caught.value.status_code == 400
