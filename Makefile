@@ -36,7 +36,7 @@ test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each k
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## other people's clients against a real server, and docs/COMPATIBILITY.md (needs npm; ARGS="--client litellm")
-	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environment $(COMPAT) $(ARGS)
+	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environments $(COMPAT) $(ARGS)
 
 check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
@@ -61,9 +61,11 @@ kernels: $(VENV)/.serving ## build the C++ kernels, checksum and block index for
 	else echo "no C++ compiler: plain torch kernels, numpy checksums and a block index in Python will be used"; fi
 
 # Nothing of it is ever installed beside kvray itself.
-$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/package.json
-	$(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/instructor.txt tests/compat/package.json
+	$(PYTHON) -m venv $(COMPAT)/python
+	$(COMPAT)/python/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+	$(PYTHON) -m venv $(COMPAT)/instructor
+	$(COMPAT)/instructor/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/instructor.txt
 	cp tests/compat/package.json $(COMPAT)
 	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
 	@touch $@

@@ -57,8 +57,14 @@ class Client:
 
     name: str
     package: str  #: whose version is told
-    suite: str = ""  #: its tests, below clients/
+    suite: str  #: its tests, below clients/
     agents: tuple[tuple[str, ...], ...] = ()  #: scripts with their first arguments, below clients/
+    environment: str = "python"  #: where Python's packages are: some want others' older releases
+
+    @property
+    def is_node(self) -> bool:
+        """Whether it is a package of Node's."""
+        return self.suite.endswith(".mjs")
 
 
 CLIENTS = (
@@ -67,7 +73,7 @@ CLIENTS = (
     Client("LangChain", "langchain-openai", "langchain_client.py", (("langchain_agent.py",),)),
     Client("litellm", "litellm", "litellm_client.py"),
     Client("llama-index", "llama-index-llms-openai-like", "llama_index_client.py"),
-    Client("instructor", "instructor", "instructor_client.py"),
+    Client("instructor", "instructor", "instructor_client.py", environment="instructor"),
     Client("pydantic-ai", "pydantic-ai-slim", "pydantic_ai_client.py"),
     Client(
         "openai-agents",
@@ -79,19 +85,19 @@ CLIENTS = (
 )
 
 
-def versions(environment: Path) -> dict[tuple[str, bool], str]:
-    """The versions of what is installed, by package and whether it is Node's."""
-    listed = [environment / "bin" / "python", "-m", "pip", "list", "--format", "json"]
-    found = {(one["name"], False): one["version"] for one in json.loads(subprocess.check_output(listed))}
-    packages = json.loads(subprocess.check_output(["npm", "ls", "--json", "--depth", "0", "--prefix", environment]))
-    return found | {(name, True): one["version"] for name, one in packages["dependencies"].items()}
+def version(client: Client, environments: Path) -> str:
+    """The release of a client that is installed."""
+    if client.is_node:
+        return str(json.loads((environments / "node_modules" / client.package / "package.json").read_text())["version"])
+    code = f"import importlib.metadata; print(importlib.metadata.version({client.package!r}))"
+    return subprocess.check_output([environments / client.environment / "bin" / "python", "-c", code], text=True).strip()
 
 
-def command_of(environment: Path, script: str) -> list[str]:
+def command_of(client: Client, environments: Path, script: str) -> list[str]:
     """The command that runs a script of clients/."""
-    if script.endswith(".mjs"):  # node looks for packages beside the script
-        return ["node", str(environment / script)]
-    return [str(environment / "bin" / "python"), str(HERE / "clients" / script)]
+    if client.is_node:  # node looks for packages beside the script
+        return ["node", str(environments / script)]
+    return [str(environments / client.environment / "bin" / "python"), str(HERE / "clients" / script)]
 
 
 def complaint(command: list[str]) -> str | None:
@@ -106,7 +112,7 @@ def complaint(command: list[str]) -> str | None:
     return None if found == wanted else f"saw {found}, wanted {wanted}"
 
 
-def run_agents(clients: tuple[Client, ...], environment: Path, kind: str, note: Callable[[Client, Ran], None]) -> None:
+def run_agents(clients: tuple[Client, ...], environments: Path, kind: str, note: Callable[[Client, Ran], None]) -> None:
     """Run each agent, whole and streamed, with a model that writes calls in the format of `kind`."""
     with tempfile.TemporaryDirectory() as directory:
         template = TEMPLATES[kind]
@@ -116,11 +122,11 @@ def run_agents(clients: tuple[Client, ...], environment: Path, kind: str, note: 
             for client in clients:
                 for script, *first in client.agents:
                     for mode in ("whole", "stream"):
-                        command = [*command_of(environment, script), *first, f"{served.url}/v1", "scripted", mode]
+                        command = [*command_of(client, environments, script), *first, f"{served.url}/v1", "scripted", mode]
                         note(client, Ran("agent loop", " ".join([kind, *first, mode]), complaint(command) or "ok"))
 
 
-def run_suites(clients: tuple[Client, ...], environment: Path, note: Callable[[Client, Ran], None]) -> None:
+def run_suites(clients: tuple[Client, ...], environments: Path, note: Callable[[Client, Ran], None]) -> None:
     """Run each client's tests with a model that guesses."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -128,20 +134,20 @@ def run_suites(clients: tuple[Client, ...], environment: Path, note: Callable[[C
         options = ["--dtype", "float32", "--max-model-len", MAX_MODEL_LEN]
         with serving(str(model), *options, log_dir=folder) as served:
             for client in clients:
-                for ran in suite(client, environment, f"{served.url}/v1", folder / "junit.xml"):
+                for ran in suite(client, environments, f"{served.url}/v1", folder / "junit.xml"):
                     note(client, ran)
 
 
-def suite(client: Client, environment: Path, url: str, junit: Path) -> list[Ran]:
+def suite(client: Client, environments: Path, url: str, junit: Path) -> list[Ran]:
     """Run the tests of one client."""
     junit.unlink(missing_ok=True)
-    if client.suite.endswith(".mjs"):
-        command = ["node", "--test", "--test-reporter", "junit", "--test-reporter-destination", str(junit)]
-        command.append(str(environment / client.suite))
+    program, script = command_of(client, environments, client.suite)
+    if client.is_node:
+        command = [program, "--test", "--test-reporter", "junit", "--test-reporter-destination", str(junit), script]
     else:
-        command = [str(environment / "bin" / "python"), "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT)]
-        command += ["--import-mode", "importlib", "--noconftest", "-p", "tests.compat.refused", "-p", "no:cacheprovider"]
-        command += ["-W", "ignore", "-q", "--junit-xml", str(junit), str(HERE / "clients" / client.suite)]
+        command = [program, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode", "importlib"]
+        command += ["--noconftest", "-p", "tests.compat.refused", "-p", "no:cacheprovider", "-W", "ignore", "-q"]
+        command += ["--junit-xml", str(junit), script]
     variables = os.environ | {"KVRAY_URL": url, "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(
         command, capture_output=True, text=True, env=variables, timeout=CLIENT_TIMEOUT_S, check=False
@@ -153,13 +159,13 @@ def suite(client: Client, environment: Path, url: str, junit: Path) -> list[Ran]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--environment", type=Path, default=Path("build/compat"), help="where the libraries are")
+    parser.add_argument("--environments", type=Path, default=Path("build/compat"), help="where the libraries are")
     parser.add_argument("--format", action="append", choices=sorted(TEMPLATES), help="how the model writes calls")
     parser.add_argument("--client", action="append", choices=[client.name for client in CLIENTS])
     arguments = parser.parse_args()
-    environment: Path = arguments.environment.resolve()
+    environments: Path = arguments.environments.resolve()
     for script in (HERE / "clients").glob("*.mjs"):
-        shutil.copy(script, environment)
+        shutil.copy(script, environments)
     clients = tuple(client for client in CLIENTS if client.name in (arguments.client or [client.name]))
     ran: Mapping[str, list[Ran]] = {client.name: [] for client in clients}
 
@@ -169,14 +175,10 @@ def main() -> int:
             print(f"{client.name:16} {one.feature:18} {one.case:24} {one.outcome}", flush=True)
 
     for kind in arguments.format or FORMATS:
-        run_agents(clients, environment, kind, note)
-    run_suites(clients, environment, note)
+        run_agents(clients, environments, kind, note)
+    run_suites(clients, environments, note)
     if not (arguments.format or arguments.client):
-        known = versions(environment)
-        rows = [
-            Row(client.name, known[client.package, client.suite.endswith(".mjs")], ran[client.name])
-            for client in clients
-        ]
+        rows = [Row(client.name, version(client, environments), ran[client.name]) for client in clients]
         PAGE.write_text(page(rows, FEATURES))
         print(f"written to {PAGE}")
     return 1 if any(is_wrong(one) for each in ran.values() for one in each) else 0
