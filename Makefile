@@ -61,11 +61,11 @@ kernels: $(VENV)/.serving ## build the C++ kernels, checksum and block index for
 	else echo "no C++ compiler: plain torch kernels, numpy checksums and a block index in Python will be used"; fi
 
 # Nothing of it is ever installed beside kvray itself.
-$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/instructor.txt tests/compat/package.json
+$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/older.txt tests/compat/package.json
 	$(PYTHON) -m venv $(COMPAT)/python
 	$(COMPAT)/python/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
-	$(PYTHON) -m venv $(COMPAT)/instructor
-	$(COMPAT)/instructor/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/instructor.txt
+	$(PYTHON) -m venv $(COMPAT)/older
+	$(COMPAT)/older/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/older.txt
 	cp tests/compat/package.json $(COMPAT)
 	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
 	@touch $@

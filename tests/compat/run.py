@@ -59,7 +59,7 @@ class Client:
     package: str  #: whose version is told
     suite: str  #: its tests, below clients/
     agents: tuple[tuple[str, ...], ...] = ()  #: scripts with their first arguments, below clients/
-    environment: str = "python"  #: where Python's packages are: some want others' older releases
+    environment: str = "python"  #: where Python's packages are: some want older releases of openai
 
     @property
     def is_node(self) -> bool:
@@ -72,8 +72,8 @@ CLIENTS = (
     Client("openai (Node)", "openai", "node_client.test.mjs"),
     Client("LangChain", "langchain-openai", "langchain_client.py", (("langchain_agent.py",),)),
     Client("litellm", "litellm", "litellm_client.py"),
-    Client("llama-index", "llama-index-llms-openai-like", "llama_index_client.py"),
-    Client("instructor", "instructor", "instructor_client.py", environment="instructor"),
+    Client("llama-index", "llama-index-llms-openai-like", "llama_index_client.py", environment="older"),
+    Client("instructor", "instructor", "instructor_client.py", environment="older"),
     Client("pydantic-ai", "pydantic-ai-slim", "pydantic_ai_client.py"),
     Client(
         "openai-agents",
