@@ -29,7 +29,7 @@ CONFIG = """
 engine: {{kv_cache_memory: 8MiB}}
 pools: {{prefill: 1, decode: 1}}
 tiers: {{host_memory: 8MiB, disk_dir: {folder}/disk, disk_capacity: 64MiB}}
-responses: {{max_bytes: 1MiB}}
+responses: {{max_responses: 50}}
 """
 #: Codes of errors that are those of a whole body.
 OF_BODIES = {"invalid_json", "invalid_type", "invalid_body", "request_too_large", "unsupported_media_type"}
@@ -46,6 +46,10 @@ class Target:
 
     served: Served
     keys: tuple[str, ...]
+
+    @property
+    def port(self) -> int:
+        return int(self.served.url.rpartition(":")[2])
 
     @property
     def http(self) -> httpx.Client:
@@ -146,7 +150,7 @@ def stream_complaint(text: str) -> str | None:
 
 def send_all(target: Target, seeds: range) -> dict[int, int]:
     """Send the bodies of `seeds`, some at once; how many had which status."""
-    port = target.served.port
+    port = target.port
     worker_ids = [worker["worker_id"] for worker in target.state()["workers"]]
 
     def one(seed: int) -> Answer:
@@ -186,7 +190,7 @@ def busy(target: Target) -> dict[str, Any]:
         lines = http.get("/metrics").text.splitlines()
     held |= dict(line.rsplit(" ", 1) for line in lines if line.startswith("kvray_requests_running"))
     [ingress] = target.served.replicas("Ingress")
-    open_ones = [one for one in ingress.net_connections("tcp") if one.laddr.port == target.served.port and one.raddr]
+    open_ones = [one for one in ingress.net_connections("tcp") if one.laddr.port == target.port and one.raddr]
     held["connections"] = [one for one in open_ones if one.status == psutil.CONN_ESTABLISHED]
     return {name: value for name, value in held.items() if value and value != "0.0"}
 
