@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from cluster.openai.errors import shown
 from cluster.openai.unserved import check_unserved
+from cluster.openai.wanted_values import STEP, listed_at
 from messages.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,6 @@ T = TypeVar("T")
 _MAX_LOGGED_NAMES = 256  # of unknown fields: a client that invents names must not fill memory or the log
 _EXCERPT_CHARS = 40
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 _VALUE_OF = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:\s*-?(?:"[^"]*)?\Z')  # a key whose value is being read
 _WHOLE = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # escapes: \\, or a whole pair
@@ -68,6 +69,7 @@ class BodyDecoder(Generic[T]):
     """Decodes one kind of body. Unknown fields are ignored, and logged once; some that others serve are refused."""
 
     def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._names = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._known = {field.encode_name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
@@ -83,7 +85,7 @@ class BodyDecoder(Generic[T]):
             value = self._decoder.decode(body)
             self._check_unknown(self._names.decode(body))
         except msgspec.ValidationError as error:
-            raise _explain(error, body) from None
+            raise explained(error, self._kind, lambda path: _value_at(body, path)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _broken(error, body) from None
         except RecursionError:
@@ -100,19 +102,25 @@ class BodyDecoder(Generic[T]):
                 logger.info("ignored unknown request field %s (logged once)", shown(name))
 
 
-def _explain(error: msgspec.ValidationError, body: bytes) -> RequestError:
-    """Make a 400 of what msgspec says, where and what is wanted, with the field's plain name and the value seen."""
+def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[str], str]) -> RequestError:
+    """Make a 400 of what msgspec says of a value that is no `kind`: the field's plain name, what was seen and is wanted.
+
+    `value_at` shows the value at msgspec's path.
+    """
     match = _PATH.match(str(error))
     reason, path = (match["reason"], match["path"] or "") if match else (str(error), "")
-    missing = re.match(r"Object missing required field `(.+)`", reason)
-    if missing:
-        param = f"{path}.{missing[1]}" if path else missing[1]
+    if lacking := re.match(r"Object missing required field `(.+)`", reason, re.DOTALL):
+        param = f"{path}.{lacking[1]}" if path else lacking[1]
         return RequestError(f"{param}: missing, want a value", param=param, code="missing_required_field")
-    wanted = _wanted(reason)
+    if unknown := re.match(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
+        name = shown(unknown[1]).strip('"')
+        param = path.partition("[...]")[0] or unknown[1][:_EXCERPT_CHARS]
+        message = f"{path or 'body'}: got the unknown field {name}, want one of {listed_at(kind, path)}"
+        return RequestError(message, param=param, code="unknown_field")
+    wanted = f"want one of {listed_at(kind, path)}" if reason.startswith("Invalid enum value") else _wanted(reason)
     param = path.partition("[...]")[0] or None
-    if not path:
-        return RequestError(f"body: {wanted}, got {shown(body[:100].decode(errors='replace'))}", code="invalid_type")
-    return RequestError(f"{path}: {wanted}, got {_value_at(body, path)}", param=param, code="invalid_value")
+    code = "invalid_value" if path else "invalid_type"
+    return RequestError(f"{path or 'body'}: {wanted}, got {value_at(path)}", param=param, code=code)
 
 
 def _wanted(reason: str) -> str:
@@ -125,8 +133,10 @@ def _wanted(reason: str) -> str:
 
 def _value_at(body: bytes, path: str) -> str:
     """Show the value at msgspec's `path`; through `[...]` (any item) the container is shown."""
+    if not path:
+        return shown(body[:100].decode(errors="replace"))
     value = _whole_value(body)
-    for index, name in _STEP.findall(path):
+    for index, name in STEP.findall(path):
         try:
             if index == "...":
                 break
