@@ -190,8 +190,9 @@ class ChatTemplate:
                     f"messages[{index}].role is {role!r}, wanted a string", param=f"messages[{index}].role"
                 )
             if role not in KNOWN_ROLES and f"'{role}'" not in self.source and f'"{role}"' not in self.source:
+                known = ", ".join(sorted(KNOWN_ROLES))
                 raise RequestError(
-                    f"messages[{index}].role is {role[:_SHOWN_CHARS]!r}, wanted one of {', '.join(sorted(KNOWN_ROLES))}",
+                    f"messages[{index}].role is {role[:_SHOWN_CHARS]!r}, wanted one of {known}",
                     param=f"messages[{index}].role",
                 )
 

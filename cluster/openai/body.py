@@ -103,7 +103,7 @@ class BodyDecoder(Generic[T]):
 
 
 def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[str], str]) -> RequestError:
-    """Make a 400 of what msgspec says of a value that is no `kind`: the field's plain name, what was seen and is wanted.
+    """Make a 400 of what msgspec says of a value that is no `kind`: which field, what was seen and what is wanted.
 
     `value_at` shows the value at msgspec's path.
     """

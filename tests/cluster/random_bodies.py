@@ -52,13 +52,63 @@ _ITEMS: Final = [
 #: what nobody would write there
 _ODD: Final = [
     *(None, True, False, 0, -1, 1.5, -0.0, 5e-324, 1e308, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63) - 1),
-    *(10**30, "", " ", "x", "\x00", "\u2028", "\u202e\ufeff", "é" * 300, "👩‍👩‍👧‍👦" * 40, "NaN", "1", "true", "null", "[", "{}"),
-    *([], {}, [[]], [None], [{}], {"": ""}, {"type": "function"}, {"$ref": "#"}, [0] * 3000, ["a"] * 3000, "y" * 20_000),
+    *(
+        10**30,
+        "",
+        " ",
+        "x",
+        "\x00",
+        "\u2028",
+        "\u202e\ufeff",
+        "é" * 300,
+        "👩‍👩‍👧‍👦" * 40,
+        "NaN",
+        "1",
+        "true",
+        "null",
+        "[",
+        "{}",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        [{}],
+        {"": ""},
+        {"type": "function"},
+        {"$ref": "#"},
+        [0] * 3000,
+        ["a"] * 3000,
+        "y" * 20_000,
+    ),
 ]
 #: numbers and texts as JSON has them, or must not have them
 _ODD_RAW: Final = [
-    *(b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"1e-400", b"9" * 400, b"0x10", b"01", b"1.", b".5", b"+1"),
-    *(b'"\\ud800"', b'"\\udc00\\ud800"', b'"\\u0000"', b'"\\x41"', b'"\xff\xfe"', b'"\xed\xa0\x80"', b'"\xc0\x80"', b"'a'"),
+    *(
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e400",
+        b"-1e400",
+        b"1e-400",
+        b"9" * 400,
+        b"0x10",
+        b"01",
+        b"1.",
+        b".5",
+        b"+1",
+    ),
+    *(
+        b'"\\ud800"',
+        b'"\\udc00\\ud800"',
+        b'"\\u0000"',
+        b'"\\x41"',
+        b'"\xff\xfe"',
+        b'"\xed\xa0\x80"',
+        b'"\xc0\x80"',
+        b"'a'",
+    ),
     *(b"[" * 300 + b"]" * 300, b"[" * 5000 + b"]" * 5000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"undefined", b""),
 ]
 
@@ -126,7 +176,11 @@ class _Draw:
         text = rng.choice(("Hi", "It was a dark night, " * rng.randrange(1, 12), "Grüße 🌍", "a\nb"))
         match path:
             case "/v1/chat/completions":
-                value = {"model": self._model, "messages": rng.choice((_MESSAGES, _CALLED, _user(text))), "max_tokens": few}
+                value = {
+                    "model": self._model,
+                    "messages": rng.choice((_MESSAGES, _CALLED, _user(text))),
+                    "max_tokens": few,
+                }
                 return value | rng.choice((self._stream, self._structure, self._tools, self._sampling, dict))()
             case "/v1/completions":
                 prompt = rng.choice((text, [text, "b"], [5, 6, 7], [[5, 6], [7] * 40]))
@@ -135,8 +189,20 @@ class _Draw:
             case "/v1/responses":
                 given = rng.choice((text, _ITEMS, [{"role": "user", "content": text}]))
                 value = {"model": self._model, "input": given, "max_output_tokens": few}
-                schema = {"format": {"type": "json_schema", "name": "n", "schema": SchemaDraw(rng.randrange(2**32)).document()}}
-                more = ({}, {"stream": True}, {"tools": [{"type": "function", **_TOOL}]}, {"text": schema}, {"store": False})
+                schema = {
+                    "format": {
+                        "type": "json_schema",
+                        "name": "n",
+                        "schema": SchemaDraw(rng.randrange(2**32)).document(),
+                    }
+                }
+                more = (
+                    {},
+                    {"stream": True},
+                    {"tools": [{"type": "function", **_TOOL}]},
+                    {"text": schema},
+                    {"store": False},
+                )
                 return value | rng.choice(more)
             case "/tokenize":
                 return rng.choice(({"prompt": text}, {"messages": _MESSAGES, "return_token_strs": True}))
@@ -185,7 +251,7 @@ class _Draw:
             {"structured_outputs": {"json": schema}},
             {"structured_outputs": {"regex": rng.choice(("[a-c]{3}", "(a|b)*c", "[", "(?=a)b", "a{1,1000000}"))}},
             {"structured_outputs": {"choice": ["yes", "no"]}},
-            {"guided_grammar": rng.choice(('start: "a" "b"', 'root ::= "a" | "b"', "start:", 'a: b\nb: a\nstart: a'))},
+            {"guided_grammar": rng.choice(('start: "a" "b"', 'root ::= "a" | "b"', "start:", "a: b\nb: a\nstart: a"))},
         )
         return rng.choice(wanted)
 
@@ -332,11 +398,19 @@ def _huge(sent: Sent, rng: random.Random) -> Sent:
 
 
 def _recoded(sent: Sent, rng: random.Random) -> Sent:
-    return _changed(sent, sent.body.decode(errors="replace").encode(rng.choice(("utf-16", "utf-32", "utf-7", "cp037")), "replace"))
+    return _changed(
+        sent, sent.body.decode(errors="replace").encode(rng.choice(("utf-16", "utf-32", "utf-7", "cp037")), "replace")
+    )
 
 
 def _other_type(sent: Sent, rng: random.Random) -> Sent:
-    kinds = ("text/plain", "application/xml", "multipart/form-data; boundary=x", "application/json; charset=utf-16", ";")
+    kinds = (
+        "text/plain",
+        "application/xml",
+        "multipart/form-data; boundary=x",
+        "application/json; charset=utf-16",
+        ";",
+    )
     return _changed(sent, **{"Content-Type": rng.choice(kinds)})
 
 

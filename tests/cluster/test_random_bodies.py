@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,13 @@ responses: {{max_responses: 50}}
 #: Codes of errors that are those of a whole body.
 OF_BODIES = {"invalid_json", "invalid_type", "invalid_body", "request_too_large", "unsupported_media_type"}
 IDLE = {
-    *("kvray_blocks_pinned", "kvray_sequences_running", "kvray_sequences_waiting", "kvray_leases", "kvray_pulls_running"),
+    *(
+        "kvray_blocks_pinned",
+        "kvray_sequences_running",
+        "kvray_sequences_waiting",
+        "kvray_leases",
+        "kvray_pulls_running",
+    ),
     *("kvray_blocks_quarantined", "kvray_router_requests", "kvray_router_reservations", "kvray_queued_tokens"),
     "kvray_streams",
 }

@@ -8,20 +8,23 @@ the chat template. All else is asked of a model that guesses: what it says follo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.openai.call_templates import TEMPLATES, spoken
+from tests.compat.peer_commands import PEERS, Peer, commands
 from tests.compat.table import Ran, Row, is_wrong, page, ran_from_junit
 from tests.scripted_model import make_guessing_model, make_scripted_model
-from tests.served import serving
+from tests.served import Served, serving
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -89,8 +92,7 @@ def version(client: Client, environments: Path) -> str:
     """The release of a client that is installed."""
     if client.is_node:
         return str(json.loads((environments / "node_modules" / client.package / "package.json").read_text())["version"])
-    code = f"import importlib.metadata; print(importlib.metadata.version({client.package!r}))"
-    return subprocess.check_output([environments / client.environment / "bin" / "python", "-c", code], text=True).strip()
+    return version_of(client.package, environments / client.environment)
 
 
 def command_of(client: Client, environments: Path, script: str) -> list[str]:
@@ -122,20 +124,39 @@ def run_agents(clients: tuple[Client, ...], environments: Path, kind: str, note:
             for client in clients:
                 for script, *first in client.agents:
                     for mode in ("whole", "stream"):
-                        command = [*command_of(client, environments, script), *first, f"{served.url}/v1", "scripted", mode]
+                        command = [
+                            *command_of(client, environments, script),
+                            *first,
+                            f"{served.url}/v1",
+                            "scripted",
+                            mode,
+                        ]
                         note(client, Ran("agent loop", " ".join([kind, *first, mode]), complaint(command) or "ok"))
 
 
-def run_suites(clients: tuple[Client, ...], environments: Path, note: Callable[[Client, Ran], None]) -> None:
-    """Run each client's tests with a model that guesses."""
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        model = make_guessing_model(folder / "guessing", TEMPLATES["hermes"])
-        options = ["--dtype", "float32", "--max-model-len", MAX_MODEL_LEN]
-        with serving(str(model), *options, log_dir=folder) as served:
-            for client in clients:
-                for ran in suite(client, environments, f"{served.url}/v1", folder / "junit.xml"):
-                    note(client, ran)
+@contextlib.contextmanager
+def serving_a_guess(folder: Path) -> Iterator[Served]:
+    """A server whose model guesses, by the name of its directory."""
+    model = make_guessing_model(folder / "guessing", TEMPLATES["hermes"])
+    with serving(str(model), "--dtype", "float32", "--max-model-len", MAX_MODEL_LEN, log_dir=folder) as served:
+        yield served
+
+
+def version_of(package: str, environment: Path) -> str:
+    """The release of a package of Python's that is installed."""
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    return subprocess.check_output([environment / "bin" / "python", "-c", code], text=True).strip()
+
+
+def run_peer(peer: Peer, environment: Path, url: str, folder: Path) -> Iterator[Ran]:
+    """Run a tool in each of its ways."""
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    for case, command in commands(peer, environment, url, folder / "guessing", folder).items():
+        finished = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, env=variables, timeout=CLIENT_TIMEOUT_S, check=False
+        )
+        wrong = (finished.stderr or finished.stdout).strip()[-2000:] if finished.returncode else None
+        yield Ran("benchmark", case, wrong or "ok")
 
 
 def suite(client: Client, environments: Path, url: str, junit: Path) -> list[Ran]:
@@ -167,18 +188,26 @@ def main() -> int:
     for script in (HERE / "clients").glob("*.mjs"):
         shutil.copy(script, environments)
     clients = tuple(client for client in CLIENTS if client.name in (arguments.client or [client.name]))
-    ran: Mapping[str, list[Ran]] = {client.name: [] for client in clients}
+    ran: defaultdict[str, list[Ran]] = defaultdict(list)
 
-    def note(client: Client, one: Ran) -> None:
+    def note(client: Client | Peer, one: Ran) -> None:
         ran[client.name].append(one)
         if one.outcome != "ok" or one.feature != "schemas":
             print(f"{client.name:16} {one.feature:18} {one.case:24} {one.outcome}", flush=True)
 
     for kind in arguments.format or FORMATS:
         run_agents(clients, environments, kind, note)
-    run_suites(clients, environments, note)
+    peers = [] if arguments.client else [peer for peer in PEERS if (environments / "peers" / peer.name).exists()]
+    with tempfile.TemporaryDirectory() as directory, serving_a_guess(Path(directory)) as served:
+        for client in clients:
+            for one in suite(client, environments, f"{served.url}/v1", Path(directory) / "junit.xml"):
+                note(client, one)
+        for peer in peers:
+            for one in run_peer(peer, environments / "peers" / peer.name, served.url, Path(directory)):
+                note(peer, one)
     if not (arguments.format or arguments.client):
         rows = [Row(client.name, version(client, environments), ran[client.name]) for client in clients]
+        rows += [Row(p.name, version_of(p.package, environments / "peers" / p.name), ran[p.name]) for p in peers]
         PAGE.write_text(page(rows, FEATURES))
         print(f"written to {PAGE}")
     return 1 if any(is_wrong(one) for each in ran.values() for one in each) else 0
