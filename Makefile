@@ -9,7 +9,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: chaos compat help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: chaos compat peers help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,12 @@ $(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/older.txt tests
 	cp tests/compat/package.json $(COMPAT)
 	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
 	@touch $@
+
+peers: $(COMPAT)/.installed ## tools that measure and evaluate servers, for make compat to run too (large; an environment each)
+	for peer in guidellm aiperf lm-eval; do \
+		$(PYTHON) -m venv $(COMPAT)/peers/$$peer && \
+		$(COMPAT)/peers/$$peer/bin/python -m pip install --quiet -r tests/compat/peers/$$peer.txt || exit 1; \
+	done
 
 clean: ## forget the environment and all caches in this folder
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

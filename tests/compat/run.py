@@ -42,7 +42,7 @@ FEATURES = {
     "stream": "the same, streamed",
     "tools": "a forced call of a tool, read as its types want it",
     "tool stream": "the same, streamed",
-    "agent loop": f"two tools, called in parallel and again, to the last answer: whole and streamed, in the formats {', '.join(FORMATS)}",
+    "agent loop": f"two tools, called in parallel and again, to the last answer, in the formats {', '.join(FORMATS)}",
     "structured output": "an answer read as a type",
     "structured stream": "the same, streamed",
     "schemas": "structured output, or a forced call, of models with fields of all kinds",

@@ -59,15 +59,17 @@ def page(rows: Sequence[Row], features: Mapping[str, str]) -> str:
     head = [
         "# Clients that run against kvray",
         "",
-        "Written by `make compat`: every cell is what ran, against `kvray serve` with models that nobody trained (one "
-        "says what it was told to, one guesses and follows the masks). yes: all of it ran as the client's own types and "
-        "exceptions want it; empty: the client has none of it, or it was not tried; *n* of *m*: schemas that its library "
-        "wrote and whose output it read, the others refused by the keyword that is named.",
+        "Written by `make compat`: every cell is what ran, against `kvray serve` with models that nobody trained: one "
+        "says what it was told to, one guesses and follows the masks. yes: all of it ran as the client's own types "
+        "and exceptions want it; empty: the client has none of it, or it was not tried; *n* of *m*: schemas that its "
+        "library wrote and whose output it read, the others refused by the keyword that is named.",
         "",
     ]
     table = [["client", *features], ["---"] * (len(features) + 1)]
-    for row in rows:
-        table.append([f"{row.name} {row.version}", *(_cell([r for r in row.ran if r.feature == f]) for f in features)])
+    table += [
+        [f"{row.name} {row.version}", *(_cell([r for r in row.ran if r.feature == f]) for f in features)]
+        for row in rows
+    ]
     body = ["| " + " | ".join(cells) + " |" for cells in table]
     legend = [f"* **{feature}**: {text}" for feature, text in features.items()]
     return "\n".join([*head, *body, "", *legend, ""])
