@@ -206,7 +206,8 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
         try:
             piece = import_decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise explained(error, ImportRequest, lambda _: "another") from None
+            refusal = explained(error, ImportRequest, lambda _: "another")
+            raise RequestError(refusal.message, param=refusal.param, code="invalid_body") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"body: got {error}, want blocks in MessagePack", code="invalid_body") from None
         query = request.query_params
