@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 EOS = "<|end|>"
 _HIDDEN = 1024  #: more than there are tokens
 _PIECE_CHARS = 5
-#: log odds of a guessing model's tokens against letters: what is open is closed soon, and all is read as text
-_ODDS = {'"': 3.0, "]": 1.5, "}": 1.5, EOS: 1.5}
+#: log odds of a guessing model's tokens against letters: what is open is closed soon, and numbers fit into doubles
+_ODDS = {'"': 3.0, "]": 1.5, "}": 1.5, EOS: 1.5, "e": -6.0, "E": -6.0}
 _UNREADABLE_ODDS = -4.0
 _GUESSING_HIDDEN = 64
 _RESULTS = "messages | selectattr('role', 'equalto', 'tool') | list | length"

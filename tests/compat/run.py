@@ -150,7 +150,7 @@ def version_of(package: str, environment: Path) -> str:
 
 def run_peer(peer: Peer, environment: Path, url: str, folder: Path) -> Iterator[Ran]:
     """Run a tool in each of its ways."""
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    variables = os.environ | {"HOME": str(folder)}
     for case, command in commands(peer, environment, url, folder / "guessing", folder).items():
         finished = subprocess.run(
             command, capture_output=True, text=True, cwd=folder, env=variables, timeout=CLIENT_TIMEOUT_S, check=False

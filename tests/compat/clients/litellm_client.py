@@ -15,6 +15,7 @@ class Person(pydantic.BaseModel):
     kind: str
 
 
+NAMED = {"type": "function", "function": {"name": "note"}}
 TOOL = {"type": "function", "function": {"name": "note", "parameters": Person.model_json_schema()}}
 
 
@@ -36,12 +37,12 @@ def test_stream():
 
 
 def test_tools():
-    [call] = ask(tools=[TOOL], tool_choice="required").choices[0].message.tool_calls
+    [call] = ask(tools=[TOOL], tool_choice=NAMED).choices[0].message.tool_calls
     Person.model_validate_json(call.function.arguments)
 
 
 def test_tool_stream():
-    chunks = list(ask(tools=[TOOL], tool_choice="required", stream=True))
+    chunks = list(ask(tools=[TOOL], tool_choice=NAMED, stream=True))
     [call] = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
     Person.model_validate_json(call.function.arguments)
 

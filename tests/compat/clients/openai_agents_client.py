@@ -8,10 +8,12 @@ import pydantic
 import pytest
 from agents import (
     Agent,
+    AgentOutputSchema,
     ModelSettings,
     OpenAIChatCompletionsModel,
     OpenAIResponsesModel,
     Runner,
+    UserError,
     function_tool,
     set_tracing_disabled,
 )
@@ -69,9 +71,13 @@ def test_structured_output(kind):
 
 
 def test_responses():
-    assert answer(agent(OpenAIResponsesModel, model_settings=ModelSettings(max_tokens=20, temperature=0.0)))
+    assert isinstance(answer(agent(OpenAIResponsesModel)), str)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_schemas(model):
-    assert isinstance(answer(agent(output_type=model)), model)
+    try:
+        output = AgentOutputSchema(model)
+    except UserError:  # the library itself writes no strict schema of it
+        output = AgentOutputSchema(model, strict_json_schema=False)
+    assert isinstance(answer(agent(output_type=output)), model)
