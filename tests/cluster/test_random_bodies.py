@@ -86,7 +86,11 @@ def target(request, tmp_path_factory):
     path = folder / "kvray.yaml"
     path.write_text(config)
     with serving(str(model), "--dtype", "float32", "--config", str(path), log_dir=folder) as served:
-        yield Target(served, keys)
+        target = Target(served, keys)
+        ends_s = time.monotonic() + 60
+        while not (target.state()["caches"] and target.state()["is_routing_by_cache"]):
+            assert time.monotonic() < ends_s, target.state()
+        yield target
 
 
 # ------------------------------------------------------------------------------------------------------------- sending
