@@ -11,7 +11,7 @@ from tests.text.pydantic_models import NOT_PARSED
 
 _REFUSAL = re.compile(r"grammar refused: ([$a-zA-Z]+)(?: at #|: )")
 
-_UNREAD = re.compile("validation error|Invalid JSON when parsing model output")
+_UNREAD = re.compile("validation error|Invalid JSON when parsing model output|maximum (output )?retries")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -40,11 +40,13 @@ ANSWER = "It is 23.5 in all."
 FEATURES = {
     "chat": "a conversation's next turn, with its usage",
     "stream": "the same, streamed",
+    "completions": "a text to go on from",
     "tools": "a forced call of a tool, read as its types want it",
     "tool stream": "the same, streamed",
     "agent loop": f"two tools, called in parallel and again, to the last answer, in the formats {', '.join(FORMATS)}",
     "structured output": "an answer read as a type",
     "structured stream": "the same, streamed",
+    "json object": "any object at all, by `response_format`",
     "schemas": "structured output, or a forced call, of models with fields of all kinds",
     "responses": "`/v1/responses`",
     "logprobs": "log-probabilities",

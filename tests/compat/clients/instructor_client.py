@@ -10,12 +10,18 @@ import pytest
 from tests.text.pydantic_models import MODELS
 
 MESSAGES = [{"role": "user", "content": "Who is it?"}]
-MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA, instructor.Mode.JSON]
+MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA]
 
 
 class Person(pydantic.BaseModel):
     name: str
     kind: str
+
+
+class Anything(pydantic.BaseModel):
+    """Where only some JSON is asked for, this is what is got."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
 
 
 def asked(kind, mode, **options):
@@ -24,9 +30,13 @@ def asked(kind, mode, **options):
     return instructor.from_openai(client, mode=mode).chat.completions.create(response_model=kind, **given)
 
 
-@pytest.mark.parametrize("mode", MODES[:3], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_structured_output(mode):
     assert isinstance(asked(Person, mode), Person)
+
+
+def test_json_object():
+    assert isinstance(asked(Anything, instructor.Mode.JSON), Anything)
 
 
 def test_structured_stream():
@@ -38,6 +48,6 @@ def test_structured_stream():
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-@pytest.mark.parametrize("mode", MODES[:3], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_schemas(mode, model):
     assert isinstance(asked(model, mode), model)

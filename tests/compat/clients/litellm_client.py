@@ -73,7 +73,7 @@ def test_embeddings_refused():
         litellm.embedding(model="openai/guessing", input=["a"], api_base=url, api_key="unused")
 
 
-def test_text_completion():
+def test_completions():
     url = os.environ["KVRAY_URL"]
     options = {"prompt": "It was", "max_tokens": 5, "temperature": 0, "api_base": url, "api_key": "unused"}
     assert json.dumps(litellm.text_completion(model="text-completion-openai/guessing", **options).choices[0].text)

@@ -1,6 +1,5 @@
 """llama-index's OpenAILike."""
 
-import asyncio
 import os
 
 import pydantic
@@ -62,7 +61,3 @@ def test_tool_stream():
 
 def test_structured_output():
     assert isinstance(model().as_structured_llm(Person).chat(ASKED).raw, Person)
-
-
-def test_asynchronous():
-    assert asyncio.run(model(temperature=0.0, max_tokens=20).achat(ASKED)).message.content

@@ -37,6 +37,11 @@ def test_stream(client):
     assert chunks[-1].usage.completion_tokens == 20
 
 
+def test_completions(client):
+    reply = client.completions.create(model=MODEL, prompt=["It was", "a"], max_tokens=5, temperature=0, echo=True)
+    assert [choice.text.startswith(prompt) for choice, prompt in zip(reply.choices, ["It was", "a"], strict=True)]
+
+
 def test_tools(client):
     [call] = client.chat.completions.parse(model=MODEL, messages=MESSAGES, **FORCED).choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Person)

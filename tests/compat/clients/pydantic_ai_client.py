@@ -8,6 +8,8 @@ import pytest
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from tests.text.pydantic_models import MODELS
+
 ASKED = "Who is it?"
 
 
@@ -20,7 +22,7 @@ class Person(pydantic.BaseModel):
 
 def agent(kind=OpenAIChatModel, output=str, **settings):
     model = kind("guessing", provider=OpenAIProvider(base_url=os.environ["KVRAY_URL"], api_key="unused"))
-    return pydantic_ai.Agent(model, output_type=output, retries=0, model_settings={"max_tokens": 2000} | settings)
+    return pydantic_ai.Agent(model, output_type=output, retries=0, model_settings={"max_tokens": 4000} | settings)
 
 
 def test_chat():
@@ -56,3 +58,9 @@ def test_too_long():
     with pytest.raises(pydantic_ai.exceptions.ModelHTTPError, match="maximum context length") as caught:
         agent().run_sync("word " * 20_000)
     assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("output", [pydantic_ai.ToolOutput, pydantic_ai.NativeOutput], ids=["tool", "native"])
+def test_schemas(output, model):
+    assert isinstance(agent(output=output(model)).run_sync(ASKED).output, model)
