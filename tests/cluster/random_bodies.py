@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import string
@@ -233,7 +234,7 @@ class _Draw:
             return {one.encode_name: self._of(one.type, depth + 1) for one in fields}
         if isinstance(kind, inspect.BytesType | inspect.MemoryViewType):
             return rng.randbytes(rng.choice((0, 16, 64)))
-        return None if isinstance(kind, inspect.NoneType) else rng.choice(_ODD)
+        return None if isinstance(kind, inspect.NoneType) else copy.deepcopy(rng.choice(_ODD))
 
     def _number(self, kind: inspect.IntType | inspect.FloatType) -> Any:
         rng = self._rng
@@ -261,7 +262,7 @@ class _Draw:
         value = json.loads(json.dumps(value, default=bytes.hex)) if not _has_bytes(value) else dict(value)
         look(value)
         if not places or rng.random() < 0.03:
-            return rng.choice(_ODD)
+            return copy.deepcopy(rng.choice(_ODD))
         inside, key = rng.choice(places)
         match rng.randrange(7):
             case 0:
@@ -277,7 +278,7 @@ class _Draw:
             case 5 if isinstance(inside[key], str | int | float):
                 inside[key] = str(inside[key]) if not isinstance(inside[key], str) else len(inside[key])
             case _:
-                inside[key] = rng.choice(_ODD)
+                inside[key] = copy.deepcopy(rng.choice(_ODD))
         return value
 
 
