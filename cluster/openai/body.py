@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -13,7 +14,7 @@ from starlette.requests import Request
 
 from cluster.openai.errors import shown
 from cluster.openai.unserved import check_unserved
-from cluster.openai.wanted_values import STEP, listed_at
+from cluster.openai.wanted_values import listed_at
 from messages.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _MAX_LOGGED_NAMES = 256  # of unknown fields: a client that invents names must not fill memory or the log
 _EXCERPT_CHARS = 40
 _PATH = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key` in `)?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 _VALUE_OF = re.compile(rb'"([A-Za-z0-9_]{1,64})"\s*:\s*-?(?:"[^"]*)?\Z')  # a key whose value is being read
 _WHOLE = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # escapes: \\, or a whole pair
@@ -109,15 +111,16 @@ def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[st
     """
     match = _PATH.match(str(error))
     reason, path = (match["reason"], match["path"] or "") if match else (str(error), "")
+    listed = functools.partial(listed_at, kind, [name for _, name in _STEP.findall(path)])
     if lacking := re.match(r"Object missing required field `(.+)`", reason, re.DOTALL):
         param = f"{path}.{lacking[1]}" if path else lacking[1]
         return RequestError(f"{param}: missing, want a value", param=param, code="missing_required_field")
     if unknown := re.match(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
         name = shown(unknown[1]).strip('"')
         param = path.partition("[...]")[0] or unknown[1][:_EXCERPT_CHARS]
-        message = f"{path or 'body'}: got the unknown field {name}, want one of {listed_at(kind, path)}"
+        message = f"{path or 'body'}: got the unknown field {name}, want one of {listed()}"
         return RequestError(message, param=param, code="unknown_field")
-    wanted = f"want one of {listed_at(kind, path)}" if reason.startswith("Invalid enum value") else _wanted(reason)
+    wanted = f"want one of {listed()}" if reason.startswith("Invalid enum value") else _wanted(reason)
     param = path.partition("[...]")[0] or None
     code = "invalid_value" if path else "invalid_type"
     return RequestError(f"{path or 'body'}: {wanted}, got {value_at(path)}", param=param, code=code)
@@ -136,7 +139,7 @@ def _value_at(body: bytes, path: str) -> str:
     if not path:
         return shown(body[:100].decode(errors="replace"))
     value = _whole_value(body)
-    for index, name in STEP.findall(path):
+    for index, name in _STEP.findall(path):
         try:
             if index == "...":
                 break

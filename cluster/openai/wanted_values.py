@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from msgspec import inspect
 
-STEP: Final = re.compile(r"\[(\d+|\.\.\.)\]|([^.\[\]]+)")  #: of a path as msgspec writes it: an index, or a name
 _MAX_CHARS: Final = 400
 
 
-def listed_at(kind: type, path: str) -> str:
+def listed_at(kind: type, path: Iterable[str]) -> str:
     """Return the values that a field of literals takes, else the fields of an object, as people read them.
 
-    `path`: to it, from a value of type `kind`, as msgspec writes it.
+    `path`: to it, from a value of type `kind`: names of fields, "" for an item of a list.
     """
     found = list(_plain(inspect.type_info(kind)))
-    for _, name in STEP.findall(path):
+    for name in path:
         found = [inner for one in found for inner in _inside(one, name)]
     values = {str(value) for one in found if isinstance(one, inspect.LiteralType) for value in one.values}
     names = {field.encode_name for one in found if isinstance(one, inspect.StructType) for field in one.fields}
