@@ -115,14 +115,12 @@ def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[st
     if lacking := re.match(r"Object missing required field `(.+)`", reason, re.DOTALL):
         param = f"{path}.{lacking[1]}" if path else lacking[1]
         return RequestError(f"{param}: missing, want a value", param=param, code="missing_required_field")
+    param, code = path.partition("[...]")[0] or None, "invalid_value" if path else "invalid_type"
     if unknown := re.match(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
         name = shown(unknown[1]).strip('"')
-        param = path.partition("[...]")[0] or unknown[1][:_EXCERPT_CHARS]
         message = f"{path or 'body'}: got the unknown field {name}, want one of {listed()}"
-        return RequestError(message, param=param, code="unknown_field")
+        return RequestError(message, param=param, code=code)
     wanted = f"want one of {listed()}" if reason.startswith("Invalid enum value") else _wanted(reason)
-    param = path.partition("[...]")[0] or None
-    code = "invalid_value" if path else "invalid_type"
     return RequestError(f"{path or 'body'}: {wanted}, got {value_at(path)}", param=param, code=code)
 
 

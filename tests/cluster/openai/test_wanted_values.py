@@ -22,7 +22,7 @@ class Choosing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         (b'{"kind":"c"}', "kind", 'kind: want one of a, b, got "c"'),
         (b'{"kind":"a","inner":[{"kind":"%b"}]}' % (b"x" * 1000), "inner[0].kind", "inner[0].kind: want one of a, b"),
         (b'{"kind":"a","inner":{"x":{"kind":1}}}', "inner", 'want str, got {"x":{"kind":1}}'),
-        (b'{"kind":"a","inne":1}', "inne", "got the unknown field inne, want one of inner, kind"),
+        (b'{"kind":"a","inne":1}', None, "got the unknown field inne, want one of inner, kind"),
         (b'{"kind":"a","inner":[{"kind":"b","%b":1}]}' % (b"x" * 1000), "inner[0]", "want one of inner, kind"),
     ],
 )
