@@ -9,7 +9,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: chaos compat help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: chaos compat peers help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,8 +35,8 @@ chaos: $(VENV)/.testing kernels ## ten minutes of random faults under eight clie
 test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each kind, for an hour or so
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## agents of other people's libraries against a real server (needs npm; ARGS="--format qwen3_xml")
-	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environment $(COMPAT) $(ARGS)
+compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## other people's clients against a real server, and docs/COMPATIBILITY.md (needs npm; ARGS="--client litellm")
+	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environments $(COMPAT) $(ARGS)
 
 check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
@@ -61,12 +61,20 @@ kernels: $(VENV)/.serving ## build the C++ kernels, checksum and block index for
 	else echo "no C++ compiler: plain torch kernels, numpy checksums and a block index in Python will be used"; fi
 
 # Nothing of it is ever installed beside kvray itself.
-$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/package.json
-	$(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+$(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/older.txt tests/compat/package.json
+	$(PYTHON) -m venv $(COMPAT)/python
+	$(COMPAT)/python/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+	$(PYTHON) -m venv $(COMPAT)/older
+	$(COMPAT)/older/bin/python -m pip install --quiet --disable-pip-version-check -r tests/compat/older.txt
 	cp tests/compat/package.json $(COMPAT)
 	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
 	@touch $@
+
+peers: $(COMPAT)/.installed ## tools that measure and evaluate servers, for make compat to run too (large; an environment each)
+	for peer in guidellm aiperf lm-eval; do \
+		$(PYTHON) -m venv $(COMPAT)/peers/$$peer && \
+		$(COMPAT)/peers/$$peer/bin/python -m pip install --quiet -r tests/compat/peers/$$peer.txt || exit 1; \
+	done
 
 clean: ## forget the environment and all caches in this folder
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

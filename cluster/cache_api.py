@@ -20,7 +20,7 @@ from starlette.responses import Response, StreamingResponse
 
 from cluster.caches import Caches, Piece, PromptTokens, Sum
 from cluster.openai import prompts
-from cluster.openai.body import BodyDecoder, read_body
+from cluster.openai.body import BodyDecoder, explained, read_body
 from cluster.openai.cache_protocol import (
     NODE_TIERS,
     CacheStatsReply,
@@ -205,8 +205,11 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
         body = await read_body(request, max(surface.limits.max_body_bytes, _MAX_IMPORT_BYTES), _IMPORT_TYPE)
         try:
             piece = import_decoder.decode(body)
+        except msgspec.ValidationError as error:
+            refusal = explained(error, ImportRequest, lambda _: "another")
+            raise RequestError(refusal.message, param=refusal.param, code="invalid_body") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RequestError(f"body: no blocks in MessagePack: {error}", code="invalid_body") from None
+            raise RequestError(f"body: got {error}, want blocks in MessagePack", code="invalid_body") from None
         query = request.query_params
         meant = surface.callers.meant(_caller(request), query.get("tenant"))
         cache_salt, wanted = query.get("cache_salt"), query.getlist("tier") or NODE_TIERS

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cluster.prefix_file import PrefixModel, PrefixPiece
 
 _TIMEOUT_S: Final = 60.0  #: of what waits for stores, which have deadlines of their own
+_SHOWN: Final = 80  #: characters of what a file says
 _NEAREST: Final[tuple[Tier, ...]] = ("host", "device", "disk", "remote")
 
 
@@ -157,7 +158,8 @@ class Prefixes:
             raise CapacityError("no node cache is there to take blocks in", status=503, code="no_node_cache")
         fitting = [info for info in caches if not _differences(piece, info)]
         if not fitting:
-            raise RequestError(f"blocks of another model: {_differences(piece, caches[0])}", code="other_model")
+            message = f"blocks of another model: {_differences(piece, caches[0])}"
+            raise RequestError(message, param="fingerprint", code="other_model")
         names = await asyncio.to_thread(_names_for, piece, salt)
         question = PutBlocks(
             query_id="",
@@ -212,7 +214,7 @@ def _differences(piece: ImportRequest, info: WorkerInfo) -> str:
         ("tokens in a block", piece.block_size, info.block_size),
         ("bytes in a block", piece.block_bytes, info.block_bytes),
     ]
-    return "; ".join(f"{what} {seen}, wanted {wanted}" for what, seen, wanted in pairs if seen != wanted)
+    return "; ".join(f"{what} {str(seen)[:_SHOWN]}, wanted {wanted}" for what, seen, wanted in pairs if seen != wanted)
 
 
 def _names_for(piece: ImportRequest, salt: bytes) -> bytes:

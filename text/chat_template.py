@@ -29,6 +29,7 @@ _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Attr
 #: Ends the text to be continued. The space shows whether the template trims its messages.
 _CONTINUE_MARK = "\uf8f0kvray-continues\uf8f1 "
 _PROBE = "kvray-probe"
+_SHOWN_CHARS = 80  #: of what a client sent
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -189,8 +190,9 @@ class ChatTemplate:
                     f"messages[{index}].role is {role!r}, wanted a string", param=f"messages[{index}].role"
                 )
             if role not in KNOWN_ROLES and f"'{role}'" not in self.source and f'"{role}"' not in self.source:
+                known = ", ".join(sorted(KNOWN_ROLES))
                 raise RequestError(
-                    f"messages[{index}].role is {role!r}, wanted one of {', '.join(sorted(KNOWN_ROLES))}",
+                    f"messages[{index}].role is {role[:_SHOWN_CHARS]!r}, wanted one of {known}",
                     param=f"messages[{index}].role",
                 )
 

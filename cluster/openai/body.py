@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -12,6 +14,7 @@ from starlette.requests import Request
 
 from cluster.openai.errors import shown
 from cluster.openai.unserved import check_unserved
+from cluster.openai.wanted_values import listed_at
 from messages.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class BodyDecoder(Generic[T]):
     """Decodes one kind of body. Unknown fields are ignored, and logged once; some that others serve are refused."""
 
     def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._names = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._known = {field.encode_name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
@@ -83,7 +87,7 @@ class BodyDecoder(Generic[T]):
             value = self._decoder.decode(body)
             self._check_unknown(self._names.decode(body))
         except msgspec.ValidationError as error:
-            raise _explain(error, body) from None
+            raise explained(error, self._kind, lambda path: _value_at(body, path)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _broken(error, body) from None
         except RecursionError:
@@ -100,19 +104,24 @@ class BodyDecoder(Generic[T]):
                 logger.info("ignored unknown request field %s (logged once)", shown(name))
 
 
-def _explain(error: msgspec.ValidationError, body: bytes) -> RequestError:
-    """Make a 400 of what msgspec says, where and what is wanted, with the field's plain name and the value seen."""
+def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[str], str]) -> RequestError:
+    """Make a 400 of what msgspec says of a value that is no `kind`: which field, what was seen and what is wanted.
+
+    `value_at` shows the value at msgspec's path.
+    """
     match = _PATH.match(str(error))
     reason, path = (match["reason"], match["path"] or "") if match else (str(error), "")
-    missing = re.match(r"Object missing required field `(.+)`", reason)
-    if missing:
-        param = f"{path}.{missing[1]}" if path else missing[1]
+    listed = functools.partial(listed_at, kind, [name for _, name in _STEP.findall(path)])
+    if lacking := re.match(r"Object missing required field `(.+)`", reason, re.DOTALL):
+        param = f"{path}.{lacking[1]}" if path else lacking[1]
         return RequestError(f"{param}: missing, want a value", param=param, code="missing_required_field")
-    wanted = _wanted(reason)
-    param = path.partition("[...]")[0] or None
-    if not path:
-        return RequestError(f"body: {wanted}, got {shown(body[:100].decode(errors='replace'))}", code="invalid_type")
-    return RequestError(f"{path}: {wanted}, got {_value_at(body, path)}", param=param, code="invalid_value")
+    param, code = path.partition("[...]")[0] or None, "invalid_value" if path else "invalid_type"
+    if unknown := re.match(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
+        name = shown(unknown[1]).strip('"')
+        message = f"{path or 'body'}: got the unknown field {name}, want one of {listed()}"
+        return RequestError(message, param=param, code=code)
+    wanted = f"want one of {listed()}" if reason.startswith("Invalid enum value") else _wanted(reason)
+    return RequestError(f"{path or 'body'}: {wanted}, got {value_at(path)}", param=param, code=code)
 
 
 def _wanted(reason: str) -> str:
@@ -125,6 +134,8 @@ def _wanted(reason: str) -> str:
 
 def _value_at(body: bytes, path: str) -> str:
     """Show the value at msgspec's `path`; through `[...]` (any item) the container is shown."""
+    if not path:
+        return shown(body[:100].decode(errors="replace"))
     value = _whole_value(body)
     for index, name in _STEP.findall(path):
         try:

@@ -148,8 +148,9 @@ class Sampler:
             ids = torch.tensor(
                 [i for i in banned if 0 <= i < self._vocab_size], dtype=torch.int64, device=shaped.device
             )
-            # Where a complete grammar leaves nothing but its end, min_tokens cannot be had and yields.
-            if allowed is None or bool(allowed.index_fill(0, ids, value=False).any()):
+            # Where nothing would be left, as of a complete grammar but its end, min_tokens cannot be had and yields.
+            left = len(ids) < self._vocab_size if allowed is None else allowed.index_fill(0, ids, value=False).any()
+            if left:
                 shaped[ids] = -torch.inf
 
     def _penalize(self, logits: Tensor, shaped: Tensor, row: SamplingRow) -> None:

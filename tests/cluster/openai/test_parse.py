@@ -9,9 +9,9 @@ import pydantic
 import pytest
 
 from tests.cluster.openai.conftest import make_tokenizer
-from tests.text.json_schema.test_generated import NOT_PARSED, UNFOLLOWED
+from tests.text.json_schema.test_generated import UNFOLLOWED
 from tests.text.masked_walk import MaskedWalk
-from tests.text.pydantic_models import MODELS
+from tests.text.pydantic_models import MODELS, NOT_PARSED
 from text.grammar import CompiledGrammar
 
 

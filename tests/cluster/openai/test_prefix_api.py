@@ -177,6 +177,9 @@ async def test_what_is_altered_or_of_another_model_is_a_400_and_nothing_of_it_is
     for content in (b"", b"no msgpack", msgspec.msgpack.encode({"fingerprint": 5})):
         reply = await other.http.post("/v1/cache/import", content=content, headers=MSGPACK)
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_body")
+    reply = await other.http.post("/v1/cache/import", content=msgspec.msgpack.encode({"data": []}), headers=MSGPACK)
+    assert reply.json()["error"]["message"].startswith("data: want bytes, got")
+    assert reply.json()["error"]["param"] == "data"
     reply = await other.http.post("/v1/cache/import", json={})
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_media_type")
     assert (await take_in(other, good_piece())).status_code == 200

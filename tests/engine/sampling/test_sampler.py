@@ -459,6 +459,11 @@ def test_a_complete_grammar_ends_even_before_min_tokens():
     assert sampler.sample(logits, [row_of(params, [1, letter], 1)]) == [Sampled(EOS)]
 
 
+def test_where_every_token_is_a_stop_token_min_tokens_yields():
+    params = params_of(min_tokens=10, stop_token_ids=tuple(range(VOCAB)), temperature=0)
+    assert Sampler(VOCAB, None).sample(torch.arange(float(VOCAB))[None], [row_of(params)]) == [Sampled(VOCAB - 1)]
+
+
 def test_min_tokens_still_holds_where_the_grammar_can_go_on():
     params = params_of(grammar=Grammar(kind="regex", spec="a*"), min_tokens=2, stop_token_ids=(EOS,), temperature=0)
     sampler, letter = Sampler(VOCAB, compiler()), byte_tokenizer().token_to_id("a")
