@@ -6,11 +6,10 @@ special_tokens_map.json name, which is what transformers' fast tokenizers do.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -26,7 +25,6 @@ from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, enc
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_REPLACEMENT = "\ufffd"
 _NUM_OTHER_TEMPLATES = 16
 
 
@@ -263,102 +261,6 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
         elif kind not in {"ByteFallback", "Metaspace", "WordPiece"}:
             return False
     return True
-
-
-class Detokenizer:
-    """Text of one sequence, token by token. The pieces and what flush gives add up to `decode` of all tokens.
-
-    A piece never ends inside a character: its bytes wait until the character is whole. With byte-fallback tokens a run
-    of them waits for its end, because one bad byte turns the whole run into U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        pieces = _ByteLevelPieces if tokenizer.decoding.is_byte_level else _WindowPieces
-        decoder = pieces(tokenizer, skip_special_tokens=skip_special_tokens)
-        #: returns the text that some tokens add, as far as it is decided
-        self.push: Callable[[Sequence[int]], str] = decoder.push
-        #: returns what is still held back, when no more tokens come
-        self.flush: Callable[[], str] = decoder.flush
-
-
-class _ByteLevelPieces:
-    """Every token is a byte string and the text is their concatenation, read as UTF-8."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._texts = tokenizer.texts[skip_special_tokens]
-        # Python and the tokenizer's Rust both put one U+FFFD for each maximal invalid part.
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_open = False  #: the last bytes are the beginning of a character
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        if self._is_open or len(token_ids) != 1:
-            return self._decoded(token_ids)
-        text = self._texts.get(token_ids[0])
-        if text is None:
-            text = self._decoded(token_ids)
-            if not self._is_open:
-                self._texts[token_ids[0]] = text
-        return text
-
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
-        text = self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
-        self._is_open = bool(self._utf8.getstate()[0])
-        return text
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _WindowPieces:
-    """Decodes a short window that begins with text already given, and gives what is new in it.
-
-    The window moves on where nothing that follows can change its text, and begins at a token that has text, so that
-    a decoder that trims the start of a text trims only there. With a decoder that is not local it never moves.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._backend = tokenizer.backend
-        self._decoding = tokenizer.decoding
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window: list[int] = []
-        self._given = ""  #: text of the window that was returned already
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        last = None
-        for token_id in token_ids:
-            token = self._backend.id_to_token(token_id)
-            if token is not None and token_id not in self._skipped:
-                self._window.append(token_id)
-                last = token
-        if last is None or self._decoding.byte_of(last) is not None:
-            return ""
-        text = self._decode(self._window)
-        if self._decoding.may_end_open and text.endswith(_REPLACEMENT):
-            return ""
-        return self._advance(text)
-
-    def flush(self) -> str:
-        return self._advance(self._decode(self._window))
-
-    def _advance(self, text: str) -> str:
-        if not text.startswith(self._given):
-            return ""  # a decoder that is not local changed its mind: wait until the text agrees again
-        piece = text[len(self._given) :]
-        self._given = text
-        if self._decoding.is_local:
-            for size in range(1, min(4, len(self._window))):
-                start = self._decode(self._window[-size:])
-                if start:
-                    self._window, self._given = self._window[-size:], start
-                    break
-        return piece
-
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
-        return text
 
 
 def _byte_level_table() -> dict[str, int]:

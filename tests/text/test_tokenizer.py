@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from messages.errors import ConfigError, RequestError
-from text.tokenizer import Detokenizer, Tokenizer
+from text.detokenizer import Detokenizer
+from text.tokenizer import Tokenizer
 
 CORPUS = [
     "hello world, the cat sat on the mat",

@@ -13,8 +13,9 @@ from tokenizers import decoders, models
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
 from tests.text.masked_walk import MaskedWalk
+from text.detokenizer import Detokenizer
 from text.grammar import GrammarTokenizer
-from text.tokenizer import Detokenizer, Tokenizer
+from text.tokenizer import Tokenizer
 from text.vocabulary import vocabulary_of
 
 SCHEMA = {
