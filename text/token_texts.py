@@ -14,6 +14,7 @@ from typing import NamedTuple
 from text.detokenizer import Context
 from text.tokenizer import Tokenizer
 
+_REPLACEMENT = "\ufffd"
 _new_decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -44,6 +45,7 @@ class TokenTexts:
         data = b"".join(map(tokenizer.token_bytes, context.token_ids)) if context.num_open else b""
         self._open = data[len(data) - context.num_open :]  #: bytes of a character that is not whole yet
         self._given = 0  #: characters that a detokenizer has given
+        self._run = ""  #: text of the bytes since the last token that is none
         self.offset = 0  #: characters before the next token
 
     def take(self, token_id: int, given: str | None = None, others: Sequence[int] = ()) -> TokenText:
@@ -59,10 +61,21 @@ class TokenTexts:
             self._given += len(given)
             if self._decoding.may_end_open:
                 written, end = Written(given, written.data), begin + len(given)
-            elif given and not self._is_byte(token_id):
+            elif self._is_byte(token_id):
+                self._run += written.text
+            elif given:
+                written = self._settled(written, given)
                 begin, end = max(0, self._given - len(written.text)), self._given
+                self._run = ""
         self.offset, self._open, self._is_first = end, still_open, False
         return TokenText(written, begin, found)
+
+    def _settled(self, written: Written, given: str) -> Written:
+        """Return what a token behind a run of bytes, or none, has of the text that came with it."""
+        if self._open or _REPLACEMENT in self._run or not given.startswith(self._run):
+            return written
+        text = given[len(self._run) :]
+        return written if text == written.text else Written(text, text.encode())
 
     def pass_by(self, token_id: int, others: Sequence[int] = ()) -> TokenText:
         """Return the text of the next token, which is hidden, and what `others` would write instead of it."""

@@ -47,7 +47,6 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         #: ids of control tokens, which decode can skip
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._added_ids = frozenset(added)
         self.added_tokens = [token.content for token in added.values()]  #: as texts, special ones and others
         #: one past the largest id; the model's own vocabulary is often padded beyond it
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -206,7 +205,7 @@ class Tokenizer:
             return b""
         if self.decoding.is_byte_level:
             return _byte_level_bytes(token)
-        if token_id in self._added_ids:
+        if token_id in self.special_ids:
             return str(token).encode()
         byte = self.decoding.byte_of(token)
         if byte is not None:
