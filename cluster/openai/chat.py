@@ -141,12 +141,12 @@ def _prompt(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> str:
 def _thought(surface: Surface, fields: ChatRequest, tools: ToolPlan, prompt: str) -> ThoughtPlan | None:
     """Plan the outputs' thoughts; None where all that they write is content, or calls."""
     last = fields.messages[-1].content
-    text = last if isinstance(last, str) else "".join(part.text or "" for part in last or ())
+    texts = [last] if isinstance(last, str) else [p if isinstance(p, str) else p.text or "" for p in last or ()]
     return plan_thought(
         surface.thought_format,
         prompt,
         template_kwargs(fields),
-        continued=text if fields.continue_final_message else None,
+        continued="\n".join(texts) if fields.continue_final_message else None,
         call_marks=() if tools.kind is None else tools.kind.marks,
     )
 
