@@ -109,8 +109,9 @@ class ChatTemplate:
     """One model's chat template. Stateless after loading; any thread may render.
 
     Beyond what transformers does, and only where a template written for it needs it: text parts are joined by newlines
-    into a string for a template that cannot read parts, as vLLM does, and past calls of tools are brought into the form that it takes, above
-    all their arguments, JSON text in OpenAI's API, which most templates want as the object that they stand for.
+    into a string for a template that cannot read parts, as vLLM does, and past calls of tools are brought into the form
+    that it takes, above all their arguments, JSON text in OpenAI's API, which most templates want as the object that
+    they stand for.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, name: str = "chat template") -> None:
