@@ -107,6 +107,13 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", help="A Jinja file instead of the model's own template.")
     ] = None,
+    tokenizer_rules: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer-rules",
+            help="Of LlamaTokenizer: transformers (default), or file, as tokenizer.json says.",
+        ),
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level")] = None,
     log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
 ) -> None:
@@ -121,6 +128,7 @@ def serve(
             ("model", "tool_parser"): tool_call_parser,
             ("model", "reasoning_parser"): reasoning_parser,
             ("model", "chat_template"): None if chat_template is None else str(chat_template.resolve()),
+            ("model", "tokenizer_rules"): tokenizer_rules,
             ("engine", "block_size"): block_size,
             ("engine", "kv_cache_memory"): kv_cache_memory,
             ("tiers", "host_memory"): host_memory,

@@ -21,9 +21,11 @@ import tokenizers
 from messages.errors import ConfigError, RequestError
 from text.chat_template import ChatTemplate, Message
 from text.json_file import read_json
+from text.llama_tokenizer import TokenizerRules, rebuilt
 from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, encode_pieces
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES = frozenset({"vocab_file", "merges_file", "name_or_path", "chat_template"})  #: of the directory, or told apart
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NUM_OTHER_TEMPLATES = 16
 
@@ -36,13 +38,22 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, ChatTemplate] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap a `tokenizers` object. `special_tokens`: by name, such as bos_token. `chat_templates`: by name."""
+        """Wrap a `tokenizers` object.
+
+        Args:
+            backend: the object.
+            special_tokens: by name, such as bos_token.
+            chat_templates: by name.
+            config: what tokenizer_config.json says, for people.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
+        self._config = dict(config or {})
         self._others: dict[str, ChatTemplate] = {}  # that clients brought, by their source
         added = backend.get_added_tokens_decoder()
         #: ids of control tokens, which decode can skip
@@ -58,8 +69,19 @@ class Tokenizer:
         self.texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
 
     @classmethod
-    def load(cls, model_dir: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
-        """Load the tokenizer of a transformers model directory; `chat_template`: a file to use instead of its own.
+    def load(
+        cls,
+        model_dir: str | Path,
+        *,
+        chat_template: str | Path | None = None,
+        rules: TokenizerRules = "transformers",
+    ) -> Tokenizer:
+        """Load the tokenizer of a transformers model directory.
+
+        Args:
+            model_dir: the directory.
+            chat_template: a file to use instead of its own.
+            rules: of "file" tokenizer.json alone says how texts are tokenized, where transformers does it otherwise.
 
         Raises:
             ConfigError: there is no tokenizer.json, or a file cannot be read as what it should be.
@@ -75,13 +97,16 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json", is_optional=True)
         if "added_tokens_decoder" not in config:
             config = {**config, **read_json(folder / "special_tokens_map.json", is_optional=True)}
+        built = rebuilt(folder, config) if rules == "transformers" else None
+        if built is not None:
+            backend, config = tokenizers.Tokenizer.from_str(built[0]), built[1]
         _add_tokens(backend, config)
         special = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
         templates = {
             name: ChatTemplate(source, special, name=f"chat template {name!r} of {folder}")
             for name, source in _template_sources(folder, config, chat_template).items()
         }
-        return cls(backend, special, templates)
+        return cls(backend, special, templates, config)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -176,6 +201,19 @@ class Tokenizer:
         """The chat template that shows tools, as it was written; "" where the model has none."""
         template = self._template(has_tools=True)
         return "" if template is None else template.source
+
+    def info(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, as it came to be: JSON, tokens as their texts."""
+        added = self.backend.get_added_tokens_decoder()
+        template = self._template(has_tools=False)
+        config = {name: _plain(value) for name, value in self._config.items() if name not in _FILES}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **config,
+            **self.special_tokens,
+            "added_tokens_decoder": {str(token_id): token.content for token_id, token in sorted(added.items())},
+            **({} if template is None else {"chat_template": template.source}),
+        }
 
     def _template(self, *, has_tools: bool) -> ChatTemplate | None:
         name = "tool_use" if has_tools and "tool_use" in self._chat_templates else "default"
@@ -282,6 +320,13 @@ def _byte_level_bytes(token: str) -> bytes:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of the configuration with its tokens' texts instead of objects."""
+    if isinstance(value, dict):
+        return value["content"] if "content" in value else {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _content(token: Any) -> str:

@@ -35,6 +35,7 @@ TENANT_PATHS: Final = frozenset(
         "/v1/responses/{id}/input_items",
         "/tokenize",
         "/detokenize",
+        "/tokenizer_info",
         "/docs",
         "/openapi.json",
         *(f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")),

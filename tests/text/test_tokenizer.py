@@ -137,6 +137,21 @@ def test_the_older_map_of_special_tokens_is_read(tmp_path):
     assert ours.eos_token_id is not None
 
 
+def test_its_configuration_is_told_with_tokens_as_texts(tmp_path):
+    config = {
+        **CONFIGS["added_tokens_decoder"],
+        "vocab_file": "x",
+        "bos_token": {"content": "<s>"},
+        "chat_template": "T",
+    }
+    info = Tokenizer.load(write(tmp_path, with_bos(byte_level()), config)).info()
+    assert info["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<s>", "<|end|>", "T")
+    assert set(info["added_tokens_decoder"].values()) == {"<s>", "</s>", "<|end|>", "<tool>"}
+    assert "vocab_file" not in info
+    assert json.loads(json.dumps(info)) == info
+
+
 def test_truncation_and_padding_of_the_file_do_not_cut_prompts(tmp_path):
     backend = byte_level()
     backend.enable_truncation(3)
