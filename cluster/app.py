@@ -154,6 +154,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
             itl_target_s=section.itl_target_ms / 1000,
             remote_timeout_s=config.network.prefill_timeout_s,
             has_lower_tiers=config.tiers.is_wanted,
+            tokenizer_rules=config.model.tokenizer_rules,
         ),
         use_kernels=section.kernels == "auto",
         host=config.network.host,

@@ -25,7 +25,6 @@ from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
-from cluster.model_argument import model_directory
 from cluster.ready_lines import ready_lines
 from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
@@ -108,6 +107,7 @@ def serve(
     tool_call_parser: options.ToolCallParser = None,
     reasoning_parser: options.ReasoningParser = None,
     chat_template: options.ChatTemplate = None,
+    tokenizer_rules: options.TokenizerRules = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     threads: options.Threads = None,
@@ -143,6 +143,7 @@ def serve(
             ("model", "tool_parser"): tool_call_parser,
             ("model", "reasoning_parser"): reasoning_parser,
             ("model", "chat_template"): None if chat_template is None else str(chat_template.resolve()),
+            ("model", "tokenizer_rules"): tokenizer_rules,
             ("engine", "block_size"): block_size,
             ("engine", "kv_cache_memory"): kv_cache_memory,
             ("tiers", "host_memory"): host_memory,

@@ -31,6 +31,7 @@ from cluster.config_refusals import refusal, shown
 from cluster.openai.call_formats import FORMATS
 from cluster.openai.thought_formats import THOUGHT_FORMATS
 from messages.errors import ConfigError
+from text.llama_tokenizer import TokenizerRules
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "kvray-demo"  #: shipped with the package; the default of `kvray serve`
 
@@ -66,6 +67,8 @@ class ModelConfig(_Section, frozen=True):
     #: how it writes thoughts, by vLLM's names; None: as its chat template shows it
     reasoning_parser: str | None = None
     chat_template: str | None = None  #: a file, read where an ingress runs; None: the model's own
+    #: how texts are tokenized where transformers' class says otherwise than tokenizer.json, as LlamaTokenizer does
+    tokenizer_rules: TokenizerRules = "transformers"
 
     @property
     def names(self) -> tuple[str, ...]:

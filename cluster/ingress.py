@@ -95,7 +95,9 @@ class Ingress:
         watch.start("Router", self._on_routers)
         self._watch = watch
         model_dir = Path(config.model.path)
-        self._tokenizer = Tokenizer.load(model_dir, chat_template=config.model.chat_template)
+        self._tokenizer = Tokenizer.load(
+            model_dir, chat_template=config.model.chat_template, rules=config.model.tokenizer_rules
+        )
         async with asyncio.timeout(_FLEET_TIMEOUT_S):
             await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")

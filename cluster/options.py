@@ -59,7 +59,11 @@ def count(text: str) -> int:
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A transformers model directory, a GGUF file, or smollm2.", show_default="the demo model", envvar="KVRAY_MODEL"),
+    typer.Argument(
+        help="A transformers model directory, a GGUF file, or smollm2.",
+        show_default="the demo model",
+        envvar="KVRAY_MODEL",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -127,6 +131,16 @@ ChatTemplate = Annotated[
     Path | None,
     _setting(
         "model.chat_template", "--chat-template", "A Jinja file, for prompts of chats.", _MODEL, "the model's own"
+    ),
+]
+TokenizerRules = Annotated[
+    str | None,
+    _setting(
+        "model.tokenizer_rules",
+        "--tokenizer-rules",
+        "Of LlamaTokenizer: transformers, or file, as tokenizer.json says.",
+        _MODEL,
+        "transformers",
     ),
 ]
 

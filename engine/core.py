@@ -49,6 +49,7 @@ from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar, SamplingParams
 from text.grammar import GrammarCompiler, GrammarTokenizer
+from text.llama_tokenizer import TokenizerRules
 from text.tokenizer import Tokenizer
 from transport.memory import Memory
 
@@ -68,6 +69,7 @@ class EngineOptions:
     itl_target_s: float = 0.05
     remote_timeout_s: float = 120.0
     has_lower_tiers: bool = False
+    tokenizer_rules: TokenizerRules = "transformers"
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ class Engine:
             pool = BlockPool(num_blocks, options.block_size)
             kv_pool = KvPool(*shape, num_blocks=num_blocks)
             memory = DeviceMemory(kv_pool.data)
-        grammars = None if model_dir is None else _grammars(model_dir, loaded)
+        grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -244,11 +246,10 @@ class Engine:
         self.memory.close()
 
 
-def _grammars(model_dir: Path, loaded: LoadedModel) -> GrammarCompiler | None:
+def _grammars(model_dir: Path, loaded: LoadedModel, rules: TokenizerRules) -> GrammarCompiler | None:
     """Make what compiles grammars; None where the model can keep to none, which ingresses say as they start."""
     try:
-        return GrammarCompiler(
-            GrammarTokenizer(Tokenizer.load(model_dir), loaded.vocab_size, tuple(loaded.eos_token_ids))
-        )
+        tokenizer = Tokenizer.load(model_dir, rules=rules)
+        return GrammarCompiler(GrammarTokenizer(tokenizer, loaded.vocab_size, tuple(loaded.eos_token_ids)))
     except ConfigError:
         return None

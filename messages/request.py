@@ -27,6 +27,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     spec: str = ""
     whitespace: str = ""  #: a regular expression of what may stand between two tokens of JSON, beside nothing
     before: str = ""  #: rules in Lark's language, one of them named `before`: what stands before it
+    follows_text: bool = False  #: behind a prompt with text: the decoder keeps a space that the output begins with
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -109,9 +109,10 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """One model's chat template. Stateless after loading; any thread may render.
 
-    Beyond what transformers does, and only where a template written for it needs it: text parts are joined into a
-    string for a template that cannot read parts, and past calls of tools are brought into the form that it takes, above
-    all their arguments, JSON text in OpenAI's API, which most templates want as the object that they stand for.
+    Beyond what transformers does, and only where a template written for it needs it: text parts are joined by newlines
+    into a string for a template that cannot read parts, as vLLM does, and past calls of tools are brought into the form
+    that it takes, above all their arguments, JSON text in OpenAI's API, which most templates want as the object that
+    they stand for.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, name: str = "chat template") -> None:
@@ -128,7 +129,8 @@ class ChatTemplate:
             raise ConfigError(f"{name} is nested too deep: {error}") from error
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._reads_parts = self._probe_parts()
+        #: roles whose messages may have a list of parts; a tool's are joined for every template, as vLLM does
+        self._reads_parts = frozenset(role for role in ("system", "user", "assistant") if self._probe_parts(role))
         self._past_thoughts = PastThoughtForm.learned(self._probed)
         self._past_calls = PastCallForm.learned(functools.partial(self._probed, tools=[PROBE_TOOL]))
 
@@ -205,7 +207,8 @@ class ChatTemplate:
         content = copy.get("content")
         if isinstance(content, list | tuple):
             parts = [_text_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)]
-            copy["content"] = parts if self._reads_parts else "".join(part["text"] for part in parts)
+            reads_parts = message.get("role") in self._reads_parts
+            copy["content"] = parts if reads_parts else "\n".join(part["text"] for part in parts)
         elif content is not None and not isinstance(content, str):
             raise RequestError(
                 f"messages[{index}].content is {type(content).__name__}, wanted a string or a list of text parts",
@@ -226,13 +229,17 @@ class ChatTemplate:
             return str(last)
         raise RequestError(f"{param} is empty, wanted text that the model can continue", param=param)
 
-    def _probe_parts(self) -> bool:
-        """Tell whether the template gives for a list with one text part what it gives for that text."""
-        as_text = self._probed([{"role": "user", "content": _PROBE}])
+    def _probe_parts(self, role: str) -> bool:
+        """Tell whether the template gives for a role's list with one text part what it gives for that text."""
+
+        def probed(content: Any) -> str | None:
+            user = {"role": "user", "content": _PROBE}
+            message = {"role": role, "content": content}
+            return self._probed({"user": [message], "system": [message, user], "assistant": [user, message]}[role])
+
         # a template that refuses either form says so when a request meets it
-        return as_text is not None and as_text == self._probed(
-            [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
-        )
+        as_text = probed(_PROBE)
+        return as_text is not None and as_text == probed([{"type": "text", "text": _PROBE}])
 
     def _probed(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None

@@ -109,13 +109,14 @@ class CompiledGrammar:
         """
         self.tokenizer = tokenizer
         grammar = written(grammar)
-        source = whole_grammar(grammar, has_space=not tokenizer.is_first_alike)
+        is_alike = grammar.follows_text or tokenizer.is_first_alike  # the first token and those after it
+        source = whole_grammar(grammar, has_space=not is_alike)
         matcher = llguidance.LLMatcher(tokenizer.backend, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise library_refusal(grammar, matcher.get_error())
         self.plain = matcher
         self.spaced: llguidance.LLMatcher | None = None  #: before the space that stands before the text
-        if not tokenizer.is_first_alike:
+        if not is_alike:
             self.spaced = matcher.deep_copy()
             matcher.consume_token(tokenizer.space_id)
 

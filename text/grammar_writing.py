@@ -58,7 +58,7 @@ def written(grammar: Grammar) -> Grammar:
     spec = json.dumps(_sources(grammar))
     if len(spec) > _MAX_WRITTEN_CHARS:
         raise refused_grammar(f"it grows to {len(spec)} characters, want at most {_MAX_WRITTEN_CHARS}")
-    return Grammar(kind="written", spec=spec, before=grammar.before)
+    return Grammar(kind="written", spec=spec, before=grammar.before, follows_text=grammar.follows_text)
 
 
 def whole_grammar(grammar: Grammar, *, has_space: bool) -> str:

@@ -6,11 +6,10 @@ special_tokens_map.json name, which is what transformers' fast tokenizers do.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -22,11 +21,12 @@ import tokenizers
 from messages.errors import ConfigError, RequestError
 from text.chat_template import ChatTemplate, Message
 from text.json_file import read_json
+from text.llama_tokenizer import TokenizerRules, rebuilt
 from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, encode_pieces
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES = frozenset({"vocab_file", "merges_file", "name_or_path", "chat_template"})  #: of the directory, or told apart
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_REPLACEMENT = "\ufffd"
 _NUM_OTHER_TEMPLATES = 16
 
 
@@ -38,18 +38,26 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, ChatTemplate] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap a `tokenizers` object. `special_tokens`: by name, such as bos_token. `chat_templates`: by name."""
+        """Wrap a `tokenizers` object.
+
+        Args:
+            backend: the object.
+            special_tokens: by name, such as bos_token.
+            chat_templates: by name.
+            config: what tokenizer_config.json says, for people.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
+        self._config = dict(config or {})
         self._others: dict[str, ChatTemplate] = {}  # that clients brought, by their source
         added = backend.get_added_tokens_decoder()
         #: ids of control tokens, which decode can skip
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._added_ids = frozenset(added)
         self.added_tokens = [token.content for token in added.values()]  #: as texts, special ones and others
         #: one past the largest id; the model's own vocabulary is often padded beyond it
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -61,8 +69,19 @@ class Tokenizer:
         self.texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
 
     @classmethod
-    def load(cls, model_dir: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
-        """Load the tokenizer of a transformers model directory; `chat_template`: a file to use instead of its own.
+    def load(
+        cls,
+        model_dir: str | Path,
+        *,
+        chat_template: str | Path | None = None,
+        rules: TokenizerRules = "transformers",
+    ) -> Tokenizer:
+        """Load the tokenizer of a transformers model directory.
+
+        Args:
+            model_dir: the directory.
+            chat_template: a file to use instead of its own.
+            rules: of "file" tokenizer.json alone says how texts are tokenized, where transformers does it otherwise.
 
         Raises:
             ConfigError: there is no tokenizer.json, or a file cannot be read as what it should be.
@@ -78,13 +97,16 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json", is_optional=True)
         if "added_tokens_decoder" not in config:
             config = {**config, **read_json(folder / "special_tokens_map.json", is_optional=True)}
+        built = rebuilt(folder, config) if rules == "transformers" else None
+        if built is not None:
+            backend, config = tokenizers.Tokenizer.from_str(built[0]), built[1]
         _add_tokens(backend, config)
         special = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
         templates = {
             name: ChatTemplate(source, special, name=f"chat template {name!r} of {folder}")
             for name, source in _template_sources(folder, config, chat_template).items()
         }
-        return cls(backend, special, templates)
+        return cls(backend, special, templates, config)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -180,6 +202,19 @@ class Tokenizer:
         template = self._template(has_tools=True)
         return "" if template is None else template.source
 
+    def info(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, as it came to be: JSON, tokens as their texts."""
+        added = self.backend.get_added_tokens_decoder()
+        template = self._template(has_tools=False)
+        config = {name: _plain(value) for name, value in self._config.items() if name not in _FILES}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **config,
+            **self.special_tokens,
+            "added_tokens_decoder": {str(token_id): token.content for token_id, token in sorted(added.items())},
+            **({} if template is None else {"chat_template": template.source}),
+        }
+
     def _template(self, *, has_tools: bool) -> ChatTemplate | None:
         name = "tool_use" if has_tools and "tool_use" in self._chat_templates else "default"
         return self._chat_templates.get(name)
@@ -208,7 +243,7 @@ class Tokenizer:
             return b""
         if self.decoding.is_byte_level:
             return _byte_level_bytes(token)
-        if token_id in self._added_ids:
+        if token_id in self.special_ids:
             return str(token).encode()
         byte = self.decoding.byte_of(token)
         if byte is not None:
@@ -265,102 +300,6 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     return True
 
 
-class Detokenizer:
-    """Text of one sequence, token by token. The pieces and what flush gives add up to `decode` of all tokens.
-
-    A piece never ends inside a character: its bytes wait until the character is whole. With byte-fallback tokens a run
-    of them waits for its end, because one bad byte turns the whole run into U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        pieces = _ByteLevelPieces if tokenizer.decoding.is_byte_level else _WindowPieces
-        decoder = pieces(tokenizer, skip_special_tokens=skip_special_tokens)
-        #: returns the text that some tokens add, as far as it is decided
-        self.push: Callable[[Sequence[int]], str] = decoder.push
-        #: returns what is still held back, when no more tokens come
-        self.flush: Callable[[], str] = decoder.flush
-
-
-class _ByteLevelPieces:
-    """Every token is a byte string and the text is their concatenation, read as UTF-8."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._texts = tokenizer.texts[skip_special_tokens]
-        # Python and the tokenizer's Rust both put one U+FFFD for each maximal invalid part.
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_open = False  #: the last bytes are the beginning of a character
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        if self._is_open or len(token_ids) != 1:
-            return self._decoded(token_ids)
-        text = self._texts.get(token_ids[0])
-        if text is None:
-            text = self._decoded(token_ids)
-            if not self._is_open:
-                self._texts[token_ids[0]] = text
-        return text
-
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
-        text = self._utf8.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
-        self._is_open = bool(self._utf8.getstate()[0])
-        return text
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _WindowPieces:
-    """Decodes a short window that begins with text already given, and gives what is new in it.
-
-    The window moves on where nothing that follows can change its text, and begins at a token that has text, so that
-    a decoder that trims the start of a text trims only there. With a decoder that is not local it never moves.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._backend = tokenizer.backend
-        self._decoding = tokenizer.decoding
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window: list[int] = []
-        self._given = ""  #: text of the window that was returned already
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        last = None
-        for token_id in token_ids:
-            token = self._backend.id_to_token(token_id)
-            if token is not None and token_id not in self._skipped:
-                self._window.append(token_id)
-                last = token
-        if last is None or self._decoding.byte_of(last) is not None:
-            return ""
-        text = self._decode(self._window)
-        if self._decoding.may_end_open and text.endswith(_REPLACEMENT):
-            return ""
-        return self._advance(text)
-
-    def flush(self) -> str:
-        return self._advance(self._decode(self._window))
-
-    def _advance(self, text: str) -> str:
-        if not text.startswith(self._given):
-            return ""  # a decoder that is not local changed its mind: wait until the text agrees again
-        piece = text[len(self._given) :]
-        self._given = text
-        if self._decoding.is_local:
-            for size in range(1, min(4, len(self._window))):
-                start = self._decode(self._window[-size:])
-                if start:
-                    self._window, self._given = self._window[-size:], start
-                    break
-        return piece
-
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
-        return text
-
-
 def _byte_level_table() -> dict[str, int]:
     """Map characters to bytes as byte-level BPE does (Radford et al. 2019): printable bytes stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -381,6 +320,13 @@ def _byte_level_bytes(token: str) -> bytes:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of the configuration with its tokens' texts instead of objects."""
+    if isinstance(value, dict):
+        return value["content"] if "content" in value else {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _content(token: Any) -> str:

@@ -234,6 +234,11 @@ def _add_tokens(app: FastAPI, surface: Surface, info: Mapping[str, Any]) -> None
         fields = detokenize_decoder.decode(await read_body(request, max_bytes))
         return Response(await detokenize(surface, fields), media_type="application/json")
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """Give the tokenizer's configuration, with its special tokens and chat template."""
+        return Response(msgspec.json.encode(surface.tokenizer.info()), media_type="application/json")
+
 
 def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
     @app.get("/health")

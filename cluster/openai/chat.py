@@ -41,10 +41,9 @@ from cluster.openai.thought_grammar import written_before, written_lead
 from cluster.openai.thoughts import ThoughtPlan, plan_thought
 from cluster.openai.tool_calls import CallDelta
 from cluster.openai.tools import ToolPlan, check_no_other_structure, plan_tools
-from cluster.openai.transcript import Delta
+from cluster.openai.transcript import Delta, LoggedToken
 from messages.errors import RequestError
 from messages.request import Grammar
-from messages.stream import TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
 
@@ -142,12 +141,12 @@ def _prompt(surface: Surface, fields: ChatRequest, tools: ToolPlan) -> str:
 def _thought(surface: Surface, fields: ChatRequest, tools: ToolPlan, prompt: str) -> ThoughtPlan | None:
     """Plan the outputs' thoughts; None where all that they write is content, or calls."""
     last = fields.messages[-1].content
-    text = last if isinstance(last, str) else "".join(part.text or "" for part in last or ())
+    texts = [last] if isinstance(last, str) else [p if isinstance(p, str) else p.text or "" for p in last or ()]
     return plan_thought(
         surface.thought_format,
         prompt,
         template_kwargs(fields),
-        continued=text if fields.continue_final_message else None,
+        continued="\n".join(texts) if fields.continue_final_message else None,
         call_marks=() if tools.kind is None else tools.kind.marks,
     )
 
@@ -170,7 +169,7 @@ class _Message:
     ids: list[str] = field(default_factory=list)  #: of calls
     names: list[str] = field(default_factory=list)  #: of the functions called
     arguments: list[list[str]] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[LoggedToken] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
 
     def add(self, pieces: list[ThoughtDelta | str | CallDelta], delta: Delta, tools: ToolPlan) -> None:
@@ -234,7 +233,7 @@ class Chat(Answer):
             choices=[self._choices[index] for index in sorted(self._choices)],
             usage=self._usage(),
             prompt_logprobs=prompt_logprobs(
-                self._surface.tokenizer, self._generation.transcripts[0].prompt_logprobs or []
+                self._surface.tokenizer, self._token_ids, self._generation.transcripts[0].prompt_logprobs or []
             )
             if self._fields.prompt_logprobs is not None
             else UNSET,
@@ -328,10 +327,10 @@ class Chat(Answer):
             token_ids=message.token_ids if self._has_token_ids else UNSET,
         )
 
-    def _chat_logprobs(self, entries: list[TokenLogprob]) -> ChatLogprobs | None:
+    def _chat_logprobs(self, tokens: list[LoggedToken]) -> ChatLogprobs | None:
         if not self._has_logprobs:
             return None
-        return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0)
+        return chat_logprobs(tokens, self._fields.top_logprobs or 0)
 
     def _streamed_call(self, call: CallDelta) -> ToolCall:
         """Write a piece of a call; its first one carries id and name."""

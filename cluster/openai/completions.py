@@ -13,7 +13,7 @@ from cluster.openai.callers import Caller
 from cluster.openai.constraints import constraint_of
 from cluster.openai.errors import bad_field
 from cluster.openai.generation import Generation
-from cluster.openai.logprobs import CompletionLogprobList, joined, prompt_logprobs
+from cluster.openai.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from cluster.openai.protocol import CompletionRequest
 from cluster.openai.replies import (
     CompletionChoice,
@@ -28,6 +28,7 @@ from cluster.openai.starting import OutputPlan, start
 from cluster.openai.stream import event
 from cluster.openai.surface import Surface
 from cluster.openai.transcript import Delta
+from text.detokenizer import Context, prompt_text
 
 _encode = msgspec.json.Encoder().encode
 _OPENAI_MAX_TOKENS = 16  # the API's own default for text completions
@@ -49,7 +50,7 @@ async def start_completion(surface: Surface, caller: Caller, fields: CompletionR
             await asyncio.sleep(0)  # each is some ms of work at most, all are seconds: others' tokens go between them
         token_ids = await _token_ids(surface, fields, prompt)
         prompts.append(token_ids)
-        texts.append(prompt if isinstance(prompt, str) else None)
+        texts.append(prompt if isinstance(prompt, str) and fields.truncate_prompt_tokens is None else None)
     plan = OutputPlan(
         max_tokens=[_max_tokens(surface, fields, len(token_ids)) for token_ids in prompts],
         logprobs=fields.logprobs,
@@ -114,7 +115,6 @@ class Completion(Answer):
         self._fields = fields
         self._prompts = prompts
         self._texts = texts
-        self._logprobs = [CompletionLogprobList(surface.tokenizer, fields.logprobs or 0) for _ in generation.requests]
         self._pieces: list[list[CompletionChoice]] = [[] for _ in generation.requests]  #: of a whole reply
 
     def _add(self, index: int, delta: Delta) -> None:
@@ -166,7 +166,8 @@ class Completion(Answer):
         if fields.logprobs is not None:
             if is_first and fields.echo:
                 parts.append(self._echoed_logprobs(index))
-            parts.append(self._logprobs[index].piece(delta.logprobs))
+            offset = len(self._echoed_text(index)) if fields.echo else 0
+            parts.append(completion_logprobs(delta.logprobs, fields.logprobs, offset=offset))
         return CompletionChoice(
             index=index,
             text=self._echoed_text(index) + delta.text if is_first and fields.echo else delta.text,
@@ -182,20 +183,31 @@ class Completion(Answer):
         return self._prompts[index // self._generation.num_choices]
 
     def _echoed_text(self, index: int) -> str:
-        """Return the prompt to be echoed: as the client sent it, where it is text that was not cut, else decoded."""
-        text = self._texts[index // self._generation.num_choices]
-        if text is not None and self._fields.truncate_prompt_tokens is None:
-            return text
-        return self._surface.tokenizer.decode(
-            self._prompt(index), skip_special_tokens=self._fields.skip_special_tokens is not False
-        )
+        """Return the prompt to be echoed: as the client sent it, where that is text and not to be cut, else decoded."""
+        place = index // self._generation.num_choices
+        text = self._texts[place]
+        if text is None:
+            skips = self._fields.skip_special_tokens is not False
+            prompt, tokenizer = self._prompts[place], self._surface.tokenizer
+            context = Context.of(tokenizer, prompt, skip_special_tokens=skips)
+            text = self._texts[place] = prompt_text(tokenizer, prompt, context, skip_special_tokens=skips)
+        return text
 
     def _echoed_logprobs(self, index: int) -> CompletionLogprobs:
         entries = self._generation.transcripts[index].prompt_logprobs or []
-        return self._logprobs[index].prompt(self._prompt(index), entries)
+        fields, tokenizer = self._fields, self._surface.tokenizer
+        return echoed_logprobs(
+            tokenizer,
+            self._prompt(index),
+            entries,
+            fields.logprobs or 0,
+            text=self._echoed_text(index),
+            skipped=frozenset() if fields.skip_special_tokens is False else tokenizer.special_ids,
+        )
 
     def _prompt_logprobs(self, index: int) -> PromptLogprobs:
-        return prompt_logprobs(self._surface.tokenizer, self._generation.transcripts[index].prompt_logprobs or [])
+        told = self._generation.transcripts[index].prompt_logprobs or []
+        return prompt_logprobs(self._surface.tokenizer, self._prompt(index), told)
 
 
 def _whole(parts: list[CompletionChoice]) -> CompletionChoice:

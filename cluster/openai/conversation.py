@@ -13,6 +13,15 @@ from cluster.openai.protocol import ChatMessage, ChatRequest, ContentPart, PastT
 from messages.errors import RequestError
 from text.tokenizer import Tokenizer
 
+#: kinds of parts, and the field that has the text of each
+_TEXT_FIELDS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+
 
 def _template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Turn `messages` into plain dicts, "developer" into "system". Roles are the chat template's to check.
@@ -26,40 +35,50 @@ def _template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _template_message(param: str, message: ChatMessage) -> dict[str, Any]:
-    if message.content is None and message.role != "assistant":
+    if message.content is None and message.role not in ("assistant", "function"):
         raise RequestError(
             f"{param}.content: missing, want text", param=f"{param}.content", code="missing_required_field"
         )
-    result: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _content(f"{param}.content", message.content),
-    }
-    if message.tool_calls:
-        result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    thoughts, content = _content(f"{param}.content", message.refusal if message.content is None else message.content)
+    result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    calls = message.tool_calls or [PastToolCall(call) for call in [message.function_call] if call is not None]
+    if calls:
+        result["tool_calls"] = [_template_call(call) for call in calls]
     for name in ("name", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             result[name] = value
     reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
-    if reasoning is not None:
-        result["reasoning_content"] = reasoning
+    if reasoning is not None or thoughts:
+        result["reasoning_content"] = "\n".join(thoughts) if reasoning is None else reasoning
     return result
 
 
-def _content(param: str, content: str | list[ContentPart] | None) -> str | list[dict[str, Any]]:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+def _content(param: str, content: str | list[str | ContentPart] | None) -> tuple[list[str], str | list[dict[str, Any]]]:
+    """Return the thoughts and the text of a message's content; several parts of text stay parts."""
+    if content is None or isinstance(content, str):
+        return [], content or ""
+    thoughts: list[str] = []
     parts: list[dict[str, Any]] = []
     for index, part in enumerate(content):
-        if part.type != "text":
-            raise bad_field(f"{param}[{index}].type", part.type, '"text": this model reads no images, audio or files')
-        if part.text is None:
-            where = f"{param}[{index}].text"
-            raise RequestError(f"{where}: missing, want text", param=where, code="missing_required_field")
-        parts.append({"type": "text", "text": part.text})
-    return parts
+        text = part if isinstance(part, str) else _text_of(f"{param}[{index}]", part)
+        if isinstance(part, ContentPart) and part.type == "thinking":
+            thoughts.append(text)
+        else:
+            parts.append({"type": "text", "text": text})
+    return thoughts, parts
+
+
+def _text_of(param: str, part: ContentPart) -> str:
+    field = _TEXT_FIELDS.get(part.type)
+    if field is None:
+        raise bad_field(f"{param}.type", part.type, '"text": this model reads no images, audio or files')
+    text: str | None = getattr(part, field)
+    if text is None:
+        raise RequestError(
+            f"{param}.{field}: missing, want text", param=f"{param}.{field}", code="missing_required_field"
+        )
+    return text
 
 
 def _template_call(call: PastToolCall) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cluster.openai.replies import (
     ChatLogprobs,
@@ -12,65 +12,87 @@ from cluster.openai.replies import (
     PromptLogprob,
     PromptLogprobs,
 )
+from cluster.openai.transcript import LoggedToken
 from messages.stream import TokenLogprob
+from text.token_texts import TokenText, TokenTexts
 from text.tokenizer import Tokenizer
 
 # JSON has no infinities: a token that the model rules out altogether is given this, as OpenAI's API does.
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob], num_top: int) -> ChatLogprobs:
+def chat_logprobs(tokens: Sequence[LoggedToken], num_top: int) -> ChatLogprobs:
     """Write one entry per generated token, each with the `num_top` likeliest alternatives."""
     content: list[ChatTokenLogprob] = []
-    for entry in entries:
-        token_bytes = tokenizer.token_bytes(entry.token_id)
+    for entry, token in tokens:
+        text, data = token.written
         top = [
-            ChatTopLogprob(_text(raw), _finite(logprob), list(raw))
-            for raw, logprob in ((tokenizer.token_bytes(token_id), lp) for token_id, lp in entry.top[:num_top])
+            ChatTopLogprob(other.text, _finite(logprob), list(other.data))
+            for other, (_, logprob) in zip(token.others[:num_top], entry.top[:num_top], strict=True)
         ]
-        content.append(ChatTokenLogprob(_text(token_bytes), _finite(entry.logprob), list(token_bytes), top))
+        content.append(ChatTokenLogprob(text, _finite(entry.logprob), list(data), top))
     return ChatLogprobs(content)
 
 
-class CompletionLogprobList:
-    """Builds a choice's four lists; text offsets run on from one piece to the next.
+def completion_logprobs(tokens: Sequence[LoggedToken], num_top: int, *, offset: int) -> CompletionLogprobs:
+    """Write four lists of generated tokens; `offset`: characters of the prompt that stand before their text.
 
     The chosen token is always among its `top_logprobs`, as in OpenAI's API. Of several tokens with one text (parts of
     characters) the chosen one is told, else the likeliest.
     """
+    result = CompletionLogprobs([], [], [], [])
+    for entry, token in tokens:
+        _add(result, token, token.offset + offset, entry, num_top)
+    return result
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
-        self._tokenizer = tokenizer
-        self._num_top = num_top
-        self._offset = 0
 
-    def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> CompletionLogprobs:
-        """Return the echoed prompt's part: its first token has no log-probability."""
-        padded = [*entries, *[None] * (len(token_ids) - len(entries))]
-        return self._lists(list(zip(token_ids, padded, strict=False)))
+def echoed_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    entries: Sequence[TokenLogprob | None],
+    num_top: int,
+    *,
+    text: str,
+    skipped: Collection[int],
+) -> CompletionLogprobs:
+    """Write the four lists of an echoed prompt: its first token has no log-probability.
 
-    def piece(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """Return the part of tokens just generated."""
-        return self._lists([(entry.token_id, entry) for entry in entries])
+    Args:
+        tokenizer: the model's.
+        token_ids: of the prompt.
+        entries: one for each of them; any at the end that nobody told may be missing.
+        num_top: alternatives of each.
+        text: that is echoed.
+        skipped: tokens that are left out of it, unless it is the client's own and has them.
+    """
+    result = CompletionLogprobs([], [], [], [])
+    texts, offset = TokenTexts(tokenizer), 0
+    for index, token_id in enumerate(token_ids):
+        entry = entries[index] if index < len(entries) else None
+        others = [] if entry is None else [other for other, _ in entry.top[:num_top]]
+        is_hidden = token_id in skipped
+        token = texts.pass_by(token_id, others) if is_hidden else texts.take(token_id, others=others)
+        _add(result, token, offset, entry, num_top)
+        written = token.written.text
+        if not is_hidden or text.startswith(written, offset):
+            offset = min(offset + len(written), len(text))
+    return result
 
-    def _lists(self, tokens: list[tuple[int, TokenLogprob | None]]) -> CompletionLogprobs:
-        result = CompletionLogprobs([], [], [], [])
-        for token_id, entry in tokens:
-            text = self._tokenizer.token_text(token_id)
-            result.tokens.append(text)
-            result.text_offset.append(self._offset)
-            self._offset += len(text)
-            if entry is None:
-                result.token_logprobs.append(None)
-                result.top_logprobs.append(None)
-                continue
-            result.token_logprobs.append(_finite(entry.logprob))
-            top: dict[str, float] = {}
-            for top_id, logprob in entry.top[: self._num_top]:
-                top.setdefault(self._tokenizer.token_text(top_id), _finite(logprob))
-            top[text] = _finite(entry.logprob)
-            result.top_logprobs.append(top)
-        return result
+
+def _add(lists: CompletionLogprobs, token: TokenText, offset: int, entry: TokenLogprob | None, num_top: int) -> None:
+    text = token.written.text
+    lists.tokens.append(text)
+    lists.text_offset.append(offset)
+    if entry is None:
+        lists.token_logprobs.append(None)
+        lists.top_logprobs.append(None)
+        return
+    lists.token_logprobs.append(_finite(entry.logprob))
+    top: dict[str, float] = {}
+    for other, (_, logprob) in zip(token.others, entry.top[:num_top], strict=False):
+        top.setdefault(other.text, _finite(logprob))
+    top[text] = _finite(entry.logprob)
+    lists.top_logprobs.append(top)
 
 
 def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
@@ -83,26 +105,24 @@ def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
     )
 
 
-def prompt_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]
+) -> PromptLogprobs:
     """Write vLLM's `prompt_logprobs`: for each prompt token its own and the likeliest ones, by token id."""
     result: PromptLogprobs = []
-    for entry in entries:
+    texts = TokenTexts(tokenizer)
+    for token_id, entry in zip(token_ids, entries, strict=False):
+        token = texts.take(token_id, others=[] if entry is None else [other for other, _ in entry.top])
         if entry is None:
             result.append(None)
             continue
         candidates = {
-            token_id: PromptLogprob(_finite(logprob), rank, tokenizer.token_text(token_id))
-            for rank, (token_id, logprob) in enumerate(entry.top, start=1)
+            other_id: PromptLogprob(_finite(logprob), rank, other.text)
+            for rank, (other, (other_id, logprob)) in enumerate(zip(token.others, entry.top, strict=True), start=1)
         }
-        candidates[entry.token_id] = PromptLogprob(
-            _finite(entry.logprob), entry.rank, tokenizer.token_text(entry.token_id)
-        )
+        candidates[entry.token_id] = PromptLogprob(_finite(entry.logprob), entry.rank, token.written.text)
         result.append(candidates)
     return result
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
 
 
 def _finite(logprob: float) -> float:

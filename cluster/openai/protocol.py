@@ -167,10 +167,12 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContentPart(msgspec.Struct, frozen=True):
-    """A part of a message; only text is served."""
+    """A part of a message: text, or what clients put beside it into an assistant's; no media."""
 
     type: str
-    text: str | None = None
+    text: str | None = None  #: of text, input_text and output_text
+    refusal: str | None = None
+    thinking: str | None = None
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -192,9 +194,11 @@ class ChatMessage(msgspec.Struct, frozen=True):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | list[str | ContentPart] | None = None
     name: str | None = None
+    refusal: str | None = None  #: an assistant's, in place of content
     tool_calls: list[PastToolCall] | None = None
+    function_call: CalledFunction | None = None  #: the older name of a single one
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  #: the newer name of the same

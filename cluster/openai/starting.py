@@ -19,6 +19,7 @@ from cluster.openai.surface import Surface
 from cluster.openai.thoughts import ThoughtPlan
 from cluster.openai.transcript import TextOptions, Transcript
 from messages.request import GenerateRequest, Grammar
+from text.detokenizer import Context
 
 
 class OutputPlan(NamedTuple):
@@ -48,9 +49,6 @@ async def start(
         CapacityError: too many grammars wait to be checked.
     """
     n = num_choices(fields, len(prompts), surface.limits)
-    grammar = None if plan.grammar is None else await surface.grammars.check(*plan.grammar)
-    if grammar is not None and plan.before:
-        grammar = msgspec.structs.replace(grammar, before=plan.before)
     skips_special = fields.skip_special_tokens is not False
     options = TextOptions(
         stop=stop_strings(fields, surface.limits),
@@ -61,13 +59,23 @@ async def start(
         stop_token_ids=frozenset(fields.stop_token_ids or ()),
         thought=plan.thought,
     )
+    contexts = [
+        Context.of(
+            surface.tokenizer,
+            token_ids,
+            skip_special_tokens=options.skips_special_tokens,
+            hidden_ids=options.hidden_ids,
+        )
+        for token_ids in prompts
+    ]
+    grammars = [await _checked_grammar(surface, plan, context) for context in contexts]
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
     # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
     priority = (fields.priority or 0) if surface.limits.uses_priority else 0
     hints = hints_of(fields, caller)
     salt, owner = caller.salt(fields.cache_salt), caller.owner(fields.cache_salt)
     requests: list[GenerateRequest] = []
-    for token_ids, max_tokens in zip(prompts, plan.max_tokens, strict=True):
+    for token_ids, max_tokens, grammar in zip(prompts, plan.max_tokens, grammars, strict=True):
         params = sampling_params(
             fields,
             surface.model,
@@ -91,8 +99,18 @@ async def start(
             )
             for choice in range(n)
         ]
-    transcripts = [Transcript(surface.tokenizer, options) for _ in requests]
+    transcripts = [Transcript(surface.tokenizer, options, context) for context in contexts for _ in range(n)]
     return Generation(surface.backend, surface.metrics, requests, transcripts, n)
+
+
+async def _checked_grammar(surface: Surface, plan: OutputPlan, context: Context) -> Grammar | None:
+    """Return what the output behind a prompt is held to, checked."""
+    if plan.grammar is None:
+        return None
+    param, asked = plan.grammar
+    follows_text = bool(context.token_ids) and not surface.tokenizer.decoding.is_byte_level  # where it changes anything
+    grammar = await surface.grammars.check(param, msgspec.structs.replace(asked, follows_text=follows_text))
+    return msgspec.structs.replace(grammar, before=plan.before) if plan.before else grammar
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from cluster.openai.thoughts import Read, ThoughtPlan
 from messages.errors import KvrayError, WorkerError, error_from_info
 from messages.stream import PromptPlan, PromptSources, TokenChunk, TokenLogprob
+from text.detokenizer import Context, Detokenizer
 from text.stops import StopMatcher
-from text.tokenizer import Detokenizer, Tokenizer
+from text.token_texts import TokenText, TokenTexts
+from text.tokenizer import Tokenizer
 
 EndReason = Literal["stop", "length"]
 
@@ -29,13 +31,20 @@ class TextOptions:
     thought: ThoughtPlan | None = None  #: how thoughts are told from content; None: there are none
 
 
+class LoggedToken(NamedTuple):
+    """A token with its log-probability, and what it and its alternatives write where it stands."""
+
+    entry: TokenLogprob
+    text: TokenText  #: its offset is into the choice's text, what a stop string cuts counted as well
+
+
 class Delta(msgspec.Struct, kw_only=True):
     """The text, tokens and end that one chunk adds to a choice."""
 
     reasoning: str = ""  #: of a thought; it comes before `text`
     text: str = ""
     token_ids: list[int] = []
-    logprobs: list[TokenLogprob] = []
+    logprobs: list[LoggedToken] = []
     finish_reason: EndReason | None = None
     stop_reason: int | str | None = None
 
@@ -43,10 +52,13 @@ class Delta(msgspec.Struct, kw_only=True):
 class Transcript:
     """The text of one choice. `take` gets its chunks in order until a delta has a finish_reason."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions, context: Context | None = None) -> None:
+        """Begin a choice behind the prompt that `context` is the end of."""
         self._options = options
-        detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens)
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skips_special_tokens, context=context)
         self._push, self._flush = detokenizer.push, detokenizer.flush
+        self._token_texts = TokenTexts(tokenizer, context)
+        self._special_ids = tokenizer.special_ids
         self._reader = None if options.thought is None else options.thought.reader()
         self._stops = StopMatcher(options.stop, include_stop_str=options.includes_stop, min_tokens=options.min_tokens)
         self.num_tokens = 0
@@ -73,8 +85,8 @@ class Transcript:
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
         token_ids = chunk.token_ids
-        delta = Delta(token_ids=token_ids, logprobs=chunk.logprobs)
-        if self._options.stop or (self._reader is not None and not self._reader.is_done):
+        delta = Delta(token_ids=token_ids)
+        if self._options.stop or chunk.logprobs or (self._reader is not None and not self._reader.is_done):
             self._take_singly(chunk, delta)
         elif chunk.stop_token_id is None and not self._options.hidden_ids:
             delta.text = self._push(token_ids)
@@ -98,10 +110,13 @@ class Transcript:
 
     def _take_singly(self, chunk: TokenChunk, delta: Delta) -> None:
         """Take a chunk token by token: thoughts count theirs, and the one that completes a stop string is the last."""
+        logged: list[LoggedToken] = []
         thoughts: list[str] = []
         texts: list[str] = []
         for position, token_ids in enumerate(self._visible(chunk), start=1):
             text = self._push(token_ids)
+            if chunk.logprobs:
+                logged.append(self._logged(chunk.logprobs[position - 1], text if token_ids else None))
             if self._reader is not None:
                 thought, text = self._reader.push(text)
                 thoughts.append(thought)
@@ -110,10 +125,17 @@ class Transcript:
             if met is not None:
                 delta.finish_reason, delta.stop_reason = "stop", met
                 delta.token_ids = chunk.token_ids[:position]
-                delta.logprobs = chunk.logprobs[:position]
                 break
+        delta.logprobs = logged
         delta.reasoning = "".join(thoughts)
         delta.text = "".join(texts)
+
+    def _logged(self, entry: TokenLogprob, text: str | None) -> LoggedToken:
+        """Tell what a token writes. `text`: what was detokenized of it; None: it has none."""
+        others = [token_id for token_id, _ in entry.top]
+        if text is None or (self._options.skips_special_tokens and entry.token_id in self._special_ids):
+            return LoggedToken(entry, self._token_texts.pass_by(entry.token_id, others))
+        return LoggedToken(entry, self._token_texts.take(entry.token_id, text, others))
 
     def _end(self, chunk: TokenChunk, delta: Delta) -> None:
         last = self._flush()

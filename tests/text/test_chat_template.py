@@ -249,9 +249,21 @@ def test_arguments_in_json_text_are_rendered_as_the_object(tmp_path):
 
 def test_text_parts_are_joined_for_a_template_that_reads_strings(tmp_path):
     chat = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]
-    for template in (CHATML, MISTRAL, PARTS):
+    for template, joined in ((CHATML, "one \ntwo"), (MISTRAL, "one \ntwo"), (PARTS, "one two")):
         tokenizer, _ = both(folder_with(tmp_path, template=template))
-        assert "one two" in tokenizer.render_chat(chat)
+        assert joined in tokenizer.render_chat(chat)
+
+
+def test_a_template_that_reads_some_roles_parts_gets_the_others_text_joined(tmp_path):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}"
+        "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% elif m.role == 'user' %}<{{ m.content }}>"
+        "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+    )
+    tokenizer, _ = both(folder_with(tmp_path, template=template))
+    chat = [{"role": role, "content": parts} for role in ("system", "user", "assistant", "user", "tool")]
+    assert tokenizer.render_chat(chat) == "one\ntwo;<one><two>;one\ntwo;<one><two>;one\ntwo;"
 
 
 def test_named_templates_are_chosen_by_tools(tmp_path):

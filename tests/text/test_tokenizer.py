@@ -1,4 +1,3 @@
-import functools
 import json
 import subprocess
 import sys
@@ -8,184 +7,11 @@ import time
 import pytest
 import tokenizers
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from messages.errors import ConfigError, RequestError
-from text.tokenizer import Detokenizer, Tokenizer
-
-CORPUS = [
-    "hello world, the cat sat on the mat",
-    "le café était fermé",
-    "你好 世界",
-    "a  b   c",
-    "def f(x):\n    return x",
-] * 2
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
-
-
-def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2: a space in front, spaces as U+2581, unknown characters as byte tokens."""
-    trained = tokenizers.Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *byte_tokens], show_progress=False)
-    trained.train_from_iterator(CORPUS, trainer)
-    model = json.loads(trained.to_str())["model"]
-    backend = tokenizers.Tokenizer(
-        models.BPE(model["vocab"], [tuple(merge) for merge in model["merges"]], unk_token="<unk>", byte_fallback=True)
-    )
-    backend.normalizer = trained.normalizer
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
-    )
-    return backend
-
-
-def gemma_like() -> tokenizers.Tokenizer:
-    backend = byte_fallback()
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return backend
-
-
-def metaspace() -> tokenizers.Tokenizer:
-    backend = byte_fallback()
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    return backend
-
-
-def no_decoder() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "cat": 1, "dog": 2, "": 3}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return backend
-
-
-def word_suffix() -> tokenizers.Tokenizer:
-    """A decoder whose text changes with what follows."""
-    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "cat</w>": 1, "do": 2, "g</w>": 3}, unk_token="<unk>"))
-    backend.decoder = decoders.BPEDecoder()
-    return backend
-
-
-KINDS = {
-    "byte_level": byte_level,
-    "byte_fallback": byte_fallback,
-    "gemma_like": gemma_like,
-    "metaspace": metaspace,
-    "no_decoder": no_decoder,
-    "word_suffix": word_suffix,
-}
-
-
-@functools.cache
-def tokenizer_of(kind: str) -> Tokenizer:
-    backend = KINDS[kind]()
-    backend.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
-    backend.add_tokens([AddedToken("<工具>", special=False, normalized=False)])
-    return Tokenizer(backend, {"eos_token": "<eos>"})
-
-
-def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int], *, skip: bool) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
-    found, at = [], 0
-    while at < len(ids):
-        size = cuts[at % len(cuts)] if cuts else 1
-        found.append(detokenizer.push(ids[at : at + size]))
-        at += size
-    return [*found, detokenizer.flush()]
-
-
-texts = st.text(
-    st.one_of(
-        st.sampled_from(list(" helowrd▁é你好世界🦊👩‍🚀ก็\u0301\u200d\ufffd\n")),
-        st.characters(exclude_categories=["Cs"]),
-    ),
-    max_size=24,
-)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
-@given(text=texts, cuts=st.lists(st.integers(1, 4), max_size=5), skip=st.booleans())
-def test_pieces_of_a_text_add_up_to_its_decoding(kind, text, cuts, skip):
-    tokenizer = tokenizer_of(kind)
-    ids = tokenizer.encode(text + "<eos>" + text, add_special_tokens=False)
-    found = pieces(tokenizer, ids, cuts, skip=skip)
-    assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=skip)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), cuts=st.lists(st.integers(1, 3), max_size=4), skip=st.booleans())
-def test_pieces_of_any_tokens_add_up_to_their_decoding(kind, data, cuts, skip):
-    tokenizer = tokenizer_of(kind)
-    size = tokenizer.vocab_size
-    any_token = st.integers(0, size + 2)  # two that nobody knows
-    # byte tokens come in runs that are valid, broken off, or nonsense
-    spaces = [i for i in range(size) if (tokenizer.backend.id_to_token(i) or "x").strip("▁Ġ ") == ""]
-    few = st.sampled_from([*spaces, *range(1, min(4, size)), *range(size // 2, size // 2 + 3), size - 1, size - 2])
-    ids = data.draw(st.lists(st.one_of(any_token, few), max_size=20))
-    found = pieces(tokenizer, ids, cuts, skip=skip)
-    assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=skip)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=12), rest=st.sampled_from(["", "hello", " ", "你"]))
-def test_invalid_runs_of_byte_tokens_decode_as_the_tokenizer_would(data, rest):
-    tokenizer = tokenizer_of("byte_fallback")
-    ids = [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in data]
-    ids += tokenizer.encode(rest, add_special_tokens=False) + ids
-    assert "".join(pieces(tokenizer, ids, [], skip=True)) == tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "gemma_like", "metaspace"])
-@given(text=texts)
-@settings(max_examples=50, deadline=None)
-def test_no_piece_of_a_valid_text_ends_inside_a_character(kind, text):
-    text = text.replace("\ufffd", "")
-    tokenizer = tokenizer_of(kind)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert not any("\ufffd" in piece for piece in pieces(tokenizer, ids, [], skip=True))
-
-
-def test_a_character_comes_with_its_last_byte_and_not_later():
-    tokenizer = tokenizer_of("byte_level")
-    ids = tokenizer.encode("🦊", add_special_tokens=False)
-    assert len(ids) == 4
-    assert pieces(tokenizer, ids, [], skip=True) == ["", "", "", "🦊", ""]
-
-
-def test_what_remains_of_an_incomplete_character_comes_with_flush():
-    tokenizer = tokenizer_of("byte_level")
-    ids = tokenizer.encode("a🦊", add_special_tokens=False)[:-1]
-    assert pieces(tokenizer, ids, [], skip=True) == ["a", "", "", "", "\ufffd"]
-
-
-def test_a_word_comes_at_once():
-    tokenizer = tokenizer_of("byte_fallback")
-    ids = tokenizer.encode("hello the cat", add_special_tokens=False)
-    found = pieces(tokenizer, ids, [], skip=True)
-    assert all(found[:-1])
-    assert found[-1] == ""
+from tests.text.kinds import KINDS, byte_level, texts, tokenizer_of
+from text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "gemma_like", "metaspace"])
@@ -309,6 +135,21 @@ def test_the_older_map_of_special_tokens_is_read(tmp_path):
     ours, theirs = Tokenizer.load(folder), auto_tokenizer(folder)
     assert ours.eos_token_id == theirs.eos_token_id
     assert ours.eos_token_id is not None
+
+
+def test_its_configuration_is_told_with_tokens_as_texts(tmp_path):
+    config = {
+        **CONFIGS["added_tokens_decoder"],
+        "vocab_file": "x",
+        "bos_token": {"content": "<s>"},
+        "chat_template": "T",
+    }
+    info = Tokenizer.load(write(tmp_path, with_bos(byte_level()), config)).info()
+    assert info["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<s>", "<|end|>", "T")
+    assert set(info["added_tokens_decoder"].values()) == {"<s>", "</s>", "<|end|>", "<tool>"}
+    assert "vocab_file" not in info
+    assert json.loads(json.dumps(info)) == info
 
 
 def test_truncation_and_padding_of_the_file_do_not_cut_prompts(tmp_path):

@@ -13,8 +13,9 @@ from tokenizers import decoders, models
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar
 from tests.text.masked_walk import MaskedWalk
+from text.detokenizer import Detokenizer
 from text.grammar import GrammarTokenizer
-from text.tokenizer import Detokenizer, Tokenizer
+from text.tokenizer import Tokenizer
 from text.vocabulary import vocabulary_of
 
 SCHEMA = {
@@ -73,6 +74,17 @@ def test_texts_held_to_a_grammar_are_what_the_decoder_writes(decoder, tokens):
     for seed in range(10):
         text = tokenizer.decode(walk.token_ids(compiled, seed))
         assert re.fullmatch("(a ?)+b|c", text)
+
+
+@pytest.mark.parametrize("decoder", [decoders.Metaspace(), decoders.Sequence(LLAMA)])
+def test_behind_a_prompt_with_text_an_output_is_held_to_its_grammar_by_what_it_adds(decoder):
+    tokenizer = tokenizer_of(decoder, [*METASPACE, "yes", "no", "▁yes"])
+    walk = MaskedWalk(tokenizer, eos_id=0)
+    [prompt] = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    compiled = walk.compiled(Grammar(kind="choice", spec='[" yes", "no"]', follows_text=True))
+    for seed in range(10):
+        text = tokenizer.decode([prompt, *walk.token_ids(compiled, seed)]).removeprefix("a")
+        assert text in (" yes", "no")
 
 
 def test_without_a_decoder_tokens_are_words_with_spaces_between():

@@ -36,9 +36,8 @@ from cluster.openai.responses.translation import shows_logprobs
 from cluster.openai.stream import EventStream, reply_while_connected
 from cluster.openai.surface import Surface
 from cluster.openai.tool_calls import CallDelta
-from cluster.openai.transcript import Delta
+from cluster.openai.transcript import Delta, LoggedToken
 from messages.errors import KvrayError
-from messages.stream import TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
 
@@ -73,7 +72,7 @@ class ResponseAnswer:
         self._events: list[Event] = []  #: not written yet
         self._output = ResponseOutput(key, num_items, self._events.append)
         self._begun_reply = _begun_reply(surface, fields, key)
-        self._logprobs: list[TokenLogprob] = []  #: of tokens whose text is not there yet
+        self._logprobs: list[LoggedToken] = []  #: of tokens whose text is not there yet
         self._has_begun = False
         self._reply = self._begun_reply
 
@@ -169,8 +168,8 @@ class ResponseAnswer:
     def _text_logprobs(self) -> list[ChatTokenLogprob]:
         if not self._logprobs:
             return []
-        entries, self._logprobs = self._logprobs, []
-        return chat_logprobs(self._surface.tokenizer, entries, self._fields.top_logprobs or 0).content
+        tokens, self._logprobs = self._logprobs, []
+        return chat_logprobs(tokens, self._fields.top_logprobs or 0).content
 
     def _usage(self) -> ResponseUsage:
         usage = self._begun.generation.usage()

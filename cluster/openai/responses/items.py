@@ -105,11 +105,9 @@ class _Conversation:
         """Take a thought; one that is told only encrypted, or not at all, is none."""
         texts: list[str] = []
         if item.content:
-            content = _content(f"{place}.content", item.content, ("reasoning_text",))
-            texts = [content] if isinstance(content, str) else [part.text or "" for part in content]
+            texts = _texts(f"{place}.content", item.content, ("reasoning_text",))
         elif item.summary:
-            summary = _content(f"{place}.summary", item.summary, ("summary_text",))
-            texts = [summary] if isinstance(summary, str) else [part.text or "" for part in summary]
+            texts = _texts(f"{place}.summary", item.summary, ("summary_text",))
         if texts:
             before = self._turn.reasoning_content if self._turn is not None else None
             self._grow(place, reasoning_content="\n".join([*([before] if before else ()), *texts]))
@@ -132,16 +130,19 @@ def _wanted(param: str, value: T | None, wanted: str) -> T:
     return value
 
 
-def _parts(content: str | list[ContentPart]) -> list[ContentPart]:
+def _parts(content: str | list[str | ContentPart]) -> list[str | ContentPart]:
     return [ContentPart("text", content)] if isinstance(content, str) else content
 
 
-def _content(
-    param: str, content: str | list[InputPart] | None, kinds: tuple[str, ...] = _TEXT_PARTS
-) -> str | list[ContentPart]:
+def _content(param: str, content: str | list[InputPart] | None) -> str | list[str | ContentPart]:
     """Return text as text, several parts as parts: how a template puts them together is its own affair."""
+    texts = _texts(param, content)
+    return "".join(texts) if len(texts) < 2 else [ContentPart("text", text) for text in texts]
+
+
+def _texts(param: str, content: str | list[InputPart] | None, kinds: tuple[str, ...] = _TEXT_PARTS) -> list[str]:
     if isinstance(content, str):
-        return content
+        return [content]
     texts: list[str] = []
     for index, part in enumerate(_wanted(param, content, "text")):
         place = f"{param}[{index}]"
@@ -152,4 +153,4 @@ def _content(
         else:
             wanted = " or ".join(kinds)
             raise bad_field(f"{place}.type", part.type, f"{wanted}: this model reads no images, audio or files")
-    return "".join(texts) if len(texts) < 2 else [ContentPart("text", text) for text in texts]
+    return texts

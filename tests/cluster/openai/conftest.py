@@ -262,11 +262,13 @@ def server(_shared: _Running) -> Iterator[Server]:
 
 @pytest.fixture
 def serve(http: httpx.Client) -> Iterator[Callable[..., Server]]:
-    """A server of its own: serve(template, special_tokens, **settings of create_app)."""
+    """A server of its own: serve(template, special_tokens, tokenizer=one of its own, **settings of create_app)."""
     started: list[_Running] = []
 
     def start(template: str = HERMES_TEMPLATE, special_tokens: Sequence[str] = SPECIAL, **settings: object) -> Server:
-        started.append(_Running(http, FakeBackend(make_tokenizer(template, special_tokens)), **settings))
+        own = settings.pop("tokenizer", None)
+        tokenizer = own if isinstance(own, Tokenizer) else make_tokenizer(template, special_tokens)
+        started.append(_Running(http, FakeBackend(tokenizer), **settings))
         return started[-1].server
 
     yield start

@@ -264,7 +264,7 @@ def test_text_parts_and_the_developer_role_are_rendered(server):
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
     server.client().chat.completions.create(model="tiny", messages=messages)
-    assert server.prompt() == "<system>Be kind.\n<user>ab\n<assistant>"
+    assert server.prompt() == "<system>Be kind.\n<user>a\nb\n<assistant>"
 
 
 def test_the_final_message_can_be_continued(server):

@@ -96,11 +96,37 @@ def test_past_calls_have_arguments_that_a_template_can_index(seen, arguments, sh
     ]
 
 
+def test_parts_that_clients_send_back_of_an_assistant_are_text_and_thoughts_apart(seen):
+    parts = [
+        ContentPart("thinking", thinking="Hm."),
+        "One",
+        ContentPart("output_text", "two"),
+        ContentPart("input_text", "three"),
+        ContentPart("refusal", refusal="no"),
+    ]
+    [messages, *_] = seen(USER, ChatMessage("assistant", parts))
+    assert messages[1]["content"] == "One\ntwo\nthree\nno"
+    assert messages[1]["reasoning_content"] == "Hm."
+
+
+def test_a_refusal_in_place_of_content_is_what_was_said(seen):
+    [messages, *_] = seen(USER, ChatMessage("assistant", refusal="I will not."), USER)
+    assert messages[1] == {"role": "assistant", "content": "I will not."}
+
+
+def test_a_call_under_its_older_name_is_one_and_a_functions_answer_may_be_nothing(seen):
+    call = CalledFunction("f", '{"a": 1}')
+    [messages, *_] = seen(USER, ChatMessage("assistant", function_call=call), ChatMessage("function", name="f"))
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert messages[2] == {"role": "function", "content": "", "name": "f"}
+
+
 @pytest.mark.parametrize(
     ("parts", "param", "words"),
     [
         ([ContentPart("text", "a"), ContentPart("image_url")], "messages[1].content[1].type", "no images"),
         ([ContentPart("text")], "messages[1].content[0].text", "missing"),
+        ([ContentPart("refusal", "a")], "messages[1].content[0].refusal", "missing"),
     ],
 )
 def test_a_part_that_is_no_text_is_named_by_its_place(seen, parts, param, words):

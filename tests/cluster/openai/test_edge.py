@@ -382,3 +382,13 @@ async def test_a_long_prompt_being_encoded_holds_nobody_up(server):
         while not long.done():
             assert (await client.get(f"{server.url}/health")).status_code == 200
         assert (await long).json()["count"] == 60_000
+
+
+def test_the_tokenizers_configuration_agrees_with_what_it_does(server):
+    info = server.http.get(f"{server.url}/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"]) == ("<|end|>", "<|bos|>")
+    assert info["tokenizer_class"]
+    assert "generation_prompt" in info["chat_template"]
+    for token_id, token in info["added_tokens_decoder"].items():
+        assert server.post("/tokenize", {"prompt": token}).json()["tokens"] == [int(token_id)]
+        assert server.post("/detokenize", {"tokens": [int(token_id)]}).json() == {"prompt": token}

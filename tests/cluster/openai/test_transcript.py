@@ -99,7 +99,7 @@ def test_tokens_after_the_one_that_completes_a_stop_string_are_not_there(choose)
     delta = choice.take("abcdef")
     assert (delta.text, delta.finish_reason, delta.stop_reason) == ("ab", "stop", "cd")
     assert delta.token_ids == choice.ids("abcd")
-    assert [entry.token_id for entry in delta.logprobs] == delta.token_ids
+    assert [token.entry.token_id for token in delta.logprobs] == delta.token_ids
     assert choice.transcript.num_tokens == 4
     assert choice.transcript.is_finished
 
