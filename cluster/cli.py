@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -66,6 +66,14 @@ def serve(
     served_model_name: Annotated[list[str] | None, typer.Option("--served-model-name")] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", help="Every user sees it in `ps`.")] = None,
     api_key_file: ApiKeyFile = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-origins",
+            help="Whose pages may call from a browser (CORS): https://chat.example.com, or *; several times, or as a"
+            " JSON list; default: none.",
+        ),
+    ] = None,
     block_size: Annotated[int | None, typer.Option("--block-size", help="Tokens per KV block.")] = None,
     kv_cache_memory: Annotated[
         str | None, typer.Option("--kv-cache-memory", help="Per worker, e.g. 2GiB; default: a share of what is free.")
@@ -137,6 +145,7 @@ def serve(
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
             ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
+            ("http", "allowed_origins"): _listed("--allowed-origins", allowed_origins or ()) or None,
             ("log", "level"): log_level,
             ("log", "format"): log_format,
         }
@@ -204,6 +213,24 @@ def _fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
     if not isinstance(document, dict) or not {"workers", "routers", "is_routing_by_cache"} <= document.keys():
         raise ConfigError(f"no status from {url}: what answers there is not kvray; where does it serve? (--url)")
     return document
+
+
+def _listed(flag: str, values: Sequence[str]) -> list[str]:
+    """Return what a flag was given: values, each of which may be a JSON list of them.
+
+    Raises:
+        ConfigError: one begins as such a list does, and is none.
+    """
+    found: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            found.append(value)
+            continue
+        try:
+            found += msgspec.json.decode(value, type=list[str])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{flag}: wanted a JSON list of strings, saw {value}: {error}") from None
+    return found
 
 
 def _overrides(flags: dict[tuple[str, str], Any]) -> dict[str, Any]:

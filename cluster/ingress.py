@@ -124,6 +124,7 @@ class Ingress:
                 json_whitespace=PRETTY if http.json_layout == "pretty" else "",
                 takes_chat_template=http.client_chat_template == "use",
             ),
+            allowed_origins=http.allowed_origins,
             tool_parser=self._config.model.tool_parser,
             reasoning_parser=self._config.model.reasoning_parser,
             metrics=self._metrics,
