@@ -192,7 +192,7 @@ FIELDS = [
     ("/detokenize", {}, 400, "tokens", "missing"),
     ("/detokenize", {"tokens": [264]}, 400, "tokens[0]", "264"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]", "-1"),
-    ("/detokenize", {"tokens": [1.0]}, 400, "tokens[0]", "1.0"),
+    ("/detokenize", {"tokens": [1.5]}, 400, "tokens[0]", "1.5"),
 ]
 
 BASE = {CHAT: {"messages": USER}, TEXT: {"prompt": "a"}, "/tokenize": {}, "/detokenize": {}}
