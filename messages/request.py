@@ -108,6 +108,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     predicted_ttft_s: float = 0.0  #: by whoever placed it
     #: where blocks of the prompt lie, head first, as the router saw it; None: nobody knows
     held: tuple[HeldRun, ...] | None = ()
+    wants_word: bool = False  #: that it was accepted
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
     others: tuple[Choice, ...] = ()  #: a prompt is sent, named and looked at once, however many choices it has
 

@@ -90,7 +90,7 @@ def test_a_whole_number_is_an_integer_however_it_is_written(body, value):
         (b'{"size":true}', "size", "true"),
         (b'{"size":5.0,"share":"x"}', "share", '"x"'),
         (b'{"size":5.0,"share":', None, "truncated"),
-        (b'{"size":5.0,"share":1e999}', "share", "1e999"),
+        (b'{"size":5.0,"share":1e999}', None, "want a number in range"),
     ],
 )
 def test_what_is_no_whole_number_is_refused_as_it_was_written(body, param, seen):
