@@ -12,6 +12,9 @@ from messages.tier import Tier
 #: was at most that far on from the last token that had come.
 SUSPECT_TOKENS = 4
 
+#: A logit is divided by it: float32 holds what comes of 1e28 and less.
+MIN_REPETITION_PENALTY = 1e-10
+
 GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark", "any_of", "written"]
 
 

@@ -38,6 +38,57 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
+# ------------------------------------------------------------------------------------------------ before the first token
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": USER}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_a_streams_head_comes_once_it_was_accepted_and_the_first_token_may_take_its_time(
+    server, path, body, monkeypatch
+):
+    monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 0.05)
+    server.backend.accepts = True
+    server.backend.delay_s = 600
+    with server.http.stream("POST", server.url + path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        if path == "/v1/responses":
+            kinds = [next(lines) for _ in range(6)][::3]
+            assert kinds == ["event: response.created", "event: response.in_progress"]
+        assert [next(lines) for _ in range(4)] == [": the answer goes on", ""] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        (CHAT, {"messages": USER}, "error"),
+        ("/v1/completions", {"prompt": "Hi"}, "error"),
+        ("/v1/responses", {"input": "Hi"}, "response.failed"),
+    ],
+)
+def test_what_fails_after_it_was_accepted_is_an_event_and_before_that_a_status(server, path, body, word):
+    server.backend.accepts = True
+    server.backend.delay_s = 0.05
+
+    def fail(request):
+        error = WorkerError("it burns", code="worker_lost").info()
+        return [TokenChunk(request_id=request.request_id, finish_reason="error", error=error)]
+
+    server.backend.script = fail
+    answer = server.post(path, {**body, "stream": True})
+    assert (answer.status_code, word in answer.text, "it burns" in answer.text) == (200, True, True)
+    assert "[DONE]" not in answer.text
+    server.backend.accepts = False
+    answer = server.post(path, {**body, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "it burns")
+
+
 # ------------------------------------------------------------------------------------------------ clients that leave
 
 
