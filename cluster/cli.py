@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -124,6 +124,7 @@ def serve(
     port: options.Port = None,
     api_key: options.ServerApiKey = None,
     api_key_file: options.ServerApiKeyFile = None,
+    allowed_origins: options.AllowedOrigins = None,
     access_log: options.AccessLog = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
@@ -160,6 +161,7 @@ def serve(
             ("http", "port"): port,
             ("http", "api_keys"): api_key or None,
             ("http", "api_key_file"): None if api_key_file is None else str(api_key_file.resolve()),
+            ("http", "allowed_origins"): _listed("--allowed-origins", allowed_origins or ()) or None,
             ("log", "level"): log_level,
             ("log", "format"): log_format,
             ("http", "access_log"): access_log,
@@ -254,6 +256,24 @@ def _fetch_status(server: Server) -> dict[str, Any]:
     if not isinstance(document, dict) or not {"workers", "routers", "is_routing_by_cache"} <= document.keys():
         raise ConfigError(f"no status from {server.url}: what answers there is not kvray; where does it serve? (--url)")
     return document
+
+
+def _listed(flag: str, values: Sequence[str]) -> list[str]:
+    """Return what a flag was given: values, each of which may be a JSON list of them.
+
+    Raises:
+        ConfigError: one begins as such a list does, and is none.
+    """
+    found: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            found.append(value)
+            continue
+        try:
+            found += msgspec.json.decode(value, type=list[str])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{flag}: wanted a JSON list of strings, saw {value}: {error}") from None
+    return found
 
 
 def _overrides(flags: dict[tuple[str, str], Any]) -> dict[str, Any]:

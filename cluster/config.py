@@ -40,6 +40,8 @@ _CORES_FOR_TWO_INGRESSES = 4
 AUTO_SIZE = "auto"  #: a size that is told on the spot
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s,*]+")
+
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -114,6 +116,8 @@ class HttpConfig(_Section, frozen=True):
     api_keys: tuple[str, ...] = ()
     api_key_file: str | None = None  #: one key a line, read where an ingress runs; None: KVRAY_API_KEY of its node
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
+    #: whose pages may call from a browser (CORS): scheme://host[:port], or * for all; empty: none
+    allowed_origins: tuple[str, ...] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
     #: of a text that /tokenize takes, in UTF-8: it may give as many tokens, all of which are answered
     max_tokenize_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 768 * 2**10
@@ -427,6 +431,11 @@ def _check(config: KvrayConfig) -> None:
         raise ConfigError("http.api_keys: wanted keys without white space and commas, saw another, or an empty one")
     if config.http.api_keys and config.http.api_key_file is not None:
         raise ConfigError("http.api_key_file: wanted either it or http.api_keys, saw both")
+    for origin in config.http.allowed_origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"http.allowed_origins: wanted *, or scheme://host[:port] as a browser sends it, saw {shown(origin)}"
+            )
     if config.connections.max_receiving_bytes < config.http.max_body_bytes:
         raise ConfigError(
             f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "

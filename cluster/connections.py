@@ -31,6 +31,10 @@ _LINGER_S: Final = 2.0  #: for a refused client to read why: with bytes of its o
 #: Of an answer, in our buffer, and in the kernel's before it is sent: what is beyond waits for the client. How much
 #: lies unread at the client's end is its own affair, and not seen here.
 _MAX_UNSENT_BYTES: Final = 16 * 2**10
+#: Of Linux's tcp(7): the state of a connection that its other end has reset, the first byte of TCP_INFO.
+_TCP_CLOSE: Final = 7
+_ANSWER_S: Final = 0.05  #: for the other end of a connection to answer what it was sent
+_PROBE: Final = b"HTTP/1.1 "  #: what every answer begins with
 _MAX_PIPELINED: Final = 16  #: requests on one connection behind the one being answered
 _UVICORN: Final[dict[str, Any]] = {
     "ws": "none",
@@ -138,6 +142,7 @@ class Connection(HttpToolsProtocol):
         self._is_refused = False
         self.resumed: Callable[[], None] | None = None  #: told when the client has read what waited for it
         self._answered: RequestResponseCycle | None = None  #: the request that runs, or ran last; `cycle` came last
+        self._is_half_closed = False  #: the client sends nothing more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Wait for a request, if there is room for one more connection."""
@@ -172,6 +177,39 @@ class Connection(HttpToolsProtocol):
         if self._has_begun and self._num_raw_bytes > self._limits.max_header_bytes and not self._is_refused:
             self.refuse(self._too_large())
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's always closes
+        """Go on with what was asked: whoever sends nothing more may still read. One that is gone looks the same.
+
+        What is sent to that one is answered with a reset, so that something is, which the answer would begin with in
+        any case, or go on with: a chunk's size may have zeros before it.
+        """
+        running = self._answered
+        if running is None or running.response_complete or self.cycle.more_body or self._is_refused:
+            return False  # it waits for nothing
+        self._is_half_closed = True
+        self.cycle.keep_alive = False
+        if not running.response_started:
+            answer = _AnswerTransport(self)
+            answer.write = partial(self._write_after_probe, answer)
+            running.transport = answer  # type: ignore[assignment]
+            self.transport.write(_PROBE)
+        elif running.chunked_encoding:
+            self.transport.write(b"0")
+        self.loop.call_later(_ANSWER_S, self._drop_if_reset)
+        return True
+
+    def _write_after_probe(self, answer: _AnswerTransport, data: bytes) -> None:
+        answer.write = self.transport.write
+        answer.write(data.removeprefix(_PROBE))
+
+    def _drop_if_reset(self) -> None:
+        """Drop a client that turned out to be gone. Nothing is read of it any more, so that no loop tells of it."""
+        if self.transport.is_closing():
+            return
+        connected = self.transport.get_extra_info("socket")
+        if connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+            self.drop()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or what a callback below raised a refusal for."""
         self.refuse(self._refusal or RequestError(f"connection: {msg}", code="invalid_http"))
@@ -200,7 +238,10 @@ class Connection(HttpToolsProtocol):
             self._refuse_here(error)
         super().on_headers_complete()
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]  # all that a cycle does with one
-        self.scope["extensions"] = {DIRECT: _DirectWriter(self, self.cycle)}  # type: ignore[dict-item]  # ASGI: any
+        if self.scope["http_version"] == "1.0":
+            self.cycle.send = _UnframedSender(self.cycle)  # type: ignore[method-assign]
+        else:
+            self.scope["extensions"] = {DIRECT: _DirectWriter(self, self.cycle)}  # type: ignore[dict-item]  # ASGI: any
         self.waits_since_s = None
         self._num_raw_bytes = 0
         self._expect(self._limits.body_timeout_s)
@@ -249,6 +290,8 @@ class Connection(HttpToolsProtocol):
         Twice seen late, for the loop itself may have been.
         """
         self._look_for_reader(now_s)
+        if self._is_half_closed:
+            self._drop_if_reset()
         if self._ends_s is None or self.transport.is_closing():
             return
         if self.flow.read_paused:
@@ -290,7 +333,8 @@ class Connection(HttpToolsProtocol):
         self.waits_since_s = self._connections.clock()
         self._unset_keepalive_if_required()
         self._connections.end_body(self)
-        if self.pipeline or (self.cycle and self.cycle.response_started and not self.cycle.response_complete):
+        has_begun = self.cycle and self.cycle.response_started and not self.cycle.response_complete
+        if self.pipeline or has_begun or self._is_half_closed:
             self.drop()
             return
         if self.cycle and not self.cycle.response_complete:
@@ -347,12 +391,31 @@ class Connection(HttpToolsProtocol):
         return RequestError(f"headers: too large, {want}", code="headers_too_large", status=431)
 
 
+class _UnframedSender:
+    """Sends an answer to a client of HTTP/1.0, which knows no chunks: what has no length ends with the connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send = cycle.send
+        self._has_length = False
+
+    async def __call__(self, message: Any) -> None:
+        """Send a part of it, as ASGI."""
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                self._cycle.chunked_encoding = False
+        elif not self._has_length:
+            self._cycle.expected_content_length += len(message.get("body", b""))  # as if it had said so
+        await self._send(message)
+
+
 class _AnswerTransport:
     """What uvicorn writes an answer to, and closes after it: a connection, which knows how to close."""
 
     def __init__(self, connection: Connection) -> None:
         self.close = connection.close
-        self.write = connection.transport.write
+        self.write: Callable[[bytes], None] = connection.transport.write
         self.is_closing = connection.transport.is_closing
 
 

@@ -134,6 +134,7 @@ class Ingress:
                 json_whitespace=PRETTY if http.json_layout == "pretty" else "",
                 takes_chat_template=http.client_chat_template == "use",
             ),
+            allowed_origins=http.allowed_origins,
             tool_parser=self._config.model.tool_parser,
             reasoning_parser=self._config.model.reasoning_parser,
             tokenizer_config=read_json(Path(self._config.model.path) / "tokenizer_config.json", is_optional=True),

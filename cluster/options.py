@@ -236,6 +236,16 @@ ServerApiKeyFile = Annotated[
     Path | None,
     _setting("http.api_key_file", "--api-key-file", "File of API keys, one a line.", _HTTP, "KVRAY_API_KEY"),
 ]
+AllowedOrigins = Annotated[
+    list[str] | None,
+    _setting(
+        "http.allowed_origins",
+        "--allowed-origins",
+        "Whose pages may call from a browser (CORS): https://chat.example.com, or *; several times, or as a JSON list.",
+        _HTTP,
+        "none",
+    ),
+]
 AccessLog = Annotated[
     bool | None,
     _setting(

@@ -111,6 +111,7 @@ class _Request:
     was_lost: bool = False  #: one of them was lost: another is started in its place
     digest: bytes = b""  #: of what the client asked for
     is_suspect: bool = False  #: a worker may have been lost by computing it
+    is_accepted: bool = False  #: by a worker, which whoever reads it was told
     is_queued: bool = False  #: it was placed and counts as prefill that waits: nothing has come of it since
     error: KvrayError | None = None  #: what the last of them ended with
 
@@ -434,6 +435,11 @@ class RequestTable:
             return
         if chunk.token_ids and chunk.position != len(sequence.token_ids):
             self._take_strange_chunk(sequence, chunk, now_s, out)
+            return
+        if chunk.is_accepted:
+            if not request.is_accepted:
+                request.is_accepted = True
+                out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
             return
         sequence.is_alone = chunk.is_alone
         if not chunk.token_ids and chunk.finish_reason is None:

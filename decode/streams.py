@@ -35,6 +35,13 @@ class Requested:
 
 
 @dataclass(frozen=True, slots=True)
+class Accepted:
+    """The scheduler has taken the request in: it is not refused any more."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """The client does not want the request any more."""
 
@@ -49,7 +56,7 @@ class IngressLost:
 
 
 #: What the scheduler of a decode worker wants done is an event here.
-StreamEvent: TypeAlias = EmitTokens | AskRemote | Requested | Cancelled | IngressLost
+StreamEvent: TypeAlias = EmitTokens | AskRemote | Requested | Accepted | Cancelled | IngressLost
 
 # ------------------------------------------------------------------------------------------------------- instructions
 
@@ -123,6 +130,8 @@ class StreamBook:
                 return self._ask(request_id, num_held_tokens)
             case Requested():
                 return self._open(event, now_s)
+            case Accepted(request_id):
+                return self._accept(request_id)
             case Cancelled(request_id):
                 return self._cancel(request_id)
             case IngressLost(ingress):
@@ -156,6 +165,12 @@ class StreamBook:
                 BeginSequence(_spec_of(request, token_ids, _remote_s(request, can_pull=event.can_pull), now_s))
             )
         return begun
+
+    def _accept(self, request_id: str) -> list[StreamInstruction]:
+        stream = self._streams.get(request_id)
+        if stream is None or not stream.request.wants_word:
+            return []
+        return [Reply(stream.ingress, TokenChunk(request_id=request_id, is_accepted=True))]
 
     def _cancel(self, request_id: str) -> list[StreamInstruction]:
         if self._streams.pop(request_id, None) is None:
@@ -205,6 +220,7 @@ def each_choice(request: GenerateRequest) -> Iterator[GenerateRequest]:
             request,
             request_id=other.request_id,
             token_ids=prompt + other.token_ids,
+            wants_word=False,
             params=msgspec.structs.replace(request.params, choice=other.choice),
             others=(),
         )

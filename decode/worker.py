@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, assert_never
 
 from decode.streams import (
+    Accepted,
     AskPrefill,
     BeginSequence,
     Cancelled,
@@ -165,3 +166,5 @@ class DecodeWorker:
             self._worker.post(SequenceAdded(spec))  # what follows comes to `on_instructions` before this returns
         except RequestError as error:
             self._decide(EmitTokens(spec.seq_id, finish_reason="error", error=error))
+        else:
+            self._decide(Accepted(spec.seq_id))  # unless it has ended

@@ -12,6 +12,9 @@ from messages.tier import Tier
 #: was at most that far on from the last token that had come.
 SUSPECT_TOKENS = 4
 
+#: A logit is divided by it: float32 holds what comes of 1e28 and less.
+MIN_REPETITION_PENALTY = 1e-10
+
 GrammarKind = Literal["json_schema", "regex", "choice", "json_object", "lark", "any_of", "written"]
 
 
@@ -109,6 +112,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     predicted_ttft_s: float = 0.0  #: by whoever placed it
     #: where blocks of the prompt lie, head first, as the router saw it; None: nobody knows
     held: tuple[HeldRun, ...] | None = ()
+    wants_word: bool = False  #: that it was accepted
     is_suspect: bool = False  #: it was there when a worker crashed: no other is computed in its step, at first
     others: tuple[Choice, ...] = ()  #: a prompt is sent, named and looked at once, however many choices it has
 

@@ -72,6 +72,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None  #: on the first chunk where asked for; [0] is None
     sources: PromptSources | None = None  #: on the first chunk
     plan: PromptPlan | None = None  #: on the first chunk
+    is_accepted: bool = False  #: without tokens: the worker has taken the request in, and the others of its message
     is_alone: bool = False  #: without tokens: of a suspect, of which a step begins now that computes nothing else
     stop_token_id: int | None = None  #: that ended it; also the last of token_ids, unless it came before a move
     finish_reason: FinishReason | None = None

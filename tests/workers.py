@@ -63,6 +63,7 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     sources: PromptSources | None = None
+    num_accepted: int = 0  #: words of it that came before the first token
     last: TokenChunk | None = None
     is_done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -86,6 +87,8 @@ class Ingress:
         held: tuple[HeldRun, ...] | None = (),
         others: tuple[Choice, ...] = (),
         deadline_s: float | None = None,
+        *,
+        wants_word: bool = False,
         **params: object,
     ) -> Answer:
         """Begin a request, or go on after what was generated elsewhere; greedy and 16 tokens unless told otherwise."""
@@ -103,6 +106,7 @@ class Ingress:
                 held=held,
                 others=others,
                 deadline_s=deadline_s,
+                wants_word=wants_word,
             )
         )
         return self.answers[request_id]
@@ -132,6 +136,9 @@ class Ingress:
         for chunk in message.chunks:
             answer = self.answers[chunk.request_id]
             assert not answer.is_done.is_set(), f"a chunk after the last one: {chunk}"
+            if chunk.is_accepted:
+                assert not answer.token_ids
+                answer.num_accepted += 1
             answer.token_ids += chunk.token_ids
             answer.sources = chunk.sources or answer.sources
             if chunk.finish_reason is not None:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -53,6 +54,7 @@ def create_app(
     version: str,
     limits: HttpLimits | None = None,
     callers: Callers | None = None,
+    allowed_origins: Sequence[str] = (),
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
@@ -69,6 +71,7 @@ def create_app(
         version: of the product, for /version.
         limits: what one client may ask for.
         callers: where they have keys, every path but those of probes and of /docs wants one; None: everybody.
+        allowed_origins: whose pages may call from a browser, as browsers name them; "*": everybody's.
         tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
         reasoning_parser: how it writes thoughts, by a name of `THOUGHT_FORMATS`; None: as its chat template shows it.
         tokenizer_config: what the model's tokenizer_config.json holds, for /tokenizer_info.
@@ -107,6 +110,14 @@ def create_app(
     paths = [route.path for route in app.routes if hasattr(route, "path")]
     app.add_middleware(_ShortCut, endpoints=endpoints)
     app.add_middleware(Edge, callers=surface.callers, metrics=surface.metrics, paths=paths)
+    if allowed_origins:  # outermost: a page is to read errors, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     return app
 
 

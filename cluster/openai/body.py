@@ -84,7 +84,7 @@ class BodyDecoder(Generic[T]):
             RequestError: 400, naming the field, the value seen, the value wanted.
         """
         try:
-            value = self._decoder.decode(body)
+            value = self._decoded(body)
             self._check_unknown(self._names.decode(body))
         except msgspec.ValidationError as error:
             raise explained(error, self._kind, lambda path: _value_at(body, path)) from None
@@ -94,6 +94,29 @@ class BodyDecoder(Generic[T]):
             raise nested_too_deeply() from None
         return value
 
+    def _decoded(self, body: bytes) -> T:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            return self._with_whole_numbers(msgspec.json.decode(body), error)
+
+    def _with_whole_numbers(self, value: Any, error: msgspec.ValidationError) -> T:
+        """Decode a body that writes 5.0 where an integer is wanted, which JSON does not tell from 5.
+
+        Raises:
+            ValidationError: the first thing that is wrong beside that.
+        """
+        while True:
+            path = _PATH.match(str(error))
+            if path is None or not path["reason"].startswith("Expected `int") or not _make_whole(value, path["path"]):
+                raise error
+            try:
+                return msgspec.convert(value, self._kind)
+            except msgspec.ValidationError as next_error:
+                error = next_error
+
     def _check_unknown(self, values: dict[str, msgspec.Raw]) -> None:
         unknown = values.keys() - self._known
         for name in sorted(unknown):
@@ -101,7 +124,28 @@ class BodyDecoder(Generic[T]):
         for name in sorted(unknown - self._logged):
             if len(self._logged) < _MAX_LOGGED_NAMES:
                 self._logged.add(name)
-                logger.info("ignored unknown request field %s (logged once)", shown(name))
+                logger.warning("ignored unknown request field %s (logged once)", shown(name))
+
+
+def _make_whole(value: Any, path: str) -> bool:
+    """Make an integer of the number at msgspec's `path`, with all that are beside it in a list; False: it is none."""
+    parent: Any = None
+    try:
+        for index, name in _STEP.findall(path):
+            parent, place = value, int(index) if index else name
+            value = parent[place]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+    if parent is None or not _is_whole(value):
+        return False
+    for each in range(len(parent)) if isinstance(parent, list) else (place,):
+        if _is_whole(parent[each]):
+            parent[each] = int(parent[each])
+    return True
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def explained(error: msgspec.ValidationError, kind: type, value_at: Callable[[str], str]) -> RequestError:

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, API keys, counting. Plain ASGI, so that streams pass through untouched."""
+"""The outermost layer but CORS: request ids, API keys, counting, HEAD. Plain ASGI, so that streams pass through untouched."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ class Edge:
         await _Exchange(self._metrics, self._label(scope), scope, send).run(self._guarded, receive)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "OPTIONS":  # a browser's preflight never has a key, and nothing here answers any other
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         caller = self._callers.find(Headers(scope=scope).get("authorization", ""))
         label = self._label(scope)
         if caller is None and label not in OPEN_PATHS:
@@ -150,6 +155,17 @@ class _Exchange:
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._is_complete = True
         await self._send(message)
+
+
+def _without_body(send: Send) -> Send:
+    """Return a sender of an answer's head alone: what a GET would get, which HEAD asks for (RFC 9110, 9.3.2)."""
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
 
 
 def path_below_root(scope: Scope) -> str:

@@ -53,15 +53,21 @@ class Generation:
         self._num_open = len(requests)
         self._is_running = False
 
-    def start(self, on_delta: Callable[[int, Delta], None], on_end: Callable[[KvrayError | None], None]) -> None:
+    def start(
+        self,
+        on_delta: Callable[[int, Delta], None],
+        on_end: Callable[[KvrayError | None], None],
+        on_accepted: Callable[[], None] = lambda: None,
+    ) -> None:
         """Begin, once; `stop` has to follow, once. Both are called on the loop, perhaps before this returns.
 
         Args:
             on_delta: is told a choice's index and what it got.
             on_end: nothing follows: every choice has its finish_reason, or one was refused or failed, and with that
                 error all are stopped. Not called once `stop` was.
+            on_accepted: is called before all others, if requests want word of it, once a worker has taken them in.
         """
-        self._on_delta, self._on_end = on_delta, on_end
+        self._on_delta, self._on_end, self._on_accepted = on_delta, on_end, on_accepted
         self._clock = RequestClock(self._metrics, len(self.requests))
         self._began_s = time.perf_counter()
         self._is_running = True
@@ -110,6 +116,9 @@ class Generation:
 
     def _take_chunk(self, chunk: TokenChunk) -> None:
         """Make a delta of a chunk: read path step 8."""
+        if chunk.is_accepted:
+            self._on_accepted()
+            return
         index = self._index.get(chunk.request_id)
         if index is None or self.transcripts[index].is_finished:
             return

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from messages.request import MIN_REPETITION_PENALTY
+
 _I64 = 2**63 - 1
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -19,7 +21,7 @@ Count = Annotated[int, Meta(ge=0, le=_I64)]
 Positive = Annotated[int, Meta(ge=1, le=_I64)]
 AnyInt = Annotated[int, Meta(ge=-_I64 - 1, le=_I64)]
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
-RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+RepetitionPenalty = Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=100.0)]
 TopK = Annotated[int, Meta(ge=-1, le=_I64, description="0 or -1: all")]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="smaller is sooner")]
 RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]

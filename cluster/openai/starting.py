@@ -96,6 +96,7 @@ async def start(
                 tenant=owner,
                 hints=hints,
                 priority=priority,
+                wants_word=bool(fields.stream),
             )
             for choice in range(n)
         ]

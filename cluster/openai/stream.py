@@ -1,5 +1,8 @@
 """Answers that stop working when the client leaves: server-sent events, and whole replies.
 
+A stream's head leaves once a worker has accepted the request, or with its first event; an error before that is a reply
+with its own status. Where a while passes without an event, a comment keeps the connection from looking dead to proxies.
+
 A stream costs no task's turn and no call of ASGI per token. What a turn of the event loop brings to it is one write, to
 the client's connection itself where the server lends it (`DIRECT`), else by ASGI. What the client is too slow for waits
 here as it will be sent.
@@ -31,6 +34,11 @@ _encoder = msgspec.json.Encoder()
 _MAX_EVENTS: Final = 64  #: in one write: what waits for a slow client fills no other buffer, and holds nobody up
 DIRECT: Final = "kvray.direct"  #: the extension of an ASGI scope that is a DirectWriter
 DONE: Final = b"data: [DONE]\n\n"
+_COMMENT: Final = b": the answer goes on\n\n"  #: an event that clients do not see
+#: Without an event for so long, a comment is sent: proxies give up after 30 to 100 s, some of those in offices after 5.
+_COMMENT_AFTER_S: Final = 2.0
+#: What some clients take for the end of a line in an event, as Python's str.splitlines does; only text has them.
+_LINE_ENDS: Final = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -41,6 +49,13 @@ _HEADERS: Final = [
 def event(value: msgspec.Struct) -> bytes:
     """Write `value` as one server-sent event."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def in_one_line(events: bytes) -> bytes:
+    """Return `events` with JSON's escapes for characters that some clients would split a line at."""
+    for raw, escape in _LINE_ENDS.items():
+        events = events.replace(raw, escape)
+    return events
 
 
 async def until_gone(receive: Receive) -> None:
@@ -116,7 +131,7 @@ class Turn:
 
 
 class EventStream(Response):
-    """Sends events as they come. An error before the first one is a reply with its own status; after it, an event."""
+    """Sends events as they come. An error before the head has left is a reply with its own status; later, an event."""
 
     def __init__(
         self,
@@ -125,6 +140,7 @@ class EventStream(Response):
         event_of: Callable[[int, Delta], bytes],
         last_events: Callable[[], bytes],
         error_event: Callable[[KvrayError], bytes] = lambda error: b"data: " + error_json(error) + b"\n\n",
+        first_events: Callable[[], bytes] = lambda: b"",
     ) -> None:
         """Make it ready; nothing runs yet.
 
@@ -133,18 +149,21 @@ class EventStream(Response):
             turn: of the loop that this runs on.
             event_of: writes what a choice got as an event, or as nothing.
             last_events: writes what follows when all choices have ended.
-            error_event: writes what follows where one failed after events were given.
+            error_event: writes what follows where one failed after the head has left.
+            first_events: writes what comes with the head, if that leaves before the first of the others.
         """
         self._generation = generation
         self._turn = turn
         self._event_of = event_of
         self._last_events = last_events
         self._error_event = error_event
+        self._first_events = first_events
         self._held: list[bytes] = []  #: not sent yet
         self._writer: DirectWriter | None = None
         self._has_more = asyncio.Event()  #: the coroutine has something to do
         self._has_ended = False
         self._error: KvrayError | None = None
+        self._comment_timer: asyncio.TimerHandle | None = None
         self.background = None
         self.status_code = 200
 
@@ -164,7 +183,7 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         try:
-            self._generation.start(self._take, self._end)
+            self._generation.start(self._take, self._end, self._begin)
             await self._has_more.wait()
             self._has_more.clear()
             if self._error is not None and not self._held:
@@ -173,6 +192,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await self._send_held_by_asgi(send)
             self._lend(scope.get("extensions", {}).get(DIRECT))
+            self._comment_later()
             while not self._has_ended:
                 await self._has_more.wait()
                 self._has_more.clear()
@@ -184,6 +204,8 @@ class EventStream(Response):
             rest = self._taken() + self._end_of_stream()
             await send({"type": "http.response.body", "body": rest, "more_body": False})
         finally:
+            if self._comment_timer is not None:
+                self._comment_timer.cancel()
             self._generation.stop()
 
     async def _send_held_by_asgi(self, send: Send) -> None:
@@ -197,10 +219,28 @@ class EventStream(Response):
             writer.on_resume(self.send_held)
             self.send_held()
 
+    def _begin(self) -> None:
+        """Let the head leave: the request will be answered."""
+        self._hold(self._first_events())
+        self._has_more.set()
+
+    def _comment_later(self) -> None:
+        self._comment_timer = asyncio.get_running_loop().call_later(_COMMENT_AFTER_S, self._comment, self._held)
+
+    def _comment(self, held: list[bytes]) -> None:
+        """Say that it goes on, if nothing was sent since `held` was what waited: what is sent leaves another list."""
+        if self._held is held and not held:
+            self._hold(_COMMENT)
+        self._comment_later()
+
     def _take(self, index: int, delta: Delta) -> None:
-        data = self._event_of(index, delta)
+        self._hold(self._event_of(index, delta))
+
+    def _hold(self, data: bytes) -> None:
         if not data:
             return
+        if not data.isascii():
+            data = in_one_line(data)
         if not self._held:
             if self._writer is None:
                 self._has_more.set()
@@ -219,4 +259,4 @@ class EventStream(Response):
         return b"".join(taken)
 
     def _end_of_stream(self) -> bytes:
-        return self._last_events() if self._error is None else self._error_event(self._error)
+        return in_one_line(self._last_events() if self._error is None else self._error_event(self._error))

@@ -100,7 +100,7 @@ class Sampler:
             )
         errors: dict[int, KvrayError] = {}
         shaped = self._shape_rows(logits, rows, errors)
-        chosen = self._choose(shaped, rows, errors)
+        chosen = self._choose(logits, shaped, rows, errors)
         logprobs = self._logprobs(logits, rows, chosen)
         return [
             errors[index] if index in errors else Sampled(chosen[index], logprobs.get(index))
@@ -187,7 +187,7 @@ class Sampler:
     # ---------------------------------------------------------------- choice
 
     def _choose(
-        self, shaped: list[Tensor], rows: Sequence[SamplingRow], errors: dict[int, KvrayError]
+        self, logits: Tensor, shaped: list[Tensor], rows: Sequence[SamplingRow], errors: dict[int, KvrayError]
     ) -> dict[int, int]:
         """Choose a token id for each row. Rows whose likeliest logit is no finite number are put into `errors`."""
         chosen: dict[int, int] = {}
@@ -204,10 +204,7 @@ class Sampler:
             tops.update(zip(drawn, values, strict=True))
         for index, top in tops.items():
             if not np.isfinite(top):
-                errors[index] = WorkerError(
-                    f"the largest logit of sequence {rows[index].seq_id} is {top}, wanted a finite number",
-                    code="non_finite_logits",
-                )
+                errors[index] = _no_choice(logits[index], top)
                 del chosen[index]
         return chosen
 
@@ -221,6 +218,19 @@ class Sampler:
             [rows[index].params.logprobs or 0 for index in wanted],
         )
         return dict(zip(wanted, found, strict=True))
+
+
+def _no_choice(logits: Tensor, top: float) -> KvrayError:
+    """Return why there is nothing to choose from in a row whose largest logit became `top`, which is not finite.
+
+    Another worker may do better where the model's own logits, [vocab_size], are not finite either: its memory or its
+    KV may be at fault. Where they are, what the request asks for is.
+    """
+    own = float(logits.max())
+    if not math.isfinite(own):
+        return WorkerError(f"the largest logit is {own}, wanted a finite number", code="non_finite_logits")
+    what = "allow no token" if top == -math.inf else f"make the largest logit {top}, wanted a finite number"
+    return RequestError(f"the request's penalties, biases and grammar together {what}", code="invalid_value")
 
 
 def _has_penalty(params: SamplingParams) -> bool:

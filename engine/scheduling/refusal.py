@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from engine.scheduling.plan import SequenceSpec
 from messages.errors import CapacityError, KvrayError, RequestError, WorkerError
-from messages.request import SamplingParams
+from messages.request import MIN_REPETITION_PENALTY, SamplingParams
 
 _U64 = 2**64
 _I64 = 2**63
@@ -74,8 +74,8 @@ def _bad_param(params: SamplingParams, vocab_size: int) -> RequestError | None:
         (
             "repetition_penalty",
             params.repetition_penalty,
-            0 < params.repetition_penalty < math.inf,
-            "a finite number above 0",
+            MIN_REPETITION_PENALTY <= params.repetition_penalty < math.inf,
+            f"a finite number from {MIN_REPETITION_PENALTY:g} on",
         ),
         ("presence_penalty", params.presence_penalty, math.isfinite(params.presence_penalty), "a finite number"),
         ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a finite number"),

@@ -49,6 +49,7 @@ def test_serve_takes_the_flags_of_vllm_serve_that_mean_the_same():
     finished, _ = run_kvray("serve", "--help")
     flags = (
         *("--host", "--port", "--dtype", "--max-model-len", "--served-model-name", "--api-key", "--block-size"),
+        "--allowed-origins",
         *(
             "--max-num-seqs",
             "--max-num-batched-tokens",
@@ -228,3 +229,13 @@ def test_a_long_complaint_is_not_wrapped_or_coloured(tmp_path):
 
 def _root() -> Path:
     return Path(__file__).parent.parent.parent
+
+
+def test_origins_are_named_one_by_one_or_as_vllm_has_them(tmp_path):
+    for values in (["https://x.org"], ["https://x.org", "*"], ['["https://x.org", "http://[::1]:3000"]']):
+        flags = [word for value in values for word in ("--allowed-origins", value)]
+        finished, _ = run_kvray("serve", str(tmp_path), *flags)
+        assert "is no transformers model directory" in finished.stderr, "it got past the flags"
+    for value, words in (('["https://x.org"', "JSON list"), ("x.org", "scheme://host")):
+        finished, _ = run_kvray("serve", str(tmp_path), "--allowed-origins", value)
+        assert (finished.returncode, words in finished.stderr) == (2, True)

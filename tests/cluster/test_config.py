@@ -233,6 +233,16 @@ def test_an_empty_api_key_is_refused():
     assert "wanted keys without white space and commas" in refusal({"http": {"api_keys": [""]}})
 
 
+@pytest.mark.parametrize("origin", ["*", "null", "https://chat.example.com", "http://[::1]:3000", "tauri://localhost"])
+def test_an_origin_is_what_browsers_send(origin):
+    assert parse_config({"http": {"allowed_origins": [origin]}}).http.allowed_origins == (origin,)
+
+
+@pytest.mark.parametrize("origin", ["chat.example.com", "https://x.org/", "https://x.org/chat", "https://*.x.org", ""])
+def test_what_no_browser_sends_is_no_origin(origin):
+    assert "wanted *, or scheme://host[:port]" in refusal({"http": {"allowed_origins": [origin]}})
+
+
 def test_no_form_of_a_configuration_shows_an_api_key():
     config = parse_config({"http": {"api_keys": ["5417041"], "port": 9000}})
     assert "5417041" not in f"{config} {config!r} {config.http!s} {rich.pretty.pretty_repr(config)}"

@@ -22,9 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.config import ConnectionsConfig
 from cluster.connections import Connections
 
-#: As cluster/ingress.py runs it; argv: the limits, how long an answer's token takes.
+#: As cluster/ingress.py runs it; argv: the limits, how long an answer's token takes, how many it has, what may be
+#: tokenized, which event loop.
 SERVER = """
-import asyncio, json, socket, sys
+import asyncio, json, socket, sys, uvloop
 from cluster.config import ConnectionsConfig
 from cluster.connections import http_server
 from cluster.openai.app import create_app
@@ -42,7 +43,9 @@ app = create_app(
 listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
 print(listener.getsockname()[1], flush=True)
 count = lambda reason: metrics.connections_ended.labels(reason).inc()
-asyncio.run(http_server(app, ConnectionsConfig(**json.loads(sys.argv[1])), count).serve(sockets=[listener]))
+server = http_server(app, ConnectionsConfig(**json.loads(sys.argv[1])), count)
+with asyncio.Runner(loop_factory={"asyncio": None, "uvloop": uvloop.new_event_loop}[sys.argv[5]]) as runner:
+    runner.run(server.serve(sockets=[listener]))
 """
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 STREAM = json.dumps({"prompt": "a", "stream": True, "max_tokens": 40}).encode()
@@ -84,14 +87,18 @@ class Server:
         return httpx.post(f"{self.url}/tokenize", json=body, timeout=5).status_code == 200
 
 
-@pytest.fixture
-def start():
+@contextlib.contextmanager
+def starting():
     with contextlib.ExitStack() as stack:
 
         def start(
-            delay_s: float = 0.0, num_tokens: int = 100, max_tokenize_bytes: int = 768 * 1024, **limits: int
+            delay_s: float = 0.0,
+            num_tokens: int = 100,
+            max_tokenize_bytes: int = 768 * 1024,
+            loop: str = "asyncio",
+            **limits: int,
         ) -> Server:
-            arguments = [json.dumps(limits), str(delay_s), str(num_tokens), str(max_tokenize_bytes)]
+            arguments = [json.dumps(limits), str(delay_s), str(num_tokens), str(max_tokenize_bytes), loop]
             process = stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", SERVER, *arguments],
@@ -104,6 +111,26 @@ def start():
             return Server(process)
 
         yield start
+
+
+@pytest.fixture
+def start():
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
+def speaking(request) -> Iterator[Server]:
+    """One server for all tests that leave it as it was: 40 tokens in half a second."""
+    with starting() as start:
+        yield start(delay_s=0.012, num_tokens=40, loop=request.param)
+
+
+@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
+def silent(request) -> Iterator[Server]:
+    """As `speaking`, but the first token never comes."""
+    with starting() as start:
+        yield start(delay_s=600, loop=request.param)
 
 
 def closed_within(clients: list[socket.socket], timeout_s: float) -> Iterator[bytes]:
@@ -363,3 +390,118 @@ def test_the_heaviest_body_gives_way_and_what_ended_is_not_counted():
     book.end_body(heavy)
     assert book.add_body(light, 899) is None
     assert book.add_body(light, 1) is light
+
+
+# ------------------------------------------------------------------------------------------------ old and half-closed
+
+
+def wait_until_idle(server: Server) -> None:
+    ends_s = time.monotonic() + 5
+    while server.metric("kvray_requests_running") != {"": 0.0}:
+        assert time.monotonic() < ends_s
+        time.sleep(0.02)
+
+
+def post(body: dict, *, version: str = "1.1", headers: str = "") -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def read_all(client: socket.socket) -> tuple[bytes, bytes]:
+    """An answer's head and body, which ends with the connection."""
+    told = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = told.partition(b"\r\n\r\n")
+    return head.lower(), body
+
+
+def dechunked(body: bytes) -> bytes:
+    parts = []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        assert rest[int(size, 16) :][:2] == b"\r\n"
+        parts.append(rest[: int(size, 16)])
+        body = rest[int(size, 16) + 2 :]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("headers", ["", "Connection: keep-alive\r\n"])
+def test_a_client_of_http_1_0_is_sent_no_chunks_and_its_stream_ends_with_the_connection(speaking, headers):
+    stream = {"prompt": "a", "stream": True, "max_tokens": 40}
+    head, body = read_all(speaking.connect(post(stream, version="1.0", headers=headers)))
+    assert head.startswith(b"http/1.1 200")
+    assert b"transfer-encoding" not in head
+    assert b"content-length" not in head
+    events = body.decode().split("\n\n")
+    assert [event[:6] for event in events] == ["data: "] * (len(events) - 1) + [""]
+    assert events[-2] == "data: [DONE]"
+    assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in events[:-2]) == "x" * 40
+
+
+@pytest.mark.parametrize("target", ["/v1/models", "/metrics", "/nowhere"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_client_of_http_1_0_is_told_an_answers_length(speaking, method, target):
+    head, body = read_all(speaking.connect(f"{method} {target} HTTP/1.0\r\n\r\n".encode()))
+    (length,) = re.findall(rb"content-length: (\d+)", head)
+    assert len(body) == (int(length) if method == "GET" else 0)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_client_that_sends_nothing_more_gets_its_answer(speaking, version, is_streamed):
+    """As `nc -N` and others do: they shut their sending side down with the request."""
+    client = speaking.connect(post({"prompt": "a", "stream": is_streamed, "max_tokens": 40}, version=version))
+    client.shutdown(socket.SHUT_WR)
+    head, body = read_all(client)
+    assert head.startswith(b"http/1.1 200 ok\r\n")
+    assert head.count(b"http/1.1") == 1
+    if b"transfer-encoding: chunked" in head:
+        body = dechunked(body)
+    if is_streamed:
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert body.count(b"data: {") == 40
+    else:
+        assert json.loads(body)["choices"][0]["text"] == "x" * 40
+    wait_until_idle(speaking)
+
+
+def test_a_client_that_sends_nothing_more_in_the_middle_of_a_stream_gets_the_rest(speaking):
+    client = speaking.connect(post({"prompt": "a", "stream": True, "max_tokens": 40}))
+    told = client.recv(65536)
+    client.shutdown(socket.SHUT_WR)
+    told += b"".join(iter(lambda: client.recv(65536), b""))
+    body = dechunked(told.partition(b"\r\n\r\n")[2])
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert body.count(b"data: {") == 40
+
+
+def test_errors_reach_a_client_that_sends_nothing_more(speaking):
+    for request in (post({"prompt": 5}), b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"):
+        client = speaking.connect(request)
+        client.shutdown(socket.SHUT_WR)
+        head, body = read_all(client)
+        assert head.startswith(b"http/1.1 4")
+        assert json.loads(body)["error"]["message"]
+
+
+def test_all_requests_of_a_client_that_sends_nothing_more_are_answered_in_order(speaking):
+    client = speaking.connect(post({"prompt": "a", "max_tokens": 20}) + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+    client.shutdown(socket.SHUT_WR)
+    told = b"".join(iter(lambda: client.recv(65536), b""))
+    assert told.count(b"HTTP/1.1 200 OK") == 2
+    assert told.index(b'"text":"xxxxx') < told.index(b'{"version"')
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_work_for_a_client_that_is_gone_ends_though_it_looks_as_if_it_only_sent_nothing_more(silent, is_streamed):
+    client = silent.connect(post({"prompt": "a", "stream": is_streamed, "max_tokens": 40}))
+    while silent.metric("kvray_requests_running") != {"": 1.0}:
+        time.sleep(0.02)
+    client.close()
+    wait_until_idle(silent)
+
+
+def test_a_request_that_was_cut_off_is_not_waited_for(speaking):
+    client = speaking.connect(post({"prompt": "a" * 100})[:-50])
+    client.shutdown(socket.SHUT_WR)
+    assert list(closed_within([client], 3)) == [b""]

@@ -58,6 +58,28 @@ def test_a_request_goes_to_the_router_then_to_the_worker_it_names_and_its_chunks
     assert len(ingress.table) == 0
 
 
+def test_that_it_was_accepted_is_delivered_once_however_often_it_moves_and_moves_nothing(ingress):
+    ingress.tell(RequestAdded((ask(),)))
+    ingress.tell(placed("r", "d1"))
+    accepted = chunk("r", is_accepted=True)
+    assert ingress.tell(ChunksArrived("d1", [accepted])) == [Deliver("r", accepted)]
+    ingress.tell(WorkerLost("d1", "gone"))
+    ingress.tell(placed("r#2", "d2"))
+    assert ingress.tell(ChunksArrived("d2", [chunk("r#2", is_accepted=True)])) == []
+    first = chunk("r#2", 1, sources=SOURCES)
+    assert ingress.tell(ChunksArrived("d2", [first])) == [Deliver("r", msgspec.structs.replace(first, request_id="r"))]
+
+
+def test_one_that_no_worker_accepted_before_it_was_lost_is_accepted_by_the_next(ingress):
+    ingress.tell(RequestAdded((ask(),)))
+    ingress.tell(placed("r", "d1"))
+    ingress.tell(WorkerLost("d1", "gone"))
+    ingress.tell(placed("r#2", "d2"))
+    assert ingress.tell(ChunksArrived("d2", [chunk("r#2", is_accepted=True)])) == [
+        Deliver("r", chunk("r", is_accepted=True))
+    ]
+
+
 def test_the_router_is_told_of_every_prompt_of_a_request_and_of_each_once():
     ingress = Ingress("d")
     more = [msgspec.structs.replace(ask(f"r{n}"), token_ids=pack_tokens(range(n)), num_prompt_tokens=n) for n in (7, 9)]

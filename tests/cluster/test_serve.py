@@ -103,6 +103,29 @@ async def test_a_stream_and_a_reply_say_the_same(client):
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
+async def test_a_streams_head_does_not_wait_for_its_first_token(served, client):
+    rng = random.Random(3)
+    name = await model_name(client)
+    prompts = [[rng.randrange(5, 250) for _ in range(4000)] for _ in range(17)]
+    before = [
+        asyncio.ensure_future(client.completions.create(model=name, prompt=prompt, max_tokens=64, temperature=0))
+        for prompt in prompts[:-1]
+    ]
+    body = {"prompt": prompts[-1], "max_tokens": 2, "stream": True}
+    async with httpx.AsyncClient(timeout=120) as http:
+        async with http.stream("POST", f"{served.url}/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            num_answered = sum(answer.done() for answer in before)
+            lines = [line async for line in response.aiter_lines()]
+        assert num_answered < len(before), "its head came while those before it were computed"
+        assert lines[-2:] == ["data: [DONE]", ""]
+        assert {line for line in lines if not line.startswith("data: ")} <= {"", ": the answer goes on"}
+        body["max_tokens"] = 10**6
+        refused = await http.post(f"{served.url}/v1/completions", json=body)
+        assert refused.status_code == 400, "what is refused has its status still"
+    await asyncio.gather(*before)
+
+
 def num_moved(served) -> float:
     """How often a request was placed anew."""
     page = httpx.get(f"{served.url}/metrics", timeout=10).text

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from decode.streams import (
+    Accepted,
     AskPrefill,
     BeginSequence,
     Cancelled,
@@ -96,6 +97,16 @@ def test_what_another_worker_cannot_give_is_computed_here(bench, fields):
 @pytest.mark.parametrize("fields", [{"prefill_address": None}, {"is_suspect": True}], ids=["none", "a suspect"])
 def test_nobody_is_asked_where_no_prefill_worker_was_named_or_may_be_ended_by_it(bench, fields):
     assert bench.spec(**fields).remote_s is None
+
+
+def test_who_wants_word_is_told_that_a_prompt_was_accepted_once_and_not_after_its_end(bench):
+    bench.request(wants_word=True, others=(Choice("r-1", 1),))
+    bench.request("silent")
+    assert bench.post(Accepted("r")) == [Reply(A, TokenChunk(request_id="r", is_accepted=True))]
+    for request_id in ("r-1", "silent", "unknown"):
+        assert bench.post(Accepted(request_id)) == []
+    bench.post(EmitTokens("r", finish_reason="error", error=WorkerError("x")))
+    assert bench.post(Accepted("r")) == []
 
 
 def test_a_request_that_comes_twice_is_answered_once(bench):

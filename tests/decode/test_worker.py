@@ -44,6 +44,21 @@ async def test_pulled_prompts_give_the_tokens_of_plain_transformers(model_dir, r
     assert got == [reference.greedy(prompt, 16) for prompt in asked]
 
 
+async def test_who_wants_word_is_told_once_that_a_request_was_accepted_and_before_its_first_token(model_dir):
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        (prompt,) = prompts(21, 600)
+        others = (Choice("told-1", 1), Choice("told-2", 2))
+        told = pair.ingress.send("told", prompt, wants_word=True, others=others)
+        not_told = pair.ingress.send("not told", prompt)
+        refused = pair.ingress.send("refused", prompts(22, 5)[0], wants_word=True, repetition_penalty=1e-38)
+        await pair.ingress.finish(told, not_told, *(pair.ingress.answers[other.request_id] for other in others))
+        await refused.is_done.wait()
+    counts = [answer.num_accepted for answer in (told, not_told, refused)]
+    assert counts == [1, 0, 0]
+    assert not any(pair.ingress.answers[other.request_id].num_accepted for other in others)
+
+
 async def test_second_turn_finds_the_answers_blocks_on_the_decode_worker(model_dir, reference):
     (first,) = prompts(2, 200)
     options = worker_options(model_dir)

@@ -85,7 +85,9 @@ class ResponseAnswer:
         """
         generation = self._begun.generation
         if self._fields.stream:
-            return EventStream(generation, self._surface.turn, self._event, self._last_event, self._failed)
+            return EventStream(
+                generation, self._surface.turn, self._event, self._last_event, self._failed, self._first_events
+            )
         return await reply_while_connected(request, self._whole())
 
     async def _whole(self) -> bytes:
@@ -95,12 +97,19 @@ class ResponseAnswer:
 
     def _event(self, index: int, delta: Delta) -> bytes:
         """Write what a delta brings as events; nothing where a client could not see it yet."""
+        self._begin()
+        self._take(index, delta)
+        return self._written()
+
+    def _first_events(self) -> bytes:
+        self._begin()
+        return self._written()
+
+    def _begin(self) -> None:
         if not self._has_begun:
             self._has_begun = True
             for kind in (ResponseCreated, ResponseInProgress):
                 self._events.append(kind(sequence_number=next(self._output.numbers), response=self._begun_reply))
-        self._take(index, delta)
-        return self._written()
 
     def _last_event(self) -> bytes:
         self._kept()

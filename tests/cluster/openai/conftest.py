@@ -60,6 +60,7 @@ class FakeBackend:
     requests: list[GenerateRequest] = field(default_factory=list)
     speaking: dict[str, asyncio.Task[None]] = field(default_factory=dict)  #: by client request
     cancelled: list[str] = field(default_factory=list)
+    accepts: bool = False  #: says so at once, where word of it is wanted
     num_active: int = 0
     num_closed_early: int = 0
     is_ready: bool = True
@@ -120,6 +121,8 @@ class FakeBackend:
         self.num_active += 1
         speaking = asyncio.ensure_future(self._speak(queues, take))
         self.speaking[requests[0].request_id] = speaking
+        if self.accepts and requests[0].wants_word:
+            take(TokenChunk(request_id=requests[0].request_id, is_accepted=True))
         speaking.add_done_callback(self._close)
 
     def leave(self, request_id: str) -> None:

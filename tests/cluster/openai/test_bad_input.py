@@ -102,6 +102,9 @@ FIELDS = [
     (CHAT, {"frequency_penalty": -9}, 400, "frequency_penalty", "-9"),
     (CHAT, {"repetition_penalty": 0}, 400, "repetition_penalty", "0"),
     (CHAT, {"repetition_penalty": 1e9}, 400, "repetition_penalty", "1000000000"),
+    (CHAT, {"repetition_penalty": 1e-38}, 400, "repetition_penalty", "1e-38"),
+    ("/v1/completions", {"prompt": "a", "repetition_penalty": 5e-324}, 400, "repetition_penalty", "5e-324"),
+    ("/v1/responses", {"input": "a", "repetition_penalty": 1e-300}, 400, "repetition_penalty", "1e-300"),
     (CHAT, {"min_tokens": 30, "max_tokens": 20}, 400, "min_tokens", "30"),
     (CHAT, {"min_tokens": -1}, 400, "min_tokens", "-1"),
     (CHAT, {"seed": 2**70}, 400, "seed", str(2**70)),
@@ -192,7 +195,7 @@ FIELDS = [
     ("/detokenize", {}, 400, "tokens", "missing"),
     ("/detokenize", {"tokens": [264]}, 400, "tokens[0]", "264"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]", "-1"),
-    ("/detokenize", {"tokens": [1.0]}, 400, "tokens[0]", "1.0"),
+    ("/detokenize", {"tokens": [1.5]}, 400, "tokens[0]", "1.5"),
 ]
 
 BASE = {CHAT: {"messages": USER}, TEXT: {"prompt": "a"}, "/tokenize": {}, "/detokenize": {}}

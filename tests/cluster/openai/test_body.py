@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
 import msgspec
 import pytest
@@ -24,6 +25,14 @@ class Outer(msgspec.Struct, frozen=True, rename={"kind_": "kind"}):
     share: float | None = None
     extra: object = None
     kind_: str | None = None
+
+
+class Counts(msgspec.Struct, frozen=True):
+    size: Annotated[int, msgspec.Meta(ge=1, le=10)] | None = None
+    ids: list[int] | None = None
+    nested: tuple[int, int | None] | None = None
+    share: float | None = None
+    extra: object = None
 
 
 INNER = b'"inner":{"size":1}'
@@ -54,6 +63,39 @@ def request_of(*parts: bytes, **headers: str) -> Request:
 def test_a_body_becomes_a_value():
     body = b'{"inner":{"size":2},"kind":"k","weights":{"a":1.5}}'
     assert BodyDecoder(Outer).decode(body) == Outer(Inner(2), weights={"a": 1.5}, kind_="k")
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b'{"size":5.0}', Counts(size=5)),
+        (b'{"size":1e1,"ids":[1.0,2,3e0],"nested":[4.0,null]}', Counts(size=10, ids=[1, 2, 3], nested=(4, None))),
+        (b'{"size":5.0,"extra":{"size":5.0},"share":2}', Counts(size=5, extra={"size": 5.0}, share=2.0)),
+    ],
+)
+def test_a_whole_number_is_an_integer_however_it_is_written(body, value):
+    decoded = BodyDecoder(Counts).decode(body)
+    assert decoded == value
+    assert repr(decoded) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "seen"),
+    [
+        (b'{"size":5.5}', "size", "5.5"),
+        (b'{"size":11.0}', "size", "11.0"),
+        (b'{"size":1e300}', "size", "1e300"),
+        (b'{"size":5.0,"ids":[1.0,2.5]}', "ids[1]", "2.5"),
+        (b'{"size":"5"}', "size", '"5"'),
+        (b'{"size":true}', "size", "true"),
+        (b'{"size":5.0,"share":"x"}', "share", '"x"'),
+        (b'{"size":5.0,"share":', None, "truncated"),
+        (b'{"size":5.0,"share":1e999}', None, "want a number in range"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_as_it_was_written(body, param, seen):
+    error = refusal(body, BodyDecoder(Counts))
+    assert (error.param, seen in error.message) == (param, True), error.message
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,57 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
+# ------------------------------------------------------------------------------------------------ before the first token
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": USER}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_a_streams_head_comes_once_it_was_accepted_and_the_first_token_may_take_its_time(
+    server, path, body, monkeypatch
+):
+    monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 0.05)
+    server.backend.accepts = True
+    server.backend.delay_s = 600
+    with server.http.stream("POST", server.url + path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        if path == "/v1/responses":
+            kinds = [next(lines) for _ in range(6)][::3]
+            assert kinds == ["event: response.created", "event: response.in_progress"]
+        assert [next(lines) for _ in range(4)] == [": the answer goes on", ""] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        (CHAT, {"messages": USER}, "error"),
+        ("/v1/completions", {"prompt": "Hi"}, "error"),
+        ("/v1/responses", {"input": "Hi"}, "response.failed"),
+    ],
+)
+def test_what_fails_after_it_was_accepted_is_an_event_and_before_that_a_status(server, path, body, word):
+    server.backend.accepts = True
+    server.backend.delay_s = 0.05
+
+    def fail(request):
+        error = WorkerError("it burns", code="worker_lost").info()
+        return [TokenChunk(request_id=request.request_id, finish_reason="error", error=error)]
+
+    server.backend.script = fail
+    answer = server.post(path, {**body, "stream": True})
+    assert (answer.status_code, word in answer.text, "it burns" in answer.text) == (200, True, True)
+    assert "[DONE]" not in answer.text
+    server.backend.accepts = False
+    answer = server.post(path, {**body, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "it burns")
+
+
 # ------------------------------------------------------------------------------------------------ clients that leave
 
 
@@ -217,6 +268,71 @@ def test_api_keys_guard_all_but_probes(serve):
     assert server.client("first").models.list().data[0].id == "tiny"
     scraped = server.http.get(f"{server.url}/metrics", headers={"Authorization": "Bearer first"})
     assert "kvray_requests_running 0.0" in scraped.text
+
+
+def test_head_gives_what_get_would_without_its_body(server):
+    for path in ("/health", "/ready", "/version", "/v1/models", "/v1/models/alias", "/metrics", "/docs", "/nowhere"):
+        got, head = server.http.get(server.url + path), server.http.head(server.url + path)
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers.get("content-type") == got.headers.get("content-type"), path
+        if path != "/metrics":  # which counts this
+            assert head.headers["content-length"] == got.headers["content-length"], path
+    assert server.http.head(server.url + CHAT).status_code == 405
+    assert server.http.head(server.url + CHAT).headers["allow"] == "POST"
+
+
+def test_head_wants_a_key_where_get_does(serve):
+    server = serve(callers=Callers.of_keys(["first"]))
+    assert server.http.head(f"{server.url}/v1/models").status_code == 401
+    assert server.http.head(f"{server.url}/health").status_code == 200
+    with_key = {"Authorization": "Bearer first"}
+    assert server.http.head(f"{server.url}/v1/models", headers=with_key).status_code == 200
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+def test_a_preflight_never_asks_for_a_key_and_allows_the_origins_that_were_named(serve):
+    server = serve(callers=Callers.of_keys(["first"]), allowed_origins=("https://chat.example.com", "null"))
+    for origin, status in (("https://chat.example.com", 200), ("null", 200), ("https://evil.example.com", 400)):
+        told = server.http.options(server.url + CHAT, headers={"Origin": origin, **PREFLIGHT})
+        assert told.status_code == status
+        assert told.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+    told = server.http.options(server.url + CHAT, headers={"Origin": "https://chat.example.com", **PREFLIGHT})
+    assert "POST" in told.headers["access-control-allow-methods"]
+    assert {"authorization", "content-type"} <= set(told.headers["access-control-allow-headers"].split(","))
+
+
+def test_a_page_may_read_answers_errors_and_streams_where_its_origin_was_named(serve):
+    server = serve(callers=Callers.of_keys(["first"]), allowed_origins=("https://chat.example.com",))
+    page = {"Origin": "https://chat.example.com"}
+    with_key = page | {"Authorization": "Bearer first"}
+    refused = server.post(CHAT, {"messages": USER}, **page)
+    assert refused.status_code == 401
+    for body in ({"messages": USER}, {"messages": USER, "stream": True}, {"messages": 3}):
+        answer = server.post(CHAT, body, **with_key)
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+    assert refused.headers["access-control-allow-origin"] == "https://chat.example.com"
+    other = server.post(CHAT, {"messages": USER}, **with_key | {"Origin": "https://evil.example.com"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_any_page_may_call_where_all_may(serve):
+    server = serve(allowed_origins=("*",))
+    assert server.post(CHAT, {"messages": USER}, Origin="http://x").headers["access-control-allow-origin"] == "*"
+    told = server.http.options(server.url + CHAT, headers={"Origin": "http://x", **PREFLIGHT})
+    assert (told.status_code, told.headers["access-control-allow-origin"]) == (200, "*")
+
+
+def test_no_page_may_call_where_none_was_named_and_its_preflight_is_asked_for_no_key(serve):
+    server = serve(callers=Callers.of_keys(["first"]))
+    told = server.http.options(server.url + CHAT, headers={"Origin": "http://x", **PREFLIGHT})
+    assert told.status_code == 405
+    answer = server.post(CHAT, {"messages": USER}, Origin="http://x", Authorization="Bearer first")
+    assert answer.status_code == 200
+    for each in (told, answer):
+        assert not any(name.startswith("access-control") for name in each.headers)
 
 
 def test_health_ready_and_version(server):

@@ -231,3 +231,15 @@ async def test_every_token_and_source_is_counted_for_the_metrics_page(world):
     assert world.counted("kvray_time_to_first_token_seconds_count") == 1
     assert world.counted("kvray_inter_token_latency_seconds_count") == 6
     assert world.counted("kvray_request_latency_seconds_count") == 1
+
+
+async def test_that_a_request_was_accepted_comes_first_and_is_no_delta(world):
+    world.backend.accepts = True
+    generation = world.generation()
+    generation.requests = [replace(one, wants_word=True) for one in generation.requests]
+    came: list[object] = []
+    end = asyncio.get_running_loop().create_future()
+    generation.start(lambda _, delta: came.append(delta.text), end.set_result, lambda: came.append("accepted"))
+    assert await end is None
+    generation.stop()
+    assert (came[0], "".join(came[1:])) == ("accepted", "Hello, world")

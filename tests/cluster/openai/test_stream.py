@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
-from cluster.openai.stream import DIRECT, EventStream, Turn
+from cluster.openai.stream import DIRECT, EventStream, Turn, event
 from cluster.openai.transcript import Delta
 from messages.errors import CapacityError, KvrayError
 
 HEADERS_AND_FIRST = 2  #: messages of ASGI before a connection is lent
+
+
+class SimpleText(msgspec.Struct):
+    text: str
 
 
 class Speaker:
@@ -31,12 +37,17 @@ class Speaker:
         self.resumed: Callable[[], None] | None = None
         self._turn = Turn()
         generation: Any = SimpleNamespace(start=self._start, stop=self._stop)
-        stream = EventStream(generation, self._turn, event_of or (lambda _, d: d.text.encode()), lambda: b"[DONE]")
+        self.stream = EventStream(generation, self._turn, event_of or (lambda _, d: d.text.encode()), lambda: b"[DONE]")
         scope = {"type": "http", "extensions": {DIRECT: self} if lends else {}}
-        self.answering = asyncio.ensure_future(stream(scope, self._receive, self._send))
+        self.answering = asyncio.ensure_future(self.stream(scope, self._receive, self._send))
 
-    def _start(self, on_delta: Callable[[int, Delta], None], on_end: Callable[[KvrayError | None], None]) -> None:
-        self.on_delta, self.end = on_delta, on_end
+    def _start(
+        self,
+        on_delta: Callable[[int, Delta], None],
+        on_end: Callable[[KvrayError | None], None],
+        on_accepted: Callable[[], None],
+    ) -> None:
+        self.on_delta, self.end, self.accept = on_delta, on_end, on_accepted
         self.has_begun.set()
 
     def _stop(self) -> None:
@@ -185,6 +196,86 @@ async def test_an_error_in_the_turn_of_the_first_event_comes_after_it(lends):
     await speaker.answering
     assert speaker.sent[0]["status"] == 200
     assert speaker.body().startswith(b"adata: {")
+
+
+async def test_the_head_leaves_once_the_request_is_accepted_and_what_fails_later_is_an_event(lends):
+    speaker = Speaker(lends=lends)
+    await speaker.has_begun.wait()
+    speaker.accept()
+    await turns()
+    assert [message["type"] for message in speaker.sent] == ["http.response.start"]
+    assert (speaker.sent[0]["status"], speaker.body()) == (200, b"")
+    speaker.end(CapacityError("full"))
+    await speaker.answering
+    assert speaker.body().startswith(b'data: {"error":{"message":"full"')
+
+
+async def test_what_comes_after_the_head_left_early_is_one_write_a_turn(lends):
+    speaker = Speaker(lends=lends)
+    await speaker.has_begun.wait()
+    speaker.accept()
+    await turns()
+    await speaker.say("a", "b")
+    await speaker.say("c")
+    speaker.end(None)
+    await speaker.answering
+    assert [message["body"] for message in speaker.sent[1:]] == [b"ab", b"c", b"[DONE]"]
+    assert speaker.written == ([b"ab", b"c"] if lends else [])
+
+
+async def test_an_error_in_the_turn_in_which_it_was_accepted_is_a_status_still(lends):
+    speaker = Speaker(lends=lends)
+    await speaker.has_begun.wait()
+    speaker.accept()
+    speaker.end(CapacityError("full"))
+    await speaker.answering
+    assert speaker.sent[0]["status"] == 429
+
+
+async def test_a_comment_comes_where_nothing_else_does_and_only_there(lends, monkeypatch):
+    monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 0.0)
+    speaker = Speaker(lends=lends)
+    await speaker.has_begun.wait()
+    speaker.accept()
+    while speaker.body().count(b": the answer goes on\n\n") < 3:
+        await asyncio.sleep(0)
+    monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 600.0)
+    await asyncio.sleep(0)
+    comments = speaker.body()
+    await speaker.say("a")
+    speaker.end(None)
+    await speaker.answering
+    assert speaker.body().removeprefix(comments).replace(b": the answer goes on\n\n", b"") == b"a[DONE]"
+    assert comments.replace(b": the answer goes on\n\n", b"") == b""
+
+
+async def test_no_comment_comes_between_tokens_nor_while_the_client_does_not_read(lends, monkeypatch):
+    monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 0.0)
+    speaker = Speaker(lends=lends)
+    await speaker.say("a")
+    speaker.pause()
+    await speaker.say("b")
+    sent = speaker.body()
+    await speaker.say("c", "d")
+    speaker.stream._comment(speaker.stream._held)
+    assert speaker.body() == sent
+    speaker.resume()
+    speaker.end(None)
+    await speaker.answering
+    assert speaker.body().replace(b": the answer goes on\n\n", b"") == b"abcd[DONE]"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+async def test_no_event_has_what_some_clients_take_for_the_end_of_a_line(character):
+    speaker = Speaker(event_of=lambda _, delta: event(SimpleText(delta.text)))
+    await speaker.say(f"é{character}漢")
+    speaker.end(CapacityError(f"seen{character}"))
+    await speaker.answering
+    body = speaker.body().decode()
+    assert len(body.splitlines()) == len(body.split("\n")) - 1
+    first, last, _ = body.split("\n\n")
+    assert json.loads(first.removeprefix("data: ")) == {"text": f"é{character}漢"}
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == f"seen{character}"
 
 
 async def test_a_client_that_leaves_ends_the_work_and_is_sent_nothing_more(lends):
