@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import DEMO_MODEL
+from cluster.openai.call_recognition import recognised
 from engine.core import Engine, EngineOptions
 from engine.model.load import load_model
 from engine.scheduling.plan import SequenceAdded, SequenceSpec
@@ -65,6 +66,42 @@ def test_the_shipped_directory_is_small_and_whole():
     names = {file.name for file in files}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert json.loads((DEMO_MODEL / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_its_template_shows_tools_calls_and_results():
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    assert recognised(tokenizer) == "hermes"
+    properties = {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bern"}}}
+    messages = [
+        {"role": "system", "content": "Use the tools."},
+        {"role": "user", "content": "What is the weather in Bern?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "It rains."},
+    ]
+    assert tokenizer.render_chat(messages, tools=[tool]) == (
+        "<|system|>Use the tools.<|end|>"
+        '<|tools|>{"name":"get_weather","arguments":{"city":"string","unit":"optional celsius|fahrenheit"}}<|end|>'
+        "<|user|>What is the weather in Bern?<|end|>"
+        '<|assistant|><tool_call>{"name":"get_weather","arguments":{"city":"Bern"}}</tool_call><|end|>'
+        "<|tool|>It rains.<|end|><|assistant|>"
+    )
+
+
+def test_its_template_takes_what_clients_send():
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    text = "<|user|>Hello<|end|><|assistant|>"
+    assert tokenizer.render_chat([{"role": "user", "content": parts}]) == text
+    assert tokenizer.render_chat([{"role": "user", "content": "Hello"}], tools=[]) == text
+    system = tokenizer.render_chat([{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
+    assert system == f"<|system|>Be kind.<|end|>{text}"
+    for parameters in ({}, {"parameters": {}}, {"parameters": {"type": "object", "properties": {}}}):
+        tool = {"type": "function", "function": {"name": "now", **parameters}}
+        shown = tokenizer.render_chat([{"role": "user", "content": "Hello"}], tools=[tool])
+        assert shown == f'<|tools|>{{"name":"now","arguments":{{}}}}<|end|>{text}'
 
 
 @pytest.mark.alone

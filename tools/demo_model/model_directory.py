@@ -17,14 +17,37 @@ from tools.demo_model.tokenizer import special_id
 
 #: Tags as in training, nothing between them; content may be a string or a list of text parts.
 CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-        {{- raise_exception('unknown role ' ~ message['role'] ~ ', expected system, user or assistant') -}}
+{%- macro shown_tool(tool) -%}
+    {%- set required = (tool.parameters or {}).required or [] -%}
+    {{- '{"name":' ~ (tool.name | tojson) ~ ',"arguments":{' -}}
+    {%- for name, form in ((tool.parameters or {}).properties or {}).items() -%}
+        {%- set kind = (form.enum | join('|')) if form.enum else (form.type if form.type is string else 'any') -%}
+        {{- (name | tojson) ~ ':' ~ ((('' if name in required else 'optional ') ~ kind) | tojson) -}}
+        {{- '' if loop.last else ',' -}}
+    {%- endfor -%}
+    {{- '}}' -}}
+{%- endmacro -%}
+{%- macro shown_tools() -%}
+    {%- if tools -%}
+        {{- '<|tools|>' -}}
+        {%- for tool in tools -%}
+            {{- shown_tool(tool.function if tool.function else tool) -}}
+        {%- endfor -%}
+        {{- '<|end|>' -}}
     {%- endif -%}
-    {{- '<|' ~ message['role'] ~ '|>' -}}
+{%- endmacro -%}
+{%- if not messages or messages[0]['role'] != 'system' -%}
+    {{- shown_tools() -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set role = {'developer': 'system', 'function': 'tool'}.get(message['role'], message['role']) -%}
+    {%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception('unknown role ' ~ role ~ ', expected system, user, assistant or tool') -}}
+    {%- endif -%}
+    {{- '<|' ~ role ~ '|>' -}}
     {%- if message['content'] is string -%}
         {{- message['content'] -}}
-    {%- else -%}
+    {%- elif message['content'] -%}
         {%- for part in message['content'] -%}
             {%- if part['type'] != 'text' -%}
                 {{- raise_exception('unknown content type ' ~ part['type'] ~ ', expected text') -}}
@@ -32,7 +55,17 @@ CHAT_TEMPLATE = """\
             {{- part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
+    {%- for call in message['tool_calls'] or [] -%}
+        {%- set function = call.function if call.function else call -%}
+        {%- set arguments = function.arguments -%}
+        {{- '<tool_call>{"name":' ~ (function.name | tojson) ~ ',"arguments":' -}}
+        {{- arguments if arguments is string else (arguments | tojson(separators=(',', ':'))) -}}
+        {{- '}</tool_call>' -}}
+    {%- endfor -%}
     {{- '<|end|>' -}}
+    {%- if loop.first and role == 'system' -%}
+        {{- shown_tools() -}}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|assistant|>' -}}
