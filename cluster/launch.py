@@ -84,14 +84,19 @@ def running(
     """Serve the application for as long as the block lasts.
 
     On other threads `on_progress` is called with what happens while it starts, `on_line` with the name of a process of
-    a Ray of our own and each line that it writes.
+    a Ray of our own and each line that it writes, until `stop` is set.
 
     Raises:
         ConfigError: the application cannot start as configured; one line says why.
         WorkerError: Ray or Serve failed.
         Stopped: `stop` was set while it started.
     """
-    launched = Launched(config, on_progress, on_line)
+
+    def on_line_before_end(name: str, line: str) -> None:
+        if not stop.is_set():  # nothing is worth telling about the end of what is being ended
+            on_line(name, line)
+
+    launched = Launched(config, on_progress, on_line_before_end)
     try:
         launched.wait_until_up(stop)
         yield launched
