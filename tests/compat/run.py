@@ -157,8 +157,8 @@ def run_peer(peer: Peer, environment: Path, url: str, folder: Path) -> Iterator[
         finished = subprocess.run(
             command, capture_output=True, text=True, cwd=folder, env=variables, timeout=CLIENT_TIMEOUT_S, check=False
         )
-        wrong = (finished.stderr or finished.stdout).strip()[-2000:] if finished.returncode else None
-        yield Ran("benchmark", case, wrong or "ok")
+        said = (finished.stderr.strip() or finished.stdout.strip()).splitlines()
+        yield Ran("benchmark", case, f"ended with {finished.returncode}: {said[-1:]}" if finished.returncode else "ok")
 
 
 def suite(client: Client, environments: Path, url: str, junit: Path) -> list[Ran]:

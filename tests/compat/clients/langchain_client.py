@@ -52,7 +52,7 @@ def test_tools():
 
 
 def test_tool_stream():
-    [*parts] = chat().bind_tools([note], tool_choice="required", strict=True).stream(ASKED)
+    [*parts] = chat().bind_tools([note], tool_choice="note", strict=True).stream(ASKED)
     whole = parts[0]
     for part in parts[1:]:
         whole += part

@@ -49,13 +49,13 @@ def test_stream():
 
 def test_tools():
     reply = model().chat_with_tools(TOOLS, chat_history=ASKED, tool_required=True)
-    [call] = model().get_tool_calls_from_response(reply)
+    call, *_ = model().get_tool_calls_from_response(reply)
     assert set(call.tool_kwargs) == {"name", "kind"}
 
 
 def test_tool_stream():
     *_, last = model().stream_chat_with_tools(TOOLS, chat_history=ASKED, tool_required=True)
-    [call] = model().get_tool_calls_from_response(last)
+    call, *_ = model().get_tool_calls_from_response(last)
     assert set(call.tool_kwargs) == {"name", "kind"}
 
 

@@ -63,6 +63,6 @@ def test_too_long():
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 @pytest.mark.parametrize("output", [pydantic_ai.ToolOutput, pydantic_ai.NativeOutput], ids=["tool", "native"])
 def test_schemas(output, model):
-    if model.model_json_schema().get("type") != "object":
+    if issubclass(model, pydantic.RootModel) and model.model_json_schema().get("type") != "object":
         pytest.skip("arguments are an object")
     assert isinstance(agent(output=output(model)).run_sync(ASKED).output, model)
