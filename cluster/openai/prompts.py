@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 from cluster.openai.backend import ServedModel
-from cluster.openai.errors import bad_field
+from cluster.openai.errors import bad_field, context_overflow
 from cluster.openai.surface import Surface
 from messages.errors import RequestError
 from text.pieces import PIECE_CHARS
@@ -118,9 +118,10 @@ async def encoded(
 
 
 def _too_long(param: str, seen: str, model: ServedModel) -> RequestError:
-    why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
-    return RequestError(
-        f"{param}: got {seen}, want at most {model.max_prompt_tokens}: the model's {why} holds no more",
-        param=param,
-        code="context_length_exceeded",
+    most = model.max_prompt_tokens
+    why = "" if most >= model.max_model_len - 1 else " here, as the KV cache holds no more,"
+    return context_overflow(
+        param,
+        f"got {seen}, want at most {most}: this model's maximum context length is {most + 1} tokens{why}"
+        " with at least one of output",
     )
