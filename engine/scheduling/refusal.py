@@ -30,8 +30,8 @@ def refusal(spec: SequenceSpec, bounds: Bounds, *, knows_tokens: bool = False) -
         )
     if num_prompt + 1 > bounds.model_len:
         return RequestError(
-            f"the prompt has {num_prompt} tokens; this model's maximum context length is {bounds.model_len}, one output "
-            "token included (context_length_exceeded)",
+            f"the prompt has {num_prompt} tokens; this model's maximum context length is {bounds.model_len}, one "
+            "output token included (context_length_exceeded)",
             param="prompt",
             code="context_length_exceeded",
         )

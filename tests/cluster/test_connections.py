@@ -493,9 +493,7 @@ def test_all_requests_of_a_client_that_sends_nothing_more_are_answered_in_order(
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_the_work_for_a_client_that_is_gone_ends_though_it_looks_as_if_it_only_sent_nothing_more(
-    silent, is_streamed
-):
+def test_the_work_for_a_client_that_is_gone_ends_though_it_looks_as_if_it_only_sent_nothing_more(silent, is_streamed):
     client = silent.connect(post({"prompt": "a", "stream": is_streamed, "max_tokens": 40}))
     while silent.metric("kvray_requests_running") != {"": 1.0}:
         time.sleep(0.02)

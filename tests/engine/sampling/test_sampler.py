@@ -499,9 +499,7 @@ def test_a_row_without_finite_logits_fails_alone(monkeypatch, temperature, bad, 
 def test_parameters_that_leave_no_number_are_the_requests_fault_alone(params, words, temperature):
     logits = torch.arange(2 * VOCAB, dtype=torch.float32).view(2, VOCAB) / 7
     rows = [
-        SamplingRow(
-            name, SamplingParams(max_tokens=9, temperature=temperature, **each), list(range(VOCAB)), VOCAB
-        )
+        SamplingRow(name, SamplingParams(max_tokens=9, temperature=temperature, **each), list(range(VOCAB)), VOCAB)
         for name, each in (("bad", params), ("good", {}))
     ]
     error, sampled = Sampler(VOCAB, None).sample(logits, rows)
@@ -525,12 +523,9 @@ def test_parameters_that_leave_no_number_are_the_requests_fault_alone(params, wo
 def test_a_token_comes_of_whatever_a_request_may_ask_for(params, temperature):
     for scale in (0.0, 1.0, 1e4):
         logits = torch.linspace(-scale, scale, VOCAB).unsqueeze(0)
-        row = SamplingRow(
-            "r", SamplingParams(max_tokens=9, temperature=temperature, **params), list(range(VOCAB)), 3
-        )
+        row = SamplingRow("r", SamplingParams(max_tokens=9, temperature=temperature, **params), list(range(VOCAB)), 3)
         (sampled,) = Sampler(VOCAB, None).sample(logits, [row])
         assert isinstance(sampled, Sampled), sampled
-
 
 
 def test_a_row_that_asks_for_the_impossible_fails_alone():
