@@ -51,11 +51,11 @@ def check_token_ids(param: str, value: Any, vocab_size: int) -> list[int]:
         raise bad_field(param, value, "at least one token id")
     if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < vocab_size:  # all in C: prompts are long
         return value
-    value = [int(item) if isinstance(item, float) and item.is_integer() else item for item in value]
-    for index, item in enumerate(value):
+    whole: list[int] = [int(item) if isinstance(item, float) and item.is_integer() else item for item in value]
+    for index, item in enumerate(whole):
         if type(item) is not int or not 0 <= item < vocab_size:
             raise bad_field(f"{param}[{index}]", item, f"a token id from 0 to {vocab_size - 1}")
-    return value
+    return whole
 
 
 def fitted(
