@@ -30,22 +30,16 @@ def refusal(spec: SequenceSpec, bounds: Bounds, *, knows_tokens: bool = False) -
         )
     if num_prompt + 1 > bounds.model_len:
         return RequestError(
-            f"the prompt has {num_prompt} tokens; this model's maximum context length is {bounds.model_len}, one "
-            "output token included (context_length_exceeded)",
+            f"the prompt has {num_prompt} tokens; at most {bounds.model_len - 1} fit beside one output token: this "
+            f"model's maximum context length is {bounds.model_len} (context_length_exceeded)",
             param="prompt",
             code="context_length_exceeded",
         )
     if num_prompt + 1 > bounds.pool_len:
         return CapacityError(
-            f"the prompt has {num_prompt} tokens; this model's maximum context length is {bounds.pool_len} here, one "
-            "output token included: the KV pool holds no more (context_length_exceeded)",
-            code="context_length_exceeded",
-            status=400,
-        )
-    largest = 0 if knows_tokens else max(spec.token_ids)
-    if largest >= bounds.vocab_size:
-        return RequestError(
-            f"the prompt has token {largest}; the model's vocabulary ends at {bounds.vocab_size - 1}",
+            f"the prompt has {num_prompt} tokens; at most {bounds.pool_len - 1} fit beside one output token: this "
+            f"model's maximum context length is {bounds.pool_len} here, as the KV pool holds no more "
+            "(context_length_exceeded)",
             param="prompt",
             code="invalid_value",
         )
