@@ -40,6 +40,13 @@ def refusal(spec: SequenceSpec, bounds: Bounds, *, knows_tokens: bool = False) -
             f"the prompt has {num_prompt} tokens; at most {bounds.pool_len - 1} fit beside one output token: this "
             f"model's maximum context length is {bounds.pool_len} here, as the KV pool holds no more "
             "(context_length_exceeded)",
+            code="context_length_exceeded",
+            status=400,
+        )
+    largest = 0 if knows_tokens else max(spec.token_ids)
+    if largest >= bounds.vocab_size:
+        return RequestError(
+            f"the prompt has token {largest}; the model's vocabulary ends at {bounds.vocab_size - 1}",
             param="prompt",
             code="invalid_value",
         )
