@@ -413,6 +413,14 @@ def recorded_ray_address() -> str | None:
         return None
 
 
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"http.allowed_origins: wanted *, or scheme://host[:port] as a browser sends it, saw {shown(origin)}"
+            )
+
+
 def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
@@ -431,11 +439,7 @@ def _check(config: KvrayConfig) -> None:
         raise ConfigError("http.api_keys: wanted keys without white space and commas, saw another, or an empty one")
     if config.http.api_keys and config.http.api_key_file is not None:
         raise ConfigError("http.api_key_file: wanted either it or http.api_keys, saw both")
-    for origin in config.http.allowed_origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise ConfigError(
-                f"http.allowed_origins: wanted *, or scheme://host[:port] as a browser sends it, saw {shown(origin)}"
-            )
+    _check_origins(config.http.allowed_origins)
     if config.connections.max_receiving_bytes < config.http.max_body_bytes:
         raise ConfigError(
             f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "

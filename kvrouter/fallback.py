@@ -81,7 +81,8 @@ def choose(
     decodes = [worker for worker in decodes if can_ever_hold(worker, request)]
     if not decodes:
         raise RequestError(
-            f"the prompt has {request.num_prompt_tokens} tokens, more than any worker holds",
+            f"the prompt has {request.num_prompt_tokens} tokens, more than any worker holds: it exceeds this model's "
+            "maximum context length here (context_length_exceeded)",
             code="context_length_exceeded",
         )
     decode = _bounded_rendezvous(request, decodes, num_sequences)

@@ -267,7 +267,8 @@ class Router:
         if not len(decodes):
             limit = self._max_prompt_tokens(there).max()
             raise RequestError(
-                f"the prompt has {_longest(request)} tokens; the workers hold at most {limit} and one more",
+                f"the prompt has {_longest(request)} tokens; this model's maximum context length is {limit + 1} tokens "
+                f"on any worker, at most {limit} of them the prompt (context_length_exceeded)",
                 code="context_length_exceeded",
             )
         best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))

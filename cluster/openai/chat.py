@@ -73,7 +73,9 @@ async def begin(surface: Surface, caller: Caller, fields: ChatRequest, request_i
     """
     surface.check_model(fields.model)
     check_stream_options(fields)
-    if fields.top_logprobs is not None and not fields.logprobs:
+    if set(fields.modalities or ()) - {"text"}:
+        raise bad_field("modalities", fields.modalities, '["text"]: nothing else is generated here')
+    if fields.top_logprobs and not fields.logprobs:
         raise bad_field("top_logprobs", fields.top_logprobs, "logprobs to be true with it")
     structure = constraint_of(fields, surface.limits.json_whitespace)
     tools = plan_tools(fields, surface.tool_format)

@@ -1,4 +1,4 @@
-"""The outermost layer but CORS: request ids, API keys, counting, HEAD. Plain ASGI, so that streams pass through untouched."""
+"""The outermost layer but CORS: request ids, API keys, counting. Plain ASGI: streams pass through untouched."""
 
 from __future__ import annotations
 

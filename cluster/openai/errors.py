@@ -62,6 +62,16 @@ def bad_field(param: str, seen: object, wanted: str, *, code: str = "invalid_val
     return RequestError(f"{param}: got {shown(seen)}, want {wanted}", param=param, code=code)
 
 
+def context_overflow(param: str, message: str) -> RequestError:
+    """Make the 400 for what does not fit into the model's context; `message` has the numbers.
+
+    Agents' frameworks look for words in the message, the code among them, before they shorten a prompt and try again:
+    litellm for "this model's maximum context length is", LangChain for the code, which openai's errors do not show.
+    """
+    code = "context_length_exceeded"
+    return RequestError(f"{param}: {message} ({code})", param=param, code=code)
+
+
 def error_body(error: KvrayError) -> ErrorBody:
     """Write `error` in OpenAI's form."""
     fallback = "invalid_request_error" if 400 <= error.status < 500 else "server_error"

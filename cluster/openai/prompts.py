@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 from cluster.openai.backend import ServedModel
-from cluster.openai.errors import bad_field
+from cluster.openai.errors import bad_field, context_overflow
 from cluster.openai.surface import Surface
 from messages.errors import RequestError
 from text.pieces import PIECE_CHARS
@@ -51,11 +51,11 @@ def check_token_ids(param: str, value: Any, vocab_size: int) -> list[int]:
         raise bad_field(param, value, "at least one token id")
     if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < vocab_size:  # all in C: prompts are long
         return value
-    value = [int(item) if isinstance(item, float) and item.is_integer() else item for item in value]
-    for index, item in enumerate(value):
+    whole: list[int] = [int(item) if isinstance(item, float) and item.is_integer() else item for item in value]
+    for index, item in enumerate(whole):
         if type(item) is not int or not 0 <= item < vocab_size:
             raise bad_field(f"{param}[{index}]", item, f"a token id from 0 to {vocab_size - 1}")
-    return value
+    return whole
 
 
 def fitted(
@@ -118,9 +118,10 @@ async def encoded(
 
 
 def _too_long(param: str, seen: str, model: ServedModel) -> RequestError:
-    why = "context" if model.max_prompt_tokens >= model.max_model_len - 1 else "KV cache"
-    return RequestError(
-        f"{param}: got {seen}, want at most {model.max_prompt_tokens}: the model's {why} holds no more",
-        param=param,
-        code="context_length_exceeded",
+    most = model.max_prompt_tokens
+    why = "" if most >= model.max_model_len - 1 else " here, as the KV cache holds no more,"
+    return context_overflow(
+        param,
+        f"got {seen}, want at most {most}: this model's maximum context length is {most + 1} tokens{why}"
+        " with at least one of output",
     )

@@ -266,8 +266,8 @@ class ChatRequest(SharedFields, frozen=True, kw_only=True):
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: Annotated[bool, Meta(description="false: thoughts are made, and not shown")] | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None  #: text alone
     #: carried by clients by habit; they change nothing here
-    modalities: list[str] | None = None
     service_tier: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None

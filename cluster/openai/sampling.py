@@ -6,8 +6,8 @@ import secrets
 from typing import TypeVar
 
 from cluster.openai.backend import HttpLimits, ServedModel
-from cluster.openai.errors import bad_field, shown
-from cluster.openai.protocol import SharedFields
+from cluster.openai.errors import bad_field, context_overflow, shown
+from cluster.openai.protocol import SharedFields, StreamOptions
 from messages.errors import RequestError
 from messages.request import Grammar, SamplingParams
 
@@ -73,11 +73,10 @@ def max_output_tokens(param: str, asked: int | None, num_prompt_tokens: int, mod
         most = model.defaults.max_new_tokens
         return remaining if most is None else min(remaining, most)
     if asked > remaining:
-        raise RequestError(
-            f"{param}: got {shown(asked)}, want at most {remaining}: the model's context is {model.max_model_len}"
-            f" tokens and the prompt takes {num_prompt_tokens}",
-            param=param,
-            code="context_length_exceeded",
+        raise context_overflow(
+            param,
+            f"got {shown(asked)}, want at most {remaining}: this model's maximum context length is"
+            f" {model.max_model_len} tokens and the prompt takes {num_prompt_tokens}",
         )
     return asked
 
@@ -126,7 +125,7 @@ def check_stream_options(request: SharedFields) -> None:
     Raises:
         RequestError: a field contradicts `stream`.
     """
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options not in (None, StreamOptions()) and not request.stream:
         raise RequestError(
             "stream_options: want stream to be true with it", param="stream_options", code="invalid_value"
         )

@@ -10,8 +10,8 @@ from cluster.openai.errors import bad_field
 
 _STRUCTURE: Final = "structured_outputs or response_format"
 
-#: by name: the values that change nothing, and what is wanted instead of others. Of OpenAI's API, of vLLM's, and the
-#: names that SGLang, TGI and llama.cpp have for structures
+#: by name: the values that change nothing, and what is wanted instead of others. Of OpenAI's API, of vLLM's, and what
+#: SGLang, TGI and llama.cpp have beside them
 _UNSERVED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "functions": (([],), "tools"),
     "function_call": (("none", "auto"), "tool_choice"),
@@ -43,6 +43,35 @@ _UNSERVED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "enable_thinking": ((), "chat_template_kwargs"),
     "thinking": ((), "chat_template_kwargs"),
     "separate_reasoning": ((True,), "include_reasoning"),
+    "watermarking": ((False,), "false"),
+    "watermark": ((False,), "false"),
+    "truncation_side": (("left",), "left"),
+    "return_prompt_text": ((False,), "/tokenize and /detokenize, which show the prompt"),
+    "repetition_detection": ((), "repetition_penalty"),
+    "kv_transfer_params": (({},), "no value: prefill and decode find each other here"),
+    "ec_transfer_params": (({},), "no value: there are no encoders"),
+    "media_io_kwargs": (({},), "text alone"),
+    "mm_processor_kwargs": (({},), "text alone"),
+    "stop_regex": (([], ""), "stop"),
+    "no_stop_trim": ((False,), "include_stop_str_in_output"),
+    "lora_path": ((), "a model by its name"),
+    "custom_params": (({},), "no parameters of a processor"),
+    "return_hidden_states": ((False,), "false"),
+    "max_new_tokens": ((), "max_tokens"),
+    "min_new_tokens": ((0,), "min_tokens"),
+    "n_predict": ((-1,), "max_tokens"),
+    "do_sample": ((True,), "temperature"),
+    "best_of": ((1,), "n"),
+    "repeat_penalty": ((1,), "repetition_penalty"),
+    "n_probs": ((0,), "logprobs"),
+    "typical_p": ((1, 0), "top_p or min_p"),
+    "tfs_z": ((1, 0), "top_p or min_p"),
+    "top_a": ((0,), "top_p or min_p"),
+    "top_n_sigma": ((-1, 0), "top_p or min_p"),
+    "mirostat": ((0,), "top_p or min_p"),
+    "dynatemp_range": ((0,), "temperature"),
+    "xtc_probability": ((0,), "top_p or min_p"),
+    "dry_multiplier": ((0,), "frequency_penalty or presence_penalty"),
 }
 
 

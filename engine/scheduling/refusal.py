@@ -30,15 +30,16 @@ def refusal(spec: SequenceSpec, bounds: Bounds, *, knows_tokens: bool = False) -
         )
     if num_prompt + 1 > bounds.model_len:
         return RequestError(
-            f"the prompt has {num_prompt} tokens; at most {bounds.model_len - 1} fit beside one output token in the "
-            f"model's {bounds.model_len}",
+            f"the prompt has {num_prompt} tokens; at most {bounds.model_len - 1} fit beside one output token: this "
+            f"model's maximum context length is {bounds.model_len} (context_length_exceeded)",
             param="prompt",
             code="context_length_exceeded",
         )
     if num_prompt + 1 > bounds.pool_len:
         return CapacityError(
-            f"the prompt has {num_prompt} tokens; at most {bounds.pool_len - 1} fit beside one output token in "
-            f"the KV pool's {bounds.pool_len}",
+            f"the prompt has {num_prompt} tokens; at most {bounds.pool_len - 1} fit beside one output token: this "
+            f"model's maximum context length is {bounds.pool_len} here, as the KV pool holds no more "
+            "(context_length_exceeded)",
             code="context_length_exceeded",
             status=400,
         )

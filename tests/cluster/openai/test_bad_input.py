@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 LONG = "x" * 600
@@ -104,7 +104,7 @@ FIELDS = [
     (CHAT, {"repetition_penalty": 1e9}, 400, "repetition_penalty", "1000000000"),
     (CHAT, {"repetition_penalty": 1e-38}, 400, "repetition_penalty", "1e-38"),
     ("/v1/completions", {"prompt": "a", "repetition_penalty": 5e-324}, 400, "repetition_penalty", "5e-324"),
-    ("/v1/responses", {"input": "a", "repetition_penalty": 1e-300}, 400, "repetition_penalty", "1e-300"),
+    (RESPONSES, {"repetition_penalty": 1e-300}, 400, "repetition_penalty", "1e-300"),
     (CHAT, {"min_tokens": 30, "max_tokens": 20}, 400, "min_tokens", "30"),
     (CHAT, {"min_tokens": -1}, 400, "min_tokens", "-1"),
     (CHAT, {"seed": 2**70}, 400, "seed", str(2**70)),
@@ -198,7 +198,7 @@ FIELDS = [
     ("/detokenize", {"tokens": [1.5]}, 400, "tokens[0]", "1.5"),
 ]
 
-BASE = {CHAT: {"messages": USER}, TEXT: {"prompt": "a"}, "/tokenize": {}, "/detokenize": {}}
+BASE = {CHAT: {"messages": USER}, TEXT: {"prompt": "a"}, RESPONSES: {"input": "a"}, "/tokenize": {}, "/detokenize": {}}
 
 
 def check_error(response, status, param, shown):
@@ -347,7 +347,7 @@ def test_a_template_that_refuses_is_a_400(serve):
 def test_a_prompt_longer_than_the_pool_says_so(serve, served_model):
     server = serve(model=served_model(max_prompt_tokens=10))
     response = server.post(TEXT, {"prompt": "x" * 11, "max_tokens": 1})
-    check_error(response, 400, "prompt", "KV cache")
+    check_error(response, 400, "prompt", "this model's maximum context length is 11 tokens here, as the KV cache")
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert server.post(TEXT, {"prompt": "x" * 10, "max_tokens": 1}).status_code == 200
 
@@ -360,6 +360,73 @@ def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(serve, served_model, p
     error = server.post(path, body).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert 10 < int(re.search(r"at least (\d+) tokens", error["message"])[1]) < 40_000
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "numbers"),
+    [
+        (TEXT, {"prompt": "x" * 600}, ("600", "501")),
+        (TEXT, {"prompt": "x" * 100, "max_tokens": 500}, ("500", "412", "512", "100")),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 600}]}, ("501",)),
+        (CHAT, {"max_completion_tokens": 10**6}, ("1000000", "512")),
+        (RESPONSES, {"input": "x" * 600}, ("501",)),
+        (RESPONSES, {"max_output_tokens": 10**6}, ("1000000", "512")),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_agents_find_the_words_by_which_they_know_that_a_context_is_full(server, path, fields, numbers, stream):
+    response = server.post(path, {**BASE[path], **fields, "stream": stream})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "this model's maximum context length is" in error["message"]
+    assert "context_length_exceeded" in error["message"]
+    assert set(numbers) <= set(re.findall(r"\d+", error["message"]))
+
+
+CHANGES = {
+    "echo": True,
+    "documents": [{"text": "a"}],
+    "modalities": ["text", "audio"],
+    "truncation_side": "right",
+    "watermarking": True,
+    "kv_transfer_params": {"do_remote_decode": True},
+    "repetition_detection": {"max_pattern_size": 3},
+    "mm_processor_kwargs": {"x": 1},
+    "max_new_tokens": 5,
+    "repeat_penalty": 1.1,
+    "typical_p": 0.5,
+    "do_sample": False,
+    "best_of": 3,
+    "thinking_token_budget": 10,
+}
+HARMLESS = {
+    "echo": False,
+    "documents": [],
+    "modalities": ["text"],
+    "truncation_side": "left",
+    "kv_transfer_params": None,
+    "repeat_penalty": 1.0,
+    "typical_p": 1.0,
+    "verbosity": "low",
+    "prompt_cache_key": "k",
+    "spaces_between_special_tokens": True,
+    "stream_options": {},
+    "top_logprobs": 0,
+    "nobody_knows": {"a": [1]},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name(server, name):
+    check_error(server.post(CHAT, {"messages": USER, name: CHANGES[name]}), 400, name, "want")
+    assert server.backend.requests == []
+
+
+def test_fields_that_change_nothing_are_taken_and_unknown_ones_are_told_the_operator(server, caplog):
+    for name, value in HARMLESS.items():
+        assert server.post(CHAT, {"messages": USER, name: value}).status_code == 200, name
+    told = [record for record in caplog.records if "nobody_knows" in record.message]
+    assert [record.levelname for record in told] in ([], ["WARNING"]), "once a process"
 
 
 def test_without_an_end_token_structures_are_refused(serve, served_model):

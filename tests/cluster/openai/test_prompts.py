@@ -62,9 +62,10 @@ def test_the_first_thing_that_is_no_prompt_is_named(model, prompt, param):
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("item", [264, -1, True, False, 1.0, "1", None, 10**30])
+@pytest.mark.parametrize("item", [264, -1, True, False, 1.5, "1", None, 10**30])
 def test_a_token_id_is_an_integer_of_the_vocabulary_and_no_truth_value(item):
     assert check_token_ids("p", [0, 263], 264) == [0, 263]
+    assert repr(check_token_ids("p", [0.0, 263], 264)) == "[0, 263]"
     with pytest.raises(RequestError, match=r"p\[1\]: got .*, want a token id from 0 to 263"):
         check_token_ids("p", [0, item, 0], 264)
 
@@ -117,11 +118,11 @@ def test_a_prompt_without_tokens_is_refused_under_its_name(model, token_ids, tru
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize(("max_prompt_tokens", "why"), [(19, "context"), (18, "KV cache")])
+@pytest.mark.parametrize(("max_prompt_tokens", "why"), [(19, "20 tokens with"), (18, "19 tokens here, as the KV")])
 def test_what_is_too_small_for_a_prompt_is_said(model, max_prompt_tokens, why):
     served = model(max_prompt_tokens=max_prompt_tokens)
     check_length("prompt", max_prompt_tokens, served)
-    with pytest.raises(RequestError, match=f"the model's {why} holds no more") as caught:
+    with pytest.raises(RequestError, match=f"this model's maximum context length is {why}") as caught:
         check_length("prompt", max_prompt_tokens + 1, served)
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
 

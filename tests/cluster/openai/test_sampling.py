@@ -156,7 +156,8 @@ def test_choices_beyond_a_limit_are_refused(n, prompts, words):
         ({}, None),
         ({"stream": True, "stream_options": StreamOptions()}, None),
         ({"stream": False, "prompt_logprobs": 0}, None),
-        ({"stream": False, "stream_options": StreamOptions()}, "stream_options"),
+        ({"stream": False, "stream_options": StreamOptions()}, None),
+        ({"stream": False, "stream_options": StreamOptions(include_usage=False)}, "stream_options"),
         ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
     ],
 )

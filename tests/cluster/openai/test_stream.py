@@ -237,7 +237,7 @@ async def test_a_comment_comes_where_nothing_else_does_and_only_there(lends, mon
     speaker = Speaker(lends=lends)
     await speaker.has_begun.wait()
     speaker.accept()
-    while speaker.body().count(b": the answer goes on\n\n") < 3:
+    while speaker.body().count(b": the answer goes on\n\n") < 3:  # noqa: ASYNC110 - nobody tells of a comment
         await asyncio.sleep(0)
     monkeypatch.setattr("cluster.openai.stream._COMMENT_AFTER_S", 600.0)
     await asyncio.sleep(0)

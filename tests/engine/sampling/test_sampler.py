@@ -18,7 +18,7 @@ from engine.sampling import sampler as sampler_module
 from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs, uniform
 from engine.scheduling.plan import Sampled
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
-from messages.request import MIN_REPETITION_PENALTY, Grammar, SamplingParams
+from messages.request import Grammar, SamplingParams
 from text.grammar import GrammarCompiler, GrammarTokenizer
 from text.tokenizer import Tokenizer
 
@@ -489,48 +489,6 @@ def test_a_row_without_finite_logits_fails_alone(monkeypatch, temperature, bad, 
     assert [found[0], found[2]] == [good[0], good[2]]
     assert isinstance(found[1], WorkerError)
     assert found[1].code == "non_finite_logits"
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    ("params", "words"),
-    [
-        ({"repetition_penalty": 1e-38}, "make the largest logit inf"),
-        ({"repetition_penalty": 5e-324}, "make the largest logit"),
-        ({"logit_bias": {3: math.inf}}, "make the largest logit inf"),
-        ({"logit_bias": dict.fromkeys(range(VOCAB), -math.inf)}, "allow no token"),
-    ],
-)
-def test_parameters_that_leave_no_number_are_the_requests_fault_alone(params, words, temperature):
-    logits = torch.arange(2 * VOCAB, dtype=torch.float32).view(2, VOCAB) / 7
-    rows = [
-        SamplingRow(name, SamplingParams(max_tokens=9, temperature=temperature, **each), list(range(VOCAB)), VOCAB)
-        for name, each in (("bad", params), ("good", {}))
-    ]
-    error, sampled = Sampler(VOCAB, None).sample(logits, rows)
-    assert isinstance(error, RequestError)
-    assert words in error.message
-    assert isinstance(sampled, Sampled)
-
-
-@pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"repetition_penalty": MIN_REPETITION_PENALTY},
-        {"repetition_penalty": 100.0},
-        {"repetition_penalty": MIN_REPETITION_PENALTY, "presence_penalty": -2.0, "frequency_penalty": 2.0},
-        {"min_p": 5e-324, "top_p": 5e-324},
-        {"top_p": 1 - 2**-53, "top_k": 2**63 - 1},
-        {"logit_bias": dict.fromkeys(range(VOCAB), -100.0), "seed": 2**64 - 1},
-    ],
-)
-def test_a_token_comes_of_whatever_a_request_may_ask_for(params, temperature):
-    for scale in (0.0, 1.0, 1e4):
-        logits = torch.linspace(-scale, scale, VOCAB).unsqueeze(0)
-        row = SamplingRow("r", SamplingParams(max_tokens=9, temperature=temperature, **params), list(range(VOCAB)), 3)
-        (sampled,) = Sampler(VOCAB, None).sample(logits, [row])
-        assert isinstance(sampled, Sampled), sampled
 
 
 def test_a_row_that_asks_for_the_impossible_fails_alone():
