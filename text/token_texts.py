@@ -1,7 +1,7 @@
 """What each token of a sequence writes where it stands, and how many characters stand before it.
 
-tokens    [ the][ f][<0xC3>][<0xA9>][</s>][te]       text " the féte", </s> is hidden
-texts      " the" " f"  ""     "é"   "</s>" "te"     those of tokens that are not hidden add up to the text
+tokens    [ the][ f][<0xC3>][<0xA9>][</s>][as]       text " the féas", </s> is hidden
+texts      " the" " f"  ""     "é"   "</s>" "as"     those of tokens that are not hidden add up to the text
 offsets      0     4     6      6      7     7
 """
 

@@ -332,7 +332,8 @@ class Chat(Answer):
     def _chat_logprobs(self, tokens: list[LoggedToken]) -> ChatLogprobs | None:
         if not self._has_logprobs:
             return None
-        return chat_logprobs(tokens, self._fields.top_logprobs or 0)
+        as_ids = bool(self._fields.return_tokens_as_token_ids)
+        return chat_logprobs(tokens, self._fields.top_logprobs or 0, as_ids=as_ids)
 
     def _streamed_call(self, call: CallDelta) -> ToolCall:
         """Write a piece of a call; its first one carries id and name."""

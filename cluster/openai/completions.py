@@ -167,7 +167,8 @@ class Completion(Answer):
             if is_first and fields.echo:
                 parts.append(self._echoed_logprobs(index))
             offset = len(self._echoed_text(index)) if fields.echo else 0
-            parts.append(completion_logprobs(delta.logprobs, fields.logprobs, offset=offset))
+            as_ids = bool(fields.return_tokens_as_token_ids)
+            parts.append(completion_logprobs(delta.logprobs, fields.logprobs, offset=offset, as_ids=as_ids))
         return CompletionChoice(
             index=index,
             text=self._echoed_text(index) + delta.text if is_first and fields.echo else delta.text,
@@ -203,6 +204,7 @@ class Completion(Answer):
             fields.logprobs or 0,
             text=self._echoed_text(index),
             skipped=frozenset() if fields.skip_special_tokens is False else tokenizer.special_ids,
+            as_ids=bool(fields.return_tokens_as_token_ids),
         )
 
     def _prompt_logprobs(self, index: int) -> PromptLogprobs:

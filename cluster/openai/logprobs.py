@@ -21,20 +21,23 @@ from text.tokenizer import Tokenizer
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokens: Sequence[LoggedToken], num_top: int) -> ChatLogprobs:
-    """Write one entry per generated token, each with the `num_top` likeliest alternatives."""
+def chat_logprobs(tokens: Sequence[LoggedToken], num_top: int, *, as_ids: bool = False) -> ChatLogprobs:
+    """Write one entry per generated token, each with the `num_top` likeliest alternatives; `as_ids`: see `_name`."""
     content: list[ChatTokenLogprob] = []
     for entry, token in tokens:
         text, data = token.written
         top = [
-            ChatTopLogprob(other.text, _finite(logprob), list(other.data))
-            for other, (_, logprob) in zip(token.others[:num_top], entry.top[:num_top], strict=True)
+            ChatTopLogprob(_name(other.text, other_id, as_ids=as_ids), _finite(logprob), list(other.data))
+            for other, (other_id, logprob) in zip(token.others[:num_top], entry.top[:num_top], strict=True)
         ]
-        content.append(ChatTokenLogprob(text, _finite(entry.logprob), list(data), top))
+        name = _name(text, entry.token_id, as_ids=as_ids)
+        content.append(ChatTokenLogprob(name, _finite(entry.logprob), list(data), top))
     return ChatLogprobs(content)
 
 
-def completion_logprobs(tokens: Sequence[LoggedToken], num_top: int, *, offset: int) -> CompletionLogprobs:
+def completion_logprobs(
+    tokens: Sequence[LoggedToken], num_top: int, *, offset: int, as_ids: bool = False
+) -> CompletionLogprobs:
     """Write four lists of generated tokens; `offset`: characters of the prompt that stand before their text.
 
     The chosen token is always among its `top_logprobs`, as in OpenAI's API. Of several tokens with one text (parts of
@@ -42,7 +45,7 @@ def completion_logprobs(tokens: Sequence[LoggedToken], num_top: int, *, offset: 
     """
     result = CompletionLogprobs([], [], [], [])
     for entry, token in tokens:
-        _add(result, token, token.offset + offset, entry, num_top)
+        _add(result, token, token.offset + offset, entry, num_top, token_id=entry.token_id, as_ids=as_ids)
     return result
 
 
@@ -54,6 +57,7 @@ def echoed_logprobs(
     *,
     text: str,
     skipped: Collection[int],
+    as_ids: bool = False,
 ) -> CompletionLogprobs:
     """Write the four lists of an echoed prompt: its first token has no log-probability.
 
@@ -64,6 +68,7 @@ def echoed_logprobs(
         num_top: alternatives of each.
         text: that is echoed.
         skipped: tokens that are left out of it, unless it is the client's own and has them.
+        as_ids: see `_name`.
     """
     result = CompletionLogprobs([], [], [], [])
     texts, offset = TokenTexts(tokenizer), 0
@@ -72,16 +77,25 @@ def echoed_logprobs(
         others = [] if entry is None else [other for other, _ in entry.top[:num_top]]
         is_hidden = token_id in skipped
         token = texts.pass_by(token_id, others) if is_hidden else texts.take(token_id, others=others)
-        _add(result, token, offset, entry, num_top)
+        _add(result, token, offset, entry, num_top, token_id=token_id, as_ids=as_ids)
         written = token.written.text
         if not is_hidden or text.startswith(written, offset):
             offset = min(offset + len(written), len(text))
     return result
 
 
-def _add(lists: CompletionLogprobs, token: TokenText, offset: int, entry: TokenLogprob | None, num_top: int) -> None:
-    text = token.written.text
-    lists.tokens.append(text)
+def _add(
+    lists: CompletionLogprobs,
+    token: TokenText,
+    offset: int,
+    entry: TokenLogprob | None,
+    num_top: int,
+    *,
+    token_id: int,
+    as_ids: bool,
+) -> None:
+    name = _name(token.written.text, token_id, as_ids=as_ids)
+    lists.tokens.append(name)
     lists.text_offset.append(offset)
     if entry is None:
         lists.token_logprobs.append(None)
@@ -89,9 +103,9 @@ def _add(lists: CompletionLogprobs, token: TokenText, offset: int, entry: TokenL
         return
     lists.token_logprobs.append(_finite(entry.logprob))
     top: dict[str, float] = {}
-    for other, (_, logprob) in zip(token.others, entry.top[:num_top], strict=False):
-        top.setdefault(other.text, _finite(logprob))
-    top[text] = _finite(entry.logprob)
+    for other, (other_id, logprob) in zip(token.others, entry.top[:num_top], strict=False):
+        top.setdefault(_name(other.text, other_id, as_ids=as_ids), _finite(logprob))
+    top[name] = _finite(entry.logprob)
     lists.top_logprobs.append(top)
 
 
@@ -123,6 +137,11 @@ def prompt_logprobs(
         candidates[entry.token_id] = PromptLogprob(_finite(entry.logprob), entry.rank, token.written.text)
         result.append(candidates)
     return result
+
+
+def _name(text: str, token_id: int, *, as_ids: bool) -> str:
+    """Return what stands for a token: its text, or its id as vLLM writes it, which tells parts of characters apart."""
+    return f"token_id:{token_id}" if as_ids else text
 
 
 def _finite(logprob: float) -> float:

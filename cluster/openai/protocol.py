@@ -164,6 +164,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: Salt | None = None
     kvray: KvrayFields | None = None
     return_token_ids: ReturnTokenIds | None = None
+    return_tokens_as_token_ids: Annotated[bool, Meta(description="tokens of logprobs as token_id:123")] | None = None
     return_prompt_sources: ReturnPromptSources | None = None
     user: str | None = None
 

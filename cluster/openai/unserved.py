@@ -29,7 +29,6 @@ _UNSERVED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "echo": ((False,), "false"),
     "documents": (([],), "documents in messages"),
     "prompt_embeds": ((), "a prompt of text or token ids"),
-    "return_tokens_as_token_ids": ((False,), "return_token_ids"),
     "logprob_token_ids": (([],), "top_logprobs"),
     "vllm_xargs": (({},), "no extra arguments"),
     "lora_request": ((), "a model by its name"),

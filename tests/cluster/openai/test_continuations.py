@@ -113,3 +113,17 @@ def test_workers_are_told_whether_an_output_that_is_held_to_a_grammar_begins_a_t
     assert request.params.grammar.follows_text is follows
     assert prompt_ids(request)[-1] == 1 or follows
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=type(request)) == request
+
+
+def test_tokens_may_be_told_by_their_ids(server, tokenizer):
+    ids = [f"token_id:{token_id}" for token_id in (*tokenizer.encode("time ended"), tokenizer.eos_token_id)]
+    asked = {"logprobs": True, "top_logprobs": 1, "extra_body": {"return_tokens_as_token_ids": True}}
+    messages = [{"role": "user", "content": "hi"}]
+    reply = server.client().chat.completions.create(model="tiny", messages=messages, **asked)
+    assert [entry.token for entry in reply.choices[0].logprobs.content] == ids
+    assert bytes(reply.choices[0].logprobs.content[0].bytes) == b" time"
+    asked = {"logprobs": 1, "extra_body": {"return_tokens_as_token_ids": True}}
+    told = server.client().completions.create(model="tiny", prompt="a", **asked).choices[0].logprobs
+    assert told.tokens == ids
+    assert all(name in top for name, top in zip(ids, told.top_logprobs, strict=True))
+    assert told.text_offset == [0, 5, 11]
