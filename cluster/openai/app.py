@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -37,7 +38,6 @@ from cluster.openai.surface import Surface
 from cluster.openai.thought_recognition import thought_format
 from cluster.openai.tokenizer_info import tokenizer_info
 from cluster.openai.tokens import detokenize, tokenize
-from fastapi_offline import FastAPIOffline
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
 

@@ -92,15 +92,15 @@ def test_its_template_shows_tools_calls_and_results():
 
 def test_its_template_takes_what_clients_send():
     tokenizer = Tokenizer.load(DEMO_MODEL)
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    text = "<|user|>Hello<|end|><|assistant|>"
+    parts = [{"type": "text", "text": "Good"}, {"type": "text", "text": "bye"}]
+    text = "<|user|>Goodbye<|end|><|assistant|>"
     assert tokenizer.render_chat([{"role": "user", "content": parts}]) == text
-    assert tokenizer.render_chat([{"role": "user", "content": "Hello"}], tools=[]) == text
-    system = tokenizer.render_chat([{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
+    assert tokenizer.render_chat([{"role": "user", "content": "Goodbye"}], tools=[]) == text
+    system = tokenizer.render_chat([{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Goodbye"}])
     assert system == f"<|system|>Be kind.<|end|>{text}"
     for parameters in ({}, {"parameters": {}}, {"parameters": {"type": "object", "properties": {}}}):
         tool = {"type": "function", "function": {"name": "now", **parameters}}
-        shown = tokenizer.render_chat([{"role": "user", "content": "Hello"}], tools=[tool])
+        shown = tokenizer.render_chat([{"role": "user", "content": "Goodbye"}], tools=[tool])
         assert shown == f'<|tools|>{{"name":"now","arguments":{{}}}}<|end|>{text}'
 
 
