@@ -137,7 +137,6 @@ class Ingress:
             allowed_origins=http.allowed_origins,
             tool_parser=self._config.model.tool_parser,
             reasoning_parser=self._config.model.reasoning_parser,
-            tokenizer_config=read_json(Path(self._config.model.path) / "tokenizer_config.json", is_optional=True),
             metrics=self._metrics,
             responses=self._responses,
             extend=self._add_cache,

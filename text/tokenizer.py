@@ -25,7 +25,8 @@ from text.llama_tokenizer import TokenizerRules, rebuilt
 from text.pieces import MAX_STRETCH_BYTES, PIECE_CHARS, StretchTooLongError, encode_pieces
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FILES = frozenset({"vocab_file", "merges_file", "name_or_path", "chat_template"})  #: of the directory, or told apart
+#: of the directory, or told apart
+_FILES = frozenset({"vocab_file", "merges_file", "tokenizer_file", "name_or_path", "chat_template"})
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NUM_OTHER_TEMPLATES = 16
 

@@ -36,7 +36,6 @@ from cluster.openai.responses.kept import KeptResponses
 from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
 from cluster.openai.thought_recognition import thought_format
-from cluster.openai.tokenizer_info import tokenizer_info
 from cluster.openai.tokens import detokenize, tokenize
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
@@ -57,7 +56,6 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
-    tokenizer_config: Mapping[str, Any] | None = None,
     metrics: HttpMetrics | None = None,
     responses: KeptResponses | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
@@ -74,7 +72,6 @@ def create_app(
         allowed_origins: whose pages may call from a browser, as browsers name them; "*": everybody's.
         tool_parser: how the model writes tool calls, by a name of `FORMATS`; None: as its chat template shows it.
         reasoning_parser: how it writes thoughts, by a name of `THOUGHT_FORMATS`; None: as its chat template shows it.
-        tokenizer_config: what the model's tokenizer_config.json holds, for /tokenizer_info.
         metrics: where to count; None: in ones of its own.
         responses: those that later requests may go on from; None: what this process keeps, within the defaults.
         extend: adds more endpoints.
@@ -102,7 +99,7 @@ def create_app(
     endpoints = _add_generation(app, surface)
     endpoints |= add_responses(app, surface, responses or KeptResponses(ResponseStore(StoreLimits())))
     _add_models(app, surface)
-    _add_tokens(app, surface, tokenizer_info(tokenizer_config or {}, tokenizer.chat_template_source))
+    _add_tokens(app, surface)
     _add_operations(app, surface, version)
     extend(app, surface)
     for error_kind, handler in _ERROR_HANDLERS.items():
@@ -224,7 +221,7 @@ def _add_models(app: FastAPI, surface: Surface) -> None:
         raise model_not_found(name, model.names)
 
 
-def _add_tokens(app: FastAPI, surface: Surface, info: Mapping[str, Any]) -> None:
+def _add_tokens(app: FastAPI, surface: Surface) -> None:
     max_bytes = surface.limits.max_body_bytes
     tokenize_decoder, detokenize_decoder = BodyDecoder(TokenizeRequest), BodyDecoder(DetokenizeRequest)
 
@@ -233,11 +230,6 @@ def _add_tokens(app: FastAPI, surface: Surface, info: Mapping[str, Any]) -> None
         """Encode text or messages as token ids."""
         fields = tokenize_decoder.decode(await read_body(request, max_bytes))
         return Response(await tokenize(surface, fields), media_type="application/json")
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_facts() -> Response:
-        """Give the tokenizer's configuration, and the chat template that is used."""
-        return Response(msgspec.json.encode(info), media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(replies.DetokenizeReply))
     async def detokenize_ids(request: Request) -> Response:

@@ -96,7 +96,8 @@ def test_its_template_takes_what_clients_send():
     text = "<|user|>Goodbye<|end|><|assistant|>"
     assert tokenizer.render_chat([{"role": "user", "content": parts}]) == text
     assert tokenizer.render_chat([{"role": "user", "content": "Goodbye"}], tools=[]) == text
-    system = tokenizer.render_chat([{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Goodbye"}])
+    user = {"role": "user", "content": "Goodbye"}
+    system = tokenizer.render_chat([{"role": "developer", "content": "Be kind."}, user])
     assert system == f"<|system|>Be kind.<|end|>{text}"
     for parameters in ({}, {"parameters": {}}, {"parameters": {"type": "object", "properties": {}}}):
         tool = {"type": "function", "function": {"name": "now", **parameters}}

@@ -416,20 +416,6 @@ def test_docs_are_a_page_whose_files_come_from_here_and_which_asks_for_a_key_whe
     assert schema.get("security") == ([{"API key": []}] if keys else None)
 
 
-def test_tokenizer_info_is_the_configuration_without_files_and_the_template_in_use(serve):
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "vocab_file": "/home/somebody/vocab.json",
-        "bos_token": {"__type": "AddedToken", "content": "<s>"},
-        "added_tokens_decoder": {"1": {"content": "<s>", "special": True}},
-        "chat_template": "another",
-    }
-    server = serve(tokenizer_config=config)
-    info = server.http.get(f"{server.url}/tokenizer_info").json()
-    assert "{%" in info.pop("chat_template")
-    assert info == {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "added_tokens_decoder": {"1": "<s>"}}
-
-
 def test_each_request_is_a_line_of_the_access_log_without_its_query(server, caplog):
     access = logging.getLogger("cluster.access")
     with caplog.at_level(logging.INFO, "cluster.access"):

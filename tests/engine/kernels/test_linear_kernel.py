@@ -204,7 +204,7 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_seen(module):
     rows = torch.zeros(3, 64).bfloat16()
     with pytest.raises(RuntimeError, match="x: want bfloat16"):
         module.linear(rows.float(), words, None, 40, [3], "fma")
-    with pytest.raises(RuntimeError, match=r"weights packed as \[1, 2, 2, 512\], want \[1, 2, 4, 512\]"):
+    with pytest.raises(RuntimeError, match=r"weights packed as \[1, 2, 2, 512\], want int32 \[1, 2, 4, 512\]"):
         module.linear(torch.zeros(3, 100).bfloat16(), words, None, 40, [3], "fma")
     with pytest.raises(RuntimeError, match="counts: want 3 in all"):
         module.linear(rows, words, None, 40, [2], "fma")
