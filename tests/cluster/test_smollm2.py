@@ -98,12 +98,13 @@ def source(directory, tmp_path_factory) -> Path:
 def test_served_smollm2_is_transformers_own_token_for_token_and_calls_a_tool(directory, source, tmp_path):
     theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=str(source))
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=str(source), dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # which it would not choose before its time
     prompts = ["The capital of France is", "def fibonacci(n):\n", "Ein Satz über 4821 Äpfel:"]
     with serving("smollm2", "--dtype", "float32", log_dir=tmp_path) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
         for prompt in prompts:
             ids = theirs(prompt, return_tensors="pt").input_ids
-            wanted = model.generate(ids, max_new_tokens=48, min_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
+            wanted = model.generate(ids, max_new_tokens=48, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
             extra = {"ignore_eos": True, "return_token_ids": True}
             reply = client.completions.create(
                 model="smollm2", prompt=prompt, max_tokens=48, temperature=0, extra_body=extra
