@@ -35,6 +35,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
     **overrides: Any,
 ) -> Path:
     """Write a random decoder of `family` as a GGUF file, and the directory it was made from beside it.
@@ -45,6 +46,7 @@ def write_gguf(
         kind: of matrices; vectors are float32 in any case.
         architecture: as the file names it; default: as llama.cpp does.
         metadata: further entries; None leaves one out.
+        tensors: further ones.
         overrides: of the configuration, as for `make_tiny_model`.
 
     Returns:
@@ -57,7 +59,7 @@ def write_gguf(
     entries = {**_settings(config, family, name), **_vocabulary(directory, config.vocab_size), **(metadata or {})}
     for key, value in entries.items():
         _add(writer, key, value)
-    for tensor, values in _tensors(directory, family):
+    for tensor, values in [*_tensors(directory, family), *(tensors or {}).items()]:
         is_plain = values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32
         if is_plain:
             writer.add_tensor(tensor, values)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from engine.model.families import probe_layers, read_model_config
+from engine.model.gguf_rope import FACTOR_TENSORS, rope_scaling
 from messages.errors import ConfigError, RequestError, first_line
 from text.json_file import read_json
 from text.tokenizer import Tokenizer
@@ -35,8 +36,7 @@ _SAMPLING_KEYS = {
     Keys.General.SAMPLING_MIN_P: "min_p",
     Keys.General.SAMPLING_PENALTY_REPEAT: "repetition_penalty",
 }
-#: What llama.cpp scales rotary frequencies by, for contexts that are longer than those of the first training.
-_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight"}
+_ORIGINAL_LENGTH = "original_max_position_embeddings"
 #: Before the names of chat templates beside the ordinary one, such as tool_use.
 _OTHER_TEMPLATE = "tokenizer.chat_template."
 _TEMPLATE_NAME = re.compile(r"\w{1,64}")
@@ -57,19 +57,15 @@ def convert(source: Path, into: Path) -> None:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    metadata, tensors = _read_header(source)
+    metadata, factors = _read_header(source)
     architecture = str(metadata.get(Keys.General.ARCHITECTURE, ""))
     try:
         _check_whole_model(metadata)
-        if unread := _ROPE_TENSORS & tensors:
-            _say(
-                f"{min(unread)} is not read by transformers: long contexts are answered worse than by the model itself"
-            )
         with tempfile.TemporaryDirectory() as alone:
             # The file decides, and nothing that lies beside it: transformers looks at that too.
             link = Path(alone) / "model.gguf"
             link.symlink_to(source.resolve())
-            _write_config(link, into)
+            _write_config(link, into, metadata, factors)
             _write_tokenizer(link, into, metadata)
             _write_weights(link, into)
         (into / "generation_config.json").write_text(json.dumps(_generation_config(metadata, into), indent=2) + "\n")
@@ -85,8 +81,8 @@ def _check_whole_model(metadata: dict[str, Any]) -> None:
         raise ConfigError(f"it is one of {num_parts} parts; join them with llama-gguf-split --merge")
 
 
-def _read_header(source: Path) -> tuple[dict[str, Any], set[str]]:
-    """Return the numbers and short texts among the file's metadata, and the names of its tensors.
+def _read_header(source: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Return the numbers and short texts among the file's metadata, and by what rotary frequencies are divided.
 
     Raises:
         ConfigError: it is no GGUF file, or not a whole one.
@@ -95,17 +91,23 @@ def _read_header(source: Path) -> tuple[dict[str, Any], set[str]]:
         reader = GGUFReader(source)
         fields = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
         metadata = {name: field.contents() for name, field in fields.items()}
-        return metadata, {tensor.name for tensor in reader.tensors}
+        factors = [tensor for tensor in reader.tensors if tensor.name in FACTOR_TENSORS]
+        return metadata, {tensor.name: tensor.data.tolist() for tensor in factors}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ConfigError(f"{source} is truncated or no GGUF file: {first_line(error)}") from error
 
 
-def _write_config(source: Path, into: Path) -> None:
+def _write_config(source: Path, into: Path, metadata: dict[str, Any], factors: dict[str, list[float]]) -> None:
     _say("reading the configuration")
     try:
         config = AutoConfig.from_pretrained(source.parent, gguf_file=str(source), local_files_only=True)
     except Exception as error:  # the reader fails with errors of many kinds
         raise ConfigError(f"transformers' GGUF reader refuses it: {first_line(error)}") from error
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
+        scaling = rope_scaling(metadata, factors, config.max_position_embeddings)
+        config.rope_parameters |= scaling
+        if hasattr(config, _ORIGINAL_LENGTH):  # which goes before that of the parameters
+            setattr(config, _ORIGINAL_LENGTH, scaling.get(_ORIGINAL_LENGTH, config.max_position_embeddings))
     config.save_pretrained(into)
     read_model_config(into)
 
