@@ -42,10 +42,11 @@ class ConvertedModel:
 
     def __init__(self, name: str, *facts: bytes) -> None:
         """Name what `facts` decide, beside the converter and the libraries that it uses."""
-        converter = Path(__file__).parents[1] / Path(*_CONVERTER.split(".")).with_suffix(".py")
+        converter = Path(__file__).parents[1] / Path(*_CONVERTER.split(".")).parent
+        sources = [path.read_bytes() for path in sorted(converter.glob("gguf_*.py"))]
         versions = [f"{package} {version(package)}".encode() for package in ("transformers", "gguf")]
         digest = hashlib.blake2b(digest_size=12)
-        for fact in (name.encode(), *facts, converter.read_bytes(), *versions):
+        for fact in (name.encode(), *facts, *sources, *versions):
             digest.update(len(fact).to_bytes(8, "little") + fact)
         self._name = name
         self._root = cache_directory("models")
