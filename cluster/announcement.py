@@ -9,17 +9,16 @@ import contextlib
 import os
 import secrets
 import socket
-import struct
-import threading
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from cluster.door import Door, process_at
+
 _PREFIX: Final = "kvray-serves-"
 _TIMEOUT_S: Final = 2.0
 _MAX_BYTES: Final = 1 << 16
-_CREDENTIALS: Final = struct.Struct("3i")  #: of the peer of a unix socket: pid, uid, gid
 
 
 class ServerFound(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,27 +34,14 @@ class Announcement:
 
     def __init__(self, server: ServerFound) -> None:
         self._line = msgspec.json.encode(server)
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._door.bind(f"\0{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}")
-        self._door.listen()
-        threading.Thread(target=self._tell, name="announcement", daemon=True).start()
+        self._door = Door(f"{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}", self._tell)
 
     def close(self) -> None:
         """Tell nobody any more."""
-        with contextlib.suppress(OSError):
-            self._door.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
         self._door.close()
 
-    def _tell(self) -> None:
-        while True:
-            try:
-                peer, _ = self._door.accept()
-            except OSError:
-                return
-            with peer, contextlib.suppress(OSError):
-                if _user_of(peer) == os.getuid():
-                    peer.settimeout(_TIMEOUT_S)
-                    peer.sendall(self._line)
+    def _tell(self, peer: socket.socket) -> None:
+        peer.sendall(self._line)
 
 
 def servers_here() -> list[ServerFound]:
@@ -75,14 +61,9 @@ def _asked(name: str) -> ServerFound | None:
     with contextlib.suppress(OSError, msgspec.MsgspecError), socket.socket(socket.AF_UNIX) as asking:
         asking.settimeout(_TIMEOUT_S)
         asking.connect(name)
-        if _user_of(asking) != os.getuid():  # whoever is first has a name
+        if process_at(asking)[1] != os.getuid():  # whoever is first has a name
             return None
         while len(said) < _MAX_BYTES and (data := asking.recv(_MAX_BYTES)):
             said += data
         return msgspec.json.decode(said, type=ServerFound)
     return None
-
-
-def _user_of(peer: socket.socket) -> int:
-    _pid, user, _group = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(user)

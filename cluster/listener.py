@@ -7,20 +7,14 @@ stands between a client and an ingress, and while a lost one is replaced, new co
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import secrets
 import socket
-import struct
-import threading
 
+from cluster.door import Door
 from messages.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_S = 10.0
 _BACKLOG = 2048  #: connections that may wait for an ingress
-_CREDENTIALS = struct.Struct("3i")  #: of the peer of a unix socket: pid, uid, gid
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -54,12 +48,9 @@ class SharedListener:
             ConfigError: the port cannot be had.
         """
         self._bound = bound_socket(host, port)
-        #: What `take_listener` needs, on this machine. In Linux's abstract namespace: no file to clean up.
+        #: What `take_listener` needs, on this machine.
         self.name = f"kvray-{secrets.token_hex(16)}"
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._door.bind(f"\0{self.name}")
-        self._door.listen()
-        threading.Thread(target=self._give, name="listener", daemon=True).start()
+        self._door = Door(self.name, self._give)
 
     def refuse(self) -> None:
         """Refuse connections, those that wait included, until the socket is taken and listens again."""
@@ -68,24 +59,11 @@ class SharedListener:
 
     def close(self) -> None:
         """Give the port back; who has the socket keeps it."""
-        with contextlib.suppress(OSError):
-            self._door.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
         self._door.close()
         self._bound.close()
 
-    def _give(self) -> None:
-        while True:
-            try:
-                peer, _ = self._door.accept()
-            except OSError:
-                return
-            with peer, contextlib.suppress(OSError):
-                credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                pid, uid, _gid = _CREDENTIALS.unpack(credentials)
-                if uid != os.getuid():
-                    logger.warning("process %d of user %d asked for the HTTP socket: refused", pid, uid)
-                    continue
-                socket.send_fds(peer, [b"1"], [self._bound.fileno()])
+    def _give(self, peer: socket.socket) -> None:
+        socket.send_fds(peer, [b"1"], [self._bound.fileno()])
 
 
 def take_listener(name: str) -> socket.socket:

@@ -1,0 +1,65 @@
+"""A door is answered for processes of the same user alone, and for nobody once it is closed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cluster.door import Door, process_at
+
+ASK = """
+import os, socket, sys
+if len(sys.argv) > 2:
+    os.setuid(int(sys.argv[2]))
+with socket.socket(socket.AF_UNIX) as asking:
+    asking.settimeout(30)
+    asking.connect("\\0" + sys.argv[1])
+    print(asking.recv(16).decode(), end="")
+"""
+NOBODY = 65534
+
+
+@pytest.fixture
+def name():
+    return f"kvray-test-{secrets.token_hex(8)}"
+
+
+def ask(*arguments):
+    return subprocess.run([sys.executable, "-I", "-c", ASK, *arguments], capture_output=True, text=True)
+
+
+def test_each_that_knocks_is_answered_and_knows_who_answers(name):
+    door = Door(name, lambda peer: peer.sendall(b"come in"))
+    assert [ask(name).stdout for _ in range(2)] == ["come in"] * 2
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(f"\0{name}")
+        assert process_at(asking) == (os.getpid(), os.getuid())
+    door.close()
+    assert "ConnectionRefusedError" in ask(name).stderr
+
+
+def test_one_that_leaves_at_once_keeps_nobody_out(name):
+    def answer(peer):
+        while True:
+            peer.sendall(b"come in" * 4096)
+
+    door = Door(name, answer)
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(f"\0{name}")
+    assert ask(name).stdout.startswith("come in")
+    door.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_is_told_nothing(name, caplog):
+    door = Door(name, lambda peer: peer.sendall(b"come in"))
+    found = ask(name, str(NOBODY))
+    assert (found.returncode, found.stdout) == (0, "")
+    assert f"of user {NOBODY} knocked" in caplog.text
+    door.close()
