@@ -111,7 +111,8 @@ class _Request:
     was_lost: bool = False  #: one of them was lost: another is started in its place
     digest: bytes = b""  #: of what the client asked for
     is_suspect: bool = False  #: a worker may have been lost by computing it
-    is_accepted: bool = False  #: by a worker, which whoever reads it was told
+    num_unaccepted: int = 0  #: of its prompts, those that its worker has not accepted yet
+    is_accepted: bool = False  #: all of it, by a worker, which whoever reads it was told
     is_queued: bool = False  #: it was placed and counts as prefill that waits: nothing has come of it since
     error: KvrayError | None = None  #: what the last of them ended with
 
@@ -387,7 +388,9 @@ class RequestTable:
         assert request.route is not None
         self._queues.add(msgspec.structs.replace(request.route, request_id=request.request_id), placement)
         request.is_queued = True
-        for choices in _by_prompt(request):
+        prompts = _by_prompt(request)
+        request.num_unaccepted = len(prompts)
+        for choices in prompts:
             for sequence in choices:
                 sequence.placed_id = _placed_id(sequence)
                 self._placed[sequence.placed_id] = sequence
@@ -437,7 +440,8 @@ class RequestTable:
             self._take_strange_chunk(sequence, chunk, now_s, out)
             return
         if chunk.is_accepted:
-            if not request.is_accepted:
+            request.num_unaccepted -= 1
+            if not request.num_unaccepted and not request.is_accepted:
                 request.is_accepted = True
                 out.append(Deliver(request.request_id, _as_asked(chunk, sequence)))
             return

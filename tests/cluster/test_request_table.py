@@ -80,6 +80,19 @@ def test_one_that_no_worker_accepted_before_it_was_lost_is_accepted_by_the_next(
     ]
 
 
+def test_a_request_of_several_prompts_is_accepted_once_all_of_them_are(ingress):
+    other = msgspec.structs.replace(ask("s"), token_ids=pack_tokens([1, 2]), num_prompt_tokens=2)
+    ingress.tell(RequestAdded((ask("r"), other)))
+    ingress.tell(placed("r", "d1"))
+    assert ingress.tell(ChunksArrived("d1", [chunk("r", is_accepted=True)])) == []
+    ingress.tell(WorkerLost("d1", "gone"))
+    ingress.tell(placed("r#2", "d2"))
+    assert ingress.tell(ChunksArrived("d2", [chunk("r#2", is_accepted=True)])) == []
+    assert ingress.tell(ChunksArrived("d2", [chunk("s#2", is_accepted=True)])) == [
+        Deliver("r", chunk("s", is_accepted=True))
+    ]
+
+
 def test_the_router_is_told_of_every_prompt_of_a_request_and_of_each_once():
     ingress = Ingress("d")
     more = [msgspec.structs.replace(ask(f"r{n}"), token_ids=pack_tokens(range(n)), num_prompt_tokens=n) for n in (7, 9)]
