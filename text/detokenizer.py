@@ -19,6 +19,9 @@ _REPLACEMENT = "\ufffd"
 _MAX_CHARACTER_BYTES = 4
 #: Tokens before the last bytes that a context looks back over; a decoder that is not local sees no further.
 _MAX_CONTEXT_TOKENS = 64
+#: Byte tokens at a prompt's end that a context holds, up to the beginning of a character: whether earlier ones are
+#: text or nonsense it does not see.
+_MAX_CONTEXT_BYTES = 256
 
 
 class Context(NamedTuple):
@@ -63,6 +66,8 @@ class Context(NamedTuple):
             if byte is not None and len(run) == len(window):
                 run.append(byte)
             window.append(token_id)
+            if len(run) >= _MAX_CONTEXT_BYTES and (_begins_character(run[-1]) or len(run) >= 2 * _MAX_CONTEXT_BYTES):
+                break
             num_texts += byte is None
             if num_texts == _MAX_CONTEXT_TOKENS:
                 break
@@ -90,6 +95,10 @@ def prompt_text(tokenizer: Tokenizer, prompt: Sequence[int], context: Context, *
         end -= 1
         num_left -= tokenizer.decoding.byte_of(tokenizer.backend.id_to_token(prompt[end]) or "") is not None
     return tokenizer.decode(prompt[:end], skip_special_tokens=skip_special_tokens)
+
+
+def _begins_character(byte: int) -> bool:
+    return byte & 0xC0 != 0x80
 
 
 def _num_open(data: bytes, *, has_errors: bool = False) -> int:

@@ -164,3 +164,13 @@ def test_of_a_long_prompt_only_the_end_is_looked_at():
     assert Context.of(tokenizer, [word] * 100_000).token_ids == [word]
     tokenizer = tokenizer_of("word_suffix")
     assert len(Context.of(tokenizer, [1] * 100_000).token_ids) == 64
+
+
+def test_of_a_long_run_of_bytes_only_the_end_is_looked_at_and_whole_characters_of_it():
+    tokenizer = tokenizer_of("byte_fallback")
+    fox = [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in "🦊".encode()]
+    for prompt in (fox * 10_000, fox * 10_000 + fox[:3], [*fox * 10_000, fox[0]], fox[1:2] * 10_000):
+        assert len(Context.of(tokenizer, prompt).token_ids) <= 512
+    for size in range(1, 4):
+        prompt, output = fox * 1000 + fox[:size], [*fox[size:], *tokenizer.encode("the cat", add_special_tokens=False)]
+        assert continued(tokenizer, prompt, output, skip=True) == ("🦊" * 1000, "🦊 the cat")
