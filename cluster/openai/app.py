@@ -37,6 +37,7 @@ from cluster.openai.responses.store import ResponseStore, StoreLimits
 from cluster.openai.surface import Surface
 from cluster.openai.thought_recognition import thought_format
 from cluster.openai.tokens import detokenize, tokenize
+from cluster.openai.unserved import OF_CHATS
 from messages.errors import KvrayError, RequestError
 from text.tokenizer import Tokenizer
 
@@ -169,7 +170,7 @@ class _ShortCut:
 def _add_generation(app: FastAPI, surface: Surface) -> dict[str, _Endpoint]:
     """Add the endpoints that generate; return them by path."""
     max_bytes = surface.limits.max_body_bytes
-    chat_decoder, completion_decoder = BodyDecoder(ChatRequest), BodyDecoder(CompletionRequest)
+    chat_decoder, completion_decoder = BodyDecoder(ChatRequest), BodyDecoder(CompletionRequest, OF_CHATS)
 
     @app.post(
         "/v1/chat/completions",

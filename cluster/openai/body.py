@@ -7,13 +7,14 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.requests import Request
 
 from cluster.openai.errors import shown
-from cluster.openai.unserved import check_unserved
+from cluster.openai.unserved import Unserved, check_unserved
 from cluster.openai.wanted_values import listed_at
 from messages.errors import RequestError
 
@@ -70,8 +71,10 @@ def _too_long(seen: str, max_bytes: int) -> RequestError:
 class BodyDecoder(Generic[T]):
     """Decodes one kind of body. Unknown fields are ignored, and logged once; some that others serve are refused."""
 
-    def __init__(self, kind: type[T]) -> None:
+    def __init__(self, kind: type[T], unserved: Unserved = MappingProxyType({})) -> None:
+        """Decode bodies of type `kind`. `unserved`: fields that only others have, beside those that nobody here has."""
         self._kind = kind
+        self._unserved = unserved
         self._decoder = msgspec.json.Decoder(kind)
         self._names = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._known = {field.encode_name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
@@ -120,7 +123,7 @@ class BodyDecoder(Generic[T]):
     def _check_unknown(self, values: dict[str, msgspec.Raw]) -> None:
         unknown = values.keys() - self._known
         for name in sorted(unknown):
-            check_unserved(name, values[name])
+            check_unserved(name, values[name], self._unserved)
         for name in sorted(unknown - self._logged):
             if len(self._logged) < _MAX_LOGGED_NAMES:
                 self._logged.add(name)

@@ -24,6 +24,7 @@ from cluster.openai.responses.replies import DeletedReply, ItemList, ResponseCre
 from cluster.openai.responses.store import StoredResponse
 from cluster.openai.responses.translation import chat_request, check_served, in_our_names, input_items
 from cluster.openai.surface import Surface
+from cluster.openai.unserved import NOT_OF_RESPONSES
 from messages.errors import RequestError
 
 _PREFIXES: Final = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
@@ -39,7 +40,7 @@ def add_responses(
     app: FastAPI, surface: Surface, kept: KeptResponses
 ) -> dict[str, Callable[[Request], Awaitable[Response]]]:
     """Add the endpoints; return those that generate, by path."""
-    decoder = BodyDecoder(ResponsesRequest)
+    decoder = BodyDecoder(ResponsesRequest, NOT_OF_RESPONSES)
 
     @app.post(
         "/v1/responses", openapi_extra=body_of(ResponsesRequest), responses=answers(ResponseReply, ResponseCreated)

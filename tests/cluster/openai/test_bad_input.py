@@ -398,6 +398,9 @@ CHANGES = {
     "do_sample": False,
     "best_of": 3,
     "thinking_token_budget": 10,
+    "stop_sequences": ["x"],
+    "random_seed": 1,
+    "lora": [{"id": 0}],
 }
 HARMLESS = {
     "echo": False,
@@ -420,6 +423,19 @@ HARMLESS = {
 def test_a_field_that_would_change_the_answer_is_refused_by_its_name(server, name):
     check_error(server.post(CHAT, {"messages": USER, name: CHANGES[name]}), 400, name, "want")
     assert server.backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "harmless", "wanted"),
+    [
+        ("max_completion_tokens", 50, None, "max_tokens"),
+        ("top_logprobs", 2, 0, "logprobs"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], [], "/v1/chat/completions"),
+    ],
+)
+def test_a_field_of_chats_that_would_change_a_completion_is_refused_by_its_name(server, name, value, harmless, wanted):
+    check_error(server.post("/v1/completions", {"prompt": "a", name: value}), 400, name, f"want {wanted}")
+    assert server.post("/v1/completions", {"prompt": "a", name: harmless}).status_code == 200
 
 
 def test_fields_that_change_nothing_are_taken_and_unknown_ones_are_told_the_operator(server, caplog):
