@@ -291,6 +291,8 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
         message = f"method: got {request.method} for {seen}, want {(error.headers or {}).get('Allow', 'another')}"
     response = _error_reply(RequestError(message, status=error.status_code))
     response.headers.update(error.headers or {})
+    if "GET" in response.headers.get("Allow", "").split(", "):
+        response.headers["Allow"] += ", HEAD"
     return response
 
 

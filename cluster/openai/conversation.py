@@ -39,7 +39,7 @@ def _template_message(param: str, message: ChatMessage) -> dict[str, Any]:
         raise RequestError(
             f"{param}.content: missing, want text", param=f"{param}.content", code="missing_required_field"
         )
-    thoughts, content = _content(f"{param}.content", message.refusal if message.content is None else message.content)
+    thoughts, content = _content(f"{param}.content", message.content or message.refusal or message.content)
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     calls = message.tool_calls or [PastToolCall(call) for call in [message.function_call] if call is not None]
     if calls:

@@ -68,14 +68,15 @@ async def start(
         )
         for token_ids in prompts
     ]
-    grammars = [await _checked_grammar(surface, plan, context) for context in contexts]
+    goes_on = [bool(context.token_ids) for context in contexts]
+    checked = {follows: await _checked_grammar(surface, plan, follows_text=follows) for follows in set(goes_on)}
     base = f"{request_id}-{token_hex(4)}"  # clients may send the same id twice, but sequence ids must not meet
     # As vLLM without --scheduling-policy priority: a client that sends one everywhere is served everywhere.
     priority = (fields.priority or 0) if surface.limits.uses_priority else 0
     hints = hints_of(fields, caller)
     salt, owner = caller.salt(fields.cache_salt), caller.owner(fields.cache_salt)
     requests: list[GenerateRequest] = []
-    for token_ids, max_tokens, grammar in zip(prompts, plan.max_tokens, grammars, strict=True):
+    for token_ids, max_tokens, follows in zip(prompts, plan.max_tokens, goes_on, strict=True):
         params = sampling_params(
             fields,
             surface.model,
@@ -83,7 +84,7 @@ async def start(
             max_tokens=max_tokens,
             logprobs=plan.logprobs,
             prompt_logprobs=plan.prompt_logprobs,
-            grammar=grammar,
+            grammar=checked[follows],
         )
         data = packed(token_ids)
         requests += [
@@ -104,12 +105,12 @@ async def start(
     return Generation(surface.backend, surface.metrics, requests, transcripts, n)
 
 
-async def _checked_grammar(surface: Surface, plan: OutputPlan, context: Context) -> Grammar | None:
-    """Return what the output behind a prompt is held to, checked."""
+async def _checked_grammar(surface: Surface, plan: OutputPlan, *, follows_text: bool) -> Grammar | None:
+    """Return what an output is held to, checked. `follows_text`: behind a prompt that has some."""
     if plan.grammar is None:
         return None
     param, asked = plan.grammar
-    follows_text = bool(context.token_ids) and not surface.tokenizer.decoding.is_byte_level  # where it changes anything
+    follows_text = follows_text and not surface.tokenizer.decoding.is_byte_level  # where it changes anything
     grammar = await surface.grammars.check(param, msgspec.structs.replace(asked, follows_text=follows_text))
     return msgspec.structs.replace(grammar, before=plan.before) if plan.before else grammar
 

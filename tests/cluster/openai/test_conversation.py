@@ -109,8 +109,9 @@ def test_parts_that_clients_send_back_of_an_assistant_are_text_and_thoughts_apar
     assert messages[1]["reasoning_content"] == "Hm."
 
 
-def test_a_refusal_in_place_of_content_is_what_was_said(seen):
-    [messages, *_] = seen(USER, ChatMessage("assistant", refusal="I will not."), USER)
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_refusal_in_place_of_content_is_what_was_said(seen, nothing):
+    [messages, *_] = seen(USER, ChatMessage("assistant", nothing, refusal="I will not."), USER)
     assert messages[1] == {"role": "assistant", "content": "I will not."}
 
 

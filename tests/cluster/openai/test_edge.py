@@ -279,6 +279,7 @@ def test_head_gives_what_get_would_without_its_body(server):
             assert head.headers["content-length"] == got.headers["content-length"], path
     assert server.http.head(server.url + CHAT).status_code == 405
     assert server.http.head(server.url + CHAT).headers["allow"] == "POST"
+    assert server.http.put(f"{server.url}/v1/models").headers["allow"] == "GET, HEAD"
 
 
 def test_head_wants_a_key_where_get_does(serve):
