@@ -75,7 +75,10 @@ def echoed_logprobs(
     for index, token_id in enumerate(token_ids):
         entry = entries[index] if index < len(entries) else None
         others = [] if entry is None else [other for other, _ in entry.top[:num_top]]
-        is_hidden = token_id in skipped
+        is_hidden = token_id in skipped or (
+            # put around the client's own text, which has it not
+            token_id in tokenizer.special_ids and not text.startswith(tokenizer.token_text(token_id), offset)
+        )
         token = texts.pass_by(token_id, others) if is_hidden else texts.take(token_id, others=others)
         _add(result, token, offset, entry, num_top, token_id=token_id, as_ids=as_ids)
         written = token.written.text

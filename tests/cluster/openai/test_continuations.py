@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 from tests.cluster.openai.conftest import Server, prompt_ids
 from text.chat_template import ChatTemplate
@@ -103,6 +103,21 @@ def test_offsets_and_texts_of_tokens_are_of_the_choices_text(server, tokenizer):
             assert token in hidden or choice.text[offset:].startswith(token)
         chunks = server.client().completions.create(model="tiny", prompt=prompt, echo=echo, logprobs=1, stream=True)
         assert [o for chunk in chunks for o in chunk.choices[0].logprobs.text_offset] == told.text_offset
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("prompt", ["Once upon a", "Once upon</s>", [1, 3 + 256]])
+def test_special_tokens_that_an_echoed_text_has_not_count_no_characters(serve, served_model, prompt, skip):
+    tokenizer = llama()
+    tokenizer.backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    server = serve(tokenizer=tokenizer, model=served_model(tokenizer, vocab_size=tokenizer.vocab_size))
+    server.backend.says("time")
+    extra = {"skip_special_tokens": skip}
+    asked = {"model": "tiny", "echo": True, "logprobs": 1, "extra_body": extra}
+    choice = server.client().completions.create(prompt=prompt, **asked).choices[0]
+    told = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert told[0] == ("<s>", 0)
+    assert all(choice.text[offset:].startswith(token) for token, offset in told if token not in ("<s>", "</s>"))
 
 
 @pytest.mark.parametrize(("prompt", "follows"), [("Once", True), ([1], False)])
