@@ -66,7 +66,11 @@ def rebuilt(folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any
                 *strip,
             ],
         },
-        "model": {**spec["model"], "fuse_unk": True, "byte_fallback": True, "unk_token": None, "dropout": None},
+        "model": {
+            **{name: spec["model"][name] for name in ("type", "vocab", "merges") if name in spec["model"]},
+            **{"fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
+            **dict.fromkeys(("unk_token", "dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+        },
     }
     if "added_tokens_decoder" in config:
         spec["added_tokens"] = []  # it lists them all

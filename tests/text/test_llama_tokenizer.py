@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 
 from messages.errors import ConfigError
 from tests.text.kinds import byte_fallback, byte_level
@@ -60,6 +61,13 @@ def test_texts_are_tokenized_as_transformers_does(tmp_path, name):
             ids = ours.encode(text, add_special_tokens=special)
             assert ids == theirs.encode(text, add_special_tokens=special)
             assert ours.decode(ids, skip_special_tokens=special) == theirs.decode(ids, skip_special_tokens=special)
+
+
+def test_of_the_files_model_the_vocabulary_and_the_merges_count_alone(tmp_path):
+    spec = json.loads(byte_fallback().to_str())
+    spec["model"] |= {"ignore_merges": True, "vocab": {**spec["model"]["vocab"], "▁xhello": 420}}
+    folder = folder_of(tmp_path, "plain", tokenizers.Tokenizer.from_str(json.dumps(spec)))
+    assert Tokenizer.load(folder).encode("xhello") == auto_tokenizer(folder).encode("xhello")
 
 
 def test_the_file_is_followed_where_that_is_wanted_and_where_its_tokens_are_bytes(tmp_path):
