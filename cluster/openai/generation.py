@@ -65,7 +65,8 @@ class Generation:
             on_delta: is told a choice's index and what it got.
             on_end: nothing follows: every choice has its finish_reason, or one was refused or failed, and with that
                 error all are stopped. Not called once `stop` was.
-            on_accepted: is called before all others, if requests want word of it, once a worker has taken them in.
+            on_accepted: is called once a worker has taken all of them in, if they want word of it: before all others,
+                unless there are several prompts.
         """
         self._on_delta, self._on_end, self._on_accepted = on_delta, on_end, on_accepted
         self._clock = RequestClock(self._metrics, len(self.requests))
