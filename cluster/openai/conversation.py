@@ -39,6 +39,9 @@ def _template_message(param: str, message: ChatMessage) -> dict[str, Any]:
         raise RequestError(
             f"{param}.content: missing, want text", param=f"{param}.content", code="missing_required_field"
         )
+    for name in ("prefix", "partial"):
+        if getattr(message, name):
+            raise bad_field(f"{param}.{name}", True, "continue_final_message beside messages")
     thoughts, content = _content(f"{param}.content", message.content or message.refusal or message.content)
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     calls = message.tool_calls or [PastToolCall(call) for call in [message.function_call] if call is not None]

@@ -205,6 +205,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  #: the newer name of the same
+    prefix: bool | None = None  #: others' ways to say continue_final_message: refused
+    partial: bool | None = None
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):

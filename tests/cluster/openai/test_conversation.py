@@ -115,6 +115,14 @@ def test_a_refusal_in_place_of_content_is_what_was_said(seen, nothing):
     assert messages[1] == {"role": "assistant", "content": "I will not."}
 
 
+@pytest.mark.parametrize("name", ["prefix", "partial"])
+def test_a_message_that_others_would_go_on_from_is_refused_by_the_field_that_says_so(seen, name):
+    error = refusal(lambda: seen(USER, ChatMessage("assistant", "Once", **{name: True})))
+    assert (error.param, "continue_final_message" in error.message) == (f"messages[1].{name}", True)
+    [messages, *_] = seen(USER, ChatMessage("assistant", "Once", **{name: False}))
+    assert messages[1] == {"role": "assistant", "content": "Once"}
+
+
 def test_a_call_under_its_older_name_is_one_and_a_functions_answer_may_be_nothing(seen):
     call = CalledFunction("f", '{"a": 1}')
     [messages, *_] = seen(USER, ChatMessage("assistant", function_call=call), ChatMessage("function", name="f"))
