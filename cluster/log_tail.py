@@ -17,7 +17,7 @@ _MAX_BEHIND_BYTES: Final = 4 * 2**20
 _SUFFIX: Final = ".log"
 
 #: Control characters as Python writes them: what native code and libraries write cannot move the cursor.
-_ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), 127)}
+ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), *range(127, 160))}
 
 
 class LogTail:
@@ -36,10 +36,13 @@ class LogTail:
     def drain(self) -> None:
         """Show all that was written by now, before this returns."""
         with self._lock:
+            paths: list[Path] = []
             with contextlib.suppress(OSError):
-                for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-                    name = path.name.removesuffix(_SUFFIX)
-                    if name not in self._files:
+                paths = sorted(self._directory.glob(f"*{_SUFFIX}"))
+            for path in paths:
+                name = path.name.removesuffix(_SUFFIX)
+                if name not in self._files:
+                    with contextlib.suppress(OSError):
                         self._files[name] = _Followed(path)
             for name, followed in self._files.items():
                 for line in followed.lines():
@@ -73,8 +76,10 @@ class _Followed:
         with contextlib.suppress(OSError):
             if self._path.stat().st_ino != os.fstat(self._stream.fileno()).st_ino:
                 said += self._read()  # what came between; the former file is whole once another one has its name
+                following = self._path.open("rb")
                 self._stream.close()
-                self._stream = self._path.open("rb")
+                self._stream = following
+                said += self._read()
         *ended, self._begun = (self._begun + said).split(b"\n")
         if len(self._begun) > _MAX_LINE_BYTES:
             ended.append(self._begun)
@@ -88,7 +93,9 @@ class _Followed:
 
     def _read(self) -> bytes:
         num_behind = os.fstat(self._stream.fileno()).st_size - self._stream.tell()
-        if num_behind > _MAX_BEHIND_BYTES:
+        if num_behind < 0:  # somebody cut it off, as logrotate does
+            self._stream.seek(0)
+        elif num_behind > _MAX_BEHIND_BYTES:
             skipped = num_behind - _MAX_BEHIND_BYTES // 2
             self._stream.seek(skipped, os.SEEK_CUR)
             said = b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
@@ -97,7 +104,7 @@ class _Followed:
 
 
 def _plain(line: bytes) -> str:
-    return line.rstrip(b"\r").decode("utf-8", "replace").translate(_ESCAPES)
+    return line.rstrip(b"\r").decode("utf-8", "replace").translate(ESCAPES)
 
 
 def terminal_line(name: str, line: str, style: str) -> str:
@@ -106,7 +113,7 @@ def terminal_line(name: str, line: str, style: str) -> str:
         return f"{name} | {line}"
     fields = {}
     if line.startswith("{"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             fields = json.loads(line)
     if not isinstance(fields, dict) or "message" not in fields:  # not by way of logging
         fields = {"message": line}

@@ -130,6 +130,47 @@ def test_a_line_without_end_is_shown_in_pieces(tmp_path, shown, monkeypatch):
     assert "".join(shown) == "x" * 150
 
 
+def test_what_was_written_to_a_following_file_just_before_the_end_is_shown(tmp_path, shown):
+    path = tmp_path / "decode-a1.log"
+    path.write_text("one\n")
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    tail.drain()
+    with tail._lock:
+        path.rename(tmp_path / "decode-a1.log.1")
+        path.write_text("two\n")
+        tail._ending.set()
+    tail.close()
+    assert shown == ["one", "two"]
+
+
+def test_a_file_that_was_cut_off_is_read_from_its_begin(tmp_path, shown):
+    path = tmp_path / "decode-a1.log"
+    path.write_text("one and more\n")
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    tail.drain()
+    path.write_text("two\n")
+    tail.close()
+    assert shown == ["one and more", "two"]
+
+
+def test_a_file_that_cannot_be_read_hides_no_other(tmp_path, shown):
+    (tmp_path / "a.log").mkdir()
+    (tmp_path / "b.log").write_text("one\n")
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert shown == ["one"]
+
+
+def test_control_characters_of_eight_bits_do_not_reach_the_terminal(tmp_path, shown):
+    (tmp_path / "decode-a1.log").write_text("\x9b2J\x85 \u00e9\n", encoding="utf-8")
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert shown == ["\\x9b2J\\x85 \u00e9"]
+
+
+def test_json_that_is_too_deep_to_read_is_a_text():
+    line = '{"a":' * 20_000
+    assert json.loads(terminal_line("a", line, "json")) == {"worker": "a", "message": line}
+
+
 def test_a_directory_that_is_gone_ends_nothing(tmp_path, shown):
     inner = tmp_path / "logs"
     inner.mkdir()
