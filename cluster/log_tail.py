@@ -82,8 +82,9 @@ class _Followed:
                 said += self._read()
         *ended, self._begun = (self._begun + said).split(b"\n")
         if len(self._begun) > _MAX_LINE_BYTES:
-            ended.append(self._begun)
-            self._begun = b""
+            end = _end_of_characters(self._begun)
+            ended.append(self._begun[:end])
+            self._begun = self._begun[end:]
         return [_plain(line) for line in ended]
 
     def close(self) -> str:
@@ -101,6 +102,16 @@ class _Followed:
             said = b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
             return said + self._stream.read()
         return self._stream.read()
+
+
+def _end_of_characters(text: bytes) -> int:
+    """Return where the last character ends that is in `text` as a whole."""
+    for begin in range(len(text) - 1, max(len(text) - 4, -1), -1):
+        if text[begin] & 0xC0 == 0xC0:  # the first byte of several
+            return begin
+        if text[begin] < 0x80:
+            break
+    return len(text)
 
 
 def _plain(line: bytes) -> str:

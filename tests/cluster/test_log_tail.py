@@ -171,6 +171,27 @@ def test_json_that_is_too_deep_to_read_is_a_text():
     assert json.loads(terminal_line("a", line, "json")) == {"worker": "a", "message": line}
 
 
+@pytest.mark.parametrize("text", ["\u00e9" * 150, "x" + "\u00e9" * 150, "\u20ac" * 150, "\U0001f600" * 150])
+def test_a_piece_of_a_line_has_whole_characters(tmp_path, shown, monkeypatch, text):
+    monkeypatch.setattr(log_tail, "_MAX_LINE_BYTES", 100)
+    written = text.encode()
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    with (tmp_path / "decode-a1.log").open("wb", buffering=0) as file:
+        for begin in range(0, len(written), 101):
+            file.write(written[begin : begin + 101])
+            tail.drain()
+    tail.close()
+    assert "".join(shown) == text
+    assert len(shown) > 1
+
+
+def test_a_line_of_bytes_that_are_no_text_ends(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr(log_tail, "_MAX_LINE_BYTES", 100)
+    (tmp_path / "decode-a1.log").write_bytes(b"\xff" * 150 + b"\x80" * 150)
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert "".join(shown) == "\ufffd" * 300
+
+
 def test_a_directory_that_is_gone_ends_nothing(tmp_path, shown):
     inner = tmp_path / "logs"
     inner.mkdir()
