@@ -180,7 +180,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise BuildError(f"the compiler refused: {done.stderr}")
 
@@ -220,7 +220,7 @@ def _cpu() -> list[str]:
     """Return what a native build depends on: architecture, and the CPU's model and features where the kernel tells."""
     facts = [platform.machine()]
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
     except OSError:
         return [*facts, platform.processor()]
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
