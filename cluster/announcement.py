@@ -48,7 +48,7 @@ def servers_here() -> list[ServerFound]:
     """Return what this user serves on this machine, in its network namespace, by the order of their starts."""
     prefix = f"@{_PREFIX}{os.getuid()}-"
     with contextlib.suppress(OSError):
-        lines = Path("/proc/net/unix").read_text().splitlines()
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()  # names are any bytes
         names = dict.fromkeys(word for line in lines if (word := line.rpartition(" ")[2]).startswith(prefix))
         found = [_asked(f"\0{name[1:]}") for name in names]
         return sorted((server for server in found if server is not None), key=lambda server: server.pid)

@@ -23,8 +23,8 @@ cache_app = typer.Typer(
     help="Show and steer what is cached where.",
 )
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True, emoji=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 TIMEOUT_S = 120.0  #: between two signs of life: a store has up to a minute for what it is asked
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -23,7 +23,9 @@ def run_child(command: list[str], stop: threading.Event, say: Say | None = None)
     """
     with tempfile.TemporaryFile() as errors:
         output = subprocess.DEVNULL if say is None else subprocess.PIPE
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, text=True, errors="replace"
+        )
 
         def tell() -> None:
             for line in process.stdout or ():

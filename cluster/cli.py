@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -39,8 +40,8 @@ app.add_typer(cache_app, name="cache")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True, emoji=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _STATUS_TIMEOUT_S = 10.0
 
@@ -56,9 +57,9 @@ class _ServeCommand(core.TyperCommand):
             for name in (*parameter.opts, *parameter.secondary_opts)
         }
         said = translated(args, known)
-        for line in said.refusals:
-            _err.print(f"kvray: {line}", markup=False)
-        if said.refusals:
+        if said.refusals and not ctx.resilient_parsing:
+            for line in said.refusals:
+                _err.print(f"kvray: {line}", markup=False)
             raise typer.Exit(2)
         return super().parse_args(ctx, said.arguments)
 
@@ -265,6 +266,10 @@ def _listed(flag: str, values: Sequence[str]) -> list[str]:
         ConfigError: one begins as such a list does, and is none.
     """
     found: list[str] = []
+    joined = " ".join(values)  # a variable is taken apart at its spaces
+    if joined.startswith("["):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(joined, type=list[str])
     for value in values:
         if not value.startswith("["):
             found.append(value)
@@ -394,10 +399,11 @@ class _Progress:
     def show_line(self, name: str, line: str) -> None:
         """Show a line that the process called `name` has written."""
         text = terminal_line(name, line, self._style)
-        if self._status is not None:
-            _err.print(text, markup=False)  # above the line that changes
-        else:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201 - it is one log line, or a part of one
+        with contextlib.suppress(OSError):  # whoever read it went, and what serves goes on
+            if self._status is not None:
+                _err.print(text, markup=False)  # above the line that changes
+            else:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201 - it is one log line, or a part of one
 
     def clear(self) -> None:
         """Clear the line that changes: nothing more happens, or something else is to be printed."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from urllib.request import Request, urlopen
 
 import typer
 
 from cluster.announcement import servers_here
 from cluster.credentials import api_keys
+from cluster.direct_http import is_loopback, open_directly
 from messages.errors import ConfigError, KvrayError
 
 Url = Annotated[
@@ -82,8 +83,9 @@ def asked(
     if body is not None:
         headers["Content-Type"] = "application/json" if isinstance(body, dict) else "application/msgpack"
     try:
-        request = urllib.request.Request(f"{url}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        request = Request(f"{url}{path}", data, headers)
+        is_here = is_loopback(url)
+        with open_directly(request, timeout_s) if is_here else urlopen(request, timeout=timeout_s) as response:
             yield response
     except urllib.error.HTTPError as error:
         raise _refusal(url, what, error) from None

@@ -267,7 +267,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"configuration file {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, no UTF-8, too deep
             raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"configuration file {path}: wanted a mapping of sections, saw {shown(loaded)}")

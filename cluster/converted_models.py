@@ -41,7 +41,11 @@ class ConvertedModel:
     """One converted model in the cache, whether or not it is there."""
 
     def __init__(self, name: str, *facts: bytes) -> None:
-        """Name what `facts` decide, beside the converter and the libraries that it uses."""
+        """Name what `facts` decide, beside the converter and the libraries that it uses.
+
+        Raises:
+            ConfigError: there is no place for a cache.
+        """
         converter = Path(__file__).parents[1] / Path(*_CONVERTER.split(".")).parent
         sources = [path.read_bytes() for path in sorted(converter.glob("gguf_*.py"))]
         versions = [f"{package} {version(package)}".encode() for package in ("transformers", "gguf")]
@@ -49,7 +53,10 @@ class ConvertedModel:
         for fact in (name.encode(), *facts, *sources, *versions):
             digest.update(len(fact).to_bytes(8, "little") + fact)
         self._name = name
-        self._root = cache_directory("models")
+        try:
+            self._root = cache_directory("models")
+        except OSError as error:
+            raise ConfigError(f"there is no place to convert {name} into: {error.strerror}") from None
         self._key = digest.hexdigest()
         self._path = self._root / self._key
 

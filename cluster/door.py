@@ -8,12 +8,14 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 2.0
+_REST_S: Final = 1.0  #: after a failure
 _CREDENTIALS: Final = struct.Struct("3i")  #: of the peer of a unix socket: pid, uid, gid
 
 
@@ -23,6 +25,7 @@ class Door:
     def __init__(self, name: str, answer: Callable[[socket.socket], None]) -> None:
         """Listen at `name`, in the abstract namespace: no file to clean up. `answer` may raise OSError."""
         self._answer = answer
+        self._is_closed = False
         self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._door.bind(f"\0{name}")
         self._door.listen()
@@ -30,6 +33,7 @@ class Door:
 
     def close(self) -> None:
         """Answer nobody any more."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             self._door.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
         self._door.close()
@@ -38,8 +42,12 @@ class Door:
         while True:
             try:
                 peer, _ = self._door.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._is_closed:
+                    return
+                logger.warning("nobody can be answered: %s", error)  # too many open files, say
+                time.sleep(_REST_S)
+                continue
             with peer, contextlib.suppress(OSError):
                 pid, user = process_at(peer)
                 if user != os.getuid():

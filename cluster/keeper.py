@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import msgspec
 
 from cluster.config import KvrayConfig, prepare_environment
+from cluster.direct_http import open_directly
 from cluster.joining import NicenessCheck, check_credentials
 from cluster.keeper_messages import Failed, InSession, KeeperTask, Progress, Report, Seen, Up
 from cluster.listener import bound_socket
@@ -345,7 +345,7 @@ def _verb(address: str | None) -> str:
 
 def _is_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=2.0) as response:
+        with open_directly(f"{url}/ready", 2.0) as response:
             return bool(response.status == 200)
     except (OSError, http.client.HTTPException):
         return False

@@ -17,7 +17,7 @@ _MAX_BEHIND_BYTES: Final = 4 * 2**20
 _SUFFIX: Final = ".log"
 
 #: Control characters as Python writes them: what native code and libraries write cannot move the cursor.
-_ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), 127)}
+ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), *range(127, 160))}
 
 
 class LogTail:
@@ -36,10 +36,13 @@ class LogTail:
     def drain(self) -> None:
         """Show all that was written by now, before this returns."""
         with self._lock:
+            paths: list[Path] = []
             with contextlib.suppress(OSError):
-                for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-                    name = path.name.removesuffix(_SUFFIX)
-                    if name not in self._files:
+                paths = sorted(self._directory.glob(f"*{_SUFFIX}"))
+            for path in paths:
+                name = path.name.removesuffix(_SUFFIX)
+                if name not in self._files:
+                    with contextlib.suppress(OSError):
                         self._files[name] = _Followed(path)
             for name, followed in self._files.items():
                 for line in followed.lines():
@@ -73,12 +76,15 @@ class _Followed:
         with contextlib.suppress(OSError):
             if self._path.stat().st_ino != os.fstat(self._stream.fileno()).st_ino:
                 said += self._read()  # what came between; the former file is whole once another one has its name
+                following = self._path.open("rb")
                 self._stream.close()
-                self._stream = self._path.open("rb")
+                self._stream = following
+                said += self._read()
         *ended, self._begun = (self._begun + said).split(b"\n")
         if len(self._begun) > _MAX_LINE_BYTES:
-            ended.append(self._begun)
-            self._begun = b""
+            end = _end_of_characters(self._begun)
+            ended.append(self._begun[:end])
+            self._begun = self._begun[end:]
         return [_plain(line) for line in ended]
 
     def close(self) -> str:
@@ -88,7 +94,9 @@ class _Followed:
 
     def _read(self) -> bytes:
         num_behind = os.fstat(self._stream.fileno()).st_size - self._stream.tell()
-        if num_behind > _MAX_BEHIND_BYTES:
+        if num_behind < 0:  # somebody cut it off, as logrotate does
+            self._stream.seek(0)
+        elif num_behind > _MAX_BEHIND_BYTES:
             skipped = num_behind - _MAX_BEHIND_BYTES // 2
             self._stream.seek(skipped, os.SEEK_CUR)
             said = b"... %d bytes are not shown, they are in %s\n" % (skipped, os.fsencode(self._path))
@@ -96,8 +104,18 @@ class _Followed:
         return self._stream.read()
 
 
+def _end_of_characters(text: bytes) -> int:
+    """Return where the last character ends that is in `text` as a whole."""
+    for begin in range(len(text) - 1, max(len(text) - 4, -1), -1):
+        if text[begin] & 0xC0 == 0xC0:  # the first byte of several
+            return begin
+        if text[begin] < 0x80:
+            break
+    return len(text)
+
+
 def _plain(line: bytes) -> str:
-    return line.rstrip(b"\r").decode("utf-8", "replace").translate(_ESCAPES)
+    return line.rstrip(b"\r").decode("utf-8", "replace").translate(ESCAPES)
 
 
 def terminal_line(name: str, line: str, style: str) -> str:
@@ -106,7 +124,7 @@ def terminal_line(name: str, line: str, style: str) -> str:
         return f"{name} | {line}"
     fields = {}
     if line.startswith("{"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             fields = json.loads(line)
     if not isinstance(fields, dict) or "message" not in fields:  # not by way of logging
         fields = {"message": line}

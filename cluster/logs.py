@@ -27,7 +27,7 @@ _STDOUT, _STDERR = 1, 2
 _log_file: Path | None = None  #: where stdout and stderr of this process lead, if it is a file of ours
 
 #: Control characters as Python writes them: a message cannot forge a line or move the cursor.
-_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 
 
 class _TextFormatter(logging.Formatter):

@@ -9,6 +9,7 @@ The one place for further ways to name one: `model_directory` is called before a
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from pathlib import Path
@@ -35,10 +36,16 @@ def model_directory(named: str, stop: threading.Event, say: Say) -> Path:
         ConfigError: there is no such model, or it cannot be fetched or converted; one line that says what to do.
         Stopped: `stop` was set meanwhile.
     """
-    path = Path(named).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(named).expanduser()
+        is_directory, is_there = path.is_dir(), path.exists()
+    except RuntimeError:  # of ~somebody
+        raise ConfigError(f"{named} is the home of nobody") from None
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be read: {error.strerror}") from None
+    if is_directory:
         return path.resolve()
-    if path.exists():
+    if is_there:
         return _converted(path.resolve(), stop, say)
     if named in PACKAGED_MODELS:
         return packaged_model(named, stop, say)
@@ -53,12 +60,17 @@ def model_directory(named: str, stop: threading.Event, say: Say) -> Path:
 
 def _converted(source: Path, stop: threading.Event, say: Say) -> Path:
     """Return the directory that the GGUF file `source` is converted to."""
+    if not source.is_file():
+        raise ConfigError(f"{source} is no file, wanted a transformers model directory or a GGUF file")
     try:
+        source.stem.encode()  # clients know the model by that name
         with source.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
         if magic != _GGUF_MAGIC:
             raise ConfigError(f"{source} is a file, wanted a transformers model directory or a GGUF file")
         digest = blake3(max_threads=blake3.AUTO).update_mmap(source).digest()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{os.fsencode(source)!r} is no name in UTF-8: give the file another") from None
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     return ConvertedModel(source.stem, digest).made(lambda _: source, None, stop, say)

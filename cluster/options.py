@@ -51,7 +51,7 @@ def _setting(place: str, flag: str, text: str, panel: str, default: str | None =
 
 def count(text: str) -> int:
     """Read a number of tokens, as vLLM does: 32k is 32,000, 32K is 32,768."""
-    found = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
+    found = re.fullmatch(r"(-?\d{1,18}(?:\.\d{1,18})?)([kmgKMG]?)", text.strip())
     if found is None or (not found[2] and "." in found[1]):
         raise typer.BadParameter(f"wanted a number of tokens such as 4096, 32k or 32K, saw {text!r}")
     return int(float(found[1]) * _UNITS[found[2]])

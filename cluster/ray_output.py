@@ -6,13 +6,14 @@ else it prints, pages of logs of each process that was lost for one, is left out
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import threading
 from typing import Final, TextIO
 
-from cluster.log_tail import terminal_line
+from cluster.log_tail import ESCAPES, terminal_line
 
 _OURS: Final = re.compile(
     r"(?:\x1b\[\d+m)*\((?:ServeReplica:kvray:(?P<role>\w+)|CacheActor) pid=(?P<pid>\d+)(?:, ip=(?P<host>[^)]+))?\)"
@@ -33,7 +34,7 @@ def shown_line(printed: str, style: str) -> str | None:
     if _NAMED.match(found["line"]):
         return found["line"]
     name = f"{(found['role'] or 'cache').lower()}-{found['pid']}" + (f"@{found['host']}" if found["host"] else "")
-    return terminal_line(name, found["line"], style)
+    return terminal_line(name, found["line"].translate(ESCAPES), style)
 
 
 def filter_output(terminal: TextIO, style: str) -> None:
@@ -49,6 +50,7 @@ def filter_output(terminal: TextIO, style: str) -> None:
             for line in lines:
                 text = shown_line(line.rstrip("\r\n"), style)
                 if text is not None:
-                    print(text, file=terminal, flush=True)
+                    with contextlib.suppress(OSError):  # a terminal that went: Ray must not wait for it
+                        print(text, file=terminal, flush=True)
 
     threading.Thread(target=follow, name="ray-output", daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def ready_lines(
     key = " -H 'Authorization: Bearer ...'" if wants_api_key else ""
     lines = [
         f"kvray serves {name} at {url}/v1",
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ]
     if workers:
         first = workers[0]
@@ -54,7 +55,7 @@ def _kernels(workers: Sequence[WorkerInfo]) -> list[str]:
         return [f"  kernels: {paths}"]
     return [
         f"  kernels: SLOW ones, {paths}, about half the tokens/s: those in C++ were not built on this machine",
-        f"    build them, and start again: {BUILD_COMMAND.format(python=sys.executable)}",
+        f"    build them, and start again: {BUILD_COMMAND.format(python=shlex.quote(sys.executable))}",
     ]
 
 

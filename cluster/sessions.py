@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,8 @@ import psutil
 _LOCK: Final = "kvray.lock"
 _LOGS: Final = "kvray"
 _KILL_S: Final = 2.0
+#: By which Ray tells its processes of their session; of others that were told of it, a person's, nothing is ended.
+_TOLD_BY: Final = r"--(session[-_]dir|logs?[-_]dir|raylet-name|raylet_socket_name|object-store-name|store_socket_name)"
 
 
 class Session:
@@ -30,9 +33,10 @@ class Session:
         self.directory = directory
         # Not closed: the lock is this process's. No process that it starts inherits it. Locked before it has its name.
         unnamed = directory / f"{_LOCK}.new"
-        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Ray lets every user write into its directories: nothing that another has put there is opened.
+        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.write(self._lock, _command_line())
+        os.write(self._lock, _owner(directory))
         unnamed.rename(directory / _LOCK)
         self.log_dir = directory / "logs" / _LOGS
         self.log_dir.mkdir(mode=0o700, parents=True)
@@ -43,10 +47,12 @@ def clean(directory: Path) -> bool:
     try:
         if directory.is_symlink() or directory.stat().st_uid != os.getuid():
             return False
-        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # gone, or not kvray's
         return False
     try:
+        if not _is_of_session(lock, directory):
+            return False
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # in use
         return False
@@ -76,20 +82,32 @@ def clean_former(ray_dir: Path) -> list[Path]:
     return []
 
 
-def _command_line() -> bytes:
-    """Name the process that started this one."""
-    return str(os.getppid()).encode()
+def _owner(directory: Path) -> bytes:
+    """Name the session, and the process that started this one: in a container that was started anew it has the same id.
+
+    The session, because every user may move files between Ray's directories.
+    """
+    parent = os.getppid()
+    started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]  # since the boot
+    return f"{directory.name} {parent} {started}".encode()
+
+
+def _is_of_session(lock: int, directory: Path) -> bool:
+    """Tell whether an open lock is this user's, for the session in `directory`."""
+    status = os.fstat(lock)
+    is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+    return is_ours and os.pread(lock, 4096, 0).partition(b" ")[0] == os.fsencode(directory.name)
 
 
 def _is_of_command_line(directory: Path) -> bool:
     with contextlib.suppress(OSError):
-        return (directory / _LOCK).read_bytes() == _command_line()
+        return (directory / _LOCK).read_bytes() == _owner(directory)
     return False
 
 
 def _processes_of(directory: Path) -> Iterator[psutil.Process]:
     """Find this user's processes that were told of that session as Ray tells its own, by --session-dir=... or so."""
-    told = re.compile(rf"--[\w-]+={re.escape(str(directory))}(/.*)?")
+    told = re.compile(rf"{_TOLD_BY}={re.escape(str(directory))}(/.*)?", re.DOTALL)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.uids().real == os.getuid() and any(map(told.fullmatch, process.cmdline())):

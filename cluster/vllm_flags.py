@@ -14,16 +14,27 @@ from typing import Final
 _RENAMED: Final = {
     "--kv-cache-memory-bytes": "--kv-cache-memory",
     "--disable-uvicorn-access-log": "--no-access-log",
-    "-q": "--quantization",
-    "-tp": "--tensor-parallel-size",
-    "-pp": "--pipeline-parallel-size",
+    "-O": "--optimization-level",
+    "-ac": "--attention-config",
+    "-cc": "--compilation-config",
+    "-dcp": "--decode-context-parallel-size",
     "-dp": "--data-parallel-size",
+    "-dpb": "--data-parallel-backend",
+    "-dpl": "--data-parallel-size-local",
+    "-ep": "--enable-expert-parallel",
+    "-n": "--nnodes",
+    "-pcp": "--prefill-context-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization",
+    "-r": "--node-rank",
+    "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
 }
 #: values that have another name here
 _VALUES: Final = {"--dtype": {"half": "float16", "float": "float32"}}
 #: flags that take several values, each of which is given by itself here
 _SEVERAL: Final = ("--served-model-name", "--api-key")
-#: switches for what is always so
+#: switches for what is always so, or changes nothing that a client sees
 _ALWAYS: Final = frozenset(
     {
         "--async-scheduling",
@@ -38,9 +49,12 @@ _ALWAYS: Final = frozenset(
         "--enable-request-id-headers",
         "--enable-tokenizer-info-endpoint",
         "--enforce-eager",
+        "--no-async-scheduling",
         "--no-enable-log-requests",
+        "--no-enforce-eager",
     }
 )
+_BOOLEANS: Final = ("true", "false")
 #: values that ask for what is done anyway
 _AS_IT_IS: Final = {
     "--allowed-headers": ('["*"]', "*"),
@@ -144,6 +158,7 @@ _HINTS: Final = {
             "--additional-config",
             "--allowed-local-media-path",
             "--attention-backend",
+            "--attention-config",
             "--collect-detailed-traces",
             "--compilation-config",
             "--cudagraph-capture-sizes",
@@ -230,7 +245,7 @@ def translated(arguments: Sequence[str], known: Mapping[str, bool]) -> Translati
     """
     done = Translation()
     pending = list(arguments)
-    has_model = False
+    has_model = any(word.partition("=")[0] == "--model" for word in pending)
     while pending:
         word = pending.pop(0)
         if word == "--":
@@ -240,23 +255,57 @@ def translated(arguments: Sequence[str], known: Mapping[str, bool]) -> Translati
             has_model = True
             done.arguments.append(word)
             continue
-        flag, equals, inline = word.partition("=")
-        flag = flag.replace("_", "-") if flag.startswith("--") else flag
-        flag = _RENAMED.get(flag, flag)
+        flag, values = _named(word)
         takes_value = known.get(flag, flag in _HINTS or flag == "--model")
-        values = [inline] if equals else []
-        if takes_value and not equals and pending and (flag in known or not pending[0].startswith("--")):
+        if not values and pending and _is_value(pending[0], flag, takes_value=takes_value, is_known=flag in known):
             values.append(pending.pop(0))
-        if flag in known:
+        if flag in known and values and not takes_value:
+            done.arguments.append(word)  # --access-log=false, which is refused, and never taken for a model
+        elif flag in known:
             done.arguments.extend([flag, *(_VALUES.get(flag, {}).get(value, value) for value in values)])
-            while flag in _SEVERAL and has_model and not equals and pending and not pending[0].startswith("-"):
+            while flag in _SEVERAL and has_model and "=" not in word and pending and not pending[0].startswith("-"):
                 done.arguments.extend([flag, pending.pop(0)])
         elif flag == "--model":
             done.arguments.extend(values)
-            has_model = True
-        elif flag in _SWITCHES or flag in _HINTS:
-            if not values or values[0] not in _AS_IT_IS.get(flag, ()):
-                done.refusals.append(f"{flag}: {_SWITCHES.get(flag) or _HINTS[flag]}")
-        elif flag not in _ALWAYS:
+        elif (refusal := _refusal(flag, values)) is not None:
+            done.refusals.append(f"{flag}: {refusal}")
+        elif not _is_vllms(flag):
             done.arguments.append(word)
     return done
+
+
+def _named(word: str) -> tuple[str, list[str]]:
+    """Return the flag that `word` is, by its long name, and the value that comes in the same word, if there is one."""
+    flag, equals, inline = word.partition("=")
+    if flag.startswith("-O") and flag[2:].isdecimal():
+        flag, equals, inline = "-O", "=", flag[2:]
+    flag = flag.replace("_", "-") if flag.startswith("--") else flag
+    whole, _, field_of_json = flag.partition(".")  # --speculative-config.method=ngram is a part of a JSON value
+    whole = _RENAMED.get(whole, whole)
+    return flag if field_of_json and whole not in _HINTS else whole, [inline] if equals else []
+
+
+def _is_value(word: str, flag: str, *, takes_value: bool, is_known: bool) -> bool:
+    """Tell whether `word`, which follows `flag`, is its value."""
+    if takes_value:
+        return is_known or not word.startswith("--")
+    return (
+        not is_known and flag in _ALWAYS | _SWITCHES.keys() and word.lower() in _BOOLEANS
+    )  # as older releases have it
+
+
+def _refusal(flag: str, values: Sequence[str]) -> str | None:
+    """Say what to use in place of a flag of vLLM's; None: it asks for what is done anyway, or is none of vLLM's."""
+    is_off = bool(values) and values[0].lower() == "false"
+    if flag in _ALWAYS:
+        return "it is always so here" if is_off else None
+    if flag in _SWITCHES:
+        return None if is_off else _SWITCHES[flag]
+    if values and values[0] in _AS_IT_IS.get(flag, ()):
+        return None
+    return _HINTS.get(flag)
+
+
+def _is_vllms(flag: str) -> bool:
+    """Tell whether vLLM knows a flag that is not kvray's; --no-... turns most of its switches off."""
+    return flag in _ALWAYS or flag in _HINTS or flag.replace("--no-", "--", 1) in _SWITCHES

@@ -18,12 +18,10 @@ def open_index(num_blocks: Callable[[str], int]) -> BlockIndex:
 
     `num_blocks` tells how many blocks a worker has room for.
     """
-    path = INDEX.found()
-    if path is None:
-        _log.warning("the block index is not compiled, using Python (build it: python -m kvrouter.build)")
+    compiled = INDEX.opened(lambda path: CompiledIndex(path, num_blocks))
+    if compiled is None:
+        _log.warning(
+            "the block index is not compiled, or does not load, using Python (build it: python -m kvrouter.build)"
+        )
         return PlainIndex(num_blocks)
-    try:
-        return CompiledIndex(path, num_blocks)
-    except (OSError, AttributeError) as error:
-        _log.warning("the compiled block index does not load, using Python: %s", error)
-        return PlainIndex(num_blocks)
+    return compiled

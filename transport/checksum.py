@@ -284,13 +284,10 @@ class CompiledChecksum:
 
 @functools.cache
 def _implementation() -> Implementation:
-    """Take the compiled one where it was built and loads; otherwise numpy, with one log line that says why."""
-    path = CHECKSUM.found()
-    if path is None:
-        _log.warning("checksums not compiled, using numpy (build them: python -m engine.kernels.cpu.build)")
-        return PortableChecksum()
-    try:
-        return CompiledChecksum(path)
-    except (OSError, AttributeError) as error:
-        _log.warning("compiled checksums do not load, using numpy: %s", error)
-        return PortableChecksum()
+    """Take the compiled one where it was built and loads; otherwise numpy, with log lines that say why."""
+    compiled = CHECKSUM.opened(CompiledChecksum)
+    if compiled is None:
+        _log.warning(
+            "checksums not compiled, or do not load, using numpy (build them: %s)", "python -m engine.kernels.cpu.build"
+        )
+    return compiled or PortableChecksum()

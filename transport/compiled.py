@@ -1,28 +1,37 @@
 """C++ compiled ahead: for this machine by an explicit command, or for several baselines when a wheel is built.
 
 A library has a name that its sources and flags decide, so that one of other sources is never taken for it. Whoever uses
-one only looks whether it is there (`CompiledLibrary.found`): in the cache, compiled for just this machine, or else
-beside the package, where a wheel has it for each of BASELINES (`hatch_build.py`). Nothing here needs more than the
+one only looks whether it is there (`CompiledLibrary.opened`): in the cache, compiled for just this machine, or else
+beside the package, where a wheel has it for each of BASELINES (`hatch_build.py`). In the cache a digest of its bytes
+lies beside it: half a library may be loaded as if it were whole, and end who calls it. Nothing here needs more than the
 standard library: a wheel is built without what kvray needs to run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Where a wheel has libraries: PREBUILT / baseline / name-digest.so.
 PREBUILT: Final = Path(__file__).parent / "prebuilt"
+_DIGEST: Final = ".blake2b"  #: of a library in the cache: the ending of the file that has it, in hex
 
 
 class BuildError(Exception):
@@ -67,13 +76,39 @@ class CompiledLibrary:
 
     def found(self) -> Path | None:
         """Return the library to use on this machine; None where it was never built, or not for such a CPU."""
-        if (path := self.path()).exists():
-            return path
+        return next(iter(self._candidates()), None)
+
+    def opened(self, open_path: Callable[[Path], T]) -> T | None:
+        """Return what `open_path` makes of the best library that loads on this machine; None: there is none."""
+        for path in self._candidates():
+            try:
+                return open_path(path)
+            except (
+                OSError,
+                ImportError,
+                AttributeError,
+            ) as error:  # of another C library, say, in a home that is shared
+                _log.warning("%s does not load: %s", path, error)
+        return None
+
+    def _candidates(self) -> list[Path]:
+        """Return the libraries for this machine that are there, the best first."""
+        found = []
+        with contextlib.suppress(OSError):  # no home, or one that is somebody else's
+            path = self.path()
+            if _is_whole(path):
+                found.append(path)
+            elif path.exists():
+                _log.warning("%s does not load: it is not as it was written", path)
         prebuilt = (self.prebuilt(baseline) for baseline in baselines_of(platform.machine(), cpu_flags()))
-        return next((path for path in prebuilt if path.exists()), None)
+        return found + [path for path in prebuilt if path.exists()]
 
     def path(self) -> Path:
-        """Return where the library that is compiled for this machine lies, whether or not it was built."""
+        """Return where the library that is compiled for this machine lies, whether or not it was built.
+
+        Raises:
+            OSError: as for `cache_directory`.
+        """
         digest = self._digest(native_target(), *_cpu())
         return cache_directory("kernels") / digest / f"{self.name}.so"
 
@@ -86,16 +121,23 @@ class CompiledLibrary:
         """Compile for this machine, unless the cache holds it; return the library's path.
 
         Raises:
-            BuildError: a tool is missing, or the compiler refused.
+            BuildError: a tool is missing, the compiler refused, or there is no place for it.
         """
-        target = self.path()
-        if target.exists():
-            return target
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent.parent) as work:
-            library = self.compile(Path(work), [native_target()])
-            target.parent.mkdir(exist_ok=True)
-            library.replace(target)  # whole or not at all, whoever else builds
+        try:
+            target = self.path()
+            if _is_whole(target):
+                return target
+            target.parent.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent.parent) as work:
+                library = self.compile(Path(work), [native_target()])
+                digest = Path(work) / f"{self.name}{_DIGEST}"
+                digest.write_text(_digest_of(library))
+                target.parent.mkdir(exist_ok=True)
+                digest.replace(target.with_suffix(_DIGEST))
+                library.replace(target)  # whole or not at all, whoever else builds
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise BuildError(f"{where}{error.strerror or error} (XDG_CACHE_HOME says where it lies)") from error
         return target
 
     def compile(self, directory: Path, target: Sequence[str]) -> Path:
@@ -125,8 +167,20 @@ class CompiledLibrary:
         return digest.hexdigest()
 
 
+def _digest_of(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a library in the cache is there, as it was written; one without a digest was put there by hand."""
+    if not path.exists():
+        return False
+    digest = path.with_suffix(_DIGEST)
+    return not digest.exists() or digest.read_text(errors="replace") == _digest_of(path)
+
+
 def _compile(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise BuildError(f"the compiler refused: {done.stderr}")
 
@@ -143,9 +197,18 @@ def require_tool(tool: str, package: str) -> None:
 
 
 def cache_directory(kind: str) -> Path:
-    """Return where what was made of `kind` is kept: `$XDG_CACHE_HOME/kvray/KIND`, by default below `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kvray" / kind
+    """Return where what was made of `kind` is kept: `$XDG_CACHE_HOME/kvray/KIND`, by default below `~/.cache`.
+
+    Raises:
+        OSError: there is no home.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # as its specification wants it
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            raise OSError(errno.ENOENT, "there is no home directory, and no XDG_CACHE_HOME") from None
+    return root / "kvray" / kind
 
 
 def cpu_flags() -> list[str]:
@@ -157,7 +220,7 @@ def _cpu() -> list[str]:
     """Return what a native build depends on: architecture, and the CPU's model and features where the kernel tells."""
     facts = [platform.machine()]
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
     except OSError:
         return [*facts, platform.processor()]
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")

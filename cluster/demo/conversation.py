@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.direct_http import open_directly
+
 #: Notes of about 1,500 tokens that the model was not trained on, and questions about them with their answers.
 _CONVERSATION = Path(__file__).parent / "conversation.json"
 
@@ -67,7 +69,7 @@ def _ask(url: str, api_key: str | None, messages: list[dict[str, str]]) -> tuple
     ttft_s = 0.0
     answer = ""
     usage: dict[str, Any] = {}
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with open_directly(request, 120) as response:
         for line in response:
             payload = line.decode().removeprefix("data: ").strip()
             if not payload or payload == "[DONE]":

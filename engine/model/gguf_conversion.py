@@ -23,18 +23,19 @@ from transformers.utils import logging as transformers_logging
 from engine.model.families import probe_layers, read_model_config
 from engine.model.gguf_rope import FACTOR_TENSORS, rope_scaling
 from messages.errors import ConfigError, RequestError, first_line
+from messages.request import MIN_REPETITION_PENALTY
 from text.json_file import read_json
 from text.tokenizer import Tokenizer
 
 #: Keys of a GGUF file that name tokens at which an answer ends.
 _END_KEYS = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
-#: What a GGUF file recommends for sampling, by the names of a generation_config.json.
+#: What a GGUF file recommends for sampling: its name in a generation_config.json, the least and the most that is taken.
 _SAMPLING_KEYS = {
-    Keys.General.SAMPLING_TEMP: "temperature",
-    Keys.General.SAMPLING_TOP_K: "top_k",
-    Keys.General.SAMPLING_TOP_P: "top_p",
-    Keys.General.SAMPLING_MIN_P: "min_p",
-    Keys.General.SAMPLING_PENALTY_REPEAT: "repetition_penalty",
+    Keys.General.SAMPLING_TEMP: ("temperature", 0.0, 100.0),
+    Keys.General.SAMPLING_TOP_K: ("top_k", -1, 2**31 - 1),
+    Keys.General.SAMPLING_TOP_P: ("top_p", 1e-6, 1.0),
+    Keys.General.SAMPLING_MIN_P: ("min_p", 0.0, 1.0),
+    Keys.General.SAMPLING_PENALTY_REPEAT: ("repetition_penalty", MIN_REPETITION_PENALTY, 100.0),
 }
 _ORIGINAL_LENGTH = "original_max_position_embeddings"
 #: Before the names of chat templates beside the ordinary one, such as tool_use.
@@ -76,8 +77,8 @@ def convert(source: Path, into: Path) -> None:
 def _check_whole_model(metadata: dict[str, Any]) -> None:
     if not metadata.get(Keys.General.ARCHITECTURE):
         raise ConfigError(f"it names no {Keys.General.ARCHITECTURE}")
-    num_parts = int(metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1))
-    if num_parts > 1:
+    num_parts = metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
+    if num_parts not in (0, 1):
         raise ConfigError(f"it is one of {num_parts} parts; join them with llama-gguf-split --merge")
 
 
@@ -130,11 +131,18 @@ def _write_tokenizer(source: Path, into: Path, metadata: dict[str, Any]) -> None
 def _generation_config(metadata: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Return a generation_config.json: where answers end, and what the file recommends for sampling."""
     tokenizer = Tokenizer.load(directory)
-    ends = {int(metadata[key]) for key in _END_KEYS if key in metadata}
+    named = {metadata[key] for key in _END_KEYS if key in metadata}
+    ends = {end for end in named if isinstance(end, int) and 0 <= end < tokenizer.vocab_size}  # 2^32 - 1 is none
     if not ends and tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     ends |= set(_turn_ends(tokenizer))
-    found = {name: metadata[key] for key, name in _SAMPLING_KEYS.items() if key in metadata}
+    found: dict[str, Any] = {}
+    for key, (name, least, most) in _SAMPLING_KEYS.items():
+        value = metadata.get(key)
+        if isinstance(value, int | float) and least <= value <= most:
+            found[name] = value
+        elif value is not None:
+            _say(f"{key} is {value}, wanted {least} to {most}: not taken")
     return ({"eos_token_id": sorted(ends)} if ends else {}) | found
 
 

@@ -6,6 +6,7 @@ files name a linear or YaRN scaling in their metadata.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,8 @@ from gguf import Keys
 
 from messages.errors import ConfigError
 
+#: What files of 2023 call the factor of a linear scaling.
+_OLD_FACTOR: Final = "{arch}.rope.scale_linear"
 _ANY_LENGTH, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 #: Tensors that hold what each frequency is divided by.
 FACTOR_TENSORS: Final = frozenset({_ANY_LENGTH, _SHORT, _LONG})
@@ -32,8 +35,9 @@ def rope_scaling(
         ConfigError: it is scaled in a way that is not known here, or a number is missing.
     """
     architecture = metadata[Keys.General.ARCHITECTURE]
-    kind = metadata.get(Keys.Rope.SCALING_TYPE.format(arch=architecture), "none")
-    factor = metadata.get(Keys.Rope.SCALING_FACTOR.format(arch=architecture))
+    kind = metadata.get(Keys.Rope.SCALING_TYPE.format(arch=architecture), "linear")  # as llama.cpp takes it
+    old_factor = metadata.get(_OLD_FACTOR.format(arch=architecture))
+    factor = metadata.get(Keys.Rope.SCALING_FACTOR.format(arch=architecture), old_factor)
     attention = metadata.get(Keys.Rope.SCALING_ATTN_FACTOR.format(arch=architecture))
     original = metadata.get(Keys.Rope.SCALING_ORIG_CTX_LEN.format(arch=architecture))
     if _ANY_LENGTH in factors:
@@ -43,8 +47,10 @@ def rope_scaling(
         if _SHORT not in factors or original is None:
             raise ConfigError(f"{_LONG} comes without {_SHORT}, or without {Keys.Rope.SCALING_ORIG_CTX_LEN}")
         return _longrope(list(factors[_SHORT]), list(factors[_LONG]), original, attention)
-    if kind == "none" or factor is None or factor == 1.0:
+    if kind == "none" or not factor or factor == 1.0:  # 0: none, as llama.cpp takes it
         return {}
+    if not isinstance(factor, int | float) or not 0.0 < factor < math.inf:
+        raise ConfigError(f"{Keys.Rope.SCALING_FACTOR.format(arch=architecture)} is {factor}, wanted a number above 0")
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":

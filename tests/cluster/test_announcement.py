@@ -52,6 +52,13 @@ def test_those_that_serve_are_found_until_they_end():
     assert ours() == []
 
 
+def test_a_socket_of_any_name_hides_nobody():
+    with socket.socket(socket.AF_UNIX) as odd, announced(url="http://a.test", pid=1):
+        odd.bind(b"\0kvray-odd-\xff\xfe %d" % os.getpid())
+        odd.listen()
+        assert [server.url for server in ours()] == ["http://a.test"]
+
+
 def test_somebody_who_took_such_a_name_and_says_nothing_or_nonsense_is_no_server(monkeypatch):
     monkeypatch.setattr("cluster.announcement._TIMEOUT_S", 0.05)
     with socket.socket(socket.AF_UNIX) as silent:

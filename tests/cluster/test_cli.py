@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from rich.console import Console
 
+from cluster import cli
 from cluster.cli import app
 from cluster.config import KvrayConfig, parse_config
 from cluster.options import count, variable
@@ -121,10 +125,28 @@ def test_numbers_of_tokens_may_be_short(text, tokens):
     assert count(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "1.5", "32kb", "auto"])
+@pytest.mark.parametrize("text", ["", "k", "1.5", "32kb", "auto", "9" * 400, "9" * 5000])
 def test_what_is_no_number_of_tokens_is_refused(text):
     with pytest.raises(typer.BadParameter):
         count(text)
+
+
+def test_a_processs_line_is_shown_as_it_is_and_a_terminal_that_went_ends_nothing(monkeypatch):
+    terminal = io.StringIO()
+    is_emoji = cli._err._emoji
+    console = Console(file=terminal, emoji=is_emoji, highlight=False, soft_wrap=True, force_terminal=True)
+    monkeypatch.setattr(cli, "_err", console)
+    with cli._Progress("text") as progress:
+        progress.show_line("decode-a1", "field a:key:b [red]lost[/red]")
+    assert "decode-a1 | field a:key:b [red]lost[/red]" in terminal.getvalue()
+
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_err", Console(file=io.StringIO()))
+    monkeypatch.setattr(sys, "stderr", Gone())
+    cli._Progress("text").show_line("decode-a1", "x")
 
 
 # ------------------------------------------------------------------------------------------------------ as it is called
@@ -186,6 +208,13 @@ def test_flags_of_vllms_are_taken_or_answered_in_a_line_each(tmp_path):
     assert [line.split(": ")[1] for line in lines] == ["--tensor-parallel-size", "--gpu-memory-utilization"]
 
 
+def test_a_switch_with_a_value_is_never_taken_for_a_model():
+    finished, _ = run_kvray("serve", "--access-log=false")
+    assert finished.returncode == 2
+    assert "--access-log" in finished.stderr
+    assert "false here" not in finished.stderr
+
+
 def test_config_is_printed_as_json_too(tmp_path):
     finished, _ = run_kvray("config", "show", "--json")
     assert parse_config(json.loads(finished.stdout)) == KvrayConfig()
@@ -236,6 +265,9 @@ def test_origins_are_named_one_by_one_or_as_vllm_has_them(tmp_path):
         flags = [word for value in values for word in ("--allowed-origins", value)]
         finished, _ = run_kvray("serve", str(tmp_path), *flags)
         assert "is no transformers model directory" in finished.stderr, "it got past the flags"
+    variable = {"KVRAY_ALLOWED_ORIGINS": '["https://x.org", "http://[::1]:3000"]'}
+    finished, _ = run_kvray("serve", str(tmp_path), extra_environment=variable)
+    assert "is no transformers model directory" in finished.stderr, "though it was taken apart at its spaces"
     for value, words in (('["https://x.org"', "JSON list"), ("x.org", "scheme://host")):
         finished, _ = run_kvray("serve", str(tmp_path), "--allowed-origins", value)
         assert (finished.returncode, words in finished.stderr) == (2, True)

@@ -296,6 +296,8 @@ def test_flags_do_not_hide_a_section_of_the_wrong_shape(tmp_path):
     [
         (b"a: [", "is not YAML: while parsing"),
         (b"\xff\xfe", "is not YAML"),
+        (b"http: {host: 2026-13-45}", "is not YAML: month must be in"),
+        (b"[" * 20_000, "is not YAML"),
         (b"- a\n- b", "wanted a mapping of sections, saw list ['a', 'b']"),
         (b"model", "wanted a mapping of sections, saw str 'model'"),
     ],

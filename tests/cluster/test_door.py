@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
+from cluster import door as door_module
 from cluster.door import Door, process_at
 
 ASK = """
@@ -53,6 +56,23 @@ def test_one_that_leaves_at_once_keeps_nobody_out(name):
         with socket.socket(socket.AF_UNIX) as asking:
             asking.connect(f"\0{name}")
     assert ask(name).stdout.startswith("come in")
+    door.close()
+
+
+def test_a_process_that_had_too_many_open_files_answers_afterwards(name, monkeypatch, caplog):
+    monkeypatch.setattr(door_module, "_REST_S", 0.01)
+    door = Door(name, lambda peer: peer.sendall(b"come in"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(30)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (asking.fileno(), hard))
+        try:
+            asking.connect(f"\0{name}")
+            while "Too many open files" not in caplog.text:
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert asking.recv(16) == b"come in"
     door.close()
 
 

@@ -130,6 +130,68 @@ def test_a_line_without_end_is_shown_in_pieces(tmp_path, shown, monkeypatch):
     assert "".join(shown) == "x" * 150
 
 
+def test_what_was_written_to_a_following_file_just_before_the_end_is_shown(tmp_path, shown):
+    path = tmp_path / "decode-a1.log"
+    path.write_text("one\n")
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    tail.drain()
+    with tail._lock:
+        path.rename(tmp_path / "decode-a1.log.1")
+        path.write_text("two\n")
+        tail._ending.set()
+    tail.close()
+    assert shown == ["one", "two"]
+
+
+def test_a_file_that_was_cut_off_is_read_from_its_begin(tmp_path, shown):
+    path = tmp_path / "decode-a1.log"
+    path.write_text("one and more\n")
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    tail.drain()
+    path.write_text("two\n")
+    tail.close()
+    assert shown == ["one and more", "two"]
+
+
+def test_a_file_that_cannot_be_read_hides_no_other(tmp_path, shown):
+    (tmp_path / "a.log").mkdir()
+    (tmp_path / "b.log").write_text("one\n")
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert shown == ["one"]
+
+
+def test_control_characters_of_eight_bits_do_not_reach_the_terminal(tmp_path, shown):
+    (tmp_path / "decode-a1.log").write_text("\x9b2J\x85 \u00e9\n", encoding="utf-8")
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert shown == ["\\x9b2J\\x85 \u00e9"]
+
+
+def test_json_that_is_too_deep_to_read_is_a_text():
+    line = '{"a":' * 20_000
+    assert json.loads(terminal_line("a", line, "json")) == {"worker": "a", "message": line}
+
+
+@pytest.mark.parametrize("text", ["\u00e9" * 150, "x" + "\u00e9" * 150, "\u20ac" * 150, "\U0001f600" * 150])
+def test_a_piece_of_a_line_has_whole_characters(tmp_path, shown, monkeypatch, text):
+    monkeypatch.setattr(log_tail, "_MAX_LINE_BYTES", 100)
+    written = text.encode()
+    tail = LogTail(tmp_path, lambda name, line: shown.append(line))
+    with (tmp_path / "decode-a1.log").open("wb", buffering=0) as file:
+        for begin in range(0, len(written), 101):
+            file.write(written[begin : begin + 101])
+            tail.drain()
+    tail.close()
+    assert "".join(shown) == text
+    assert len(shown) > 1
+
+
+def test_a_line_of_bytes_that_are_no_text_ends(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr(log_tail, "_MAX_LINE_BYTES", 100)
+    (tmp_path / "decode-a1.log").write_bytes(b"\xff" * 150 + b"\x80" * 150)
+    LogTail(tmp_path, lambda name, line: shown.append(line)).close()
+    assert "".join(shown) == "\ufffd" * 300
+
+
 def test_a_directory_that_is_gone_ends_nothing(tmp_path, shown):
     inner = tmp_path / "logs"
     inner.mkdir()

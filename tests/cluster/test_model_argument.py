@@ -73,6 +73,41 @@ def test_a_path_where_nothing_is_and_a_file_that_is_no_model_are_told_apart(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("named", ["a" * 5000, "~nobody-of-this-name/model"])
+def test_a_name_that_cannot_be_one_is_one_line(named):
+    with pytest.raises(ConfigError, match=r"cannot be read|home of nobody"):
+        asked(named)
+
+
+def test_what_may_not_be_looked_at_is_one_line(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+        asked(tmp_path / "model")
+
+
+def test_what_is_no_file_and_a_file_of_an_odd_name_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ConfigError, match=r"pipe\.gguf is no file"):
+        asked(tmp_path / "pipe.gguf")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "tiny") + b"\xff.gguf"))
+    odd.write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="no name in UTF-8"):
+        asked(odd)
+
+
+def test_without_a_home_nothing_is_converted(gguf, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match=r"no place to convert tiny into: .*XDG_CACHE_HOME"):
+        asked(gguf)
+
+
 def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache, tmp_path):
     directory, said = asked(gguf)
     assert (directory.name, directory.parent.parent) == ("tiny", cache)

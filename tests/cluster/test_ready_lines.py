@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,6 +52,11 @@ def test_they_say_what_computes_how_much_it_keeps_and_where_to_look():
         assert words in text
     assert "SLOW" not in text
     assert "Bearer" not in text
+
+
+def test_the_command_is_one_for_a_shell_whatever_the_model_is_called():
+    [line] = [line for line in said(parse_config({"model": {"served_names": ["it's"]}})).splitlines() if "curl" in line]
+    assert json.loads(shlex.split(line)[-1])["model"] == "it's"
 
 
 def test_slow_kernels_are_said_with_the_command_that_mends_it():

@@ -94,6 +94,33 @@ def test_another_users_sessions_are_left_alone(left, tmp_path):
     assert directory.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give something to somebody else")
+def test_a_lock_that_another_user_put_there_makes_no_session_kvrays(left, tmp_path):
+    other = session_dir(tmp_path, 1)  # of `ray start`, say, into which every user may write
+    (other / "kvray.lock").write_bytes((left(2) / "kvray.lock").read_bytes().replace(b"02_000000_2", b"01_000000_1"))
+    os.chown(other / "kvray.lock", 65534, 65534)
+    assert not clean(other)
+    assert (other / "logs" / "gcs_server.out").exists()
+
+
+def test_a_lock_of_another_session_makes_no_session_kvrays(left, tmp_path):
+    other = session_dir(tmp_path, 1)
+    (left(2) / "kvray.lock").rename(other / "kvray.lock")
+    assert not clean(other)
+    (other / "kvray.lock").unlink()
+    os.mkfifo(other / "kvray.lock")
+    assert not clean(other)
+    assert (other / "logs" / "gcs_server.out").exists()
+
+
+def test_a_command_line_of_the_same_process_id_is_another_one(left, tmp_path):
+    directory = left(1)
+    name, pid, started = (directory / "kvray.lock").read_text().split()
+    assert (name, int(pid)) == (directory.name, os.getpid())
+    (directory / "kvray.lock").write_text(f"{name} {os.getppid()} {int(started) - 1}")
+    assert clean_former(tmp_path) == [directory]
+
+
 def test_processes_of_the_session_end_with_it_and_no_others(left, tmp_path):
     directory = left(1)
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -102,6 +129,7 @@ def test_processes_of_the_session_end_with_it_and_no_others(left, tmp_path):
     others = [
         subprocess.Popen([*sleep, f"{directory}/logs/gcs_server.out"]),  # somebody reads it
         subprocess.Popen([*sleep, f"--session-dir={directory}0"]),  # another session's
+        subprocess.Popen([*sleep, f"--logdir={directory}/logs"]),  # somebody looks at it
     ]
     assert clean(directory)
     assert not psutil.pid_exists(agent.pid)

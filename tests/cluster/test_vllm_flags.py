@@ -38,6 +38,12 @@ def said(line: str) -> Translation:
         ("-h", "-h"),
         ("DIR --port", "DIR --port"),
         ("--model", ""),
+        ("--access-log=false", "--access-log=false"),
+        ("--served-model-name a b --model DIR", "--served-model-name a --served-model-name b DIR"),
+        ("DIR --no-trust-remote-code --no-enable-lora --no-enforce-eager", "DIR"),
+        ("--enable-prefix-caching True --trust-remote-code=False DIR", "DIR"),
+        ("DIR -n 1 -tp=1", "DIR"),
+        ("DIR --unheard.of 3", "DIR --unheard.of 3"),
     ],
 )
 def test_what_means_the_same_is_taken(theirs, ours):
@@ -62,6 +68,13 @@ def test_what_means_the_same_is_taken(theirs, ours):
         ("--max-logprobs 20", "logprobs"),
         ("--enable-lora", "none of it"),
         ("--uvicorn-log-level info", "--log-level"),
+        ("--speculative-config.method ngram", "none of it"),
+        ("--compilation_config.level=3", "none of it"),
+        ("-cc.level 3", "none of it"),
+        ("-O3", "none of it"),
+        ("-O 3", "none of it"),
+        ("--enable-chunked-prefill False", "always"),
+        ("--enable-prefix-caching=false", "always"),
     ],
 )
 def test_what_means_something_else_or_is_not_there_is_one_line_that_says_what_to_use(theirs, words):

@@ -6,11 +6,12 @@ import ctypes
 import platform
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import transport.compiled
-from transport.compiled import BASELINES, BuildError, CompiledLibrary, baselines_of
+from transport.compiled import BASELINES, BuildError, CompiledLibrary, baselines_of, cache_directory
 
 V3 = ["fpu", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"]
 V4 = [*V3, *["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]]
@@ -61,6 +62,60 @@ def test_what_could_not_be_compiled_leaves_nothing_behind(library):
         library.build()
     assert library.found() is None
     assert list(library.path().parent.parent.iterdir()) == []
+
+
+@needs_compiler
+def test_a_library_that_was_damaged_is_not_loaded_and_built_again(library, caplog):
+    path = library.build()
+    whole = path.read_bytes()
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], whole.replace(b"number", b"NUMBER")):
+        path.write_bytes(damaged)
+        assert library.found() != path
+        assert "does not load: it is not as it was written" in caplog.text
+    assert library.build() == path
+    assert path.read_bytes() == whole
+    assert answer(path) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64's CPUs")
+def test_where_the_best_does_not_load_the_next_is_taken(library, monkeypatch, caplog):
+    wheel_with(library, "avx512", "avx2")
+    monkeypatch.setattr(transport.compiled, "cpu_flags", lambda: V4)
+
+    def open_path(path):
+        if "avx512" in str(path):
+            raise OSError("version `GLIBC_2.99' not found")
+        return path
+
+    assert library.opened(open_path) == library.prebuilt("avx2")
+    assert "GLIBC_2.99" in caplog.text
+
+
+@pytest.mark.parametrize("home", ["none", "closed"])
+def test_without_a_home_of_ones_own_a_wheels_library_serves_and_nothing_is_built(library, home, tmp_path, monkeypatch):
+    wheel_with(library, *baselines_of(platform.machine(), transport.compiled.cpu_flags()))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    def closed(path, *_arguments, **_options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    if home == "none":
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / "closed"))
+        monkeypatch.setattr(transport.compiled, "_is_whole", closed)
+    assert library.found() is None or "prebuilt" in str(library.found())
+    with pytest.raises(BuildError, match="XDG_CACHE_HOME"):
+        library.build()
+
+
+def test_a_cache_that_is_relative_is_none(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert cache_directory("models") == Path.home() / ".cache" / "kvray" / "models"
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ def main() -> int:
     """Run the command: build, and print where the libraries lie. The exit code is 1 where one could not be built."""
     parser = argparse.ArgumentParser(prog="python -m engine.kernels.cpu.build", description=__doc__)
     parser.add_argument("--force", action="store_true", help="build again though the cache holds it")
-    if parser.parse_args().force:
-        for library in (CHECKSUM, KERNELS):
-            library.path().unlink(missing_ok=True)
+    is_forced = parser.parse_args().force
     begin_s = time.monotonic()
     try:
+        if is_forced:
+            CHECKSUM.path().unlink(missing_ok=True)
         path = CHECKSUM.build()
         name = CompiledChecksum(path).name
     except (BuildError, OSError) as error:
@@ -34,9 +34,11 @@ def main() -> int:
     sys.stdout.write(f"checksum ready in {time.monotonic() - begin_s:.1f} s ({name}): {path}\n")
     begin_s = time.monotonic()
     try:
+        if is_forced:
+            KERNELS.path().unlink(missing_ok=True)
         path = KERNELS.build()
         module = import_library(path)
-    except (BuildError, ImportError) as error:
+    except (BuildError, OSError, ImportError) as error:
         sys.stderr.write(f"kernels not built, the engine will use torch's operators: {error}\n")
         return 1
     sys.stdout.write(

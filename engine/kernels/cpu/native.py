@@ -249,14 +249,10 @@ def import_library(path: Path) -> ModuleType:
 def load_kernels() -> NativeKernels | None:
     """Load the kernels that were built for this machine by `python -m engine.kernels.cpu.build`, or came in a wheel.
 
-    Never compiles. None, with one log line saying why, where they were not built or do not load.
+    Never compiles. None, with log lines saying why, where they were not built or do not load.
     """
-    path = KERNELS.found()
-    if path is None:
-        _log.warning("kernels not built, using torch's operators (build them: python -m engine.kernels.cpu.build)")
-        return None
-    try:
-        return NativeKernels(import_library(path))
-    except (ImportError, AttributeError) as error:
-        _log.warning("kernels do not load, using torch's operators: %s", error)
-        return None
+    kernels = KERNELS.opened(lambda path: NativeKernels(import_library(path)))
+    if kernels is None:
+        built = "python -m engine.kernels.cpu.build"
+        _log.warning("kernels not built, or do not load, using torch's operators (build them: %s)", built)
+    return kernels

@@ -145,16 +145,26 @@ def test_what_the_file_recommends_for_sampling_is_the_default(tmp_path):
     assert found == {"eos_token_id": [0], "temperature": 0.5, "top_k": 7}
 
 
+def test_what_no_request_could_ask_for_and_ends_that_are_no_tokens_are_not_taken(tmp_path, capsys):
+    odd = {"temp": float("nan"), "top_k": "many", "top_p": 0.0, "min_p": 0.25, "penalty_repeat": 0.0}
+    metadata = {f"general.sampling.{key}": value for key, value in odd.items()}
+    ends = {"tokenizer.ggml.eot_token_id": 2**32 - 1, "tokenizer.ggml.eom_token_id": "x"}
+    _, directory = converted(tmp_path, metadata=metadata | ends)
+    assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": [0], "min_p": 0.25}
+    assert "general.sampling.temp is nan, wanted 0.0 to 100.0: not taken" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"architecture": "clip"}, "architecture clip: .*clip"),
         ({"metadata": {"split.count": 3}}, "architecture llama: it is one of 3 parts"),
+        ({"metadata": {"split.count": "two"}}, "architecture llama: it is one of two parts"),
         ({"metadata": {"llama.feed_forward_length": 97}}, r"architecture llama: .*\[64, 96\], and \[64, 97\]"),
         ({"metadata": {"tokenizer.ggml.model": "rwkv"}}, "architecture llama: .*tokenizer.*rwkv"),
         ({"metadata": {"llama.block_count": 5}}, "architecture llama: .* tensors too few, first model.layers.4"),
     ],
-    ids=["unknown architecture", "a part", "another width", "another tokenizer", "a layer less"],
+    ids=["unknown architecture", "a part", "an odd part", "another width", "another tokenizer", "a layer less"],
 )
 def test_a_file_that_cannot_be_served_is_refused_with_its_architecture(options, words, tmp_path):
     with pytest.raises(ConfigError, match=words):

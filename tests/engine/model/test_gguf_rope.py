@@ -102,11 +102,30 @@ def test_a_model_is_scaled_as_the_one_its_file_was_made_from(family, parameters,
 
 @pytest.mark.parametrize(
     ("entries", "factors"),
-    [({}, {}), ({"type": "none"}, {}), ({"type": "linear", "factor": 1.0}, {}), ({"type": "yarn"}, {})],
+    [
+        ({}, {}),
+        ({"type": "none"}, {}),
+        ({"type": "linear", "factor": 1.0}, {}),
+        ({"type": "yarn"}, {}),
+        ({"type": "yarn", "factor": 0.0}, {}),
+    ],
 )
 def test_what_scales_nothing_says_nothing(entries, factors):
     metadata = {f"llama.rope.scaling.{key}": value for key, value in entries.items()}
     assert rope_scaling({"general.architecture": "llama", **metadata}, factors, 4096) == {}
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear_as_in_files_of_2023(key):
+    metadata = {"general.architecture": "llama", f"llama.{key}": 4.0}
+    assert rope_scaling(metadata, {}, 4096) == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("factor", [-2.0, float("nan"), float("inf"), "four"])
+def test_a_factor_that_is_none_is_refused(factor):
+    metadata = {"general.architecture": "llama", "llama.rope.scaling.factor": factor}
+    with pytest.raises(ConfigError, match=r"llama\.rope\.scaling\.factor is .*, wanted a number above 0"):
+        rope_scaling(metadata, {}, 4096)
 
 
 def test_a_scaling_that_is_not_known_and_factors_that_are_half_there_are_refused():
