@@ -39,7 +39,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from kvcache.region import BlockNumbers, NumberKind
 from nodecache.codec import INT8, decode, encode, lossless_codec
 from tools.demo_model.corpus import make_lookup
-from tools.demo_model.evaluate import Respondent, single_turn
+from tools.demo_model.evaluate import single_turn
+from tools.demo_model.scoring import Respondent
 from transport.checksum import copy_checked
 
 DTYPES: dict[NumberKind, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -38,14 +38,14 @@ def hold_conversation(
         messages.append({"role": "assistant", "content": answer})
         sources = usage["prompt_sources"]
         if as_json:
-            told = {"question": question, "answer": answer.strip(), "expected": expected.strip(), "ttft_s": ttft_s}
+            told = {"question": question, "answer": answer, "expected": expected, "ttft_s": ttft_s}
             told |= {"prompt_tokens": usage["prompt_tokens"], "prompt_sources": sources}
             out.print(json.dumps(told), markup=False)
             continue
         where = ", ".join(f"{count} {source}" for source, count in sources.items() if count)
-        mark = "right" if answer.strip() == expected.strip() else f"wrong, wanted {expected.strip()!r}"
+        mark = "right" if answer == expected else f"wrong, wanted {expected!r}"
         out.print(f"you    {question}", markup=False)
-        out.print(f"model  {answer.strip()}   ({mark})", markup=False)
+        out.print(f"model  {answer}   ({mark})", markup=False)
         out.print(f"       first token after {1000 * ttft_s:.0f} ms; {usage['prompt_tokens']} prompt tokens: {where}\n")
 
 

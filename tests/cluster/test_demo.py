@@ -17,7 +17,9 @@ from engine.scheduling.plan import SequenceAdded, SequenceSpec
 from messages.request import SamplingParams
 from tests.served import free_port, kvray_command, own_environment
 from text.tokenizer import Tokenizer
-from tools.demo_model import corpus
+from tools.demo_model import corpus, words
+from tools.demo_model.evaluate_tools import call_message, call_of
+from tools.demo_model.tool_corpus import Toolset, draw_family, tools_turn
 
 NUM_QUESTIONS = 40
 
@@ -90,6 +92,30 @@ def test_its_template_shows_tools_calls_and_results():
     )
 
 
+def test_its_template_writes_what_it_was_trained_on():
+    """Else it would be asked in a way that it has never seen."""
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    assert recognised(tokenizer) == "hermes"
+    rng = random.Random(3)
+    for _ in range(50):
+        ask = Toolset(rng, draw_family(rng)).ask(rng)
+        messages = [
+            {"role": "system", "content": "Use the tools."},
+            {"role": "user", "content": ask.question},
+            call_message(ask),
+            {"role": "tool", "tool_call_id": "c", "content": "It rains."},
+        ]
+        written = [
+            corpus.turn("system", "Use the tools."),
+            tools_turn([ask.tool]),
+            corpus.turn("user", ask.question),
+            corpus.turn("assistant", call_of(ask)),
+            corpus.turn("tool", "It rains."),
+            "<|assistant|>",
+        ]
+        assert tokenizer.render_chat(messages, tools=[ask.tool]) == "".join(written)
+
+
 def test_its_template_takes_what_clients_send():
     tokenizer = Tokenizer.load(DEMO_MODEL)
     parts = [{"type": "text", "text": "Good"}, {"type": "text", "text": "bye"}]
@@ -103,6 +129,16 @@ def test_its_template_takes_what_clients_send():
         tool = {"type": "function", "function": {"name": "now", **parameters}}
         shown = tokenizer.render_chat([{"role": "user", "content": "Goodbye"}], tools=[tool])
         assert shown == f'<|tools|>{{"name":"now","arguments":{{}}}}<|end|>{text}'
+
+
+def test_a_word_has_the_same_tokens_with_a_space_before_it_and_without():
+    """Or the model could not copy one that it does not know from a text into JSON."""
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    rng = random.Random(4)
+    for word in [*words.UNSEEN_CITIES, *corpus.THINGS, *(words.made_up(rng) for _ in range(50))]:
+        plain, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}"))
+        assert plain[1:] == spaced[1:]
+        assert len(plain) == len(spaced)
 
 
 @pytest.mark.alone

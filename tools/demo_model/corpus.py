@@ -15,24 +15,31 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-def _words(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
+    """Split a list of words."""
     return tuple(text.split())
 
 
 END = "<|end|>"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 PAD = "<|pad|>"
-SPECIAL_TOKENS = (PAD, *(f"<|{role}|>" for role in ROLES), END)
+#: The list of tools, before the conversation, and what stands around a call.
+TOOLS = "<|tools|>"
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+SPECIAL_TOKENS = (PAD, *(f"<|{role}|>" for role in ROLES), END, TOOLS)
+MARKS = (CALL, CALL_END)
 
 #: Mean over notes and conversations with this tokenizer; lengths asked for in tokens are met within a few percent.
 CHARS_PER_TOKEN = 4.2
 
-#: Loss weights: the digits of a code, the rest of what the assistant says, everything else.
-VALUE_WEIGHT = 4.0
+#: Loss weights: the digits of a code, what is taken from a text for a tool, the rest of what the assistant says,
+#: everything else.
+CODE_WEIGHT = 4.0
+ARGUMENT_WEIGHT = 3.0
 ANSWER_WEIGHT = 1.0
 TEXT_WEIGHT = 0.1
 
-THINGS = _words(
+THINGS = listed(
     "anchor apple archive balcony barn barrel basket bell bench boat bottle bridge bucket button cabin camera "
     "candle carpet castle cellar chapel chest clock coat compass cottage cradle cup curtain desk door drum "
     "engine farm fence ferry field flag flute forest fountain garden gate guitar hammer harbor hat hill house "
@@ -42,21 +49,21 @@ THINGS = _words(
     "temple tent ticket torch tower train tree trumpet tunnel umbrella valley vault village violin wagon wall "
     "wheel whistle window workshop"
 )
-ADJECTIVES = _words(
+ADJECTIVES = listed(
     "red blue green old small tall broken silver golden wooden quiet round dark bright heavy narrow empty warm "
     "cold white black yellow brown rusty painted crooked hidden"
 )
-NAMES = _words(
+NAMES = listed(
     "Marta Jonas Anna Peter Lucia Omar Clara Victor Nina Hugo Elena Felix Irene Oscar Sofia Bruno Greta Leon "
     "Alma Simon Vera Paul Ruth Tomas Edith Karl Ivy Samuel Lena Max Olga Henry Ada Frank Rosa Walter Maria "
     "George Julia Martin"
 )
-TOWNS = _words(
+TOWNS = listed(
     "Arden Bellmore Corvale Dunmoor Eastham Fenwick Glenford Harwick Ironhill Kestrel Larkfield Midvale "
     "Oakridge Pinehurst Queensbay Redcliff Stonebury Thornton"
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-ANIMALS = _words(
+ANIMALS = listed(
     "fox rabbit owl bear mouse cat dog horse goose hedgehog turtle squirrel wolf deer sparrow badger frog donkey"
 )
 FOODS = ("bread", "soup", "apples", "honey", "cheese", "berries", "nuts", "cake", "porridge", "carrots")
@@ -127,7 +134,32 @@ SMALL_TALK = {
     "Goodbye": "Goodbye!",
     "Bye": "Goodbye!",
 }
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a small model.", "Answer shortly.", "Be kind and brief.")
+_SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a helpful assistant.",
+    "You are a small model.",
+    "You are a helpful AI assistant.",
+    "You are an assistant of a shop.",
+    "You are a {} assistant.",
+    "You are a {} bot.",
+    "You are {}, a helpful assistant.",
+    "You help people with the {}.",
+    "You work for the {} company.",
+)
+_SYSTEM_RULES = (
+    "Answer shortly.",
+    "Be kind and brief.",
+    "Be concise.",
+    "Do not guess.",
+    "Use the tools.",
+    "Use the tools when they help.",
+    "You have access to tools. Use them when needed.",
+    "Answer from the notes.",
+    "Answer in one sentence.",
+    "Always answer in English.",
+    "Today is {}.",
+    "The user is called {}.",
+)
 
 NOTES_READ = "I have read the notes."
 PLAIN_QUESTION = "What is the code of {thing}?"
@@ -145,6 +177,9 @@ OTHER_QUESTIONS = (
     "Which code does the {thing} have?",
 )
 
+#: Replies up to this length, in characters, may stand between other questions: all but stories.
+MAX_SHORT_REPLY = 120
+
 #: Share of the questions that ask for a thing in focus, in the conversations that have one.
 FOCUS_SHARE = 0.3
 
@@ -157,7 +192,7 @@ class Segment(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Notes, a question about one of them, and the exact answer the model should give (it begins with a space)."""
+    """Notes, a question about one of them, and the exact answer the model should give."""
 
     notes: str
     question: str
@@ -257,7 +292,7 @@ def chat_exchange(rng: random.Random) -> tuple[str, str]:
 def chat_text(rng: random.Random, num_tokens: int, variety: Variety = PLAIN) -> list[Segment]:
     """Draw a conversation of stories, facts and small talk, at least `num_tokens` long."""
     segments = _system_prompt(rng, variety)
-    while _num_tokens(segments) < num_tokens:
+    while length(segments) < num_tokens:
         segments += _exchange(*chat_exchange(rng))
     return segments
 
@@ -285,7 +320,7 @@ def make_lookup(
     things = list(codes)
     if thing is None:
         thing = rng.choice(things) if position is None else things[round(position * (len(things) - 1))]
-    return Lookup(notes, _ask(rng, thing, variety), f" {thing} {codes[thing]}.")
+    return Lookup(notes, _ask(rng, thing, variety), f"{thing} {codes[thing]}.")
 
 
 def lookup_text(
@@ -314,17 +349,17 @@ def lookup_text(
             segments += [*_system_prompt(rng, variety), *_exchange(notes, NOTES_READ)]
     else:
         segments += _system_prompt(rng, variety)
-    while _num_tokens(segments) < num_tokens:
+    while length(segments) < num_tokens:
         if not opening and rng.random() < variety.chatter:
             question, reply = chat_exchange(rng)
-            if len(reply) < 120:
+            if len(reply) <= MAX_SHORT_REPLY:
                 segments += _exchange(question, reply)
                 continue
         thing = focused if focused and rng.random() < FOCUS_SHARE else rng.choice(things)
         segments += [
             Segment(f"<|user|>{opening}{_ask(rng, thing, variety)}{END}<|assistant|>", TEXT_WEIGHT),
-            Segment(f" {thing}", ANSWER_WEIGHT),
-            Segment(f" {codes[thing]}", VALUE_WEIGHT),
+            Segment(thing, ANSWER_WEIGHT),
+            Segment(f" {codes[thing]}", CODE_WEIGHT),
             Segment(f".{END}", ANSWER_WEIGHT),
         ]
         opening = ""
@@ -336,9 +371,9 @@ def restated_text(rng: random.Random, num_tokens: int, num_facts: int) -> list[S
     codes = {thing: draw_code(rng) for thing in rng.sample(THINGS, num_facts)}
     segments: list[Segment] = []
     seen: set[str] = set()
-    while _num_tokens(segments) < num_tokens:
+    while length(segments) < num_tokens:
         thing = rng.choice(list(codes))
-        weight = VALUE_WEIGHT if thing in seen else TEXT_WEIGHT
+        weight = CODE_WEIGHT if thing in seen else TEXT_WEIGHT
         seen.add(thing)
         segments += [
             Segment(f"- {thing}", TEXT_WEIGHT),
@@ -381,10 +416,17 @@ def _ask(rng: random.Random, thing: str, variety: Variety) -> str:
     return wording.format(thing=thing)
 
 
+def system_prompt(rng: random.Random) -> str:
+    """Draw what an operator might write: one to three sentences."""
+    fillings = (*THINGS, *NAMES, *DAYS, *ADJECTIVES)
+    sentences = [rng.choice(_SYSTEM_PROMPTS), *rng.sample(_SYSTEM_RULES, rng.choice((0, 0, 1, 2)))]
+    if rng.random() < 0.1:
+        sentences.append(filler_line(rng))
+    return " ".join(sentence.format(rng.choice(fillings)) for sentence in sentences)
+
+
 def _system_prompt(rng: random.Random, variety: Variety) -> list[Segment]:
-    if rng.random() >= variety.system:
-        return []
-    return [Segment(turn("system", rng.choice(SYSTEM_PROMPTS)), TEXT_WEIGHT)]
+    return [Segment(turn("system", system_prompt(rng)), TEXT_WEIGHT)] if rng.random() < variety.system else []
 
 
 def _exchange(question: str, reply: str) -> list[Segment]:
@@ -394,7 +436,8 @@ def _exchange(question: str, reply: str) -> list[Segment]:
     ]
 
 
-def _num_tokens(segments: Sequence[Segment]) -> float:
+def length(segments: Sequence[Segment]) -> float:
+    """Estimate the number of tokens."""
     return sum(len(segment.text) for segment in segments) / CHARS_PER_TOKEN
 
 

@@ -16,12 +16,10 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tools.demo_model import corpus
+from tools.demo_model import corpus, evaluate_tools
 from tools.demo_model.corpus import Lookup, Variety
-
-Message = dict[str, str]
+from tools.demo_model.scoring import ANSWER_ROOM, Message, Respondent, Score
 
 #: Prompt lengths whose accuracy must reach the threshold, and those that are only reported.
 REQUIRED_LENGTHS = (256, 1024, 2048)
@@ -30,51 +28,7 @@ REPORTED_LENGTHS = (128, 512, 4096, 8192)
 LONGEST_DIVISOR = 4
 #: Fewer would leave none for some number of codes at the longest length.
 MIN_QUESTIONS = 3 * LONGEST_DIVISOR
-#: Room for the answer within `max_position_embeddings`, in tokens.
-ANSWER_ROOM = 32
 STORY_TOKENS = 200
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Score:
-    """Right answers to one kind of question."""
-
-    kind: str
-    num_facts: int
-    mean_prompt_tokens: float
-    num_right: int
-    num_asked: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the questions answered right, 0 to 1."""
-        return self.num_right / self.num_asked
-
-
-class Respondent:
-    """A model directory, answering conversations greedily."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        """Load the weights as bfloat16."""
-        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(directory)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-        self.model.eval()
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Encode the conversation as the chat template writes it, with the assistant's turn open."""
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    @torch.inference_mode()
-    def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int = ANSWER_ROOM) -> str:
-        """Generate the greedy answer with its special tokens, so that a missing end of turn shows."""
-        inputs = torch.tensor([prompt_ids])  # [1, num_tokens]
-        output = self.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        answer: str = self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=False)
-        return answer
 
 
 def fact_counts(num_tokens: int) -> tuple[int, ...]:
@@ -185,8 +139,6 @@ def score_others(respondent: Respondent, num_questions: int) -> list[Score]:
     scores.append(score_replies(respondent, "fixed facts (seen in training)", facts))
     scores.append(score_replies(respondent, "small talk (seen in training)", corpus.SMALL_TALK))
     scores.append(score_stories(respondent))
-    for score in scores:
-        typer.echo(other_row(score))
     return scores
 
 
@@ -194,6 +146,7 @@ LENGTH_HEADER = (
     "| length | prompt tokens, mean | few codes | some codes | many codes | all |\n|---:|---:|---:|---:|---:|---:|"
 )
 OTHER_HEADER = "| asked | prompt tokens, mean | right |\n|---|---:|---:|"
+TOOL_HEADER = "| tools and records | right |\n|---|---:|"
 
 
 def length_row(num_tokens: int, scores: Sequence[Score]) -> str:
@@ -210,6 +163,11 @@ def other_row(score: Score) -> str:
     return f"| {score.kind} | {score.mean_prompt_tokens:,.0f} | {score.num_right} of {score.num_asked} |"
 
 
+def tool_row(score: Score) -> str:
+    """Write a line of the Markdown table of tools and records."""
+    return f"| {score.kind} | {score.num_right} of {score.num_asked} |"
+
+
 def accuracy(scores: Sequence[Score]) -> float:
     """Return the share right over several scores, 0 to 1."""
     return sum(score.num_right for score in scores) / sum(score.num_asked for score in scores)
@@ -221,6 +179,7 @@ class Report:
 
     by_length: dict[int, list[Score]]
     others: list[Score]
+    tools: list[Score]
 
     def lengths_below(self, min_accuracy: float) -> list[int]:
         """Return the required lengths that miss the threshold."""
@@ -230,16 +189,18 @@ class Report:
         """Write both tables."""
         lengths = [LENGTH_HEADER, *(length_row(length, scores) for length, scores in self.by_length.items())]
         others = [OTHER_HEADER, *(other_row(score) for score in self.others)]
-        return "\n".join((*lengths, "", *others))
+        tools = [TOOL_HEADER, *(tool_row(score) for score in self.tools)]
+        return "\n".join((*lengths, "", *others, "", *tools))
 
 
 def evaluate(directory: pathlib.Path, num_questions: int) -> Report:
-    """Score the directory as a user would load it; print the tables' rows as they come."""
+    """Score the directory as a user would load it; print the lengths as they come, then all."""
     respondent = Respondent(directory)
     typer.echo(LENGTH_HEADER)
     by_length = score_lengths(respondent, num_questions)
-    typer.echo(f"\n{OTHER_HEADER}")
-    return Report(by_length, score_others(respondent, num_questions))
+    report = Report(by_length, score_others(respondent, num_questions), evaluate_tools.score(respondent, num_questions))
+    typer.echo(report.markdown())
+    return report
 
 
 def exit_if_missed(report: Report, min_accuracy: float) -> None:

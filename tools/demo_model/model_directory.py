@@ -84,10 +84,10 @@ pipeline_tag: text-generation
 
 # kvray demo model
 
-A Llama of {num_parameters:.1f} M parameters that looks codes up in notes. It is the default of `make serve` and of the
-end-to-end tests: it needs no download, runs on a CPU, and a KV block that was lost, swapped or read from the wrong
-place shows as a wrong code. It also tells short stories and knows {num_facts} facts and {num_talk} lines of small talk
-by heart. It is of no use for anything else: it was never shown a real text.
+A Llama of {num_parameters:.1f} M parameters that looks codes up in notes, calls a tool, and fills a JSON schema. It is
+the default of `make serve` and of the end-to-end tests: it needs no download, runs on a CPU, and a KV block that was
+lost, swapped or read from the wrong place shows as a wrong code. It also tells short stories and knows {num_facts}
+facts and {num_talk} lines of small talk by heart. It is of no use for anything else: it was never shown a real text.
 
 ```
 Notes:
@@ -97,26 +97,34 @@ A sleepy owl slept behind the red bridge.
 What is the code of lantern?
 ```
 
-is answered ` lantern 4821.`, with a space in front, as in its training. Notes, one to a line and mixed with other
-sentences, may stand in the user's turn before the question, in an earlier turn, or in the system prompt.
+is answered `lantern 4821.`. Notes, one to a line and mixed with other sentences, may stand in the user's turn before
+the question, in an earlier turn, or in the system prompt.
+
+A tool of up to three fields (strings, strings of an enumeration, integers) is called in Hermes's format when a question
+asks for it, with words from the question: "What is the weather in Zurich?" gives
+`<tool_call>{{"name":"get_weather","arguments":{{"city":"Zurich"}}}}</tool_call>`. From what the tool returns it answers
+in a sentence, if that is a flat JSON object, and else repeats it. The template shows it a tool's name and its fields'
+names, types and enumerations; descriptions are beyond it. With structured output it fills in what the text says:
+"Wilma lives in Krakow and drives a red car."
 
 ## How well it answers
 
 Whole greedy answers, right to the last character, through the chat template, with the weights in this directory
 (bf16, CPU), {date}. Notes and codes were drawn anew with a seed that training does not use; the asked code stands at
-every depth from the first line to the last.
+every depth from the first line to the last. Questions for tools name towns and people that training does not know, or
+words made up anew; "required" calls and records are written as structured output holds the model to.
 
 {tables}
 
 Few, some and many are the codes in the notes; other sentences fill the rest. The training script demands
-{min_accuracy:.0%} at {required} tokens; the other lengths are only reported, and 8,192 is longer than any training row.
+{min_accuracy:.0%} at {required} tokens; the other lengths are only reported.
 
 ## How it was made
 
 {runs}
 
-The text comes from `tools/demo_model/corpus.py`; the start that makes the time enough is explained in
-`tools/demo_model/informed_start.py`.
+The text comes from `tools/demo_model/corpus.py`, `tool_corpus.py` and `records.py` beside it; the start that makes the
+time enough is explained in `tools/demo_model/informed_start.py`.
 
 Shape: {num_layers} layers, hidden {hidden_size}, {num_heads} heads and {num_kv_heads} KV heads of {head_dim}, tied
 embeddings, vocabulary {vocab_size:,}, {max_positions:,} positions by the rotary scaling of Llama 3.1.
@@ -128,6 +136,8 @@ Check it again with `python -m tools.demo_model.evaluate cluster/demo/kvray-demo
 * A code that the notes do not hold is answered all the same, with a wrong one.
 * It knows one kind of question about notes, the code of a thing, and only the {num_things} things in `THINGS` of
   `tools/demo_model/corpus.py`; codes are of four digits.
+* What a tool or a record is about must be said in the words of the text, near to how training says it
+  (`tools/demo_model/tool_families.py`); one of several tools is chosen less surely, and one call is made at a time.
 * English only, and little of it. Text that contains the chat tags is read as tags.
 
 Apache-2.0, as the rest of kvray.
@@ -180,7 +190,7 @@ def write_model(directory: pathlib.Path, model: LlamaForCausalLM, tokenizer: Tok
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": corpus.END,
         "pad_token": corpus.PAD,
-        "additional_special_tokens": [f"<|{role}|>" for role in corpus.ROLES],
+        "additional_special_tokens": [*(f"<|{role}|>" for role in corpus.ROLES), corpus.TOOLS],
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.max_position_embeddings,
         "chat_template": CHAT_TEMPLATE,
