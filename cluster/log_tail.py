@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
+from cluster.logs import ESCAPES
+
 _LOOK_S: Final = 0.1
 _MAX_LINE_BYTES: Final = 1 << 16  #: a longer one is shown in pieces
 #: What is more than that behind is not shown: a terminal is slower than a process that writes without end.
 _MAX_BEHIND_BYTES: Final = 4 * 2**20
 _SUFFIX: Final = ".log"
 
-#: Control characters as Python writes them: what native code and libraries write cannot move the cursor.
-ESCAPES: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), *range(127, 160))}
+#: What native code and libraries write cannot move the cursor either, but to the next tab stop.
+LINE_ESCAPES: Final = {code: text for code, text in ESCAPES.items() if chr(code) != "\t"}
 
 
 class LogTail:
@@ -115,7 +117,7 @@ def _end_of_characters(text: bytes) -> int:
 
 
 def _plain(line: bytes) -> str:
-    return line.rstrip(b"\r").decode("utf-8", "replace").translate(ESCAPES)
+    return line.rstrip(b"\r").decode("utf-8", "replace").translate(LINE_ESCAPES)
 
 
 def terminal_line(name: str, line: str, style: str) -> str:

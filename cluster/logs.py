@@ -27,7 +27,7 @@ _STDOUT, _STDERR = 1, 2
 _log_file: Path | None = None  #: where stdout and stderr of this process lead, if it is a file of ours
 
 #: Control characters as Python writes them: a message cannot forge a line or move the cursor.
-_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 
 
 class _TextFormatter(logging.Formatter):
@@ -37,7 +37,7 @@ class _TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = record.getMessage().translate(_ESCAPES)
+        text = record.getMessage().translate(ESCAPES)
         line = f"{self._start}{clock} {record.levelname.lower():7} {record.name}: {text}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)

@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Final, TextIO
 
-from cluster.log_tail import ESCAPES, terminal_line
+from cluster.log_tail import LINE_ESCAPES, terminal_line
 
 _OURS: Final = re.compile(
     r"(?:\x1b\[\d+m)*\((?:ServeReplica:kvray:(?P<role>\w+)|CacheActor) pid=(?P<pid>\d+)(?:, ip=(?P<host>[^)]+))?\)"
@@ -34,7 +34,7 @@ def shown_line(printed: str, style: str) -> str | None:
     if _NAMED.match(found["line"]):
         return found["line"]
     name = f"{(found['role'] or 'cache').lower()}-{found['pid']}" + (f"@{found['host']}" if found["host"] else "")
-    return terminal_line(name, found["line"].translate(ESCAPES), style)
+    return terminal_line(name, found["line"].translate(LINE_ESCAPES), style)
 
 
 def filter_output(terminal: TextIO, style: str) -> None:

@@ -206,7 +206,7 @@ _SWITCHES: Final = {
     "--enable-log-requests": _LEVEL,
     "--enable-log-outputs": _LEVEL,
     "--enable-force-include-usage": "give stream_options: {include_usage: true} in requests",
-    "--return-tokens-as-token-ids": "give return_token_ids in requests",
+    "--return-tokens-as-token-ids": "give return_tokens_as_token_ids in requests",
     "--disable-fastapi-docs": "/docs tells nothing of this server but its version",
     "--enable-expert-parallel": _WORKERS,
     "--allow-credentials": "keys come in the Authorization header, and nothing in cookies",

@@ -397,6 +397,8 @@ async def _outcome_of(
 def main() -> None:
     """Be the process; exits with 2 and an error in `Started` where it cannot start as configured."""
     start = msgspec.json.decode(_first_line(), type=Start)
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        logging.addLevelName(level, logging.getLevelName(level).lower())  # as all other processes write them
     logging.basicConfig(
         level=start.options.log_level.upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",

@@ -29,3 +29,19 @@ def logs_as_before():
         room.handlers[:] = handlers
         room.setLevel(level)
         room.propagate = propagates
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A tiny model."""
+    from tests.models import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    """What plain transformers makes of the model at `model_dir`, which may be a module's own."""
+    from tests.reference import Reference
+
+    return Reference(model_dir)

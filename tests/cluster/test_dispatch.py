@@ -28,8 +28,7 @@ from messages.request import GenerateRequest, SamplingParams
 from messages.route import RouteRequest
 from messages.stream import TokenBatch, TokenChunk
 from tests.cluster.reading import chunks_of
-from tests.models import EOS, VOCAB_SIZE, make_tiny_model
-from tests.reference import Reference
+from tests.models import EOS, VOCAB_SIZE
 from tests.workers import CHANNEL, SECRET, engine_of, worker_options
 from text.tokenizer import Tokenizer
 from transport.secret import ClusterSecret
@@ -96,16 +95,6 @@ class Fleet:
         assert self.dispatcher._readers == {}
         self.dispatcher.table.check_invariants()
         self.router.router.check_invariants()
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

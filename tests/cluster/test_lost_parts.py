@@ -38,11 +38,6 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
-
-
-@pytest.fixture(scope="module")
 def served(model_dir, tmp_path_factory):
     """A cluster on which each worker has a CPU of Ray's, and no further one is free."""
     directory = tmp_path_factory.mktemp("served")

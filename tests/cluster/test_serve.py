@@ -15,7 +15,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.asking import Ask, ask_all, mixed_asks, model_name
 from tests.models import make_tiny_model
-from tests.reference import Reference
 from tests.served import serving
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
@@ -30,11 +29,6 @@ LOAD = 12  #: requests at a time while something is lost
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=8192)
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
 
 
 @pytest.fixture(scope="module")

@@ -61,11 +61,6 @@ def model_dir(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", **sizes)
 
 
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
-
-
 @pytest.fixture
 def arguments(model_dir):
     return [str(model_dir), "--dtype", "float32", "--prefill", "1", "--decode", "2", *SIZES]

@@ -27,7 +27,6 @@ from messages.fleet import (
 from messages.handoff import BlocksRequest, DescribeRegions, KvHandoff, RegionsDescribed, ReleaseLease
 from messages.request import CancelRequest, Copy, SamplingParams
 from messages.wire import Message
-from tests.models import make_tiny_model
 from tests.workers import CHANNEL, SECRET, until, worker_options
 from transport.channel import ChannelClient
 
@@ -73,11 +72,6 @@ class Caller:
         num_snapshots = sum(message.cleared for message in self.of(KvEvents))
         self.client.send(Subscribe())
         await until(lambda: sum(message.cleared for message in self.of(KvEvents)) > num_snapshots)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Setting:

@@ -8,23 +8,11 @@ import pytest
 
 from messages.price import MovePrice
 from messages.request import Copy, HeldRun
-from tests.models import make_tiny_model
-from tests.reference import Reference
 from tests.workers import engine_of, running_decode, running_pair, worker_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NUM_SHARED = 320
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    return Reference(model_dir)
 
 
 def draw(*lengths: int) -> list[list[int]]:

@@ -402,24 +402,34 @@ void check_words(const Tensor& words, int64_t groups, int64_t blocks, int64_t pa
         kvray::kPanelWords, "]");
 }
 
+struct Packing {
+  int64_t groups, width, depth, blocks, words_of_group;
+};
+
+// weights [num_groups, width, depth], as they are and as words [num_groups, blocks, panels, kPanelWords].
+Packing packing_of(const Tensor& weights, const Tensor& words) {
+  check(weights.dtype() == Dtype::kBfloat16 && weights.dim() == 3 && weights.is_contiguous(),
+        "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
+  const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
+  const int64_t blocks = num_blocks(width), panels = num_panels(depth);
+  check_words(words, groups, blocks, panels);
+  return {groups, width, depth, blocks, blocks * panels * kvray::kPanelWords};
+}
+
 // weights [num_groups, width, depth], path, out: words [num_groups, blocks, panels, kPanelWords]
 void pack_weights(Arguments& arguments) {
   const Tensor weights = arguments.tensor();
   const kvray::LinearPath path = linear_path(arguments.text());
   const Tensor words = arguments.tensor();
   arguments.end();
-  check(weights.dtype() == Dtype::kBfloat16 && weights.dim() == 3 && weights.is_contiguous(),
-        "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
-  const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
-  const int64_t blocks = num_blocks(width), panels = num_panels(depth);
-  check_words(words, groups, blocks, panels);
+  const Packing shape = packing_of(weights, words);
   const auto* from = pointer<const bf16>(weights);
   auto* to = pointer<uint32_t>(words);
   const WithoutGil released;
-  for_each(groups * blocks, [&](int64_t i) {
-    const int64_t group = i / blocks;
-    kvray::pack_weights(path, from + group * width * depth, width, depth, i % blocks,
-                        to + group * blocks * panels * kvray::kPanelWords);
+  for_each(shape.groups * shape.blocks, [&](int64_t i) {
+    const int64_t group = i / shape.blocks;
+    kvray::pack_weights(path, from + group * shape.width * shape.depth, shape.width, shape.depth, i % shape.blocks,
+                        to + group * shape.words_of_group);
   });
 }
 
@@ -429,18 +439,14 @@ void unpack_weights(Arguments& arguments) {
   const kvray::LinearPath path = linear_path(arguments.text());
   const Tensor weights = arguments.tensor();
   arguments.end();
-  check(weights.dtype() == Dtype::kBfloat16 && weights.dim() == 3 && weights.is_contiguous(),
-        "weights: want contiguous bfloat16 [num_groups, out_features, in_features]");
-  const int64_t groups = weights.size(0), width = weights.size(1), depth = weights.size(2);
-  const int64_t blocks = num_blocks(width), panels = num_panels(depth);
-  check_words(words, groups, blocks, panels);
+  const Packing shape = packing_of(weights, words);
   const auto* from = pointer<const uint32_t>(words);
   auto* to = pointer<bf16>(weights);
   const WithoutGil released;
-  for_each(groups * blocks, [&](int64_t i) {
-    const int64_t group = i / blocks;
-    kvray::unpack_weights(path, from + group * blocks * panels * kvray::kPanelWords, width, depth, i % blocks,
-                          to + group * width * depth);
+  for_each(shape.groups * shape.blocks, [&](int64_t i) {
+    const int64_t group = i / shape.blocks;
+    kvray::unpack_weights(path, from + group * shape.words_of_group, shape.width, shape.depth, i % shape.blocks,
+                          to + group * shape.width * shape.depth);
   });
 }
 
