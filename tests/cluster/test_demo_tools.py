@@ -93,7 +93,7 @@ def test_tools_are_called_with_what_the_question_says(client, choice):
         named = {"type": "function", "function": {"name": ask.name}}
         got = reply(client, [user(ask.question)], tools=[ask.tool], tool_choice=named if choice == "named" else choice)
         right += calls(got) == [(ask.name, ask.arguments)]
-    assert right >= 0.6 * NUM_QUESTIONS, f"{right} of {NUM_QUESTIONS}"  # some 85 of 100 in the model card
+    assert right >= 0.8 * NUM_QUESTIONS, f"{right} of {NUM_QUESTIONS}"  # 26 to 28 of 30; CPUs round differently
 
 
 def test_a_schema_of_strings_and_an_enumeration_is_filled_from_the_text(client):
@@ -115,7 +115,7 @@ def test_a_schema_of_strings_and_an_enumeration_is_filled_from_the_text(client):
         color = rng.choice(schema["properties"]["color"]["enum"])
         got = reply(client, [user(f"{name} lives in {city} and drives a {color} car.")], response_format=form)
         right += json.loads(got.message.content) == {"name": name, "city": city, "color": color}
-    assert right >= 0.6 * NUM_QUESTIONS, f"{right} of {NUM_QUESTIONS}"  # some 85 of 100 in the model card
+    assert right >= 0.6 * NUM_QUESTIONS, f"{right} of {NUM_QUESTIONS}"  # 20 of 30 here
 
 
 def test_notes_are_answered_without_a_space_in_front_whether_tools_are_there_or_not(client):
