@@ -19,6 +19,7 @@ _OLD_FACTOR: Final = "{arch}.rope.scale_linear"
 _ANY_LENGTH, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 #: Tensors that hold what each frequency is divided by.
 FACTOR_TENSORS: Final = frozenset({_ANY_LENGTH, _SHORT, _LONG})
+_BETAS: Final = {"beta_fast": Keys.Rope.SCALING_YARN_BETA_FAST, "beta_slow": Keys.Rope.SCALING_YARN_BETA_SLOW}
 
 
 def rope_scaling(
@@ -54,8 +55,12 @@ def rope_scaling(
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        scaling = {"rope_type": "yarn", "factor": factor}
-        return scaling | {"original_max_position_embeddings": original or round(num_positions / factor)}
+        scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+        scaling["original_max_position_embeddings"] = original or round(num_positions / factor)
+        betas = {name: metadata.get(key.format(arch=architecture)) for name, key in _BETAS.items()}
+        if attention is not None:  # llama.cpp multiplies by it what transformers has without one
+            scaling["attention_factor"] = attention * (1.0 + 0.1 * math.log(max(factor, 1.0)))
+        return scaling | {name: beta for name, beta in betas.items() if beta is not None}
     raise ConfigError(f"{Keys.Rope.SCALING_TYPE.format(arch=architecture)} is {kind}, wanted none, linear or yarn")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,20 @@ def factors_of_llama3() -> np.ndarray:
             },
             {},
             id="yarn",
+        ),
+        pytest.param(
+            "qwen2",
+            YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5 * (1 + 0.1 * math.log(8.0))},
+            {
+                "qwen2.rope.scaling.type": "yarn",
+                "qwen2.rope.scaling.factor": 8.0,
+                "qwen2.rope.scaling.original_context_length": ORIGINAL,
+                "qwen2.rope.scaling.attn_factor": 1.5,
+                "qwen2.rope.scaling.yarn_beta_fast": 16.0,
+                "qwen2.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            {},
+            id="yarn with its own bounds",
         ),
         pytest.param(
             "llama",
