@@ -65,7 +65,7 @@ class HttpConnection:
             *events, rest = (rest + part).split(b"\n\n")
             for event in events:
                 data = event.removeprefix(b"data: ")
-                if data != _DONE:
+                if data != _DONE and not data.startswith(b":"):  # a comment keeps a silent stream alive
                     yield _checked(json.loads(data))
 
     def _send(self, method: str, path: str, body: bytes) -> None:

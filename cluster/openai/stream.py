@@ -36,7 +36,7 @@ DIRECT: Final = "kvray.direct"  #: the extension of an ASGI scope that is a Dire
 DONE: Final = b"data: [DONE]\n\n"
 _COMMENT: Final = b": the answer goes on\n\n"  #: an event that clients do not see
 #: Without an event for so long, a comment is sent: proxies give up after 30 to 100 s, some of those in offices after 5.
-_COMMENT_AFTER_S: Final = 2.0
+_COMMENT_AFTER_S: Final = 4.0
 #: What some clients take for the end of a line in an event, as Python's str.splitlines does; only text has them.
 _LINE_ENDS: Final = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 _HEADERS: Final = [

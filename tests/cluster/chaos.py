@@ -103,13 +103,15 @@ class Load:
                 outcome.error = f"{reply.status_code} {(await reply.aread())[:200]!r}"
                 return
             async for line in reply.aiter_lines():
+                if not line.startswith("data: "):  # the end of an event, or a comment that keeps a silent one alive
+                    continue
                 now_s = time.monotonic()
                 outcome.longest_pause_s = max(outcome.longest_pause_s, now_s - last_s)
                 last_s = now_s
                 data = line.removeprefix("data: ")
                 if data == "[DONE]":
                     outcome.token_ids = [token_ids]
-                elif data:
+                else:
                     event = json.loads(data)
                     if "error" in event:
                         outcome.error = str(event["error"])
