@@ -71,8 +71,14 @@ def answers_again(served: Served) -> list[int]:
 
 
 def part(served: Served, name: str) -> psutil.Process:
-    (found,) = [child for child in served.descendants() if child.name() == name]
-    return found
+    found: list[psutil.Process] = []
+
+    def is_found() -> bool:  # one that was replaced is not there at once
+        found[:] = [child for child in served.descendants() if child.name() == name]
+        return len(found) == 1
+
+    wait_until(is_found, REPLACED_WITHIN_S)
+    return found[0]
 
 
 def expected(reference: Reference) -> list[int]:
