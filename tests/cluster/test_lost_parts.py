@@ -159,7 +159,7 @@ def test_the_other_ingress_answers_while_one_stands_still(served, reference):
         ),
         pytest.param("ray::RuntimeEnvAgent", signal.SIGKILL, "RuntimeEnvAgent", id="agent2", marks=pytest.mark.long),
         pytest.param("raylet", signal.SIGSTOP, "raylet ended", id="raylet stopped", marks=pytest.mark.long),
-        pytest.param("gcs_server", signal.SIGSTOP, "gcs_server ended", id="GCS stopped"),
+        pytest.param("gcs_server", signal.SIGSTOP, "gcs_server ended", id="GCS stopped", marks=pytest.mark.long),
     ],
 )
 def test_a_ray_of_our_own_is_started_anew(served, reference, name, number, words):

@@ -16,7 +16,9 @@ from tests.served import run_kvray, serving
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 
-@pytest.mark.parametrize(("road", "carriers"), [("ucx", "tcp"), ("plasma", "ray object store")])
+@pytest.mark.parametrize(
+    ("road", "carriers"), [("ucx", "tcp"), pytest.param("plasma", "ray object store", marks=pytest.mark.long)]
+)
 async def test_a_cluster_that_may_use_one_road_only(road, carriers, tmp_path):
     if road == "ucx":
         pytest.importorskip("ucxx", reason="ucxx is not installed: no UCX road")

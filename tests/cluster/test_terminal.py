@@ -119,6 +119,7 @@ def test_a_server_tells_of_itself_is_found_and_cleans_what_a_killed_one_left(mod
             first.clean()
 
 
+@pytest.mark.long
 def test_json_is_json_in_every_line_and_an_access_log_that_is_off_is_silent(model, tmp_path):
     with own_environment() as environment:
         port = free_port()

@@ -132,6 +132,7 @@ def test_a_prompt_comes_back_from_disk_after_every_process_was_killed(slow_argum
         served.wait_until_idle()
 
 
+@pytest.mark.long
 def test_a_prompt_comes_back_from_host_and_disk_while_no_router_is_there(slow_arguments, tmp_path):
     prompt = [random.Random(10).randrange(5, 250) for _ in range(1600)]
     with serving(*slow_arguments, "--disk-dir", str(tmp_path / "disk"), log_dir=tmp_path) as served:

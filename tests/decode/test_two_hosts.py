@@ -38,7 +38,7 @@ def hosts():
         yield pair
 
 
-@pytest.fixture(params=["ucx", "socket"])
+@pytest.fixture(params=["ucx", pytest.param("socket", marks=pytest.mark.long)])
 def road(request):
     if request.param == "ucx":
         pytest.importorskip("ucxx", reason="ucxx is not installed: no UCX road")
@@ -226,7 +226,10 @@ async def the_prefill_worker_is_killed_and_restarted(made: Cluster) -> None:
     await made.comes_back()
 
 
-@pytest.mark.parametrize(("road", "fault"), [("ucx", "damage"), ("ucx", "truncate"), ("socket", "damage")])
+@pytest.mark.parametrize(
+    ("road", "fault"),
+    [pytest.param("ucx", "damage", marks=pytest.mark.long), ("ucx", "truncate"), ("socket", "damage")],
+)
 async def test_a_payload_that_is_not_what_was_published_is_not_used(model_dir, hosts, road, fault, reference):
     """A truncated stream of the socket road is a closed one: tests/transport/socket/test_socket.py."""
     if road == "ucx":
