@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.kernels.protocol import PrefillSpan, PrefillSpans
 from engine.memory.kv_pool import KvPool
-from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
+from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention, step_attention
 from engine.model.load import LoadedModel
 from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
@@ -182,8 +183,7 @@ class Runner:
         for part, end in zip(parts, ends.tolist(), strict=True):
             begin = end - part.num_tokens
             if part.kind == "prefill":
-                table = tables.block_tables[part.slot, : -(-part.end // block_size)]
-                spans.append(PrefillSpan(begin, end, part.end, table))
+                spans.append(PrefillSpan(begin - num_rows, end - num_rows, part.end, part.slot))
             if part.is_sampled:
                 kept.append(end - 1)
                 sampled.append(part)
@@ -208,7 +208,7 @@ class Runner:
                 slots=tokens[4, :num_rows],
                 kv_lens=self._to_device((packed[1, :num_rows] + 1).astype(np.int32)),
                 max_kv_len=max((part.end for part in parts if part.kind == "decode"), default=0),
-                spans=spans,
+                spans=PrefillSpans.of(spans, self._device) if spans else None,
                 kept_rows=kept_rows,
                 on_layer=self._on_layer,
             ),

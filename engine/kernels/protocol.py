@@ -6,8 +6,9 @@ rest of the batch nor on how a prompt was cut into chunks: the same token comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +36,33 @@ class AttentionOptions:
     softcap: float | None = None  #: scores become `tanh(s / softcap) * softcap`
     sinks: torch.Tensor | None = None  #: `[num_heads]`, one more score per head in the softmax's sum
     chunk: int | None = None  #: position i sees j with `i // chunk == j // chunk`
+
+
+class PrefillSpan(NamedTuple):
+    """One chunk of one sequence: rows `[begin, end)` of a query, the last of them at position `kv_len - 1`."""
+
+    begin: int
+    end: int
+    kv_len: int
+    slot: int  #: whose row of the block tables is the sequence's
+
+    def blocks_of(self, block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
+        """Return the sequence's blocks, `[num_blocks]` int32, as far as `kv_len` reaches."""
+        return block_tables[self.slot, : -(-self.kv_len // block_size)]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpans:
+    """The chunks of one step, on the host and on the device: rows one after the other, without gaps."""
+
+    spans: tuple[PrefillSpan, ...]
+    table: torch.Tensor  #: [num_spans, 4] int32, the fields of each
+
+    @classmethod
+    def of(cls, spans: Sequence[PrefillSpan], device: torch.device) -> PrefillSpans:
+        """Copy `spans` to `device`."""
+        table = torch.tensor(spans, dtype=torch.int32).view(-1, len(PrefillSpan._fields))
+        return cls(tuple(spans), table.to(device))
 
 
 class AttentionKernels(Protocol):
@@ -109,14 +137,14 @@ class AttentionKernels(Protocol):
         query: torch.Tensor,
         k_view: torch.Tensor,
         v_view: torch.Tensor,
-        block_table: torch.Tensor,
-        kv_len: int,
+        block_tables: torch.Tensor,
+        spans: PrefillSpans,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Attend with one chunk of one sequence: row i is position `kv_len - T + i`, and sees keys up to itself.
+        """Attend with chunks of sequences: row i of a chunk is position `kv_len - (end - begin) + i`, and sees up to it.
 
-        `query` is `[T, num_heads, k_dim]`, `block_table` `[num_blocks]` int32 and covers `kv_len` tokens; the others
-        are as in `decode_attention`.
+        `query` is `[T, num_heads, k_dim]`, all chunks one after the other; the sequences' tables cover their `kv_len`;
+        the others are as in `decode_attention`.
 
         Returns:
             `[T, num_heads, v_dim]`, dtype of the query.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpans
 
 #: Torch's prefill attention works in segments cut at multiples of this many positions, counted from position 0,
 #: so that how the scheduler cut the chunks does not show in the result.
@@ -72,11 +72,34 @@ class TorchKernels:
         query: torch.Tensor,
         k_view: torch.Tensor,
         v_view: torch.Tensor,
+        block_tables: torch.Tensor,
+        spans: PrefillSpans,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """Implement `AttentionKernels.prefill_attention` segment by segment, by torch's own attention where it can."""
+        chunks = [
+            self._chunk(
+                query[span.begin : span.end],
+                k_view,
+                v_view,
+                span.blocks_of(block_tables, k_view.shape[2]),
+                span.kv_len,
+                options,
+            )
+            for span in spans.spans
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _chunk(
+        self,
+        query: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
         block_table: torch.Tensor,
         kv_len: int,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Implement `AttentionKernels.prefill_attention` segment by segment, by torch's own attention where it can."""
+        """Attend with one chunk; `block_table [num_blocks]` is its sequence's."""
         start = kv_len - query.shape[0]
         origin = _first_visible(start, options)
         all_keys = _gather(k_view, block_table, origin, kv_len)  # [num_kv_heads, kv_len - origin, k_dim]

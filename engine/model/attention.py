@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpans
 from engine.kernels.reference import TORCH_KERNELS
 
 #: Registered as an attention function but *not* as a mask function: transformers then builds no [T, T] mask.
@@ -43,16 +43,6 @@ class LayerAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """One prefill chunk: packed rows `[begin, end)`, the last of them at position `kv_len - 1`."""
-
-    begin: int
-    end: int
-    kv_len: int
-    block_table: torch.Tensor  #: [blocks] int32
-
-
-@dataclass(frozen=True, slots=True)
 class StepAttention:
     """One packed step as attention sees it: rows `[0, num_decode_rows)` decode, the rest prefill chunks."""
 
@@ -64,7 +54,7 @@ class StepAttention:
     slots: torch.Tensor  #: [num_decode_rows] int64, the table of each decode row
     kv_lens: torch.Tensor  #: [num_decode_rows] int32
     max_kv_len: int
-    spans: Sequence[PrefillSpan]
+    spans: PrefillSpans | None  #: chunks of the rows behind those that decode; None: there are none
     kept_rows: torch.Tensor | None = None  #: [rows] int64 whose logits are wanted; None: all. Nobody reads the others'
     on_layer: Callable[[], None] | None = None  #: called before each layer is computed
 
@@ -139,10 +129,9 @@ def paged_attention(
                 options,
             )
         )
-    parts.extend(
-        kernels.prefill_attention(rows[span.begin : span.end], k_view, v_view, span.block_table, span.kv_len, options)
-        for span in step.spans
-    )
+    if step.spans is not None:
+        chunks = rows[step.num_decode_rows :]
+        parts.append(kernels.prefill_attention(chunks, k_view, v_view, step.block_tables, step.spans, options))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[None], None
 

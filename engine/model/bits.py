@@ -14,7 +14,7 @@ from blake3 import blake3
 from torch.nn import functional
 
 from engine.kernels.cpu.native import NativeKernels
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpan, PrefillSpans
 from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.model.linear import linear_name, pack_linear
 
@@ -78,11 +78,12 @@ def _attention_bits(
     sinks = random(group) if layer.has_sinks else None
     options = AttentionOptions(spec.k_dim**-0.5, layer.window, layer.softcap, sinks, layer.chunk)
     query = random(_NUM_TOKENS, group, spec.k_dim)
-    table = torch.arange(num_blocks, dtype=torch.int32, device=device)
+    table = torch.arange(num_blocks, dtype=torch.int32, device=device)[None]
+    spans = PrefillSpans.of([PrefillSpan(0, _NUM_TOKENS, _NUM_TOKENS, 0)], device)
     lens = torch.tensor(_DECODE_LENS, dtype=torch.int32, device=device)
     slots = torch.zeros(len(lens), dtype=torch.int64, device=device)
     rows = query[lens.long() - 1]
     return [
-        kernels.prefill_attention(query, k_view, v_view, table, _NUM_TOKENS, options),
-        kernels.decode_attention(rows, k_view, v_view, table[None], slots, lens, _NUM_TOKENS, options),
+        kernels.prefill_attention(query, k_view, v_view, table, spans, options),
+        kernels.decode_attention(rows, k_view, v_view, table, slots, lens, _NUM_TOKENS, options),
     ]

@@ -17,9 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.protocol import AttentionKernels, LayerUse, PrefillSpan, PrefillSpans
 from engine.memory.kv_pool import KvPool, LayerSpec
-from engine.model.attention import ATTENTION_NAME, LayerAttention, PrefillSpan, StepAttention, step_attention
+from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention, step_attention
 from messages.errors import ConfigError, first_line
 from text.json_file import read_json
 
@@ -287,7 +287,7 @@ class _TrialPool:
             slots=torch.zeros(num_decodes, dtype=torch.int64, device=device),
             kv_lens=kv_lens,
             max_kv_len=int(kv_lens.max()) if num_decodes else 0,
-            spans=[PrefillSpan(num_decodes, num_rows, num_prefills, self._table)] if num_prefills else [],
+            spans=PrefillSpans.of([PrefillSpan(0, num_prefills, num_prefills, 0)], device) if num_prefills else None,
         )
         with torch.inference_mode(), step_attention(step):
             logits: torch.Tensor = self._model(

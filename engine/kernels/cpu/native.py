@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from engine.kernels.cpu.library import KERNELS
-from engine.kernels.protocol import AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionOptions, LayerUse, PrefillSpans
 from messages.request import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -77,15 +77,17 @@ class NativeKernels:
         query: torch.Tensor,
         k_view: torch.Tensor,
         v_view: torch.Tensor,
-        block_table: torch.Tensor,
-        kv_len: int,
+        block_tables: torch.Tensor,
+        spans: PrefillSpans,
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Implement `AttentionKernels.prefill_attention`: bfloat16 rounds the weights before they meet the values."""
         out = torch.empty((query.size(0), query.size(1), v_view.size(3)), dtype=query.dtype)
-        self._module.prefill_attention(
-            query, k_view, v_view, block_table, kv_len, *_plain(options), self._is_on_tiles, out
-        )
+        for span in spans.spans:
+            rows, table = slice(span.begin, span.end), span.blocks_of(block_tables, k_view.size(2))
+            self._module.prefill_attention(
+                query[rows], k_view, v_view, table, span.kv_len, *_plain(options), self._is_on_tiles, out[rows]
+            )
         return out
 
     def pack_weights(self, weights: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from engine.kernels.cpu.library import KERNELS
 from engine.kernels.cpu.native import MAX_HEAD_SIZE, load_kernels
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpan, PrefillSpans
 from engine.kernels.reference import TORCH_KERNELS
 from engine.memory.kv_pool import LayerSpec
 
@@ -85,8 +85,17 @@ class Case:
         end = self.kv_len if end is None else end
         table = self.table[: -(-end // BLOCK_SIZE)].contiguous()
         return kernels.prefill_attention(
-            self.query[start:end], self.k, self.v, table, end, AttentionOptions(self.scaling, **options)
+            self.query[start:end],
+            self.k,
+            self.v,
+            table[None],
+            one_span(end - start, end),
+            AttentionOptions(self.scaling, **options),
         )
+
+
+def one_span(num_rows: int, kv_len: int) -> PrefillSpans:
+    return PrefillSpans.of([PrefillSpan(0, num_rows, kv_len, 0)], torch.device("cpu"))
 
 
 def exact(case: Case, lens=None, **options) -> torch.Tensor:
@@ -278,12 +287,12 @@ def test_blocks_beyond_two_to_the_31_elements_are_reached(kernels):
     kernels.write_kv(key, value, k, v, torch.full((5,), 39), torch.arange(5))
     assert torch.equal(k[39, 0, :5], key[:, 0])
     table = torch.tensor([39], dtype=torch.int32)
-    rows = kernels.prefill_attention(key, k, v, table, 5, PLAIN)
+    rows = kernels.prefill_attention(key, k, v, table[None], one_span(5, 5), PLAIN)
     small = [torch.zeros(1, 1, BLOCK_SIZE, 16).bfloat16() for _ in range(2)]
     for view, new in zip(small, (key, value), strict=True):
         view[0, 0, :5] = new[:, 0]
     zero = torch.zeros(1, dtype=torch.int32)
-    assert torch.equal(rows, kernels.prefill_attention(key, *small, zero, 5, PLAIN))
+    assert torch.equal(rows, kernels.prefill_attention(key, *small, zero[None], one_span(5, 5), PLAIN))
     lens, slots = torch.tensor([5], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     far, near = (
         kernels.decode_attention(key[4:], *views, blocks[None], slots, lens, 5, PLAIN)
@@ -314,7 +323,7 @@ def test_wrong_shapes_and_types_are_refused_with_what_was_seen(kernels):
     with pytest.raises(RuntimeError, match="slot 1, want one of 1"):
         kernels.decode_attention(row, case.k, case.v, tables[0], tables[1] + 1, tables[2], 5, PLAIN)
     with pytest.raises(RuntimeError, match="covering 600 tokens"):
-        kernels.prefill_attention(case.query, case.k, case.v, case.table[:3], 600, PLAIN)
+        kernels.prefill_attention(case.query, case.k, case.v, case.table[None, :3], one_span(600, 600), PLAIN)
     with pytest.raises(RuntimeError, match="k_view is float16, want float32"):
         kernels.decode_attention(row, case.k.half(), case.v, *tables, 5, PLAIN)
 

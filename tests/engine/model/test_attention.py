@@ -6,13 +6,12 @@ from transformers import AutoConfig, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from engine.kernels import reference
-from engine.kernels.protocol import AttentionOptions, LayerUse
+from engine.kernels.protocol import AttentionOptions, LayerUse, PrefillSpan, PrefillSpans
 from engine.kernels.reference import SEGMENT_TOKENS, TORCH_KERNELS, segments
 from engine.memory.kv_pool import KvPool, LayerSpec
 from engine.model.attention import (
     ATTENTION_NAME,
     LayerAttention,
-    PrefillSpan,
     StepAttention,
     choose_kernels,
     paged_attention,
@@ -108,13 +107,18 @@ def test_the_padded_decode_of_other_devices_equals_the_row_by_row_one(case):
     torch.testing.assert_close(padded, by_row, rtol=1e-5, atol=1e-5)
 
 
+def prefilled(query, pool, table, begin, end, options):
+    spans = PrefillSpans.of([PrefillSpan(0, end - begin, end, 0)], torch.device("cpu"))
+    return TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table[None], spans, options)
+
+
 @pytest.mark.parametrize(("begin", "end"), [(0, 45), (0, 1), (13, 45), (16, 32), (44, 45)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_prefill_chunk_equals_attention_written_out(case, begin, end):
     shape, how = options_of(CASES[case])
     options = AttentionOptions(**how)
     query, keys, values, pool, table = filled(45, **shape)
-    got = TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, options)
+    got = prefilled(query, pool, table, begin, end, options)
     wanted = torch.stack([attend(query[i], keys, values, i, **how) for i in range(begin, end)])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -130,7 +134,7 @@ def test_how_a_prompt_was_cut_at_multiples_of_the_segment_does_not_show(case, dt
     def compute(*cuts):
         return torch.cat(
             [
-                TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table, end, options)
+                prefilled(query, pool, table, begin, end, options)
                 for begin, end in zip((0, *cuts), (*cuts, length), strict=True)
             ]
         )
@@ -179,7 +183,7 @@ def _packed(pool, table, query, key, value):
         slots=torch.zeros(1, dtype=torch.int64),
         kv_lens=torch.tensor([21], dtype=torch.int32),
         max_kv_len=21,
-        spans=[PrefillSpan(1, 21, 20, table)],
+        spans=PrefillSpans.of([PrefillSpan(0, 20, 20, 0)], torch.device("cpu")),
     )
     return step, [tensor[positions].transpose(0, 1)[None] for tensor in (query, key, value)]
 

@@ -1,0 +1,291 @@
+"""Decode attention: a fixed number of programs share out splits of all rows' keys, then another kernel merges them.
+
+Lengths are read on the device alone, so that a captured launch serves every mixture of them:
+
+    rows      0: 700 keys           1: 90         2: none
+    splits    0 . . | 1 . . | 2 .   0 .                        of MIN_SPLIT_TOKENS or more, by the row's own length
+    items     (row, split, KV head) in this order, item i to program i modulo their number
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.protocol import AttentionOptions
+from engine.kernels.triton.shapes import LOG2_E, HeadShape, compute_dtype, decode_tiling, programs_of
+from engine.kernels.triton.visible import (
+    MAX_SPLITS,
+    MIN_SPLIT_TOKENS,
+    UNLIMITED,
+    first_visible,
+    num_splits,
+    part_of_keys,
+    part_of_values,
+    softcapped,
+    split_tokens,
+)
+
+#: Rows of a launch: each program counts the splits of all of them.
+MAX_ROWS = 1024
+_MAX_SPLITS = tl.constexpr(MAX_SPLITS)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    k_view: torch.Tensor,
+    v_view: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Implement `AttentionKernels.decode_attention`; a row with no keys, as a captured step is filled up with, is 0."""
+    out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
+    for begin in range(0, query.shape[0], MAX_ROWS):
+        some = slice(begin, begin + MAX_ROWS)
+        _attend(
+            query[some], k_view, v_view, block_tables, slots[some], kv_lens[some], max_kv_len, options, out[some]
+        )
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    k_view: torch.Tensor,
+    v_view: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    options: AttentionOptions,
+    out: torch.Tensor,
+) -> None:
+    num_rows, num_heads, k_dim = query.shape
+    num_kv_heads, block_size, v_dim = k_view.shape[1], k_view.shape[2], v_view.shape[3]
+    shape = HeadShape.of(num_heads, num_kv_heads, k_dim, v_dim)
+    tiling = decode_tiling(shape, query.dtype)
+    # A split more than keys give: a window may begin within a tile.
+    most_splits = min(MAX_SPLITS, -(-max_kv_len // MIN_SPLIT_TOKENS) + 1)
+    parts = query.new_empty(num_rows, num_heads, most_splits, v_dim, dtype=torch.float32)
+    # Of each split the largest score, and the sum of weights beside it; scores are logarithms to base 2.
+    sums = query.new_empty(2, num_rows, num_heads, most_splits, dtype=torch.float32)
+    limits = (options.window or UNLIMITED, options.chunk or UNLIMITED)
+    _attend_splits[(programs_of(query.device),)](
+        query,
+        k_view,
+        v_view,
+        block_tables,
+        slots,
+        kv_lens,
+        parts,
+        sums[0],
+        sums[1],
+        num_rows,
+        most_splits,
+        options.scaling,
+        options.softcap or 0.0,
+        *limits,
+        query.stride(0),
+        query.stride(1),
+        *k_view.stride(),
+        *v_view.stride(),
+        block_tables.stride(0),
+        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=shape.group,
+        GROUP_PADDED=shape.group_padded,
+        K_DIM=k_dim,
+        K_MAIN=shape.k_main,
+        K_REST=shape.k_rest,
+        V_DIM=v_dim,
+        V_MAIN=shape.v_main,
+        V_REST=shape.v_rest,
+        BLOCK_SIZE=block_size,
+        TILE=tiling.keys,
+        HAS_SOFTCAP=options.softcap is not None,
+        COMPUTE=compute_dtype(query.dtype),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    _merge_splits[(num_rows, num_heads)](
+        parts,
+        sums[0],
+        sums[1],
+        kv_lens,
+        options.sinks if options.sinks is not None else sums,
+        out,
+        most_splits,
+        *limits,
+        out.stride(0),
+        out.stride(1),
+        V_DIM=v_dim,
+        V_PIECE=min(64, triton.next_power_of_2(v_dim)),
+        TILE=tiling.keys,
+        HAS_SINKS=options.sinks is not None,
+        LOG2_E=LOG2_E,
+        num_warps=4,
+    )
+
+
+# Triton compiles these from their source, and takes no annotations but its own.
+@triton.jit
+def _attend_splits(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    query,  # noqa: ANN001
+    k_pool,  # noqa: ANN001
+    v_pool,  # noqa: ANN001
+    block_tables,  # noqa: ANN001
+    slots,  # noqa: ANN001
+    kv_lens,  # noqa: ANN001
+    parts,  # noqa: ANN001
+    part_max,  # noqa: ANN001
+    part_sum,  # noqa: ANN001
+    num_rows,  # noqa: ANN001
+    most_splits,  # noqa: ANN001
+    scaling,  # noqa: ANN001
+    softcap,  # noqa: ANN001
+    window,  # noqa: ANN001
+    chunk,  # noqa: ANN001
+    query_row_stride,  # noqa: ANN001
+    query_head_stride,  # noqa: ANN001
+    k_block_stride,  # noqa: ANN001
+    k_head_stride,  # noqa: ANN001
+    k_token_stride,  # noqa: ANN001
+    k_dim_stride,  # noqa: ANN001
+    v_block_stride,  # noqa: ANN001
+    v_head_stride,  # noqa: ANN001
+    v_token_stride,  # noqa: ANN001
+    v_dim_stride,  # noqa: ANN001
+    table_stride,  # noqa: ANN001
+    ROWS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    row_ids = tl.arange(0, ROWS)
+    lens = tl.load(kv_lens + row_ids, mask=row_ids < num_rows, other=0)
+    ends = tl.cumsum(num_splits(lens, window, chunk, TILE) * NUM_KV_HEADS, 0)
+    num_items = tl.max(ends, 0)
+    member = tl.arange(0, GROUP_PADDED)
+    is_member = member < GROUP
+    k_main = tl.arange(0, K_MAIN)
+    item = tl.program_id(0)
+    while item < num_items:
+        row = tl.sum((ends <= item).to(tl.int32), 0)
+        within = item - tl.max(tl.where(ends <= item, ends, 0), 0)
+        kv_head, split = within % NUM_KV_HEADS, within // NUM_KV_HEADS
+        kv_len = tl.load(kv_lens + row)
+        first = first_visible(kv_len - 1, window, chunk)
+        begin = first // TILE * TILE
+        size = split_tokens(kv_len - begin)
+        begin += split * size
+        end = tl.minimum(begin + size, kv_len)
+        table = block_tables + tl.load(slots + row).to(tl.int64) * table_stride
+        heads = kv_head * GROUP + member
+        rows_at = query + row.to(tl.int64) * query_row_stride + heads[:, None] * query_head_stride
+        q_main = tl.load(rows_at + k_main[None, :], mask=is_member[:, None] & (k_main < K_DIM)[None, :], other=0.0)
+        q_main = q_main.to(COMPUTE)
+        if K_REST > 0:
+            k_rest = K_MAIN + tl.arange(0, K_REST)
+            q_rest = tl.load(rows_at + k_rest[None, :], mask=is_member[:, None] & (k_rest < K_DIM)[None, :], other=0.0)
+            q_rest = q_rest.to(COMPUTE)
+        largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PADDED], tl.float32)
+        sum_main = tl.zeros([GROUP_PADDED, V_MAIN], tl.float32)
+        if V_REST > 0:
+            sum_rest = tl.zeros([GROUP_PADDED, V_REST], tl.float32)
+        keys, values = k_pool + kv_head * k_head_stride, v_pool + kv_head * v_head_stride
+        for tile in tl.range(begin, end, TILE):
+            token = tile + tl.arange(0, TILE)
+            is_seen = (token >= first) & (token < end)
+            block = tl.load(table + token // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+            k_at = block * k_block_stride + token % BLOCK_SIZE * k_token_stride
+            v_at = block * v_block_stride + token % BLOCK_SIZE * v_token_stride
+            tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_seen, 0, K_MAIN, K_DIM).to(COMPUTE)
+            scores = tl.dot(q_main, tile_keys, input_precision="ieee")
+            if K_REST > 0:
+                tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_seen, K_MAIN, K_REST, K_DIM).to(COMPUTE)
+                scores = tl.dot(q_rest, tile_keys, scores, input_precision="ieee")
+            scores = scores * scaling
+            if HAS_SOFTCAP:
+                scores = softcapped(scores, softcap)
+            scores = tl.where(is_seen[None, :], scores * 1.4426950408889634, float("-inf"))
+            # The first tile of a split has a key that is seen, so that this is a number from then on.
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            kept = tl.exp2(largest - new_largest)
+            weights = tl.exp2(scores - new_largest[:, None])
+            total = total * kept + tl.sum(weights, 1)
+            weights = weights.to(COMPUTE)
+            tile_values = part_of_values(values, v_dim_stride, v_at, is_seen, 0, V_MAIN, V_DIM).to(COMPUTE)
+            sum_main = tl.dot(weights, tile_values, sum_main * kept[:, None], input_precision="ieee")
+            if V_REST > 0:
+                tile_values = part_of_values(values, v_dim_stride, v_at, is_seen, V_MAIN, V_REST, V_DIM).to(COMPUTE)
+                sum_rest = tl.dot(weights, tile_values, sum_rest * kept[:, None], input_precision="ieee")
+            largest = new_largest
+        part = (row * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64) * most_splits + split
+        tl.store(part_max + part, largest, mask=is_member)
+        tl.store(part_sum + part, total, mask=is_member)
+        v_main = tl.arange(0, V_MAIN)
+        at = parts + part[:, None] * V_DIM
+        tl.store(at + v_main[None, :], sum_main, mask=is_member[:, None] & (v_main < V_DIM)[None, :])
+        if V_REST > 0:
+            v_rest = V_MAIN + tl.arange(0, V_REST)
+            tl.store(at + v_rest[None, :], sum_rest, mask=is_member[:, None] & (v_rest < V_DIM)[None, :])
+        item += tl.num_programs(0)
+
+
+@triton.jit
+def _merge_splits(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    parts,  # noqa: ANN001
+    part_max,  # noqa: ANN001
+    part_sum,  # noqa: ANN001
+    kv_lens,  # noqa: ANN001
+    sinks,  # noqa: ANN001
+    out,  # noqa: ANN001
+    most_splits,  # noqa: ANN001
+    window,  # noqa: ANN001
+    chunk,  # noqa: ANN001
+    out_row_stride,  # noqa: ANN001
+    out_head_stride,  # noqa: ANN001
+    V_DIM: tl.constexpr,
+    V_PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):
+    # Always over MAX_SPLITS, those that are not there weighing nothing: the order of the sum is the same for all rows.
+    row, head = tl.program_id(0), tl.program_id(1)
+    kv_len = tl.load(kv_lens + row)
+    split = tl.arange(0, _MAX_SPLITS)
+    is_there = split < num_splits(kv_len, window, chunk, TILE)
+    part = (row.to(tl.int64) * tl.num_programs(1) + head) * most_splits + split
+    largest = tl.load(part_max + part, mask=is_there, other=float("-inf"))
+    overall = tl.max(largest, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        overall = tl.maximum(overall, sink)
+    overall = tl.where(overall == float("-inf"), 0.0, overall)
+    weights = tl.exp2(largest - overall)
+    total = tl.sum(weights * tl.load(part_sum + part, mask=is_there, other=0.0), 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - overall)
+    total = tl.where(total == 0.0, 1.0, total)
+    for begin in tl.static_range(0, V_DIM, V_PIECE):
+        dim = begin + tl.arange(0, V_PIECE)
+        is_read = is_there[:, None] & (dim < V_DIM)[None, :]
+        pieces = tl.load(parts + part[:, None] * V_DIM + dim[None, :], mask=is_read, other=0.0)
+        result = tl.sum(pieces * weights[:, None], 0) / total
+        at = out + row.to(tl.int64) * out_row_stride + head * out_head_stride + dim
+        tl.store(at, result.to(out.dtype.element_ty), mask=dim < V_DIM)

@@ -1,0 +1,195 @@
+"""Prefill attention: all chunks of a step in one launch, over cached prefix and new tokens alike.
+
+Each program takes one tile of one chunk's rows and one query head, and goes over the keys that these see in tiles that
+are fixed by position: a row's bits do not depend on where its chunk was cut. The longest work comes first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.protocol import AttentionOptions, PrefillSpans
+from engine.kernels.triton.shapes import HeadShape, compute_dtype, prefill_tiling
+from engine.kernels.triton.visible import UNLIMITED, first_visible, part_of_keys, part_of_values, softcapped
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    k_view: torch.Tensor,
+    v_view: torch.Tensor,
+    block_tables: torch.Tensor,
+    spans: PrefillSpans,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Implement `AttentionKernels.prefill_attention`; `spans.table` lies on the query's device."""
+    _, num_heads, k_dim = query.shape
+    num_kv_heads, block_size, v_dim = k_view.shape[1], k_view.shape[2], v_view.shape[3]
+    shape = HeadShape.of(num_heads, num_kv_heads, k_dim, v_dim)
+    tiling = prefill_tiling(shape, query.dtype)
+    out = query.new_empty(query.shape[0], num_heads, v_dim)
+    num_tiles = sum(-(-(span.end - span.begin) // tiling.rows) for span in spans.spans)
+    _attend_chunks[(num_tiles, num_heads)](
+        query,
+        k_view,
+        v_view,
+        block_tables,
+        spans.table,
+        options.sinks if options.sinks is not None else query,
+        out,
+        len(spans.spans),
+        options.scaling,
+        options.softcap or 0.0,
+        options.window or UNLIMITED,
+        options.chunk or UNLIMITED,
+        query.stride(0),
+        query.stride(1),
+        *k_view.stride(),
+        *v_view.stride(),
+        block_tables.stride(0),
+        out.stride(0),
+        out.stride(1),
+        SPANS=max(16, triton.next_power_of_2(len(spans.spans))),
+        GROUP=shape.group,
+        K_DIM=k_dim,
+        K_MAIN=shape.k_main,
+        K_REST=shape.k_rest,
+        V_DIM=v_dim,
+        V_MAIN=shape.v_main,
+        V_REST=shape.v_rest,
+        BLOCK_SIZE=block_size,
+        ROWS=tiling.rows,
+        TILE=tiling.keys,
+        HAS_SOFTCAP=options.softcap is not None,
+        HAS_SINKS=options.sinks is not None,
+        COMPUTE=compute_dtype(query.dtype),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    return out
+
+
+# Triton compiles this from its source, and takes no annotations but its own.
+@triton.jit
+def _attend_chunks(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    query,  # noqa: ANN001
+    k_pool,  # noqa: ANN001
+    v_pool,  # noqa: ANN001
+    block_tables,  # noqa: ANN001
+    spans,  # noqa: ANN001
+    sinks,  # noqa: ANN001
+    out,  # noqa: ANN001
+    num_spans,  # noqa: ANN001
+    scaling,  # noqa: ANN001
+    softcap,  # noqa: ANN001
+    window,  # noqa: ANN001
+    chunk,  # noqa: ANN001
+    query_row_stride,  # noqa: ANN001
+    query_head_stride,  # noqa: ANN001
+    k_block_stride,  # noqa: ANN001
+    k_head_stride,  # noqa: ANN001
+    k_token_stride,  # noqa: ANN001
+    k_dim_stride,  # noqa: ANN001
+    v_block_stride,  # noqa: ANN001
+    v_head_stride,  # noqa: ANN001
+    v_token_stride,  # noqa: ANN001
+    v_dim_stride,  # noqa: ANN001
+    table_stride,  # noqa: ANN001
+    out_row_stride,  # noqa: ANN001
+    out_head_stride,  # noqa: ANN001
+    SPANS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    # Which chunk this tile is of: spans are rows (begin, end, kv_len, slot).
+    tile_id, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    span_ids = tl.arange(0, SPANS)
+    is_span = span_ids < num_spans
+    begins = tl.load(spans + span_ids * 4, mask=is_span, other=0)
+    ends = tl.load(spans + span_ids * 4 + 1, mask=is_span, other=0)
+    tile_ends = tl.cumsum((ends - begins + ROWS - 1) // ROWS, 0)
+    span = tl.sum((tile_ends <= tile_id).to(tl.int32), 0)
+    within = tile_id - tl.max(tl.where(tile_ends <= tile_id, tile_ends, 0), 0)
+    begin, end = tl.load(spans + span * 4), tl.load(spans + span * 4 + 1)
+    kv_len, slot = tl.load(spans + span * 4 + 2), tl.load(spans + span * 4 + 3)
+    table = block_tables + slot.to(tl.int64) * table_stride
+
+    row = begin + within * ROWS + tl.arange(0, ROWS)
+    is_row = row < end
+    position = kv_len - end + row  # of the last row: kv_len - 1
+    k_main = tl.arange(0, K_MAIN)
+    rows_at = query + row.to(tl.int64)[:, None] * query_row_stride + head * query_head_stride
+    q_main = tl.load(rows_at + k_main[None, :], mask=is_row[:, None] & (k_main < K_DIM)[None, :], other=0.0)
+    q_main = q_main.to(COMPUTE)
+    if K_REST > 0:
+        k_rest = K_MAIN + tl.arange(0, K_REST)
+        q_rest = tl.load(rows_at + k_rest[None, :], mask=is_row[:, None] & (k_rest < K_DIM)[None, :], other=0.0)
+        q_rest = q_rest.to(COMPUTE)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sum_main = tl.zeros([ROWS, V_MAIN], tl.float32)
+    if V_REST > 0:
+        sum_rest = tl.zeros([ROWS, V_REST], tl.float32)
+    kv_head = head // GROUP
+    keys, values = k_pool + kv_head * k_head_stride, v_pool + kv_head * v_head_stride
+    first = kv_len - end + begin + within * ROWS  # the first row's position
+    key_end = tl.minimum(first + ROWS, kv_len)
+    for tile in tl.range(first_visible(first, window, chunk) // TILE * TILE, key_end, TILE):
+        token = tile + tl.arange(0, TILE)
+        is_key = token < key_end
+        block = tl.load(table + token // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        k_at = block * k_block_stride + token % BLOCK_SIZE * k_token_stride
+        v_at = block * v_block_stride + token % BLOCK_SIZE * v_token_stride
+        tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_key, 0, K_MAIN, K_DIM).to(COMPUTE)
+        scores = tl.dot(q_main, tile_keys, input_precision="ieee")
+        if K_REST > 0:
+            tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_key, K_MAIN, K_REST, K_DIM).to(COMPUTE)
+            scores = tl.dot(q_rest, tile_keys, scores, input_precision="ieee")
+        scores = scores * scaling
+        if HAS_SOFTCAP:
+            scores = softcapped(scores, softcap)
+        is_seen = (token[None, :] <= position[:, None]) & (position[:, None] - token[None, :] < window)
+        is_seen = is_seen & (position[:, None] // chunk == token[None, :] // chunk) & is_row[:, None]
+        scores = tl.where(is_seen, scores * 1.4426950408889634, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # of a row that has seen no key yet
+        kept = tl.exp2(largest - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        weights = weights.to(COMPUTE)
+        tile_values = part_of_values(values, v_dim_stride, v_at, is_key, 0, V_MAIN, V_DIM).to(COMPUTE)
+        sum_main = tl.dot(weights, tile_values, sum_main * kept[:, None], input_precision="ieee")
+        if V_REST > 0:
+            tile_values = part_of_values(values, v_dim_stride, v_at, is_key, V_MAIN, V_REST, V_DIM).to(COMPUTE)
+            sum_rest = tl.dot(weights, tile_values, sum_rest * kept[:, None], input_precision="ieee")
+        largest = new_largest
+    if HAS_SINKS:
+        with_sink = tl.maximum(largest, sink)
+        kept = tl.exp2(largest - with_sink)
+        total = total * kept + tl.exp2(sink - with_sink)
+        sum_main = sum_main * kept[:, None]
+        if V_REST > 0:
+            sum_rest = sum_rest * kept[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    v_main = tl.arange(0, V_MAIN)
+    out_at = out + row.to(tl.int64)[:, None] * out_row_stride + head * out_head_stride
+    is_out = is_row[:, None] & (v_main < V_DIM)[None, :]
+    tl.store(out_at + v_main[None, :], (sum_main / total[:, None]).to(out.dtype.element_ty), mask=is_out)
+    if V_REST > 0:
+        v_rest = V_MAIN + tl.arange(0, V_REST)
+        is_out = is_row[:, None] & (v_rest < V_DIM)[None, :]
+        tl.store(out_at + v_rest[None, :], (sum_rest / total[:, None]).to(out.dtype.element_ty), mask=is_out)
