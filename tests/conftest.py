@@ -1,10 +1,14 @@
 """Shared by all tests: the repository root is importable, torch is quiet about cores."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Triton's kernels run interpreted in tests, which its import decides, whoever imports it first.
+os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

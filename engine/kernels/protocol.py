@@ -141,7 +141,7 @@ class AttentionKernels(Protocol):
         spans: PrefillSpans,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Attend with chunks of sequences: row i of a chunk is position `kv_len - (end - begin) + i`, and sees up to it.
+        """Attend with chunks of sequences: row i of a chunk sees keys up to its position, `kv_len - (end - begin) + i`.
 
         `query` is `[T, num_heads, k_dim]`, all chunks one after the other; the sequences' tables cover their `kv_len`;
         the others are as in `decode_attention`.

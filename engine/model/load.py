@@ -93,7 +93,7 @@ def load_model(
         max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
             with where its rotary frequencies change after that. Asking for more then gives all lengths the
             frequencies of long ones.
-        use_kernels: the C++ kernels, where they were built for this machine; False: plain torch.
+        use_kernels: the C++ kernels, where they were built for this machine, or Triton's on a GPU; False: plain torch.
         on_progress: called with a line for people as loading goes on.
 
     Raises:
@@ -133,7 +133,10 @@ def load_model(
     if target.type == "cpu":
         use_huge_pages()
         keep_freed_buffers()
-    kernels = choose_kernels(layers, chosen, target, [native] if native else [])
+    candidates: list[AttentionKernels] = [native] if native else []
+    if target.type == "cuda" and use_kernels:
+        candidates += _gpu_kernels(target)
+    kernels = choose_kernels(layers, chosen, target, candidates)
     found = check_against_eager(model, family, layers, kernels, chosen, trial)
     names += sorted({kernel.name for kernel in kernels})
     if not found.is_row_invariant:
@@ -159,6 +162,21 @@ def load_model(
         kernel_path=kernel_path,
         has_kernels=native is not None,
     )
+
+
+def _gpu_kernels(device: torch.device) -> list[AttentionKernels]:
+    """Return the kernels for `device`; none, with a line that says why, where they cannot run there."""
+    try:
+        from engine.kernels.triton.kernels import MIN_CAPABILITY, TRITON_KERNELS
+    except ImportError:
+        _log.warning("triton is not installed, using torch's operators for attention: pip install 'kvray[triton]'")
+        return []
+    seen = torch.cuda.get_device_capability(device)
+    if seen < MIN_CAPABILITY:
+        wanted, found = (".".join(map(str, version)) for version in (MIN_CAPABILITY, seen))
+        _log.warning("%s has compute capability %s, kernels want %s: using torch's operators", device, found, wanted)
+        return []
+    return [TRITON_KERNELS]
 
 
 def _num_embeddings(model: nn.Module) -> int:

@@ -46,9 +46,7 @@ def decode_attention(
     out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
     for begin in range(0, query.shape[0], MAX_ROWS):
         some = slice(begin, begin + MAX_ROWS)
-        _attend(
-            query[some], k_view, v_view, block_tables, slots[some], kv_lens[some], max_kv_len, options, out[some]
-        )
+        _attend(query[some], k_view, v_view, block_tables, slots[some], kv_lens[some], max_kv_len, options, out[some])
     return out
 
 
@@ -132,33 +130,33 @@ def _attend(
 
 # Triton compiles these from their source, and takes no annotations but its own.
 @triton.jit
-def _attend_splits(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    query,  # noqa: ANN001
-    k_pool,  # noqa: ANN001
-    v_pool,  # noqa: ANN001
-    block_tables,  # noqa: ANN001
-    slots,  # noqa: ANN001
-    kv_lens,  # noqa: ANN001
-    parts,  # noqa: ANN001
-    part_max,  # noqa: ANN001
-    part_sum,  # noqa: ANN001
-    num_rows,  # noqa: ANN001
-    most_splits,  # noqa: ANN001
-    scaling,  # noqa: ANN001
-    softcap,  # noqa: ANN001
-    window,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    query_row_stride,  # noqa: ANN001
-    query_head_stride,  # noqa: ANN001
-    k_block_stride,  # noqa: ANN001
-    k_head_stride,  # noqa: ANN001
-    k_token_stride,  # noqa: ANN001
-    k_dim_stride,  # noqa: ANN001
-    v_block_stride,  # noqa: ANN001
-    v_head_stride,  # noqa: ANN001
-    v_token_stride,  # noqa: ANN001
-    v_dim_stride,  # noqa: ANN001
-    table_stride,  # noqa: ANN001
+def _attend_splits(
+    query,
+    k_pool,
+    v_pool,
+    block_tables,
+    slots,
+    kv_lens,
+    parts,
+    part_max,
+    part_sum,
+    num_rows,
+    most_splits,
+    scaling,
+    softcap,
+    window,
+    chunk,
+    query_row_stride,
+    query_head_stride,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    k_dim_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    v_dim_stride,
+    table_stride,
     ROWS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -247,18 +245,18 @@ def _attend_splits(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit
-def _merge_splits(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    parts,  # noqa: ANN001
-    part_max,  # noqa: ANN001
-    part_sum,  # noqa: ANN001
-    kv_lens,  # noqa: ANN001
-    sinks,  # noqa: ANN001
-    out,  # noqa: ANN001
-    most_splits,  # noqa: ANN001
-    window,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    out_row_stride,  # noqa: ANN001
-    out_head_stride,  # noqa: ANN001
+def _merge_splits(
+    parts,
+    part_max,
+    part_sum,
+    kv_lens,
+    sinks,
+    out,
+    most_splits,
+    window,
+    chunk,
+    out_row_stride,
+    out_head_stride,
     V_DIM: tl.constexpr,
     V_PIECE: tl.constexpr,
     TILE: tl.constexpr,

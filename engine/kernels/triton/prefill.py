@@ -72,32 +72,32 @@ def prefill_attention(
 
 # Triton compiles this from its source, and takes no annotations but its own.
 @triton.jit
-def _attend_chunks(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    query,  # noqa: ANN001
-    k_pool,  # noqa: ANN001
-    v_pool,  # noqa: ANN001
-    block_tables,  # noqa: ANN001
-    spans,  # noqa: ANN001
-    sinks,  # noqa: ANN001
-    out,  # noqa: ANN001
-    num_spans,  # noqa: ANN001
-    scaling,  # noqa: ANN001
-    softcap,  # noqa: ANN001
-    window,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    query_row_stride,  # noqa: ANN001
-    query_head_stride,  # noqa: ANN001
-    k_block_stride,  # noqa: ANN001
-    k_head_stride,  # noqa: ANN001
-    k_token_stride,  # noqa: ANN001
-    k_dim_stride,  # noqa: ANN001
-    v_block_stride,  # noqa: ANN001
-    v_head_stride,  # noqa: ANN001
-    v_token_stride,  # noqa: ANN001
-    v_dim_stride,  # noqa: ANN001
-    table_stride,  # noqa: ANN001
-    out_row_stride,  # noqa: ANN001
-    out_head_stride,  # noqa: ANN001
+def _attend_chunks(
+    query,
+    k_pool,
+    v_pool,
+    block_tables,
+    spans,
+    sinks,
+    out,
+    num_spans,
+    scaling,
+    softcap,
+    window,
+    chunk,
+    query_row_stride,
+    query_head_stride,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    k_dim_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    v_dim_stride,
+    table_stride,
+    out_row_stride,
+    out_head_stride,
     SPANS: tl.constexpr,
     GROUP: tl.constexpr,
     K_DIM: tl.constexpr,

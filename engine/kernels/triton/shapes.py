@@ -58,7 +58,7 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def compute_dtype(dtype: torch.dtype) -> Any:  # noqa: ANN401 - triton's types have none
+def compute_dtype(dtype: torch.dtype) -> Any:
     """Return what products take their operands as. The interpreter computes wrongly with bfloat16 (3.6, 3.9)."""
     return tl.float32 if is_interpreted() else _TYPES[dtype]
 
@@ -86,8 +86,6 @@ def prefill_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
     width = max(shape.k_main + shape.k_rest, shape.v_main + shape.v_rest)
     if dtype == torch.float32:
         return Tiling(32, 32, 4, 2) if width <= 128 else Tiling(16, 16, 4, 1)
-    if width <= 64:
-        return Tiling(128, 64, 4, 3)
     if width <= 128:
         return Tiling(128, 64, 8, 3)
     return Tiling(64, 32, 8, 2) if width <= 256 else Tiling(32, 16, 8, 1)

@@ -39,25 +39,25 @@ def write_kv(
 
 # Triton compiles this from its source, and takes no annotations but its own.
 @triton.jit
-def _write(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    key,  # noqa: ANN001
-    value,  # noqa: ANN001
-    k_pool,  # noqa: ANN001
-    v_pool,  # noqa: ANN001
-    block_ids,  # noqa: ANN001
-    offsets,  # noqa: ANN001
-    key_row_stride,  # noqa: ANN001
-    key_head_stride,  # noqa: ANN001
-    value_row_stride,  # noqa: ANN001
-    value_head_stride,  # noqa: ANN001
-    k_block_stride,  # noqa: ANN001
-    k_head_stride,  # noqa: ANN001
-    k_token_stride,  # noqa: ANN001
-    k_dim_stride,  # noqa: ANN001
-    v_block_stride,  # noqa: ANN001
-    v_head_stride,  # noqa: ANN001
-    v_token_stride,  # noqa: ANN001
-    v_dim_stride,  # noqa: ANN001
+def _write(
+    key,
+    value,
+    k_pool,
+    v_pool,
+    block_ids,
+    offsets,
+    key_row_stride,
+    key_head_stride,
+    value_row_stride,
+    value_head_stride,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    k_dim_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    v_dim_stride,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     K_PADDED: tl.constexpr,

@@ -23,13 +23,13 @@ _DOUBLINGS = tl.constexpr(16)
 
 # Triton compiles these from their source, and takes no annotations but its own.
 @triton.jit
-def first_visible(position, window, chunk):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def first_visible(position, window, chunk):
     """Return the first position that `position` sees."""
     return tl.maximum(tl.maximum(position - window + 1, 0), position // chunk * chunk)
 
 
 @triton.jit
-def split_tokens(num_keys):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def split_tokens(num_keys):
     """Return how many of `num_keys` keys make a split: a power of two that gives at most MAX_SPLITS of them."""
     size = num_keys * 0 + _MIN_SPLIT
     for _ in tl.static_range(_DOUBLINGS):
@@ -38,7 +38,7 @@ def split_tokens(num_keys):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN
 
 
 @triton.jit
-def num_splits(kv_len, window, chunk, TILE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def num_splits(kv_len, window, chunk, TILE: tl.constexpr):
     """Return how many splits a row with `kv_len` keys has, of those it sees from a tile's start; none of no keys."""
     begin = first_visible(kv_len - 1, window, chunk) // TILE * TILE
     num_keys = tl.maximum(kv_len - begin, 0)
@@ -47,13 +47,13 @@ def num_splits(kv_len, window, chunk, TILE: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def softcapped(scores, softcap):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def softcapped(scores, softcap):
     """Return `tanh(scores / softcap) * softcap`, written with what interpreter and compiler both have."""
     return (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0) * softcap
 
 
 @triton.jit
-def part_of_keys(base, dim_stride, token_at, is_seen, BEGIN: tl.constexpr, DIMS: tl.constexpr, END: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, E501
+def part_of_keys(base, dim_stride, token_at, is_seen, BEGIN: tl.constexpr, DIMS: tl.constexpr, END: tl.constexpr):
     """Load dimensions [BEGIN, BEGIN + DIMS) of a tile's keys, `[DIMS, tokens]`; zeros beyond END and where not seen."""
     dim = BEGIN + tl.arange(0, DIMS)
     is_there = is_seen[None, :]
@@ -63,7 +63,7 @@ def part_of_keys(base, dim_stride, token_at, is_seen, BEGIN: tl.constexpr, DIMS:
 
 
 @triton.jit
-def part_of_values(base, dim_stride, token_at, is_seen, BEGIN: tl.constexpr, DIMS: tl.constexpr, END: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, E501
+def part_of_values(base, dim_stride, token_at, is_seen, BEGIN: tl.constexpr, DIMS: tl.constexpr, END: tl.constexpr):
     """Load dimensions [BEGIN, BEGIN + DIMS) of a tile's values, `[tokens, DIMS]`; zeros as for keys."""
     dim = BEGIN + tl.arange(0, DIMS)
     is_there = is_seen[:, None]
