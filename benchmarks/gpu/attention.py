@@ -5,11 +5,11 @@
     python benchmarks/gpu/attention.py --record           also append to benchmarks/results/attention_gpu.jsonl
     python benchmarks/gpu/attention.py --dry-run          the same code on this CPU, interpreted, in tiny: no figures
 
-Heads as Llama 3 8B's (32, 8 for keys and values, of 128), bfloat16, blocks of 16 tokens in random order. First of all the
-device's copy bandwidth (bytes read and written, alike) and matrix rate are measured; decode is told as a share of the
-one (it reads all KV once), prefill of the other. Beside it in the same run: torch's scaled_dot_product_attention on
-contiguous KV, and flex_attention with the same block table. Times are medians of launches captured in a CUDA graph, the
-caches flushed in between; every result is held against torch's. Without a GPU nothing is measured, and that is no error.
+Heads as Llama 3 8B's (32, 8 for keys and values, of 128), bfloat16, blocks of 16 tokens in random order. First of all
+the device's copy bandwidth (bytes read and written, alike) and matrix rate are measured; decode is told as a share of
+the one (it reads all KV once), prefill of the other. Beside it in the same run: torch's scaled_dot_product_attention on
+contiguous KV, and flex_attention with the same block table. Times are medians of launches captured in a CUDA graph,
+caches flushed in between; every result is held against torch's. Without a GPU nothing is measured: no error.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ OF_UNIFORM = 0.9
 
 @dataclass(frozen=True)
 class Heads:
+    """Query heads, and those of keys and values."""
+
     num_heads: int = 32
     num_kv_heads: int = 8
     dim: int = 128
@@ -61,6 +63,7 @@ class Cell:
 
     @classmethod
     def of(cls, context: int, batch: int) -> Cell:
+        """Make a cell of rows that are all as long."""
         return cls(f"{context // K} k x {batch}", (context,) * batch)
 
 
@@ -74,7 +77,8 @@ GOAL_CELLS = {f"{context} k x {batch}" for context in (8, 32, 128) for batch in 
 
 def timed(work: Callable[[], object], scratch: torch.Tensor | None) -> float:
     """Return the median seconds of `work`; on a GPU captured, and with its caches flushed. One call where `scratch` is
-    None."""
+    None.
+    """
     if scratch is None:
         work()
         return math.nan
@@ -108,14 +112,17 @@ class Device:
         self.scratch = None if is_dry else torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
 
     def randn(self, *shape: int) -> torch.Tensor:
+        """Draw a tensor."""
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def copy_bytes_per_s(self) -> float:
+        """Measure a large copy: bytes read and bytes written."""
         source = torch.empty((1 << 16) if self.is_dry else (2 << 30), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / timed(lambda: target.copy_(source), self.scratch)
 
     def flops_per_s(self) -> float:
+        """Measure a large product."""
         size = 64 if self.is_dry else 8192
         a, b = self.randn(size, size), self.randn(size, size)
         return 2 * size**3 / timed(lambda: a @ b, self.scratch)
@@ -184,7 +191,7 @@ def flex_decode(pool: Pool, query: torch.Tensor, lens: tuple[int, ...], heads: H
 
     if pool.data.device.type != "cuda":
         raise RuntimeError("it wants a GPU")
-    num_rows, most = pool.tables.shape
+    num_rows, _most = pool.tables.shape
     counts = torch.tensor([-(-length // BLOCK_SIZE) for length in lens], dtype=torch.int32, device=pool.tables.device)
     owner = torch.full((len(pool.data),), -1, dtype=torch.int32, device=pool.tables.device)  # block -> place in its row
     for row in range(num_rows):
