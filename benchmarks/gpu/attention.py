@@ -76,9 +76,7 @@ GOAL_CELLS = {f"{context} k x {batch}" for context in (8, 32, 128) for batch in 
 
 
 def timed(work: Callable[[], object], scratch: torch.Tensor | None) -> float:
-    """Return the median seconds of `work`; on a GPU captured, and with its caches flushed. One call where `scratch` is
-    None.
-    """
+    """Return the median seconds of `work`, captured, with cold caches; NaN after one call where `scratch` is None."""
     if scratch is None:
         work()
         return math.nan
