@@ -12,6 +12,7 @@ from tests.manifests.serve_config import serve_config_problems
 
 #: Each of them may count on what those before it have nothing to say of.
 _RULES: tuple[tuple[Callable[[Objects], Iterator[str]], ...], ...] = (
+    (ray_rules.every_group,),
     (object_rules.every_object, object_rules.every_quantity, object_rules.every_selector, object_rules.every_pod),
     (
         network_rules.every_policy,
@@ -20,7 +21,6 @@ _RULES: tuple[tuple[Callable[[Objects], Iterator[str]], ...], ...] = (
         network_rules.every_monitor,
         ray_rules.the_service,
         ray_rules.the_cluster,
-        ray_rules.every_group,
         ray_rules.the_pools,
         ray_rules.what_ours_needs,
     ),

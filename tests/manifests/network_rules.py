@@ -90,7 +90,7 @@ def is_let_in(objects: Objects, source: Pod, pod: Pod, port: int) -> bool:
 
 
 def every_budget(objects: Objects) -> Iterator[str]:
-    """Kubernetes counts a whole minAvailable alone for pods of a RayCluster, which has no scale; fewer than there are."""
+    """A RayCluster has no scale, so that a whole minAvailable alone counts for its pods; fewer than there are."""
     for budget in objects.of("PodDisruptionBudget"):
         spec, name = budget["spec"], budget["metadata"]["name"]
         least = spec.get("minAvailable")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import yaml
@@ -13,27 +11,7 @@ import yaml
 from tests.manifests.checking import problems_of
 from tests.manifests.kustomizations import COMPONENTS, OVERLAYS, built
 from tests.manifests.kustomize import Document
-from tests.manifests.objects import shown, walk
-
-
-def misspelt(document: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a copy of a document for each key in it, with that key misspelt, and where."""
-    for path, value in walk(document):
-        for key in value if isinstance(value, dict) else ():
-            changed = copy.deepcopy(document)
-            place = changed
-            for part in path:
-                place = place[part]
-            items = list(place.items())
-            place.clear()
-            place.update({_slip(name) if name == key else name: part for name, part in items})
-            yield shown((*path, key)), changed
-
-
-def _slip(key: str) -> str:
-    """Another word: two letters swapped, or one too many."""
-    swapped = key[:-2] + key[-1] + key[-2] if len(key) > 1 else key
-    return swapped if swapped != key else f"{key}s"
+from tests.manifests.misspelling import misspelt
 
 
 def misspelt_anywhere(document: Document) -> Iterator[tuple[str, Document]]:
@@ -61,6 +39,7 @@ def survivors(documents: list[Document], beside: list[Document], draw: random.Ra
     ]
 
 
+@pytest.mark.slow
 def test_every_key_of_the_base():
     assert survivors(built("base"), []) == []
 
