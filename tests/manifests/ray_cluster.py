@@ -134,14 +134,25 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def running(objects: Objects, more_environment: dict[str, str] | None = None) -> Iterator[RayCluster]:
-    """Start the nodes of a cluster. Skips where hosts of their own cannot be made."""
+def running(objects: Objects, redis: tuple[int, str] | None = None) -> Iterator[RayCluster]:
+    """Start the nodes of a cluster, its head with a Redis at a port of this machine, by its password.
+
+    Skips where hosts of their own cannot be made.
+    """
     groups = {"head": objects.service["rayClusterConfig"]["headGroupSpec"]}
     groups |= {group["groupName"]: group for group in objects.groups}
     with hosts_on_a_switch(len(groups)) as hosts, own_environment() as environment:
-        environment |= {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT), **(more_environment or {})}
+        environment |= {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
+        head = environment
+        if redis is not None:
+            # As KubeRay has it.
+            gateway = f"{hosts[0].address.rpartition('.')[0]}.254"
+            head = environment | {"RAY_REDIS_ADDRESS": f"{gateway}:{redis[0]}", "REDIS_PASSWORD": redis[1]}
+            head["RAY_external_storage_namespace"] = "kvray"
+            groups["head"]["rayStartParams"]["redis-password"] = redis[1]
+            environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "600"
         nodes = {
-            name: RayNode(host, environment, group, hosts[0])
+            name: RayNode(host, head if host is hosts[0] else environment, group, hosts[0])
             for host, (name, group) in zip(hosts, groups.items(), strict=True)
         }
         try:

@@ -94,7 +94,7 @@ async def test_another_configuration_is_rolled_out_in_place_while_requests_go_on
         assert not replicas & replicas_of(cluster, name), f"{name} was not started anew"
     assert not verdict.wrong
     assert not verdict.hung
-    print(f"{len(verdict.failed)} failed: {[outcome.error for outcome in verdict.failed][:3]}")
+    assert not verdict.failed
 
 
 def replicas_of(cluster: RayCluster, deployment: str) -> set[str]:
