@@ -14,6 +14,9 @@ _LABEL_VALUE = re.compile(r"|[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Keys of labels that our objects, pods and Ray nodes may have.
 _LABELS = {"app.kubernetes.io/part-of", "app.kubernetes.io/name", "kvray.io/cluster", "kvray.io/pool"}
+#: What an alert may say of itself.
+_ALERT_LABELS = {"severity"}
+_ANNOTATIONS = {"summary", "description", "runbook"}
 _RESOURCES = {"cpu", "memory", "storage", "ephemeral-storage", "nvidia.com/gpu"}
 #: What a string may be that stands under such a key, wherever that is.
 _ENUMERATIONS = {
@@ -56,17 +59,17 @@ def every_object(objects: Objects) -> Iterator[str]:
             if value is None:
                 yield f"{document['kind']} {shown(path)}: wanted a value, saw nothing"
             elif path and path[-1] == "labels" and isinstance(value, dict):
-                yield from _label_problems(shown(path), value)
-            elif path and path[-1] == "annotations":
-                yield f"{shown(path)}: wanted no annotations, saw {sorted(value)}"
+                yield from _label_problems(shown(path), value, _ALERT_LABELS if "rules" in path else _LABELS)
+            elif path and path[-1] == "annotations" and set(value) - (_ANNOTATIONS if "rules" in path else set()):
+                yield f"{shown(path)}: wanted none, or of an alert {sorted(_ANNOTATIONS)}, saw {sorted(value)}"
             else:
                 yield from _enumeration_problems(path, value)
 
 
-def _label_problems(place: str, labels: dict[str, str]) -> Iterator[str]:
+def _label_problems(place: str, labels: dict[str, str], known: set[str]) -> Iterator[str]:
     for key, value in labels.items():
-        if key not in _LABELS:
-            yield f"{place}: wanted labels among {sorted(_LABELS)}, saw {key!r}"
+        if key not in known:
+            yield f"{place}: wanted labels among {sorted(known)}, saw {key!r}"
         if not _LABEL_VALUE.fullmatch(value):
             yield f"{place}/{key}: wanted letters, digits, dashes, 63 at most, saw {value!r}"
 

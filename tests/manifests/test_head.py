@@ -54,26 +54,25 @@ async def test_a_head_that_is_lost_comes_back_and_workers_are_those_that_were_th
         tiers={"host_memory": "16MiB"},
         http=CONFIG["http"],
     )
-    with redis(tmp_path) as port:
-        with running(objects, (port, PASSWORD)) as cluster:
-            cluster.deploy(document)
-            workers = {name: replica_pids(cluster, name) for name in ("prefill", "decode")}
-            load = Load(f"http://{cluster.nodes['decode'].host.address}:8000", "head")
-            async with load.running():
-                await asyncio.sleep(2)
-                began_s = time.monotonic()
-                cluster.nodes["head"].kill()
-                await asyncio.sleep(AWAY_S)
-                await asyncio.to_thread(cluster.nodes["head"].start)
-                await asyncio.to_thread(wait_until_served, cluster)
-                back_s = time.monotonic()
-                await asyncio.sleep(5)
-            verdict = load.verdict(Reference(model_dir), [(began_s, back_s)])
-            print(f"served again {back_s - began_s:.1f} s after the loss; {load.summary()}")
-            assert workers == {name: replica_pids(cluster, name) for name in ("prefill", "decode")}
-            assert not verdict.wrong
-            assert not verdict.hung
-            assert not verdict.failed
+    with redis(tmp_path) as port, running(objects, (port, PASSWORD)) as cluster:
+        cluster.deploy(document)
+        workers = {name: replica_pids(cluster, name) for name in ("prefill", "decode")}
+        load = Load(f"http://{cluster.nodes['decode'].host.address}:8000", "head")
+        async with load.running():
+            await asyncio.sleep(2)
+            began_s = time.monotonic()
+            cluster.nodes["head"].kill()
+            await asyncio.sleep(AWAY_S)
+            await asyncio.to_thread(cluster.nodes["head"].start)
+            await asyncio.to_thread(wait_until_served, cluster)
+            back_s = time.monotonic()
+            await asyncio.sleep(5)
+        verdict = load.verdict(Reference(model_dir), [(began_s, back_s)])
+        print(f"served again {back_s - began_s:.1f} s after the loss; {load.summary()}")
+        assert workers == {name: replica_pids(cluster, name) for name in ("prefill", "decode")}
+        assert not verdict.wrong
+        assert not verdict.hung
+        assert not verdict.failed
 
 
 def replica_pids(cluster: RayCluster, node: str) -> set[int]:
