@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +41,8 @@ class RayNode:
     def start(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *self._arguments]
         command += [f"--node-ip-address={self.host.address}", "--object-store-memory=100000000"]
+        # In a new pod nothing is written down of a cluster; here hosts share their directories.
+        (Path(self.environment["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         done = subprocess.run(
             [*self.host.prefix, *_once(command)],
             env=self.environment,
@@ -176,8 +176,3 @@ def with_credentials(text: str, directory: Path, **sections: dict[str, Any]) -> 
     for section, values in sections.items():
         arguments[section] = {**arguments.get(section, {}), **values}
     return document
-
-
-def executable_of(name: str) -> str | None:
-    """Return where a command is; None where it is not."""
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
