@@ -72,6 +72,7 @@ HELP: Final = {
     "kvray_prefill_refused_total": "Prompts that a prefill worker refused or was lost with",
     "kvray_prefill_tokens_per_second": "Measured speed of prefill",
     "kvray_process_cpu_seconds_total": "Processor time of the worker's process",
+    "kvray_prompt_misses_total": "Prompt tokens that were computed and might have been cached, by why they were not",
     "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
     "kvray_pulls_running": "Pulls of KV blocks in progress",
     "kvray_queued_tokens": "Tokens to be computed before all sequences decode",
