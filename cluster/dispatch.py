@@ -111,6 +111,7 @@ class Dispatcher:
         self._options = options
         self._values = values
         self._log = log
+        self._counts: list[Callable[[], Mapping[str, float]]] = [] if log is None else [log.stats]
         self._loop = asyncio.get_running_loop()
         self.table = RequestTable(
             RequestLimits(
@@ -355,7 +356,14 @@ class Dispatcher:
         return families([own, *others, *fleet, *caches])
 
     def _counted(self) -> dict[str, float]:
-        return self.table.stats() | (self._log.stats() if self._log is not None else {})
+        values = self.table.stats()
+        for counted in self._counts:
+            values |= counted()
+        return values
+
+    def count_with(self, counted: Callable[[], Mapping[str, float]]) -> None:
+        """Have `counted` tell more numbers of this ingress, by metric name."""
+        self._counts.append(counted)
 
     def _tell_stats(self) -> None:
         """Tell the router what this ingress counts, for whoever is asked for the numbers of all."""
@@ -375,10 +383,8 @@ class Dispatcher:
             CapacityError: there is no router now.
             WorkerError: it was lost, or does not answer in time.
         """
-        if self._router is None:
-            raise CapacityError("no router answers: nobody knows what lies where", status=503, retry_after_s=1.0)
         query = WhereBlocks(query_id=self._query_id(), names=names)
-        answer = await self._answer(self._router, query, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), query, _STATS_TIMEOUT_S)
         assert isinstance(answer, BlocksKnown)
         return answer
 
@@ -389,18 +395,14 @@ class Dispatcher:
             CapacityError: there is no router now.
             WorkerError: it was lost, or does not answer in time.
         """
-        if self._router is None:
-            raise CapacityError("no router answers: nobody knows where prompts go", status=503, retry_after_s=1.0)
         asked = msgspec.structs.replace(question, query_id=self._query_id())
-        answer = await self._answer(self._router, asked, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), asked, _STATS_TIMEOUT_S)
         assert isinstance(answer, RouterAnswer)
         return answer
 
-    async def other_ingresses(self) -> list[str]:
-        """Return the ids of the other ingresses that the router hears. Raises as `ask_router` does."""
-        if self._router is None:
-            raise CapacityError("no router answers: other ingresses cannot be asked", status=503, retry_after_s=1.0)
-        return [told.worker_id for told in (await self._ask_stats(self._router)).ingresses]
+    async def router_stats(self) -> Stats:
+        """Ask the router for its numbers, with the other ingresses and the node caches. Raises as `ask_router` does."""
+        return await self._ask_stats(self._require_router())
 
     def answer_records_with(self, answer: Callable[[RecordQuestion], RecordAnswer]) -> None:
         """Have `answer` say what other ingresses ask of the requests that this one knows."""
@@ -408,8 +410,6 @@ class Dispatcher:
 
     async def ask_records(self, holder: str, tenant: int | None, request_id: str | None, limit: int) -> RecordAnswer:
         """Ask the ingress `holder` what it knows of a request, or of the newest ones. Raises as `ask_router` does."""
-        if self._router is None:
-            raise CapacityError("no router answers: other ingresses cannot be asked", status=503, retry_after_s=1.0)
         question = RecordQuestion(
             query_id=self._query_id(),
             asker=self._options.ingress_id,
@@ -418,7 +418,7 @@ class Dispatcher:
             request_id=request_id,
             limit=limit,
         )
-        answer = await self._answer(self._router, question, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), question, _STATS_TIMEOUT_S)
         assert isinstance(answer, RecordAnswer)
         return answer
 
@@ -433,10 +433,6 @@ class Dispatcher:
             CapacityError: there is no router now, which passes it on.
             WorkerError: it was lost, or does not answer in time.
         """
-        if self._router is None:
-            raise CapacityError(
-                "no router answers: who keeps the response cannot be asked", status=503, retry_after_s=1.0
-            )
         question = StoredQuestion(
             query_id=self._query_id(),
             asker=self._options.ingress_id,
@@ -445,7 +441,7 @@ class Dispatcher:
             response_id=response_id,
             drops=drops,
         )
-        answer = await self._answer(self._router, question, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), question, _STATS_TIMEOUT_S)
         assert isinstance(answer, StoredAnswer)
         return answer
 
@@ -463,6 +459,11 @@ class Dispatcher:
     def have_taken(self, worker: WorkerInfo, wanted: TakeBlocks) -> None:
         """Tell a worker to pull blocks, as far as others there are worth less."""
         self._worker(worker.worker_id, worker.address).client.send(wanted)
+
+    def _require_router(self) -> _Connection:
+        if self._router is None:
+            raise CapacityError("no router answers: nobody knows what lies where", status=503, retry_after_s=1.0)
+        return self._router
 
     async def _ask_stats(self, connection: _Connection) -> Stats:
         answer = await self._answer(connection, GetStats(query_id=self._query_id()), _STATS_TIMEOUT_S)

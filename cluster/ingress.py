@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.cache_api import add_cache
 from cluster.caches import Caches
+from cluster.canary import Canary
 from cluster.config import KvrayConfig
 from cluster.connections import http_server
 from cluster.credentials import callers, cluster_secret
@@ -93,6 +94,10 @@ class Ingress:
             self._metrics.values,
             self._log,
         )
+        if self._log is not None:
+            canary = Canary(self._dispatcher, self._log.predicted_blocks)
+            canary.start()
+            self._dispatcher.count_with(canary.stats)
         self._responses = stored_responses(self._dispatcher, config.responses, ingress_id)
         self._has_worker = asyncio.Event()
         watch = FleetWatch(app_name)

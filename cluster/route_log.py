@@ -70,11 +70,15 @@ class RouteLog:
         self._by_id: dict[str, str] = {}  # that, by the client's id: of several requests with one id the last
         self._reply_ids: OrderedDict[str, str] = OrderedDict()  # that, by ids in replies that do not tell it
         self._missed: Counter[str] = Counter()  # prompt tokens, by reason
-        self.num_predicted_tokens = 0  #: that decode workers' pools were said to hold
-        self.num_absent_tokens = 0  #: of those, what they did not have
+        self._num_predicted_blocks = 0
+        self._num_absent_blocks = 0
 
     def __len__(self) -> int:
         return len(self._open) + len(self._kept)
+
+    def predicted_blocks(self) -> tuple[int, int]:
+        """Return how many blocks decode workers' pools were said to hold, and how many of those they had not."""
+        return self._num_predicted_blocks, self._num_absent_blocks
 
     def stats(self) -> dict[str, float]:
         """Return the counters by metric name."""
@@ -164,8 +168,8 @@ class RouteLog:
         )
         record.runs = explained_runs(asked, chunk.plan.got)
         self._missed.update(missed_tokens(record.runs))
-        self.num_predicted_tokens += record.num_matched_tokens
-        self.num_absent_tokens += num_absent_tokens(record.runs, record.num_matched_tokens)
+        self._num_predicted_blocks += record.num_matched_tokens // worker.block_size
+        self._num_absent_blocks += num_absent_tokens(record.runs, record.num_matched_tokens) // worker.block_size
 
     def _close(self, key: str) -> None:
         record = self._open.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 
@@ -149,9 +150,9 @@ class Routes:
             CapacityError: there is no router now, which passes it on.
             WorkerError: it, or an ingress that may know the request, does not answer in time.
         """
-        ingress_ids = await self._dispatcher.other_ingresses()
+        ingresses = (await self._dispatcher.router_stats()).ingresses
         answers = await asyncio.gather(
-            *(self._dispatcher.ask_records(one, tenant, request_id, limit) for one in ingress_ids),
+            *(self._dispatcher.ask_records(one.worker_id, tenant, request_id, limit) for one in ingresses),
             return_exceptions=True,
         )
         found: list[tuple[RouteReply, str]] = []
@@ -171,8 +172,8 @@ class Routes:
     async def _names(self) -> dict[str, str]:
         """Return who listens where: workers, and the node caches that the router hears."""
         infos: list[WorkerInfo] = list(self._dispatcher.fleet.values())
-        for stats in await self._dispatcher.fleet_stats():
-            infos += [cache.info for cache in stats.caches]
+        with contextlib.suppress(CapacityError, WorkerError):  # without a router they are known by their addresses
+            infos += [cache.info for cache in (await self._dispatcher.router_stats()).caches]
         return {info.address: info.worker_id for info in infos}
 
 

@@ -125,7 +125,9 @@ class NameMemory:
         number = self._next
         self._next = number + 1 if number < int(_NUMBER) else _FIRST_HOLDER
         if number < len(self._holders):  # after 65,534 holders: what was said by this number is another's by now
-            self._numbers = {one: each for one, each in self._numbers.items() if each != number}
+            before = self._holders[number]
+            if before is not None and self._numbers.get(before) == number:
+                del self._numbers[before]
             self._holders[number] = holder
         else:
             self._holders.append(holder)

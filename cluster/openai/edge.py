@@ -37,6 +37,8 @@ TENANT_PATHS: Final = frozenset(
         "/v1/responses",
         "/v1/responses/{id}",
         "/v1/responses/{id}/input_items",
+        "/v1/route",
+        "/v1/route/{id}",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
