@@ -9,6 +9,7 @@ changes of other names came after it; a name that is forgotten counts as never s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ _NUMBER = np.uint64(0xFFFF)
 _NAME = ~_NUMBER
 _EVICTED = 1
 _FIRST_HOLDER = 2
+_MAX_PENDING = 8192  #: names, some 0.3 ms
 _MAX_RUNS = 8  #: of one prompt: what lies behind them counts as its last one does
 
 _Words = npt.NDArray[np.uint64]
@@ -49,27 +51,45 @@ class NameMemory:
         self._holders: list[Holder | None] = [None] * _FIRST_HOLDER  # by number
         self._is_there = np.zeros(int(_NUMBER) + 1, np.bool_)
         self._next = _FIRST_HOLDER
+        self._stored: list[tuple[int, bytes]] = []  # that are not written down yet, with the holders' numbers
+        self._removed: list[tuple[int, bytes]] = []
+        self._num_pending = 0  # bytes of both
 
     def note(self, holder: Holder, stored: bytes, removed: bytes) -> None:
         """Take in that a holder stored blocks, and then dropped some: concatenated names.
 
-        What it drops is evicted, unless another one stored it later, and is there.
+        What it drops is evicted, unless another one stored it later, and is there. It counts from the next `flush` on,
+        some microseconds for each event being more than the index itself takes.
         """
         number = self._numbers.get(holder)
         if number is None:
             number = self._take_number(holder)
         if stored:
-            places, names = self._split(stored)
-            self._words[places] = names | np.uint64(number)
+            self._stored.append((number, stored))
         if removed:
-            places, names = self._split(removed)
+            self._removed.append((number, removed))
+        self._num_pending += len(stored) + len(removed)
+        if self._num_pending > _MAX_PENDING * NAME_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write down what was noted: all that was stored, then all that was dropped."""
+        if self._stored:
+            places, names, numbers = self._split(self._stored)
+            self._words[places] = names | numbers
+        if self._removed:
+            places, names, numbers = self._split(self._removed)
             words = self._words[places]
-            numbers = words & _NUMBER
-            is_others = (words & _NAME == names) & (numbers != number) & self._is_there[numbers]
+            last = words & _NUMBER
+            is_others = (words & _NAME == names) & (last != numbers) & self._is_there[last]
             self._words[places[~is_others]] = names[~is_others] | np.uint64(_EVICTED)
+        self._stored.clear()
+        self._removed.clear()
+        self._num_pending = 0
 
     def lose(self, worker_id: str) -> None:
         """Take in that a worker is gone, with all that it held."""
+        self.flush()
         for holder in [holder for holder in self._numbers if holder.worker_id == worker_id]:
             self._is_there[self._numbers.pop(holder)] = False
 
@@ -117,9 +137,13 @@ class NameMemory:
                 end = middle
         return end
 
-    def _split(self, names: bytes) -> tuple[npt.NDArray[np.int64], _Words]:
+    def _split(self, noted: Sequence[tuple[int, bytes]]) -> tuple[npt.NDArray[np.int64], _Words, _Words]:
+        """Return of all names that were noted the places, the bits that are kept, and whose they are."""
+        names = b"".join(each for _, each in noted)
+        lengths = [len(each) // NAME_BYTES for _, each in noted]
+        numbers = np.repeat(np.array([number for number, _ in noted], np.uint64), lengths)
         halves = np.frombuffer(names, np.dtype("<u8")).reshape(-1, 2)
-        return (halves[:, 0] & self._mask).astype(np.int64), halves[:, 1] & _NAME
+        return (halves[:, 0] & self._mask).astype(np.int64), halves[:, 1] & _NAME, numbers
 
     def _take_number(self, holder: Holder) -> int:
         number = self._next

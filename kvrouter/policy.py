@@ -142,14 +142,15 @@ class Pricing:
         decode, prefill = parts.of(slice(num_decodes)), parts.of(slice(num_decodes, None))
         found = [self._alone(decode, int(d)) for d in np.argsort(_alone_s(decode), kind="stable")[:num]]
         d, p = self._still_there(decode), self._still_there(prefill)
-        d = d[np.argsort((decode.wait_s + decode.crowding_s + decode.displaced_s)[d], kind="stable")[: 2 * num]]
-        p = p[np.argsort(_prefill_s(prefill)[p], kind="stable")[: 2 * num]]
+        decode_s, prefill_s = decode.wait_s + decode.crowding_s + decode.displaced_s, _prefill_s(prefill)
+        d = d[np.argsort(decode_s[d], kind="stable")[: 2 * num]]
+        p = p[np.argsort(prefill_s[p], kind="stable")[: 2 * num]]
         if len(d) and len(p):
-            is_possible = np.isfinite(self._handoff_s(decode, d, prefill.of(p)))
-            pairs = [
-                self._pair(decode, int(d[i]), prefill, int(p[j])) for i, j in zip(*is_possible.nonzero(), strict=True)
-            ]
-            found += pairs
+            costs = decode_s[d][:, None] + prefill_s[p] + self._handoff_s(decode, d, prefill.of(p))
+            for place in np.argsort(costs, axis=None, kind="stable")[:num].tolist():
+                row, column = divmod(place, len(p))
+                if np.isfinite(costs[row, column]):
+                    found.append(self._pair(decode, int(d[row]), prefill, int(p[column])))
         return sorted(found, key=lambda candidate: candidate.cost_s)[:num]
 
     @property

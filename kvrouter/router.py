@@ -476,6 +476,8 @@ class Router:
     def _tick(self, now_s: float) -> list[Instruction]:
         self._warming.on_time(now_s)
         self._fleet.find_best_compute()
+        if self._memory is not None:
+            self._memory.flush()
         for request_id in tuple(self._watched):
             placed = self._placed[request_id]
             if placed.expires_s < now_s:

@@ -22,6 +22,7 @@ WORKER = WorkerInfo(
     max_num_seqs=8,
     roads=(),
 )
+HELD = (HeldRun(0, 6, (Copy("tcp://d:1", "device"),)),)
 
 
 def sequence(client_id, choice=0, tenant=0):
@@ -67,7 +68,7 @@ def answered(log, client_id, began_s=1.0, tenant=0, num_device_tokens=60):
     log.end(asked.request_id)
 
 
-def sent(placed_id, tenant=0, held=(HeldRun(0, 6, (Copy("tcp://d:1", "device"),)),)):
+def sent(placed_id, tenant=0, held=HELD):
     return GenerateRequest(
         request_id=placed_id,
         token_ids=b"",
