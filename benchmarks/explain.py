@@ -7,8 +7,8 @@
 The fleets, prompts and loads of benchmarks/router.py. Each request has an id of its own, and so what 1,000 of them were
 placed by is kept; what became of the blocks in events, which store 64 and drop 64, is remembered. Processor time, both
 in turns: medians of decisions, means of events, one in 64 of which writes down what the others noted.
-Goals: a decision over 64 + 64 workers takes at most 5 % more, an event at most 10 us; explaining when somebody asks takes
-under 5 ms at 1,000 + 1,000 workers.
+Goals: a decision over 64 + 64 workers takes at most 5 % more, an event at most 10 us; explaining when somebody asks
+takes under 5 ms at 1,000 + 1,000 workers.
 """
 
 from __future__ import annotations

@@ -45,8 +45,7 @@ class Routes:
         replies = self._own(request_id, 1, tenant) or await self._others(request_id, 1, tenant)
         if not replies:
             raise RequestError(
-                f"request_id: got {shown(request_id)}, want one of the last {self._max_kept} that an ingress answered, "
-                "the id in a reply or its x-request-id (setting observability.explained_requests)",
+                f"request_id: got {shown(request_id)}, want {self._wanted()}",
                 param="request_id",
                 code="not_found",
                 status=404,
@@ -127,6 +126,16 @@ class Routes:
         return await self._with_names(_with_candidates(reply, told))
 
     # ------------------------------------------------------------------------------------------------- who knows it
+
+    def _wanted(self) -> str:
+        if self._log is None:
+            return "observability.level: on, without which nothing is kept of requests"
+        if not self._max_kept:
+            return "observability.explained_requests above 0, without which no request is kept"
+        return (
+            f"one of the last {self._max_kept} that an ingress answered, the id in a reply or its x-request-id "
+            "(setting observability.explained_requests)"
+        )
 
     def _own(self, request_id: str | None, limit: int, tenant: int | None) -> list[tuple[RouteReply, str]]:
         if self._log is None:
