@@ -107,7 +107,7 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
         """Keep a prompt's blocks in host memory, where they lie there: for `ttl_s` seconds, or for good."""
         fields = pin_decoder.decode(await read_body(request, max_bytes))
         _require_hints(request)
-        prompt = await _wanted_prompt_of(surface, request, fields)
+        prompt = await wanted_prompt_of(surface, request, fields)
         ttl_s = math.inf if fields.ttl_s is None else fields.ttl_s
         return _json(await caches.keep(prompt, ttl_s, fields.priority))
 
@@ -116,7 +116,7 @@ def add_cache(app: FastAPI, surface: Surface, caches: Caches, prefixes: Prefixes
         """Keep a prompt's blocks no longer than others."""
         fields = unpin_decoder.decode(await read_body(request, max_bytes))
         _require_hints(request)
-        return _json(await caches.keep(await _wanted_prompt_of(surface, request, fields), 0.0, 0))
+        return _json(await caches.keep(await wanted_prompt_of(surface, request, fields), 0.0, 0))
 
     @app.post("/v1/cache/check", openapi_extra=body_of(CheckRequest), responses=answers(WorkProgress))
     async def check(request: Request) -> Response:
@@ -143,7 +143,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def evict(request: Request) -> Response:
         """Drop a prompt's blocks, but those that are to be kept; with `dry_run`, the default, say what would go."""
         fields = evict_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, request, fields)
+        prompt = await wanted_prompt_of(surface, request, fields)
         tiers = _unique(fields.tiers or TIERS)
         return _json(await caches.clear(tiers, prompt, None, is_dry_run=fields.dry_run, spares_kept=True))
 
@@ -151,7 +151,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def move(request: Request) -> Response:
         """Bring a prompt's blocks from one tier of each node to another. Lines of JSON, as check."""
         fields = move_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, request, fields)
+        prompt = await wanted_prompt_of(surface, request, fields)
         if fields.source == fields.target:
             raise bad_field("target", fields.target, "another tier than the source")
         owners = await caches.owners((fields.source,))
@@ -161,7 +161,7 @@ def _add_moves(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def warm(request: Request) -> Response:
         """Bring a prompt's blocks up to host memory, and to the pool of a worker where one is named. Lines of JSON."""
         fields = warm_decoder.decode(await read_body(request, max_bytes))
-        prompt = await _wanted_prompt_of(surface, request, fields)
+        prompt = await wanted_prompt_of(surface, request, fields)
         worker = None if fields.worker_id is None else caches.worker(fields.worker_id)
         owners = [*([] if worker is None else [worker]), *await caches.found()]
         return _lines(owners, caches.warm(owners, worker, prompt))
@@ -184,7 +184,7 @@ def _add_files(app: FastAPI, surface: Surface, prefixes: Prefixes) -> None:
         from cluster.prefix_file import MEDIA_TYPE, written
 
         fields = export_decoder.decode(await read_body(request, surface.limits.max_body_bytes))
-        prefix = await prefixes.held(await _wanted_prompt_of(surface, request, fields))
+        prefix = await prefixes.held(await wanted_prompt_of(surface, request, fields))
         pieces = written(prefix.model, prefix.num_blocks, prefix.pieces)
         first = await anext(pieces)  # what is not there any more is an error, and no file that is cut off
 
@@ -227,7 +227,7 @@ def _add_views(app: FastAPI, surface: Surface, caches: Caches) -> None:
     async def lookup(request: Request) -> Response:
         """Tell which of a prompt's tokens lie where."""
         fields = decoder.decode(await read_body(request, surface.limits.max_body_bytes))
-        return _json(await caches.lookup(await _wanted_prompt_of(surface, request, fields)))
+        return _json(await caches.lookup(await wanted_prompt_of(surface, request, fields)))
 
     @app.get("/v1/cache/stats", responses=answers(CacheStatsReply))
     async def stats(request: Request) -> Response:
@@ -327,7 +327,8 @@ def _lines(owners: Sequence[WorkerInfo], pieces: AsyncGenerator[Piece, None]) ->
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
-async def _wanted_prompt_of(surface: Surface, request: Request, fields: PromptFields) -> PromptTokens:
+async def wanted_prompt_of(surface: Surface, request: Request, fields: PromptFields) -> PromptTokens:
+    """Tokenize the prompt that is meant. Raises RequestError also where there is none."""
     prompt = await _prompt_of(surface, request, fields)
     if prompt is None:
         raise RequestError("prompt: missing, want a prompt or messages", param="prompt", code="missing_required_field")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import core
 
-from cluster import options, prefix_cli
+from cluster import explain_cli, options, prefix_cli
 from cluster.cache_cli import cache_app
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
@@ -39,6 +39,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
+app.command()(explain_cli.explain)
 
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

@@ -10,6 +10,7 @@
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
+    observability: what is counted, for whom
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -225,6 +226,15 @@ class LogConfig(_Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
+class ObservabilityConfig(_Section, frozen=True):
+    """What is gathered for people and their dashboards."""
+
+    #: off: nothing is gathered that serving does not need, and there is no /metrics
+    level: Literal["on", "off"] = "on"
+    #: of so many requests each ingress, and the router, keeps what explains them, the newest ones; 0: of none
+    explained_requests: Annotated[int, Meta(ge=0, le=100_000)] = 1000
+
+
 class KvrayConfig(_Section, frozen=True):
     """The whole configuration document."""
 
@@ -238,6 +248,7 @@ class KvrayConfig(_Section, frozen=True):
     tiers: TiersConfig = TiersConfig()
     tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:

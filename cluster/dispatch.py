@@ -41,8 +41,17 @@ from cluster.request_events import (
     WorkerLost,
 )
 from cluster.request_table import RequestLimits, RequestTable
+from cluster.route_log import RouteLog
 from messages.cache import BlocksFetched, BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
 from messages.errors import CapacityError, WorkerError
+from messages.explain import (
+    IndexAnswer,
+    PlacementExplained,
+    RecordAnswer,
+    RecordQuestion,
+    RouterAnswer,
+    RouterQuestion,
+)
 from messages.fleet import GetStats, Stats, TakeBlocks, WorkerInfo
 from messages.request import GenerateRequest
 from messages.responses import StoredAnswer, StoredQuestion
@@ -72,7 +81,7 @@ class DispatchOptions:
     max_ttft_s: float  #: predicted; new requests beyond it are refused
 
 
-_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer
+_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer | RouterAnswer | RecordAnswer
 
 
 @dataclass(slots=True)
@@ -86,10 +95,23 @@ class _Connection:
 class Dispatcher:
     """A `cluster.openai.backend.Backend` over a fleet of workers. All methods belong to the running event loop."""
 
-    def __init__(self, options: DispatchOptions, values: Callable[[], Mapping[str, float]] = dict) -> None:
-        """Make it ready on the running loop. `values`: what else this ingress counts, to be shown by the others too."""
+    def __init__(
+        self,
+        options: DispatchOptions,
+        values: Callable[[], Mapping[str, float]] = dict,
+        log: RouteLog | None = None,
+    ) -> None:
+        """Make it ready on the running loop.
+
+        Args:
+            options: settings.
+            values: what else this ingress counts, to be shown by the others too.
+            log: is told of each request; None: nobody is.
+        """
         self._options = options
         self._values = values
+        self._log = log
+        self._counts: list[Callable[[], Mapping[str, float]]] = [] if log is None else [log.stats]
         self._loop = asyncio.get_running_loop()
         self.table = RequestTable(
             RequestLimits(
@@ -110,6 +132,7 @@ class Dispatcher:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._query_ids = itertools.count()
         self._answer_stored: Callable[[StoredQuestion], StoredAnswer] = _no_answer
+        self._answer_records: Callable[[RecordQuestion], RecordAnswer] = _no_records
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
         self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
@@ -120,6 +143,8 @@ class Dispatcher:
         """Begin all sequences of one client request, as `Backend.start` says."""
         request_id = requests[0].request_id
         self._readers[request_id] = take
+        if self._log is not None:
+            self._log.begin(requests, time.time(), time.monotonic())
         self._decide(RequestAdded(tuple(requests)))
 
     def leave(self, request_id: str) -> None:
@@ -152,13 +177,19 @@ class Dispatcher:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Deliver(request_id, chunk):
+                if self._log is not None and (chunk.sources is not None or chunk.error is not None):
+                    self._log.take_chunk(chunk, time.monotonic())
                 # Whoever takes a chunk may leave, or cancel a sequence, and be told no more by what follows here.
                 if (take := self._readers.get(request_id)) is not None:
                     take(chunk)
             case End(request_id):
+                if self._log is not None:
+                    self._log.end(request_id)
                 if (take := self._readers.pop(request_id, None)) is not None:
                     take(None)
             case SendToWorker(worker_id, address, message):
+                if self._log is not None and isinstance(message, GenerateRequest):
+                    self._log.send(worker_id, address, message)
                 self._worker(worker_id, address).client.send(message)
             case SendToRouter(message):
                 if self._router is not None:
@@ -181,6 +212,8 @@ class Dispatcher:
         """
         kept = {worker_id: info for worker_id, info in self._fleet.items() if info.role != role}
         self._fleet = kept | {info.worker_id: info for info in infos}
+        if self._log is not None:
+            self._log.fleet = self._fleet
         self._decide(FleetChanged(self._fleet))
 
     def set_routers(self, addresses: Sequence[str]) -> None:
@@ -233,13 +266,17 @@ class Dispatcher:
         match message:
             case Placement(request_id=request_id, predicted_ttft_s=ttft_s, reason=reason):
                 logger.debug("request %s: first token in %.3f s predicted: %s", request_id, ttft_s, reason)
+                if self._log is not None:
+                    self._log.take_placement(message)
                 self._decide(message)
             case RouteFailed():
                 self._decide(message)
-            case Stats() | BlocksKnown() | StoredAnswer():
+            case Stats() | BlocksKnown() | StoredAnswer() | PlacementExplained() | IndexAnswer() | RecordAnswer():
                 _take_answer(self._router, message)
             case StoredQuestion() if self._router is not None:
                 self._router.client.send(self._answer_stored(message))
+            case RecordQuestion() if self._router is not None:
+                self._router.client.send(self._answer_records(message))
             case _:
                 logger.warning("unexpected %s from the router", type(message).__name__)
 
@@ -310,13 +347,23 @@ class Dispatcher:
     async def metrics(self) -> list[Metric]:
         """Return the fleet's numbers, each with whom it comes from, and of this ingress what the dispatcher counts."""
         stats = await self.fleet_stats()
-        own = ({"ingress": self._options.ingress_id}, self.table.stats())
+        own = ({"ingress": self._options.ingress_id}, self._counted())
         others = [({"ingress": told.worker_id}, told.values) for one in stats for told in one.ingresses]
         fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in stats]
         caches = [
             ({"worker": cache.info.worker_id, "role": "cache"}, cache.values) for one in stats for cache in one.caches
         ]
         return families([own, *others, *fleet, *caches])
+
+    def _counted(self) -> dict[str, float]:
+        values = self.table.stats()
+        for counted in self._counts:
+            values |= counted()
+        return values
+
+    def count_with(self, counted: Callable[[], Mapping[str, float]]) -> None:
+        """Have `counted` tell more numbers of this ingress, by metric name."""
+        self._counts.append(counted)
 
     def _tell_stats(self) -> None:
         """Tell the router what this ingress counts, for whoever is asked for the numbers of all."""
@@ -325,7 +372,7 @@ class Dispatcher:
 
     def _send_stats(self) -> None:
         if self._router is not None:
-            values = {**self.table.stats(), **self._values()}
+            values = {**self._counted(), **self._values()}
             stats = Stats(query_id="", worker_id=self._options.ingress_id, role="ingress", values=values)
             self._router.client.send(stats)
 
@@ -336,11 +383,43 @@ class Dispatcher:
             CapacityError: there is no router now.
             WorkerError: it was lost, or does not answer in time.
         """
-        if self._router is None:
-            raise CapacityError("no router answers: nobody knows what lies where", status=503, retry_after_s=1.0)
         query = WhereBlocks(query_id=self._query_id(), names=names)
-        answer = await self._answer(self._router, query, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), query, _STATS_TIMEOUT_S)
         assert isinstance(answer, BlocksKnown)
+        return answer
+
+    async def ask_router(self, question: RouterQuestion) -> RouterAnswer:
+        """Ask the router; the question's id may be any, it gets another one.
+
+        Raises:
+            CapacityError: there is no router now.
+            WorkerError: it was lost, or does not answer in time.
+        """
+        asked = msgspec.structs.replace(question, query_id=self._query_id())
+        answer = await self._answer(self._require_router(), asked, _STATS_TIMEOUT_S)
+        assert isinstance(answer, RouterAnswer)
+        return answer
+
+    async def router_stats(self) -> Stats:
+        """Ask the router for its numbers, with the other ingresses and the node caches. Raises as `ask_router` does."""
+        return await self._ask_stats(self._require_router())
+
+    def answer_records_with(self, answer: Callable[[RecordQuestion], RecordAnswer]) -> None:
+        """Have `answer` say what other ingresses ask of the requests that this one knows."""
+        self._answer_records = answer
+
+    async def ask_records(self, holder: str, tenant: int | None, request_id: str | None, limit: int) -> RecordAnswer:
+        """Ask the ingress `holder` what it knows of a request, or of the newest ones. Raises as `ask_router` does."""
+        question = RecordQuestion(
+            query_id=self._query_id(),
+            asker=self._options.ingress_id,
+            holder=holder,
+            tenant=tenant,
+            request_id=request_id,
+            limit=limit,
+        )
+        answer = await self._answer(self._require_router(), question, _STATS_TIMEOUT_S)
+        assert isinstance(answer, RecordAnswer)
         return answer
 
     def answer_with(self, answer: Callable[[StoredQuestion], StoredAnswer]) -> None:
@@ -354,10 +433,6 @@ class Dispatcher:
             CapacityError: there is no router now, which passes it on.
             WorkerError: it was lost, or does not answer in time.
         """
-        if self._router is None:
-            raise CapacityError(
-                "no router answers: who keeps the response cannot be asked", status=503, retry_after_s=1.0
-            )
         question = StoredQuestion(
             query_id=self._query_id(),
             asker=self._options.ingress_id,
@@ -366,7 +441,7 @@ class Dispatcher:
             response_id=response_id,
             drops=drops,
         )
-        answer = await self._answer(self._router, question, _STATS_TIMEOUT_S)
+        answer = await self._answer(self._require_router(), question, _STATS_TIMEOUT_S)
         assert isinstance(answer, StoredAnswer)
         return answer
 
@@ -385,6 +460,11 @@ class Dispatcher:
         """Tell a worker to pull blocks, as far as others there are worth less."""
         self._worker(worker.worker_id, worker.address).client.send(wanted)
 
+    def _require_router(self) -> _Connection:
+        if self._router is None:
+            raise CapacityError("no router answers: nobody knows what lies where", status=503, retry_after_s=1.0)
+        return self._router
+
     async def _ask_stats(self, connection: _Connection) -> Stats:
         answer = await self._answer(connection, GetStats(query_id=self._query_id()), _STATS_TIMEOUT_S)
         assert isinstance(answer, Stats)
@@ -396,7 +476,7 @@ class Dispatcher:
     async def _answer(
         self,
         connection: _Connection,
-        question: GetStats | WhereBlocks | CacheQuestion | StoredQuestion,
+        question: GetStats | WhereBlocks | CacheQuestion | StoredQuestion | RouterQuestion | RecordQuestion,
         timeout_s: float,
     ) -> _Answer:
         future: asyncio.Future[_Answer] = self._loop.create_future()
@@ -413,6 +493,10 @@ class Dispatcher:
 
 def _no_answer(question: StoredQuestion) -> StoredAnswer:
     return StoredAnswer(query_id=question.query_id, asker=question.asker, reply=None)
+
+
+def _no_records(question: RecordQuestion) -> RecordAnswer:
+    return RecordAnswer(query_id=question.query_id, asker=question.asker, records=b"[]")
 
 
 def _take_answer(connection: _Connection | None, answer: _Answer) -> None:

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.cache_api import add_cache
 from cluster.caches import Caches
+from cluster.canary import Canary
 from cluster.config import KvrayConfig
 from cluster.connections import http_server
 from cluster.credentials import callers, cluster_secret
@@ -32,6 +33,9 @@ from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
+from cluster.route_api import add_routes
+from cluster.route_log import RouteLog
+from cluster.routes import Routes
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
 from messages.errors import WorkerError
@@ -77,6 +81,8 @@ class Ingress:
         if not config.http.access_log:
             logging.getLogger("cluster.access").setLevel(logging.WARNING)
         self._metrics = HttpMetrics(ingress_id)
+        observed = config.observability
+        self._log = RouteLog(observed.explained_requests, {}) if observed.level == "on" else None
         self._dispatcher = Dispatcher(
             DispatchOptions(
                 ingress_id=ingress_id,
@@ -86,7 +92,12 @@ class Ingress:
                 max_ttft_s=config.http.max_ttft_s,
             ),
             self._metrics.values,
+            self._log,
         )
+        if self._log is not None:
+            canary = Canary(self._dispatcher, self._log.predicted_blocks)
+            canary.start()
+            self._dispatcher.count_with(canary.stats)
         self._responses = stored_responses(self._dispatcher, config.responses, ingress_id)
         self._has_worker = asyncio.Event()
         watch = FleetWatch(app_name)
@@ -139,7 +150,8 @@ class Ingress:
             reasoning_parser=self._config.model.reasoning_parser,
             metrics=self._metrics,
             responses=self._responses,
-            extend=self._add_cache,
+            extend=self._add_more,
+            **({"on_reply_id": self._log.name_reply} if self._log is not None else {}),
         )
 
         @app.get("/status", summary="What is running where, for `kvray status`")
@@ -148,9 +160,11 @@ class Ingress:
 
         return app
 
-    def _add_cache(self, app: FastAPI, surface: Surface) -> None:
+    def _add_more(self, app: FastAPI, surface: Surface) -> None:
         caches = Caches(self._dispatcher)
         add_cache(app, surface, caches, Prefixes(self._dispatcher, caches))
+        max_kept = self._config.observability.explained_requests
+        add_routes(app, surface, Routes(self._dispatcher, self._log, surface.model.name, max_kept))
 
     def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
         infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]

@@ -146,4 +146,4 @@ class Borrower:
         finally:
             watching.cancel()
             outcome = outcome or PullOutcome.nothing(pull.blocks)
-            self.decide(PullStopped(pull.seq_id, outcome.bad, outcome.quarantine_s))
+            self.decide(PullStopped(pull.seq_id, outcome.bad, outcome.quarantine_s, outcome.damaged))

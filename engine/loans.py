@@ -105,6 +105,7 @@ class PullStopped:
     seq_id: str
     bad_indexes: frozenset[int]
     quarantine_s: float = 0.0
+    damaged_indexes: frozenset[int] = field(default=frozenset(), compare=False)  #: of the bad ones, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +372,8 @@ class LoanBook:
         if loan.is_ahead:
             return [TellScheduler(loan.seq_id, FoundAhead(loan.seq_id, loan.source, ()))]
         if not loan.is_prompt:
-            return [TellScheduler(loan.seq_id, BlocksOffered(loan.seq_id, loan.source, b"", is_last=True))]
+            nothing = BlocksOffered(loan.seq_id, loan.source, b"", is_last=True, is_lost=is_suspect)
+            return [TellScheduler(loan.seq_id, nothing)]
         self.num_refused += 1
         return [TellScheduler(loan.seq_id, KvRefused(loan.seq_id, is_suspect))]
 
@@ -430,4 +432,4 @@ class LoanBook:
                 loan.has_failed |= bool(bad)
                 loan.come_s, loan.come = now_s, loan.pulled
         until_s = now_s + stopped.quarantine_s if stopped.quarantine_s > 0 and bad else None
-        return [TellScheduler(seq_id, PullEnded(seq_id, bad, until_s))]
+        return [TellScheduler(seq_id, PullEnded(seq_id, bad, until_s, stopped.damaged_indexes))]

@@ -39,6 +39,7 @@ class PullOutcome:
     quarantine_s: float = 0.0
     #: how the bytes came, where they all came; no part of what must be done about it
     pulled: Pulled | None = field(default=None, compare=False)
+    damaged: frozenset[int] = field(default=frozenset(), compare=False)  #: of the bad ones, those with another checksum
 
     @classmethod
     def nothing(cls, blocks: bytes) -> Self:
@@ -100,7 +101,7 @@ class BlockPuller:
             damaged = _indexes(rows[is_damaged])
             self.num_rejected["checksum"] += len(damaged)
             bad = outcome.bad | reused | again.bad | damaged
-            outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s), outcome.pulled)
+            outcome = PullOutcome(bad, max(outcome.quarantine_s, again.quarantine_s), outcome.pulled, damaged)
         return outcome
 
     async def _pull_once(

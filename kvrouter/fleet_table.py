@@ -73,6 +73,7 @@ class FleetTable:
         self._workers: dict[str, WorkerState] = {}
         self._places: dict[str, Place] = {}
         self._by_row: list[WorkerState | None] = []
+        self._states: tuple[WorkerState | None, ...] | None = None  # the same, made when it is asked for
         self._constants: Ints = np.zeros((len(Constants._fields), 0), np.int64)
         self._loads: Floats = np.zeros((len(Loads._fields), 0))
         self._hashes: Words = np.zeros(0, np.uint64)
@@ -95,7 +96,7 @@ class FleetTable:
         self._workers[info.worker_id] = state
         row = None if info.role == "cache" else self._free_row()
         place = self._places[info.worker_id] = self.links.place(info, row)
-        self._holders = None
+        self._holders = self._states = None
         if row is not None:
             self._by_row[row] = state
             self._hashes[row] = worker_hash(info.worker_id)
@@ -121,7 +122,7 @@ class FleetTable:
             return
         place = self._places.pop(worker_id)
         self.links.leave(place)
-        self._holders = None
+        self._holders = self._states = None
         if place.row is not None:
             self._by_row[place.row] = None
             self._constants[0, place.row] = -1
@@ -164,11 +165,12 @@ class FleetTable:
         places = (self._places.get(worker_id) for worker_id in worker_ids)
         return [place.row for place in places if place is not None and place.row is not None]
 
-    def state(self, row: int) -> WorkerState:
-        """Return whose row it is."""
-        state = self._by_row[row]
-        assert state is not None
-        return state
+    @property
+    def states(self) -> tuple[WorkerState | None, ...]:
+        """Whose each row is; another tuple whenever somebody came or went."""
+        if self._states is None:
+            self._states = tuple(self._by_row)
+        return self._states
 
     def constants(self, rows: Ints) -> Constants:
         """Return what does not change of these workers."""

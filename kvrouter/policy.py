@@ -22,6 +22,7 @@ All workers are priced at once, in arrays; of the pairs, those that bounds do no
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from kvrouter.fleet_table import Constants, FleetTable, Loads
 from kvrouter.index import Holder, Matches
 from kvrouter.links import Floats, Ints
 from kvrouter.rendezvous import affinity, ranks
+from kvrouter.worker_state import WorkerState
 from messages.errors import CapacityError
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
@@ -50,6 +52,8 @@ _MAX_COPIES = 4
 #: Decode workers whose pairs are priced at once, at first: the best one mostly rules out all others.
 _FIRST_ROWS = 1
 _MORE_ROWS = 4  #: times as many with each round
+#: Where matched tokens may lie, the nearest first.
+_PLACES = ("device", "peer", "host", "disk", "remote")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +92,17 @@ class Pricing:
     """Prices one request at workers of `fleet`, known by their rows there. `matches`: who holds its blocks."""
 
     def __init__(self, request: RouteRequest, matches: Matches, fleet: FleetTable, assumed: Assumptions) -> None:
-        self._request = request
+        self._num_prompt_tokens, self._num_new = request.num_prompt_tokens, request.num_sequences
+        self._other_prompts = request.other_prompts
+        self._affinity = affinity(request)
         self._matches = matches
         self._fleet = fleet
         self._assumed = assumed
         self._lengths = np.diff(matches.ends, prepend=0)
         self._is_held = fleet.by_row(matches.is_held, matches.holders)  # [runs, rows]
         self._sources: dict[int, list[Holder]] = {}
+        self._states = fleet.states
+        self._priced: tuple[_Parts, int] | None = None  # what `best` chose from, and how many of them decode
 
     def best(self, decodes: Ints, prefills: Ints) -> Candidate:
         """Return the cheapest placement.
@@ -103,6 +111,7 @@ class Pricing:
         prefills; a decode worker alone comes before its pairs. `decodes` must not be empty.
         """
         parts = self._parts(np.concatenate([decodes, prefills]))
+        self._priced = parts, len(decodes)
         decode = parts.of(slice(len(decodes)))
         alone_ms = _rounded(_alone_s(decode))
         first = _first(alone_ms, decode.num_sequences, decode.rank)
@@ -122,6 +131,59 @@ class Pricing:
             for p in np.flatnonzero(np.isfinite(self._handoff_s(decode, np.array([d]), prefill)[0])):
                 yield self._pair(decode, d, prefill, int(p))
 
+    def few(self, num: int) -> list[Candidate]:
+        """Return the cheapest placements that `best` chose from, `num` at most, cheapest first: to explain its choice.
+
+        Each worker's part is as it was then. Pairs are made of workers whose parts are small and who are still there,
+        at what their links cost now.
+        """
+        assert self._priced is not None, "best comes first"
+        parts, num_decodes = self._priced
+        decode, prefill = parts.of(slice(num_decodes)), parts.of(slice(num_decodes, None))
+        found = [self._alone(decode, int(d)) for d in np.argsort(_alone_s(decode), kind="stable")[:num]]
+        d, p = self._still_there(decode), self._still_there(prefill)
+        decode_s, prefill_s = decode.wait_s + decode.crowding_s + decode.displaced_s, _prefill_s(prefill)
+        d = d[np.argsort(decode_s[d], kind="stable")[: 2 * num]]
+        p = p[np.argsort(prefill_s[p], kind="stable")[: 2 * num]]
+        if len(d) and len(p):
+            costs = decode_s[d][:, None] + prefill_s[p] + self._handoff_s(decode, d, prefill.of(p))
+            for place in np.argsort(costs, axis=None, kind="stable")[:num].tolist():
+                row, column = divmod(place, len(p))
+                if np.isfinite(costs[row, column]):
+                    found.append(self._pair(decode, int(d[row]), prefill, int(p[column])))
+        return sorted(found, key=lambda candidate: candidate.cost_s)[:num]
+
+    @property
+    def num_priced(self) -> int:
+        """How many workers `best` chose from."""
+        return 0 if self._priced is None else len(self._priced[0].rows)
+
+    @property
+    def num_possible(self) -> int:
+        """How many placements `best` chose from: each decode worker alone, and with each prefill worker."""
+        num_decodes = 0 if self._priced is None else self._priced[1]
+        return num_decodes * (1 + self.num_priced - num_decodes)
+
+    def matched_tokens(self, placed: Candidate) -> dict[str, int]:
+        """Return the prompt's tokens that are held, by the place nearest to a placement's decode worker that has them.
+
+        `device` is its own pool; `peer` another worker's, that of the prefill worker of the placement included.
+        """
+        tokens: Counter[str] = Counter()
+        size, begin = placed.decode.info.block_size, 0
+        own = placed.decode.info.worker_id
+        for number, end in enumerate(self._matches.ends.tolist()):
+            holders = [
+                self._matches.holders[column] for column in np.flatnonzero(self._matches.is_held[number]).tolist()
+            ]
+            places = {("peer" if one.tier == "device" else one.tier) for one in holders if one and one.worker_id != own}
+            places |= {one.tier for one in holders if one and one.worker_id == own}
+            nearest = next((place for place in _PLACES if place in places), None)
+            if nearest is not None:
+                tokens[nearest] += (end - begin) * size
+            begin = end
+        return dict(tokens)
+
     def held(self, placed: Candidate) -> tuple[HeldRun, ...]:
         """Tell the workers of a placement where blocks of the prompt lie: a few copies of each, their own first."""
         chosen = [placed.decode.info.worker_id] + ([placed.prefill.info.worker_id] if placed.prefill else [])
@@ -140,13 +202,13 @@ class Pricing:
 
     def _parts(self, rows: Ints) -> _Parts:
         constants, loads = self._fleet.constants(rows), self._fleet.loads(rows)
-        num_prompt, num_new = self._request.num_prompt_tokens, self._request.num_sequences
+        num_prompt, num_new = self._num_prompt_tokens, self._num_new
         is_held = self._is_held[:, rows]
         num_held = self._lengths @ is_held
         num_leading = self._num_leading(is_held)
         num_covered = int(self._matches.ends[-1]) if len(self._matches.ends) else 0
         num_lacking = -(-num_prompt // constants.block_size) - num_held
-        for num_tokens_of in self._request.other_prompts:
+        for num_tokens_of in self._other_prompts:
             num_lacking = num_lacking - (-num_tokens_of // constants.block_size)
 
         # What is computed: without loading, with it, and again of what is evicted, as of a prompt as long as this one.
@@ -156,7 +218,7 @@ class Pricing:
         num_tokens[1] = np.maximum(num_prompt - num_covered * constants.block_size, 1)
         num_tokens[2] = np.minimum(np.maximum(num_displaced, 0) * constants.block_size, num_prompt)
         held_s, covered_s, again_s = self._compute_s(num_tokens, max(num_prompt, 1), constants, loads)
-        others = self._request.other_prompts
+        others = self._other_prompts
         if others:  # they are computed beside it, whatever is held of them
             ends = np.array(others, np.int64)[:, None]
             others_s = self._compute_s(np.repeat(ends, len(rows), axis=1), ends, constants, loads).sum(axis=0)
@@ -196,7 +258,7 @@ class Pricing:
             np.where(loads_it, covered_s, held_s),
             HARM_WEIGHT * step_s * loads.num_sequences,
             loads.reused_share * again_s,
-            ~ranks(affinity(self._request), self._fleet.hashes(rows)),
+            ~ranks(self._affinity, self._fleet.hashes(rows)),
         )
 
     def _num_leading(self, is_held: npt.NDArray[np.bool_]) -> Ints:
@@ -286,8 +348,20 @@ class Pricing:
         prices = self._fleet.links.between(sources, prefill.rows, targets, rows)
         return _handoff_s(prices, decode.num_bytes[of][:, None], prefill.compute_s)
 
+    def _state(self, parts: _Parts, number: int) -> WorkerState:
+        state = self._states[int(parts.rows[number])]
+        assert state is not None, "who is priced was there"
+        return state
+
+    def _still_there(self, parts: _Parts) -> Ints:
+        """Return the numbers of those of these workers that have their rows still."""
+        now = self._fleet.states
+        rows = parts.rows.tolist()
+        there: Ints = np.flatnonzero([now[row] is self._states[row] for row in rows]).astype(np.int64)
+        return there
+
     def _alone(self, decode: _Parts, d: int) -> Candidate:
-        state = self._fleet.state(int(decode.rows[d]))
+        state = self._state(decode, d)
         return Candidate(
             decode=state,
             prefill=None,
@@ -307,8 +381,7 @@ class Pricing:
     def _pair(self, decode: _Parts, d: int, prefill: _Parts, p: int) -> Candidate:
         one = prefill.of(slice(p, p + 1))
         added_s = float(self._handoff_s(decode, np.array([d]), one)[0, 0])
-        decode_state = self._fleet.state(int(decode.rows[d]))
-        prefill_state = self._fleet.state(int(prefill.rows[p]))
+        decode_state, prefill_state = self._state(decode, d), self._state(prefill, p)
         seconds = float(prefill.wait_s[p] + prefill.load_s[p] + prefill.queue_s[p] + prefill.compute_s[p])
         return Candidate(
             decode=decode_state,

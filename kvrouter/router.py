@@ -8,27 +8,34 @@ the ingress says that it ended, or by its deadline.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import random
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
+import msgspec
 import numpy as np
 
-from kvcache.names import NAME_BYTES
+from kvcache.names import NAME_BYTES, split_names
 from kvrouter.candidate import Candidate
+from kvrouter.explanations import Explanations, explained
 from kvrouter.feeds import Feeds
 from kvrouter.fit import blocks_wanted
 from kvrouter.fleet_table import FleetTable
-from kvrouter.index import Appointed
+from kvrouter.index import Appointed, Holder
 from kvrouter.links import Ints
+from kvrouter.name_memory import NameMemory
 from kvrouter.opening import open_index
 from kvrouter.policy import Assumptions, Pricing, check_ttft
 from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
 from messages.errors import CapacityError, InvariantError, KvrayError, RequestError, WorkerError
+from messages.explain import ExplainPlacement, IndexAnswer, IndexQuestion, PlacementExplained
 from messages.fleet import KvEvents, LoadReport, Role, SpareBlocks, TakeBlocks, WorkerInfo
+from messages.miss import MissedRun
+from messages.request import HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 
 logger = logging.getLogger(__name__)
@@ -37,6 +44,7 @@ logger = logging.getLogger(__name__)
 _UNSEEN_S = 30.0
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
+_LATELY = 1024  #: names of stored blocks that are remembered, for who wants some
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean, at least: the first ones count for more
 
 
@@ -48,6 +56,8 @@ class RouterConfig:
     max_ttft_s: float = 20.0  #: predicted time to first token beyond which a request is refused (429)
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
+    explained_requests: int = 0  #: of so many what was priced for them is kept
+    is_observed: bool = False  #: remember what became of blocks that nobody holds any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,9 @@ class Router:
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
         self._feeds = Feeds(config.snapshot_timeout_s)
+        self._explanations = Explanations(config.explained_requests)
+        self._memory = NameMemory() if config.is_observed else None
+        self._lately: deque[bytes] = deque(maxlen=_LATELY)  # names, of those that were stored, one of each message
         self._placed: dict[str, _Placed] = {}
         self._watched: dict[str, None] = {}  # of those, who may have reservations, or whom no worker reports
         self._num_reporting: Counter[str] = Counter()  # workers, by request
@@ -165,6 +178,36 @@ class Router:
             self._that_hold(request, self._candidates(role, request)) for role in ("decode", "prefill")
         )
         return sorted(self._pricing(request).all(decodes, prefills), key=lambda candidate: candidate.cost_s)
+
+    def explained(self, question: ExplainPlacement) -> PlacementExplained:
+        """Say what a request was placed by, or what one would be placed by now. Reserves nothing."""
+        route = question.route
+        if route is None:
+            return self._explanations.explained(question.query_id, question.request_id)
+        try:
+            pricing = self._pricing(route)
+            best = self._choose(route, pricing)
+        except KvrayError as error:
+            return PlacementExplained(query_id=question.query_id, error=error.info())
+        held = pricing.held(best)
+        return msgspec.structs.replace(
+            explained(question.query_id, pricing, best),
+            held=held,
+            missing=self._missing(route, held),
+            reason=best.reason(),
+        )
+
+    def who_holds(self, question: IndexQuestion) -> IndexAnswer:
+        """Tell of each name by itself who holds it; or of some that were stored of late."""
+        names = split_names(question.names)
+        if question.num_sampled:
+            names = random.sample(self._lately, min(question.num_sampled, len(self._lately)))
+        return IndexAnswer(
+            query_id=question.query_id,
+            names=b"".join(names),
+            holders=tuple(tuple(BlockHolder(*one) for one in self._index.holders(name)) for name in names),
+            out_of_step=tuple(worker_id for worker_id in self._workers if not self._feeds.is_in_step(worker_id)),
+        )
 
     def where(self, query: WhereBlocks) -> BlocksKnown:
         """Tell who holds the blocks of a prompt."""
@@ -240,6 +283,7 @@ class Router:
         self._counts["kvray_router_prompt_tokens_total"] += num_tokens
         self._counts["kvray_router_matched_tokens_total"] += num_tokens - best.num_computed_tokens
         held = pricing.held(best)
+        self._explanations.keep(request.request_id, pricing, best)
         self._warming.note(request.names[: NAME_BYTES * held[-1].end if held else 0], now_s)
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
         return Placement(
@@ -253,9 +297,15 @@ class Router:
             prefill_match_tokens=best.prefill_match_tokens,
             num_computed_tokens=best.num_computed_tokens,
             held=held,
+            missing=self._missing(request, held),
             predicted_ttft_s=best.ttft_s,
             reason=best.reason(),
         )
+
+    def _missing(self, request: RouteRequest, held: tuple[HeldRun, ...]) -> tuple[MissedRun, ...]:
+        if self._memory is None:
+            return ()
+        return self._memory.missing(request.names, held[-1].end if held else 0)
 
     def _choose(self, request: RouteRequest, pricing: Pricing) -> Candidate:
         if not len(self._fleet.rows("decode")):
@@ -394,6 +444,10 @@ class Router:
             self._feeds.put_off(event.worker_id, now_s)
             return [*told, *_telling(self._index.drop(event.worker_id))]
         told += _telling(appointed)
+        if self._memory is not None:
+            self._memory.note(Holder(event.worker_id, event.tier), event.stored, event.removed)
+            if event.stored:
+                self._lately.append(event.stored[-NAME_BYTES:])
         # Also of a snapshot: one that follows a gap brings what came to be held meanwhile.
         warming = self._warming.on_stored(event.worker_id, event.stored)
         if is_snapshot and not event.num_pieces_left:
@@ -415,11 +469,15 @@ class Router:
         self._fleet.leave(worker_id)
         self._feeds.forget(worker_id)
         self._warming.forget(worker_id)
+        if self._memory is not None:
+            self._memory.lose(worker_id)
         return _telling(self._index.drop(worker_id))
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self._warming.on_time(now_s)
         self._fleet.find_best_compute()
+        if self._memory is not None:
+            self._memory.flush()
         for request_id in tuple(self._watched):
             placed = self._placed[request_id]
             if placed.expires_s < now_s:

@@ -22,6 +22,7 @@ from kvrouter.router import (
     WorkerLost,
 )
 from messages.cache import WhereBlocks
+from messages.explain import ExplainPlacement, IndexQuestion, RecordAnswer, RecordQuestion
 from messages.fleet import (
     GetStats,
     KvEvents,
@@ -195,17 +196,24 @@ class RouterWorker:
                 self._server.send(peer, stats)
             case WhereBlocks():
                 self._server.send(peer, self.router.where(message))
+            case ExplainPlacement():
+                self._server.send(peer, self.router.explained(message))
+            case IndexQuestion():
+                self._server.send(peer, self.router.who_holds(message))
             case Stats():
                 self._ingresses[peer] = message
             case StoredQuestion():
                 if not self._pass_on(message.holder, message):
                     self._server.send(peer, StoredAnswer(query_id=message.query_id, asker=message.asker, reply=None))
-            case StoredAnswer():
+            case RecordQuestion():
+                if not self._pass_on(message.holder, message):
+                    self._server.send(peer, RecordAnswer(query_id=message.query_id, asker=message.asker, records=None))
+            case StoredAnswer() | RecordAnswer():
                 self._pass_on(message.asker, message)
             case _:
                 logger.warning("router: unexpected %s from an ingress", type(message).__name__)
 
-    def _pass_on(self, ingress_id: str, message: StoredQuestion | StoredAnswer) -> bool:
+    def _pass_on(self, ingress_id: str, message: StoredQuestion | StoredAnswer | RecordQuestion | RecordAnswer) -> bool:
         """Send `message` to the ingress of that name; False: there is none."""
         peers = [peer for peer, told in self._ingresses.items() if told.worker_id == ingress_id]
         return any(self._server.send(peer, message) for peer in peers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from messages.errors import ErrorInfo
+from messages.miss import MissedRun
 from messages.request import HeldRun
 
 
@@ -39,6 +40,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_computed_tokens: int = 0  #: that nobody holds, or that are cheaper to compute than to load
     #: where blocks of the prompt lie, head first, as far as anybody holds them; None: it is not known
     held: tuple[HeldRun, ...] | None = ()
+    missing: tuple[MissedRun, ...] = ()  #: what follows them, as far as the router was to find out why
     predicted_ttft_s: float = 0.0
     reason: str = ""
 

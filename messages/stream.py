@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from messages.errors import ErrorInfo
+from messages.miss import MissReason
 from messages.tier import Tier
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -50,6 +51,16 @@ class PlannedRun(msgspec.Struct, frozen=True, array_like=True):
     owner: str  #: channel endpoint
 
 
+class GotRun(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens [begin, end) have their KV from `source`, a field of PromptSources."""
+
+    begin: int
+    end: int
+    source: str
+    owner: str = ""  #: channel endpoint of who had them, or computed them for this request; "": the decode worker
+    why: MissReason | None = None  #: of computed ones that were to come from others
+
+
 class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a worker meant to get the KV of a prompt, with the prices that it decided by, and what it moved for it."""
 
@@ -58,6 +69,7 @@ class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load_s: float = 0.0  #: predicted for loading all that holders have
     compute_s: float = 0.0  #: predicted for computing it instead, what waits before it included
     handed_over_by: str = ""  #: the prefill worker that was asked for the rest; "": it is computed here
+    got: tuple[GotRun, ...] = ()  #: what came of it, in order, the whole prompt; it agrees with the PromptSources
     num_moved_bytes: int = 0  #: that came from others, until the first token
     predicted_ttft_s: float = 0.0  #: by whoever placed the request
 

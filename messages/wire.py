@@ -7,6 +7,14 @@ from typing import TypeAlias
 import msgspec
 
 from messages.cache import BlocksKnown, CacheAnswer, CacheQuestion, WhereBlocks
+from messages.explain import (
+    ExplainPlacement,
+    IndexAnswer,
+    IndexQuestion,
+    PlacementExplained,
+    RecordAnswer,
+    RecordQuestion,
+)
 from messages.fleet import (
     GetStats,
     KvEvents,
@@ -85,6 +93,12 @@ Message: TypeAlias = (
     | CacheAnswer
     | StoredQuestion
     | StoredAnswer
+    | ExplainPlacement
+    | PlacementExplained
+    | RecordQuestion
+    | RecordAnswer
+    | IndexQuestion
+    | IndexAnswer
 )
 
 _encoder = msgspec.msgpack.Encoder()

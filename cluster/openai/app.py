@@ -60,6 +60,7 @@ def create_app(
     metrics: HttpMetrics | None = None,
     responses: KeptResponses | None = None,
     extend: Callable[[FastAPI, Surface], None] = lambda _app, _surface: None,
+    on_reply_id: Callable[[str, str], None] = lambda _sequence_id, _reply_id: None,
 ) -> FastAPI:
     """Create the application. Nothing runs before the first request; everything happens on one event loop.
 
@@ -76,6 +77,7 @@ def create_app(
         metrics: where to count; None: in ones of its own.
         responses: those that later requests may go on from; None: what this process keeps, within the defaults.
         extend: adds more endpoints.
+        on_reply_id: as `Surface.on_reply_id`.
     """
     kind = tool_format(tokenizer, tool_parser)
     thoughts = thought_format(tokenizer, reasoning_parser)
@@ -91,6 +93,7 @@ def create_app(
         tool_format=kind,
         call_ids=_special_ids(tokenizer, kind.marks if kind else ()),
         thought_format=thoughts,
+        on_reply_id=on_reply_id,
         thought_ids=_special_ids(tokenizer, thoughts.marks if thoughts else ()),
     )
     app = FastAPIOffline(

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from cluster.openai import cache_protocol, protocol, replies
+from cluster.openai import cache_protocol, protocol, replies, route_protocol
 from cluster.openai.errors import ErrorReply
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
@@ -40,6 +40,9 @@ _TYPES: Final[tuple[type[msgspec.Struct], ...]] = (
     cache_protocol.WorkProgress,
     cache_protocol.WorkReply,
     cache_protocol.CacheStatsReply,
+    route_protocol.RouteFields,
+    route_protocol.RouteReply,
+    route_protocol.RouteList,
     ErrorReply,
 )
 

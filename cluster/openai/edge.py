@@ -37,6 +37,8 @@ TENANT_PATHS: Final = frozenset(
         "/v1/responses",
         "/v1/responses/{id}",
         "/v1/responses/{id}/input_items",
+        "/v1/route",
+        "/v1/route/{id}",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
@@ -48,6 +50,7 @@ _WITH_NAMES: Final = (
     (re.compile(rf"{DOCS_FILES}/.*", re.DOTALL), "/docs"),
     (re.compile(r"/v1/responses/[^/]+"), "/v1/responses/{id}"),
     (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
+    (re.compile(r"/v1/route/[^/]+"), "/v1/route/{id}"),
 )
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _MAX_PATH: Final = 200  #: characters of a path that the access log shows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,6 +39,8 @@ class Surface:
     call_ids: frozenset[int]  #: special tokens that mark them
     thought_format: ThoughtFormat | None  #: how the model writes thoughts
     thought_ids: frozenset[int]  #: special tokens that mark them
+    #: told the id of a reply that does not say it, and that of its request's first sequence
+    on_reply_id: Callable[[str, str], None] = lambda _sequence_id, _reply_id: None
     turn: Turn = field(default_factory=Turn)  #: of the event loop
     huge_texts: asyncio.Lock = field(default_factory=asyncio.Lock)  #: whoever encodes one
 

@@ -14,7 +14,7 @@ from typing import assert_never
 from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.intake import Intakes, PullTarget
 from engine.scheduling.plan import Instruction, StopAsking
-from engine.scheduling.prompt_counts import PromptCounts, count_arrived, count_found
+from engine.scheduling.prompt_counts import PromptCounts, count_arrived, count_head
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from engine.scheduling.slots import SlotPool
 from kvcache.pool import BlockPool
@@ -73,10 +73,7 @@ class SequenceLedger:
         seq.num_passed_over = 0
         seq.lacks_room_s = None
         if not seq.has_emitted:
-            seq.num_device_tokens = min(seq.num_computed, seq.num_prompt_tokens)
-            for index in seq.brought.keys() & range(len(matched)):
-                seq.num_device_tokens -= seq.num_prompt_tokens_of(index)
-                count_found(seq, index)
+            count_head(seq, len(matched))
         seq.first_in_flight = len(matched)
         for name in seq.names[len(matched) :]:
             self.in_flight.setdefault(name, seq)
@@ -119,8 +116,8 @@ class SequenceLedger:
         if intake is not None:
             seq.pull.blocks.take_over(intake.source, intake.blocks)
             seq.pull.asked = {
-                index: Copy(intake.source, tier)
-                for index, tier in seq.brought.items()
+                index: Copy(intake.source, copy.tier)
+                for index, copy in seq.brought.items()
                 if index in intake.targets and begin <= index < end and index not in found
             }
             seq.pull.holders = set() if intake.is_offered_whole else {intake.source}
@@ -194,6 +191,7 @@ class SequenceLedger:
         if not seq.has_emitted:
             seq.num_device_tokens = seq.num_peer_tokens = seq.num_pulled_tokens = 0
             seq.num_loaded_tokens.clear()
+            seq.origins.clear()
             seq.prompt_logprobs = [None]
         seq.phase = Phase.WAITING
         self._begin_waiting(seq)
@@ -321,7 +319,9 @@ class SequenceLedger:
         num_before = min(seq.num_computed, seq.num_prompt_tokens)
         seq.num_computed += len(matched) * seq.block_size
         if not seq.has_emitted:
-            seq.num_device_tokens += min(seq.num_computed, seq.num_prompt_tokens) - num_before
+            num_now = min(seq.num_computed, seq.num_prompt_tokens)
+            seq.num_device_tokens += num_now - num_before
+            seq.origins.note(num_before, num_now, "device")
 
     def commit_up_to(self, seq: Sequence, end: int) -> None:
         """Note that the KV of all tokens before `end` is written, and name the blocks that became full."""

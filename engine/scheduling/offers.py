@@ -10,6 +10,7 @@ import numpy as np
 from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import BlocksWanted, Instruction, LendBlocks, OfferBlocks, OffloadBlocks
+from engine.scheduling.prompt_counts import note_coming
 from engine.scheduling.sequence import Phase, Sequence
 from kvcache.locations import LOCATION, Locations, name_column
 from messages.handoff import BlockHint
@@ -98,6 +99,8 @@ def prompt_sources(seq: Sequence) -> PromptSources:
 def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
     """Say how the KV of a prompt was to be had, and what was moved for it so far."""
     plan, size = seq.plan, seq.block_size
+    if seq.pull is not None:
+        note_coming(seq, seq.pull, seq.num_prompt_tokens)
     num_moved = seq.num_loaded_tokens.total() // size + (
         seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
     )
@@ -111,4 +114,5 @@ def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
         compute_s=plan.compute_s,
         handed_over_by=seq.spec.remote_source if seq.is_handed_over else "",
         num_moved_bytes=num_moved * block_bytes,
+        got=seq.origins.told(seq.num_prompt_tokens, size),
     )

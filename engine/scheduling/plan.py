@@ -96,6 +96,7 @@ class BlocksOffered:
     source: str
     blocks: bytes  #: packed, as in a KvHandoff
     is_last: bool
+    is_lost: bool = field(default=False, compare=False)  #: the holder was lost, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class PullEnded:
     seq_id: str
     bad_indexes: frozenset[int]
     quarantine_until_s: float | None = None
+    damaged_indexes: frozenset[int] = field(default=frozenset(), compare=False)  #: of the bad ones, for people
 
 
 @dataclass(frozen=True, slots=True)

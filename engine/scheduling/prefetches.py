@@ -190,18 +190,15 @@ class Prefetches:
         here = [load for load in loads if load.copy.address == source]
         names = seq.names[here[0].begin : here[-1].end]
         lacking = {*self._ledger.intakes.lacking(names)} - self._ledger.in_flight.keys()
-        tiers = {
-            index: load.copy.tier
-            for load in here
-            for index in range(load.begin, load.end)
-            if seq.names[index] in lacking
+        copies = {
+            index: load.copy for load in here for index in range(load.begin, load.end) if seq.names[index] in lacking
         }
-        wanted = list(tiers)[:num_blocks]
+        wanted = list(copies)[:num_blocks]
         if not wanted:
             return 0
         if ahead.asked.pop(source, None) is not None:
             out.append(StopAsking(seq.seq_id, source))
-        seq.brought |= {index: tiers[index] for index in wanted}
+        seq.brought |= {index: copies[index] for index in wanted}
         asked = tuple(seq.names[wanted[0] : wanted[-1] + 1])
         portion_blocks = max(1, int(_PORTION_S / ahead.load_s)) if ahead.load_s else sys.maxsize
         self._ledger.intakes.begin_ahead(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from engine.scheduling.sequence import RemotePull, Sequence
+from messages.request import Copy
 from messages.tier import Tier
 
 
@@ -40,20 +41,47 @@ class PromptCounts:
         self._num_computed_tokens += seq.num_prompt_tokens - seq.num_cached_tokens - seq.num_pulled_tokens
 
 
-def count_found(seq: Sequence, index: int) -> None:
-    """Count the prompt tokens of a block that the pool has: from where it was brought while `seq` waited."""
-    tier = seq.brought.get(index)
-    if tier is None:
-        seq.num_device_tokens += seq.num_prompt_tokens_of(index)
+def count_head(seq: Sequence, num_blocks: int) -> None:
+    """Count the prompt tokens of so many blocks at the head that the pool has, of a sequence that begins."""
+    if seq.brought:
+        for index in range(num_blocks):
+            _count(seq, index, seq.brought.get(index))
     else:
-        seq.num_loaded_tokens[tier] += seq.num_prompt_tokens_of(index)
+        seq.num_device_tokens = min(num_blocks * seq.block_size, seq.num_prompt_tokens)
+        seq.origins.note(0, seq.num_device_tokens, "device")
 
 
 def count_arrived(seq: Sequence, pull: RemotePull, index: int) -> None:
     """Count the prompt tokens of a block that was found, or came from a holder; not of a prompt that was taken in."""
-    if seq.is_counted:
-        return
-    if index in pull.found:
-        count_found(seq, index)
-    elif index in pull.asked:
-        seq.num_loaded_tokens[pull.asked[index].tier] += seq.num_prompt_tokens_of(index)
+    if not seq.is_counted and (index in pull.found or index in pull.asked):
+        _count(seq, index, _copy(seq, pull, index))
+
+
+def note_coming(seq: Sequence, pull: RemotePull, end_tokens: int) -> None:
+    """Note where those tokens before `end_tokens` come from that were found, or were asked of holders."""
+    for index in sorted({*pull.found, *pull.asked}):
+        if index * seq.block_size < end_tokens:
+            _note(seq, index, _copy(seq, pull, index))
+
+
+def _copy(seq: Sequence, pull: RemotePull, index: int) -> Copy | None:
+    """Return where a block was brought from that is here or coming; None: it was here before."""
+    return seq.brought.get(index) if index in pull.found else pull.asked[index]
+
+
+def _count(seq: Sequence, index: int, copy: Copy | None) -> None:
+    num_tokens = seq.num_prompt_tokens_of(index)
+    if copy is None:
+        seq.num_device_tokens += num_tokens
+    else:
+        seq.num_loaded_tokens[copy.tier] += num_tokens
+    _note(seq, index, copy)
+
+
+def _note(seq: Sequence, index: int, copy: Copy | None) -> None:
+    begin = index * seq.block_size
+    end = begin + seq.num_prompt_tokens_of(index)
+    if copy is None:
+        seq.origins.note(begin, end, "device")
+    else:
+        seq.origins.note_copy(begin, end, copy)

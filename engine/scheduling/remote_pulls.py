@@ -17,6 +17,7 @@ import numpy.typing as npt
 from engine.scheduling.coming import Coming
 from engine.scheduling.ledger import SequenceLedger
 from engine.scheduling.plan import AskBlocks, BlocksOffered, Instruction, KvOffered, PullBlocks, PullEnded, StopAsking
+from engine.scheduling.prompt_counts import note_coming
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from kvcache.load_plan import Load
 from kvcache.locations import Locations, chosen, is_of_prefix, is_partial, unpack_locations
@@ -71,6 +72,10 @@ class RemotePulls:
         self._note_offered(seq, pull, event.source, event.blocks)
         if event.is_last:
             pull.holders.discard(event.source)
+            if event.is_lost:
+                lost = [index for index, copy in pull.asked.items() if copy.address == event.source]
+                not_here = (index for index in lost if pull.blocks.state(index) is not Coming.ARRIVED)
+                seq.origins.miss(not_here, "holder_lost", event.source)
         self._go_on(seq, pull, out)
 
     def finish_pull(self, event: PullEnded, out: list[Instruction]) -> None:
@@ -89,6 +94,7 @@ class RemotePulls:
         arrived = pull.blocks.arrive(event.bad_indexes)
         self._ledger.commit(seq, arrived[: bisect_left(arrived, pull.end_tokens // seq.block_size)])
         self.num_rejected_blocks += len(event.bad_indexes)
+        _note_missed(seq, pull, event)
         if event.quarantine_until_s is not None and event.bad_indexes:
             self.fall_back(seq, out)  # the bad targets become orphans, and from there go to quarantine
             self._ledger.free_orphans(event.seq_id, event.bad_indexes, event.quarantine_until_s)
@@ -105,7 +111,7 @@ class RemotePulls:
         if seq.num_output_tokens == 0:
             num_blocks = min(num_blocks, seq.max_match_blocks)  # the last token's logits are wanted
         if not seq.has_emitted:
-            seq.num_peer_tokens = count_peer_tokens(seq, num_blocks * seq.block_size)
+            take_peer_tokens(seq, num_blocks * seq.block_size)
         self._ledger.end_pull(seq, num_blocks)
 
     def go_on(self, seq: Sequence, out: list[Instruction]) -> None:
@@ -144,6 +150,8 @@ class RemotePulls:
             if index >= first and copy.address not in pull.holders and pull.blocks.state(index) is not Coming.ARRIVED
         ]
         if lacking:
+            for index in lacking:
+                seq.origins.miss((index,), "evicted", pull.asked[index].address)
             pull.failed |= {pull.asked.pop(index) for index in lacking}
             self.ask(seq, self._replan(seq), out)
 
@@ -171,6 +179,18 @@ class RemotePulls:
             self._ledger.forget_pull(seq)
 
 
+def take_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> None:
+    """Count what of a pulling sequence's first `num_pulled_tokens` only the worker asked for the rest had."""
+    pull = _pull_of(seq)
+    seq.num_peer_tokens = count_peer_tokens(seq, num_pulled_tokens)
+    if not seq.is_handed_over:
+        return
+    begin, end = pull.first_index * seq.block_size, min(num_pulled_tokens, seq.num_prompt_tokens)
+    note_coming(seq, pull, end)
+    seq.origins.fill(begin, min(pull.num_peer_cached_tokens, end), "peer", seq.spec.remote_source)
+    seq.origins.fill(begin, end, "computed", seq.spec.remote_source)
+
+
 def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
     """Count, of a pulling sequence's first `num_pulled_tokens`, those that only the worker asked for the rest had."""
     pull = _pull_of(seq)
@@ -181,6 +201,15 @@ def count_peer_tokens(seq: Sequence, num_pulled_tokens: int) -> int:
         if index * seq.block_size < cached
     )
     return max(0, cached - pull.first_index * seq.block_size - others)
+
+
+def _note_missed(seq: Sequence, pull: RemotePull, event: PullEnded) -> None:
+    """Note why blocks did not come whole from whom they were asked of."""
+    for index in sorted(event.bad_indexes):
+        copy = pull.asked.get(index)
+        is_damaged = index in event.damaged_indexes
+        address = seq.spec.remote_source if copy is None else copy.address
+        seq.origins.miss((index,), "damaged" if is_damaged else "holder_lost", address)
 
 
 def _is_expected(seq: Sequence, pull: RemotePull, rows: Locations) -> npt.NDArray[np.bool_]:

@@ -52,7 +52,7 @@ from engine.scheduling.plan import (
 from engine.scheduling.prefetches import Prefetches
 from engine.scheduling.prompt_names import PromptNames
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
-from engine.scheduling.remote_pulls import count_peer_tokens
+from engine.scheduling.remote_pulls import take_peer_tokens
 from engine.scheduling.room import Room
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.sourcing import Sourcing
@@ -390,7 +390,7 @@ class Scheduler:
             if event.first_token is None:  # then nobody has its logits
                 self._remote.fall_back(seq, out)
                 return
-            seq.num_peer_tokens = count_peer_tokens(seq, seq.num_prompt_tokens)
+            take_peer_tokens(seq, seq.num_prompt_tokens)
             self._append(seq, Sampled(event.first_token, event.first_logprob), out)
         if seq.phase is Phase.PULLING:
             self._remote.take_offer(seq, event, out)

@@ -18,6 +18,7 @@ from enum import Enum
 
 from engine.scheduling.coming import Coming, ComingBlocks
 from engine.scheduling.plan import SequenceSpec
+from engine.scheduling.prompt_origins import PromptOrigins
 from engine.scheduling.slots import Slot
 from kvcache.load_plan import LoadPlan
 from kvcache.names import BlockNamer, pack_tokens
@@ -117,6 +118,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_pulled_tokens",
         "order",
+        "origins",
         "params",
         "phase",
         "plan",
@@ -176,7 +178,8 @@ class Sequence:
         self.wants_remote = spec.remote_s is not None and not self.wants_prompt_logprobs
         self.held = spec.held or ()  #: where blocks of it lie, as far as is known by now
         self.lacks_holders = False  #: somebody was asked for that, and it is not admitted before there is an answer
-        self.brought: dict[int, Tier] = {}  #: blocks that were asked for while it waited, and from where they come
+        self.brought: dict[int, Copy] = {}  #: blocks that were asked for while it waited, and from where they come
+        self.origins = PromptOrigins()  #: of its prompt, until its first token
         self.has_declined = False  #: computed here though it was placed with a prefill worker
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.grammar: CompiledGrammar | None = (

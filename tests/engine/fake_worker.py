@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+import msgspec
 
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
@@ -400,6 +403,7 @@ class FakeWorker:
             assert sources.cached + sources.computed == spec.num_prompt_tokens
             assert min(sources.device, sources.peer, sources.host, sources.disk, sources.remote) >= 0
             assert sources.computed >= 0
+            check_origins(emitted.plan.got, sources, spec.num_prompt_tokens)
             if spec.params.prompt_logprobs is not None and len(spec.token_ids) == spec.num_prompt_tokens:
                 told = [None if entry is None else entry.token_id for entry in emitted.prompt_logprobs]
                 assert told == [None, *spec.token_ids[1:]]
@@ -518,3 +522,13 @@ class FakeWorker:
         assert self.ahead == {}
         assert self.pool.num_used == 0
         assert self.pool.num_free == self.pool.num_blocks
+
+
+def check_origins(got, sources, num_prompt_tokens):
+    """The runs cover the prompt without a gap, and add up to its sources."""
+    assert [run.begin for run in got] == [0, *(run.end for run in got[:-1])]
+    assert got[-1].end == num_prompt_tokens
+    tokens = Counter()
+    for run in got:
+        tokens[run.source] += run.end - run.begin
+    assert tokens == {name: count for name, count in msgspec.structs.asdict(sources).items() if count}

@@ -76,7 +76,8 @@ async def test_a_block_that_its_owner_reused_is_bad_and_the_road_is_not_blamed(s
     setting.owner.books.unpin(setting.owner.books.allocate(2))  # another use, another generation
     setting.owner.damage(0)
     setting.owner.damage(1)
-    assert (await setting.pull(pairs)).bad == {0, 1}
+    outcome = await setting.pull(pairs)
+    assert (outcome.bad, outcome.damaged) == ({0, 1}, frozenset())
     assert setting.rejected == Counter(generation=2)
     assert setting.own.roads.counters.num_failed.total() == 0
 
@@ -95,7 +96,9 @@ async def test_a_block_damaged_on_the_way_is_asked_for_once_more_over_another_ro
 async def test_a_block_that_stays_damaged_is_bad_and_the_others_are_good(setting):
     pairs = list(zip(setting.owner.published(0, 1, 2), (0, 1, 2), strict=True))
     setting.owner.damage(1)  # under the same generation
-    assert await setting.pull(pairs) == PullOutcome(frozenset({1}))
+    outcome = await setting.pull(pairs)
+    assert outcome == PullOutcome(frozenset({1}))
+    assert outcome.damaged == {1}
     assert setting.rejected == Counter(checksum=2)
 
 

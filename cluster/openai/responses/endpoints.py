@@ -101,6 +101,7 @@ async def _start(surface: Surface, kept: KeptResponses, request: Request, fields
     except RequestError as error:
         raise in_our_names(error, places) from None
     key = kept.new_key()
+    surface.on_reply_id(begun.generation.requests[0].request_id, id_of(key))
 
     def keep(reply: bytes) -> None:
         if fields.store is not False:

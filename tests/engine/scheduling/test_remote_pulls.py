@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from engine.scheduling.plan import Instruction, KvOffered, PullBlocks, PullEnded
-from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens
+from engine.scheduling.plan import BlocksOffered, Instruction, KvOffered, PullBlocks, PullEnded
+from engine.scheduling.remote_pulls import RemotePulls, count_peer_tokens, take_peer_tokens
 from engine.scheduling.sequence import Phase, Sequence
+from kvcache.load_plan import Load
 from kvcache.locations import BlockLocation, pack_locations
 from kvcache.pool import BlockState
 from messages.errors import InvariantError
+from messages.request import Copy
+from messages.stream import GotRun
 from tests.engine.scheduling.ledger_bench import LedgerBench, locations
 from tests.locations import pairs_of
 
@@ -266,3 +269,56 @@ def test_peer_tokens_are_what_it_had_cached_and_came_and_was_not_here(bench, cac
     seq = bench.pulling("r", PROMPT)
     seq.pull.first_index, seq.pull.num_peer_cached_tokens = here // 4, cached
     assert count_peer_tokens(seq, pulled) == counted
+
+
+# ------------------------------------------------------------------------------------------------------------- origins
+
+
+def loading(bench: Puller) -> Sequence:
+    """A sequence that waits for its four full blocks from one holder."""
+    seq = bench.running("r", PROMPT)
+    bench.ledger.begin_pull(seq, 30.0, 4).has_last_offer = True
+    bench.pulls.ask(seq, [Load(0, 4, Copy("a", "host"))], [])
+    return seq
+
+
+def test_what_a_holder_gave_and_what_came_damaged_or_not_at_all_is_told_with_whom_it_was_asked_of(bench):
+    seq = loading(bench)
+    offered = BlocksOffered("r", "a", pack_locations(locations(PROMPT, end=4)), is_last=True)
+    bench.pulls.take_blocks(seq, offered, [])
+    bench.pulls.finish_pull(PullEnded("r", frozenset({2, 3}), damaged_indexes=frozenset({2})), [])
+    assert seq.phase is Phase.RUNNING
+    assert seq.origins.told(19, 4) == (
+        GotRun(0, 8, "host", "a"),
+        GotRun(8, 12, "computed", "a", "damaged"),
+        GotRun(12, 16, "computed", "a", "holder_lost"),
+        GotRun(16, 19, "computed"),
+    )
+
+
+@pytest.mark.parametrize(("is_lost", "why"), [(False, "evicted"), (True, "holder_lost")])
+def test_what_a_holder_does_not_offer_it_had_not_any_more_unless_it_was_lost(bench, is_lost, why):
+    seq = loading(bench)
+    bench.pulls.take_blocks(seq, BlocksOffered("r", "a", pack_locations(locations(PROMPT, end=1)), is_last=False), [])
+    bench.pulls.finish_pull(PullEnded("r", frozenset()), [])
+    bench.pulls.take_blocks(seq, BlocksOffered("r", "a", b"", is_last=True, is_lost=is_lost), [])
+    assert seq.origins.told(19, 4) == (
+        GotRun(0, 4, "host", "a"),
+        GotRun(4, 16, "computed", "a", why),
+        GotRun(16, 19, "computed"),
+    )
+
+
+def test_what_a_prefill_worker_had_and_what_it_computed_are_told_apart(bench):
+    seq = bench.running("r", PROMPT, remote_s=1.0, remote_source="p")
+    seq.is_handed_over = True
+    pull = bench.ledger.begin_pull(seq, 30.0)
+    bench.pulls.ask(seq, [Load(0, 1, Copy("a", "disk"))], [])
+    pull.num_peer_cached_tokens = 8
+    take_peer_tokens(seq, seq.num_prompt_tokens)
+    assert seq.num_peer_tokens == 4
+    assert seq.origins.told(19, 4) == (
+        GotRun(0, 4, "disk", "a"),
+        GotRun(4, 8, "peer", "p"),
+        GotRun(8, 19, "computed", "p"),
+    )
