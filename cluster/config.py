@@ -10,6 +10,7 @@
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
+    observability: what is counted, for whom
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -21,7 +22,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -225,6 +226,15 @@ class LogConfig(_Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
+class ObservabilityConfig(_Section, frozen=True):
+    """What is gathered for people and their dashboards."""
+
+    #: off: nothing is gathered that serving does not need, and there is no /metrics
+    level: Literal["on", "off"] = "on"
+    #: so many tenants, the first ones of tenants.members, are counted by name, all others together; 0: none is
+    tenant_metrics: Annotated[int, Meta(ge=0, le=1000)] = 0
+
+
 class KvrayConfig(_Section, frozen=True):
     """The whole configuration document."""
 
@@ -238,6 +248,7 @@ class KvrayConfig(_Section, frozen=True):
     tiers: TiersConfig = TiersConfig()
     tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:
@@ -280,11 +291,24 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
 
 
 def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
-    """Write `model: DIR`, as `serve run` passes it, as a section of `document`; leave out sections left empty."""
+    """Write `model: DIR`, as `serve run` passes it, as a section of `document`; leave out sections left empty.
+
+    YAML reads `off` and `on` as false and true: where one of the words is wanted, it is meant.
+    """
     document = {section: values for section, values in document.items() if values is not None}
     if isinstance(document.get("model"), str):
         document["model"] = {"path": document["model"]}
+    sections = get_type_hints(KvrayConfig)
+    for section, values in document.items():
+        if isinstance(values, dict) and section in sections:
+            kinds = get_type_hints(sections[section])
+            document[section] = {name: _meant(value, kinds.get(name)) for name, value in values.items()}
     return document
+
+
+def _meant(value: Any, kind: Any) -> Any:
+    word = {False: "off", True: "on"}[value] if isinstance(value, bool) else None
+    return word if word in get_args(kind) else value
 
 
 _Credential = Literal[

@@ -29,11 +29,12 @@ from cluster.listener import take_listener
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.openai.constraints import PRETTY
-from cluster.openai.metrics import HttpMetrics
+from cluster.openai.metrics import HttpMetrics, tenant_labels
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
+from kvcache.names import tenant_number
 from messages.errors import WorkerError
 from messages.fleet import Role, WorkerInfo
 from text.json_file import read_json
@@ -76,7 +77,15 @@ class Ingress:
         config = self._config
         if not config.http.access_log:
             logging.getLogger("cluster.access").setLevel(logging.WARNING)
-        self._metrics = HttpMetrics(ingress_id)
+        counts = config.observability.level == "on"
+        self._metrics = HttpMetrics(
+            ingress_id,
+            tenants=tenant_labels(
+                {tenant_number(tenant.name): tenant.name for tenant in config.tenants.members},
+                config.observability.tenant_metrics,
+            ),
+            is_counting=counts,
+        )
         self._dispatcher = Dispatcher(
             DispatchOptions(
                 ingress_id=ingress_id,
@@ -84,6 +93,7 @@ class Ingress:
                 channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
                 request_timeout_s=config.http.request_timeout_s,
                 max_ttft_s=config.http.max_ttft_s,
+                tells_stats=counts,
             ),
             self._metrics.values,
         )

@@ -388,7 +388,7 @@ async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatche
 async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, http):
     (router_address,) = fleet.dispatcher._router_addresses
     count = HttpMetrics("ingress-2")
-    count.chunks.num_tokens += 7
+    count.generation_tokens.num_tokens += 7
     other = Dispatcher(dataclasses.replace(fleet.dispatcher._options, ingress_id="ingress-2"), count.values)
     other.set_routers([router_address])
     await complete(http)
