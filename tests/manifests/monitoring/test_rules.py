@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
+import shlex
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from cluster.cli import app
+from cluster.config import KvrayConfig
 from tests.manifests.monitoring.alert_cases import CASES, WATCHED, Case
+from tests.prometheus import needs_promtool, promtool
 from tools.monitoring.metrics_page import described, metrics_page
 from tools.monitoring.prometheus_rule import RULES, prometheus_rule
 from tools.monitoring.vllm_names import SAME
 
 ROOT = RULES.parent.parent.parent
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (prometheus)")
 
 
 def rules() -> dict[str, dict[str, Any]]:
@@ -26,12 +29,6 @@ def rules() -> dict[str, dict[str, Any]]:
     found = [rule for group in groups for rule in group["rules"]]
     assert len({rule["alert"] for rule in found}) == len(found)
     return {rule["alert"]: rule for rule in found}
-
-
-def promtool(*arguments: str | Path) -> str:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def history(case: Case, series: dict[str, str], alerts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,3 +128,42 @@ def test_the_page_of_metrics_is_made_of_what_is_counted():
 def test_what_is_said_for_vllms_names_is_counted():
     assert len({one.theirs for one in SAME}) == len(SAME)
     assert {name for one in SAME for name in metric_names(one.ours)} <= described().keys()
+
+
+def runbook() -> dict[str, str]:
+    """The runbook's entries by name."""
+    parts = re.split(r"^## (\w+)\n", (ROOT / "docs" / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_runbook_has_an_entry_for_each_alert_with_symptom_cause_and_command():
+    entries = runbook()
+    assert list(entries) == list(rules())
+    for name, text in entries.items():
+        words = re.findall(r"^\*\*(\w+)\.\*\*", text, flags=re.MULTILINE)
+        assert words == ["Symptom", "Cause", "Command"], name
+        assert re.search(r"^    \S", text, flags=re.MULTILINE), f"{name}: nothing to run"
+
+
+def test_the_runbook_speaks_of_commands_settings_and_metrics_that_there_are():
+    text = (ROOT / "docs" / "RUNBOOK.md").read_text()
+    lines = re.findall(r"^    kvray (.+?)(?: \||$)", text, flags=re.MULTILINE)
+    assert lines
+    for line in sorted(set(lines)):
+        words, command = shlex.split(line), get_command(app)
+        while isinstance(command, TyperGroup):
+            command = command.commands[words.pop(0)]
+        command.make_context("kvray", words).close()
+    known = config_places()
+    sections = {place.partition(".")[0] for place in known}
+    named = re.findall(r"`([a-z]+\.[a-z_]+)`", text)
+    assert {name for name in named if name.partition(".")[0] in sections} <= known
+    assert {name for name in metric_names(text) if name != "kvray"} <= described().keys()
+
+
+def config_places() -> set[str]:
+    return {
+        f"{section.name}.{field}"
+        for section in msgspec.structs.fields(KvrayConfig)
+        for field in section.type.__struct_fields__
+    }
