@@ -420,6 +420,17 @@ async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, htt
     await page_with("ingress-1")
 
 
+async def test_an_ingress_that_tells_no_numbers_is_known_to_the_router_all_the_same(fleet):
+    options = dataclasses.replace(fleet.dispatcher._options, ingress_id="silent", tells_stats=False)
+    silent = Dispatcher(options, HttpMetrics("silent", is_counting=False).values)
+    silent.set_routers(fleet.dispatcher._router_addresses)
+    await eventually(lambda: "silent" in [told.worker_id for told in fleet.router._ingresses.values()])
+    (told,) = (told for told in fleet.router._ingresses.values() if told.worker_id == "silent")
+    assert told.values == {}
+    assert silent._tell_timer is None
+    silent.close()
+
+
 async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet):
     """Cancelled while they are placed, between the router's answer and the first token, and after it."""
     rng = random.Random(5)

@@ -153,7 +153,7 @@ def check(seen: Prometheus) -> None:
     assert seen.target()["lastError"] == ""
     rules = [rule for group in seen.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, "unknown: not evaluated yet"
-    assert [rule["name"] for rule in rules if rule["state"] != "inactive"] == []
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
 
 
 #: Of a worker's numbers those that do not change while nobody asks anything.
@@ -179,6 +179,19 @@ def test_prometheus_and_everybodys_own_numbers_agree_within_a_reporting_period(t
             assert seen.target()["lastError"] == ""
             assert sum(value for _, value in seen.query("kvray_choices_finished_total")) == 6
             assert seen.query('ALERTS{alertstate="firing"}') == []
+
+
+@pytest.mark.alone
+@pytest.mark.long
+def test_with_observability_off_nothing_is_counted_and_everything_is_served(tmp_path):
+    (tmp_path / "kvray.yaml").write_text("observability: {level: off}\n")
+    with serving("--config", str(tmp_path / "kvray.yaml"), log_dir=tmp_path) as served:
+        answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
+        assert answer.status_code == 200
+        page_answer = httpx.get(f"{served.url}/metrics", timeout=10)
+        assert page_answer.status_code == 404
+        assert "observability.level is off" in page_answer.text
+        assert all(worker["is_answering"] for worker in served.status()["workers"])
 
 
 Numbers = dict[tuple[str, str, frozenset[tuple[str, str]]], float]  #: by whose, which, and their own labels
