@@ -28,8 +28,8 @@ _QUEUE = 'kvray_queue_seconds_bucket{worker="p1",role="prefill",le="%s"}'
 _RATIO = 'kvray_time_to_first_token_ratio_bucket{ingress="i1",le="%s"}'
 _TTFT = 'kvray_time_to_first_token_seconds_%s{ingress="i1"}'
 _WAITING = 'kvray_sequences_waiting{worker="%s",role="decode"}'
-_CHECKED = 'kvray_canary_checked_blocks_total{worker="r1",role="router"}'
-_WRONG = 'kvray_canary_wrong_blocks_total{worker="r1",role="router",kind="missing"}'
+_CHECKED = 'kvray_canary_checked_blocks_total{ingress="i1"}'
+_WRONG = 'kvray_canary_wrong_blocks_total{ingress="i1",kind="pool_only"}'
 _MISSES = 'kvray_prompt_misses_total{ingress="i1",reason="%s"}'
 _PROMPT = 'kvray_prompt_tokens_total{ingress="i1",source="computed"}'
 
@@ -135,14 +135,14 @@ CASES = {
     ),
     "KvrayRouterInert": Case(
         at="10m",
-        fires={'kvray_router_inert{worker="r1",role="router"}': "0x5 1x60"},
-        silent={'kvray_router_inert{worker="r1",role="router"}': "0x60"},
+        fires={'kvray_router_inert{ingress="i1"}': "0x5 1x60"},
+        silent={'kvray_router_inert{ingress="i1"}': "0x60"},
     ),
     "KvrayIndexWrong": Case(
         at="60m",
         fires={_CHECKED: "0+100x90", _WRONG: "0+6x90"},
         silent={_CHECKED: "0+100x90", _WRONG: "0+4x90"},
-        labels={"kind": "missing"},
+        labels={"kind": "pool_only"},
     ),
     "KvrayIndexOutOfStep": Case(
         at="10m",
