@@ -9,7 +9,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: chaos compat peers help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ $(COMPAT)/.installed: tests/compat/requirements.txt tests/compat/older.txt tests
 	cp tests/compat/package.json $(COMPAT)
 	npm install --prefix $(COMPAT) --no-audit --no-fund --silent
 	@touch $@
+
+prometheus: ## Debian's prometheus and promtool, with which tests scrape and try the alert rules (wants root)
+	apt-get install --yes --no-install-recommends prometheus
 
 peers: $(COMPAT)/.installed ## tools that measure and evaluate servers, for make compat to run too (large; an environment each)
 	for peer in guidellm aiperf lm-eval; do \

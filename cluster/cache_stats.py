@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import OwnerStats, TenantStats, TierStats
+from cluster.openai.exposition import labels_of
 from messages.fleet import WorkerInfo
 from messages.tier import TIERS, Tier
 

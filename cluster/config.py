@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -233,6 +233,8 @@ class ObservabilityConfig(_Section, frozen=True):
     level: Literal["on", "off"] = "on"
     #: of so many requests each ingress, and the router, keeps what explains them, the newest ones; 0: of none
     explained_requests: Annotated[int, Meta(ge=0, le=100_000)] = 1000
+    #: so many tenants, the first ones of tenants.members, are counted by name, all others together; 0: none is
+    tenant_metrics: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
 class KvrayConfig(_Section, frozen=True):
@@ -291,11 +293,24 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> KvrayConfig:
 
 
 def _spelled_out(document: dict[str, Any]) -> dict[str, Any]:
-    """Write `model: DIR`, as `serve run` passes it, as a section of `document`; leave out sections left empty."""
+    """Write `model: DIR`, as `serve run` passes it, as a section of `document`; leave out sections left empty.
+
+    YAML reads `off` and `on` as false and true: where one of the words is wanted, it is meant.
+    """
     document = {section: values for section, values in document.items() if values is not None}
     if isinstance(document.get("model"), str):
         document["model"] = {"path": document["model"]}
+    sections = get_type_hints(KvrayConfig)
+    for section, values in document.items():
+        if isinstance(values, dict) and section in sections:
+            kinds = get_type_hints(sections[section])
+            document[section] = {name: _meant(value, kinds.get(name)) for name, value in values.items()}
     return document
+
+
+def _meant(value: Any, kind: Any) -> Any:
+    word = {False: "off", True: "on"}[value] if isinstance(value, bool) else None
+    return word if word in get_args(kind) else value
 
 
 _Credential = Literal[

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
 import msgspec
-from prometheus_client.core import Metric
 
-from cluster.fleet_metrics import families
+from cluster.fleet_metrics import HELP
 from cluster.openai.backend import Readiness
+from cluster.openai.exposition import Family, families
 from cluster.request_events import (
     ChunksArrived,
     Deliver,
@@ -52,13 +52,14 @@ from messages.explain import (
     RouterAnswer,
     RouterQuestion,
 )
-from messages.fleet import GetStats, Stats, TakeBlocks, WorkerInfo
+from messages.fleet import GetStats, Role, Stats, TakeBlocks, WorkerInfo
 from messages.request import GenerateRequest
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RouteFailed
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig
+from transport.process_stats import process_stats
 from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.1
 _STATS_TIMEOUT_S = 2.0
 _STATS_AGE_S = 1.0  #: for which an answer is given again: workers do not work for whoever asks for numbers
+_ROLES: tuple[Role, ...] = ("decode", "prefill")
 _RECONNECT_S = 0.2  #: first pause before the router is tried again; doubles up to
 _RECONNECT_MAX_S = 2.0
 
@@ -79,6 +81,7 @@ class DispatchOptions:
     channel: ChannelConfig
     request_timeout_s: float
     max_ttft_s: float  #: predicted; new requests beyond it are refused
+    tells_stats: bool = True  #: to the router, every second
 
 
 _Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer | RouterAnswer | RecordAnswer
@@ -135,7 +138,7 @@ class Dispatcher:
         self._answer_records: Callable[[RecordQuestion], RecordAnswer] = _no_records
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
-        self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
+        self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats) if options.tells_stats else None
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -344,19 +347,26 @@ class Dispatcher:
         self._stats_end_s = self._loop.time() + _STATS_AGE_S
         return [answer for answer in answers if isinstance(answer, Stats)]
 
-    async def metrics(self) -> list[Metric]:
+    async def metrics(self) -> list[Family]:
         """Return the fleet's numbers, each with whom it comes from, and of this ingress what the dispatcher counts."""
         stats = await self.fleet_stats()
-        own = ({"ingress": self._options.ingress_id}, self._counted())
+        answering = Counter(one.role for one in stats)
+        own_values = self._own_values() | {
+            f'kvray_fleet_workers_answering{{role="{role}"}}': float(answering[role]) for role in _ROLES
+        }
+        own = ({"ingress": self._options.ingress_id}, own_values)
         others = [({"ingress": told.worker_id}, told.values) for one in stats for told in one.ingresses]
         fleet = [({"worker": one.worker_id, "role": one.role}, one.values) for one in stats]
         caches = [
             ({"worker": cache.info.worker_id, "role": "cache"}, cache.values) for one in stats for cache in one.caches
         ]
-        return families([own, *others, *fleet, *caches])
+        return families([own, *others, *fleet, *caches], HELP)
 
-    def _counted(self) -> dict[str, float]:
-        values = self.table.stats()
+    def _own_values(self) -> dict[str, float]:
+        roles = Counter(info.role for info in self._fleet.values())
+        workers = {f'kvray_fleet_workers{{role="{role}"}}': float(roles[role]) for role in _ROLES}
+        has_router = {"kvray_ingress_has_router": float(self._router is not None)}
+        values = {**self.table.stats(), **workers, **has_router, **process_stats()}
         for counted in self._counts:
             values |= counted()
         return values
@@ -372,7 +382,7 @@ class Dispatcher:
 
     def _send_stats(self) -> None:
         if self._router is not None:
-            values = {**self._counted(), **self._values()}
+            values = {**self._own_values(), **self._values()} if self._options.tells_stats else {}
             stats = Stats(query_id="", worker_id=self._options.ingress_id, role="ingress", values=values)
             self._router.client.send(stats)
 

@@ -30,7 +30,7 @@ from cluster.listener import take_listener
 from cluster.openai.app import create_app
 from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.openai.constraints import PRETTY
-from cluster.openai.metrics import HttpMetrics
+from cluster.openai.metrics import HttpMetrics, tenant_labels
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
 from cluster.route_api import add_routes
@@ -38,6 +38,7 @@ from cluster.route_log import RouteLog
 from cluster.routes import Routes
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
+from kvcache.names import tenant_number
 from messages.errors import WorkerError
 from messages.fleet import Role, WorkerInfo
 from text.json_file import read_json
@@ -80,9 +81,16 @@ class Ingress:
         config = self._config
         if not config.http.access_log:
             logging.getLogger("cluster.access").setLevel(logging.WARNING)
-        self._metrics = HttpMetrics(ingress_id)
-        observed = config.observability
-        self._log = RouteLog(observed.explained_requests, {}) if observed.level == "on" else None
+        counts = config.observability.level == "on"
+        self._log = RouteLog(config.observability.explained_requests, {}) if counts else None
+        self._metrics = HttpMetrics(
+            ingress_id,
+            tenants=tenant_labels(
+                {tenant_number(tenant.name): tenant.name for tenant in config.tenants.members},
+                config.observability.tenant_metrics,
+            ),
+            is_counting=counts,
+        )
         self._dispatcher = Dispatcher(
             DispatchOptions(
                 ingress_id=ingress_id,
@@ -90,6 +98,7 @@ class Ingress:
                 channel=ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s),
                 request_timeout_s=config.http.request_timeout_s,
                 max_ttft_s=config.http.max_ttft_s,
+                tells_stats=counts,
             ),
             self._metrics.values,
             self._log,

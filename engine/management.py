@@ -101,7 +101,10 @@ class PoolManagement:
             "kvray_blocks_quarantined": pool.num_quarantined,
             "kvray_blocks_allocated_total": pool.stats.num_allocated_blocks,
             "kvray_blocks_hit_total": pool.stats.num_hit_blocks,
-            "kvray_spare_blocks_evicted_total": pool.stats.num_evicted_spare_blocks,
+            'kvray_evictions_total{tier="device",reason="spare"}': pool.stats.num_evicted_spare_blocks,
+            'kvray_evictions_total{tier="device",reason="room"}': (
+                pool.stats.num_evicted_blocks - pool.stats.num_evicted_spare_blocks
+            ),
             "kvray_blocks_evicted_total": pool.stats.num_evicted_blocks,
             "kvray_cache_blocks_held": pool.num_named,
             "kvray_block_bytes": self._kind.block_bytes,

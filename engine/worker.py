@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -83,6 +84,7 @@ from transport.incoming import IncomingLinks
 from transport.memory import Memory
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import Vaults
+from transport.process_stats import process_stats
 from transport.roads import PROBE_BYTES, Roads
 from transport.secret import ClusterSecret
 
@@ -505,15 +507,17 @@ class EngineWorker:
         engine = self.engine
         values = {_METRICS[name]: float(value) for name, value in engine.scheduler.stats().items()}
         values |= self._role.stats() | self.roads.stats() | self.borrower.stats()
-        values |= self._management.stats()
+        values |= self._management.stats() | engine.scheduler.waits.stats() | process_stats()
         roads = self.borrower.peers.statuses()
-        for road in roads:
-            labels = f'peer="{road.peer}",road="{road.road}",carriers="{road.carriers}"'
-            values[f"kvray_road_bytes_per_second{{{labels}}}"] = road.bytes_per_s
+        for (road, carriers), num_peers in Counter((one.road, one.carriers) for one in roads).items():
+            values[f'kvray_peers{{road="{road or "none"}",carriers="{carriers}"}}'] = float(num_peers)
         values |= {
             "kvray_blocks_offloaded_total": float(self.borrower.offloader.num_blocks),
             "kvray_offloads_dropped_total": float(self.borrower.offloader.num_dropped),
             "kvray_blocks_taken_in_total": float(engine.scheduler.num_blocks_taken_in),
+            "kvray_leases": values.get("kvray_leases", 0.0) + self._lender.leases.num_leased,
+            "kvray_leases_expired_total": values.get("kvray_leases_expired_total", 0.0)
+            + self._lender.leases.num_expired,
             "kvray_blocks_lent_total": float(self._lender.num_lent_blocks),
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
             "kvray_sequences_running": float(engine.scheduler.num_running),
@@ -522,7 +526,6 @@ class EngineWorker:
             "kvray_decode_step_seconds": float(engine.scheduler.decode_step_s),
             "kvray_steps_total": float(self.driver.num_steps),
             "kvray_step_seconds_total": self.driver.busy_s,
-            "kvray_process_cpu_seconds_total": time.process_time(),
         }
         return Stats(query_id=query_id, worker_id=self.worker_id, role=self.role, values=values, roads=roads)
 

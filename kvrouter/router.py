@@ -136,6 +136,8 @@ class Router:
         self._num_reporting: Counter[str] = Counter()  # workers, by request
         self._num_ended = 0
         self._counts: Counter[str] = Counter()
+        self._heard_s: dict[str, float] = {}  # when each worker joined, or reported last
+        self._oldest_report_s = 0.0
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
         """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back."""
@@ -152,6 +154,7 @@ class Router:
             case WorkerJoined(info):
                 told = self._forget_worker(info.worker_id, now_s)
                 self._fleet.join(WorkerState(info))
+                self._heard_s[info.worker_id] = now_s
                 self._feeds.begin(info.worker_id)
                 if info.role != "cache":
                     self._warming.begin(info.worker_id, now_s)
@@ -228,6 +231,7 @@ class Router:
             "kvray_router_workers_out_of_step": self._feeds.num_out_of_step,
             "kvray_router_index_names": len(self._index),
             "kvray_router_requests": len(self._placed),
+            "kvray_router_oldest_report_seconds": self._oldest_report_s,
             "kvray_router_warmed_blocks_total": self._warming.num_asked,
             "kvray_router_reservations": sum(len(worker.reserved) for worker in self._workers.values()),
         }
@@ -386,6 +390,7 @@ class Router:
     def _take_report(self, report: LoadReport, now_s: float) -> list[Instruction]:
         if report.worker_id not in self._workers:
             return []
+        self._heard_s[report.worker_id] = now_s
         changed = self._fleet.report(report)
         if changed is None:
             if not self._feeds.is_in_step(report.worker_id):
@@ -467,6 +472,7 @@ class Router:
         for request_id in self._workers[worker_id].request_ids if worker_id in self._workers else ():
             self._lose_sight(request_id, now_s)
         self._fleet.leave(worker_id)
+        self._heard_s.pop(worker_id, None)
         self._feeds.forget(worker_id)
         self._warming.forget(worker_id)
         if self._memory is not None:
@@ -475,6 +481,7 @@ class Router:
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self._warming.on_time(now_s)
+        self._oldest_report_s = now_s - min(self._heard_s.values(), default=now_s)
         self._fleet.find_best_compute()
         if self._memory is not None:
             self._memory.flush()

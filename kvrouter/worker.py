@@ -39,6 +39,7 @@ from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
+from transport.process_stats import process_stats
 from transport.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class RouterWorker:
                     query_id=query_id,
                     worker_id=self._worker_id,
                     role="router",
-                    values=self.router.stats(),
+                    values=self.router.stats() | process_stats(),
                     ingresses=tuple(told for other, told in self._ingresses.items() if other != peer),
                     caches=tuple(
                         NodeCacheStats(info=self._links[cache_id].info, values=told.values)

@@ -72,6 +72,8 @@ class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     got: tuple[GotRun, ...] = ()  #: what came of it, in order, the whole prompt; it agrees with the PromptSources
     num_moved_bytes: int = 0  #: that came from others, until the first token
     predicted_ttft_s: float = 0.0  #: by whoever placed the request
+    queued_s: float = 0.0  #: from its arrival at the decode worker until it was admitted there
+    prefill_s: float = 0.0  #: from then to its first token, whoever computed it
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -238,6 +238,8 @@ class NodeCache:
             "kvray_blocks_quarantined": pool.num_quarantined,
             "kvray_blocks_allocated_total": pool.num_taken,
             "kvray_blocks_evicted_total": pool.num_evicted,
+            'kvray_evictions_total{tier="host",reason="quota"}': pool.num_evicted_for_quota,
+            'kvray_evictions_total{tier="host",reason="room"}': pool.num_evicted - pool.num_evicted_for_quota,
             "kvray_block_bytes": pool.arena.layout.block_bytes,
             "kvray_leases": self.leases.num_open,
             "kvray_leases_expired_total": self.leases.num_expired,

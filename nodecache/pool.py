@@ -60,6 +60,7 @@ class HostPool:
         self.worth = worth
         self.ghosts = Ghosts(count)
         self.accounts = Accounts() if accounts is None else accounts
+        self.num_evicted_for_quota = 0  #: of those that were evicted, to keep their tenant within its quota
         self.num_taken = self.num_evicted = self.num_dropped = self.num_committed = self.num_duplicates = 0
         self._records: npt.NDArray[Any] = arena.records
         self._levels = Levels(count)
@@ -205,7 +206,9 @@ class HostPool:
         empty = self._free[self._num_free : self._num_free + num_empty][::-1]
         evicted = self._evict(levels[num_empty:num_within], now_s, self._levels)
         if num_empty + len(evicted) == num_within < len(levels):
-            evicted = np.concatenate([evicted, self._evict(levels[num_within:], now_s, self._own[tenant])])
+            own = self._evict(levels[num_within:], now_s, self._own[tenant])
+            self.num_evicted_for_quota += len(own)
+            evicted = np.concatenate([evicted, own])
         self._levels.on_wanted(len(levels))
         if tenant in self._own:
             self._own[tenant].on_wanted(len(levels))

@@ -62,6 +62,7 @@ from transport.incoming import IncomingLinks
 from transport.memory import PAGE_BYTES, Memory, available_bytes
 from transport.opening import RoadOptions, open_roads
 from transport.plasma.road import NoVaults
+from transport.process_stats import process_stats
 from transport.roads import Roads
 from transport.secret import ClusterSecret
 
@@ -352,13 +353,12 @@ class CacheProcess:
 
     def stats(self) -> dict[str, float]:
         """Return the counters and gauges by metric name."""
-        values = self.cache.stats() | self.management.stats() | self._roads.stats()
+        values = self.cache.stats() | self.management.stats() | self._roads.stats() | process_stats()
         for store in self._stores.values():
             values |= store.stats()
         for tier, accounts in self._accounts():
             values |= tenant_stats(self._options.settings.tenants, tier, accounts, self._options.layout.block_bytes)
         values["kvray_block_size_tokens"] = float(self._options.block_size)
-        values["kvray_process_cpu_seconds_total"] = time.process_time()
         return values
 
     def _accounts(self) -> Iterator[tuple[Tier, Accounts]]:

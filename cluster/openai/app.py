@@ -263,6 +263,8 @@ def _add_operations(app: FastAPI, surface: Surface, version: str) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Give the fleet's and this surface's numbers in the Prometheus text format."""
+        if not surface.metrics.is_counting:
+            raise RequestError("path: got /metrics, and observability.level is off: nothing is counted", status=404)
         body = surface.metrics.text(await surface.backend.metrics())
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prometheus_client.core import Metric
-
+from cluster.openai.exposition import Family
 from messages.request import GenerateRequest
 from messages.stream import TokenChunk
 
@@ -54,7 +53,7 @@ class Backend(Protocol):
         """Tell whether a request could be answered now; quick, for it is asked often."""
         ...
 
-    async def metrics(self) -> Sequence[Metric]:
+    async def metrics(self) -> Sequence[Family]:
         """Return more families for /metrics. A family may come several times, with other labels."""
         ...
 

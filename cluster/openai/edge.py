@@ -129,9 +129,7 @@ class _Exchange:
             await send_error(KvrayError("internal error"), self._forward)
         finally:
             status = self._status if self._is_complete else CLIENT_LEFT
-            self._metrics.http_requests.labels(self._label, str(status)).inc()
-            if status == CLIENT_LEFT:
-                self._metrics.disconnects.inc()
+            self._metrics.count_http(self._label, status, has_left=status == CLIENT_LEFT)
             if access.isEnabledFor(logging.INFO):
                 self._log(status, time.perf_counter() - started_s)
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from cluster.openai.backend import Backend
-from cluster.openai.metrics import HttpMetrics, RequestClock
+from cluster.openai.metrics import HttpMetrics
 from cluster.openai.replies import (
     CompletionTokensDetails,
     KvrayExtras,
@@ -69,10 +69,9 @@ class Generation:
                 unless there are several prompts.
         """
         self._on_delta, self._on_end, self._on_accepted = on_delta, on_end, on_accepted
-        self._clock = RequestClock(self._metrics, len(self.requests))
+        self._clock = self._metrics.clock(self.requests)
         self._began_s = time.perf_counter()
         self._is_running = True
-        self._metrics.running.inc()
         self._backend.start(self.requests, self._take)
 
     async def run(self, on_delta: Callable[[int, Delta], None]) -> None:
@@ -99,7 +98,7 @@ class Generation:
     def stop(self) -> None:
         """Stop all work that still runs, and count the request as answered; nothing is told any more."""
         self._end("abandoned")
-        self._metrics.running.dec()
+        self._clock.close()
 
     def _take(self, chunk: TokenChunk | None) -> None:
         if not self._is_running:
@@ -124,13 +123,13 @@ class Generation:
         if index is None or self.transcripts[index].is_finished:
             return
         if chunk.sources is not None:
-            self._clock.sources(chunk.sources)
+            self._clock.first(index, chunk.sources, chunk.plan)
             self._ttft_s.setdefault(index, time.perf_counter() - self._began_s)
         delta = self.transcripts[index].take(chunk)
         self._clock.chunk(index, len(delta.token_ids))
         if delta.finish_reason is not None:
             self._num_open -= 1
-            self._clock.finish(delta.finish_reason)
+            self._clock.finish(index, delta.finish_reason)
             if chunk.finish_reason is None and self._num_open:  # a stop string: only we know that it is over
                 self._backend.cancel(chunk.request_id)
         self._on_delta(index, delta)
@@ -144,7 +143,7 @@ class Generation:
         )
 
     def _fail(self, error: KvrayError) -> None:
-        self._end("error")
+        self._end("refused" if error.status < 500 else "error")
         self._on_end(error)
 
     def _end(self, reason: str) -> None:

@@ -96,11 +96,12 @@ def prompt_sources(seq: Sequence) -> PromptSources:
     )
 
 
-def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
-    """Say how the KV of a prompt was to be had, and what was moved for it so far."""
+def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
+    """Say how the KV of a prompt was to be had, what was moved for it so far, and what it took."""
     plan, size = seq.plan, seq.block_size
     if seq.pull is not None:
         note_coming(seq, seq.pull, seq.num_prompt_tokens)
+    began_s = now_s if seq.began_s is None else seq.began_s
     num_moved = seq.num_loaded_tokens.total() // size + (
         seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
     )
@@ -115,4 +116,6 @@ def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
         handed_over_by=seq.spec.remote_source if seq.is_handed_over else "",
         num_moved_bytes=num_moved * block_bytes,
         got=seq.origins.told(seq.num_prompt_tokens, size),
+        queued_s=began_s - seq.arrived_s,
+        prefill_s=now_s - began_s,
     )

@@ -58,6 +58,7 @@ from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.sourcing import Sourcing
 from engine.scheduling.step_cost import StepCost
 from engine.scheduling.step_planner import StepPlanner
+from engine.scheduling.waits import QueueWaits
 from kvcache.pool import BlockPool
 from kvcache.price import SHORT_TOKENS
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
@@ -114,6 +115,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
         self._num_generated_tokens = 0
+        self.waits = QueueWaits()
 
     # ----------------------------------------------------------------------------------------------------------- load
 
@@ -276,6 +278,7 @@ class Scheduler:
             return None
         (namer, names), order = self._prompt_names.of(spec), next(self._num_arrivals)
         seq = Sequence(spec, order=order, namer=namer, names=names, block_size=self._pool.block_size)
+        seq.arrived_s = now_s
         reason = seq.finish_reason(self._max_model_len) if seq.num_output_tokens else None
         if reason is not None:  # it moved here with all its tokens
             stop_token_id = seq.token_ids[-1] if reason == "stop" else None
@@ -286,7 +289,7 @@ class Scheduler:
         self._backlog.note(seq)
         if not seq.wants_remote and not self._room.is_short(seq):
             self._backlog.remember()
-            seq.arrived_s, seq.expected_s = now_s, self._backlog.seconds()
+            seq.expected_s = self._backlog.seconds()
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         self._admission.take_arrival(seq)
@@ -354,6 +357,9 @@ class Scheduler:
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         """Have an admitted sequence run or pull; `matched`: its blocks that the pool has."""
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
+        if seq.began_s is None:
+            seq.began_s = now_s
+            self.waits.observe(now_s - seq.arrived_s)
         self._backlog.note(seq)
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
@@ -479,7 +485,7 @@ class Scheduler:
                 [] if sampled.logprob is None else [sampled.logprob],
                 prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
                 sources=prompt_sources(seq) if is_first else None,
-                plan=prompt_plan(seq, self._config.block_bytes) if is_first else None,
+                plan=prompt_plan(seq, self._config.block_bytes, self._now_s) if is_first else None,
                 stop_token_id=seq.token_ids[-1] if reason == "stop" else None,
                 finish_reason=reason,
             )

@@ -89,6 +89,7 @@ class Sequence:
     __slots__ = (
         "_namer",
         "arrived_s",
+        "began_s",
         "block_size",
         "block_table",
         "brought",
@@ -159,6 +160,7 @@ class Sequence:
         self.first_in_flight = 0  #: blocks before it were held when it was admitted: nobody waits for it to write them
         self.expected_match_tokens = 0  #: while held back: what will be there already
         self.arrived_s = 0.0
+        self.began_s: float | None = None  #: when it was admitted for the first time
         self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool

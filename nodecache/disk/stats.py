@@ -10,6 +10,7 @@ _COUNTERS = (
     "kvray_disk_errors_total",
     "kvray_disk_evicted_blocks_total",
     "kvray_disk_lost_blocks_total",
+    "kvray_disk_quota_evicted_blocks_total",
     "kvray_disk_read_blocks_total",
     "kvray_disk_timeouts_total",
     "kvray_disk_written_blocks_total",

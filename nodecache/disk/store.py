@@ -159,8 +159,14 @@ class DiskStore:
 
     def stats(self) -> dict[str, float]:
         """As `BlockStore.stats`."""
+        counted = self._stats.values()
+        num_for_quota = counted.pop("kvray_disk_quota_evicted_blocks_total")
         return {
-            **self._stats.values(),
+            **counted,
+            'kvray_evictions_total{tier="disk",reason="quota"}': num_for_quota,
+            'kvray_evictions_total{tier="disk",reason="room"}': (
+                counted["kvray_disk_evicted_blocks_total"] - num_for_quota
+            ),
             "kvray_disk_blocks": float(len(self._index)),
             "kvray_disk_bytes": float(self._index.num_bytes),
             "kvray_disk_capacity_bytes": float(self._capacity_bytes),

@@ -241,6 +241,7 @@ class Writer:
         gone = [name for name in names if self.forget(name)]
         self._dropped.extend(gone)
         self._stats.count("evicted_blocks", len(gone))
+        self._stats.count("quota_evicted_blocks", len(gone))
 
     # ------------------------------------------------------------------------------------------------------- appending
 

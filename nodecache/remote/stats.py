@@ -9,6 +9,7 @@ _COUNTERS = (
     "kvray_remote_damaged_manifests_total",
     "kvray_remote_errors_total",
     "kvray_remote_missing_blocks_total",
+    "kvray_remote_quota_evicted_blocks_total",
     "kvray_remote_read_blocks_total",
     "kvray_remote_read_bytes_total",
     "kvray_remote_read_stored_bytes_total",

@@ -214,8 +214,11 @@ class RemoteStore:
 
     def stats(self) -> dict[str, float]:
         """As `BlockStore.stats`."""
+        counted = self._stats.values()
+        num_for_quota = counted.pop("kvray_remote_quota_evicted_blocks_total")
         return {
-            **self._stats.values(),
+            **counted,
+            'kvray_evictions_total{tier="remote",reason="quota"}': num_for_quota,
             "kvray_remote_blocks": float(len(self._index)),
             "kvray_remote_plain_bytes": float(len(self._index) * self._model.block_bytes),
             "kvray_remote_bytes": float(self._index.stored_bytes),
@@ -263,6 +266,7 @@ class RemoteStore:
             if num_over:
                 places = self._index.oldest(tenant, num_over, names)
                 self._stats.count("removed_blocks", len(places))
+                self._stats.count("quota_evicted_blocks", len(places))
                 self._forget(places)
                 removed += [place.record.block.name for place in places]
         return removed

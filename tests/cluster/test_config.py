@@ -66,7 +66,7 @@ def test_what_is_shown_can_be_read_again():
         (
             {"zebra": {}},
             "zebra: no such key; known are model, engine, pools, http, connections, responses, network, tiers, "
-            "tenants, log",
+            "tenants, log, observability",
         ),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
@@ -370,3 +370,12 @@ def test_a_ray_address_that_is_none_is_refused(monkeypatch, value):
 def test_reading_a_configuration_imports_neither_ray_nor_torch():
     code = "import cluster.config, sys; print([name for name in ('ray', 'torch', 'fastapi') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_off_and_on_of_yaml_are_the_words_where_words_are_wanted(tmp_path):
+    path = tmp_path / "kvray.yaml"
+    path.write_text("observability: {level: off}\nengine: {kernels: off}\nhttp: {access_log: off}\n")
+    config = load_config(path, {})
+    assert (config.observability.level, config.engine.kernels, config.http.access_log) == ("off", "off", False)
+    assert parse_config({"observability": {"level": True}}).observability.level == "on"
+    assert refusal({"model": {"dtype": True}}).endswith("saw bool True")

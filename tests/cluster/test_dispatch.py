@@ -388,7 +388,7 @@ async def test_the_metrics_page_has_every_workers_numbers_and_what_the_dispatche
 async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, http):
     (router_address,) = fleet.dispatcher._router_addresses
     count = HttpMetrics("ingress-2")
-    count.chunks.num_tokens += 7
+    count.generation_tokens.num_tokens += 7
     other = Dispatcher(dataclasses.replace(fleet.dispatcher._options, ingress_id="ingress-2"), count.values)
     other.set_routers([router_address])
     await complete(http)
@@ -418,6 +418,17 @@ async def test_whichever_ingress_is_asked_all_of_them_are_on_the_page(fleet, htt
     assert {sample.labels.get("ingress", "own") for sample in latency.samples} == {"own", "ingress-2"}
     other.close()
     await page_with("ingress-1")
+
+
+async def test_an_ingress_that_tells_no_numbers_is_known_to_the_router_all_the_same(fleet):
+    options = dataclasses.replace(fleet.dispatcher._options, ingress_id="silent", tells_stats=False)
+    silent = Dispatcher(options, HttpMetrics("silent", is_counting=False).values)
+    silent.set_routers(fleet.dispatcher._router_addresses)
+    await eventually(lambda: "silent" in [told.worker_id for told in fleet.router._ingresses.values()])
+    (told,) = (told for told in fleet.router._ingresses.values() if told.worker_id == "silent")
+    assert told.values == {}
+    assert silent._tell_timer is None
+    silent.close()
 
 
 async def test_clients_that_leave_within_milliseconds_leave_nothing_behind(fleet):

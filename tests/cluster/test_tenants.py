@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 
 import httpx
@@ -30,6 +31,7 @@ tenants:
   members:
     - {{name: acme, api_key_file: {folder}/acme, host_quota: "{host}", disk_quota: "{disk}"}}
     - {{name: globex, api_key_file: {folder}/globex, cache_hints: use}}
+observability: {{tenant_metrics: 1}}
 """
 
 
@@ -131,6 +133,8 @@ def test_no_word_of_another_tenant_tells_anything(served):
     assert {row["tenant_name"] for row in rows} == {"acme"}
     scraped = call(served, "/metrics", None).text
     assert 'tenant="acme",tier="host"' in scraped
+    assert re.search('kvray_tenant_prompt_tokens_total{ingress="[^"]*",tenant="acme",source="computed"}', scraped)
+    assert 'tenant="globex",source' not in scraped, "the second is not counted by name"
     assert not any(key in scraped for key in (*KEYS.values(), "ab" * 32))
 
 

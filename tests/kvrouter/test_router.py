@@ -121,6 +121,21 @@ def test_a_snapshot_in_pieces_counts_at_once_and_warms_when_it_is_whole():
     assert fleet.router.stats()["kvray_router_workers_out_of_step"] == 0
 
 
+def test_the_worker_that_was_silent_for_longest_is_told_of_as_long_as_it_is_there():
+    fleet = Fleet(info("d0"), info("d1"))
+    fleet.now_s = 4.0
+    fleet.tell(load("d0"))
+    fleet.tell(TimePassed())
+    assert fleet.router.stats()["kvray_router_oldest_report_seconds"] == 4.0
+    fleet.tell(WorkerLost("d1"))
+    fleet.now_s = 5.0
+    fleet.tell(TimePassed())
+    assert fleet.router.stats()["kvray_router_oldest_report_seconds"] == 1.0
+    fleet.tell(WorkerLost("d0"))
+    fleet.tell(TimePassed())
+    assert fleet.router.stats()["kvray_router_oldest_report_seconds"] == 0.0, "nobody is there"
+
+
 def test_burst_with_one_prefix_does_not_herd_on_a_cold_fleet():
     fleet = Fleet(*(info(f"d{i}") for i in range(4)))
     placed = Counter(fleet.route(request_id=f"r{i}", num_blocks=20).decode_worker for i in range(100))

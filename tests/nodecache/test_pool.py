@@ -265,6 +265,7 @@ def test_a_tenant_at_its_quota_takes_the_room_of_its_own_blocks_alone():
     assert held(pool, names_of(range(4), "others")) == [True] * 4
     assert not set(others.tolist()) & set(taken.tolist())
     assert pool.accounts[MINE] == 3
+    assert (pool.num_evicted, pool.num_evicted_for_quota) == (3, 3)
     pool.check_invariants()
 
 

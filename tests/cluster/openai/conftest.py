@@ -15,11 +15,11 @@ import msgspec
 import openai
 import pytest
 import tokenizers
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.openai.app import create_app
 from cluster.openai.backend import HttpLimits, Readiness, ServedModel
+from cluster.openai.exposition import Family
 from messages.errors import KvrayError
 from messages.request import GenerateRequest
 from messages.stream import PromptSources, TokenChunk, TokenLogprob
@@ -151,10 +151,10 @@ class FakeBackend:
     async def ready(self) -> Readiness:
         return Readiness(self.is_ready, {"decode_workers": 2})
 
-    async def metrics(self) -> list[Metric]:
-        tokens = CounterMetricFamily("kvray_prompt_tokens", "Another text", labels=["worker", "source"])
-        tokens.add_metric(["d1", "peer"], 2)
-        return [GaugeMetricFamily("kvray_fake", "Nothing", 1), tokens]
+    async def metrics(self) -> list[Family]:
+        fake = Family("kvray_fake", "gauge", "Nothing", ["kvray_fake 1.0\n"])
+        line = 'kvray_prompt_tokens_total{worker="d1",source="peer"} 2.0\n'
+        return [fake, Family("kvray_prompt_tokens_total", "counter", "Another text", [line])]
 
 
 def sources(num_tokens: int) -> PromptSources:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.openai.backend import HttpLimits
 from cluster.openai.callers import Callers
+from cluster.openai.metrics import HttpMetrics
 from messages.errors import CapacityError, ErrorInfo, WorkerError
 from messages.stream import TokenChunk
 
@@ -495,3 +496,11 @@ def test_the_tokenizers_configuration_agrees_with_what_it_does(server):
     for token_id, token in info["added_tokens_decoder"].items():
         assert server.post("/tokenize", {"prompt": token}).json()["tokens"] == [int(token_id)]
         assert server.post("/detokenize", {"tokens": [int(token_id)]}).json() == {"prompt": token}
+
+
+def test_where_nothing_is_counted_there_is_no_metrics_page_and_it_says_why(serve):
+    server = serve(metrics=HttpMetrics(is_counting=False))
+    server.post(CHAT, {"messages": USER})
+    answer = server.http.get(f"{server.url}/metrics")
+    assert answer.status_code == 404
+    assert "observability.level is off" in answer.json()["error"]["message"]

@@ -160,7 +160,7 @@ async def test_a_failed_choice_ends_all_with_its_error(world):
     with pytest.raises(CapacityError, match="full"):
         await all_of(world.generation(num_choices=2))
     assert (world.backend.num_active, world.backend.num_closed_early) == (0, 1)
-    assert world.counted("kvray_choices_finished_total", reason="error") == 2
+    assert world.counted("kvray_choices_finished_total", reason="refused") == 2
 
 
 async def test_sequences_that_stop_coming_without_a_last_token_are_an_error(world):
