@@ -10,6 +10,7 @@
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
+    observability:  what is gathered for people who look at it
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -225,6 +226,13 @@ class LogConfig(_Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
+class ObservabilityConfig(_Section, frozen=True):
+    """What is gathered for people who look at it."""
+
+    #: of the beginnings of prompts that the placement page shows to who may see them; 0: no text is kept
+    prompt_preview_chars: Annotated[int, Meta(ge=0, le=2000)] = 0
+
+
 class KvrayConfig(_Section, frozen=True):
     """The whole configuration document."""
 
@@ -238,6 +246,7 @@ class KvrayConfig(_Section, frozen=True):
     tiers: TiersConfig = TiersConfig()
     tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:

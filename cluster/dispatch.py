@@ -48,6 +48,7 @@ from messages.request import GenerateRequest
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RouteFailed
 from messages.stream import TokenBatch, TokenChunk
+from messages.view import AskView, ViewTold
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig
 from transport.secret import ClusterSecret
@@ -72,7 +73,7 @@ class DispatchOptions:
     max_ttft_s: float  #: predicted; new requests beyond it are refused
 
 
-_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer
+_Answer: TypeAlias = Stats | BlocksKnown | ViewTold | CacheAnswer | StoredAnswer
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class Dispatcher:
         self._router_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._query_ids = itertools.count()
+        self._note: Callable[[Sequence[GenerateRequest]], None] = lambda _: None
         self._answer_stored: Callable[[StoredQuestion], StoredAnswer] = _no_answer
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
@@ -119,6 +121,7 @@ class Dispatcher:
     def start(self, requests: Sequence[GenerateRequest], take: Callable[[TokenChunk | None], None]) -> None:
         """Begin all sequences of one client request, as `Backend.start` says."""
         request_id = requests[0].request_id
+        self._note(requests)
         self._readers[request_id] = take
         self._decide(RequestAdded(tuple(requests)))
 
@@ -236,7 +239,7 @@ class Dispatcher:
                 self._decide(message)
             case RouteFailed():
                 self._decide(message)
-            case Stats() | BlocksKnown() | StoredAnswer():
+            case Stats() | BlocksKnown() | ViewTold() | StoredAnswer():
                 _take_answer(self._router, message)
             case StoredQuestion() if self._router is not None:
                 self._router.client.send(self._answer_stored(message))
@@ -343,6 +346,23 @@ class Dispatcher:
         assert isinstance(answer, BlocksKnown)
         return answer
 
+    async def view(self, tenant: int | None) -> ViewTold | None:
+        """Ask the router what it knows of the fleet, or of this tenant's prefixes; None: it does not answer."""
+        if self._router is None:
+            return None
+        try:
+            answer = await self._answer(
+                self._router, AskView(query_id=self._query_id(), tenant=tenant), _STATS_TIMEOUT_S
+            )
+        except WorkerError:
+            return None
+        assert isinstance(answer, ViewTold)
+        return answer
+
+    def note_with(self, note: Callable[[Sequence[GenerateRequest]], None]) -> None:
+        """Have `note`, which is quick and never raises, told what each client asks for."""
+        self._note = note
+
     def answer_with(self, answer: Callable[[StoredQuestion], StoredAnswer]) -> None:
         """Have `answer` say what other ingresses ask of the responses that this one keeps."""
         self._answer_stored = answer
@@ -396,7 +416,7 @@ class Dispatcher:
     async def _answer(
         self,
         connection: _Connection,
-        question: GetStats | WhereBlocks | CacheQuestion | StoredQuestion,
+        question: GetStats | WhereBlocks | AskView | CacheQuestion | StoredQuestion,
         timeout_s: float,
     ) -> _Answer:
         future: asyncio.Future[_Answer] = self._loop.create_future()

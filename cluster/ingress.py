@@ -31,6 +31,7 @@ from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
+from cluster.placement_page.endpoints import PlacementPage, add_placement_page
 from cluster.prefixes import Prefixes
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
@@ -151,6 +152,9 @@ class Ingress:
     def _add_cache(self, app: FastAPI, surface: Surface) -> None:
         caches = Caches(self._dispatcher)
         add_cache(app, surface, caches, Prefixes(self._dispatcher, caches))
+        add_placement_page(
+            app, PlacementPage(self._dispatcher, surface, self._config.observability.prompt_preview_chars)
+        )
 
     def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
         infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]

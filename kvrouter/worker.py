@@ -36,6 +36,7 @@ from messages.fleet import (
 )
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.view import AskView
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
 from transport.secret import ClusterSecret
@@ -195,6 +196,8 @@ class RouterWorker:
                 self._server.send(peer, stats)
             case WhereBlocks():
                 self._server.send(peer, self.router.where(message))
+            case AskView():
+                self._server.send(peer, self.router.view(message, time.monotonic()))
             case Stats():
                 self._ingresses[peer] = message
             case StoredQuestion():

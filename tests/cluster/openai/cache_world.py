@@ -22,6 +22,7 @@ from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.openai.app import create_app
 from cluster.openai.backend import ServedModel
 from cluster.openai.callers import NOBODY, Caller, Callers
+from cluster.placement_page.endpoints import PlacementPage, add_placement_page
 from cluster.prefixes import Prefixes
 from engine.management import BlockKind, PoolManagement
 from engine.memory.checksums import BlockChecksums
@@ -196,7 +197,13 @@ async def serving(app):
 
 @contextlib.asynccontextmanager
 async def managed(
-    root: Path, tokenizer: Tokenizer, model: ServedModel, *, num_blocks: int = 64, num_held: int = HELD
+    root: Path,
+    tokenizer: Tokenizer,
+    model: ServedModel,
+    *,
+    num_blocks: int = 64,
+    num_held: int = HELD,
+    preview_chars: int = 0,
 ) -> AsyncIterator[World]:
     """A deployment whose node has a disk at `root`, and an arena of `num_blocks`, of which acme may have 8."""
     async with contextlib.AsyncExitStack() as stack:
@@ -231,13 +238,18 @@ async def managed(
         made.dispatcher.set_workers("decode", [worker.info])
         made.dispatcher.set_routers([made.router.address])
         caches = Caches(made.dispatcher)
+
+        def extend(app, surface) -> None:
+            add_cache(app, surface, caches, Prefixes(made.dispatcher, caches))
+            add_placement_page(app, PlacementPage(made.dispatcher, surface, preview_chars))
+
         app = create_app(
             made.dispatcher,
             model,
             tokenizer,
             version="1",
             callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX), ("ops-key", OPS)]),
-            extend=lambda app, surface: add_cache(app, surface, caches, Prefixes(made.dispatcher, caches)),
+            extend=extend,
         )
         url = await stack.enter_async_context(serving(app))
         # No TLS is spoken, and to read the system's certificates would take as long as some of the tests.
