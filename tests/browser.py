@@ -60,7 +60,9 @@ class Watched:
         await self.page.evaluate(AXE.read_text())
         rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
         found = await self.page.evaluate("rules => axe.run(document, {runOnly: rules})", rules)
-        return [f"{one['id']}: {one['nodes'][0]['html']} {one['nodes'][0]['failureSummary']}" for one in found["violations"]]
+        return [
+            f"{one['id']}: {one['nodes'][0]['html']} {one['nodes'][0]['failureSummary']}" for one in found["violations"]
+        ]
 
     async def scrolls_sideways(self) -> bool:
         return await self.page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")

@@ -26,7 +26,7 @@ ASSETS: Final = Path(__file__).parent / "assets"
 #: What a browser may do with the page: nothing of another origin, nothing inline, in nobody's frame.
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

@@ -21,6 +21,7 @@ let history = []; // [{at_s, counters: Map}], of the last minute
 let seen = null; // the last document
 let timer = 0;
 let isAsking = false;
+let hasRequests = true; // whether explanations of requests can be had
 
 // ------------------------------------------------------------------------------------------------------------- asking
 
@@ -73,6 +74,7 @@ function wantKey(words) {
   key = "";
   history = [];
   seen = null;
+  hasRequests = true;
   for (const body of document.querySelectorAll("tbody")) body.replaceChildren();
   $("content").hidden = $("forget").hidden = true;
   $("login").hidden = false;
@@ -162,7 +164,7 @@ function tiles(document_) {
     const those = owners.map((owner) => (owner.tiers || {})[tier]).filter(Boolean);
     if (!those.length) continue;
     const held = sum(those, (one) => one.bytes), room = sum(those, (one) => one.capacity_bytes);
-    found.push([`In ${tier}`, bytes(held), room ? `${percent(held, room)} of ${bytes(room)}` : "no limit known"]);
+    found.push([`Held in ${tier}`, bytes(held), room ? `${percent(held, room)} of ${bytes(room)}` : "no limit known"]);
   }
   const tokens = SOURCES.map((source) => grown(`source ${source}`) || 0);
   const all = tokens.reduce((a, b) => a + b, 0);
@@ -228,8 +230,8 @@ function showSources(document_) {
 }
 
 const OWNER_COLUMNS = [
-  ["Worker"], ["Role"], ["Tier"], ["Full"], ["Blocks held", 1], ["Router believes", 1], ["Hits, last min", 1],
-  ["Evicted, last min", 1], ["Running", 1], ["Waiting", 1], ["Queue", 1], ["TTFT predicted", 1],
+  ["Worker"], ["Role"], ["Tier"], ["Full"], ["Blocks held", 1], ["Router believes", 1], ["Hits/min", 1],
+  ["Evicted/min", 1], ["Runs", 1], ["Waits", 1], ["Queue", 1], ["TTFT", 1],
 ];
 
 function head(id, columns) {
@@ -342,10 +344,12 @@ function showTransfers(document_) {
 // ------------------------------------------------------------------------------------------------ requests, and reasons
 
 async function updateRequests() {
+  if (!hasRequests) return;
   const response = await ask("v1/route?limit=20");
+  hasRequests = response.status !== 404 && response.status !== 403; // else it stays so
   const note = $("requests-note");
   const requests = response.ok ? listed(await response.json()) : [];
-  $("requests-table").hidden = !requests.length;
+  $("requests-table").parentElement.hidden = !requests.length;
   if (response.status === 404) cell(note, "This server keeps no explanations of requests.");
   else if (!response.ok) cell(note, `Not shown: ${(await refused(response)).words}`);
   else cell(note, requests.length ? "Newest first; the name of one opens why it went where it went." : "None yet, or none are kept (observability.explained_requests).");
