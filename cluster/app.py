@@ -111,7 +111,7 @@ def build_application(
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
         RouterActor
     ).bind(
-        RouterOptions(channel=_channel(config), host=config.network.host, max_ttft_s=config.http.max_ttft_s),
+        _router_options(config),
         read_secret,
         functools.partial(FleetWatch, APP_NAME),
         roles,
@@ -135,6 +135,15 @@ def _placed(resources: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]
 
 def _channel(config: KvrayConfig) -> ChannelConfig:
     return ChannelConfig(heartbeat_s=config.network.heartbeat_s, lost_after_s=config.network.lost_after_s)
+
+
+def _router_options(config: KvrayConfig) -> RouterOptions:
+    return RouterOptions(
+        channel=_channel(config),
+        host=config.network.host,
+        max_ttft_s=config.http.max_ttft_s,
+        is_observed=config.observability.level == "on",
+    )
 
 
 def _worker_options(config: KvrayConfig) -> WorkerOptions:

@@ -10,7 +10,7 @@
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
-    observability:  what is gathered for people who look at it
+    observability: what is counted, for whom
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -227,8 +227,10 @@ class LogConfig(_Section, frozen=True):
 
 
 class ObservabilityConfig(_Section, frozen=True):
-    """What is gathered for people who look at it."""
+    """What is gathered for people and their dashboards."""
 
+    #: off: nothing is gathered that serving does not need, and there is no /metrics
+    level: Literal["on", "off"] = "on"
     #: of the beginnings of prompts that the placement page shows to who may see them; 0: no text is kept
     prompt_preview_chars: Annotated[int, Meta(ge=0, le=2000)] = 0
 

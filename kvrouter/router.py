@@ -51,6 +51,7 @@ class RouterConfig:
     max_ttft_s: float = 20.0  #: predicted time to first token beyond which a request is refused (429)
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
+    is_observed: bool = False  #: count what prompts begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Router:
         self._assumed = config.assumed
         self._index = open_index(lambda worker_id: self._workers[worker_id].info.num_blocks)
         self._warming = Warming(self._index.runs, lambda worker_id: self._workers[worker_id].info)
-        self._hot = HotPrefixes()
+        self._hot = HotPrefixes() if config.is_observed else None
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
         self._feeds = Feeds(config.snapshot_timeout_s)
@@ -180,13 +181,13 @@ class Router:
 
     def view(self, question: AskView, now_s: float) -> ViewTold:
         """Tell people what is known; of a tenant its prefixes alone."""
-        hottest = self._hot.hottest(question.num_prefixes, question.tenant, now_s)
+        hottest = self._hot.hottest(question.num_prefixes, question.tenant, now_s) if self._hot is not None else None
         holders = holder_views(self._workers, self._index, self._feeds.is_in_step) if question.tenant is None else ()
         return ViewTold(
             query_id=question.query_id,
             nominal_tokens=NOMINAL_TOKENS,
             holders=holders,
-            prefixes=prefix_views(hottest, self._index.runs),
+            prefixes=None if hottest is None else prefix_views(hottest, self._index.runs),
         )
 
     def has(self, request_id: str) -> bool:
@@ -212,7 +213,8 @@ class Router:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
         self._fleet.check_invariants()
-        self._hot.check_invariants()
+        if self._hot is not None:
+            self._hot.check_invariants()
         if self._workers.keys() != set(self._feeds):
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         reporting = Counter(request_id for worker in self._workers.values() for request_id in worker.request_ids)
@@ -258,7 +260,8 @@ class Router:
         held = pricing.held(best)
         found = request.names[: NAME_BYTES * held[-1].end if held else 0]
         self._warming.note(found, now_s)
-        self._hot.count(found, request.request_id, request.tenant, best.decode.info.block_size, now_s)
+        if self._hot is not None:
+            self._hot.count(found, request.request_id, request.tenant, best.decode.info.block_size, now_s)
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
         return Placement(
             request_id=request.request_id,

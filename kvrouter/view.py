@@ -51,7 +51,7 @@ def prefix_views(hottest: Iterable[HotPrefix], runs: Callable[[bytes], list[Run]
             num_tokens=len(prefix.names) // NAME_BYTES * prefix.block_size,
             num_requests=prefix.num_requests,
             age_s=prefix.age_s,
-            last_request=prefix.last_request.partition("#")[0],  # one that moved has its count behind it
+            last_request=prefix.last_request,
             tenant=prefix.tenant,
             runs=tuple(
                 KnownRun(run.begin, run.end, tuple(BlockHolder(*holder) for holder in run.holders[:_MAX_HOLDERS]))

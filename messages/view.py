@@ -45,7 +45,7 @@ class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     num_requests: float  #: that were found to begin with it, each counting half as much every ten minutes
     age_s: float  #: since the last of them
-    last_request: str  #: its id
+    last_request: str  #: the id of its RouteRequest
     tenant: int
     runs: tuple[KnownRun, ...]  #: the first ones, head first, up to the first block that nobody holds
 
@@ -56,4 +56,4 @@ class ViewTold(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     query_id: str
     nominal_tokens: int
     holders: tuple[HolderView, ...] = ()
-    prefixes: tuple[PrefixView, ...] = ()  #: hottest first
+    prefixes: tuple[PrefixView, ...] | None = ()  #: hottest first; None: they are not counted

@@ -6,6 +6,7 @@ Counters are since the processes began; the page makes rates of them itself, so 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -20,6 +21,8 @@ from messages.tier import Tier
 from messages.view import HolderView, PrefixView, ViewTold
 
 _SUMMED: Final = ("kvray_requests_running", "kvray_requests_moved_total", "kvray_client_disconnects_total")
+#: A client's id, random digits, the number of the choice; behind it, of a request that moved, how often.
+_SEQUENCE_ID: Final = re.compile(r"(.*)-[0-9a-f]{8}-\d+(#\d+)?")
 _TTFT: Final = "kvray_time_to_first_token_seconds"
 
 
@@ -101,6 +104,7 @@ class PageDocument(msgspec.Struct, frozen=True, kw_only=True):
     ttft_sum_s: float
     placed: dict[str, float]  #: requests, by who chose
     counts: dict[str, float]  #: others of ingresses and the router, by metric name
+    counts_prefixes: bool
     prefixes: list[PrefixRow]
 
 
@@ -151,9 +155,10 @@ def page_document(
         placed=_by_label(counted, "kvray_requests_placed_total", "by"),
         counts={name: _sum(counted, name) for name in _SUMMED if is_operator}
         | {name: value for name, value in router.items() if "kept_share" not in name},
+        counts_prefixes=view is not None and view.prefixes is not None,
         prefixes=[
             _prefix_row(prefix, block_sizes[0] if block_sizes else 1, facts.tenant_names, texts.get(prefix.name))
-            for prefix in (view.prefixes if view else ())
+            for prefix in ((view.prefixes if view else None) or ())
         ],
     )
 
@@ -267,7 +272,7 @@ def _prefix_row(prefix: PrefixView, block_size: int, names: Mapping[int, str], t
         num_tokens=prefix.num_tokens,
         num_requests=prefix.num_requests,
         age_s=prefix.age_s,
-        last_request=prefix.last_request,
+        last_request=client_id(prefix.last_request),
         tenant=names.get(prefix.tenant, ""),
         text=text,
         runs=[
@@ -279,6 +284,12 @@ def _prefix_row(prefix: PrefixView, block_size: int, names: Mapping[int, str], t
             for run in prefix.runs
         ],
     )
+
+
+def client_id(sequence_id: str) -> str:
+    """Return the id by which a client knows the request that a sequence is of."""
+    found = _SEQUENCE_ID.fullmatch(sequence_id)
+    return found[1] if found else sequence_id
 
 
 def _by_label(sources: Iterable[Mapping[str, float]], name: str, label: str) -> dict[str, float]:

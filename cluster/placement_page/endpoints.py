@@ -57,7 +57,7 @@ class PlacementPage:
         view = await self._dispatcher.view(None if caller.is_operator else caller.owner(None))
         fleet = list(self._dispatcher.fleet.values())
         texts: dict[bytes, str] = {}
-        if view is not None and fleet:
+        if view is not None and view.prefixes and fleet:
             info = next((info for info in fleet if info.role == "decode"), fleet[0])
             texts = await self._previews.texts(view.prefixes, info.fingerprint, info.block_size)
         others = [one.values for stats in told for one in stats.ingresses]

@@ -163,7 +163,7 @@ def test_who_asks_where_a_prompt_lies_hears_of_every_tier():
 
 
 def test_who_looks_is_told_what_is_believed_of_whom_and_what_is_hot():
-    fleet = Fleet(info("d"), info("c", "cache"), info("unmeasured"))
+    fleet = Fleet(info("d"), info("c", "cache"), info("unmeasured"), config=RouterConfig(is_observed=True))
     fleet.tell(load("unmeasured", compute=None))
     fleet.tell(load("d", queued_s=2.0, num_running=3, num_waiting=1))
     fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 8)))
@@ -188,10 +188,18 @@ def test_who_looks_is_told_what_is_believed_of_whom_and_what_is_hot():
     assert hottest.num_requests == pytest.approx(3, rel=0.01)
     here = (BlockHolder("d", "device"), BlockHolder("c", "host"))
     assert hottest.runs == (KnownRun(0, 8, here), KnownRun(8, 10, here[1:]))
-    assert (other.num_blocks, other.last_request, other.tenant) == (5, "other", 7)  # not as it was placed anew
+    assert (other.num_blocks, other.last_request, other.tenant) == (5, "other#2", 7)
     own = fleet.router.view(AskView(query_id="q", tenant=7), fleet.now_s)
     assert (own.holders, [prefix.name for prefix in own.prefixes]) == ((), [other.name])
     assert fleet.router.view(AskView(query_id="q", num_prefixes=1), fleet.now_s).prefixes == (hottest,)
+
+
+def test_a_router_that_nobody_observes_counts_no_prefixes_and_tells_the_rest():
+    fleet = Fleet(info("d"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 8)))
+    fleet.route()
+    told = fleet.router.view(AskView(query_id="q"), fleet.now_s)
+    assert (told.prefixes, told.holders[0].known_blocks) == (None, {"device": 8})
 
 
 def test_removed_blocks_attract_no_more():

@@ -314,7 +314,8 @@ function showPrefixes(document_) {
     ...(document_.has_previews ? [{ text: prefix.text == null ? "(seen at another ingress, or too long ago)" : prefix.text, wide: true }] : []),
   ]);
   if (!document_.prefixes.length) {
-    const words = document_.has_router ? "None yet: no prompt was found held." : "The router, which counts them, does not answer.";
+    const words = document_.counts_prefixes ? "None yet: no prompt was found held."
+      : document_.has_router ? "They are not counted (observability.level: off)." : "The router, which counts them, does not answer.";
     rows($("prefixes"), [words], (text) => text, (text) => [{ head: text, span: 8 }]);
   }
 }
@@ -348,7 +349,7 @@ async function updateRequests() {
   const response = await ask("v1/route?limit=20");
   hasRequests = response.status !== 404 && response.status !== 403; // else it stays so
   const note = $("requests-note");
-  const requests = response.ok ? listed(await response.json()) : [];
+  const requests = response.ok ? (await response.json()).routes : [];
   $("requests-table").parentElement.hidden = !requests.length;
   if (response.status === 404) cell(note, "This server keeps no explanations of requests.");
   else if (!response.ok) cell(note, `Not shown: ${(await refused(response)).words}`);
@@ -356,19 +357,20 @@ async function updateRequests() {
   rows($("requests"), requests, (one) => one.request_id, (one) => [
     { head: shortId(one.request_id, 18), action: () => whyRequest(one.request_id), title: one.request_id },
     { text: new Date(one.began_s * 1000).toLocaleTimeString() },
-    { text: count(one.num_prompt_tokens), number: true },
+    { text: count(one.num_prompt_tokens), number: true }, { text: optional(one.num_cached_tokens, count), number: true },
     { text: one.placed_by || "-" }, { text: one.decode_worker || "-" }, { text: one.prefill_worker || "-" },
     { text: optional(one.predicted_ttft_s, ms), number: true }, { text: optional(one.ttft_s, ms), number: true },
-    { text: missed(one.misses) },
+    { text: one.error || missed(one), bad: Boolean(one.error), wide: true },
   ]);
 }
 
-const listed = (answer) => (Array.isArray(answer) ? answer : answer.requests || answer.data || []);
-
-function missed(misses) {
-  if (!misses) return "-";
-  const reasons = Array.isArray(misses) ? [...new Set(misses.map((one) => one.reason || one.why))] : Object.keys(misses);
-  return reasons.filter(Boolean).map((reason) => reason.replaceAll("_", " ")).join(", ") || "nothing";
+// What was computed though it might have been cached, by reason.
+function missed(one) {
+  const found = new Map();
+  for (const run of one.runs || []) {
+    if (run.why && run.why !== "prompt_end") found.set(run.why, (found.get(run.why) || 0) + run.end - run.begin);
+  }
+  return [...found].map(([why, tokens]) => `${count(tokens)} ${why.replaceAll("_", " ")}`).join(", ") || "-";
 }
 
 async function whyRequest(requestId) {

@@ -20,18 +20,22 @@ export function prefixFacts(prefix) {
 }
 
 export function explanation(why) {
+  const told = (why.sentences || []).map((sentence) => element("li", { textContent: sentence }));
   return element("div", {},
+    ...(told.length ? [element("ul", {}, ...told)] : []),
     facts([
-      ["Why", why.reason], ["Placed by", why.placed_by], ["Decode worker", why.decode_worker],
+      ["Reason", why.reason], ["State", why.state], ["Error", why.error], ["Placed by", why.placed_by], ["Decode worker", why.decode_worker],
       ["Prefill worker", why.prefill_worker || "none: the decode worker computes"], ["Prompt tokens", count(why.num_prompt_tokens || 0)],
       ["First token predicted", why.predicted_ttft_s == null ? null : ms(why.predicted_ttft_s)],
       ["First token came after", why.ttft_s == null ? null : ms(why.ttft_s)],
     ]),
-    ...candidates(why.predicted || []), ...runs(why.runs || []), ...misses(why.misses));
+    ...candidates(why.predicted || {}), ...runs(why.runs || []));
 }
 
-function candidates(found) {
+function candidates(predicted) {
+  const found = predicted.candidates || [];
   if (!found.length) return [];
+  const title = `What the router could choose from: ${count(predicted.num_possible || found.length)} placements, the best ones`;
   const parts = PARTS.filter((part) => found.some((one) => (one.parts || {})[part]));
   const columns = [["Decode"], ["Prefill"], ["Cost", 1], ["TTFT", 1], ...parts.map((part) => [words(part.replace(/_s$/, "")), 1]), ["Held tokens"]];
   const lines = found.map((one) => [
@@ -40,26 +44,18 @@ function candidates(found) {
     number(one.cost_s, ms), number(one.ttft_s, ms), ...parts.map((part) => number((one.parts || {})[part], ms)),
     { text: tiers(one.matched_tokens) },
   ]);
-  return [element("h3", { textContent: "What the router could choose from" }), table("What the router could choose from", columns, lines)];
+  return [element("h3", { textContent: title }), table(title, columns, lines)];
 }
 
 function tiers(matched) {
-  if (matched == null || typeof matched === "number") return count(matched || 0);
-  return Object.entries(matched).filter(([, tokens]) => tokens).map(([tier, tokens]) => `${tier} ${count(tokens)}`).join(", ") || "none";
+  return Object.entries(matched || {}).filter(([, tokens]) => tokens).map(([tier, tokens]) => `${tier} ${count(tokens)}`).join(", ") || "none";
 }
 
 function runs(found) {
   if (!found.length) return [];
   const lines = found.map((run) => [
-    { head: `${count(run.begin)} to ${count(run.end)}` }, { text: words(run.source) }, { text: run.holder || "-", mono: true }, { text: words(run.why), wide: true },
+    { head: `${count(run.begin)} to ${count(run.end)}` }, { text: words(run.source) }, { text: run.holder || "-", mono: true },
+    { text: words(run.why) + (run.missed_holder ? `, last held by ${run.missed_holder}` : ""), wide: true },
   ]);
   return [element("h3", { textContent: "Where each token's KV came from" }), table("Where each token's KV came from", [["Tokens"], ["Source"], ["Holder"], ["Why"]], lines)];
-}
-
-function misses(found) {
-  const lines = (Array.isArray(found) ? found : Object.entries(found || {}).map(([reason, tokens]) => ({ reason, tokens }))).map((one) => [
-    { head: words(one.reason || one.why) },
-    { text: one.begin == null ? count(one.tokens ?? one.num_tokens ?? 0) : `${count(one.begin)} to ${count(one.end)}`, number: true },
-  ]);
-  return lines.length ? [element("h3", { textContent: "What was missed" }), table("What was missed", [["Reason"], ["Tokens", 1]], lines)] : [];
 }

@@ -30,6 +30,7 @@ from engine.memory.kv_pool import KvPool, LayerSpec
 from kvcache.names import block_names, pack_tokens, split_names, tenant_salt
 from kvcache.pool import BlockPool
 from kvcache.subscribers import Subscribers
+from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.cache import CacheQuestion
 from messages.fleet import GetStats, LoadReport, NodeCacheFound, Stats, Subscribe, TakeBlocks, WorkerInfo
@@ -226,7 +227,7 @@ async def managed(
         await made.writer.open()
         worker = made.worker = PoolWorker(secret, names_of(PROMPT)[: num_held // BLOCK_SIZE], info)
         stack.callback(worker.close)
-        made.router = RouterWorker("router-1", secret, "127.0.0.1", CHANNEL)
+        made.router = RouterWorker("router-1", secret, "127.0.0.1", CHANNEL, RouterConfig(is_observed=True))
         stack.callback(made.router.close)
         made.router.set_fleet([worker.info])
         made.dispatcher = Dispatcher(
