@@ -33,6 +33,7 @@ from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.placement_page.endpoints import PlacementPage, add_placement_page
 from cluster.prefixes import Prefixes
+from cluster.ray_dashboard.letter_boxes import LetterBoxes, RayKeyValues
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
 from messages.errors import WorkerError
@@ -103,6 +104,8 @@ class Ingress:
             await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
         self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
+        if config.observability.level == "on":
+            LetterBoxes(RayKeyValues(), self._app.router).start()
         self._serving: asyncio.Task[None] | None = None
         if listener is not None:
             ended = self._metrics.connections_ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +12,9 @@ from typing import Any, Protocol
 import msgspec
 import ray.util
 from ray import serve
+from ray.util.metrics import Gauge
 
+from kvrouter.gauges import GAUGES, PERIOD_S
 from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
@@ -54,6 +57,11 @@ class RouterActor:
             host = options.host or ray.util.get_node_ip_address()
             config = RouterConfig(max_ttft_s=options.max_ttft_s, is_observed=options.is_observed)
             self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
+        if options.is_observed:
+            self._gauges = {
+                name: Gauge(name, description=kind.help, tag_keys=kind.labels) for name, kind in GAUGES.items()
+            }
+            self._show()
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()
@@ -72,8 +80,16 @@ class RouterActor:
         self._replicas[deployment] = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]
         self._router.set_fleet([info for infos in self._replicas.values() for info in infos])
 
+    def _show(self) -> None:
+        """Set all gauges, changed or not: Ray forgets one that is not set for some 20 s."""
+        self._showing = asyncio.get_running_loop().call_later(PERIOD_S, self._show)
+        for name, labels, value in self._router.samples():
+            self._gauges[name].set(value, labels)
+
     async def __del__(self) -> None:
         """Hang up, in Serve's only shutdown hook, which runs after the drain."""
+        if (showing := getattr(self, "_showing", None)) is not None:
+            showing.cancel()
         router = getattr(self, "_router", None)
         if router is not None:
             router.close()

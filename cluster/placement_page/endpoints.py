@@ -24,15 +24,7 @@ from cluster.placement_page.previews import PromptPreviews
 
 ASSETS: Final = Path(__file__).parent / "assets"
 #: What a browser may do with the page: nothing of another origin, nothing inline, in nobody's frame.
-PAGE_HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
+PAGE_HEADERS: Final[dict[str, str]] = msgspec.json.decode((Path(__file__).parent / "headers.json").read_bytes())
 _FILES: Final = {
     "/cache": ("index.html", "text/html"),
     "/cache/app.css": ("app.css", "text/css"),
