@@ -105,7 +105,8 @@ class Ingress:
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
         self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
         if config.observability.level == "on":
-            LetterBoxes(RayKeyValues(), self._app.router).start()
+            self._letter_boxes = LetterBoxes(RayKeyValues(), self._app.router)
+            self._letter_boxes.start()
         self._serving: asyncio.Task[None] | None = None
         if listener is not None:
             ended = self._metrics.connections_ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
 from transport.channel import ChannelConfig
 from transport.secret import ClusterSecret
+
+logger = logging.getLogger(__name__)
+
+_SET_AT_ONCE = 100  #: gauges, some ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +63,7 @@ class RouterActor:
             config = RouterConfig(max_ttft_s=options.max_ttft_s, is_observed=options.is_observed)
             self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
         if options.is_observed:
-            self._gauges = {
-                name: Gauge(name, description=kind.help, tag_keys=kind.labels) for name, kind in GAUGES.items()
-            }
-            self._show()
+            self._showing = asyncio.create_task(self._show())
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()
@@ -80,11 +82,18 @@ class RouterActor:
         self._replicas[deployment] = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]
         self._router.set_fleet([info for infos in self._replicas.values() for info in infos])
 
-    def _show(self) -> None:
-        """Set all gauges, changed or not: Ray forgets one that is not set for some 20 s."""
-        self._showing = asyncio.get_running_loop().call_later(PERIOD_S, self._show)
-        for name, labels, value in self._router.samples():
-            self._gauges[name].set(value, labels)
+    async def _show(self) -> None:
+        """Set all gauges, changed or not: Ray forgets one that is not set for some 20 s. Placements come between."""
+        gauges = {name: Gauge(name, description=kind.help, tag_keys=kind.labels) for name, kind in GAUGES.items()}
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                for number, (name, labels, value) in enumerate(self._router.samples(), 1):
+                    gauges[name].set(value, labels)
+                    if number % _SET_AT_ONCE == 0:
+                        await asyncio.sleep(0)
+            except Exception:  # the edge: whoever looks at gauges is not to stop who places requests
+                logger.exception("the gauges were not set")
 
     async def __del__(self) -> None:
         """Hang up, in Serve's only shutdown hook, which runs after the drain."""

@@ -55,7 +55,7 @@ class _Question(msgspec.Struct, frozen=True):
 
 
 class LetterBoxes:
-    """Answers what lies in them, from `start` until it is cancelled. One event loop."""
+    """Answers what lies in them, from `start` to `stop`. One event loop."""
 
     def __init__(self, store: KeyValues, router: ASGIApp) -> None:
         """Look into `store`; `router` answers, which is the HTTP application without its outer layers."""
@@ -67,6 +67,11 @@ class LetterBoxes:
     def start(self) -> None:
         """Begin to look."""
         self._task = asyncio.get_running_loop().create_task(self._look())
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def look(self) -> int:
         """Answer all questions that are there; return how many.
