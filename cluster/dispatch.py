@@ -114,6 +114,8 @@ class Dispatcher:
         self._answer_stored: Callable[[StoredQuestion], StoredAnswer] = _no_answer
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
+        #: of the router, by tenant: being asked for, or told; and until when it is good
+        self._views: dict[int | None, tuple[asyncio.Task[ViewTold | None], float]] = {}
         self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats)
 
     # ------------------------------------------------------------------------------------------------------- requests
@@ -203,8 +205,9 @@ class Dispatcher:
         for timer in (self._router_timer, self._tick_timer, self._tell_timer):
             if timer is not None:
                 timer.cancel()
-        if self._fleet_stats is not None:
-            self._fleet_stats.cancel()
+        for task in (self._fleet_stats, *(view for view, _ in self._views.values())):
+            if task is not None:
+                task.cancel()
         connections = [*self._workers.values(), *([self._router] if self._router is not None else [])]
         self._workers.clear()
         self._router = None
@@ -347,7 +350,17 @@ class Dispatcher:
         return answer
 
     async def view(self, tenant: int | None) -> ViewTold | None:
-        """Ask the router what it knows of the fleet, or of this tenant's prefixes; None: it does not answer."""
+        """Return what the router knows of the fleet, or of this tenant's prefixes; None: it does not answer.
+
+        At most 1 s old: however many ask for one in that second, the router is asked once.
+        """
+        now_s = self._loop.time()
+        self._views = {key: view for key, view in self._views.items() if now_s < view[1]}
+        if tenant not in self._views:
+            self._views[tenant] = (self._loop.create_task(self._ask_view(tenant)), now_s + _STATS_AGE_S)
+        return await asyncio.shield(self._views[tenant][0])  # one who asks may leave, the others wait on
+
+    async def _ask_view(self, tenant: int | None) -> ViewTold | None:
         if self._router is None:
             return None
         try:

@@ -130,3 +130,21 @@ async def test_without_a_router_the_rest_is_shown_and_said_to_be_so(world):
     assert data["prefixes"] == []
     assert data["owners"][0]["worker_id"] == "decode-1"
     assert "running" not in data["owners"][0]
+
+
+async def test_however_many_look_the_router_is_asked_once_a_second(world):
+    num_asked = 0
+    router = world.router.router
+    view = router.view
+
+    def counting(question, now_s):
+        nonlocal num_asked
+        num_asked += 1
+        return view(question, now_s)
+
+    router.view = counting
+    await asyncio.gather(*(page_data(world, key) for key in ("a-key", "acme-key") * 10))
+    assert num_asked == 2  # one for each who may see another part
+    await asyncio.sleep(1.1)
+    await page_data(world)
+    assert num_asked == 3
