@@ -16,6 +16,7 @@ import re
 from typing import Any, Final, Protocol
 
 import msgspec
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.types import ASGIApp, Message
 
 from cluster.openai.callers import NOBODY
@@ -58,9 +59,9 @@ class LetterBoxes:
     """Answers what lies in them, from `start` to `stop`. One event loop."""
 
     def __init__(self, store: KeyValues, router: ASGIApp) -> None:
-        """Look into `store`; `router` answers, which is the HTTP application without its outer layers."""
+        """Look into `store`; `router` answers, which is that of the HTTP application, without its outer layers."""
         self._store = store
-        self._router = router
+        self._router = AsyncExitStackMiddleware(router)  # which FastAPI's routes want around them
         self._task: asyncio.Task[None] | None = None
         self._busy_until_s = 0.0
 
@@ -116,6 +117,9 @@ class LetterBoxes:
                     status, body = await _get(self._router, question.path, question.query)
             except TimeoutError:
                 status, body = 504, _error(f"no answer within {_TIMEOUT_S:g} s").encode()
+            except Exception:  # whoever asked is told, others go on being answered
+                logger.exception("GET %s for Ray's dashboard failed", question.path)
+                status, body = 500, _error("internal error").encode()
         return f"{question.id} {status}\n".encode() + body
 
 

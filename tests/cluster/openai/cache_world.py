@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import torch
+from fastapi import FastAPI
 
 from cluster.cache_api import add_cache
 from cluster.caches import Caches
@@ -140,6 +141,7 @@ class World:
     writer: CacheClient
     router: RouterWorker
     dispatcher: Dispatcher
+    app: FastAPI
     http: httpx.AsyncClient
     disk: DiskStore
     files: FaultyFiles  #: of the disk
@@ -252,6 +254,7 @@ async def managed(
             callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX), ("ops-key", OPS)]),
             extend=extend,
         )
+        made.app = app
         url = await stack.enter_async_context(serving(app))
         # No TLS is spoken, and to read the system's certificates would take as long as some of the tests.
         client = httpx.AsyncClient(base_url=url, headers=bearer("a-key"), timeout=20, verify=False)

@@ -9,10 +9,12 @@ import httpx
 import pytest
 
 from cluster.openai.backend import ServedModel
+from cluster.ray_dashboard.letter_boxes import LetterBoxes
 from kvcache.names import pack_tokens
 from messages.request import GenerateRequest, SamplingParams
 from tests.cluster.openai.cache_world import ACME, BLOCK_BYTES, PROMPT, bearer, managed, names_of
 from tests.cluster.placement_page.looking import busy
+from tests.cluster.ray_dashboard.test_letter_boxes import FakeStore
 from text.tokenizer import Tokenizer
 
 FILES = ("/cache", "/cache/app.js", "/cache/parts.js", "/cache/explain.js", "/cache/app.css")
@@ -130,6 +132,17 @@ async def test_without_a_router_the_rest_is_shown_and_said_to_be_so(world):
     assert data["prefixes"] == []
     assert data["owners"][0]["worker_id"] == "decode-1"
     assert "running" not in data["owners"][0]
+
+
+async def test_rays_dashboard_is_answered_as_an_operator_is(world):
+    store = FakeStore()
+    store.ask("/cache/data")
+    store.ask("/v1/route/r1", number=1)
+    assert await LetterBoxes(store, world.app.router).look() == 2
+    head, document = store.told()
+    assert head == "q1 200"
+    assert {**document, "made_s": 0} == {**await page_data(world), "made_s": 0}
+    assert store.values[b"told 1"].startswith(b"q1 404\n")
 
 
 async def test_however_many_look_the_router_is_asked_once_a_second(world):

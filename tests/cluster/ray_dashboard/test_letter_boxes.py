@@ -53,11 +53,16 @@ async def stall(_: Request) -> JSONResponse:
     return JSONResponse({})
 
 
+async def fail(_: Request) -> JSONResponse:
+    raise AssertionError("a bug")
+
+
 ROUTER = Starlette(
     routes=[
         Route("/cache/data", data),
         Route("/v1/route", data),
         Route("/v1/route/stalls", stall),
+        Route("/v1/route/fails", fail),
         Route("/v1/route/{request_id}", explain),
         Route("/v1/cache/stats", data),
     ]
@@ -111,6 +116,15 @@ async def test_who_never_answers_is_given_up(store, monkeypatch):
     store.ask("/v1/route/stalls")
     await LetterBoxes(store, ROUTER).look()
     assert store.told()[0] == "q1 504"
+
+
+async def test_a_bug_is_told_as_one_and_ends_nothing(store, caplog):
+    store.ask("/v1/route/fails", number=1)
+    store.ask("/cache/data", number=2)
+    assert await LetterBoxes(store, ROUTER).look() == 2
+    assert store.told(1) == ("q1 500", {"error": {"message": "internal error"}})
+    assert store.told(2)[0] == "q1 200"
+    assert "a bug" in caplog.text
 
 
 async def test_a_store_that_fails_is_complained_of_once_and_asked_again(store, monkeypatch, caplog):
