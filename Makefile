@@ -9,7 +9,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: browser chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,11 @@ test-long: $(VENV)/.testing kernels ## what make test leaves out: more of each k
 
 compat: $(VENV)/.testing kernels $(COMPAT)/.installed ## other people's clients against a real server, and docs/COMPATIBILITY.md (needs npm; ARGS="--client litellm")
 	@PYTHONPATH=. $(BIN)/python tests/compat/run.py --environments $(COMPAT) $(ARGS)
+
+browser: $(VENV)/.testing ## what tests of pages in a browser want: Debian's chromium, playwright, axe-core (needs npm)
+	command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium
+	$(PIP) -e '.[dev,browser]'
+	npm install --prefix build/browser --no-audit --no-fund --silent axe-core@4.14.1
 
 check: $(VENV)/.testing ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

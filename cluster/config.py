@@ -235,6 +235,8 @@ class ObservabilityConfig(_Section, frozen=True):
     explained_requests: Annotated[int, Meta(ge=0, le=100_000)] = 1000
     #: so many tenants, the first ones of tenants.members, are counted by name, all others together; 0: none is
     tenant_metrics: Annotated[int, Meta(ge=0, le=1000)] = 0
+    #: of the beginnings of prompts that the placement page shows to who may see them; 0: no text is kept
+    prompt_preview_chars: Annotated[int, Meta(ge=0, le=2000)] = 0
 
 
 class KvrayConfig(_Section, frozen=True):

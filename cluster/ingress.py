@@ -32,7 +32,9 @@ from cluster.openai.backend import GenerationDefaults, HttpLimits, ServedModel
 from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics, tenant_labels
 from cluster.openai.surface import Surface
+from cluster.placement_page.endpoints import PlacementPage, add_placement_page
 from cluster.prefixes import Prefixes
+from cluster.ray_dashboard.letter_boxes import LetterBoxes, RayKeyValues
 from cluster.route_api import add_routes
 from cluster.route_log import RouteLog
 from cluster.routes import Routes
@@ -122,6 +124,9 @@ class Ingress:
             await self._has_worker.wait()
         info = next(info for info in self._dispatcher.fleet.values() if info.role == "decode")
         self._app = self._create_app(_served_model(config, model_dir, info, self._tokenizer))
+        if config.observability.level == "on":
+            self._letter_boxes = LetterBoxes(RayKeyValues(), self._app.router)
+            self._letter_boxes.start()
         self._serving: asyncio.Task[None] | None = None
         if listener is not None:
             ended = self._metrics.connections_ended
@@ -174,6 +179,9 @@ class Ingress:
         add_cache(app, surface, caches, Prefixes(self._dispatcher, caches))
         max_kept = self._config.observability.explained_requests
         add_routes(app, surface, Routes(self._dispatcher, self._log, surface.model.name, max_kept))
+        add_placement_page(
+            app, PlacementPage(self._dispatcher, surface, self._config.observability.prompt_preview_chars)
+        )
 
     def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
         infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]

@@ -319,6 +319,7 @@ class RequestTable:
             num_sequences=len(request.sequences),
             other_prompts=tuple(other.asked.num_prompt_tokens + len(other.token_ids) for other in others.values()),
             exclude=tuple(request.failed),
+            tenant=first.asked.tenant,
         )
 
     def _take_placement(self, placement: Placement, now_s: float, out: list[Instruction]) -> None:

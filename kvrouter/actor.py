@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,12 +13,18 @@ from typing import Any, Protocol
 import msgspec
 import ray.util
 from ray import serve
+from ray.util.metrics import Gauge
 
+from kvrouter.gauges import GAUGES, PERIOD_S
 from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
 from transport.channel import ChannelConfig
 from transport.secret import ClusterSecret
+
+logger = logging.getLogger(__name__)
+
+_SET_AT_ONCE = 100  #: gauges, some ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +35,8 @@ class RouterOptions:
     max_ttft_s: float  #: predicted; requests beyond it are refused
     host: str | None = None  #: where the channel listens; None: the node's address
     explained_requests: int = 0  #: of so many what was priced for them is kept
-    is_observed: bool = False  #: remember what became of blocks that nobody holds any more
+    #: remember what became of blocks that nobody holds any more, count what prompts begin with, show Prometheus what is known
+    is_observed: bool = False
 
 
 class ReplicaWatch(Protocol):
@@ -59,6 +68,8 @@ class RouterActor:
                 is_observed=options.is_observed,
             )
             self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
+        if options.is_observed:
+            self._showing = asyncio.create_task(self._show())
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
         self._watch = make_watch()
@@ -77,8 +88,23 @@ class RouterActor:
         self._replicas[deployment] = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]
         self._router.set_fleet([info for infos in self._replicas.values() for info in infos])
 
+    async def _show(self) -> None:
+        """Set all gauges, changed or not: Ray forgets one that is not set for some 20 s. Placements come between."""
+        gauges = {name: Gauge(name, description=kind.help, tag_keys=kind.labels) for name, kind in GAUGES.items()}
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                for number, (name, labels, value) in enumerate(self._router.samples(), 1):
+                    gauges[name].set(value, labels)
+                    if number % _SET_AT_ONCE == 0:
+                        await asyncio.sleep(0)
+            except Exception:  # the edge: whoever looks at gauges is not to stop who places requests
+                logger.exception("the gauges were not set")
+
     async def __del__(self) -> None:
         """Hang up, in Serve's only shutdown hook, which runs after the drain."""
+        if (showing := getattr(self, "_showing", None)) is not None:
+            showing.cancel()
         router = getattr(self, "_router", None)
         if router is not None:
             router.close()

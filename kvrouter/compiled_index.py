@@ -55,6 +55,15 @@ class CompiledIndex:
         columns = self._by_worker.get(worker_id, ())
         return sum(self._library.kvray_index_num_held(self._handle, column) for column in columns)
 
+    def num_held_by_tier(self, worker_id: str) -> dict[Tier, int]:
+        """As BlockIndex."""
+        holders = ((self._by_column[column], column) for column in self._by_worker.get(worker_id, ()))
+        return {
+            holder.tier: int(self._library.kvray_index_num_held(self._handle, column))
+            for holder, column in holders
+            if holder is not None
+        }
+
     def num_spare(self, worker_id: str) -> int:
         """As BlockIndex."""
         columns = self._by_worker.get(worker_id, ())

@@ -68,6 +68,10 @@ class BlockIndex(Protocol):
         """Return how many names the worker holds; 0 for one that is unknown."""
         ...
 
+    def num_held_by_tier(self, worker_id: str) -> dict[Tier, int]:
+        """Return how many names the worker holds in each of its tiers; nothing for one that is unknown."""
+        ...
+
     def num_spare(self, worker_id: str) -> int:
         """Return of how many blocks the worker's copy is spare; 0 for one that is unknown."""
         ...

@@ -31,6 +31,10 @@ class PlainIndex:
         """As BlockIndex."""
         return sum(len(held) for holder, held in self._held.items() if holder.worker_id == worker_id)
 
+    def num_held_by_tier(self, worker_id: str) -> dict[Tier, int]:
+        """As BlockIndex."""
+        return {holder.tier: len(held) for holder, held in self._held.items() if holder.worker_id == worker_id}
+
     def num_spare(self, worker_id: str) -> int:
         """As BlockIndex."""
         return self._keepers.num_spare(worker_id)

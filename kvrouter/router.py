@@ -23,11 +23,13 @@ from kvrouter.explanations import Explanations, explained
 from kvrouter.feeds import Feeds
 from kvrouter.fit import blocks_wanted
 from kvrouter.fleet_table import FleetTable
+from kvrouter.hot_prefixes import HotPrefixes
 from kvrouter.index import Appointed, Holder
 from kvrouter.links import Ints
 from kvrouter.name_memory import NameMemory
 from kvrouter.opening import open_index
 from kvrouter.policy import Assumptions, Pricing, check_ttft
+from kvrouter.view import NOMINAL_TOKENS, holder_views, prefix_views
 from kvrouter.warming import Warming
 from kvrouter.worker_state import Reserved, WorkerState
 from messages.cache import BlockHolder, BlocksKnown, KnownRun, WhereBlocks
@@ -37,6 +39,7 @@ from messages.fleet import KvEvents, LoadReport, Role, SpareBlocks, TakeBlocks, 
 from messages.miss import MissedRun
 from messages.request import HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.view import AskView, ViewTold
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class RouterConfig:
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
     explained_requests: int = 0  #: of so many what was priced for them is kept
-    is_observed: bool = False  #: remember what became of blocks that nobody holds any more
+    #: remember what became of blocks that nobody holds any more, count what prompts begin with
+    is_observed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,7 @@ class Router:
         self._assumed = config.assumed
         self._index = open_index(lambda worker_id: self._workers[worker_id].info.num_blocks)
         self._warming = Warming(self._index.runs, lambda worker_id: self._workers[worker_id].info)
+        self._hot = HotPrefixes() if config.is_observed else None
         self._fleet = FleetTable(self._assumed.move)
         self._workers = self._fleet.workers
         self._feeds = Feeds(config.snapshot_timeout_s)
@@ -220,6 +225,17 @@ class Router:
         )
         return BlocksKnown(query_id=query.query_id, runs=tuple(runs))
 
+    def view(self, question: AskView, now_s: float) -> ViewTold:
+        """Tell people what is known; of a tenant its prefixes alone."""
+        hottest = self._hot.hottest(question.num_prefixes, question.tenant, now_s) if self._hot is not None else None
+        holders = holder_views(self._workers, self._index, self._feeds.is_in_step) if question.tenant is None else ()
+        return ViewTold(
+            query_id=question.query_id,
+            nominal_tokens=NOMINAL_TOKENS,
+            holders=holders,
+            prefixes=None if hottest is None else prefix_views(hottest, self._index.runs),
+        )
+
     def has(self, request_id: str) -> bool:
         """Tell whether a request was placed and has neither ended nor been forgotten."""
         return request_id in self._placed
@@ -244,6 +260,8 @@ class Router:
         """Raise InvariantError unless what is counted twice agrees."""
         self._index.check_invariants()
         self._fleet.check_invariants()
+        if self._hot is not None:
+            self._hot.check_invariants()
         if self._workers.keys() != set(self._feeds):
             raise InvariantError(f"router: workers {sorted(self._workers)} but feeds {sorted(self._feeds)}")
         reporting = Counter(request_id for worker in self._workers.values() for request_id in worker.request_ids)
@@ -288,7 +306,10 @@ class Router:
         self._counts["kvray_router_matched_tokens_total"] += num_tokens - best.num_computed_tokens
         held = pricing.held(best)
         self._explanations.keep(request.request_id, pricing, best)
-        self._warming.note(request.names[: NAME_BYTES * held[-1].end if held else 0], now_s)
+        found = request.names[: NAME_BYTES * held[-1].end if held else 0]
+        self._warming.note(found, now_s)
+        if self._hot is not None:
+            self._hot.count(found, request.request_id, request.tenant, best.decode.info.block_size, now_s)
         decode, prefill = best.decode.info, best.prefill.info if best.prefill else None
         return Placement(
             request_id=request.request_id,

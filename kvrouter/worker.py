@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from kvrouter.gauges import NUM_PREFIXES, Gauges, Sample
 from kvrouter.router import (
     AskSnapshot,
     Event,
@@ -37,6 +38,7 @@ from messages.fleet import (
 )
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.view import AskView
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig, ChannelServer, PeerId
 from transport.process_stats import process_stats
@@ -87,6 +89,7 @@ class RouterWorker:
         self._caches: dict[str, WorkerInfo] = {}  # the node cache that each worker found, by worker id
         self._cache_stats: dict[str, Stats] = {}
         self.router = Router(config or RouterConfig())
+        self._gauges = Gauges()
         self._server = ChannelServer(secret, host, self._on_ingress_message, self._on_ingress_lost, self._channel)
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
@@ -113,6 +116,13 @@ class RouterWorker:
             if worker_id not in self._links:
                 self._links[worker_id] = _Link(info)
                 self._connect(worker_id)
+
+    def samples(self) -> list[Sample]:
+        """Return what Prometheus is shown, as of now; rates are since the last call."""
+        now_s = time.monotonic()
+        told = self.router.view(AskView(query_id="", num_prefixes=NUM_PREFIXES), now_s)
+        infos = {worker_id: link.info for worker_id, link in self._links.items()}
+        return self._gauges.samples(told, infos, [one.values for one in self._ingresses.values()], now_s)
 
     def close(self) -> None:
         """Hang up on all workers and ingresses."""
@@ -201,6 +211,8 @@ class RouterWorker:
                 self._server.send(peer, self.router.explained(message))
             case IndexQuestion():
                 self._server.send(peer, self.router.who_holds(message))
+            case AskView():
+                self._server.send(peer, self.router.view(message, time.monotonic()))
             case Stats():
                 self._ingresses[peer] = message
             case StoredQuestion():

@@ -24,6 +24,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_sequences: int = 1
     other_prompts: tuple[int, ...] = ()  #: tokens of each further prompt of the request, whose blocks nobody asks about
     exclude: tuple[str, ...] = ()  #: worker ids that just failed this request
+    tenant: int = 0  #: whose blocks they are, as in GenerateRequest
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -45,6 +45,7 @@ from messages.request import CancelRequest, GenerateRequest
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
 from messages.stream import TokenBatch
+from messages.view import AskView, ViewTold
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -89,6 +90,8 @@ Message: TypeAlias = (
     | Stats
     | WhereBlocks
     | BlocksKnown
+    | AskView
+    | ViewTold
     | CacheQuestion
     | CacheAnswer
     | StoredQuestion

@@ -23,8 +23,19 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("cluster.access")  # one line for each request; its level switches it off
 
 DOCS_FILES: Final = "/docs/files"  #: below it lies what a browser loads for /docs
-#: For probes, which hold no key, and for the page on which a person enters one; it tells what every kvray does.
-OPEN_PATHS: Final = ("/health", "/ready", "/version", "/docs", "/openapi.json")
+#: For probes, which hold no key, and for the pages on which a person enters one; they tell what every kvray does.
+OPEN_PATHS: Final = (
+    "/health",
+    "/ready",
+    "/version",
+    "/docs",
+    "/openapi.json",
+    "/cache",
+    "/cache/app.css",
+    "/cache/app.js",
+    "/cache/parts.js",
+    "/cache/explain.js",
+)
 _NOT_SERVED: Final = "not served"  #: the label of paths that others serve and nobody here
 #: What a tenant may ask who is no operator. All other paths show, or touch, what is others' too.
 TENANT_PATHS: Final = frozenset(
@@ -42,6 +53,7 @@ TENANT_PATHS: Final = frozenset(
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
+        "/cache/data",
         *(f"/v1/cache/{verb}" for verb in ("lookup", "stats", "table", "clear", "pin", "unpin", "check")),
     }
 )

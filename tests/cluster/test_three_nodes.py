@@ -34,15 +34,24 @@ GIVEN_UP_S = 180.0
 class Node:
     """A Ray node on a host."""
 
-    def __init__(self, host: Host, environment: dict[str, str], *, is_head: bool = False) -> None:
+    def __init__(
+        self,
+        host: Host,
+        environment: dict[str, str],
+        *arguments: str,
+        is_head: bool = False,
+        python: str = sys.executable,
+    ) -> None:
         self.host = host
         self._environment = environment
+        self._python = python
         # No CPUs on the head: the workers, which want one each, are on the others.
-        where = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", "--include-dashboard=false"]
+        where = ["--head", f"--port={GCS_PORT}", "--num-cpus=0"]
         self._start = where if is_head else [f"--address={environment['HEAD']}:{GCS_PORT}", "--num-cpus=4"]
+        self._start += arguments
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *self._start]
+        command = [self._python, "-m", "ray.scripts.scripts", "start", *self._start]
         command += [f"--node-ip-address={self.host.address}", f"--object-store-memory={2**27}", "--disable-usage-stats"]
         subprocess.run(
             [*self.host.prefix, *command], env=self._environment, cwd=ROOT, check=True, capture_output=True, timeout=120
@@ -91,7 +100,8 @@ def cluster(model_dir, tmp_path_factory) -> Iterator[tuple[Served, list[Node]]]:
     config.write_text(yaml.safe_dump(CONFIG | {"pools": pools}))
     with hosts_on_a_switch(3) as hosts, own_environment() as environment:
         environment |= {"HEAD": hosts[0].address, "RAY_worker_niceness": "0", "KVRAY_SECRET": os.urandom(32).hex()}
-        nodes = [Node(host, environment, is_head=host is hosts[0]) for host in hosts]
+        nodes = [Node(hosts[0], environment, "--include-dashboard=false", is_head=True)]
+        nodes += [Node(host, environment) for host in hosts[1:]]
         log = directory / "log"
         arguments = [str(model_dir), "--config", str(config), "--dtype", "float32", "--max-model-len", "4352"]
         arguments += ["--kv-cache-memory", "16MiB", "--host", "0.0.0.0", "--port", str(HTTP_PORT)]

@@ -76,7 +76,10 @@ def test_each_tier_of_a_worker_is_a_holder_of_its_own(make):
     index.fold("cache", "host", removed=chain_names(1, 2, 4))
     assert index.holders(name(1, 3)) == (disk,)
     assert index.num_held("cache") == 6
+    assert index.num_held_by_tier("cache") == {"host": 0, "disk": 6}
+    assert index.num_held_by_tier("w") == {"device": 2}
     index.drop("cache")
+    assert index.num_held_by_tier("cache") == {}
     assert index.runs(chain_names(1, 0, 8)) == [run(0, 2, "w")]
     index.check_invariants()
 

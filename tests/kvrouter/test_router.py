@@ -14,6 +14,7 @@ from messages.fleet import KvEvents, LoadReport, SpareBlocks, WorkerInfo
 from messages.price import ComputePrice, MovePrice
 from messages.request import Copy, HeldRun
 from messages.route import Placement, RequestEnded, RouteFailed, RouteRequest
+from messages.view import AskView
 from tests.kvrouter.indexes import compiled
 
 
@@ -174,6 +175,46 @@ def test_who_asks_where_a_prompt_lies_hears_of_every_tier():
     assert known == BlocksKnown(query_id="q", runs=(KnownRun(0, 4, here), KnownRun(4, 6, here[1:2])))
     assert router.where(WhereBlocks(query_id="q", names=names(2, 10))).runs == ()
     assert router.where(WhereBlocks(query_id="q", names=b"")).runs == ()
+
+
+def test_who_looks_is_told_what_is_believed_of_whom_and_what_is_hot():
+    fleet = Fleet(info("d"), info("c", "cache"), info("unmeasured"), config=RouterConfig(is_observed=True))
+    fleet.tell(load("unmeasured", compute=None))
+    fleet.tell(load("d", queued_s=2.0, num_running=3, num_waiting=1))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 8)))
+    fleet.tell(KvEvents(worker_id="c", seq=1, tier="host", stored=names(0, 10)))
+    fleet.tell(KvEvents(worker_id="c", seq=2, tier="disk", stored=names(1, 5)))
+    for number in range(3):
+        fleet.route(request_id=f"r{number}", num_blocks=12)
+    fleet.route(request_id="other#2", chain=1, num_blocks=12, tenant=7)
+    fleet.now_s += 5.0
+    told = fleet.router.view(AskView(query_id="q"), fleet.now_s)
+    holders = {holder.worker_id: holder for holder in told.holders}
+    assert holders["d"].known_blocks == {"device": 8}
+    assert holders["d"].num_spare == 8  # the node cache keeps them
+    assert holders["c"].known_blocks == {"device": 0, "host": 10, "disk": 5}
+    assert (holders["d"].num_running, holders["d"].num_waiting, holders["d"].queue_s >= 2.0) == (3, 1, True)
+    assert holders["d"].ttft_s - holders["d"].queue_s == pytest.approx(told.nominal_tokens / 1000.0)
+    assert (holders["c"].ttft_s, holders["unmeasured"].ttft_s) == (None, None)
+    assert sum(holder.num_promised for holder in told.holders) == 4
+    assert all(holder.is_in_step for holder in told.holders)
+    hottest, other = told.prefixes
+    assert (hottest.num_blocks, hottest.num_tokens, hottest.last_request, hottest.age_s) == (10, 160, "r2", 5.0)
+    assert hottest.num_requests == pytest.approx(3, rel=0.01)
+    here = (BlockHolder("d", "device"), BlockHolder("c", "host"))
+    assert hottest.runs == (KnownRun(0, 8, here), KnownRun(8, 10, here[1:]))
+    assert (other.num_blocks, other.last_request, other.tenant) == (5, "other#2", 7)
+    own = fleet.router.view(AskView(query_id="q", tenant=7), fleet.now_s)
+    assert (own.holders, [prefix.name for prefix in own.prefixes]) == ((), [other.name])
+    assert fleet.router.view(AskView(query_id="q", num_prefixes=1), fleet.now_s).prefixes == (hottest,)
+
+
+def test_a_router_that_nobody_observes_counts_no_prefixes_and_tells_the_rest():
+    fleet = Fleet(info("d"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 8)))
+    fleet.route()
+    told = fleet.router.view(AskView(query_id="q"), fleet.now_s)
+    assert (told.prefixes, told.holders[0].known_blocks) == (None, {"device": 8})
 
 
 def test_removed_blocks_attract_no_more():

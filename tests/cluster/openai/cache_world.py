@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import torch
+from fastapi import FastAPI
 
 from cluster.cache_api import add_cache
 from cluster.caches import Caches
@@ -22,6 +23,7 @@ from cluster.dispatch import Dispatcher, DispatchOptions
 from cluster.openai.app import create_app
 from cluster.openai.backend import ServedModel
 from cluster.openai.callers import NOBODY, Caller, Callers
+from cluster.placement_page.endpoints import PlacementPage, add_placement_page
 from cluster.prefixes import Prefixes
 from engine.management import BlockKind, PoolManagement
 from engine.memory.checksums import BlockChecksums
@@ -29,6 +31,7 @@ from engine.memory.kv_pool import KvPool, LayerSpec
 from kvcache.names import block_names, pack_tokens, split_names, tenant_salt
 from kvcache.pool import BlockPool
 from kvcache.subscribers import Subscribers
+from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.cache import CacheQuestion
 from messages.fleet import GetStats, LoadReport, NodeCacheFound, Stats, Subscribe, TakeBlocks, WorkerInfo
@@ -138,6 +141,7 @@ class World:
     writer: CacheClient
     router: RouterWorker
     dispatcher: Dispatcher
+    app: FastAPI
     http: httpx.AsyncClient
     disk: DiskStore
     files: FaultyFiles  #: of the disk
@@ -196,7 +200,13 @@ async def serving(app):
 
 @contextlib.asynccontextmanager
 async def managed(
-    root: Path, tokenizer: Tokenizer, model: ServedModel, *, num_blocks: int = 64, num_held: int = HELD
+    root: Path,
+    tokenizer: Tokenizer,
+    model: ServedModel,
+    *,
+    num_blocks: int = 64,
+    num_held: int = HELD,
+    preview_chars: int = 0,
 ) -> AsyncIterator[World]:
     """A deployment whose node has a disk at `root`, and an arena of `num_blocks`, of which acme may have 8."""
     async with contextlib.AsyncExitStack() as stack:
@@ -219,7 +229,7 @@ async def managed(
         await made.writer.open()
         worker = made.worker = PoolWorker(secret, names_of(PROMPT)[: num_held // BLOCK_SIZE], info)
         stack.callback(worker.close)
-        made.router = RouterWorker("router-1", secret, "127.0.0.1", CHANNEL)
+        made.router = RouterWorker("router-1", secret, "127.0.0.1", CHANNEL, RouterConfig(is_observed=True))
         stack.callback(made.router.close)
         made.router.set_fleet([worker.info])
         made.dispatcher = Dispatcher(
@@ -231,14 +241,20 @@ async def managed(
         made.dispatcher.set_workers("decode", [worker.info])
         made.dispatcher.set_routers([made.router.address])
         caches = Caches(made.dispatcher)
+
+        def extend(app, surface) -> None:
+            add_cache(app, surface, caches, Prefixes(made.dispatcher, caches))
+            add_placement_page(app, PlacementPage(made.dispatcher, surface, preview_chars))
+
         app = create_app(
             made.dispatcher,
             model,
             tokenizer,
             version="1",
             callers=Callers([("a-key", NOBODY), ("acme-key", ACME), ("globex-key", GLOBEX), ("ops-key", OPS)]),
-            extend=lambda app, surface: add_cache(app, surface, caches, Prefixes(made.dispatcher, caches)),
+            extend=extend,
         )
+        made.app = app
         url = await stack.enter_async_context(serving(app))
         # No TLS is spoken, and to read the system's certificates would take as long as some of the tests.
         client = httpx.AsyncClient(base_url=url, headers=bearer("a-key"), timeout=20, verify=False)

@@ -1,0 +1,1 @@
+"""The placement page on the port of Ray's own dashboard, and dashboards of kvray for Grafana."""
