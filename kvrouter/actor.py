@@ -15,6 +15,7 @@ from ray import serve
 from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
+from messages.scaling import finite
 from transport.channel import ChannelConfig
 from transport.secret import ClusterSecret
 
@@ -62,6 +63,10 @@ class RouterActor:
     def record_replica_metadata(self) -> dict[str, Any]:
         """Return where ingresses find this router, which Serve pushes to every process that watches this deployment."""
         return {"worker_id": self._id, "address": self._router.address}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return finite numbers by name (messages.scaling); Serve asks only where the fleet is to be scaled."""
+        return finite(self._router.router.demand.scaling())
 
     async def identify(self) -> str:
         """Return the router's id; the only method that is ever called over a handle."""

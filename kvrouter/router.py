@@ -17,6 +17,7 @@ import numpy as np
 
 from kvcache.names import NAME_BYTES
 from kvrouter.candidate import Candidate
+from kvrouter.demand import Demand
 from kvrouter.feeds import Feeds
 from kvrouter.fit import blocks_wanted
 from kvrouter.fleet_table import FleetTable
@@ -123,6 +124,7 @@ class Router:
         self._num_reporting: Counter[str] = Counter()  # workers, by request
         self._num_ended = 0
         self._counts: Counter[str] = Counter()
+        self.demand = Demand()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
         """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back."""
@@ -274,7 +276,12 @@ class Router:
         best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
         # What is only assumed of how long sequences stay orders placements; nobody is refused for it.
         delay_s = best.delay_s if self._num_ended else best.queue_s
-        check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
+        self.demand.note(best, request.num_prompt_tokens + sum(request.other_prompts))
+        try:
+            check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
+        except CapacityError:
+            self.demand.refuse()
+            raise
         return best
 
     def _candidates(self, role: Role, request: RouteRequest) -> Ints:
