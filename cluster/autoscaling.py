@@ -23,7 +23,7 @@ _IDLE: Final = 0.5
 #: Of slots and of blocks.
 _FULL, _ROOMY = 0.85, 0.6
 #: Of the gap that is aimed at, so much of it may be left after some have gone.
-_ITL_ROOM: Final = 0.8
+_ITL_ROOM: Final = 0.65
 #: Of the TTFT that is aimed at, what a queue may take; the rest is the prompt's own.
 _QUEUE_SHARE: Final = 0.5
 #: In which a longer queue is to be caught up with.
@@ -33,7 +33,7 @@ _LEAST_ROOM: Final = 0.1
 #: What hits save, in times of what is computed, counts no further.
 _MOST_SAVED: Final = 9.0
 #: Patience before fewer are taken doubles up to so many times, each time that it was too short.
-_MOST_PATIENCE: Final = 8
+_MOST_PATIENCE: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ class Autoscaler:
     def _computing(self, role: RoleSeen, load: float, asked: Asked | None, num_all: int) -> _Need:
         """Return how many workers `load` seconds of computing a second want, and the queue that is there."""
         target_s = self.targets.ttft_s
-        queued_s = sum(worker.queued_s for worker in role.workers)
+        queued_s = sum(_behind_others_s(worker) for worker in role.workers)
         grow = load / _BUSY
         what = f"{load:.2f} s/s of prompts"
         late_s = queued_s - role.num_there * _QUEUE_SHARE * target_s
@@ -144,14 +144,14 @@ class Autoscaler:
                 grow += late_s / _CATCH_UP_S
                 what += f", {queued_s:.1f} s queued"
             is_late = asked is not None and asked.ttft_s > target_s
-            if is_late and queued_s > role.num_there * _QUEUE_SHARE * target_s / 2:
+            if is_late and late_s > -role.num_there * _QUEUE_SHARE * target_s / 2:
                 grow = max(grow, role.num_there + 1)
                 what += f", first tokens predicted after {asked.ttft_s if asked else 0:.1f} s"
         saved = 0.0
         if asked is not None and not self.targets.keeps_kv and num_all:
             # What goes takes its share of the KV that hits are found in along.
             saved = min(_MOST_SAVED, asked.hit_share / max(1e-9, 1.0 - asked.hit_share)) / num_all
-        shrink = max(load * (1.0 + saved) / _IDLE, 2.0 * queued_s / (_QUEUE_SHARE * target_s))
+        shrink = (load * (1.0 + saved) + max(0.0, late_s) / _CATCH_UP_S) / _IDLE
         return _Need(what, grow, shrink)
 
     def _decoding(self, role: RoleSeen) -> list[_Need]:
@@ -201,6 +201,7 @@ class _Course:
             if self._shrunk_s is not None:
                 too_soon = now_s - self._shrunk_s < self._patience * self.targets.shrink_after_s
                 self._patience = min(2 * self._patience, _MOST_PATIENCE) if too_soon else 1
+                self._shrunk_s = None
             return self._changed(grown, largest.what)
         fewer = self._shrunk(number, role, now_s)
         if fewer < number:
@@ -228,16 +229,22 @@ class _Course:
         return min(grow, 2 * number, role.most)
 
     def _shrunk(self, number: int, role: RoleSeen, now_s: float) -> int:
-        """Return the most that was wanted in all that time, at least half of what there is."""
+        """Return the most that was wanted in all that time, at least three quarters of what there is."""
         if self._since_s is None or now_s - self._since_s < self.patience_s:
             return number
         most = max(shrink for seen_s, _, shrink in self._seen if seen_s >= now_s - self.patience_s)
-        return max(most, role.least, -(-number // 2))
+        return max(most, role.least, number * 3 // 4)
 
     def _changed(self, number: int, why: str) -> Wanted:
         self._seen.clear()
         self._since_s = None
         return Wanted(number, why)
+
+
+def _behind_others_s(worker: WorkerSeen) -> float:
+    """Return what of a worker's queue other prompts wait for: one that is alone waits for itself, whoever takes it."""
+    num = worker.num_waiting + worker.num_running
+    return worker.queued_s * (num - 1) / num if num > 1 else 0.0
 
 
 def _up(number: float) -> int:
