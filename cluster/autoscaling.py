@@ -193,7 +193,7 @@ class _Course:
         largest = max(needs, key=lambda need: need.grow)
         grow = _up(largest.grow)
         shrink = _up(max(need.shrink for need in needs))
-        if role.num_there < role.num_wanted:
+        if len(role.workers) < role.num_wanted:  # some start, or tell nothing: they are not taken for idle
             shrink = max(shrink, number)
         self._note(grow, shrink, now_s)
         grown = self._grown(number, role, now_s)

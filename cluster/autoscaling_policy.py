@@ -208,7 +208,9 @@ def _told(context: Any, kind: type[_Numbers], read: Any) -> list[Any]:
 
 
 def _pairs(series: Iterable[Any]) -> Series:
-    return [(point.timestamp, point.value) for point in series if math.isfinite(point.value)]
+    """Return times and values; nothing where a value is no finite number: then it was not told."""
+    pairs = [(point.timestamp, point.value) for point in series]
+    return pairs if all(math.isfinite(value) for _, value in pairs) else []
 
 
 def _worker(series: Mapping[str, Series]) -> WorkerSeen:

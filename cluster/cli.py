@@ -26,6 +26,7 @@ from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
+from cluster.plan_cli import plan_command
 from cluster.ready_lines import ready_lines
 from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
@@ -37,6 +38,7 @@ app = typer.Typer(**_SETTINGS, pretty_exceptions_enable=False)
 config_app = typer.Typer(**_SETTINGS, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("plan")(plan_command)
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 
@@ -143,6 +144,10 @@ def test_numbers_stay_where_nobody_tells_anything():
     assert World().after(300, "decode", role(num_wanted=3, num_there=3)) == 3
 
 
+def test_those_that_tell_nothing_are_not_taken_for_idle():
+    assert World().after(300, "prefill", role(IDLE, num_wanted=4, num_there=4), NOBODY) == 4
+
+
 def test_numbers_outside_of_limits_come_inside_at_once():
     assert World().after(1, "decode", role(IDLE, most=4, num_wanted=9)) == 4
     assert World().after(1, "decode", role(IDLE, least=2)) == 2
@@ -170,8 +175,8 @@ def run(sessions: list[ModelSession], targets: Targets = FLEET, num_prefill: int
 def turns(numbers: list[Numbers], name: str) -> int:
     """How often a number turned: grew after it had shrunk, or shrank after it had grown."""
     course = [getattr(one, name) for one in numbers]
-    steps = [after - before for before, after in zip(course, course[1:], strict=False) if after != before]
-    return sum((one > 0) != (other > 0) for one, other in zip(steps, steps[1:], strict=False))
+    steps = [after - before for before, after in itertools.pairwise(course) if after != before]
+    return sum((one > 0) != (other > 0) for one, other in itertools.pairwise(steps))
 
 
 def share_within(outcome: Outcome, target_s: float) -> float:
