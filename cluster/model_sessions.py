@@ -28,7 +28,6 @@ def model_sessions(trace: Trace, found: Hits, num_at_once: int, max_pause_s: flo
     if trace.is_timed:
         return made
     clients: list[list[ModelRequest]] = [[] for _ in range(min(num_at_once, len(made)))]
-    for session in made:
-        client = min(clients, key=len)
-        client += session.requests
+    for one in made:
+        min(clients, key=len).extend(one.requests)
     return [ModelSession(60.0 * place / len(clients), tuple(client)) for place, client in enumerate(clients)]
