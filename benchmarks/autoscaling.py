@@ -5,12 +5,12 @@
     python benchmarks/autoscaling.py --record          also append to benchmarks/results/autoscaling.jsonl, and draw
                                                        docs/autoscaling.svg (matplotlib)
 
-`kvray serve` with one prefill and one decode worker, and up to three of each. Each worker gets a fifth of a core, by a
+`kvray serve` with one prefill and one decode worker, and up to three of each. Each worker gets a seventh of a core, by a
 cgroup of its own (v1, for root; without one they share all cores, and more of them do not compute more): as if each
 were a small machine. Requests come by a Poisson process, whether answers come or not, of random tokens never seen
-before; their lengths are such that the first part's load keeps a worker of each kind a little less than half busy. The
+before; their lengths are such that the first part's load keeps a worker of each kind about half busy. The
 peer is the same load on the same fleet without autoscaling, for the tripled part (left out by --quick).
-Goals: no failed request; each kind grows and comes back to one; none turns more than once; TTFT p90 of the last minute
+Goals (of growing only in the whole form: rates are those of half a minute): no failed request; each kind grows and comes back to one; none turns more than once; TTFT p90 of the last minute
 of the tripled load (its last quarter, by --quick) under the target.
 """
 
@@ -34,13 +34,13 @@ from harness.prompts import draw_prompts
 from harness.report import ROOT, goal, hardware, parser, record
 from harness.serving import Served, serving
 
-SHARE = 0.2  #: of a core, for each worker
+SHARE = 0.15  #: of a core, for each worker
 PERIOD_US = 10_000
 CGROUPS = Path("/sys/fs/cgroup/cpu")
 TTFT_S, ITL_MS = 2.0, 250.0
 PROMPT_S = 0.5  #: that a prompt takes alone
-BUSY = 0.45  #: of one prefill worker, before the load triples
-NUM_SEQS, ROWS = 6, 2.2  #: slots of a decode worker, and the sequences in them before the load triples
+BUSY = 0.55  #: of one prefill worker, before the load triples
+NUM_SEQS, ROWS = 6, 2.0  #: slots of a decode worker, and the sequences in them before the load triples
 FACTOR = 3
 PATH = "/v1/completions"
 KINDS = {"prefill": "Prefill", "decode": "Decode"}
@@ -63,7 +63,7 @@ class Parts:
 
 
 FULL = Parts(60.0, 180.0, 210.0, 3.0, 45.0)
-QUICK = Parts(6.0, 20.0, 24.0, 2.0, 8.0)
+QUICK = Parts(5.0, 20.0, 35.0, 2.0, 8.0)
 
 
 @dataclass(slots=True)
@@ -290,7 +290,8 @@ def main() -> None:
     print()
     print(goal("failed requests", len(course.failed), under=1))
     for place, role in enumerate(KINDS, 1):
-        print(goal(f"{role} workers at most", max(one[place] for one in course.numbers), at_least=2))
+        most = None if args.quick else max(one[place] for one in course.numbers)
+        print(goal(f"{role} workers at most", most, at_least=2))
         print(goal(f"{role} workers in the end", course.numbers[-1][place], under=2))
         print(goal(f"turns of {role} workers", turns(course, place), under=2))
     print(goal("TTFT p90 once it had grown", late, under=TTFT_S, unit=" s"))
