@@ -5,13 +5,14 @@
     python benchmarks/autoscaling.py --record          also append to benchmarks/results/autoscaling.jsonl, and draw
                                                        docs/autoscaling.svg (matplotlib)
 
-`kvray serve` with one prefill and one decode worker, and up to three of each. Each worker gets a seventh of a core, by a
-cgroup of its own (v1, for root; without one they share all cores, and more of them do not compute more): as if each
+`kvray serve` with one prefill and one decode worker, and up to three of each. Each worker gets a seventh of a core, by
+a cgroup of its own (v1, for root; without one they share all cores, and more of them do not compute more): as if each
 were a small machine. Requests come by a Poisson process, whether answers come or not, of random tokens never seen
-before; their lengths are such that the first part's load keeps a worker of each kind about half busy. The
-peer is the same load on the same fleet without autoscaling, for the tripled part (left out by --quick).
-Goals (of growing only in the whole form: rates are those of half a minute): no failed request; each kind grows and comes back to one; none turns more than once; TTFT p90 of the last minute
-of the tripled load (its last quarter, by --quick) under the target.
+before; their lengths are such that the first part's load keeps a worker of each kind about half busy. The peer is the
+same load on the same fleet without autoscaling, for a minute of the tripled part (left out by --quick).
+Goals: no failed request; each kind grows (not measured by --quick: rates are those of half a minute) and comes back to
+one; none turns more than once; TTFT p90 of the last minute of the tripled load (by --quick its last quarter) under the
+target.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The autoscaling policy as Ray Serve calls it, in its controller: from replicas' numbers to `cluster.autoscaling`.
 
 Serve's controller calls a policy ten times a second, between all else that it does. What a policy raises, that it is
-asynchronous, or that it answers NaN stops the scaling of every application of the cluster, and only the controller's
-log says so: whatever happens here is caught, counted, and answered with the present numbers.
+asynchronous, or that it answers NaN stops the controller's round there, at the cost of other applications, and only its
+log says so (findings/ray_serve_one_policy_stops_all_scaling.sh): whatever happens here is caught, counted, and answered
+with the present numbers.
 
     an application from a serveConfigV2   applications[].autoscaling_policy is `ApplicationPolicy`, which sees all of
                                           its deployments at once
