@@ -10,11 +10,16 @@ Importable as it is: `serve run cluster.app:build model=DIR`, or in a serveConfi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig as ServeAutoscaling
+from ray.serve.config import AutoscalingPolicy
 
+from cluster.autoscaling import Targets
+from cluster.autoscaling_policy import LOOK_BACK_S, PERIOD_S
 from cluster.config import (
     AUTO_SIZE,
     KvrayConfig,
@@ -93,7 +98,7 @@ def build_application(
     }
     decode = serve.deployment(
         name="Decode",
-        num_replicas=config.pools.decode,
+        **_replicas(config, config.pools.decode, config.autoscaling.max_decode),
         ray_actor_options=_placed(resources, config.pools.decode_labels),
         **common,
     )(WorkerActor).bind(DecodeWorker, options, read_secret, prepare, open_log)
@@ -102,13 +107,13 @@ def build_application(
         inner.append(
             serve.deployment(
                 name="Prefill",
-                num_replicas=config.pools.prefill,
+                **_replicas(config, config.pools.prefill, config.autoscaling.max_prefill),
                 ray_actor_options=_placed(resources, config.pools.prefill_labels),
                 **common,
             )(WorkerActor).bind(PrefillWorker, options, read_secret, prepare, open_log)
         )
     roles = ["Decode", "Prefill"] if config.pools.prefill > 0 else ["Decode"]
-    router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
+    router = serve.deployment(name="Router", ray_actor_options={"num_cpus": 0}, **_replicas(config, 1, None), **common)(
         RouterActor
     ).bind(
         _router_options(config),
@@ -127,6 +132,36 @@ def build_application(
         max_ongoing_requests=10_000,
         **life,
     )(Ingress).bind(config, APP_NAME, roles, [router, *inner], listener, prepare)
+
+
+def _replicas(config: KvrayConfig, least: int, most: int | None) -> dict[str, Any]:
+    """Return Serve's options for at least so many replicas, and at most `most`; None: no more than that.
+
+    Where any number follows the load, Serve's policy sees those deployments alone that have such a setting.
+    """
+    if not config.autoscaling.is_wanted:
+        return {"num_replicas": least}
+    section = config.autoscaling
+    targets = Targets(
+        ttft_s=section.ttft_s,
+        itl_s=section.itl_ms / 1000,
+        grow_after_s=section.grow_after_s,
+        shrink_after_s=section.shrink_after_s,
+        keeps_kv=config.tiers.is_wanted,
+    )
+    policy = AutoscalingPolicy(
+        policy_function="cluster.autoscaling_policy:DeploymentPolicy", policy_kwargs=dataclasses.asdict(targets)
+    )
+    setting = ServeAutoscaling(
+        min_replicas=least,
+        max_replicas=most or least,
+        upscale_delay_s=0.0,  # ours know when
+        downscale_delay_s=0.0,
+        metrics_interval_s=PERIOD_S,
+        look_back_period_s=LOOK_BACK_S,
+        policy=policy,
+    )
+    return {"autoscaling_config": setting}
 
 
 def _placed(resources: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:

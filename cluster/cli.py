@@ -27,6 +27,7 @@ from cluster.credentials import api_keys
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
 from cluster.ray_dashboard.cli import dashboard_app
+from cluster.plan_cli import plan_command
 from cluster.ready_lines import ready_lines
 from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
@@ -39,6 +40,7 @@ config_app = typer.Typer(**_SETTINGS, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.add_typer(dashboard_app, name="dashboard")
+app.command("plan")(plan_command)
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 app.command()(explain_cli.explain)

@@ -11,6 +11,7 @@
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
     observability: what is counted, for whom
+    autoscaling:  how many workers there may be beyond those of pools, and what for
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -239,6 +240,22 @@ class ObservabilityConfig(_Section, frozen=True):
     prompt_preview_chars: Annotated[int, Meta(ge=0, le=2000)] = 0
 
 
+class AutoscalingConfig(_Section, frozen=True):
+    """More workers while the load wants them, fewer again when it does not, never fewer than `pools` says."""
+
+    max_prefill: Annotated[int, Meta(ge=1, le=4096)] | None = None  #: None: as many as pools.prefill, always
+    max_decode: Annotated[int, Meta(ge=1, le=4096)] | None = None  #: None: as many as pools.decode, always
+    ttft_s: Annotated[float, Meta(ge=0.01, le=3600)] = 2.0  #: time to first token that is aimed at, queue included
+    itl_ms: Annotated[float, Meta(ge=0.1, le=1e5)] = 50.0  #: gap between tokens that is aimed at
+    grow_after_s: Annotated[float, Meta(ge=0, le=3600)] = 3.0  #: for which more workers must have been wanted
+    shrink_after_s: Annotated[float, Meta(ge=1, le=86400)] = 180.0  #: for which fewer must have done
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any number of workers follows the load."""
+        return self.max_prefill is not None or self.max_decode is not None
+
+
 class KvrayConfig(_Section, frozen=True):
     """The whole configuration document."""
 
@@ -253,6 +270,7 @@ class KvrayConfig(_Section, frozen=True):
     tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:
@@ -449,6 +467,14 @@ def _check_origins(origins: tuple[str, ...]) -> None:
             )
 
 
+def _check_numbers(config: KvrayConfig) -> None:
+    for role in ("prefill", "decode"):
+        least, most = getattr(config.pools, role), getattr(config.autoscaling, f"max_{role}")
+        if most is not None and not 1 <= least <= most:
+            wanted = "at least 1" if least < 1 else f"at most autoscaling.max_{role} ({most})"
+            raise ConfigError(f"pools.{role}: wanted {wanted}, saw {least}")
+
+
 def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
@@ -460,6 +486,7 @@ def _check(config: KvrayConfig) -> None:
             f"model.reasoning_parser: wanted one of {', '.join(THOUGHT_FORMATS)}, saw"
             f" {shown(config.model.reasoning_parser)}"
         )
+    _check_numbers(config)
     first, last = config.network.port_range
     if first >= last:
         raise ConfigError(f"network.port_range: wanted the first port below the last, saw {first} and {last}")

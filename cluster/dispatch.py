@@ -280,7 +280,15 @@ class Dispatcher:
                 self._decide(message)
             case RouteFailed():
                 self._decide(message)
-            case Stats() | BlocksKnown() | ViewTold() | StoredAnswer() | PlacementExplained() | IndexAnswer() | RecordAnswer():
+            case (
+                Stats()
+                | BlocksKnown()
+                | ViewTold()
+                | StoredAnswer()
+                | PlacementExplained()
+                | IndexAnswer()
+                | RecordAnswer()
+            ):
                 _take_answer(self._router, message)
             case StoredQuestion() if self._router is not None:
                 self._router.client.send(self._answer_stored(message))
@@ -437,6 +445,7 @@ class Dispatcher:
         answer = await self._answer(self._require_router(), question, _STATS_TIMEOUT_S)
         assert isinstance(answer, RecordAnswer)
         return answer
+
     async def view(self, tenant: int | None) -> ViewTold | None:
         """Return what the router knows of the fleet, or of this tenant's prefixes; None: it does not answer.
 

@@ -329,7 +329,8 @@ def _raise_config_error(application: Any) -> None:
 
 def _check_resources(config: KvrayConfig, available: dict[str, float]) -> None:
     """Raise ConfigError where Serve would wait for ever, on a cluster of our own, which never grows."""
-    num_workers = config.pools.prefill + config.pools.decode
+    most = config.autoscaling
+    num_workers = (most.max_prefill or config.pools.prefill) + (most.max_decode or config.pools.decode)
     wants = {"CPU": config.pools.cpus_per_worker, "GPU": config.pools.gpus_per_worker}
     for name, each in wants.items():
         if num_workers * each > available.get(name, 0.0):

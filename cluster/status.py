@@ -31,6 +31,8 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
             "block_bytes": info.block_bytes,
             "block_size_tokens": info.block_size,
             "max_model_len_tokens": info.max_model_len,
+            "max_num_seqs": info.max_num_seqs,
+            "compute": msgspec.to_builtins(info.compute),
             "is_answering": info.worker_id in values,
             "values": values[info.worker_id].values if info.worker_id in values else {},
             "pulls_from": [

@@ -32,6 +32,7 @@ from messages.errors import InvariantError, RequestError
 from messages.fleet import Role, WorkerInfo
 from messages.handoff import ReleaseLease, RenewLease
 from messages.request import CancelRequest, GenerateRequest
+from messages.scaling import WorkerScaling
 from messages.stream import TokenBatch, TokenChunk
 from messages.wire import Message
 from transport.plasma.road import Vaults
@@ -73,9 +74,14 @@ class DecodeWorker:
         return await self._worker.start(self)
 
     async def drain(self) -> None:
-        """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
+        """Wait until nothing is under way, and the node cache has what it wants; nobody sends requests by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
             await asyncio.sleep(_DRAIN_POLL_S)
+        await self._worker.borrower.offloader.finish()
+
+    def scaling(self) -> WorkerScaling:
+        """Return what whoever scales the fleet wants to know."""
+        return self._worker.scaling()
 
     async def close(self) -> None:
         """Stop, hang up, and give memory back."""

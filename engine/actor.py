@@ -15,6 +15,7 @@ from ray import serve
 
 from engine.worker import FindCache, WorkerOptions
 from messages.fleet import Role, WorkerInfo
+from messages.scaling import WorkerScaling, finite
 from nodecache.actor import RayNodeCache
 from nodecache.process import CacheOptions
 from transport.plasma.actor import RayVaults
@@ -46,8 +47,12 @@ class Worker(Protocol):
         """Listen, and begin to step; the answer is what the rest of the fleet needs to know."""
         ...
 
+    def scaling(self) -> WorkerScaling:
+        """Return what whoever scales the fleet wants to know."""
+        ...
+
     async def drain(self) -> None:
-        """Wait until nothing is under way any more."""
+        """Wait until nothing is under way any more, and what is to be kept is written down."""
         ...
 
     async def close(self) -> None:
@@ -86,6 +91,13 @@ class WorkerActor:
         """Return the worker's WorkerInfo, which Serve pushes to every process that watches this deployment."""
         info: dict[str, Any] = msgspec.to_builtins(self._info)
         return info
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return finite numbers by name (messages.scaling); Serve asks for them only where the fleet is to be scaled.
+
+        Serve never asks again a replica whose first answer was anything else.
+        """
+        return finite(self._worker.scaling())
 
     async def identify(self) -> str:
         """Return the worker's id; the only method that is ever called over a handle."""

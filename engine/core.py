@@ -48,6 +48,7 @@ from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
 from messages.request import Grammar, SamplingParams
+from messages.scaling import WorkerScaling
 from text.grammar import GrammarCompiler, GrammarTokenizer
 from text.llama_tokenizer import TokenizerRules
 from text.tokenizer import Tokenizer
@@ -209,6 +210,20 @@ class Engine:
                 end = -(-part.end // size) if part.is_sampled else part.end // size
                 self.checksums.published(self.runner.block_ids(part.slot, part.start // size, end))
         return result
+
+    def scaling(self, busy_s: float) -> WorkerScaling:
+        """Return what whoever scales the fleet wants to know; steps ran for `busy_s` since the start."""
+        scheduler, price = self.scheduler, self.scheduler.cost.price
+        return WorkerScaling(
+            queued_s=scheduler.queued_s * scheduler.lateness.factor,
+            busy_s_total=busy_s,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            max_num_seqs=self.options.max_num_seqs,
+            used_share=1.0 - self.pool.num_free / self.pool.num_blocks,
+            step_s=scheduler.decode_step_s,
+            step_fixed_s=0.0 if price is None else price.step_s + price.row_s,
+        )
 
     def scratch(self, num_bytes: int) -> Memory | DeviceMemory:
         """Allocate memory of the kind that the pool lies in, for the transfers of probes. The caller closes it."""

@@ -76,6 +76,7 @@ from messages.handoff import (
     RoadMessage,
 )
 from messages.price import MovePrice
+from messages.scaling import WorkerScaling
 from messages.wire import Message
 from nodecache.process import CacheOptions, CacheSettings, cache_options
 from transport.channel import ChannelConfig, ChannelServer
@@ -313,6 +314,10 @@ class EngineWorker:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self.crash(error)
+
+    def scaling(self) -> WorkerScaling:
+        """Return what whoever scales the fleet wants to know."""
+        return self.engine.scaling(busy_s=0.0 if self.driver is None else self.driver.busy_s)
 
     async def close(self) -> None:
         """Stop stepping, hang up, give memory back."""

@@ -19,6 +19,7 @@ from kvrouter.gauges import GAUGES, PERIOD_S
 from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
 from messages.fleet import WorkerInfo
+from messages.scaling import finite
 from transport.channel import ChannelConfig
 from transport.secret import ClusterSecret
 
@@ -35,7 +36,7 @@ class RouterOptions:
     max_ttft_s: float  #: predicted; requests beyond it are refused
     host: str | None = None  #: where the channel listens; None: the node's address
     explained_requests: int = 0  #: of so many what was priced for them is kept
-    #: remember what became of blocks that nobody holds any more, count what prompts begin with, show Prometheus what is known
+    #: remember what became of blocks that nobody holds any more, count what prompts begin with, show what is known
     is_observed: bool = False
 
 
@@ -79,6 +80,10 @@ class RouterActor:
     def record_replica_metadata(self) -> dict[str, Any]:
         """Return where ingresses find this router, which Serve pushes to every process that watches this deployment."""
         return {"worker_id": self._id, "address": self._router.address}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return finite numbers by name (messages.scaling); Serve asks only where the fleet is to be scaled."""
+        return finite(self._router.router.demand.scaling())
 
     async def identify(self) -> str:
         """Return the router's id; the only method that is ever called over a handle."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from kvcache.names import NAME_BYTES, split_names
 from kvrouter.candidate import Candidate
+from kvrouter.demand import Demand
 from kvrouter.explanations import Explanations, explained
 from kvrouter.feeds import Feeds
 from kvrouter.fit import blocks_wanted
@@ -143,6 +144,7 @@ class Router:
         self._counts: Counter[str] = Counter()
         self._heard_s: dict[str, float] = {}  # when each worker joined, or reported last
         self._oldest_report_s = 0.0
+        self.demand = Demand()
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
         """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back."""
@@ -349,7 +351,12 @@ class Router:
         best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
         # What is only assumed of how long sequences stay orders placements; nobody is refused for it.
         delay_s = best.delay_s if self._num_ended else best.queue_s
-        check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
+        self.demand.note(best, request.num_prompt_tokens + sum(request.other_prompts))
+        try:
+            check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
+        except CapacityError:
+            self.demand.refuse()
+            raise
         return best
 
     def _candidates(self, role: Role, request: RouteRequest) -> Ints:

@@ -21,6 +21,7 @@ from kvcache.locations import with_checksums
 from messages.errors import InvariantError
 from messages.fleet import Role, WorkerInfo
 from messages.handoff import KvHandoff, PrefillRequest, ReleaseLease, RenewLease
+from messages.scaling import WorkerScaling
 from messages.wire import Message
 from prefill.publications import (
     BeginPrompt,
@@ -69,9 +70,14 @@ class PrefillWorker:
         return info
 
     async def drain(self) -> None:
-        """Wait until nothing is under way any more; whoever places requests has stopped sending by then."""
+        """Wait until nothing is under way, and the node cache has what it wants; nobody sends requests by then."""
         while self._book.num_open:  # noqa: ASYNC110 - once in a life; an event would have to be kept true by every path
             await asyncio.sleep(_DRAIN_POLL_S)
+        await self._worker.borrower.offloader.finish()
+
+    def scaling(self) -> WorkerScaling:
+        """Return what whoever scales the fleet wants to know."""
+        return self._worker.scaling()
 
     async def close(self) -> None:
         """Stop, hang up, and give memory back."""

@@ -66,7 +66,7 @@ def test_what_is_shown_can_be_read_again():
         (
             {"zebra": {}},
             "zebra: no such key; known are model, engine, pools, http, connections, responses, network, tiers, "
-            "tenants, log, observability",
+            "tenants, log, observability, autoscaling",
         ),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
@@ -173,6 +173,21 @@ def test_every_number_has_a_least_and_a_largest_value_and_both_are_told(place, k
 def test_the_bounds_themselves_are_taken():
     config = parse_config({"pools": {"prefill": 0, "decode": 4096}, "http": {"port": 65535}})
     assert (config.pools.prefill, config.pools.decode, config.http.port) == (0, 4096, 65535)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_workers_grow_from_those_of_pools(role):
+    assert parse_config({"autoscaling": {f"max_{role}": 1}}).autoscaling.is_wanted
+    assert not parse_config({"autoscaling": {"ttft_s": 3}}).autoscaling.is_wanted
+    assert refusal({"autoscaling": {f"max_{role}": 2}, "pools": {role: 3}}) == (
+        f"pools.{role}: wanted at most autoscaling.max_{role} (2), saw 3"
+    )
+
+
+def test_prefill_workers_do_not_grow_from_none():
+    assert refusal({"autoscaling": {"max_prefill": 2}, "pools": {"prefill": 0}}) == (
+        "pools.prefill: wanted at least 1, saw 0"
+    )
 
 
 def test_silence_must_outlast_two_heartbeats():

@@ -13,6 +13,7 @@ from decode import worker as decode_worker
 from kvcache.names import pack_tokens
 from messages.handoff import ReleaseLease
 from messages.request import CancelRequest, Choice, Grammar
+from messages.scaling import WorkerScaling, finite
 from tests.workers import (
     BLOCK_BYTES,
     Steps,
@@ -322,3 +323,22 @@ async def test_draining_waits_for_what_is_under_way(model_dir, reference):
         await asyncio.wait_for(pair.prefill.drain(), 20)
         (got,) = await pair.ingress.finish(answer, timeout_s=1)
     assert got == reference.greedy(prompt, 100)
+
+
+async def test_what_is_told_for_scaling_is_finite_from_the_first_moment_on(model_dir):
+    options = worker_options(model_dir)
+    async with running_pair(options, options) as pair:
+        before = finite(pair.decode.scaling())
+        assert set(before) == set(WorkerScaling.__struct_fields__), "nothing is left out"
+        assert (before["num_running"], before["used_share"]) == (0.0, 0.0)
+        answer = pair.ingress.send("r", prompts(31, 300)[0], max_tokens=400)
+        await until(lambda: len(answer.token_ids) > 40)
+        during, prefill = finite(pair.decode.scaling()), finite(pair.prefill.scaling())
+        assert during["num_running"] == 1.0
+        assert 0.0 < during["used_share"] < 1.0
+        assert during["busy_s_total"] > before["busy_s_total"]
+        assert during["step_s"] > 0.0
+        assert prefill["busy_s_total"] > 0.0
+        await pair.ingress.finish(answer)
+        async with asyncio.timeout(10.0):
+            await asyncio.gather(pair.decode.drain(), pair.prefill.drain())

@@ -356,3 +356,32 @@ async def test_of_a_chain_that_was_heard_of_nothing_is_kept(world, monkeypatch):
     world.worker.offloader.use(None)
     assert not world.worker.offloader._waiting
     assert world.worker.offloader._chain is None
+
+
+async def test_a_worker_that_leaves_waits_until_all_that_waits_is_written(world):
+    await world.use()
+    world.worker.commit(*range(1, 9))
+    for number in range(1, 9):
+        world.worker.offer(number)
+    await world.worker.offloader.finish()
+    assert world.worker.offloader.num_blocks == 8
+    assert len(await world.fetch(*range(1, 9))) == 8
+
+
+async def test_a_worker_that_leaves_waits_for_nobody_where_there_is_no_cache(world):
+    world.worker.commit(1)
+    world.worker.offer(1)
+    async with asyncio.timeout(0.02):
+        await world.worker.offloader.finish()
+
+
+async def test_a_worker_that_leaves_does_not_wait_for_ever(world, monkeypatch):
+    monkeypatch.setattr("engine.offload._FINISH_S", 0.1)
+    await world.use()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.worker.offloader, "on_granted", lambda granted: None)
+        world.worker.commit(1)
+        world.worker.offer(1)
+        async with asyncio.timeout(5.0):
+            await world.worker.offloader.finish()
+        assert world.worker.offloader.num_blocks == 0

@@ -731,3 +731,26 @@ class RouterMachine(RuleBasedStateMachine):
 
 TestRouterMachine = RouterMachine.TestCase
 TestRouterMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_what_is_asked_is_added_up_by_role_and_refused_requests_with_it():
+    fleet = Fleet(info("d"), info("p", "prefill"), config=RouterConfig(max_ttft_s=5.0))
+    fleet.tell(load("d", queued_s=1000.0, num_running=200))
+    fleet.route(request_id="r1", num_blocks=100)
+    fleet.tell(load("p", queued_s=100.0))
+    fleet.route(request_id="r2", chain=1, num_blocks=100)
+    told = fleet.router.demand.scaling()
+    assert (told.num_asked_total, told.num_refused_total) == (2, 1)
+    assert told.prompt_tokens_total == 2 * 1604
+    assert told.prefill_asked_s_total + told.decode_asked_s_total == pytest.approx(2 * 1.604)
+    assert told.prefill_asked_s_total >= 1.604
+    assert told.ttft_s_total > 100.0
+
+
+def test_hits_take_from_what_is_asked():
+    fleet = Fleet(info("d"))
+    fleet.tell(KvEvents(worker_id="d", seq=1, stored=names(0, 90)))
+    fleet.route(num_blocks=100)
+    told = fleet.router.demand.scaling()
+    assert told.matched_tokens_total == 90 * 16
+    assert told.decode_asked_s_total == pytest.approx(0.164)
