@@ -111,7 +111,12 @@ def build_application(
     router = serve.deployment(name="Router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)(
         RouterActor
     ).bind(
-        RouterOptions(channel=_channel(config), host=config.network.host, max_ttft_s=config.http.max_ttft_s),
+        RouterOptions(
+            channel=_channel(config),
+            host=config.network.host,
+            max_ttft_s=config.http.max_ttft_s,
+            routing=config.pools.routing,
+        ),
         read_secret,
         functools.partial(FleetWatch, APP_NAME),
         roles,

@@ -1,4 +1,4 @@
-"""The command line: kvray serve, demo, status, cache, config, version."""
+"""The command line: kvray serve, demo, status, cache, bench, config, version."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.markup import escape
 from typer import core
 
 from cluster import options, prefix_cli
+from cluster.bench_cli import bench_app
 from cluster.cache_cli import cache_app
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
@@ -37,6 +38,7 @@ app = typer.Typer(**_SETTINGS, pretty_exceptions_enable=False)
 config_app = typer.Typer(**_SETTINGS, help="Show or check a configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.add_typer(bench_app, name="bench")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 

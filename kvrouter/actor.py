@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import ray.util
@@ -26,6 +26,7 @@ class RouterOptions:
     channel: ChannelConfig
     max_ttft_s: float  #: predicted; requests beyond it are refused
     host: str | None = None  #: where the channel listens; None: the node's address
+    routing: Literal["cache", "load"] = "cache"  #: load: without regard for who holds what
 
 
 class ReplicaWatch(Protocol):
@@ -51,7 +52,7 @@ class RouterActor:
         self._id = f"router-{serve.get_replica_context().replica_id.unique_id}"
         with prepare(self._id):
             host = options.host or ray.util.get_node_ip_address()
-            config = RouterConfig(max_ttft_s=options.max_ttft_s)
+            config = RouterConfig(routing=options.routing, max_ttft_s=options.max_ttft_s)
             self._router = RouterWorker(self._id, read_secret(), host, options.channel, config)
         self._replicas: dict[str, list[WorkerInfo]] = {}
         # Made here: Serve looks through the constructor's arguments afterwards, and they must still pickle.
