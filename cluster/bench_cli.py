@@ -20,7 +20,7 @@ from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, server_of
 from messages.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.bench.running import Loads, Plan, Side
+    from cluster.bench.running import Plan, Side, Workloads
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,7 @@ _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _INTERRUPTED = 130
-_SERVERS, _LOAD, _PACE, _JUDGED, _DEADLINES = "Servers", "Load", "Pace", "What is told", "Deadlines"
+_SERVERS, _LOAD, _PACE, _JUDGED, _DEADLINES = "Servers", "Workload", "Pace", "What is told", "Deadlines"
 
 
 def _option(flags: str | tuple[str, ...], text: str, panel: str, default: str | None = None, **more: Any) -> Any:
@@ -170,17 +170,13 @@ def serve(
     """
     from cluster.bench.figures import Targets
     from cluster.bench.from_trace import Scale
-    from cluster.bench.loads import Wanted, loads
     from cluster.bench.playing import Pace
     from cluster.bench.plots import check_can_plot
     from cluster.bench.running import Plan
     from cluster.bench.sending import Deadlines
-    from cluster.bench.synthetic import RandomLoad
+    from cluster.bench.synthetic import RandomWorkload
+    from cluster.bench.workloads import Wanted, workloads
 
-    floats = {"--request-rate": request_rate, "--speed": speed, "--ttft": ttft, "--itl": itl}
-    for flag, value in floats.items():
-        if value is not None and math.isnan(value):
-            raise ConfigError(f"{flag}: wanted a number, saw nan")
     if url is not None and base_url is not None:
         raise ConfigError("--base-url: wanted either it or --url, which is the same, saw both")
     if plot is not None:
@@ -190,7 +186,7 @@ def serve(
         num_prompts=num_prompts,
         num_sessions=num_sessions,
         turns=turns,
-        random=RandomLoad(
+        random=RandomWorkload(
             num_sessions=1,
             input_len=random_input_len,
             output_len=random_output_len,
@@ -227,8 +223,8 @@ def serve(
         key = server_of(against, None, against_api_key_file).api_key if against_api_key_file else first.api_key
         servers.append((Server(against.rstrip("/"), key), against_model or model))
     style = _Style(endpoint, prompts, ignore_eos, _object("--extra-body", extra_body))
-    make = loads(wanted)
-    make(-1)  # what is wrong with a load is told before a server is asked
+    make = workloads(wanted)
+    make(-1)  # what is wrong with a workload is told before a server is asked
     try:
         sides = asyncio.run(_measured(servers, style, make, plan))
     except KeyboardInterrupt:
@@ -266,7 +262,9 @@ class _Telling(NamedTuple):
     as_json: bool
 
 
-async def _measured(servers: Sequence[tuple[Server, str | None]], style: _Style, make: Loads, plan: Plan) -> list[Side]:
+async def _measured(
+    servers: Sequence[tuple[Server, str | None]], style: _Style, make: Workloads, plan: Plan
+) -> list[Side]:
     """Find the models, and measure the servers; a bar shows how far it is."""
     from cluster.bench.running import run
 

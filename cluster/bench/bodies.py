@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cluster.bench.load import Turn
+from cluster.bench.workload import Turn
 
 PromptForm = Literal["ids", "text"]
 

@@ -17,7 +17,7 @@ class Outcome:
     """One request, as its client saw it. Times before the first token are 0 where none came."""
 
     began_s: float = 0.0  #: from the repeat's begin to its sending
-    late_s: float = 0.0  #: sent after the time that the load wanted
+    late_s: float = 0.0  #: sent after the time that the workload wanted
     ttft_s: float = 0.0  #: from sending to the first event with tokens
     e2e_s: float = 0.0  #: from sending to the end of the answer
     gaps_s: list[float] = field(default_factory=list)  #: between events with tokens

@@ -1,12 +1,12 @@
-"""Load from a trace: a block of it becomes tokens, equal blocks equal ones."""
+"""Workload from a trace: a block of it becomes tokens, equal blocks equal ones."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 
-from cluster.bench.load import Session, Turn
 from cluster.bench.synthetic import FIRST_TOKEN, VOCAB_SIZE
+from cluster.bench.workload import Session, Turn
 from cluster.traces import Trace, TraceRequest
 from messages.errors import ConfigError
 
@@ -24,7 +24,7 @@ class Scale:
 
 
 def sessions_of(trace: Trace, scale: Scale, seed: int) -> list[Session]:
-    """Return the load that `trace` stands for. `seed`: what a block's tokens are drawn by, beside its id.
+    """Return the workload that `trace` stands for. `seed`: what a block's tokens are drawn by, beside its id.
 
     A request that the trace holds as it was posted is posted as it stands, whatever the scale. Sessions of which the
     trace does not say when they begin all begin at once.

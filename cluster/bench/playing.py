@@ -12,9 +12,9 @@ from typing import Protocol
 
 from cluster.bench.bodies import COMPLETIONS, Writing
 from cluster.bench.figures import Outcome
-from cluster.bench.load import Session, Turn, num_requests
 from cluster.bench.sending import Answer
 from cluster.bench.synthetic import FIRST_TOKEN, VOCAB_SIZE
+from cluster.bench.workload import Session, Turn, num_requests
 
 
 class Asks(Protocol):
@@ -36,7 +36,7 @@ class Pace:
 
 
 class Player:
-    """One load against one server. `on_done` is called after each answer."""
+    """One workload against one server. `on_done` is called after each answer."""
 
     def __init__(
         self, sender: Asks, writing: Writing, pace: Pace, salt: str, on_done: Callable[[Outcome], None]

@@ -28,9 +28,9 @@ _BUSY_CLIENT: Final = 0.8
 _LATE_MS: Final = 50.0
 
 
-def document(sides: Sequence[Side], load: dict[str, Any], *, is_detailed: bool) -> dict[str, Any]:
+def document(sides: Sequence[Side], workload: dict[str, Any], *, is_detailed: bool) -> dict[str, Any]:
     """Return all that was measured. Keys of figures carry their units; shares are of 1."""
-    found: dict[str, Any] = {"load": load, "servers": [_side_document(side, is_detailed) for side in sides]}
+    found: dict[str, Any] = {"workload": workload, "servers": [_side_document(side, is_detailed) for side in sides]}
     if len(sides) == 2:
         found["ratios"] = _spreads(ratios(*(_figures(side.repeats) for side in sides)))
     return found
@@ -83,7 +83,7 @@ def _of_side(side: Side) -> Iterator[str]:
         yield f"this client used {busy:.0%} of a core: its own time is in these figures"
     late_ms = max(one.values.get("late_ms_p99", 0.0) for one in found)
     if late_ms > _LATE_MS:
-        yield f"requests were sent {late_ms:,.0f} ms (p99) after their time: the load is less than was asked for"
+        yield f"requests were sent {late_ms:,.0f} ms (p99) after their time: the workload is less than was asked for"
 
 
 def _side_document(side: Side, is_detailed: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Repeats of a load: of one server, or of two in turn."""
+"""Repeats of a workload: of one server, or of two in turn."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 from cluster.bench.bodies import Writing
 from cluster.bench.figures import PERCENTILES, Figures, Outcome, Targets, figures
-from cluster.bench.load import Session
 from cluster.bench.playing import Pace, Player
 from cluster.bench.sending import Deadlines, Sender
+from cluster.bench.workload import Session
 from messages.errors import ConfigError
 
-Loads = Callable[[int], Sequence[Session]]  #: the load by number of the repeat; -1 is for warming up
+Workloads = Callable[[int], Sequence[Session]]  #: the workload by number of the repeat; -1 is for warming up
 Progress = Callable[[str, int, int, int], None]  #: which server, which repeat, requests done, of them failed
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """What came of a load, once."""
+    """What came of a workload, once."""
 
     figures: Figures
     outcomes: list[Outcome]
@@ -64,19 +64,19 @@ async def found_model(url: str, api_key: str | None, wanted: str | None, deadlin
     return chosen.name, chosen.owner
 
 
-async def run(sides: Sequence[Side], loads: Loads, plan: Plan, on_progress: Progress) -> None:
+async def run(sides: Sequence[Side], workloads: Workloads, plan: Plan, on_progress: Progress) -> None:
     """Fill the sides' repeats. Of two sides now the one, now the other comes first."""
     for side in sides:
         if plan.num_warmups:
-            await _warm_up(side, loads, plan)
+            await _warm_up(side, workloads, plan)
     for number in range(plan.repeats):
-        sessions = loads(number)
+        sessions = workloads(number)
         for side in sides if number % 2 == 0 else reversed(sides):
             side.repeats.append(await _repeat(side, number, sessions, plan, on_progress))
 
 
-async def _warm_up(side: Side, loads: Loads, plan: Plan) -> None:
-    turns = [session.turns[0] for session in loads(-1)][: plan.num_warmups]
+async def _warm_up(side: Side, workloads: Workloads, plan: Plan) -> None:
+    turns = [session.turns[0] for session in workloads(-1)][: plan.num_warmups]
     async with Sender(side.url, side.api_key, plan.deadlines) as sender:
         player = Player(sender, side.writing, plan.pace, f"{plan.salt} warm", lambda _: None)
         await player.play([Session(0.0, (turn,)) for turn in turns])

@@ -1,4 +1,4 @@
-"""Load that is drawn: lengths, shared prefixes, turns, arrivals. Seeded: the same numbers give the same load."""
+"""Drawn workloads: lengths, shared prefixes, turns, arrivals. Seeded: the same numbers give the same one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.bench.load import Session, Turn
+from cluster.bench.workload import Session, Turn
 
 Arrivals = Literal["poisson", "constant"]
 
@@ -16,7 +16,7 @@ VOCAB_SIZE = 1000  #: ids below it any tokenizer has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RandomLoad:
+class RandomWorkload:
     """Sessions of random tokens. Lengths are drawn evenly from their value times 1 - range_ratio to 1 + range_ratio."""
 
     num_sessions: int
@@ -31,7 +31,7 @@ class RandomLoad:
 
     def sessions(self, seed: int) -> list[Session]:
         """Draw them; all begin at 0."""
-        draw = random.Random(f"random load {seed}")
+        draw = random.Random(f"random workload {seed}")
         prefixes = [self._tokens(draw, self.prefix_len) for _ in range(self.num_prefixes)]
         return [self._session(draw, prefixes[number % self.num_prefixes]) for number in range(self.num_sessions)]
 

@@ -117,7 +117,7 @@ async def events(server: Server, body: dict[str, Any]) -> AsyncIterator[bytes]:
 
 
 async def answer(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             length = next(

@@ -1,4 +1,4 @@
-"""Load from traces: equal blocks become equal tokens, at any scale."""
+"""Workload from traces: equal blocks become equal tokens, at any scale."""
 
 from __future__ import annotations
 

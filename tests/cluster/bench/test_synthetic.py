@@ -1,4 +1,4 @@
-"""Drawn load: what was asked for, the same for the same seed."""
+"""Drawn workload: what was asked for, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from statistics import fmean
 
 import pytest
 
-from cluster.bench.load import Session, Turn, cut_to, num_requests
-from cluster.bench.synthetic import RandomLoad, arriving
+from cluster.bench.synthetic import RandomWorkload, arriving
+from cluster.bench.workload import Session, Turn, cut_to, num_requests
 
 
 def test_lengths_are_those_asked_for():
-    sessions = RandomLoad(num_sessions=5, input_len=30, output_len=7).sessions(0)
+    sessions = RandomWorkload(num_sessions=5, input_len=30, output_len=7).sessions(0)
     assert [(len(turn.tokens), turn.max_tokens) for session in sessions for turn in session.turns] == [(30, 7)] * 5
 
 
 def test_lengths_differ_within_the_ratio():
-    sessions = RandomLoad(num_sessions=400, input_len=100, output_len=1, range_ratio=0.2).sessions(0)
+    sessions = RandomWorkload(num_sessions=400, input_len=100, output_len=1, range_ratio=0.2).sessions(0)
     lengths = [len(session.turns[0].tokens) for session in sessions]
     assert (min(lengths), max(lengths)) == (80, 120)
     assert fmean(lengths) == pytest.approx(100, abs=2)
 
 
 def test_sessions_of_a_group_share_their_prefix_and_no_more():
-    sessions = RandomLoad(num_sessions=4, input_len=50, prefix_len=20, num_prefixes=2).sessions(0)
+    sessions = RandomWorkload(num_sessions=4, input_len=50, prefix_len=20, num_prefixes=2).sessions(0)
     heads = [tuple(session.turns[0].tokens[:20]) for session in sessions]
     assert heads[0] == heads[2] != heads[1] == heads[3]
     assert len({tuple(session.turns[0].tokens[20:]) for session in sessions}) == 4
 
 
 def test_later_turns_are_appended_after_a_pause():
-    [session] = RandomLoad(num_sessions=1, input_len=10, prefix_len=5, num_turns=3, think_s=2.0).sessions(0)
+    [session] = RandomWorkload(num_sessions=1, input_len=10, prefix_len=5, num_turns=3, think_s=2.0).sessions(0)
     assert [(len(turn.tokens), turn.is_appended, turn.pause_s) for turn in session.turns] == [
         (15, False, 0.0),
         (10, True, 2.0),
@@ -40,12 +40,12 @@ def test_later_turns_are_appended_after_a_pause():
 
 
 def test_a_seed_gives_the_same_load_and_another_seed_another():
-    load = RandomLoad(num_sessions=2, input_len=20)
-    assert load.sessions(1) == load.sessions(1) != load.sessions(2)
+    workload = RandomWorkload(num_sessions=2, input_len=20)
+    assert workload.sessions(1) == workload.sessions(1) != workload.sessions(2)
 
 
 def test_tokens_lie_in_the_vocabulary():
-    [session] = RandomLoad(num_sessions=1, input_len=5000, vocab_size=300).sessions(0)
+    [session] = RandomWorkload(num_sessions=1, input_len=5000, vocab_size=300).sessions(0)
     assert (min(session.turns[0].tokens), max(session.turns[0].tokens)) == (100, 299)
 
 

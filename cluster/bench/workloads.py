@@ -1,4 +1,4 @@
-"""The load of each repeat, from what somebody wants."""
+"""The workload of each repeat, from what somebody wants."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Final, Literal
 
 from cluster.bench.agents import agent_trace
 from cluster.bench.from_trace import Scale, sessions_of
-from cluster.bench.load import Session, cut_to
-from cluster.bench.synthetic import Arrivals, RandomLoad, arriving
+from cluster.bench.synthetic import Arrivals, RandomWorkload, arriving
+from cluster.bench.workload import Session, cut_to
 from cluster.traces import Trace, read_trace
 from messages.errors import ConfigError
 
@@ -22,11 +22,11 @@ _SEEDS: Final = 1_000_003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A load as it is asked for."""
+    """A workload as it is asked for."""
 
     dataset: Literal["random", "agents"] | Path
     num_prompts: int
-    random: RandomLoad  #: but for how many sessions and turns there are
+    random: RandomWorkload  #: but for how many sessions and turns there are
     scale: Scale
     num_sessions: int | None = None
     turns: int | None = None
@@ -35,7 +35,7 @@ class Wanted:
     seed: int = 0
 
 
-def loads(wanted: Wanted) -> Callable[[int], list[Session]]:
+def workloads(wanted: Wanted) -> Callable[[int], list[Session]]:
     """Return what gives the sessions of a repeat, by its number. Repeats differ in their tokens alone, or all but that.
 
     Raises:

@@ -24,7 +24,7 @@ class Turn:
 class Session:
     """Turns, each of which is asked after the answer to the one before it; never empty."""
 
-    begin_s: float  #: from the begin of the load
+    begin_s: float  #: from the begin of the workload
     turns: tuple[Turn, ...]
 
 
