@@ -44,9 +44,9 @@ from cluster.bench.workloads import Wanted, workloads
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 MARKS = ("<!-- ab: written by make ab -->", "<!-- /ab -->")
 ROUNDS = 3
-NUM_SESSIONS, NUM_TURNS = 20, 12
+NUM_SESSIONS, NUM_TURNS = 16, 12
 MAX_PROMPT, MAX_OUTPUT = 4000, 32
-POOL, HOST, DISK = "6MiB", "16MiB", "256MiB"
+POOL, HOST, DISK = "12MiB", "32MiB", "256MiB"
 TARGETS = Targets(ttft_s=0.5, itl_s=0.02)
 #: Name in figures, title, how it is shown, whether more of it is better.
 COLUMNS = (
@@ -81,6 +81,7 @@ class Configuration(NamedTuple):
         settings.write_text(f"pools: {{routing: {'cache' if self.routes_by_cache else 'load'}}}\n")
         pools = ("1", "1") if self.is_disaggregated else ("0", "2")
         flags = ["--config", str(settings), "--prefill", pools[0], "--decode", pools[1], "--kv-cache-memory", POOL]
+        flags += ["--max-model-len", str(MAX_PROMPT + MAX_OUTPUT)]
         if self.has_tiers:
             flags += ["--host-memory", HOST, "--disk-dir", str(folder / "disk"), "--disk-capacity", DISK]
         return [*flags, "--served-model-name", "bench", "--dtype", "bfloat16", "--no-access-log"]
