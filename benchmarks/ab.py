@@ -183,7 +183,7 @@ def _cell(spread: Spread, form: str) -> str:
 def draw(rounds: dict[Configuration, list[Figures]], path: Path) -> None:
     """Draw the figures: a bar for each configuration, a mark for each round."""
     made, axes = drawing(1, len(COLUMNS), (14.0, 3.8))
-    labels = [", ".join(configuration.cells) for configuration in rounds]
+    labels = [", ".join(one.cells[:2]) + ("" if one.has_tiers else ", no") + " tiers" for one in rounds]
     colours = ["#0868ac" if all(configuration) else "#a8c8e0" for configuration in rounds]
     for axis, (name, title, _, is_more_better) in zip(axes, COLUMNS, strict=True):
         values = [[one.values[name] for one in repeats] for repeats in rounds.values()]

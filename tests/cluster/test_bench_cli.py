@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -11,6 +16,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli import app
 from messages.errors import ConfigError
 from tests.cluster.bench.lying_server import Server, serving
+from tests.served import kvray_command
 
 SMALL = ("--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "0")
 
@@ -71,6 +77,28 @@ def test_a_lying_server_is_counted_and_said_in_a_line():
     assert result.exit_code == 1
     assert "kvray: 6 of 6 requests failed: tokens missing (2 of 4 came)" in result.stderr.splitlines()
     assert "Traceback" not in result.output
+
+
+def test_a_server_that_dies_meanwhile_is_counted_and_said():
+    with serving(dies_after=3) as server:
+        result = bench("--url", server.url, *SMALL, "--max-concurrency", "1", "--json")
+    assert result.exit_code == 1
+    [repeat] = json.loads(result.stdout)["servers"][0]["repeats"]
+    assert repeat["values"]["requests_per_s"] > 0
+    assert (repeat["values"]["failed"], set(repeat["faults"])) == (3, {"cut off", "not reached"})
+    assert [line for line in result.stderr.splitlines() if "requests failed: not reached (Connect" in line]
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line():
+    with serving(mode="hangs") as server:
+        command = kvray_command("bench", "serve", "--url", server.url, "--num-warmups", "0")
+        process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, cwd=Path(__file__).parents[2])
+        while not server.bodies:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate(timeout=20)
+    assert (process.returncode, said, complained) == (130, "", "kvray: stopped\n")
 
 
 def test_what_figures_are_not_is_said():

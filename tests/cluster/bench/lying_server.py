@@ -20,7 +20,9 @@ class Server:
     mode: str = "good"
     step_s: float = 0.0  #: between tokens
     owner: str = "made up"
+    dies_after: int = 2**31  #: questions; then nobody is there any more
     port: int = 0
+    listening: asyncio.Server | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     num_streaming: int = 0
     most_streaming: int = 0
@@ -140,6 +142,10 @@ async def _answer_one(server: Server, path: str, body: dict[str, Any], writer: a
         await send(said)
         return await send(b"")
     server.bodies.append(body)
+    if len(server.bodies) > server.dies_after:
+        assert server.listening is not None
+        server.listening.close()
+        raise ConnectionError
     match server.mode:
         case "no http":
             writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
@@ -181,7 +187,7 @@ def serving(**settings: Any) -> Iterator[Server]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     listening = asyncio.run_coroutine_threadsafe(listen(), loop).result(10)
-    server.port = listening.sockets[0].getsockname()[1]
+    server.port, server.listening = listening.sockets[0].getsockname()[1], listening
     try:
         yield server
     finally:
