@@ -44,9 +44,9 @@ from cluster.bench.workloads import Wanted, workloads
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 MARKS = ("<!-- ab: written by make ab -->", "<!-- /ab -->")
 ROUNDS = 3
-NUM_SESSIONS, NUM_TURNS = 16, 12
+NUM_SESSIONS, NUM_TURNS = 20, 12
 MAX_PROMPT, MAX_OUTPUT = 4000, 32
-POOL, HOST, DISK = "12MiB", "32MiB", "256MiB"
+POOL, HOST, DISK = "12MiB", "48MiB", "256MiB"
 TARGETS = Targets(ttft_s=0.5, itl_s=0.02)
 #: Name in figures, title, how it is shown, whether more of it is better.
 COLUMNS = (
