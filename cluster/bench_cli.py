@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, server_of
+from cluster.credentials import api_keys
 from messages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def serve(
         _option("--against", "A second server: asked the same, in turn; ratios are shown.", _SERVERS, "none"),
     ] = None,
     against_api_key_file: Annotated[
-        Path | None, _option("--against-api-key-file", "Its API key.", _SERVERS, "that of the first")
+        Path | None, _option("--against-api-key-file", "Its API keys; the first is used.", _SERVERS, "none: no key")
     ] = None,
     model: Annotated[str | None, _option("--model", "Which model is asked.", _SERVERS, "the first there")] = None,
     against_model: Annotated[
@@ -220,8 +221,8 @@ def serve(
     first = server_of(url or base_url, api_key, api_key_file)
     servers = [(first, model)]
     if against is not None:
-        key = server_of(against, None, against_api_key_file).api_key if against_api_key_file else first.api_key
-        servers.append((Server(against.rstrip("/"), key), against_model or model))
+        keys = api_keys(str(against_api_key_file)) if against_api_key_file is not None else ()
+        servers.append((Server(against.rstrip("/"), next(iter(keys), None)), against_model or model))
     style = _Style(endpoint, prompts, ignore_eos, _object("--extra-body", extra_body))
     make = workloads(wanted)
     make(-1)  # what is wrong with a workload is told before a server is asked

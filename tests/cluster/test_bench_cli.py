@@ -71,6 +71,18 @@ def test_two_servers_are_asked_the_same_in_turn_and_compared():
     assert "ratio" in result.stdout.splitlines()[0]
 
 
+def test_each_server_gets_its_own_key_and_no_other(tmp_path):
+    one_key, other_key = tmp_path / "one", tmp_path / "other"
+    one_key.write_text("one-key\n")
+    other_key.write_text("other-key\n")
+    with serving() as one, serving() as other:
+        command = ("--url", one.url, "--api-key-file", str(one_key), "--against", other.url, *SMALL)
+        assert bench(*command).exit_code == 0
+        assert (one.keys, other.keys) == ({"one-key"}, set())
+        assert bench(*command, "--against-api-key-file", str(other_key)).exit_code == 0
+        assert (one.keys, other.keys) == ({"one-key"}, {"other-key"})
+
+
 def test_a_lying_server_is_counted_and_said_in_a_line():
     with serving(mode="missing") as server:
         result = bench("--url", server.url, *SMALL)

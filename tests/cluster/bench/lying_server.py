@@ -24,6 +24,7 @@ class Server:
     port: int = 0
     listening: asyncio.Server | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
     num_streaming: int = 0
     most_streaming: int = 0
 
@@ -125,6 +126,7 @@ async def answer(server: Server, reader: asyncio.StreamReader, writer: asyncio.S
             length = next(
                 (int(line.split(":")[1]) for line in head.split("\r\n") if line.startswith("content-length")), 0
             )
+            server.keys |= {line.split()[-1] for line in head.split("\r\n") if line.startswith("authorization")}
             body = json.loads(await reader.readexactly(length) or b"{}")
             await _answer_one(server, head.split()[1], body, writer)
     writer.close()
