@@ -176,6 +176,7 @@ def serve(
     from cluster.bench.running import Plan
     from cluster.bench.sending import Deadlines
     from cluster.bench.synthetic import RandomWorkload
+    from cluster.bench.workload import num_requests
     from cluster.bench.workloads import Wanted, workloads
 
     if url is not None and base_url is not None:
@@ -225,9 +226,9 @@ def serve(
         servers.append((Server(against.rstrip("/"), next(iter(keys), None)), against_model or model))
     style = _Style(endpoint, prompts, ignore_eos, _object("--extra-body", extra_body))
     make = workloads(wanted)
-    make(-1)  # what is wrong with a workload is told before a server is asked
+    total = num_requests(make(-1))  # what is wrong with a workload is told before a server is asked
     try:
-        sides = asyncio.run(_measured(servers, style, make, plan))
+        sides = asyncio.run(_measured(servers, style, make, plan, total))
     except KeyboardInterrupt:
         _err.print("kvray: stopped")
         raise typer.Exit(_INTERRUPTED) from None
@@ -264,7 +265,7 @@ class _Telling(NamedTuple):
 
 
 async def _measured(
-    servers: Sequence[tuple[Server, str | None]], style: _Style, make: Workloads, plan: Plan
+    servers: Sequence[tuple[Server, str | None]], style: _Style, make: Workloads, plan: Plan, num_requests: int
 ) -> list[Side]:
     """Find the models, and measure the servers; a bar shows how far it is."""
     from cluster.bench.running import run
@@ -272,10 +273,9 @@ async def _measured(
     sides = [await _side(server, model, style, plan) for server, model in servers]
     if len(sides) == 2 and sides[0].name == sides[1].name:
         raise ConfigError(f"--against: wanted another server than {sides[0].url}, saw the same")
-    total = sum(len(session.turns) for session in make(0)) * plan.repeats * len(sides)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
-        task = bar.add_task("warming up", total=total)
+        task = bar.add_task("warming up", total=num_requests * plan.repeats * len(sides))
         failed: Counter[tuple[str, int]] = Counter()
 
         def on_progress(name: str, number: int, num_done: int, num_failed: int) -> None:

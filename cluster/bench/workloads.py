@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -35,12 +36,16 @@ class Wanted:
     seed: int = 0
 
 
-def workloads(wanted: Wanted) -> Callable[[int], list[Session]]:
-    """Return what gives the sessions of a repeat, by its number. Repeats differ in their tokens alone, or all but that.
+def workloads(wanted: Wanted) -> Callable[[int], Sequence[Session]]:
+    """Return what gives the sessions of a repeat, by its number; asked again for the same one, at once.
 
     Raises:
         ConfigError: the trace cannot be read, or is of a kind that does not go with what is wanted.
     """
+    return functools.lru_cache(maxsize=1)(_made(wanted))
+
+
+def _made(wanted: Wanted) -> Callable[[int], Sequence[Session]]:
     if isinstance(wanted.dataset, Path):
         trace = read_trace(wanted.dataset, wanted.num_sessions or wanted.num_prompts)
         return lambda number: _arranged(_traced(trace, wanted, number), wanted, number)
