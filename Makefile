@@ -9,7 +9,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: browser chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean
+.PHONY: ab browser chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ graph: $(VENV)/.testing ## who imports whom, in DOT: the rooms, then the engine'
 	@$(BIN)/import-linter drawgraph --show-import-totals messages kvcache transport text engine prefill decode kvrouter cluster
 	@$(BIN)/import-linter drawgraph engine
 
+ab: $(VENV)/.benching kernels ## with and without routing by cache, disaggregation, tiers: 15 minutes, docs/ab.md (ARGS=--quick: one minute)
+	@$(BIN)/python benchmarks/ab.py $(ARGS)
+
 bench: $(VENV)/.testing kernels ## every benchmark's quick form, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
@@ -92,6 +95,10 @@ $(VENV)/.serving: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.benching: $(VENV)/.serving
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 $(VENV)/.testing: $(VENV)/.serving

@@ -178,6 +178,7 @@ def _router_options(config: KvrayConfig) -> RouterOptions:
         channel=_channel(config),
         host=config.network.host,
         max_ttft_s=config.http.max_ttft_s,
+        routing=config.pools.routing,
         explained_requests=config.observability.explained_requests if is_observed else 0,
         is_observed=is_observed,
     )

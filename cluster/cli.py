@@ -1,4 +1,4 @@
-"""The command line: kvray serve, demo, status, cache, config, version."""
+"""The command line: kvray serve, demo, status, cache, bench, config, version."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from rich.markup import escape
 from typer import core
 
 from cluster import explain_cli, options, prefix_cli
+from cluster.bench_cli import bench_app
 from cluster.cache_cli import cache_app
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
-from cluster.ray_dashboard.cli import dashboard_app
 from cluster.plan_cli import plan_command
+from cluster.ray_dashboard.cli import dashboard_app
 from cluster.ready_lines import ready_lines
 from cluster.vllm_flags import translated
 from messages.errors import ConfigError, KvrayError
@@ -41,6 +42,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.add_typer(dashboard_app, name="dashboard")
 app.command("plan")(plan_command)
+app.add_typer(bench_app, name="bench")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 app.command()(explain_cli.explain)

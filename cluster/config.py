@@ -105,6 +105,8 @@ class PoolsConfig(_Section, frozen=True):
     cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0
     gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 120.0  #: a worker that is stopped may finish what it has
+    #: load: without regard for who holds what of a prompt, and each worker on its own; to measure what `cache` brings
+    routing: Literal["cache", "load"] = "cache"
     prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
     decode_labels: dict[str, str] = {}
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import ray.util
@@ -38,6 +38,7 @@ class RouterOptions:
     explained_requests: int = 0  #: of so many what was priced for them is kept
     #: remember what became of blocks that nobody holds any more, count what prompts begin with, show what is known
     is_observed: bool = False
+    routing: Literal["cache", "load"] = "cache"  #: load: without regard for who holds what
 
 
 class ReplicaWatch(Protocol):
@@ -64,6 +65,7 @@ class RouterActor:
         with prepare(self._id):
             host = options.host or ray.util.get_node_ip_address()
             config = RouterConfig(
+                routing=options.routing,
                 max_ttft_s=options.max_ttft_s,
                 explained_requests=options.explained_requests,
                 is_observed=options.is_observed,

@@ -12,7 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 import msgspec
 import numpy as np
@@ -56,6 +56,8 @@ _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean, at l
 class RouterConfig:
     """The router's own limits."""
 
+    #: load: as if nobody held anything of any prompt, and every worker were on its own; to measure what `cache` brings
+    routing: Literal["cache", "load"] = "cache"
     assumed: Assumptions = field(default_factory=Assumptions)
     max_ttft_s: float = 20.0  #: predicted time to first token beyond which a request is refused (429)
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
@@ -148,6 +150,10 @@ class Router:
 
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
         """Take in `event`; return what is to be done, in order. Unknown ids are ignored; `now_s` never goes back."""
+        told = self._take(event, now_s)
+        return told if self._config.routing == "cache" else [one for one in told if not isinstance(one, TellWorker)]
+
+    def _take(self, event: Event, now_s: float) -> list[Instruction]:
         match event:
             case RouteRequest():
                 return [Reply(self._route(event, now_s))]
@@ -175,7 +181,8 @@ class Router:
 
     def sweep(self) -> list[Instruction]:
         """Forget another piece, some milliseconds' worth, of what workers had who are gone; see `is_swept`."""
-        return _telling(self._index.sweep())
+        told = _telling(self._index.sweep())
+        return told if self._config.routing == "cache" else []
 
     @property
     def is_swept(self) -> bool:
@@ -323,7 +330,7 @@ class Router:
             decode_match_tokens=best.decode_match_tokens,
             prefill_match_tokens=best.prefill_match_tokens,
             num_computed_tokens=best.num_computed_tokens,
-            held=held,
+            held=held if self._config.routing == "cache" else None,
             missing=self._missing(request, held),
             predicted_ttft_s=best.ttft_s,
             reason=best.reason(),
@@ -379,6 +386,8 @@ class Router:
         return limits - 1
 
     def _pricing(self, request: RouteRequest) -> Pricing:
+        if self._config.routing == "load":
+            request = msgspec.structs.replace(request, names=b"")  # equals are told apart by the request, too
         return Pricing(request, self._index.match(request.names, _MAX_RUNS), self._fleet, self._assumed)
 
     def _reserve(self, request: RouteRequest, best: Candidate, now_s: float) -> None:

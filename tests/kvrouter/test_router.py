@@ -163,6 +163,29 @@ def test_conversation_comes_back_to_the_worker_that_decoded_it():
     assert placement.decode_match_tokens == 960
 
 
+def test_by_load_nobody_is_chosen_for_what_it_holds_nor_for_the_prompt():
+    fleet = Fleet(*(info(f"d{i}") for i in range(4)), config=RouterConfig(routing="load"))
+    fleet.tell(KvEvents(worker_id="d2", seq=1, stored=names(7, 60)))
+    placements = []
+    for number in range(40):
+        placements.append(fleet.route(request_id=f"r{number}", chain=7, num_blocks=61))
+        fleet.tell(RequestEnded(request_id=f"r{number}"))
+    placed = Counter(placement.decode_worker for placement in placements)
+    assert len(placed) == 4
+    assert max(placed.values()) < 20
+    assert {placement.held for placement in placements} == {None}  # not known: a worker asks the cache of its node
+    assert {placement.decode_match_tokens for placement in placements} == {0}
+
+
+def test_by_load_no_copy_is_spare_and_where_blocks_lie_is_still_known():
+    fleet = Fleet(info("d0"), info("d1"), config=RouterConfig(routing="load"))
+    fleet.tell(KvEvents(worker_id="d0", seq=1, stored=names(0, 4)))
+    assert fleet.tell(KvEvents(worker_id="d1", seq=1, stored=names(0, 4))) == []
+    [run] = fleet.router.where(WhereBlocks(query_id="q", names=names(0, 4))).runs
+    assert {holder.worker_id for holder in run.holders} == {"d0", "d1"}
+    assert fleet.tell(WorkerLost("d0")) == []
+
+
 def test_who_asks_where_a_prompt_lies_hears_of_every_tier():
     router = Router()
     router.on_event(WorkerJoined(info("d0")), 0.0)
