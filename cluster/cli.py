@@ -1,4 +1,4 @@
-"""The command line: kvray serve, demo, status, cache, config, version."""
+"""The command line: kvray serve, demo, status, cache, config, doctor, version."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cluster.cache_cli import cache_app
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
+from cluster.doctor.command import doctor
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
 from cluster.ready_lines import ready_lines
@@ -39,6 +40,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
+app.command()(doctor)
 
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

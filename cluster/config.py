@@ -10,6 +10,7 @@
     tiers:   where KV goes that no pool has room for
     tenants: who shares the cluster and not the cache, and how much of the tiers each may take
     log:     how much is logged, and in which form
+    observability: what is counted, for whom
 
 An unknown key is an error that names it. What counts, first to last: flags of the command line, the KVRAY_... variables
 beside them (`cluster/options.py`), the file, defaults.
@@ -225,6 +226,13 @@ class LogConfig(_Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
+class ObservabilityConfig(_Section, frozen=True):
+    """What is gathered for people and their dashboards."""
+
+    #: where spans of requests go, OTLP over HTTP: http://HOST:4318 or a whole URL; wants kvray[otel]; None: nowhere
+    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")] | None = None
+
+
 class KvrayConfig(_Section, frozen=True):
     """The whole configuration document."""
 
@@ -238,6 +246,7 @@ class KvrayConfig(_Section, frozen=True):
     tiers: TiersConfig = TiersConfig()
     tenants: TenantsConfig = TenantsConfig()
     log: LogConfig = LogConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 def parse_config(document: dict[str, Any]) -> KvrayConfig:

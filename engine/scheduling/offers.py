@@ -95,13 +95,14 @@ def prompt_sources(seq: Sequence) -> PromptSources:
     )
 
 
-def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
-    """Say how the KV of a prompt was to be had, and what was moved for it so far."""
+def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
+    """Say how the KV of a prompt was to be had, what was moved for it so far, and how long that took."""
     plan, size = seq.plan, seq.block_size
     num_moved = seq.num_loaded_tokens.total() // size + (
         seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
     )
     num_moved += seq.num_pulled_tokens // size
+    is_idle = seq.pull is None and seq.pull_ended_s is None
     return PromptPlan(
         runs=tuple(
             PlannedRun(load.begin * size, load.end * size, load.copy.tier, load.copy.address) for load in plan.loads
@@ -111,4 +112,6 @@ def prompt_plan(seq: Sequence, block_bytes: int) -> PromptPlan:
         compute_s=plan.compute_s,
         handed_over_by=seq.spec.remote_source if seq.is_handed_over else "",
         num_moved_bytes=num_moved * block_bytes,
+        waited_s=seq.admitted_s - seq.arrived_s,
+        pulled_s=0.0 if is_idle else (now_s if seq.pull_ended_s is None else seq.pull_ended_s) - seq.admitted_s,
     )

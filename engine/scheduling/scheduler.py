@@ -276,6 +276,7 @@ class Scheduler:
             return None
         (namer, names), order = self._prompt_names.of(spec), next(self._num_arrivals)
         seq = Sequence(spec, order=order, namer=namer, names=names, block_size=self._pool.block_size)
+        seq.arrived_s = now_s
         reason = seq.finish_reason(self._max_model_len) if seq.num_output_tokens else None
         if reason is not None:  # it moved here with all its tokens
             stop_token_id = seq.token_ids[-1] if reason == "stop" else None
@@ -286,7 +287,7 @@ class Scheduler:
         self._backlog.note(seq)
         if not seq.wants_remote and not self._room.is_short(seq):
             self._backlog.remember()
-            seq.arrived_s, seq.expected_s = now_s, self._backlog.seconds()
+            seq.expected_s = self._backlog.seconds()
         if spec.params.grammar is not None:
             out.append(CompileGrammar(spec.seq_id, spec.params.grammar))
         self._admission.take_arrival(seq)
@@ -355,6 +356,7 @@ class Scheduler:
         """Have an admitted sequence run or pull; `matched`: its blocks that the pool has."""
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
         self._backlog.note(seq)
+        seq.admitted_s = now_s
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
         may_ask = seq.wants_remote and self._ledger.may_pull(seq)
@@ -479,7 +481,7 @@ class Scheduler:
                 [] if sampled.logprob is None else [sampled.logprob],
                 prompt_logprobs=seq.prompt_logprobs if seq.wants_prompt_logprobs else None,
                 sources=prompt_sources(seq) if is_first else None,
-                plan=prompt_plan(seq, self._config.block_bytes) if is_first else None,
+                plan=prompt_plan(seq, self._config.block_bytes, self._now_s) if is_first else None,
                 stop_token_id=seq.token_ids[-1] if reason == "stop" else None,
                 finish_reason=reason,
             )
