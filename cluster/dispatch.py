@@ -41,6 +41,7 @@ from cluster.request_events import (
     WorkerLost,
 )
 from cluster.request_table import RequestLimits, RequestTable
+from cluster.span_recorder import SpanRecorder
 from messages.cache import BlocksFetched, BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
 from messages.errors import CapacityError, WorkerError
 from messages.fleet import GetStats, Stats, TakeBlocks, WorkerInfo
@@ -86,8 +87,18 @@ class _Connection:
 class Dispatcher:
     """A `cluster.openai.backend.Backend` over a fleet of workers. All methods belong to the running event loop."""
 
-    def __init__(self, options: DispatchOptions, values: Callable[[], Mapping[str, float]] = dict) -> None:
-        """Make it ready on the running loop. `values`: what else this ingress counts, to be shown by the others too."""
+    def __init__(
+        self,
+        options: DispatchOptions,
+        values: Callable[[], Mapping[str, float]] = dict,
+        spans: SpanRecorder | None = None,
+    ) -> None:
+        """Make it ready on the running loop.
+
+        `values`: what else this ingress counts, to be shown by the others too. `spans` is told what happens; None:
+        nobody wants to know.
+        """
+        self._spans = spans
         self._options = options
         self._values = values
         self._loop = asyncio.get_running_loop()
@@ -120,6 +131,8 @@ class Dispatcher:
         """Begin all sequences of one client request, as `Backend.start` says."""
         request_id = requests[0].request_id
         self._readers[request_id] = take
+        if self._spans is not None:
+            self._spans.start(requests)
         self._decide(RequestAdded(tuple(requests)))
 
     def leave(self, request_id: str) -> None:
@@ -142,7 +155,11 @@ class Dispatcher:
         self._is_deciding = True
         try:
             while self._events:
-                for instruction in self.table.on_event(self._events.popleft(), time.monotonic()):
+                event, now_s = self._events.popleft(), time.monotonic()
+                instructions = self.table.on_event(event, now_s)
+                if self._spans is not None:
+                    self._spans.see(event, instructions, now_s)
+                for instruction in instructions:
                     self._carry_out(instruction)
         finally:
             self._is_deciding = False

@@ -32,6 +32,8 @@ from cluster.openai.constraints import PRETTY
 from cluster.openai.metrics import HttpMetrics
 from cluster.openai.surface import Surface
 from cluster.prefixes import Prefixes
+from cluster.span_export import SpanExport
+from cluster.span_recorder import SpanEdge, SpanRecorder
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
 from messages.errors import WorkerError
@@ -43,6 +45,7 @@ from transport.channel import ChannelConfig
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
+_LAST_SPANS_S = 0.5  #: for spans that still wait when an ingress ends
 _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
 
 
@@ -77,6 +80,7 @@ class Ingress:
         if not config.http.access_log:
             logging.getLogger("cluster.access").setLevel(logging.WARNING)
         self._metrics = HttpMetrics(ingress_id)
+        self._open_spans(ingress_id)
         self._dispatcher = Dispatcher(
             DispatchOptions(
                 ingress_id=ingress_id,
@@ -86,6 +90,7 @@ class Ingress:
                 max_ttft_s=config.http.max_ttft_s,
             ),
             self._metrics.values,
+            self._spans,
         )
         self._responses = stored_responses(self._dispatcher, config.responses, ingress_id)
         self._has_worker = asyncio.Event()
@@ -107,6 +112,21 @@ class Ingress:
             ended = self._metrics.connections_ended
             server = http_server(self._app, config.connections, lambda reason: ended.labels(reason).inc())
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
+
+    def _open_spans(self, ingress_id: str) -> None:
+        """Begin to send spans, if somebody wants them."""
+        self._export: SpanExport | None = None
+        self._spans: SpanRecorder | None = None
+        endpoint = self._config.observability.otlp_endpoint
+        if endpoint is not None:
+            resource = {"service.name": "kvray", "service.version": package_version("kvray")}
+            self._export = SpanExport(endpoint, {**resource, "service.instance.id": ingress_id})
+            self._spans = SpanRecorder(self._export.put)
+
+    def __del__(self) -> None:
+        """Send the last spans: Serve calls this when the replica has drained, and nothing else."""
+        if (export := getattr(self, "_export", None)) is not None:
+            export.close(_LAST_SPANS_S)
 
     async def check_health(self) -> None:
         """Raise if this ingress hears nothing any more: Serve calls this every second, and then replaces it."""
@@ -141,6 +161,9 @@ class Ingress:
             responses=self._responses,
             extend=self._add_cache,
         )
+
+        if self._spans is not None:
+            app.add_middleware(SpanEdge, recorder=self._spans)
 
         @app.get("/status", summary="What is running where, for `kvray status`")
         async def status() -> dict[str, Any]:
