@@ -21,7 +21,7 @@ from typer import core
 
 from cluster import options, prefix_cli
 from cluster.cache_cli import cache_app
-from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
+from cluster.client import ApiKey, ApiKeyFile, AsJson, Interval, Server, Url, Watch, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
 from cluster.doctor.command import doctor
@@ -201,9 +201,17 @@ def status(
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
+    is_watching: Watch = False,
+    interval_s: Interval = 2.0,
 ) -> None:
-    """Show what is running where."""
-    document = _fetch_status(server_of(url, api_key, api_key_file))
+    """Show what is running where: workers, tiers, hits, the queue."""
+    server = server_of(url, api_key, api_key_file)
+    if is_watching:
+        from cluster.status_watch import watch
+
+        watch(functools.partial(_fetch_status, server), server.url, _out, interval_s, as_json=as_json)
+        return
+    document = _fetch_status(server)
     if as_json:
         _print_json(document)
     else:

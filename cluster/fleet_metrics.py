@@ -74,6 +74,7 @@ HELP: Final = {
     "kvray_process_cpu_seconds_total": "Processor time of the worker's process",
     "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
     "kvray_pulls_running": "Pulls of KV blocks in progress",
+    "kvray_queued_seconds": "Predicted time until all sequences decode, as the worker tells the router",
     "kvray_queued_tokens": "Tokens to be computed before all sequences decode",
     "kvray_remote_fallbacks_total": "Prompts that were computed here because no prefill worker's KV came",
     "kvray_remote_bytes": "Bytes of the KV blocks in the remote store as they lie there, compressed or plain",

@@ -167,7 +167,7 @@ class Ingress:
 
         @app.get("/status", summary="What is running where, for `kvray status`")
         async def status() -> dict[str, Any]:
-            return await fleet_status(self._dispatcher)
+            return await fleet_status(self._dispatcher, self._metrics.values())
 
         return app
 

@@ -237,7 +237,7 @@ def _stages_to_first_token(sequence: _Sequence, chunk: TokenChunk, block_size: i
     sources, plan = chunk.sources, chunk.plan
     if sources is None or plan is None:  # it went on here after what another worker had given
         return [Span("replay", sequence.sent_s, now_s, sequence.attributes)]
-    admitted_s = min(sequence.sent_s + plan.waited_s, now_s)
+    admitted_s = min(sequence.sent_s + plan.queued_s, now_s)
     pulled_s = min(admitted_s + plan.pulled_s, now_s)
     common = sequence.attributes
     held = {**common, "kvray.device_blocks": _blocks(sources.device, block_size)}

@@ -60,7 +60,7 @@ class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     handed_over_by: str = ""  #: the prefill worker that was asked for the rest; "": it is computed here
     num_moved_bytes: int = 0  #: that came from others, until the first token
     predicted_ttft_s: float = 0.0  #: by whoever placed the request
-    waited_s: float = 0.0  #: from its arrival at the worker until it was admitted
+    queued_s: float = 0.0  #: from its arrival at the decode worker until it was admitted there
     pulled_s: float = 0.0  #: from then until nothing more was on its way, or the first token; 0: nothing was
 
 

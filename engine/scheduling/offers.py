@@ -98,6 +98,7 @@ def prompt_sources(seq: Sequence) -> PromptSources:
 def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
     """Say how the KV of a prompt was to be had, what was moved for it so far, and how long that took."""
     plan, size = seq.plan, seq.block_size
+    began_s = now_s if seq.began_s is None else seq.began_s
     num_moved = seq.num_loaded_tokens.total() // size + (
         seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
     )
@@ -112,6 +113,6 @@ def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
         compute_s=plan.compute_s,
         handed_over_by=seq.spec.remote_source if seq.is_handed_over else "",
         num_moved_bytes=num_moved * block_bytes,
-        waited_s=seq.admitted_s - seq.arrived_s,
-        pulled_s=0.0 if is_idle else (now_s if seq.pull_ended_s is None else seq.pull_ended_s) - seq.admitted_s,
+        queued_s=began_s - seq.arrived_s,
+        pulled_s=0.0 if is_idle else (now_s if seq.pull_ended_s is None else seq.pull_ended_s) - began_s,
     )

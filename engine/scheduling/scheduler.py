@@ -355,8 +355,9 @@ class Scheduler:
     def _start(self, seq: Sequence, matched: list[int], now_s: float, out: list[Instruction]) -> None:
         """Have an admitted sequence run or pull; `matched`: its blocks that the pool has."""
         self._ledger.admit(seq, matched[: self._prefetches.end(seq.seq_id, out)])
+        if seq.began_s is None:
+            seq.began_s = now_s
         self._backlog.note(seq)
-        seq.admitted_s = now_s
         num_lacking = seq.num_prompt_tokens - seq.num_computed
         plan = self._sourcing.plan(seq)
         may_ask = seq.wants_remote and self._ledger.may_pull(seq)

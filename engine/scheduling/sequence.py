@@ -87,8 +87,8 @@ class Sequence:
 
     __slots__ = (
         "_namer",
-        "admitted_s",
         "arrived_s",
+        "began_s",
         "block_size",
         "block_table",
         "brought",
@@ -158,7 +158,8 @@ class Sequence:
         self.held_until_s = 0.0  #: by then that block is predicted to be there; nobody waits longer
         self.first_in_flight = 0  #: blocks before it were held when it was admitted: nobody waits for it to write them
         self.expected_match_tokens = 0  #: while held back: what will be there already
-        self.arrived_s = self.admitted_s = 0.0  #: the last time that it was admitted
+        self.arrived_s = 0.0
+        self.began_s: float | None = None  #: when it was admitted for the first time
         self.pull_ended_s: float | None = None  #: when nothing more of its pull was on its way
         self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
         self.num_passed_over = 0  #: steps since its prefill last got a chunk

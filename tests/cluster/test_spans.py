@@ -13,7 +13,7 @@ from messages.request import GenerateRequest
 from messages.stream import PlannedRun, PromptPlan, PromptSources
 from tests.cluster.request_bench import Ingress, ask, chunk, failed, placed
 
-PLAN = PromptPlan(waited_s=0.25, pulled_s=0.5, num_moved_bytes=99, load_s=0.4, compute_s=1.5)
+PLAN = PromptPlan(queued_s=0.25, pulled_s=0.5, num_moved_bytes=99, load_s=0.4, compute_s=1.5)
 SOURCES = PromptSources(device=16, host=16, computed=8)
 
 
@@ -101,7 +101,7 @@ def test_what_is_held_is_neither_loaded_nor_computed_and_no_stage_ends_after_the
     ingress = Watched("d1")
     ingress.follow(ask())
     ingress.after(0.0, placed("r", "d1"))
-    plan = PromptPlan(waited_s=9.0)
+    plan = PromptPlan(queued_s=9.0)
     ingress.after(1.0, ChunksArrived("d1", [chunk("r", 1, sources=PromptSources(device=40), plan=plan)]))
     ingress.after(1.0, RequestLeft("r"))
     assert ingress.stages() == [("route", 0.0, 0.0, ""), ("queue", 0.0, 1.0, ""), ("decode", 1.0, 2.0, "")]
