@@ -311,10 +311,12 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     configure_logging(config.log.level, config.log.format)
     from cluster.launch import Stopped, running, stop_signals
     from cluster.model_argument import model_directory
+    from cluster.span_export import check_exporter
 
     code = 0
     with stop_signals() as stop:
         try:
+            check_exporter(config.observability.otlp_endpoint)
             with _Progress(config.log.format) as progress:
                 directory = model_directory(config.model.path, stop, progress.show)
                 model = msgspec.structs.replace(config.model, path=str(directory))

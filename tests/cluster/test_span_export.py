@@ -11,7 +11,7 @@ from cluster.span_export import SpanExport, check_exporter, missing_package
 from cluster.spans import RequestSpans, Span, TraceContext
 from messages.errors import ConfigError
 from tests.otlp_receiver import attributes_of, receiving
-from tests.served import free_port
+from tests.served import free_port, run_kvray
 
 RESOURCE = {"service.name": "kvray", "service.version": "1", "service.instance.id": "i"}
 CONTEXT = TraceContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, is_sampled=True, state="vendor=x")
@@ -120,3 +120,24 @@ def test_an_extra_that_is_missing_is_one_line_that_says_what_to_install(monkeypa
     assert "pip install 'kvray[otel]'" in refused.value.message
     assert "http://collector:4318" in refused.value.message
     check_exporter(None)
+
+
+@pytest.mark.slow
+def test_kvray_serve_without_the_extra_says_so_in_one_line_before_anything_starts(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'opentelemetry.exporter.otlp':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+    )
+    config = tmp_path / "kvray.yaml"
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    config.write_text(f"observability: {{otlp_endpoint: '{endpoint}'}}\n")
+    finished, left = run_kvray("serve", "--config", str(config), extra_environment={"PYTHONPATH": str(tmp_path)})
+    assert (finished.returncode, left) == (2, [])
+    assert finished.stderr.startswith(
+        f"kvray: observability.otlp_endpoint: spans for {endpoint} want the extra kvray[otel], saw no opentelemetry-"
+    )
+    assert finished.stderr.count("\n") == 1
