@@ -43,6 +43,8 @@ _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10*
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s,*]+")
 
+_ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -230,7 +232,7 @@ class ObservabilityConfig(_Section, frozen=True):
     """What is gathered for people and their dashboards."""
 
     #: where spans of requests go, OTLP over HTTP: http://HOST:4318 or a whole URL; wants kvray[otel]; None: nowhere
-    otlp_endpoint: Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")] | None = None
+    otlp_endpoint: str | None = None
 
 
 class KvrayConfig(_Section, frozen=True):
@@ -430,6 +432,14 @@ def _check_origins(origins: tuple[str, ...]) -> None:
             )
 
 
+def _check_endpoint(endpoint: str | None) -> None:
+    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+        raise ConfigError(
+            "observability.otlp_endpoint: wanted http://HOST:PORT or https://HOST/PATH, without a name and password, saw "
+            f"{shown(endpoint)}"
+        )
+
+
 def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
@@ -449,6 +459,7 @@ def _check(config: KvrayConfig) -> None:
     if config.http.api_keys and config.http.api_key_file is not None:
         raise ConfigError("http.api_key_file: wanted either it or http.api_keys, saw both")
     _check_origins(config.http.allowed_origins)
+    _check_endpoint(config.observability.otlp_endpoint)
     if config.connections.max_receiving_bytes < config.http.max_body_bytes:
         raise ConfigError(
             f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "

@@ -142,6 +142,22 @@ async def test_an_answer_that_a_stop_string_ends_is_no_error(served):
     assert told.stages[-1].name == "decode"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 2}),
+    ],
+)
+async def test_chats_and_responses_are_followed_likewise(served, path, fields):
+    served.told.clear()
+    response = await served.client.post(path, json={**fields, "temperature": 0})
+    assert response.status_code == 200, response.text
+    [told] = served.told
+    assert told.whole.name == f"POST {path}"
+    assert {"route", "queue", "decode"} <= {stage.name for stage in told.stages}
+
+
 async def test_what_is_refused_before_it_runs_has_its_own_span_alone(served):
     response = await served.complete(max_tokens=-1)
     assert response.status_code == 400
