@@ -435,8 +435,8 @@ def _check_origins(origins: tuple[str, ...]) -> None:
 def _check_endpoint(endpoint: str | None) -> None:
     if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
         raise ConfigError(
-            "observability.otlp_endpoint: wanted http://HOST:PORT or https://HOST/PATH, without a name and password, saw "
-            f"{shown(endpoint)}"
+            "observability.otlp_endpoint: wanted http://HOST:PORT or https://HOST/PATH, without a name and password, "
+            f"saw {shown(endpoint)}"
         )
 
 

@@ -66,7 +66,7 @@ def test_what_is_shown_can_be_read_again():
         (
             {"zebra": {}},
             "zebra: no such key; known are model, engine, pools, http, connections, responses, network, tiers, "
-            "tenants, log",
+            "tenants, log, observability",
         ),
         ({"engine": {"blok_size": 1}}, "engine.blok_size: no such key; did you mean block_size?"),
         ({"log": {"zebra": 1}}, "log.zebra: no such key; known are level, format"),
