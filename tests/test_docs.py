@@ -81,7 +81,7 @@ def test_a_command_and_its_flags_are_there(where, command):
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
-        ("kvray stauts", "there is no stauts"),
+        ("kvray state", "there is no state"),
         ("kvray cache lookpu --file x", "there is no lookpu"),
         ("kvray status --watch --every 2", "there is no --every"),
         ("kvray serve MODEL --prot 1", "there is no --prot"),

@@ -7,8 +7,10 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,8 @@ from cluster.doctor import gathering
 from cluster.doctor.examination import EXAMINATIONS, Examination, examine
 from cluster.doctor.findings import of_cpu
 from tests.served import free_port
+
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 def facts_of(gather, **sections):
@@ -199,3 +203,27 @@ def test_who_hangs_or_fails_is_a_finding_and_the_others_are_told_all_the_same():
     assert (hangs.about, hangs.state, hangs.seen) == ("hangs", "fail", "no answer within 1 s")
     assert (fails.state, fails.seen) == ("warn", "could not be looked at: ValueError: odd")
     assert cpu.seen.endswith(gathering.cpu_facts(parse_config({})).baseline or "plain")
+
+
+@pytest.mark.slow
+def test_the_limit_of_a_real_control_group_is_found_by_a_process_in_it():
+    is_first_version = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()
+    group = Path("/sys/fs/cgroup/memory" if is_first_version else "/sys/fs/cgroup") / f"kvray-test-{os.getpid()}"
+    limit = 300 * 2**20
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if is_first_version else "memory.max")).write_text(str(limit))
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no control group may be made here: {error}")
+    code = (
+        f"open('{group}/cgroup.procs', 'w').write('0')\n"
+        "from cluster.doctor.gathering import memory_limit\n"
+        "print(memory_limit(2**40))\n"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    finally:
+        group.rmdir()
+    assert done.stdout == f"{limit}\n", done.stderr
