@@ -217,7 +217,9 @@ def of_gpu(facts: GpuFacts) -> Finding:
             return Finding(
                 "gpu", "fail", facts.error or f"no GPU; {wheel}", "model.device is cuda: wanted a GPU, or cpu"
             )
-        return Finding("gpu", "ok", facts.error or f"none; {wheel}")
+        if facts.error:
+            return Finding("gpu", "warn", facts.error, "look at `nvidia-smi` and the kernel's log; kvray uses the CPU")
+        return Finding("gpu", "ok", f"none; {wheel}")
     seen = f"{len(facts.names)} x {facts.names[0]}, driver {facts.driver}; {wheel}"
     if not facts.torch_cuda:
         state: State = "fail" if facts.device == "cuda" else "warn"

@@ -142,6 +142,7 @@ BAD = [
     (findings.of_gpu, replace(GPU, torch_cuda=""), "warn", "H200", "without CUDA"),
     (findings.of_gpu, replace(GPU, torch_cuda="", device="cuda"), "fail", "H200", "without CUDA"),
     (findings.of_gpu, replace(GPU, torch_cuda="13.0"), "fail", "570", "wants driver 580 or newer"),
+    (findings.of_gpu, replace(GPU, names=(), error="its driver is silent"), "warn", "silent", "nvidia-smi"),
     (findings.of_gpu, replace(GPU, names=(), device="cuda"), "fail", "no GPU", "model.device is cuda"),
     (findings.of_disk, replace(DISK, error="/d: Read-only file system"), "fail", "Read-only", "may write"),
     (findings.of_disk, replace(DISK, free_bytes=50 * GIB), "fail", "50.0 GiB free", "disk_capacity is 100.0 GiB"),
