@@ -159,10 +159,11 @@ class SpanBook:
             return
         placement = event if isinstance(event, Placement) else None
         for instruction in instructions:
+            if type(instruction) is Deliver:  # one for every token
+                if (request := self._requests.get(instruction.request_id)) is not None:
+                    self._take_chunk(request, instruction.chunk, now_s)
+                continue
             match instruction:
-                case Deliver(request_id, chunk):
-                    if (request := self._requests.get(request_id)) is not None:
-                        self._take_chunk(request, chunk, now_s)
                 case SendToRouter(RouteRequest() as route):
                     if (request := self._request_of(route.request_id)) is not None:
                         _end_all(request, now_s, error="placed anew")
