@@ -35,6 +35,7 @@ from cluster.fleet import FleetWatch, fleet_router_config
 from cluster.ingress import Ingress
 from cluster.logs import open_process_log
 from cluster.replica import prepared
+from cluster.span_export import check_exporter
 from decode.worker import DecodeWorker
 from engine.actor import WorkerActor
 from engine.core import EngineOptions
@@ -81,6 +82,7 @@ def build_application(
         ConfigError: the configuration itself holds API keys.
     """
     refuse_keys(config)
+    check_exporter(config.observability.otlp_endpoint)
     options = _worker_options(config)
     open_log = functools.partial(open_process_log, config.log.level, config.log.format, log_dir)
     prepare = functools.partial(prepared, open_log)

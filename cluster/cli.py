@@ -1,4 +1,4 @@
-"""The command line: kvray serve, demo, status, cache, bench, config, version."""
+"""The command line: kvray serve, demo, status, cache, explain, plan, bench, dashboard, doctor, config, version."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from typer import core
 from cluster import explain_cli, options, prefix_cli
 from cluster.bench_cli import bench_app
 from cluster.cache_cli import cache_app
-from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, asked, server_of
+from cluster.client import ApiKey, ApiKeyFile, AsJson, Interval, Server, Url, Watch, asked, server_of
 from cluster.config import KvrayConfig, drop_service_links, load_config
 from cluster.credentials import api_keys
+from cluster.doctor.command import doctor
 from cluster.log_tail import terminal_line
 from cluster.logs import configure_logging
 from cluster.plan_cli import plan_command
@@ -46,6 +47,7 @@ app.add_typer(bench_app, name="bench")
 cache_app.command("export")(prefix_cli.export)
 cache_app.command("import")(prefix_cli.take_in)
 app.command()(explain_cli.explain)
+app.command()(doctor)
 
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -206,9 +208,17 @@ def status(
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
+    is_watching: Watch = False,
+    interval_s: Interval = 2.0,
 ) -> None:
-    """Show what is running where."""
-    document = _fetch_status(server_of(url, api_key, api_key_file))
+    """Show what is running where: workers, tiers, hits, the queue."""
+    server = server_of(url, api_key, api_key_file)
+    if is_watching:
+        from cluster.status_watch import watch
+
+        watch(functools.partial(_fetch_status, server), server.url, _out, interval_s, as_json=as_json)
+        return
+    document = _fetch_status(server)
     if as_json:
         _print_json(document)
     else:
@@ -308,10 +318,12 @@ def _run(config: KvrayConfig, body: Callable[[KvrayConfig, Any, Any], None]) -> 
     configure_logging(config.log.level, config.log.format)
     from cluster.launch import Stopped, running, stop_signals
     from cluster.model_argument import model_directory
+    from cluster.span_export import check_exporter
 
     code = 0
     with stop_signals() as stop:
         try:
+            check_exporter(config.observability.otlp_endpoint)
             with _Progress(config.log.format) as progress:
                 directory = model_directory(config.model.path, stop, progress.show)
                 model = msgspec.structs.replace(config.model, path=str(directory))

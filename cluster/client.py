@@ -35,6 +35,12 @@ ApiKeyFile = Annotated[
         envvar="KVRAY_API_KEY_FILE",
     ),
 ]
+Watch = Annotated[
+    bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.", show_default="once")
+]
+Interval = Annotated[
+    float, typer.Option("--interval", help="Seconds between two looks with --watch.", min=0.2, max=86400.0)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole document.", show_default="for people")]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"

@@ -44,6 +44,8 @@ _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10*
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s,*]+")
 
+_ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -60,7 +62,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ModelConfig(_Section, frozen=True):
     """The model that is served, and under which names."""
 
-    path: str = str(DEMO_MODEL)
+    path: str = str(DEMO_MODEL)  #: a transformers model directory, a GGUF file, or smollm2
     served_names: tuple[str, ...] = ()  #: names clients may use; empty: the directory's name
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: auto: as stored, where the CPU computes in it
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,13 +104,13 @@ class PoolsConfig(_Section, frozen=True):
     prefill: Annotated[int, Meta(ge=0, le=4096)] = 1
     decode: Annotated[int, Meta(ge=1, le=4096)] = 1
     ingress: Annotated[int, Meta(ge=1, le=4096)] | None = None  #: None: 2, so that one may be lost, or 1 on few cores
-    cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0
-    gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0
+    cpus_per_worker: Annotated[float, Meta(ge=0, le=4096)] = 0.0  #: of Ray's, which counts them and binds to none
+    gpus_per_worker: Annotated[float, Meta(ge=0, le=64)] = 0.0  #: of Ray's, which shows a worker no others
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86400)] = 120.0  #: a worker that is stopped may finish what it has
     #: load: without regard for who holds what of a prompt, and each worker on its own; to measure what `cache` brings
     routing: Literal["cache", "load"] = "cache"
     prefill_labels: dict[str, str] = {}  #: Ray label selector of the nodes for prefill workers
-    decode_labels: dict[str, str] = {}
+    decode_labels: dict[str, str] = {}  #: likewise, for decode workers
 
 
 class HttpConfig(_Section, frozen=True):
@@ -122,7 +124,7 @@ class HttpConfig(_Section, frozen=True):
     requires_api_key: bool = False  #: an ingress that finds no key does not start, where it would serve everybody
     #: whose pages may call from a browser (CORS): scheme://host[:port], or * for all; empty: none
     allowed_origins: tuple[str, ...] = ()
-    max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 8 * 2**20  #: of a request
     #: of a text that /tokenize takes, in UTF-8: it may give as many tokens, all of which are answered
     max_tokenize_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 768 * 2**10
     max_choices: Annotated[int, Meta(ge=1, le=4096)] = 128  #: largest n
@@ -144,7 +146,7 @@ class HttpConfig(_Section, frozen=True):
 class ConnectionsConfig(_Section, frozen=True):
     """What clients may hold of one ingress, where no proxy stands before it."""
 
-    max_connections: Annotated[int, Meta(ge=1, le=2**20)] = 4096
+    max_connections: Annotated[int, Meta(ge=1, le=2**20)] = 4096  #: that may be open at a time
     max_header_bytes: Annotated[int, Meta(ge=1024, le=2**24)] = 64 * 2**10  #: of a request's first line and headers
     #: of bodies that have begun to arrive and are not there as a whole, all together
     max_receiving_bytes: Annotated[int, Meta(ge=1024, le=2**40)] = 64 * 2**20
@@ -160,7 +162,7 @@ class ResponsesConfig(_Section, frozen=True):
 
     memory: str = "64MiB"  #: of all of them; who has most loses first what is oldest
     max_responses: Annotated[int, Meta(ge=0, le=2**30)] = 10_000  #: 0: none are kept
-    max_age_s: Annotated[float, Meta(ge=1, le=1e9)] = 86400.0
+    max_age_s: Annotated[float, Meta(ge=1, le=1e9)] = 86400.0  #: since it was kept
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -170,7 +172,7 @@ class NetworkConfig(_Section, frozen=True):
     #: KVRAY_SECRET_FILE or KVRAY_SECRET of the node, else drawn at start on a Ray of our own
     secret_file: str | None = None
     host: str | None = None  #: where channels listen; None: the node's address, or loopback on a Ray of our own
-    heartbeat_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
+    heartbeat_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5  #: between two words of a process that has nothing to say
     lost_after_s: Annotated[float, Meta(ge=0.2, le=600)] = 3.0  #: of silence
     #: how long prefill holds blocks for a decode worker that says nothing
     lease_s: Annotated[float, Meta(ge=0.5, le=3600)] = 15.0
@@ -204,7 +206,7 @@ class TiersConfig(_Section, frozen=True):
 class TenantConfig(_Section, frozen=True):
     """One who shares no cached block with others. Quotas are of what its blocks take; None: no limit of its own."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  #: its blocks' names follow from it
     api_key_file: str  #: one key a line, several while one follows another; read where an ingress runs
     role: Literal["member", "operator"] = "member"  #: operators manage and see all that is cached
     cache_hints: Literal["refuse", "use"] = "refuse"  #: whether it may say in requests what is to be kept
@@ -219,7 +221,7 @@ class TenantsConfig(_Section, frozen=True):
     #: 64 hexadecimal digits, read where an ingress runs; None: KVRAY_TENANT_SALT_FILE or KVRAY_TENANT_SALT of its
     #: node. The same wherever one remote store is shared; with another one all that tenants have cached is lost to them
     salt_file: str | None = None
-    members: tuple[TenantConfig, ...] = ()
+    members: tuple[TenantConfig, ...] = ()  #: one entry each
 
 
 class LogConfig(_Section, frozen=True):
@@ -256,6 +258,9 @@ class AutoscalingConfig(_Section, frozen=True):
     def is_wanted(self) -> bool:
         """Whether any number of workers follows the load."""
         return self.max_prefill is not None or self.max_decode is not None
+
+    #: where spans of requests go, OTLP over HTTP: http://HOST:4318 or a whole URL; wants kvray[otel]; None: nowhere
+    otlp_endpoint: str | None = None
 
 
 class KvrayConfig(_Section, frozen=True):
@@ -477,6 +482,14 @@ def _check_numbers(config: KvrayConfig) -> None:
             raise ConfigError(f"pools.{role}: wanted {wanted}, saw {least}")
 
 
+def _check_endpoint(endpoint: str | None) -> None:
+    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+        raise ConfigError(
+            "observability.otlp_endpoint: wanted http://HOST:PORT or https://HOST/PATH, without a name and password, "
+            f"saw {shown(endpoint)}"
+        )
+
+
 def _check(config: KvrayConfig) -> None:
     """Raise ConfigError for values that are in their ranges and make no sense beside each other."""
     if config.model.tool_parser is not None and config.model.tool_parser not in FORMATS:
@@ -497,6 +510,7 @@ def _check(config: KvrayConfig) -> None:
     if config.http.api_keys and config.http.api_key_file is not None:
         raise ConfigError("http.api_key_file: wanted either it or http.api_keys, saw both")
     _check_origins(config.http.allowed_origins)
+    _check_endpoint(config.observability.otlp_endpoint)
     if config.connections.max_receiving_bytes < config.http.max_body_bytes:
         raise ConfigError(
             f"connections.max_receiving_bytes: wanted at least http.max_body_bytes ({config.http.max_body_bytes}), "

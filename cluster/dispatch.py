@@ -42,6 +42,7 @@ from cluster.request_events import (
 )
 from cluster.request_table import RequestLimits, RequestTable
 from cluster.route_log import RouteLog
+from cluster.span_recorder import SpanRecorder
 from messages.cache import BlocksFetched, BlocksKnown, BlocksListed, CacheAnswer, CacheQuestion, PieceDone, WhereBlocks
 from messages.errors import CapacityError, WorkerError
 from messages.explain import (
@@ -104,6 +105,7 @@ class Dispatcher:
         options: DispatchOptions,
         values: Callable[[], Mapping[str, float]] = dict,
         log: RouteLog | None = None,
+        spans: SpanRecorder | None = None,
     ) -> None:
         """Make it ready on the running loop.
 
@@ -111,7 +113,9 @@ class Dispatcher:
             options: settings.
             values: what else this ingress counts, to be shown by the others too.
             log: is told of each request; None: nobody is.
+            spans: is told what happens; None: nobody wants to know.
         """
+        self._spans = spans
         self._options = options
         self._values = values
         self._log = log
@@ -153,6 +157,8 @@ class Dispatcher:
         self._readers[request_id] = take
         if self._log is not None:
             self._log.begin(requests, time.time(), time.monotonic())
+        if self._spans is not None:
+            self._spans.start(requests)
         self._decide(RequestAdded(tuple(requests)))
 
     def leave(self, request_id: str) -> None:
@@ -175,7 +181,11 @@ class Dispatcher:
         self._is_deciding = True
         try:
             while self._events:
-                for instruction in self.table.on_event(self._events.popleft(), time.monotonic()):
+                event, now_s = self._events.popleft(), time.monotonic()
+                instructions = self.table.on_event(event, now_s)
+                if self._spans is not None:
+                    self._spans.see(event, instructions, now_s)
+                for instruction in instructions:
                     self._carry_out(instruction)
         finally:
             self._is_deciding = False

@@ -79,6 +79,7 @@ HELP: Final = {
     "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
     "kvray_pulls_running": "Pulls of KV blocks in progress",
     "kvray_queue_seconds": "From a sequence's arrival at the worker until it was admitted",
+    "kvray_queued_seconds": "Predicted time until all sequences decode, as the worker tells the router",
     "kvray_queued_tokens": "Tokens to be computed before all sequences decode",
     "kvray_remote_blocks": "KV blocks that are known to lie in the remote store",
     "kvray_remote_bytes": "Bytes of the KV blocks in the remote store as they lie there, compressed or plain",

@@ -38,6 +38,8 @@ from cluster.ray_dashboard.letter_boxes import LetterBoxes, RayKeyValues
 from cluster.route_api import add_routes
 from cluster.route_log import RouteLog
 from cluster.routes import Routes
+from cluster.span_export import SpanExport
+from cluster.span_recorder import SpanEdge, SpanRecorder
 from cluster.status import fleet_status
 from cluster.stored_responses import stored_responses
 from kvcache.names import tenant_number
@@ -50,6 +52,7 @@ from transport.channel import ChannelConfig
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
+_LAST_SPANS_S = 0.5  #: for spans that still wait when an ingress ends
 _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
 
 
@@ -93,6 +96,7 @@ class Ingress:
             ),
             is_counting=counts,
         )
+        self._open_spans(ingress_id)
         self._dispatcher = Dispatcher(
             DispatchOptions(
                 ingress_id=ingress_id,
@@ -104,6 +108,7 @@ class Ingress:
             ),
             self._metrics.values,
             self._log,
+            self._spans,
         )
         if self._log is not None:
             canary = Canary(self._dispatcher, self._log.predicted_blocks)
@@ -132,6 +137,21 @@ class Ingress:
             ended = self._metrics.connections_ended
             server = http_server(self._app, config.connections, lambda reason: ended.labels(reason).inc())
             self._serving = asyncio.create_task(server.serve(sockets=[take_listener(listener)]))
+
+    def _open_spans(self, ingress_id: str) -> None:
+        """Begin to send spans, if somebody wants them."""
+        self._export: SpanExport | None = None
+        self._spans: SpanRecorder | None = None
+        endpoint = self._config.observability.otlp_endpoint
+        if endpoint is not None:
+            resource = {"service.name": "kvray", "service.version": package_version("kvray")}
+            self._export = SpanExport(endpoint, {**resource, "service.instance.id": ingress_id})
+            self._spans = SpanRecorder(self._export.put)
+
+    def __del__(self) -> None:
+        """Send the last spans: Serve calls this when the replica has drained, and nothing else."""
+        if (export := getattr(self, "_export", None)) is not None:
+            export.close(_LAST_SPANS_S)
 
     async def check_health(self) -> None:
         """Raise if this ingress hears nothing any more: Serve calls this every second, and then replaces it."""
@@ -168,9 +188,12 @@ class Ingress:
             **({"on_reply_id": self._log.name_reply} if self._log is not None else {}),
         )
 
+        if self._spans is not None:
+            app.add_middleware(SpanEdge, recorder=self._spans)
+
         @app.get("/status", summary="What is running where, for `kvray status`")
         async def status() -> dict[str, Any]:
-            return await fleet_status(self._dispatcher)
+            return await fleet_status(self._dispatcher, self._metrics.values())
 
         return app
 

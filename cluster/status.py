@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
 from cluster.dispatch import Dispatcher
+from cluster.status_summary import summary_lines
 
 _HEADERS = ("WORKER", "ADDRESS", "FREE/BLOCKS", "RUN", "WAIT", "TOK/S", "STEP MS")
+_SOURCES: Final = ("device", "peer", "host", "disk", "remote", "computed")
+_EXAMPLE_TOKENS: Final = 1000  #: of a prompt for which a time to first token is told
 _NUM_TEXT_COLUMNS = 2  #: then come numbers, aligned to the right
 
 
-async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
-    """Gather all workers and their numbers into one JSON document; one that does not answer is without numbers."""
+async def fleet_status(dispatcher: Dispatcher, own: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Gather all workers and their numbers into one JSON document; one that does not answer is without numbers.
+
+    `own`: what the ingress that gathers counts, by metric name.
+    """
     told = await dispatcher.fleet_stats()
     values = {stats.worker_id: stats for stats in told}
     names = {info.address: info.worker_id for info in dispatcher.fleet.values()}
@@ -57,19 +63,48 @@ async def fleet_status(dispatcher: Dispatcher) -> dict[str, Any]:
         for stats in told
         for cache in stats.caches
     ]
-    return {"workers": workers, "caches": caches, "routers": routers, "is_routing_by_cache": bool(routers)}
+    return {
+        "workers": workers,
+        "caches": caches,
+        "routers": routers,
+        "is_routing_by_cache": bool(routers),
+        "prompt_tokens": _prompt_tokens([own or {}, *(ingress.values for one in told for ingress in one.ingresses)]),
+        "predicted_ttft": _predicted_ttft(workers),
+    }
 
 
-def status_table(status: dict[str, Any]) -> str:
-    """Write `fleet_status` for people: a line per worker, what computes it, about routing; nothing is cut off.
+def _prompt_tokens(ingresses: Iterable[Mapping[str, float]]) -> dict[str, int]:
+    """Add up the prompt tokens of answered requests by where their KV came from."""
+    values = list(ingresses)
+    names = {source: f'kvray_prompt_tokens_total{{source="{source}"}}' for source in _SOURCES}
+    return {source: int(sum(one.get(name, 0) for one in values)) for source, name in names.items()}
 
-    TOK/S is the measured speed of prefill, STEP MS the time of a decode step.
+
+def _predicted_ttft(workers: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Tell how long a new prompt of which nobody holds anything would take, and at whom; None: not measured yet."""
+    seconds = [
+        (one["values"].get("kvray_queued_seconds", 0.0) + _EXAMPLE_TOKENS / rate, one["worker_id"])
+        for one in workers
+        if (rate := one["values"].get("kvray_prefill_tokens_per_second", 0.0)) > 0
+    ]
+    if not seconds:
+        return None
+    least_s, worker_id = min(seconds)
+    return {"prompt_tokens": _EXAMPLE_TOKENS, "seconds": least_s, "worker_id": worker_id}
+
+
+def status_table(status: dict[str, Any], before: dict[str, Any] | None = None, elapsed_s: float = 0.0) -> str:
+    """Write `fleet_status` for people: a line per worker, the whole fleet, details; nothing is cut off.
+
+    TOK/S is the measured speed of prefill, STEP MS the time of a decode step. `before`: the status of `elapsed_s` ago,
+    for what happened since; None: there is none.
     """
     rows = [_HEADERS, *(_row(worker) for worker in status["workers"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
     lines = [_line(row, widths) for row in rows]
     if not status["workers"]:
         lines = ["no workers"]
+    lines += summary_lines(status, before, elapsed_s)
     lines += [f"{worker['worker_id']} by {worker['kernel_path']}" for worker in status["workers"]]
     if status["workers"]:
         lines.append(f"checksums by {', '.join(sorted({worker['checksum_path'] for worker in status['workers']}))}")

@@ -527,6 +527,7 @@ class EngineWorker:
             "kvray_sequences_waiting": float(engine.scheduler.num_waiting),
             "kvray_sequences_running": float(engine.scheduler.num_running),
             "kvray_queued_tokens": float(engine.scheduler.queued_tokens),
+            "kvray_queued_seconds": engine.scheduler.queued_s * engine.scheduler.lateness.factor,
             "kvray_prefill_tokens_per_second": float(engine.scheduler.prefill_tokens_per_s),
             "kvray_decode_step_seconds": float(engine.scheduler.decode_step_s),
             "kvray_steps_total": float(self.driver.num_steps),

@@ -74,6 +74,7 @@ class PromptPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     predicted_ttft_s: float = 0.0  #: by whoever placed the request
     queued_s: float = 0.0  #: from its arrival at the decode worker until it was admitted there
     prefill_s: float = 0.0  #: from then to its first token, whoever computed it
+    pulled_s: float = 0.0  #: from then until nothing more was on its way, or the first token; 0: nothing was
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -149,7 +149,7 @@ class SequenceLedger:
 
     def forget_pull(self, seq: Sequence) -> None:
         """Note that a running, mixed `seq` wants nothing more: nothing is on its way, it came to all that arrived."""
-        seq.pull = None
+        seq.pull, seq.pull_ended_s = None, self.pool.now_s
 
     def end_pull(self, seq: Sequence, num_blocks: int) -> None:
         """End the pull of `seq`, which then runs with its first `num_blocks` blocks; the others are given back.
@@ -157,6 +157,7 @@ class SequenceLedger:
         A mixed one keeps the blocks that it came to, computed or passed.
         """
         pull = _pull_of(seq)
+        seq.pull_ended_s = self.pool.now_s
         if pull.is_mixed:
             self._drop_tail(seq, seq.num_blocks_for(max(seq.num_computed, seq.planned_end)))
         else:

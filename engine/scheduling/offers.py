@@ -106,6 +106,7 @@ def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
         seq.pull.blocks.num(Coming.ARRIVED) - len(seq.pull.found) if seq.pull else 0
     )
     num_moved += seq.num_pulled_tokens // size
+    is_idle = seq.pull is None and seq.pull_ended_s is None
     return PromptPlan(
         runs=tuple(
             PlannedRun(load.begin * size, load.end * size, load.copy.tier, load.copy.address) for load in plan.loads
@@ -118,4 +119,5 @@ def prompt_plan(seq: Sequence, block_bytes: int, now_s: float) -> PromptPlan:
         got=seq.origins.told(seq.num_prompt_tokens, size),
         queued_s=began_s - seq.arrived_s,
         prefill_s=now_s - began_s,
+        pulled_s=0.0 if is_idle else (now_s if seq.pull_ended_s is None else seq.pull_ended_s) - began_s,
     )

@@ -126,6 +126,7 @@ class Sequence:
         "planned_end",
         "prompt_logprobs",
         "pull",
+        "pull_ended_s",
         "seq_id",
         "slot",
         "spec",
@@ -161,6 +162,7 @@ class Sequence:
         self.expected_match_tokens = 0  #: while held back: what will be there already
         self.arrived_s = 0.0
         self.began_s: float | None = None  #: when it was admitted for the first time
+        self.pull_ended_s: float | None = None  #: when nothing more of its pull was on its way
         self.expected_s = 0.0  #: predicted for it and those before it, when it arrived; 0: no prediction to learn from
         self.num_passed_over = 0  #: steps since its prefill last got a chunk
         self.num_device_tokens = 0  #: prompt tokens found in the pool

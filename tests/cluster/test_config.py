@@ -258,6 +258,21 @@ def test_what_no_browser_sends_is_no_origin(origin):
     assert "wanted *, or scheme://host[:port]" in refusal({"http": {"allowed_origins": [origin]}})
 
 
+@pytest.mark.parametrize("endpoint", ["http://c:4318", "https://collector.example/v1/traces", "http://[::1]:4318/"])
+def test_spans_go_to_a_url(endpoint):
+    assert parse_config({"observability": {"otlp_endpoint": endpoint}}).observability.otlp_endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "collector:4318", "grpc://c:4317", "http://", "http://n:p@c", "http://c/x?y=z"]
+)
+def test_what_is_no_place_for_spans_is_refused(endpoint):
+    assert refusal({"observability": {"otlp_endpoint": endpoint}}) == (
+        "observability.otlp_endpoint: wanted http://HOST:PORT or https://HOST/PATH, without a name and password, saw "
+        f"str '{endpoint}'"
+    )
+
+
 def test_no_form_of_a_configuration_shows_an_api_key():
     config = parse_config({"http": {"api_keys": ["5417041"], "port": 9000}})
     assert "5417041" not in f"{config} {config!r} {config.http!s} {rich.pretty.pretty_repr(config)}"

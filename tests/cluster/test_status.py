@@ -6,7 +6,9 @@ import http.server
 import json
 import threading
 from contextlib import contextmanager
+from unittest.mock import AsyncMock
 
+import msgspec
 import pytest
 
 from cluster.status import fleet_status, status_table
@@ -30,6 +32,9 @@ class FakeDispatcher:
             "kvray_sequences_waiting": 1.0,
             "kvray_prefill_tokens_per_second": 15321.4,
             "kvray_decode_step_seconds": 0.0123,
+            "kvray_queued_tokens": 2345.0,
+            "kvray_queued_seconds": 0.15,
+            "kvray_cache_blocks_held": 65536.0,
         }
         roads = (
             RoadStatus(
@@ -104,6 +109,9 @@ async def test_the_table_says_what_each_worker_does_and_by_what_within_eighty_co
         "WORKER            ADDRESS                FREE/BLOCKS  RUN  WAIT  TOK/S  STEP MS",
         "decode-e5f6g7h8   192.168.100.200:65535  1200/131072    3     1  15321     12.3",
         "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
+        "queue: 1 wait, 2,345 tokens to compute, 0.15 s at most",
+        "first token of 1,000 new tokens: predicted in 0.22 s at decode-e5f6g7h8",
+        "tiers: device 1.00 of 2.00 GiB",
         "decode-e5f6g7h8 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "prefill-a1b2c3d4 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "checksums by avx512",
@@ -159,3 +167,21 @@ def test_an_answer_that_is_not_kvrays_is_one_line_and_exit_code_2(code, body, wo
     assert finished.returncode == 2
     assert finished.stderr.startswith(f"kvray: no status from {url}: {words}")
     assert finished.stderr.count("\n") == 1
+
+
+async def test_prompt_tokens_of_all_ingresses_are_added_up_and_the_least_wait_is_predicted():
+    name = 'kvray_prompt_tokens_total{source="host"}'
+    dispatcher = FakeDispatcher(has_router=True)
+    told = await dispatcher.fleet_stats()
+    other = Stats(query_id="", worker_id="i2", role="ingress", values={name: 30.0})
+    told[1] = msgspec.structs.replace(told[1], ingresses=(other,))
+    dispatcher.fleet_stats = AsyncMock(return_value=told)
+    status = await fleet_status(dispatcher, {name: 12.0})
+    assert status["prompt_tokens"] == {"device": 0, "peer": 0, "host": 42, "disk": 0, "remote": 0, "computed": 0}
+    predicted = status["predicted_ttft"]
+    assert (predicted["prompt_tokens"], predicted["worker_id"]) == (1000, "decode-e5f6g7h8")
+    assert predicted["seconds"] == pytest.approx(0.15 + 1000 / 15321.4)
+
+
+def test_what_was_not_measured_yet_is_not_predicted():
+    assert status_table({"workers": [], "routers": [], "is_routing_by_cache": False, "predicted_ttft": None})

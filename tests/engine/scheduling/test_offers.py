@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from engine.scheduling.plan import OffloadBlocks
+from engine.scheduling.plan import KvOffered, OffloadBlocks, PullEnded
+from kvcache.locations import pack_locations
 from messages.handoff import BlockHint
 from messages.request import CacheHint
-from tests.engine.scheduling.scheduler_bench import Bench
+from tests.engine.scheduling.scheduler_bench import PROMPT, Bench, emitted
 
 
 def offloaded(bench: Bench, **fields) -> list[OffloadBlocks]:
@@ -42,3 +43,29 @@ def test_a_block_with_some_of_the_tokens_is_kept_and_one_with_all_of_them_demote
 
 def test_without_lower_tiers_nobody_is_told():
     assert offloaded(Bench(), hints=(CacheHint(0, None, 2, 0.0),)) == []
+
+
+def test_the_first_token_tells_how_long_its_sequence_waited_and_then_pulled():
+    bench = Bench(max_num_seqs=1)
+    bench.add("before", 8, max_tokens=1)
+    bench.now_s = 1.0
+    bench.add("a", PROMPT, remote_s=0.0, remote_source="owner")
+    bench.now_s = 3.0
+    bench.run()
+    bench.now_s = 5.0
+    bench.post(KvOffered("a", "owner", pack_locations(bench.locations(PROMPT)), False, None, None, 0))
+    bench.now_s = 6.0
+    bench.post(PullEnded("a", frozenset()))
+    bench.now_s = 7.0
+    [first] = emitted(bench.post(KvOffered("a", "owner", b"", True, 7, None, 0)))
+    assert (first.plan.queued_s, first.plan.pulled_s) == (2.0, 4.0)
+
+
+def test_what_is_computed_at_once_neither_waited_nor_pulled():
+    bench = Bench()
+    bench.now_s = 5.0
+    bench.add("a", PROMPT, max_tokens=1)
+    bench.now_s = 8.0
+    bench.step()
+    [first] = emitted(bench.out)
+    assert (first.plan.queued_s, first.plan.pulled_s) == (0.0, 0.0)
