@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from cluster.cache_stats import owner_stats, seen_by
-from cluster.fleet_metrics import labels_of
 from cluster.openai.cache_protocol import NODE_TIERS, OwnerStats, TenantStats, TierStats
+from cluster.openai.exposition import labels_of
 from kvcache.names import NAME_BYTES
 from messages.fleet import RoadStatus, Stats, WorkerInfo
 from messages.tier import Tier
