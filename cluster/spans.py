@@ -39,6 +39,7 @@ _MAX_RUNS: Final = 32  #: of a prompt that are told with where they came from
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _MAX_STATE: Final = 512  #: characters of a tracestate that have to be passed on (W3C Trace Context, 3.3.1.5)
 _SAMPLED: Final = 1
+_LEFT: Final = "left"  #: how a sequence ended of which nobody wanted more: at a stop string, or as its client went
 _LOADED: Final = ("peer", "host", "disk", "remote")
 
 
@@ -114,7 +115,7 @@ class FollowedRequest:
 
     def end(self, status: int, now_s: float) -> RequestSpans:
         """Return what is to be told of it; what has not ended ends now."""
-        _end_all(self, now_s, reason="left")
+        _end_all(self, now_s, reason=_LEFT)
         error = self.error or (f"HTTP {status}" if status >= 500 else "")  # another's mistake is no error of ours
         attributes = {**self.attributes, "http.response.status_code": status}
         name = f"{attributes.get('http.request.method', '')} {attributes.get('url.path', '')}".strip()
@@ -174,7 +175,7 @@ class SpanBook:
                 case End(request_id):
                     if (request := self._requests.get(request_id)) is not None:
                         self._forget(request)
-                        _end_all(request, now_s, reason="cancelled")
+                        _end_all(request, now_s, reason=_LEFT)
                 case _:
                     pass
 

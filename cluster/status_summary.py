@@ -37,16 +37,16 @@ def _tier_lines(status: dict[str, Any]) -> list[str]:
         if owners:
             held = sum(values.get("kvray_cache_blocks_held", 0) * size for values, _, size in owners)
             room = sum(num_blocks * size for _, num_blocks, size in owners)
-            parts.append(f"{tier} {held / _GIB:.2f} of {room / _GIB:.2f} GiB")
+            parts.append(f"{tier} {_size(held)} of {_size(room)}")
     stores = [values for values, _, _ in arenas]
     disks = [one for one in stores if "kvray_disk_capacity_bytes" in one]
     if disks:
         held = sum(one["kvray_disk_bytes"] for one in disks)
         room = sum(one["kvray_disk_capacity_bytes"] for one in disks)
-        parts.append(f"disk {held / _GIB:.2f} of {room / _GIB:.2f} GiB")
+        parts.append(f"disk {_size(held)} of {_size(room)}")
     remotes = [one["kvray_remote_bytes"] for one in stores if "kvray_remote_bytes" in one]
     if remotes:  # each node counts what it has found there: of one store
-        parts.append(f"remote {max(remotes) / _GIB:.2f} GiB")
+        parts.append(f"remote {_size(max(remotes))}")
     return [f"tiers: {', '.join(parts)}"] if parts else []
 
 
@@ -73,3 +73,7 @@ def _shares(counts: dict[str, int]) -> str:
 def _num_generated(status: dict[str, Any]) -> float:
     values = (worker["values"] for worker in status["workers"] if worker["role"] == "decode")
     return float(sum(one.get("kvray_generated_tokens_total", 0.0) for one in values))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.1f} MiB"

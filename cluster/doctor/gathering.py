@@ -59,7 +59,7 @@ from transport.checksum_library import CHECKSUM
 from transport.compiled import baselines_of, cpu_flags
 from transport.memory import available_bytes
 
-_TOOL_TIMEOUT_S: Final = 4.0  #: of a program that is asked
+_TOOL_TIMEOUT_S: Final = 10.0  #: of a program that is asked: a driver takes seconds to wake
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _GPU_NODE: Final = Path("/dev/nvidiactl")

@@ -33,7 +33,7 @@ def test_a_request_is_a_server_span_with_its_stages_below_it_in_the_clients_trac
         export.put(request(CONTEXT, error="it broke"))
         export.put(request())
         whole, stage, other, other_stage = receiver.wait_for(4)
-        assert export.close(2.0)
+        assert export.close(60.0)
     assert receiver.resources[0]["service.instance.id"] == "i"
     assert whole.trace_id.hex() == stage.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
     assert (whole.parent_span_id.hex(), stage.parent_span_id) == ("b7ad6b7169203331", whole.span_id)
@@ -54,7 +54,7 @@ def test_what_waits_at_the_end_is_sent_with_it():
         export = SpanExport(receiver.url, RESOURCE)
         for _ in range(300):  # several messages
             export.put(request())
-        assert export.close(5.0)
+        assert export.close(60.0)
         assert len(receiver.spans) == 600
         assert export.close(0.0)  # again: nothing happens
     assert export.num_dropped == 0
@@ -74,11 +74,11 @@ def test_a_collector_that_hangs_delays_neither_who_has_spans_nor_the_end():
         began_s = time.monotonic()
         for _ in range(1000):
             export.put(request())
-        assert time.monotonic() - began_s < 0.5
+        assert time.monotonic() - began_s < 2.5
         assert export.num_dropped == 990
         began_s = time.monotonic()
         assert not export.close(0.2)
-        assert time.monotonic() - began_s < 1.0
+        assert time.monotonic() - began_s < 2.5  # the exporter's own limit is twice that
         receiver.stalls.clear()
 
 
@@ -106,7 +106,7 @@ def test_a_collector_that_is_gone_or_refuses_is_said_once_and_so_is_its_return(c
             refusing.status = 200
             export.put(request())
             refusing.wait_for(2)
-        assert export.close(5.0)
+        assert export.close(60.0)
     said = [record.getMessage() for record in caplog.records if url in record.getMessage()]
     assert said[0].startswith(f"spans do not reach {url}/v1/traces, and are dropped: ")
     assert ("Bad Request" if is_there else "Connection refused") in said[0]

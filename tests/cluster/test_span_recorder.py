@@ -139,7 +139,7 @@ async def test_an_answer_that_a_stop_string_ends_is_no_error(served):
     assert response.json()["choices"][0]["finish_reason"] == "stop"
     [told] = served.told
     assert (told.whole.error, [stage.error for stage in told.stages if stage.error]) == ("", [])
-    assert told.stages[-1].name == "decode"
+    assert (told.stages[-1].name, told.stages[-1].attributes["kvray.finish_reason"]) == ("decode", "left")
 
 
 @pytest.mark.parametrize(

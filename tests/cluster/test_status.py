@@ -111,7 +111,7 @@ async def test_the_table_says_what_each_worker_does_and_by_what_within_eighty_co
         "prefill-a1b2c3d4  192.168.100.201:65535    no answer",
         "queue: 1 wait, 2,345 tokens to compute, 0.15 s at most",
         "first token of 1,000 new tokens: predicted in 0.22 s at decode-e5f6g7h8",
-        "tiers: device 1.00 of 2.00 GiB",
+        "tiers: device 1.00 GiB of 2.00 GiB",
         "decode-e5f6g7h8 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "prefill-a1b2c3d4 by cpu/dot/fused-73-36-36-36/native-16-bf16dot",
         "checksums by avx512",

@@ -31,7 +31,10 @@ def test_tiers_are_added_up_over_all_who_have_them_and_one_remote_store_is_count
     ]
     workers = [worker(kvray_cache_blocks_held=512.0), worker(kvray_cache_blocks_held=256.0)]
     lines = summary_lines(status(workers=workers, caches=caches), None, 0.0)
-    assert lines[1] == "tiers: device 0.75 of 2.00 GiB, host 2.00 of 4.00 GiB, disk 6.00 of 20.00 GiB, remote 5.00 GiB"
+    assert (
+        lines[1]
+        == "tiers: device 768.0 MiB of 2.00 GiB, host 2.00 GiB of 4.00 GiB, disk 6.00 GiB of 20.00 GiB, remote 5.00 GiB"
+    )
 
 
 def test_the_queue_is_that_of_all_workers_and_its_seconds_are_the_longest():

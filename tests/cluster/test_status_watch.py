@@ -66,6 +66,7 @@ async def test_a_terminal_shows_it_in_place_and_a_server_that_goes_is_said_until
         os.close(leader)
 
 
+@pytest.mark.long
 async def test_programs_get_a_document_a_line():
     status = await fleet_status(FakeDispatcher(has_router=True))
     with answering(200, json.dumps(status).encode()) as url:
@@ -80,6 +81,7 @@ async def test_programs_get_a_document_a_line():
     assert lines == [status, status]
 
 
+@pytest.mark.long
 def test_a_server_that_was_never_there_is_one_line_and_exit_code_2():
     url = f"http://127.0.0.1:{free_port()}"
     finished, _ = run_kvray("status", "--watch", "--url", url)
