@@ -58,13 +58,15 @@ def _head(document: Mapping[str, Any]) -> list[str]:
 
 
 def _candidates(predicted: Mapping[str, Any]) -> Table:
-    """Show the placements that were priced, in milliseconds."""
+    """Show the placements that were priced, in milliseconds; parts that cost nothing anywhere are left out."""
     candidates: Sequence[Mapping[str, Any]] = predicted["candidates"]
     title = f"{len(candidates)} of {predicted['num_possible']} placements, in ms"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "DECODE", "PREFILL"):
-        table.add_column(column, overflow="fold")
-    for column in ("COST", "TTFT", *(part.removesuffix("_s").upper() for part in _PARTS)):
+    parts = [part for part in _PARTS if any(one["parts"][part] for one in candidates)]
+    table.add_column("")
+    for column in ("DECODE", "PREFILL"):
+        table.add_column(column, overflow="fold", min_width=16)
+    for column in ("COST", "TTFT", *(part.removesuffix("_s").upper() for part in parts)):
         table.add_column(column, justify="right")
     table.add_column("HELD TOKENS")
     for one in candidates:
@@ -75,7 +77,7 @@ def _candidates(predicted: Mapping[str, Any]) -> Table:
             one["prefill_worker"] or "-",
             _ms(one["cost_s"]),
             _ms(one["ttft_s"]),
-            *(_ms(one["parts"][part]) for part in _PARTS),
+            *(_ms(one["parts"][part]) for part in parts),
             held or "-",
         )
     return table

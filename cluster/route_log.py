@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from cluster.explained_runs import Asked, ExplainedRun, explained_runs, missed_tokens, num_absent_tokens
 from messages.fleet import WorkerInfo
-from messages.miss import MISS_REASONS
+from messages.miss import MISS_REASONS, MissedRun
 from messages.request import GenerateRequest, HeldRun
 from messages.route import Placement
 from messages.stream import PromptSources, TokenChunk
@@ -53,7 +53,8 @@ class RouteRecord:
     num_matched_tokens: int = 0  #: that the decode worker was said to hold at the prompt's head
     held: tuple[HeldRun, ...] | None = None
     error: str = ""
-    placement: Placement | None = field(default=None, repr=False)  #: the router's, until a worker is sent the request
+    missing: tuple[MissedRun, ...] = ()
+    offered: Placement | None = field(default=None, repr=False)  #: the router's answer, until a worker is sent it
 
 
 class RouteLog:
@@ -115,27 +116,27 @@ class RouteLog:
         """Take in what the router answered; it counts once a worker is sent the request by it."""
         record = self._open.get(_key(placement.request_id))
         if record is not None:
-            record.placement = placement
+            record.offered = placement
 
     def send(self, worker_id: str, address: str, request: GenerateRequest) -> None:
         """Take in that a worker is sent a request, or that part of it which has one of its prompts."""
         record = self._open.get(_key(request.request_id))
         if record is None or record.placed_id == request.request_id or not _is_first(record, request.request_id):
             return
-        placement, record.placement = record.placement, None
-        is_routers = placement is not None and placement.decode_worker == worker_id
+        placement, record.offered = record.offered, None
         record.placed_id = request.request_id
         record.num_placements += 1
         record.decode_worker, record.decode_address = worker_id, address
         record.prefill_worker = request.prefill_worker
         record.predicted_ttft_s = request.predicted_ttft_s
         record.held = request.held
-        if is_routers and placement is not None:
+        if placement is not None and placement.decode_worker == worker_id:
             record.placed_by, record.reason = "router", placement.reason
             record.num_matched_tokens = min(placement.decode_match_tokens, record.num_prompt_tokens)
-            record.placement = placement
+            record.missing = placement.missing
         else:
             record.placed_by, record.reason = "hashing", "no router answered: by rendezvous hashing of the first blocks"
+            record.num_matched_tokens, record.missing = 0, ()
 
     def take_chunk(self, chunk: TokenChunk, now_s: float) -> None:
         """Take in a first chunk, which tells about the prompt, or an error, under the client's sequence id."""
@@ -163,7 +164,7 @@ class RouteLog:
             block_size=worker.block_size,
             decode_address=record.decode_address,
             held=record.held,
-            missing=record.placement.missing if record.placement is not None else (),
+            missing=record.missing,
             wants_prompt_logprobs=record.wants_prompt_logprobs,
         )
         record.runs = explained_runs(asked, chunk.plan.got)
@@ -175,7 +176,7 @@ class RouteLog:
         record = self._open.pop(key, None)
         if record is None:
             return
-        record.held, record.placement = None, None
+        record.held, record.missing, record.offered = None, (), None
         self._kept[key] = record
         while len(self._kept) > self._max_kept:
             old, forgotten = self._kept.popitem(last=False)

@@ -10,7 +10,7 @@ import msgspec
 
 from cluster.openai.route_protocol import PlacementCandidate, RouteRun
 
-_SAME_S: Final = 0.001  #: costs that agree to it are equal, as the router compares them
+_STEPS_PER_S: Final = 1000  #: costs that agree to a millisecond are equal to the router
 _PARTS: Final = {
     "wait_s": "waiting for a slot and blocks",
     "load_s": "loading what others hold",
@@ -54,22 +54,23 @@ def why_won(candidates: Sequence[PlacementCandidate]) -> str:
     if chosen is None:
         return ""
     others = [one for one in candidates if not one.is_chosen]
-    what = f"{_named(chosen)} was chosen: a cost of {chosen.cost_s:.3f} s"
+    what = f"{_named(chosen)} was chosen: a cost of {_ms(chosen.cost_s)}"
     if not others:
         return f"{what}, and no other placement was possible."
     runner_up = min(others, key=lambda one: one.cost_s)
     saved_s = runner_up.cost_s - chosen.cost_s
-    if saved_s < -_SAME_S:
+    if _compared(runner_up) == _compared(chosen):
         return (
-            f"{what}; {_named(runner_up)} would cost {-saved_s:.3f} s less, as its link is known to be quicker by now."
+            f"{what}, to a millisecond the same as {_named(runner_up)}: less load decided, or the hash of the prompt's "
+            "first blocks."
         )
-    if saved_s <= _SAME_S:
-        return f"{what}, as {_named(runner_up)} to a millisecond: less load, or the prompt's first blocks, decided."
+    if saved_s < 0:
+        return f"{what}; {_named(runner_up)} would cost {_ms(-saved_s)} less, by what its link costs now."
     mine, its = msgspec.structs.asdict(chosen.parts), msgspec.structs.asdict(runner_up.parts)
     part = max(_PARTS, key=lambda name: its[name] - mine[name])
     return (
-        f"{what}, {saved_s:.3f} s less than {_named(runner_up)}, mostly for {_PARTS[part]}: {mine[part]:.3f} s instead "
-        f"of {its[part]:.3f} s."
+        f"{what}, {_ms(saved_s)} less than {_named(runner_up)}, mostly for {_PARTS[part]}: {_ms(mine[part])} instead "
+        f"of {_ms(its[part])}."
     )
 
 
@@ -94,6 +95,14 @@ def how_long(predicted_ttft_s: float | None, ttft_s: float | None) -> str:
         return ""
     predicted = "" if predicted_ttft_s is None else f"; {predicted_ttft_s:.3f} s were predicted"
     return f"The first token came after {ttft_s:.3f} s{predicted}."
+
+
+def _compared(candidate: PlacementCandidate) -> int:
+    return round(candidate.cost_s * _STEPS_PER_S)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
 
 
 def _named(candidate: PlacementCandidate) -> str:

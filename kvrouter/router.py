@@ -218,7 +218,8 @@ class Router:
         """Tell of each name by itself who holds it; or of some that were stored of late."""
         names = split_names(question.names)
         if question.num_sampled:
-            names = random.sample(self._lately, min(question.num_sampled, len(self._lately)))
+            lately = list(dict.fromkeys(self._lately))  # several stored some of them
+            names = random.sample(lately, min(question.num_sampled, len(lately)))
         return IndexAnswer(
             query_id=question.query_id,
             names=b"".join(names),

@@ -83,7 +83,12 @@ def prompt_sources(seq: Sequence) -> PromptSources:
     """Say where the KV of a prompt came from; where its first token came before its last block, as it is expected."""
     device, loaded = seq.num_device_tokens, Counter(seq.num_loaded_tokens)
     if seq.pull is not None:
-        device += len(seq.pull.found) * seq.block_size
+        for index in seq.pull.found:
+            brought = seq.brought.get(index)
+            if brought is None:
+                device += seq.block_size
+            else:
+                loaded[brought.tier] += seq.block_size
         for copy in seq.pull.asked.values():
             loaded[copy.tier] += seq.block_size
     return PromptSources(

@@ -27,10 +27,11 @@ class FakeFleet:
         self.held: dict[str, list[bytes]] = {}
         self.num_asked = 0
         rng = random.Random(1)
+        shared = [rng.randbytes(16) for _ in range(200)]  # by all
         for worker in (*self.fleet.values(), self.cache):
             self.router.on_event(WorkerJoined(worker), 0.0)
             self.router.on_event(KvEvents(worker_id=worker.worker_id, seq=0, cleared=True), 0.0)
-            names = [rng.randbytes(16) for _ in range(500)]
+            names = [*shared, *(rng.randbytes(16) for _ in range(300))]
             self.held[worker.worker_id] = names
             believed = [*(names if hears else ()), *(rng.randbytes(16) for _ in range(believes))]
             tier = "host" if worker.role == "cache" else "device"

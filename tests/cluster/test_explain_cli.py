@@ -95,7 +95,7 @@ def test_people_get_tables_and_the_sentences():
         "placed 2 times: its worker was lost or failed it",
     ]
     assert "1 of 4 placements, in ms" in lines
-    assert "* decode-1 prefill-1 135.0 130.0 0.0 0.0 10.0 120.0 0.0 5.0 0.0 60 device" in lines
+    assert "* decode-1 prefill-1 135.0 130.0 10.0 120.0 5.0 60 device" in lines
     assert "60-100 computed prefill-1 holder_lost decode-0" in lines
     assert lines[-2:] == ["One sentence.", "Another one."]
 

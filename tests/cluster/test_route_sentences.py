@@ -24,16 +24,17 @@ def test_the_winner_is_told_by_the_part_that_it_saves_most_of():
     chosen = candidate("d0", is_chosen=True, compute_s=0.1, queue_s=0.2)
     other = candidate("d1", prefill_worker="p", compute_s=0.6, queue_s=0.1)
     assert why_won([chosen, other]) == (
-        "d0 alone was chosen: a cost of 0.300 s, 0.400 s less than d1 with p, mostly for computing: 0.100 s instead "
-        "of 0.600 s."
+        "d0 alone was chosen: a cost of 300.0 ms, 400.0 ms less than d1 with p, mostly for computing: 100.0 ms instead "
+        "of 600.0 ms."
     )
 
 
 def test_the_only_one_and_equals_are_told_as_such():
     chosen = candidate("d0", is_chosen=True, compute_s=0.1)
-    assert why_won([chosen]) == "d0 alone was chosen: a cost of 0.100 s, and no other placement was possible."
-    assert "as d1 alone to a millisecond" in why_won([chosen, candidate("d1", compute_s=0.1004)])
-    assert "d1 alone would cost 0.050 s less" in why_won([candidate("d1", compute_s=0.05), chosen])
+    assert why_won([chosen]) == "d0 alone was chosen: a cost of 100.0 ms, and no other placement was possible."
+    assert "to a millisecond the same as d1 alone" in why_won([chosen, candidate("d1", compute_s=0.1004)])
+    assert "less than d1 alone" in why_won([chosen, candidate("d1", compute_s=0.1006)])
+    assert "d1 alone would cost 50.0 ms less" in why_won([candidate("d1", compute_s=0.05), chosen])
     assert why_won([]) == ""
 
 

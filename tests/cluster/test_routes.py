@@ -22,6 +22,8 @@ from decode.worker import DecodeWorker
 from kvcache.names import pack_tokens, tenant_salt
 from kvrouter.router import RouterConfig
 from kvrouter.worker import RouterWorker
+from messages.errors import CapacityError, RequestError
+from messages.fleet import Stats
 from prefill.worker import PrefillWorker
 from tests.models import VOCAB_SIZE
 from tests.workers import CHANNEL, SECRET, until, worker_options
@@ -261,3 +263,28 @@ async def test_without_a_router_the_own_requests_are_explained_without_reasons(t
     finally:
         first.dispatcher.set_routers(address)
         await until(lambda: first.dispatcher._router is not None, 5.0)
+
+
+class Alone:
+    """A dispatcher without workers, whose router hears no other ingress."""
+
+    fleet: dict = {}  # noqa: RUF012
+
+    def answer_records_with(self, _answer):
+        pass
+
+    async def router_stats(self):
+        return Stats(query_id="", worker_id="r", role="router", values={})
+
+
+@pytest.mark.parametrize(
+    ("log", "max_kept", "wanted"),
+    [(None, 0, "observability.level: on"), (RouteLog(0, {}), 0, "observability.explained_requests above 0")],
+)
+async def test_where_nothing_is_kept_the_refusal_names_the_setting(log, max_kept, wanted):
+    routes = Routes(Alone(), log, "tiny", max_kept)
+    with pytest.raises(RequestError, match=wanted):
+        await routes.find(NOBODY, "x")
+    assert await routes.newest(NOBODY, 10) == []
+    with pytest.raises(CapacityError, match="no decode worker is there"):
+        await routes.predict(PromptTokens(b"", b""), 1)

@@ -135,7 +135,9 @@ def test_the_index_tells_of_single_names_and_of_some_that_were_stored_of_late():
     answer = fleet.router.who_holds(IndexQuestion(query_id="q", names=wanted))
     assert answer.names == wanted
     assert [[one.worker_id for one in holders] for holders in answer.holders] == [["d1"], [], ["d0"]]
+    fleet.tell(KvEvents(worker_id="d1", seq=2, stored=names(0, 3)))
     sampled = fleet.router.who_holds(IndexQuestion(query_id="q", num_sampled=10))
+    assert len(sampled.names) == 2 * 16, "each name once, however many stored it"
     assert {sampled.names[i : i + 16] for i in range(0, len(sampled.names), 16)} == {
         names(0, 3)[-16:],
         names(1, 3)[-16:],
