@@ -49,6 +49,8 @@ _UNSEEN_S = 30.0
 #: Runs of a prompt that are priced and named to workers: what lies behind them, in pieces elsewhere, is computed.
 _MAX_RUNS = 128
 _LATELY = 1024  #: names of stored blocks that are remembered, for who wants some
+#: There at 0, so that whoever watches them sees the first time, too.
+_COUNTED_FROM_THE_START = ("kvray_router_gaps_total", "kvray_router_index_full_total", "kvray_router_forgotten_total")
 _DURATION_WEIGHT = 0.05  #: of a new sequence duration in the running mean, at least: the first ones count for more
 
 
@@ -143,7 +145,7 @@ class Router:
         self._watched: dict[str, None] = {}  # of those, who may have reservations, or whom no worker reports
         self._num_reporting: Counter[str] = Counter()  # workers, by request
         self._num_ended = 0
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED_FROM_THE_START, 0))
         self._heard_s: dict[str, float] = {}  # when each worker joined, or reported last
         self._oldest_report_s = 0.0
         self.demand = Demand()

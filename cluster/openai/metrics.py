@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from cluster.openai.exposition import Family, families, page, with_labels
+from cluster.openai.exposition import Family, families, family_of, page, with_labels
 from messages.request import GenerateRequest
 from messages.stream import PromptPlan, PromptSources
 
@@ -23,6 +23,7 @@ _LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 16
 _TOKENS_BUCKETS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _RATIO_BUCKETS: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.35, 2, 4, 10)
 SOURCES: Final = ("device", "host", "peer", "disk", "remote", "computed")
+END_REASONS: Final = ("stop", "length", "refused", "error", "abandoned")  #: of choices
 
 OTHER_TENANTS: Final = "other"  #: together, beyond those that are counted by name
 NO_TENANT: Final = "none"  #: whoever has a key of no tenant, or needs none
@@ -136,8 +137,11 @@ class HttpMetrics:
         )
         self.times = RequestTimes(registry)
         self.tenants = None if tenants is None else TenantCounts(tenants, registry)
+        # There at 0, so that whoever watches them sees the first time, too.
         for source in SOURCES:
             self.prompt_tokens.labels(source)
+        for reason in END_REASONS:
+            self.finished.labels(reason)
 
     def clock(self, requests: Sequence[GenerateRequest]) -> Clock:
         """Begin to follow one generation request, of which `requests` are the choices."""
@@ -169,8 +173,14 @@ class HttpMetrics:
         }
 
     def text(self, more: Iterable[Family]) -> bytes:
-        """Return the surface's families and `more` in the Prometheus text format, each family once."""
-        return page([*families([(self._labels, self.values())], self.help_texts()), *more])
+        """Return the surface's families and `more` in the Prometheus text format, each family once.
+
+        Families of which nothing was counted yet are there without samples.
+        """
+        help_texts = self.help_texts()
+        own = families([(self._labels, self.values())], help_texts)
+        empty = [family_of(name, help_texts) for name in sorted(help_texts.keys() - {family.name for family in own})]
+        return page([*own, *empty, *more])
 
 
 class TokenCount(Collector):

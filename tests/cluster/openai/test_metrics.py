@@ -152,3 +152,10 @@ def test_nothing_is_counted_where_nothing_is_to_be():
     assert metrics.values() == {}
     metrics.is_counting = True
     assert not any(metrics.values().values()), "not even unseen"
+
+
+def test_families_of_which_nothing_was_counted_are_on_the_page_without_samples():
+    lines = HttpMetrics("i").text([]).decode().splitlines()
+    assert "# TYPE kvray_connections_ended_total counter" in lines
+    assert not any(line.startswith("kvray_connections_ended_total") for line in lines)
+    assert len(lines) == len(set(lines))
