@@ -20,6 +20,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 #: Of the commands in the documents, those that need no server and end at once: they are run, and must end well.
 RUN = ("kvray config show", "kvray serve -h")
 _GAP = re.compile(r" {2,}")  #: between a command and what is said of it
+_ALONE = re.compile(r" # | [|] |\\$")  #: what follows is no part of it, or on the next line
 _PLACEHOLDER = re.compile(r"\.\.\.$|\.\.\. ")
 
 
@@ -30,7 +31,7 @@ def commands() -> Iterator[tuple[str, str]]:
         for line in code_lines(text):
             command = line.removeprefix("$ ").strip()
             if command.startswith("kvray "):
-                yield path.name, _GAP.split(command)[0].partition(" # ")[0]
+                yield path.name, _ALONE.split(_GAP.split(command)[0])[0].rstrip()
         for command in re.findall(r"(?<!`)`(kvray [^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
             yield path.name, " ".join(command.split())
 
