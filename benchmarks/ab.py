@@ -200,6 +200,7 @@ def draw(rounds: dict[Configuration, list[Figures]], path: Path) -> None:
 
 def page(rounds: dict[Configuration, list[Figures]], found: list[Effect], facts: str, seconds: float) -> str:
     """Write docs/ab.md."""
+    num_rounds = len(rounds[CONFIGURATIONS[0]])
     ttft_ms, itl_ms = 1e3 * (TARGETS.ttft_s or 0), 1e3 * (TARGETS.itl_s or 0)
     return f"""# With and without: routing by cache, disaggregation, tiers
 
@@ -207,10 +208,10 @@ Written by `make ab`, which took {seconds / 60:.0f} minutes: {facts}.
 
 {NUM_SESSIONS} sessions of a coding agent at once, {NUM_TURNS} turns each, drawn with the quantiles of recorded ones
 (`cluster/bench/agents.py`); one token stands for 64 of theirs, prompts have at most {MAX_PROMPT:,} tokens, answers
-{MAX_OUTPUT}. Two workers of the demo model with {POOL} of KV each, started anew for each of {ROUNDS} rounds; tiers are
-{HOST} of host memory and {DISK} of disk. Routing by load is `pools.routing: load`: each worker has a prefix cache
-of its own, and nobody knows what the others hold. Medians, in brackets the lowest and the highest. Good: answered
-with the first token within {ttft_ms:.0f} ms and a mean gap within {itl_ms:.0f} ms.
+{MAX_OUTPUT}. Two workers of the demo model with {POOL} of KV each, started anew for each of {num_rounds} rounds;
+tiers are {HOST} of host memory and {DISK} of disk. Routing by load is `pools.routing: load`: each worker has a
+prefix cache of its own, and nobody knows what the others hold. Medians, in brackets the lowest and the highest. Good:
+answered with the first token within {ttft_ms:.0f} ms and a mean gap within {itl_ms:.0f} ms.
 
 {table(rounds)}
 
@@ -241,6 +242,7 @@ def write(rounds: dict[Configuration, list[Figures]], found: list[Effect], secon
 def main() -> None:
     options = parser(__doc__, "ab", quick="nothing and everything, once")
     options.add_argument("--trace", type=Path, help="recorded sessions of agents, for those that are drawn")
+    options.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often all of it is done (default {ROUNDS})")
     args = options.parse_args()
     writes = not args.quick and args.trace is None
     if writes:
@@ -266,7 +268,7 @@ def main() -> None:
     configurations = [CONFIGURATIONS[0], CONFIGURATIONS[-1]] if args.quick else CONFIGURATIONS
     rounds: dict[Configuration, list[Figures]] = {configuration: [] for configuration in configurations}
     print(f"{hardware()}\n{num_sessions} sessions at once, {num_requests(workload(0))} requests")
-    for number in range(1 if args.quick else ROUNDS):
+    for number in range(1 if args.quick else max(1, args.rounds)):
         print(f"round {number + 1}")
         for configuration in configurations if number % 2 == 0 else reversed(configurations):
             rounds[configuration].append(measure(configuration, workload, number))

@@ -32,10 +32,10 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token after the first; None: there was no other."""
+        """Mean time of a token after the first, until the last one came; None: there was no other."""
         if self.num_output_tokens < 2:
             return None
-        return (self.e2e_s - self.ttft_s) / (self.num_output_tokens - 1)
+        return sum(self.gaps_s) / (self.num_output_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,11 +54,13 @@ class Player:
         """Return what came of every request, and the seconds that all took together."""
         self._begun_s = time.perf_counter()
         tasks = [asyncio.create_task(self._session(session)) for session in sessions]
-        done, running = await asyncio.wait(tasks, timeout=self._pace.limit_s)
-        seconds = time.perf_counter() - self._begun_s
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=self._pace.limit_s)
+            seconds = time.perf_counter() - self._begun_s
+        finally:  # also when this is cancelled: no session outlives its connections
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()  # a bug of ours is not to be lost
         for _ in range(num_requests(sessions) - len(self._outcomes)):

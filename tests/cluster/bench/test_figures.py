@@ -47,6 +47,14 @@ def test_times_are_told_in_ms_and_rates_by_the_second():
     assert found["prompt_tokens_per_s"] == 100
 
 
+def test_tokens_that_came_in_one_event_share_its_time():
+    both = answered(0.1, [0.06], num_output_tokens=4)
+    assert both.tpot_s == pytest.approx(0.02)
+    late_end = answered(0.1, [0.02])
+    late_end.e2e_s += 5.0  # what came after the last token: usage, the end
+    assert late_end.tpot_s == pytest.approx(0.02)
+
+
 def test_failures_are_counted_by_kind_and_in_no_time_or_rate():
     outcomes = [answered(0.1, [0.01]), failed("hung", "first"), failed("hung", "second"), failed("cut off")]
     found = figures(outcomes, 1.0, NOTHING, (99,))

@@ -79,6 +79,16 @@ async def test_who_waits_for_a_place_is_late():
     assert sorted(outcome.late_s >= 0.04 for outcome in outcomes) == [False, True]
 
 
+async def test_no_session_goes_on_once_the_player_is_cancelled():
+    sender = FakeSender(hangs_at=1)
+    playing = asyncio.create_task(play(sender, [Session(0.0, (Turn([1], 1), Turn([2], 1)))]))
+    await asyncio.sleep(0.05)
+    assert sender.at_once == 1
+    playing.cancel()
+    await asyncio.gather(playing, return_exceptions=True)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_what_is_not_answered_in_time_has_failed_and_is_counted():
     sender = FakeSender(seconds=0.01, hangs_at=2)
     sessions = [Session(0.0, (Turn([1], 1), Turn([2], 1), Turn([3], 1)))]

@@ -48,4 +48,4 @@ def test_by_load_workers_keep_their_caches_to_themselves(tmp_path):
             shares[routing] = bench(served, *SESSIONS, "--max-concurrency", "2")
     assert shares["load"]["failed"]["high"] == 0
     assert "from_peer" not in shares["load"]
-    assert shares["load"]["hit_share"]["median"] < shares["cache"]["hit_share"]["median"] - 0.1
+    assert shares["load"]["hit_share"]["median"] < shares["cache"]["hit_share"]["median"] - 0.02
