@@ -24,6 +24,9 @@ ROOT = Path(__file__).parents[2]
 GCS_PORT, DASHBOARD_PORT, HTTP_PORT, METRICS_PORT = 6379, 8265, 8000, 8080
 DEPLOYED_S = 120.0
 
+#: As in a new pod, nothing is there of Ray's.
+_NEW_POD = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$RAY_TMPDIR" && exec "$@"', "sh")
+
 
 class RayNode:
     """A node of Ray on a host, started with what KubeRay gives `ray start` for a group."""
@@ -41,10 +44,8 @@ class RayNode:
     def start(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *self._arguments]
         command += [f"--node-ip-address={self.host.address}", "--object-store-memory=100000000"]
-        # In a new pod nothing is written down of a cluster; here hosts share their directories.
-        (Path(self.environment["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         done = subprocess.run(
-            [*self.host.prefix, *_once(command)],
+            [*self.host.prefix, *_NEW_POD, *_once(command)],
             env=self.environment,
             cwd=ROOT,
             capture_output=True,

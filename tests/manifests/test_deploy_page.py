@@ -22,7 +22,8 @@ case "$1 $2" in
     name=$4; shift 4; mkdir -p "$SECRETS/$name"
     for argument; do cp "${argument#--from-file=}" "$SECRETS/$name/" || exit 1; done;;
 "apply --kustomize") test -f "$ROOT/$3/kustomization.yaml";;
-"create namespace" | "config set-context" | "wait rayservice/kvray" | "port-forward service/kvray-serve-svc") ;;
+"create namespace" | "config set-context" | "wait rayservice/kvray") ;;
+"port-forward service/kvray-serve-svc" | "port-forward service/kvray-head-svc") ;;
 *) echo "kubectl $*: not expected" >&2; exit 1;;
 esac
 """

@@ -82,12 +82,11 @@ def run(*command: str) -> str:
 
 def configuration_of_pip() -> list[str]:
     """Let pip find in there what it finds here: its configuration, and the directories that this names."""
-    shown = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
-    files = [
-        line.split("'")[1]
-        for line in run("pip", "config", "debug").splitlines()
-        if "exists: True" in line and "'" in line
-    ]
+    shown = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
+    debugged = run(sys.executable, "-m", "pip", "config", "debug").splitlines()
+    files = [line.partition(",")[0].strip() for line in debugged if line.endswith("exists: True")]
     arguments = []
     for word in {*shown.replace("'", " ").replace("file://", " ").split(), *files}:
         with contextlib.suppress(OSError):
