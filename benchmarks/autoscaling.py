@@ -1,6 +1,6 @@
 """Load triples for three minutes and falls: numbers of workers follow, nobody's request fails, nothing flaps.
 
-    python benchmarks/autoscaling.py                   the demo model: a minute, three of three times as much, the rest
+    python benchmarks/autoscaling.py                   the demo model: calm, three minutes of three times as much, calm
     python benchmarks/autoscaling.py --quick           20 s of three times as much
     python benchmarks/autoscaling.py --record          also append to benchmarks/results/autoscaling.jsonl, and draw
                                                        docs/autoscaling.svg (matplotlib)
@@ -63,7 +63,7 @@ class Parts:
         return self.calm_s + self.tripled_s + self.fall_s
 
 
-FULL = Parts(60.0, 180.0, 210.0, 3.0, 45.0)
+FULL = Parts(45.0, 180.0, 165.0, 3.0, 40.0)
 QUICK = Parts(5.0, 20.0, 35.0, 2.0, 8.0)
 
 
@@ -199,7 +199,8 @@ async def measure(served: Served, parts: Parts, size: int, root: Path | None) ->
     keeper = Keeper(served, root)
     keeper.keep(await numbers_of(served))
     load = await fitting_load(served, size)
-    print(f"prompts of {load[0]} tokens, answers of {load[1]}, {load[2]:.2f} requests/s, then {FACTOR * load[2]:.2f}")
+    said = f"prompts of {load[0]} tokens, answers of {load[1]}, {load[2]:.2f} requests/s, then {FACTOR * load[2]:.2f}"
+    print(said, flush=True)
     return await follow(served, keeper, parts, size, load), load
 
 
@@ -240,7 +241,7 @@ def draw(course: Course, peer: Course | None, parts: Parts, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "kvray"
+    mpl.rcParams |= {"svg.hashsalt": "kvray", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
@@ -267,7 +268,7 @@ def main() -> None:
     course, load = run(parts, is_scaled=True)
     peer: Course | None = None
     if not args.quick:
-        peer, _ = run(Parts(parts.calm_s, 60.0, 30.0, 3.0, 45.0), is_scaled=False)
+        peer, _ = run(Parts(parts.calm_s, 60.0, 15.0, 3.0, 40.0), is_scaled=False)
     end_s = parts.calm_s + parts.tripled_s
     late = ttft_p90(course, end_s - min(60.0, parts.tripled_s / 4), end_s)
     results = {

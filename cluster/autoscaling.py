@@ -20,6 +20,8 @@ from typing import Final, NamedTuple
 _BUSY: Final = 0.75
 #: The same that may be left after some have gone: far enough below that what comes in bursts finds room.
 _IDLE: Final = 0.5
+#: Of decode workers' time, what computing prompts may take where there are prefill workers.
+_ON_DECODE: Final = 0.25
 #: Of slots and of blocks.
 _FULL, _ROOMY = 0.85, 0.6
 #: Of the gap that is aimed at, so much of it may be left after some have gone.
@@ -120,17 +122,23 @@ class Autoscaler:
         for name, role in (("prefill", seen.prefill), ("decode", seen.decode)):
             if role is None:
                 continue
-            needs = self._needs(name, role, seen.asked, num_all) if role.workers else []
+            needs = self._needs(name, seen, num_all) if role.workers else []
             wanted[name] = self._roles[name].decide(role, needs, now_s)
         return wanted
 
-    def _needs(self, name: str, role: RoleSeen, asked: Asked | None, num_all: int) -> list[_Need]:
-        if name == "prefill":
-            busy = sum(worker.busy_share for worker in role.workers)
+    def _needs(self, name: str, seen: FleetSeen, num_all: int) -> list[_Need]:
+        prefill, decode, asked = seen.prefill, seen.decode, seen.asked
+        on_decode = asked.decode_s_per_s if asked is not None else 0.0
+        if name == "prefill" and prefill is not None:
+            busy = sum(worker.busy_share for worker in prefill.workers)
             load = max(busy, asked.prefill_s_per_s if asked is not None else 0.0)
-            return [self._computing(role, load, asked, num_all)]
-        load = asked.decode_s_per_s if asked is not None else 0.0
-        return [self._computing(role, load, asked, num_all), *self._decoding(role)]
+            if decode is not None:  # what they compute beside their sequences is for prefill workers to take over
+                load += max(0.0, on_decode - _ON_DECODE * decode.num_there)
+            return [self._computing(prefill, load, asked, num_all)]
+        assert decode is not None
+        if prefill is not None and prefill.num_wanted < prefill.most:
+            return self._decoding(decode)
+        return [self._computing(decode, on_decode, asked, num_all), *self._decoding(decode)]
 
     def _computing(self, role: RoleSeen, load: float, asked: Asked | None, num_all: int) -> _Need:
         """Return how many workers `load` seconds of computing a second want, and the queue that is there."""

@@ -95,6 +95,7 @@ class FleetScaler:
     def _fall_back(self, error: Exception) -> None:
         """Count a decision that fell back, and say why, now and then."""
         self.num_fallbacks += 1
+        self._wanted = {}  # what was decided before is not gone back to
         try:
             if time.monotonic() - self._said_s >= _SAY_AGAIN_S:
                 self._said_s = time.monotonic()

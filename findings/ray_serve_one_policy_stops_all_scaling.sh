@@ -3,7 +3,7 @@
 #
 # An autoscaling policy that raises, answers NaN or is asynchronous stops the controller's round at its application: those
 # that were deployed after it are neither scaled nor brought up any more, whatever is right with them, for as long as it
-# is there. Its own status is RUNNING all the while; only the controller's log tells.
+# is there. Its own status stays RUNNING; only the controller's log tells.
 #
 # Seen (an application whose policy always wants two replicas, deployed after one whose policy fails; then without it):
 #   beside it, after 10 s: the first RUNNING, the other DEPLOYING
@@ -14,22 +14,34 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check "ray[serve]==2.60.0"
 cat > "$work/policies.py" <<'P'
+import os
+
+FAILS = os.path.join(os.path.dirname(__file__), "fails")  # once it is there
+
+
 def wants_two(context):
     return 2, {}
 
 
 def raises(context):
-    raise ValueError("this policy's own fault")
+    if os.path.exists(FAILS):
+        raise ValueError("this policy's own fault")
+    return 1, {}
 
 
 def answers_nan(context):
-    return float("nan"), {}
+    return (float("nan") if os.path.exists(FAILS) else 1), {}
 
 
-async def is_asynchronous(context):
-    return 1, {}
+class IsAsynchronous:
+    def __call__(self, context):
+        return self.answer() if os.path.exists(FAILS) else (1, {})
+
+    async def answer(self):
+        return 1, {}
 P
 cat > "$work/run.py" <<'P'
+import pathlib
 import sys
 import time
 
@@ -62,7 +74,9 @@ def replicas(name):
 ray.init(address="local", include_dashboard=False, num_cpus=2, logging_level="ERROR")
 serve.start(proxy_location="Disabled")
 for bad in sys.argv[1:]:
+    pathlib.Path("fails").unlink(missing_ok=True)
     serve.run(application(bad), name="bad", route_prefix=None)
+    pathlib.Path("fails").touch()
     good = serve.RunTarget(target=application("wants_two"), name="good", route_prefix=None)
     serve.run_many([good], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     time.sleep(10)
@@ -78,4 +92,4 @@ for bad in sys.argv[1:]:
     assert without == ("RUNNING", 2)
 P
 cd "$work"
-env -u RAY_ADDRESS RAY_USAGE_STATS_ENABLED=0 PYTHONPATH="$work" "$work/venv/bin/python" "$work/run.py" raises answers_nan is_asynchronous
+env -u RAY_ADDRESS RAY_USAGE_STATS_ENABLED=0 PYTHONPATH="$work" "$work/venv/bin/python" "$work/run.py" raises answers_nan IsAsynchronous

@@ -73,6 +73,18 @@ def test_one_prompt_that_takes_longer_than_the_target_wants_nobody():
     assert World().after(30, "prefill", alone, late) == 2
 
 
+def test_prompts_that_decode_workers_compute_want_prefill_workers_while_there_may_be_more():
+    asked = dataclasses.replace(NOBODY, decode_s_per_s=2.0)
+    for most, wanted in ((8, {"prefill": 2, "decode": 2}), (1, {"prefill": 1, "decode": 3})):
+        policy = Autoscaler(TARGETS)
+        for now_s in range(5):
+            seen = FleetSeen(prefill=role(IDLE, most=most), decode=role(IDLE, IDLE), asked=asked)
+            numbers = {name: number for name, (number, _) in policy.decide(seen, float(now_s)).items()}
+            if numbers["prefill"] > 1 or numbers["decode"] > 2:
+                break
+        assert numbers == wanted
+
+
 def test_refused_requests_count_though_nobody_queues_them():
     asked = dataclasses.replace(NOBODY, prefill_s_per_s=3.0, ttft_s=25.0)
     assert World().after(20, "prefill", role(worker(busy_share=1.0, num_running=3)), asked) == 4

@@ -15,7 +15,7 @@ import yaml
 
 from cluster.config import DEMO_MODEL
 from tests.cluster.starting import ROOT, started_ray, wait_until
-from tests.served import Served, free_port, serving
+from tests.served import Served, free_port, run_kvray, serving
 from transport.secret import ClusterSecret
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
@@ -74,14 +74,25 @@ async def test_a_second_worker_comes_for_the_load_and_goes_without_cutting_a_str
 
         clients = [asyncio.create_task(client(number)) for number in range(6)]
         await until_decode_workers(served, 2, 60.0)
-        long = [asyncio.create_task(ask(http, number, 7000)) for number in (10, 11)]
+        long = [asyncio.create_task(ask(http, number, 4000)) for number in (10, 11)]
         await asyncio.sleep(0.5)
         is_loaded = False
         await asyncio.gather(*clients)
         assert not all(stream.done() for stream in long)
         await until_decode_workers(served, 1, 60.0)
-        assert await asyncio.gather(*long) == [(7000, "length")] * 2
+        assert await asyncio.gather(*long) == [(4000, "length")] * 2
         assert await ask(http, 3, 5) == (5, "length")
+
+
+def test_a_plan_takes_what_a_server_measured(served, tmp_path):
+    row = {"input_length": 1024, "output_length": 20, "hash_ids": [0, 1]}
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps({"timestamp": 1000 * n, **row}) + "\n" for n in range(30)))
+    done, _ = run_kvray("plan", str(trace), "--url", served.url, "--ttft", "30", "--itl", "5000", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["num_requests"], told["num_prefill"], told["num_decode"]) == (30, 1, 1)
+    assert told["ttft_p90_s"] > 0.0
 
 
 @pytest.mark.long
