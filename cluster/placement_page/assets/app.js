@@ -2,7 +2,7 @@
 // the last minute. Addresses are relative, so that the page is the same at /cache of kvray and on Ray's dashboard.
 
 import { explanation, prefixFacts } from "./explain.js";
-import { ago, bytes, cell, count, element, ms, percent, rows, seconds, shortId } from "./parts.js";
+import { ago, bytes, cell, count, element, percent, rows, seconds, shortId } from "./parts.js";
 
 const PERIOD_MS = 2000;
 const WINDOW_S = 60;
@@ -158,7 +158,7 @@ function tiles(document_) {
   const workers = owners.filter((owner) => owner.role !== "cache");
   const silent = owners.filter((owner) => !owner.is_answering).length;
   const found = [[
-    "Workers", count(workers.length), `${count(owners.length - workers.length)} node caches, ${silent ? `${silent} silent` : "all answer"}`,
+    "Workers", count(workers.length), `node caches: ${count(owners.length - workers.length)}, ${silent ? `${silent} silent` : "all answer"}`,
   ]];
   for (const tier of TIERS) {
     const those = owners.map((owner) => (owner.tiers || {})[tier]).filter(Boolean);
@@ -174,11 +174,11 @@ function tiles(document_) {
     `last minute; ${percent(total - (document_.prompt_tokens.computed || 0), total)} in all`,
   ]);
   const answered = grown("ttft count");
-  found.push(["Mean TTFT", answered ? ms(grown("ttft sum") / answered) : "-", `${count(answered || 0)} requests in the last minute`]);
+  found.push(["Mean TTFT", answered ? seconds(grown("ttft sum") / answered) : "-", `${count(answered || 0)} requests in the last minute`]);
   const waits = workers.map((worker) => worker.ttft_s).filter((one) => one != null).sort((a, b) => a - b);
   found.push([
-    "Predicted TTFT", waits.length ? ms(waits[0]) : "-",
-    waits.length ? `best worker; worst ${ms(waits.at(-1))}; ${count(document_.nominal_tokens)} new tokens` : "nobody measured yet",
+    "Predicted TTFT", waits.length ? seconds(waits[0]) : "-",
+    waits.length ? `best worker; worst ${seconds(waits.at(-1))}; ${count(document_.nominal_tokens)} new tokens` : "nobody measured yet",
   ]);
   found.push(["Queue", seconds(sum(workers, (one) => one.queue_s)), `${count(sum(workers, (one) => one.waiting))} waiting, ${count(sum(workers, (one) => one.running))} running`]);
   const router = document_.counts;
@@ -285,7 +285,7 @@ function ownerCells(owner, tier, isFirst) {
     { text: one.known_blocks == null ? "-" : count(one.known_blocks) + (owner.is_in_step === false ? " (behind)" : ""), number: true, bad: isOff },
     { text: optional(grown(`hits ${owner.worker_id} ${tier}`), count), number: true },
     { text: optional(grown(`evictions ${owner.worker_id} ${tier}`), count), number: true },
-    own(owner.running, count), own(owner.waiting, count), own(owner.queue_s, seconds), own(owner.ttft_s, ms),
+    own(owner.running, count), own(owner.waiting, count), own(owner.queue_s, seconds), own(owner.ttft_s, seconds),
   ];
 }
 
@@ -308,7 +308,7 @@ function showPrefixes(document_) {
     { text: prefix.num_requests.toFixed(1), number: true },
     { text: count(prefix.num_tokens), number: true },
     { text: percent(prefix.runs.length ? prefix.runs.at(-1).end : 0, prefix.num_tokens), number: true },
-    { text: holders(prefix) },
+    { text: holders(prefix), wide: true },
     { text: ago(prefix.age_s), number: true },
     ...(hasTenants ? [{ text: prefix.tenant || "none" }] : []),
     ...(document_.has_previews ? [{ text: prefix.text == null ? "(seen at another ingress, or too long ago)" : prefix.text, wide: true }] : []),
@@ -331,7 +331,8 @@ function holders(prefix) {
 }
 
 function showTransfers(document_) {
-  const lines = document_.owners.flatMap((owner) => Object.entries(owner.roads || {}).map(([road, one]) => ({ owner, road, one })));
+  const lines = document_.owners.flatMap((owner) => Object.entries(owner.roads || {})
+    .filter(([, one]) => one.bytes || one.failed).map(([road, one]) => ({ owner, road, one })));
   rows($("transfers"), lines, ({ owner, road }) => `${owner.worker_id} ${road}`, ({ owner, road, one }) => [
     { head: owner.worker_id, mono: true }, { text: road }, { text: bytes(one.bytes), number: true },
     { text: optional(grown(`bytes ${owner.worker_id} ${road}`), bytes), number: true },
@@ -359,7 +360,7 @@ async function updateRequests() {
     { text: new Date(one.began_s * 1000).toLocaleTimeString() },
     { text: count(one.num_prompt_tokens), number: true }, { text: optional(one.num_cached_tokens, count), number: true },
     { text: one.placed_by || "-" }, { text: one.decode_worker || "-" }, { text: one.prefill_worker || "-" },
-    { text: optional(one.predicted_ttft_s, ms), number: true }, { text: optional(one.ttft_s, ms), number: true },
+    { text: optional(one.predicted_ttft_s, seconds), number: true }, { text: optional(one.ttft_s, seconds), number: true },
     { text: one.error || missed(one), bad: Boolean(one.error), wide: true },
   ]);
 }

@@ -1,6 +1,6 @@
 // Why a request went where it went, and where a prefix lies: what the dialog shows.
 
-import { ago, count, element, facts, ms, table } from "./parts.js";
+import { ago, count, element, facts, seconds, table } from "./parts.js";
 
 const PARTS = ["wait_s", "load_s", "queue_s", "compute_s", "handoff_s", "crowding_s", "displaced_s"];
 const number = (value, as) => ({ text: value == null ? "-" : as(value), number: true });
@@ -26,8 +26,8 @@ export function explanation(why) {
     facts([
       ["Reason", why.reason], ["State", why.state], ["Error", why.error], ["Placed by", why.placed_by], ["Decode worker", why.decode_worker],
       ["Prefill worker", why.prefill_worker || "none: the decode worker computes"], ["Prompt tokens", count(why.num_prompt_tokens || 0)],
-      ["First token predicted", why.predicted_ttft_s == null ? null : ms(why.predicted_ttft_s)],
-      ["First token came after", why.ttft_s == null ? null : ms(why.ttft_s)],
+      ["First token predicted", why.predicted_ttft_s == null ? null : seconds(why.predicted_ttft_s)],
+      ["First token came after", why.ttft_s == null ? null : seconds(why.ttft_s)],
     ]),
     ...candidates(why.predicted || {}), ...runs(why.runs || []));
 }
@@ -41,7 +41,7 @@ function candidates(predicted) {
   const lines = found.map((one) => [
     { head: (one.is_chosen ? "chosen: " : "") + one.decode_worker, chosen: one.is_chosen, mono: true },
     { text: one.prefill_worker || "itself", mono: true },
-    number(one.cost_s, ms), number(one.ttft_s, ms), ...parts.map((part) => number((one.parts || {})[part], ms)),
+    number(one.cost_s, seconds), number(one.ttft_s, seconds), ...parts.map((part) => number((one.parts || {})[part], seconds)),
     { text: tiers(one.matched_tokens) },
   ]);
   return [element("h3", { textContent: title }), table(title, columns, lines)];

@@ -13,8 +13,7 @@ export function cell(target, text) {
 
 export const count = (value) => Math.round(value).toLocaleString("en");
 export const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} %` : "-");
-export const seconds = (value) => (value < 1 ? ms(value) : `${value.toFixed(value < 10 ? 2 : 1)} s`);
-export const ms = (value) => (value < 10 ? `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(1)} s`);
+export const seconds = (value) => (value < 1 ? `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(value < 10 ? 2 : 1)} s`);
 export const shortId = (id, length = 12) => (id.length > length ? `${id.slice(0, length)}…` : id);
 
 export function ago(value_s) {

@@ -22,6 +22,7 @@ import yaml
 
 from tests.browser import Watched, browser, watched
 from tests.cluster.ray_dashboard.ray_head import environment_beside, run
+from tests.cluster.ray_dashboard.real_prometheus import asked_by_panels, has_series, prometheus
 from tests.cluster.test_three_nodes import GCS_PORT, HTTP_PORT, Node
 from tests.hosts import hosts_on_a_switch
 from tests.served import Served, own_environment
@@ -36,11 +37,12 @@ SYSTEM = "Notes of the harbour office:\n" + "".join(f"- pier {n}: {4000 + 17 * n
 class Deployment:
     """What runs, and what each of those who tell of it tells."""
 
-    def __init__(self, served: Served, dashboard_url: str, token: str) -> None:
+    def __init__(self, served: Served, dashboard_url: str, token: str, scrape_configs: list[dict]) -> None:
         self.served = served
         self.url = served.url
         self.dashboard_url = dashboard_url
         self.token = token
+        self.scrape_configs = scrape_configs  #: of Prometheus: Ray's targets, and the endpoint
 
     def page_data(self) -> dict:
         return json.loads(self.get("/cache/data"))
@@ -113,7 +115,12 @@ def deployment(tmp_path_factory) -> Iterator[Deployment]:
             served.url = f"http://{head}:{HTTP_PORT}"
             served.wait_until_ready()
             served.wait_until_whole(1, 2, 60)
-            yield Deployment(served, f"http://{head}:{DASHBOARD_PORT}", environment["RAY_AUTH_TOKEN"])
+            discovered = next(Path(environment["RAY_TMPDIR"]).glob("**/prom_metrics_service_discovery.json"))
+            scrape_configs = [
+                {"job_name": "ray", "file_sd_configs": [{"files": [str(discovered)]}]},
+                {"job_name": "kvray", "static_configs": [{"targets": [f"{head}:{HTTP_PORT}"]}]},
+            ]
+            yield Deployment(served, f"http://{head}:{DASHBOARD_PORT}", environment["RAY_AUTH_TOKEN"], scrape_configs)
             process.send_signal(signal.SIGINT)
             process.wait(30)
         finally:
@@ -133,7 +140,8 @@ async def test_page_status_and_metrics_agree_with_the_workers_within_a_period(de
         assert time.monotonic() < ends_s, seen
     assert len(seen) >= 4  # three workers, and a node cache or more
     owners = {owner["worker_id"]: owner for owner in page["owners"]}
-    assert len({owner["node"] for owner in owners.values() if owner["role"] != "cache"}) == 2
+    hosts = {worker["role"]: worker["address"].rpartition("@")[2].split(":")[0] for worker in status["workers"]}
+    assert hosts["prefill"] != hosts["decode"]
     assert all(owner["is_in_step"] and owner["is_answering"] for owner in owners.values())
     hottest = page["prefixes"][0]
     assert hottest["text"].startswith("<")  # of the chat template
@@ -174,8 +182,11 @@ async def _whole(seen: Watched, address: str) -> None:
     await seen.page.goto(address)
     await seen.page.get_by_text("Live").wait_for()
     await seen.page.get_by_role("rowheader", name="decode-").first.wait_for()
-    assert await seen.page.locator("#owners tr.node").count() >= 2
+    assert await seen.page.locator("#owners tr.node").count() >= 1  # these hosts have one name
     assert not await seen.scrolls_sideways()
+    for body in ("owners", "prefixes"):
+        region = seen.page.locator(f"#{body}").locator("xpath=ancestor::div[1]")
+        assert await region.evaluate("one => one.scrollWidth <= one.clientWidth"), body
     assert seen.foreign == []
 
 
@@ -192,9 +203,21 @@ async def test_both_pages_show_it_in_a_browser_and_axe_finds_nothing(deployment,
             assert await seen.violations() == []
             await seen.page.keyboard.press("Escape")
             if folder := os.environ.get("KVRAY_SCREENSHOTS"):
-                await seen.page.screenshot(path=Path(folder) / f"cache-page-{scheme}.png", full_page=True)
+                await seen.page.evaluate("scrollTo(0, 0)")
+                await seen.page.screenshot(path=Path(folder) / f"cache-page-{scheme}.png")
         async with watched(chromium, deployment.dashboard_url, scheme) as seen:
             cookie = {"name": "ray-authentication-token", "value": deployment.token, "url": deployment.dashboard_url}
             await seen.page.context.add_cookies([{**cookie, "httpOnly": True, "sameSite": "Strict"}])
             await _whole(seen, f"{deployment.dashboard_url}/kvray")
             assert await seen.violations() == []
+
+
+async def test_every_panel_of_the_grafana_dashboard_has_series(deployment, tmp_path):
+    with prometheus(tmp_path, json.dumps(deployment.scrape_configs)) as url:
+        wanted = dict(asked_by_panels())
+        ends_s = time.monotonic() + 90
+        while wanted:
+            assert time.monotonic() < ends_s, f"nothing for {wanted}"
+            await deployment.talk(8)
+            await asyncio.sleep(2)
+            wanted = {title: expr for title, expr in wanted.items() if not has_series(url, expr)}

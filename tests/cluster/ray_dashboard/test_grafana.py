@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from itertools import combinations
 
 import pytest
@@ -18,7 +12,7 @@ from cluster.fleet_metrics import HELP
 from cluster.openai.metrics import HttpMetrics
 from cluster.ray_dashboard.grafana import UID, dashboard_json
 from kvrouter.gauges import GAUGES
-from tests.served import free_port
+from tests.cluster.ray_dashboard.real_prometheus import answer, asked_by_panels, panels, prometheus
 
 _NAME = re.compile(r"\b(?:ray_)?kvray_\w+")
 
@@ -26,10 +20,6 @@ _NAME = re.compile(r"\b(?:ray_)?kvray_\w+")
 @pytest.fixture(scope="module")
 def dashboard() -> dict:
     return json.loads(dashboard_json())
-
-
-def panels(dashboard: dict) -> list[dict]:
-    return [panel for row in dashboard["panels"] for panel in (row, *row.get("panels", ()))]
 
 
 def queries(dashboard: dict) -> list[str]:
@@ -91,39 +81,7 @@ def test_labels_that_are_asked_for_are_those_of_the_gauge(dashboard):
 
 
 @pytest.mark.slow
-def test_a_real_prometheus_understands_every_query(dashboard, tmp_path):
-    if (prometheus := shutil.which("prometheus")) is None:
-        pytest.skip("prometheus is not there (Debian's package prometheus)")
-    (tmp_path / "prometheus.yml").write_text("scrape_configs: []\n")
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            *(prometheus, "--config.file", str(tmp_path / "prometheus.yml")),
-            *("--storage.tsdb.path", str(tmp_path / "data"), "--web.listen-address", f"127.0.0.1:{port}"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for expr in (target["expr"] for panel in panels(dashboard) for target in panel.get("targets", ())):
-            filled = re.sub(r"\$\w+", ".*", expr.replace("$__rate_interval", "1m"))
-            url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": filled})
-            assert _asked(url)["status"] == "success", filled
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _asked(url: str) -> dict:
-    ends_s = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if error.code != 503:  # it starts
-                return json.load(error)
-        except OSError:
-            pass
-        assert time.monotonic() < ends_s, "prometheus does not answer"
-        time.sleep(0.2)
+def test_a_real_prometheus_understands_every_query(tmp_path):
+    with prometheus(tmp_path) as url:
+        for title, expr in asked_by_panels():
+            assert answer(url, expr)["status"] == "success", title
