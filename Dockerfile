@@ -51,7 +51,8 @@ COPY --from=wheel /wheel /wheel
 RUN pip install --no-cache-dir --no-deps /wheel/*.whl \
     && python -c 'from importlib.metadata import packages_distributions as owners; \
        wrong = {name: whose for name, whose in owners().items() if "kvray" in whose and len(set(whose)) > 1}; \
-       assert not wrong, wrong'
+       assert not wrong, wrong' \
+    && kvray dashboard install
 USER 1000:1000
 WORKDIR /home/kvray
 CMD ["kvray", "serve", "--host", "0.0.0.0"]
@@ -62,7 +63,8 @@ COPY --from=wheel /wheel /wheel
 RUN pip install --no-cache-dir --no-deps /wheel/*.whl \
     && python -c 'from importlib.metadata import packages_distributions as owners; \
        wrong = {name: whose for name, whose in owners().items() if "kvray" in whose and len(set(whose)) > 1}; \
-       assert not wrong, wrong'
+       assert not wrong, wrong' \
+    && kvray dashboard install
 USER 1000:1000
 WORKDIR /home/kvray
 CMD ["kvray", "serve", "--host", "0.0.0.0"]

@@ -58,7 +58,7 @@ from messages.request import GenerateRequest
 from messages.responses import StoredAnswer, StoredQuestion
 from messages.route import Placement, RouteFailed
 from messages.stream import TokenBatch, TokenChunk
-from messages.view import AskView, ViewTold
+from messages.view import ViewTold
 from messages.wire import Message
 from transport.channel import ChannelClient, ChannelConfig
 from transport.process_stats import process_stats
@@ -86,7 +86,7 @@ class DispatchOptions:
     tells_stats: bool = True  #: to the router, every second
 
 
-_Answer: TypeAlias = Stats | BlocksKnown | ViewTold | CacheAnswer | StoredAnswer | RouterAnswer | RecordAnswer
+_Answer: TypeAlias = Stats | BlocksKnown | CacheAnswer | StoredAnswer | RouterAnswer | RecordAnswer
 
 
 @dataclass(slots=True)
@@ -144,8 +144,6 @@ class Dispatcher:
         self._answer_records: Callable[[RecordQuestion], RecordAnswer] = _no_records
         self._fleet_stats: asyncio.Task[list[Stats]] | None = None  #: being asked for, or the last answer
         self._stats_end_s = 0.0  #: until when that answer is good
-        #: of the router, by tenant: being asked for, or told; and until when it is good
-        self._views: dict[int | None, tuple[asyncio.Task[ViewTold | None], float]] = {}
         self._tell_timer = self._loop.call_later(_STATS_AGE_S, self._tell_stats) if options.tells_stats else None
 
     # ------------------------------------------------------------------------------------------------------- requests
@@ -251,9 +249,8 @@ class Dispatcher:
         for timer in (self._router_timer, self._tick_timer, self._tell_timer):
             if timer is not None:
                 timer.cancel()
-        for task in (self._fleet_stats, *(view for view, _ in self._views.values())):
-            if task is not None:
-                task.cancel()
+        if self._fleet_stats is not None:
+            self._fleet_stats.cancel()
         connections = [*self._workers.values(), *([self._router] if self._router is not None else [])]
         self._workers.clear()
         self._router = None
@@ -293,11 +290,11 @@ class Dispatcher:
             case (
                 Stats()
                 | BlocksKnown()
-                | ViewTold()
                 | StoredAnswer()
                 | PlacementExplained()
                 | IndexAnswer()
                 | RecordAnswer()
+                | ViewTold()
             ):
                 _take_answer(self._router, message)
             case StoredQuestion() if self._router is not None:
@@ -456,29 +453,6 @@ class Dispatcher:
         assert isinstance(answer, RecordAnswer)
         return answer
 
-    async def view(self, tenant: int | None) -> ViewTold | None:
-        """Return what the router knows of the fleet, or of this tenant's prefixes; None: it does not answer.
-
-        At most 1 s old: however many ask for one in that second, the router is asked once.
-        """
-        now_s = self._loop.time()
-        self._views = {key: view for key, view in self._views.items() if now_s < view[1]}
-        if tenant not in self._views:
-            self._views[tenant] = (self._loop.create_task(self._ask_view(tenant)), now_s + _STATS_AGE_S)
-        return await asyncio.shield(self._views[tenant][0])  # one who asks may leave, the others wait on
-
-    async def _ask_view(self, tenant: int | None) -> ViewTold | None:
-        if self._router is None:
-            return None
-        try:
-            answer = await self._answer(
-                self._router, AskView(query_id=self._query_id(), tenant=tenant), _STATS_TIMEOUT_S
-            )
-        except WorkerError:
-            return None
-        assert isinstance(answer, ViewTold)
-        return answer
-
     def note_with(self, note: Callable[[Sequence[GenerateRequest]], None]) -> None:
         """Have `note`, which is quick and never raises, told what each client asks for."""
         self._note = note
@@ -537,7 +511,7 @@ class Dispatcher:
     async def _answer(
         self,
         connection: _Connection,
-        question: GetStats | WhereBlocks | AskView | CacheQuestion | StoredQuestion | RouterQuestion | RecordQuestion,
+        question: GetStats | WhereBlocks | CacheQuestion | StoredQuestion | RouterQuestion | RecordQuestion,
         timeout_s: float,
     ) -> _Answer:
         future: asyncio.Future[_Answer] = self._loop.create_future()

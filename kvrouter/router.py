@@ -65,8 +65,7 @@ class RouterConfig:
     reservation_grace_s: float = 3.0  #: a placed request that its worker never reports counts this long past its TTFT
     snapshot_timeout_s: float = 5.0  #: then it is asked for again
     explained_requests: int = 0  #: of so many what was priced for them is kept
-    #: remember what became of blocks that nobody holds any more, count what prompts begin with
-    is_observed: bool = False
+    is_observed: bool = False  #: remember what became of blocks that nobody holds, count what prompts begin with
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from messages.errors import ErrorInfo
 from messages.miss import MissedRun
 from messages.request import HeldRun
 from messages.route import RouteRequest
+from messages.view import AskView, ViewTold
 
 
 class PricedPlacement(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,5 +89,5 @@ class IndexAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     out_of_step: tuple[str, ...] = ()  #: workers whose blocks the router does not know yet, nor says that it does
 
 
-RouterQuestion: TypeAlias = ExplainPlacement | IndexQuestion
-RouterAnswer: TypeAlias = PlacementExplained | IndexAnswer
+RouterQuestion: TypeAlias = ExplainPlacement | IndexQuestion | AskView
+RouterAnswer: TypeAlias = PlacementExplained | IndexAnswer | ViewTold

@@ -6,6 +6,7 @@ with an address. The page asks for one, keeps it for the tab, and sends it along
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,10 +22,13 @@ from cluster.openai.callers import Caller
 from cluster.openai.surface import Surface
 from cluster.placement_page.document import Facts, PageDocument, page_document
 from cluster.placement_page.previews import PromptPreviews
+from messages.errors import CapacityError, WorkerError
+from messages.view import AskView, ViewTold
 
 ASSETS: Final = Path(__file__).parent / "assets"
 #: What a browser may do with the page: nothing of another origin, nothing inline, in nobody's frame.
 PAGE_HEADERS: Final[dict[str, str]] = msgspec.json.decode((Path(__file__).parent / "headers.json").read_bytes())
+_VIEW_AGE_S: Final = 1.0
 _FILES: Final = {
     "/cache": ("index.html", "text/html"),
     "/cache/app.css": ("app.css", "text/css"),
@@ -42,11 +46,13 @@ class PlacementPage:
         self._previews = PromptPreviews(surface.tokenizer, preview_chars)
         if self._has_previews:
             dispatcher.note_with(self._previews.note)
+        #: of the router, by tenant: being asked for, or told; and until when it is good
+        self._views: dict[int | None, tuple[asyncio.Task[ViewTold | None], float]] = {}
 
     async def document(self, caller: Caller) -> PageDocument:
         """Return what `caller` may see; workers that do not answer within 2 s are without numbers."""
         told = await self._dispatcher.fleet_stats()
-        view = await self._dispatcher.view(None if caller.is_operator else caller.owner(None))
+        view = await self._view(None if caller.is_operator else caller.owner(None))
         fleet = list(self._dispatcher.fleet.values())
         texts: dict[bytes, str] = {}
         if view is not None and view.prefixes and fleet:
@@ -62,6 +68,25 @@ class PlacementPage:
             has_previews=self._has_previews,
         )
         return page_document(facts, fleet, told, [own, *others], view, texts)
+
+    async def _view(self, tenant: int | None) -> ViewTold | None:
+        """Return what the router knows of the fleet, or of this tenant's prefixes; None: it does not answer.
+
+        At most 1 s old: however many ask for one in that second, the router is asked once.
+        """
+        now_s = time.monotonic()
+        self._views = {key: view for key, view in self._views.items() if now_s < view[1]}
+        if tenant not in self._views:
+            self._views[tenant] = (asyncio.create_task(self._ask_view(tenant)), now_s + _VIEW_AGE_S)
+        return await asyncio.shield(self._views[tenant][0])  # one who asks may leave, the others wait on
+
+    async def _ask_view(self, tenant: int | None) -> ViewTold | None:
+        try:
+            answer = await self._dispatcher.ask_router(AskView(query_id="", tenant=tenant))
+        except (CapacityError, WorkerError):
+            return None
+        assert isinstance(answer, ViewTold)
+        return answer
 
 
 def add_placement_page(app: FastAPI, page: PlacementPage) -> None:
