@@ -18,7 +18,7 @@ from tests.cluster.starting import ROOT, started_ray, wait_until
 from tests.served import Served, free_port, run_kvray, serving
 from transport.secret import ClusterSecret
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(300)]
 
 #: Four slots a worker: three rows and more want a second one, two leave one alone.
 SECTIONS = {

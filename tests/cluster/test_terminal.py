@@ -56,6 +56,7 @@ def kvray(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.long
 def test_a_worker_that_cannot_start_shows_its_warning_and_its_traceback_a_line_each_with_its_name(model, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BREAK)
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}

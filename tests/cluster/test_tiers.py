@@ -210,6 +210,7 @@ def test_another_cluster_finds_in_a_bucket_what_this_one_computed(slow_arguments
         served.wait_until_idle()
 
 
+@pytest.mark.long
 def test_every_answer_is_right_while_blocks_move_and_node_caches_are_killed_and_stopped(arguments, reference, tmp_path):
     asks = [ask for ask in mixed_asks(120, seed="tiers") if len(ask.prompt) < 1900] * 2
     check_beside_kills(arguments, reference, tmp_path, asks, NUM_KILLS)

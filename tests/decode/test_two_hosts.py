@@ -228,7 +228,11 @@ async def the_prefill_worker_is_killed_and_restarted(made: Cluster) -> None:
 
 @pytest.mark.parametrize(
     ("road", "fault"),
-    [pytest.param("ucx", "damage", marks=pytest.mark.long), ("ucx", "truncate"), ("socket", "damage")],
+    [
+        pytest.param("ucx", "damage", marks=pytest.mark.long),
+        ("ucx", "truncate"),
+        pytest.param("socket", "damage", marks=pytest.mark.long),
+    ],
 )
 async def test_a_payload_that_is_not_what_was_published_is_not_used(model_dir, hosts, road, fault, reference):
     """A truncated stream of the socket road is a closed one: tests/transport/socket/test_socket.py."""

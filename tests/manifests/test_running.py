@@ -15,7 +15,7 @@ from tests.manifests.ray_cluster import RayCluster, running, with_credentials
 from tests.models import make_tiny_model
 from tests.reference import Reference
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 
 #: docs/DEPLOY.md has them too: what listens where, beside ports of a range.
 ON_EVERY_NODE = {6380, 6381, 6382, 6383, 8000, 8080, 52365}
@@ -79,7 +79,6 @@ def test_ports_are_those_that_are_written_down_but_for_channels_and_serves_own(c
         assert {6380, 6381, 6382, 6383, 8080} <= set(listening)
 
 
-@pytest.mark.long
 async def test_another_configuration_is_rolled_out_in_place_while_requests_go_on(cluster, document, model_dir):
     before = {name: replicas_of(cluster, name) for name in ("Prefill", "Decode", "Router", "Ingress")}
     changed = document["applications"][0] | {"runtime_env": {"env_vars": {"ROLLED_OUT": "1"}}}
@@ -101,7 +100,6 @@ def replicas_of(cluster: RayCluster, deployment: str) -> set[str]:
     return {replica["replica_id"] for replica in cluster.application()["deployments"][deployment]["replicas"]}
 
 
-@pytest.mark.long
 def test_a_share_of_the_capacity_is_a_share_of_the_workers(cluster, document):
     """What KubeRay does to either cluster while an incremental upgrade moves requests."""
     for capacity in (50.0, 100.0):
