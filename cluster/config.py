@@ -242,7 +242,7 @@ class ObservabilityConfig(_Section, frozen=True):
     tenant_metrics: Annotated[int, Meta(ge=0, le=1000)] = 0
     #: of the beginnings of prompts that the placement page shows to who may see them; 0: no text is kept
     prompt_preview_chars: Annotated[int, Meta(ge=0, le=2000)] = 0
-    #: where spans of requests go, OTLP over HTTP: http://HOST:4318 or a whole URL; wants kvray[otel]; None: nowhere
+    #: where spans of requests go, whatever the level: OTLP over HTTP, http://HOST:4318 or a whole URL, by kvray[otel]
     otlp_endpoint: str | None = None
 
 
@@ -260,9 +260,6 @@ class AutoscalingConfig(_Section, frozen=True):
     def is_wanted(self) -> bool:
         """Whether any number of workers follows the load."""
         return self.max_prefill is not None or self.max_decode is not None
-
-    #: where spans of requests go, OTLP over HTTP: http://HOST:4318 or a whole URL; wants kvray[otel]; None: nowhere
-    otlp_endpoint: str | None = None
 
 
 class KvrayConfig(_Section, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from messages.miss import MISS_REASONS, ComputedWhy, MissedRun, MissReason
 from messages.request import HeldRun
@@ -85,12 +85,16 @@ def missed_tokens(runs: Iterable[ExplainedRun]) -> dict[MissReason, int]:
     return tokens
 
 
+#: Of a prompt that is held: its last token is always computed, and all of one whose log-probabilities are wanted.
+_NEVER_REUSED: Final = ("prompt_end", "prompt_logprobs")
+
+
 def num_absent_tokens(runs: Iterable[ExplainedRun], num_matched_tokens: int) -> int:
     """Count, of the head that the decode worker's pool was said to hold, the tokens that it did not have."""
     return sum(
         min(run.end, num_matched_tokens) - run.begin
         for run in runs
-        if run.begin < num_matched_tokens and run.source != "device" and run.why != "prompt_end"
+        if run.begin < num_matched_tokens and run.source != "device" and run.why not in _NEVER_REUSED
     )
 
 

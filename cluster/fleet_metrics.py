@@ -75,7 +75,7 @@ HELP: Final = {
     "kvray_prefill_tokens_per_second": "Measured speed of prefill",
     "kvray_process_cpu_seconds_total": "Processor time of the process",
     "kvray_process_resident_memory_bytes": "Resident memory of the process",
-    "kvray_prompt_misses_total": "Prompt tokens that were computed and might have been cached, by why they were not",
+    "kvray_prompt_misses_total": "Tokens of requests' first prompts, computed that might have been cached, by why",
     "kvray_pulls_failed_total": "Pulls of KV blocks that failed over every road",
     "kvray_pulls_running": "Pulls of KV blocks in progress",
     "kvray_queue_seconds": "From a sequence's arrival at the worker until it was admitted",

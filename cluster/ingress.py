@@ -202,9 +202,9 @@ class Ingress:
         add_cache(app, surface, caches, Prefixes(self._dispatcher, caches))
         max_kept = self._config.observability.explained_requests
         add_routes(app, surface, Routes(self._dispatcher, self._log, surface.model.name, max_kept))
-        add_placement_page(
-            app, PlacementPage(self._dispatcher, surface, self._config.observability.prompt_preview_chars)
-        )
+        observed = self._config.observability
+        preview_chars = observed.prompt_preview_chars if observed.level == "on" else 0
+        add_placement_page(app, PlacementPage(self._dispatcher, surface, preview_chars))
 
     def _on_workers(self, role: Role, replicas: ReplicaMetadata) -> None:
         infos = [msgspec.convert(metadata, WorkerInfo) for metadata in replicas.values()]

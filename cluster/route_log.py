@@ -8,11 +8,13 @@ Requests are known by what their sequences' ids begin with: the id that the clie
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, ParamSpec, TypeAlias
 
 from cluster.explained_runs import Asked, ExplainedRun, explained_runs, missed_tokens, num_absent_tokens
 from messages.fleet import WorkerInfo
@@ -23,6 +25,24 @@ from messages.stream import PromptSources, TokenChunk
 
 _SEQUENCE_ID = re.compile(r"((.*)-[0-9a-f]{8})-\d+(#\d+)?")
 _REPLY_PREFIXES = ("chatcmpl-", "cmpl-")  #: of the ids in replies, before the request's own
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+def _apart(told: Callable[P, None]) -> Callable[P, None]:
+    """Let an error in what only explains be a line in the log: other requests' tokens are behind it."""
+
+    @functools.wraps(told)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            told(*args, **kwargs)
+        except Exception:
+            logger.exception("a request is not explained")
+
+    return guarded
+
 
 PlacedBy: TypeAlias = Literal["", "router", "hashing"]
 
@@ -53,6 +73,7 @@ class RouteRecord:
     num_matched_tokens: int = 0  #: that the decode worker was said to hold at the prompt's head
     held: tuple[HeldRun, ...] | None = None
     error: str = ""
+    has_left: bool = False  #: its client, before any token came
     missing: tuple[MissedRun, ...] = ()
     offered: Placement | None = field(default=None, repr=False)  #: the router's answer, until a worker is sent it
 
@@ -68,7 +89,7 @@ class RouteLog:
         self.fleet = fleet
         self._open: dict[str, RouteRecord] = {}  # by what their sequences' ids begin with
         self._kept: OrderedDict[str, RouteRecord] = OrderedDict()
-        self._by_id: dict[str, str] = {}  # that, by the client's id: of several requests with one id the last
+        self._by_id: dict[tuple[int, str], str] = {}  # that, by tenant and client's id: of several the last
         self._reply_ids: OrderedDict[str, str] = OrderedDict()  # that, by ids in replies that do not tell it
         self._missed: Counter[str] = Counter()  # prompt tokens, by reason
         self._num_predicted_blocks = 0
@@ -103,7 +124,7 @@ class RouteLog:
             began_s=began_s,
             asked_s=now_s,
         )
-        self._by_id[request_id] = key
+        self._by_id[first.tenant, request_id] = key
 
     def name_reply(self, sequence_id: str, reply_id: str) -> None:
         """Take in by which id a client will know a request whose first sequence has this one."""
@@ -112,12 +133,14 @@ class RouteLog:
             while len(self._reply_ids) > 2 * self._max_kept:
                 self._reply_ids.popitem(last=False)
 
+    @_apart
     def take_placement(self, placement: Placement) -> None:
         """Take in what the router answered; it counts once a worker is sent the request by it."""
         record = self._open.get(_key(placement.request_id))
         if record is not None:
             record.offered = placement
 
+    @_apart
     def send(self, worker_id: str, address: str, request: GenerateRequest) -> None:
         """Take in that a worker is sent a request, or that part of it which has one of its prompts."""
         record = self._open.get(_key(request.request_id))
@@ -138,6 +161,7 @@ class RouteLog:
             record.placed_by, record.reason = "hashing", "no router answered: by rendezvous hashing of the first blocks"
             record.num_matched_tokens, record.missing = 0, ()
 
+    @_apart
     def take_chunk(self, chunk: TokenChunk, now_s: float) -> None:
         """Take in a first chunk, which tells about the prompt, or an error, under the client's sequence id."""
         record = self._open.get(_key(chunk.request_id))
@@ -149,9 +173,13 @@ class RouteLog:
             self._explain(record, chunk, now_s)
             self._close(_key(chunk.request_id))
 
+    @_apart
     def end(self, sequence_id: str) -> None:
         """Take in that a request is over, by its first sequence's id."""
-        self._close(_key(sequence_id))
+        key = _key(sequence_id)
+        if (record := self._open.get(key)) is not None:
+            record.has_left = not record.error
+        self._close(key)
 
     def _explain(self, record: RouteRecord, chunk: TokenChunk, now_s: float) -> None:
         record.ttft_s = now_s - record.asked_s
@@ -180,8 +208,8 @@ class RouteLog:
         self._kept[key] = record
         while len(self._kept) > self._max_kept:
             old, forgotten = self._kept.popitem(last=False)
-            if self._by_id.get(forgotten.request_id) == old:
-                del self._by_id[forgotten.request_id]
+            if self._by_id.get((forgotten.tenant, forgotten.request_id)) == old:
+                del self._by_id[forgotten.tenant, forgotten.request_id]
 
     # ------------------------------------------------------------------------------------------------ what is known
 
@@ -191,12 +219,10 @@ class RouteLog:
         `tenant`: None finds anybody's.
         """
         ids = [asked_id, *(asked_id.removeprefix(prefix) for prefix in _REPLY_PREFIXES if asked_id.startswith(prefix))]
-        keys = [self._reply_ids.get(asked_id), *(self._by_id.get(one) for one in ids)]
-        for key in keys:
-            record = None if key is None else self._open.get(key) or self._kept.get(key)
-            if record is not None and tenant in (None, record.tenant):
-                return record
-        return None
+        owners = sorted({owner for owner, one in self._by_id if one in ids}) if tenant is None else [tenant]
+        keys = [self._reply_ids.get(asked_id), *(self._by_id.get((owner, one)) for one in ids for owner in owners)]
+        found = [record for key in keys if key and (record := self._open.get(key) or self._kept.get(key)) is not None]
+        return max((one for one in found if tenant in (None, one.tenant)), key=lambda one: one.began_s, default=None)
 
     def newest(self, limit: int, tenant: int | None) -> list[RouteRecord]:
         """Return the requests that began last, `limit` of them at most, the newest first."""

@@ -196,6 +196,8 @@ def _reply(record: RouteRecord, model: str) -> RouteReply:
         state = "failed"
     elif record.ttft_s is not None:
         state = "answered"
+    elif record.has_left:
+        state = "left"
     else:
         state = "running" if record.decode_worker else "waiting"
     return RouteReply(

@@ -136,7 +136,8 @@ class SpanExport:
         first = None if self._closing.is_set() and self._waiting.empty() else self._waiting.get()
         if first is None:
             return []
-        self._closing.wait(_GATHER_S)
+        if self._waiting.qsize() < _MAX_BATCH - 1:
+            self._closing.wait(_GATHER_S)
         batch = [first]
         while len(batch) < _MAX_BATCH and not self._waiting.empty():
             another = self._waiting.get()

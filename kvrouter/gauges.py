@@ -6,7 +6,7 @@ is told of a worker that left is gone soon. Counters of others come as rates ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from messages.fleet import WorkerInfo
@@ -66,39 +66,35 @@ class Gauges:
     """Makes samples, one period after the other."""
 
     def __init__(self) -> None:
-        self._tokens: dict[str, float] = {}  #: by source, of all ingresses, a period ago
+        self._tokens: dict[tuple[str, str], float] = {}  #: by ingress and source, a period ago
         self._at_s: float | None = None
 
     def samples(
         self,
         told: ViewTold,
         infos: Mapping[str, WorkerInfo],
-        ingresses: Iterable[Mapping[str, float]],
+        ingresses: Mapping[str, Mapping[str, float]],
         now_s: float,
     ) -> list[Sample]:
-        """Return all values as of now. `ingresses`: what each counts, by metric name with labels."""
+        """Return all values as of now. `ingresses`: what each counts, by metric name with labels, by ingress."""
         return [*_of_holders(told, infos), *self._of_sources(ingresses, now_s), *_of_prefixes(told)]
 
-    def _of_sources(self, ingresses: Iterable[Mapping[str, float]], now_s: float) -> list[Sample]:
-        tokens: dict[str, float] = {}
-        for values in ingresses:
+    def _of_sources(self, ingresses: Mapping[str, Mapping[str, float]], now_s: float) -> list[Sample]:
+        before, before_s = self._tokens, self._at_s
+        self._tokens, self._at_s = {}, now_s
+        gained: dict[str, float] = {}
+        for ingress, values in ingresses.items():
             for name, value in values.items():
                 if name.startswith(_SOURCE):
                     source = name.removeprefix(_SOURCE).removesuffix('"}')
-                    tokens[source] = tokens.get(source, 0.0) + value
-        before, before_s = self._tokens, self._at_s
-        self._tokens, self._at_s = tokens, now_s
+                    self._tokens[ingress, source] = value
+                    # Of an ingress that was not heard before, what it counted so far is no news.
+                    gain = max(0.0, value - before.get((ingress, source), value))
+                    gained[source] = gained.get(source, 0.0) + gain
         if before_s is None or now_s <= before_s:
             return []
-        return [
-            # An ingress that ended takes what it counted with it: that is no negative rate.
-            Sample(
-                "kvray_placement_prompt_tokens_per_second",
-                {"source": source},
-                max(0.0, value - before.get(source, value)) / (now_s - before_s),
-            )
-            for source, value in tokens.items()
-        ]
+        name = "kvray_placement_prompt_tokens_per_second"
+        return [Sample(name, {"source": source}, gain / (now_s - before_s)) for source, gain in gained.items()]
 
 
 def _of_holders(told: ViewTold, infos: Mapping[str, WorkerInfo]) -> Iterator[Sample]:

@@ -205,15 +205,12 @@ class Router:
         try:
             pricing = self._pricing(route)
             best = self._choose(route, pricing)
+            self._check(best)
         except KvrayError as error:
             return PlacementExplained(query_id=question.query_id, error=error.info())
         held = pricing.held(best)
-        return msgspec.structs.replace(
-            explained(question.query_id, pricing, best),
-            held=held,
-            missing=self._missing(route, held),
-            reason=best.reason(),
-        )
+        told = explained(question.query_id, pricing, best)
+        return msgspec.structs.replace(told, held=held, missing=self._missing(route, held), reason=best.reason())
 
     def who_holds(self, question: IndexQuestion) -> IndexAnswer:
         """Tell of each name by itself who holds it; or of some that were stored of late."""
@@ -303,16 +300,21 @@ class Router:
     # ---------------------------------------------------------------------------------------------------- placement
 
     def _route(self, request: RouteRequest, now_s: float) -> Placement | RouteFailed:
+        best = None
+        num_tokens = request.num_prompt_tokens + sum(request.other_prompts)
         try:
             pricing = self._pricing(request)
             best = self._choose(request, pricing)
+            self.demand.note(best, num_tokens)
+            self._check(best)
         except KvrayError as error:
+            if best is not None:
+                self.demand.refuse()
             self._counts[f'kvray_router_refused_total{{kind="{type(error).__name__}"}}'] += 1
             return RouteFailed(request_id=request.request_id, error=error.info())
         self._reserve(request, best, now_s)
         kind = "alone" if best.prefill is None else "pair"
         self._counts[f'kvray_router_placed_total{{kind="{kind}"}}'] += 1
-        num_tokens = request.num_prompt_tokens + sum(request.other_prompts)
         self._counts["kvray_router_prompt_tokens_total"] += num_tokens
         self._counts["kvray_router_matched_tokens_total"] += num_tokens - best.num_computed_tokens
         held = pricing.held(best)
@@ -339,7 +341,7 @@ class Router:
         )
 
     def _missing(self, request: RouteRequest, held: tuple[HeldRun, ...]) -> tuple[MissedRun, ...]:
-        if self._memory is None:
+        if self._memory is None or self._config.routing == "load":  # which goes by nobody's blocks
             return ()
         return self._memory.missing(request.names, held[-1].end if held else 0)
 
@@ -357,16 +359,12 @@ class Router:
                 f"on any worker, at most {limit} of them the prompt (context_length_exceeded)",
                 code="context_length_exceeded",
             )
-        best = pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
+        return pricing.best(decodes, self._that_hold(request, self._candidates("prefill", request)))
+
+    def _check(self, best: Candidate) -> None:
         # What is only assumed of how long sequences stay orders placements; nobody is refused for it.
         delay_s = best.delay_s if self._num_ended else best.queue_s
-        self.demand.note(best, request.num_prompt_tokens + sum(request.other_prompts))
-        try:
-            check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
-        except CapacityError:
-            self.demand.refuse()
-            raise
-        return best
+        check_ttft(delay_s, best.ttft_s - best.delay_s, self._config.max_ttft_s)
 
     def _candidates(self, role: Role, request: RouteRequest) -> Ints:
         """Return the rows of workers that may take the request; of one that is warming only where there is no other."""

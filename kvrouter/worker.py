@@ -122,7 +122,8 @@ class RouterWorker:
         now_s = time.monotonic()
         told = self.router.view(AskView(query_id="", num_prefixes=NUM_PREFIXES), now_s)
         infos = {worker_id: link.info for worker_id, link in self._links.items()}
-        return self._gauges.samples(told, infos, [one.values for one in self._ingresses.values()], now_s)
+        ingresses = {one.worker_id: one.values for one in self._ingresses.values()}
+        return self._gauges.samples(told, infos, ingresses, now_s)
 
     def close(self) -> None:
         """Hang up on all workers and ingresses."""

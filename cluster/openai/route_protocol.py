@@ -70,7 +70,9 @@ class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int | None  #: of the prompt: nobody had to compute them; None: no token came yet
     num_sequences: int
     num_placements: int  #: more than one: it moved, as its worker was lost or failed it
-    state: str  #: predicted (of POST), waiting, running (no token came yet), answered, failed
+    state: (
+        str  #: predicted (of POST), waiting, running (no token came yet), answered, failed, left (its client, before)
+    )
     placed_by: str | None  #: router; hashing, where no router answered
     reason: str
     decode_worker: str | None

@@ -95,3 +95,9 @@ def test_what_is_to_be_expected_is_what_lies_where_and_why_the_rest_does_not():
     )
     whole = expected_runs(asked(held=[HeldRun(0, 10, (OWN,))]))
     assert whole == (ExplainedRun(0, 90, "device", ""), computed(90, 100, "prompt_end"))
+
+
+def test_blocks_that_no_such_request_ever_reuses_are_not_said_to_be_absent():
+    runs = (ExplainedRun(0, 90, "computed", "", "prompt_logprobs"), ExplainedRun(90, 100, "computed", "", "prompt_end"))
+    assert num_absent_tokens(runs, 100) == 0
+    assert num_absent_tokens((ExplainedRun(0, 90, "computed", "", "evicted"),), 80) == 80

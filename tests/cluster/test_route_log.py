@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from cluster.route_log import RouteLog
@@ -204,3 +205,39 @@ def test_a_request_that_failed_before_a_token_says_how():
     log.end(asked.request_id)
     record = log.find("f", None)
     assert (record.error, record.ttft_s) == ("all workers are busy", None)
+
+
+def test_a_client_that_left_before_a_token_is_told_as_gone():
+    log = log_of()
+    asked = sequence("mine")
+    log.begin([asked], 1.0, 10.0)
+    log.send("d", "tcp://d:1", sent(asked.request_id))
+    log.end(asked.request_id)
+    record = log.find("mine", None)
+    assert record.has_left
+    answered(log, "other")
+    assert not log.find("other", None).has_left
+
+
+def test_one_tenants_id_hides_no_others():
+    log = log_of(max_kept=2)
+    for tenant, digits in ((1, "aaaaaaaa"), (2, "bbbbbbbb")):
+        asked = msgspec.structs.replace(sequence("same", tenant=tenant), request_id=f"same-{digits}-0")
+        log.begin([asked], float(tenant), 10.0)
+        log.end(asked.request_id)
+    assert log.find("same", 1).began_s == 1.0
+    assert log.find("same", 2).began_s == 2.0
+    assert log.find("same", None).began_s == 2.0
+    answered(log, "new", tenant=2)
+    assert log.find("same", 1) is None
+    assert log.find("same", None).tenant == 2
+
+
+def test_an_error_in_what_only_explains_stops_no_token(caplog):
+    log = log_of()
+    asked = sequence("mine")
+    log.begin([asked], 1.0, 10.0)
+    log.send("d", "tcp://d:1", sent(asked.request_id))
+    beyond = TokenChunk(request_id=asked.request_id, token_ids=[1], plan=PromptPlan(got=(GotRun(0, 999, "computed"),)))
+    log.take_chunk(beyond, 10.25)
+    assert "a request is not explained" in caplog.text

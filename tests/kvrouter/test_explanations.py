@@ -119,6 +119,7 @@ def test_a_route_is_explained_before_it_is_asked_for_and_reserves_nothing():
     assert told.reason.startswith("decode holds 128 tokens")
     assert fleet.router.stats()["kvray_router_reservations"] == 0
     assert fleet.router.stats()["kvray_router_requests"] == 0
+    assert fleet.router.demand.scaling().num_asked_total == 0, "a question is no demand"
 
 
 def test_a_route_that_would_be_refused_is_explained_by_the_refusal():

@@ -42,7 +42,7 @@ def tokens(**by_source) -> dict[str, float]:
 
 
 def test_each_holder_tells_what_it_has_and_how_busy_it_is():
-    values = shown(Gauges().samples(told(), INFOS, [], 0.0))
+    values = shown(Gauges().samples(told(), INFOS, {}, 0.0))
     assert values["held_bytes", "d", "decode", "n1", "device"] == 200
     assert values["capacity_bytes", "d", "decode", "n1", "device"] == 1000
     assert values["held_bytes", "c", "cache", "n1", "disk"] == 70
@@ -58,9 +58,9 @@ def test_each_holder_tells_what_it_has_and_how_busy_it_is():
 
 def test_all_that_is_told_is_declared_with_those_labels_and_is_a_number():
     gauges = Gauges()
-    gauges.samples(told(), INFOS, [tokens(device=1)], 0.0)
+    gauges.samples(told(), INFOS, {"a": tokens(device=1)}, 0.0)
     seen = set()
-    for name, labels, value in gauges.samples(told(), INFOS, [tokens(device=2)], 5.0):
+    for name, labels, value in gauges.samples(told(), INFOS, {"a": tokens(device=2)}, 5.0):
         assert set(labels) == set(GAUGES[name].labels)
         assert math.isfinite(value)
         seen.add(name)
@@ -69,19 +69,20 @@ def test_all_that_is_told_is_declared_with_those_labels_and_is_a_number():
 
 def test_counters_of_ingresses_are_told_as_rates_since_the_last_time():
     gauges = Gauges()
-    first = shown(gauges.samples(told(), INFOS, [tokens(device=100, computed=50)], 10.0))
+    first = shown(gauges.samples(told(), INFOS, {"a": tokens(device=100, computed=50)}, 10.0))
     assert ("prompt_tokens_per_second", "device") not in first
-    later = shown(gauges.samples(told(), INFOS, [tokens(device=150, computed=50), tokens(device=50)], 15.0))
-    assert later["prompt_tokens_per_second", "device"] == 20
+    both = {"a": tokens(device=150, computed=50), "b": tokens(device=5000)}  # b counted all that before it was heard
+    later = shown(gauges.samples(told(), INFOS, both, 15.0))
+    assert later["prompt_tokens_per_second", "device"] == 10
     assert later["prompt_tokens_per_second", "computed"] == 0
-    lost = shown(gauges.samples(told(), INFOS, [tokens(device=10)], 20.0))  # an ingress ended
+    lost = shown(gauges.samples(told(), INFOS, {"a": tokens(device=10)}, 20.0))  # b ended, a counts anew
     assert lost["prompt_tokens_per_second", "device"] == 0
 
 
 def test_what_nobody_measured_and_who_is_gone_is_left_out():
     holder = HolderView(worker_id="gone", role="decode", node_id="n", is_in_step=True, known_blocks={})
     there = HolderView(worker_id="d", role="decode", node_id="n", is_in_step=True, known_blocks={})
-    values = shown(Gauges().samples(told(holders=(holder, there), prefixes=None), INFOS, [], 0.0))
+    values = shown(Gauges().samples(told(holders=(holder, there), prefixes=None), INFOS, {}, 0.0))
     assert ("predicted_ttft_seconds", "d", "decode", "n") not in values
     assert values["held_bytes", "d", "decode", "n", "device"] == 0
     assert not [key for key in values if "gone" in key]

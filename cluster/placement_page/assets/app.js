@@ -355,7 +355,7 @@ async function updateRequests() {
   if (response.status === 404) cell(note, "This server keeps no explanations of requests.");
   else if (!response.ok) cell(note, `Not shown: ${(await refused(response)).words}`);
   else cell(note, requests.length ? "Newest first; the name of one opens why it went where it went." : "None yet, or none are kept (observability.explained_requests).");
-  rows($("requests"), requests, (one) => one.request_id, (one) => [
+  rows($("requests"), requests, (one) => `${one.request_id} ${one.began_s}`, (one) => [
     { head: shortId(one.request_id, 18), action: () => whyRequest(one.request_id), title: one.request_id },
     { text: new Date(one.began_s * 1000).toLocaleTimeString() },
     { text: count(one.num_prompt_tokens), number: true }, { text: optional(one.num_cached_tokens, count), number: true },

@@ -53,7 +53,7 @@ function fill(row, cells) {
     let target = row.children[at];
     if (!target) target = row.appendChild(wanted.head == null ? element("td") : element("th", { scope: "row" }));
     if (wanted.span) target.colSpan = wanted.span;
-    if (wanted.title) target.title = wanted.title;
+    target.title = wanted.title ?? "";
     target.className = [wanted.number && "n", wanted.bad && "bad", wanted.mono && "mono", wanted.wide && "wide"].filter(Boolean).join(" ");
     const text = String(wanted.head ?? wanted.text ?? "");
     if (wanted.action) button(target, text, wanted.action);
