@@ -147,9 +147,10 @@ def effects(rounds: dict[Configuration, list[Figures]]) -> list[Effect]:
     return found
 
 
-def _ratio(pairs: list[tuple[dict[str, float], dict[str, float]]], column: str) -> Spread:
-    """Return how a figure changes; a pair of which the second has none of it tells nothing."""
-    return Spread.of(one[column] / other[column] for one, other in pairs if other[column] > 0)
+def _ratio(pairs: list[tuple[dict[str, float], dict[str, float]]], column: str) -> Spread | None:
+    """Return how a figure changes; a pair of which the second has none of it tells nothing. None: no pair tells."""
+    ratios = [one[column] / other[column] for one, other in pairs if other[column] > 0]
+    return Spread.of(ratios) if ratios else None
 
 
 def table(rounds: dict[Configuration, list[Figures]]) -> str:
@@ -175,7 +176,9 @@ def effect_table(found: list[Effect]) -> str:
     return "\n".join(lines)
 
 
-def _cell(spread: Spread, form: str) -> str:
+def _cell(spread: Spread | None, form: str) -> str:
+    if spread is None:
+        return "-"
     middle, low, high = (form.format(value) for value in (spread.median, spread.low, spread.high))
     return middle if low == high else f"{middle} ({low}-{high})"
 

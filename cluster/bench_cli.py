@@ -172,7 +172,7 @@ def serve(
     from cluster.bench.figures import Targets
     from cluster.bench.from_trace import Scale
     from cluster.bench.playing import Pace
-    from cluster.bench.plots import check_can_plot
+    from cluster.bench.plots import check_can_plot, check_can_write
     from cluster.bench.running import Plan
     from cluster.bench.sending import Deadlines
     from cluster.bench.synthetic import RandomWorkload
@@ -183,6 +183,8 @@ def serve(
         raise ConfigError("--base-url: wanted either it or --url, which is the same, saw both")
     if plot is not None:
         check_can_plot(plot)
+    if output is not None:
+        check_can_write("--output", output)
     wanted = Wanted(
         dataset=dataset_path or dataset_name,
         num_prompts=num_prompts,
@@ -294,6 +296,9 @@ async def _side(server: Server, wanted: str | None, style: _Style, plan: Plan) -
 
     if not server.url.startswith(("http://", "https://")):
         raise ConfigError(f"wanted a URL such as http://127.0.0.1:8000, saw {server.url!r}")
+    where = urlsplit(server.url)
+    if where.username or where.password:
+        raise ConfigError("wanted a URL without a name and password, which results would show: --api-key is for keys")
     name, owner = await found_model(server.url, server.api_key, wanted, plan.deadlines)
     writing = Writing(
         model=name,
@@ -304,7 +309,7 @@ async def _side(server: Server, wanted: str | None, style: _Style, plan: Plan) -
         has_sources=owner == "kvray",
         extra=style.extra,
     )
-    return Side(urlsplit(server.url).netloc, server.url, server.api_key, writing)
+    return Side(where.netloc, server.url, server.api_key, writing)
 
 
 def _tell(sides: Sequence[Side], given: dict[str, Any], telling: _Telling) -> None:

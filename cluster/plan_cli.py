@@ -20,7 +20,7 @@ from messages.price import ComputePrice
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _TIMEOUT_S = 10.0
-_PAIRS_OF_A_TOKEN = 4096  #: keys with which attention takes as long as all else, where nothing was measured
+_PAIRS_OF_A_TOKEN = 32_768  #: keys with which attention takes as long as all else, where nothing was measured
 
 
 def plan_command(
@@ -109,10 +109,13 @@ def _a_worker(status: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: none is there, or what answers is no kvray.
     """
-    workers = status.get("workers")
+    workers = status.get("workers") if isinstance(status, dict) else None
     if not isinstance(workers, list) or not workers:
         raise ConfigError("what answers there has no workers")
     worker: dict[str, Any] = workers[0]
+    missing = [name for name in ("block_bytes", "block_size_tokens", "num_blocks") if name not in worker]
+    if missing:
+        raise ConfigError(f"what answers there says of its workers no {missing[0]}: is it a kvray?")
     return worker
 
 
@@ -122,7 +125,7 @@ def _price(
     price = ComputePrice() if measured is None else msgspec.convert(measured, ComputePrice)
     if prefill_tokens_per_s is not None:
         token_s = 1.0 / prefill_tokens_per_s
-        price = msgspec.structs.replace(price, token_s=token_s, pair_s=token_s / _PAIRS_OF_A_TOKEN / 8)
+        price = msgspec.structs.replace(price, token_s=token_s, pair_s=token_s / _PAIRS_OF_A_TOKEN)
     if step_ms is not None:
         price = msgspec.structs.replace(price, step_s=step_ms / 1000, row_s=0.0, row_key_s=0.0)
     if row_ms is not None:

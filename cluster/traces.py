@@ -398,8 +398,9 @@ class _RequestLines:
         limits = _converted(body, _Body)
         said = next((limit for key in _OUTPUT_KEYS if (limit := getattr(limits, key)) is not None), None)
         num_output = envelope.output_tokens or said or UNSAID_OUTPUT_TOKENS
-        if said is None:
-            body = {**body, _limit_key(prompt_key): num_output}
+        if said != num_output:  # what is wanted is what is judged, whatever else the line says
+            body = {key: value for key, value in body.items() if key not in _OUTPUT_KEYS}
+            body[_limit_key(prompt_key)] = num_output
         self._number += 1
         request = TraceRequest(
             at_s=0.0,

@@ -24,6 +24,17 @@ def check_can_plot(path: Path) -> None:
         raise ConfigError("--plot: wanted matplotlib, which is not installed: pip install 'kvray[bench]'")
     if path.suffix != ".svg":
         raise ConfigError(f"--plot: wanted a file that ends in .svg, saw {path}")
+    check_can_write("--plot", path)
+
+
+def check_can_write(option: str, path: Path) -> None:
+    """Check, before anything is measured, that a file can lie at `path`.
+
+    Raises:
+        ConfigError: its directory is not there.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: wanted a file in a directory that is there, saw {path}")
 
 
 def plot(sides: Sequence[Side], path: Path) -> None:

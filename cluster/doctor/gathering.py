@@ -129,8 +129,12 @@ def memory_facts(config: KvrayConfig) -> MemoryFacts:
     """Look at memory, and at the limits of the control groups of either version."""
     total = psutil.virtual_memory().total
     wanted: dict[str, int] = {}
-    if config.engine.kv_cache_memory is not None:  # on one node as many workers as there are; elsewhere fewer
-        num_workers = max(1, config.pools.prefill + config.pools.decode)
+    pools = config.pools
+    has_gpus = config.model.device == "cuda" or pools.gpus_per_worker > 0  # whose own memory it is
+    if config.engine.kv_cache_memory is not None and not has_gpus:
+        # On a node of its own all workers there are; where they are placed on several, one of them at least.
+        is_spread = bool(pools.prefill_labels or pools.decode_labels or pools.cpus_per_worker)
+        num_workers = 1 if is_spread else max(1, pools.prefill + pools.decode)
         wanted[f"engine.kv_cache_memory, {num_workers} workers"] = num_workers * parse_size(
             config.engine.kv_cache_memory
         )

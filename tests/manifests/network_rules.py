@@ -146,12 +146,12 @@ def every_monitor(objects: Objects) -> Iterator[str]:
 
 
 def _endpoint_problems(endpoint: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
-    port, number = endpoint.get("port"), endpoint.get("portNumber")
-    if (port is None) == (number is None):
-        yield f"wanted port or portNumber, saw {endpoint}"
-    elif port is not None and not all(port in pod.port_names for pod in pods):
+    port, number = endpoint.get("port"), scraped_port(endpoint)
+    if port is None:
+        yield f"wanted port, the name of one that its pods declare, as no other is found, saw {endpoint}"
+    elif not all(port in pod.port_names for pod in pods):
         yield f"wanted a port that all of its pods have, saw {port!r}"
-    elif number is not None and number not in {HTTP, METRICS, AUTOSCALER_METRICS, DASHBOARD_METRICS}:
+    if number not in {HTTP, METRICS, AUTOSCALER_METRICS, DASHBOARD_METRICS}:
         yield f"wanted a port with metrics, saw {number}"
     if _seconds(endpoint.get("scrapeTimeout", "10s")) > _seconds(endpoint.get("interval", "30s")):
         yield f"wanted scrapeTimeout within interval, saw {endpoint}"
@@ -160,6 +160,16 @@ def _endpoint_problems(endpoint: dict[str, Any], pods: list[Pod]) -> Iterator[st
         yield f"wanted authorization from a Secret, as kvray asks for a key, saw {endpoint}"
     if endpoint.get("path", "/metrics") != "/metrics":
         yield f"wanted /metrics, saw {endpoint['path']!r}"
+
+
+def scraped_port(endpoint: dict[str, Any]) -> int:
+    """Return where an endpoint's pods are asked: the port that they are found by, or the one that it is made to be."""
+    for relabeling in endpoint.get("relabelings", []):
+        if relabeling.get("targetLabel") == "__address__":
+            address = str(relabeling.get("replacement"))
+            is_pods = relabeling.get("sourceLabels") == ["__meta_kubernetes_pod_ip"] and address.startswith("$1:")
+            return int(address.removeprefix("$1:")) if is_pods and address[3:].isdigit() else 0
+    return METRICS
 
 
 def _seconds(text: str) -> float:

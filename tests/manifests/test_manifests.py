@@ -7,7 +7,7 @@ import pytest
 from cluster.config import DEMO_MODEL
 from tests.manifests.checking import problems_of
 from tests.manifests.kustomizations import COMPONENTS, OVERLAYS, built
-from tests.manifests.network_rules import METRICS, is_let_in
+from tests.manifests.network_rules import is_let_in, scraped_port
 from tests.manifests.objects import Objects, Pod
 
 #: What listens in a pod, as far as it is the same everywhere, and some of the ports that are drawn.
@@ -60,6 +60,6 @@ def test_only_the_autoscaler_and_so_the_head_gets_rights_in_kubernetes():
 def test_all_that_is_scraped_and_nothing_else_is_open_to_prometheus():
     objects = Objects([*built("monitoring"), *built("base")])
     endpoints = [end for monitor in objects.of("PodMonitor") for end in monitor["spec"]["podMetricsEndpoints"]]
-    scraped = {METRICS if end.get("port") == "metrics" else end["portNumber"] for end in endpoints}
+    scraped = {scraped_port(endpoint) for endpoint in endpoints}
     (rule,) = objects.named("NetworkPolicy")["kvray-metrics"]["spec"]["ingress"]
     assert {port["port"] for port in rule["ports"]} == scraped

@@ -305,7 +305,12 @@ MONITOR_CASES = {
     "no key for kvray": ("kvray", {f"{MONITOR}/authorization": REMOVED}, "wanted authorization from a Secret"),
     "a key of no Secret": ("kvray", {f"{MONITOR}/authorization/credentials/name": ""}, "wanted authorization"),
     "another way to say who one is": ("kvray", {f"{MONITOR}/authorization/type": "Basic"}, "wanted one of ['Bearer']"),
-    "a port without metrics": ("kvray-head", {f"{MONITOR}/portNumber": 8265}, "wanted a port with metrics"),
+    "a port without metrics": (
+        "kvray-head",
+        {f"{MONITOR}/relabelings/0/replacement": "$1:8265"},
+        "wanted a port with metrics",
+    ),
+    "a port that nobody declares": ("kvray-head", {f"{MONITOR}/port": "dashboard"}, "that all of its pods have"),
     "a port that pods lack": (
         "kvray-ray",
         {f"{MONITOR}/port": "as-metrics"},

@@ -59,6 +59,19 @@ def test_sizes_that_the_configuration_names_are_added_up_for_a_node():
     assert facts.total_bytes > facts.available_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"pools": {"prefill": 2, "decode": 2, "cpus_per_worker": 4}}, {"engine.kv_cache_memory, 1 workers": 2**30}),
+        ({"pools": {"prefill": 2, "decode": 2, "gpus_per_worker": 1}}, {}),
+        ({"model": {"device": "cuda"}}, {}),
+    ],
+)
+def test_memory_of_other_nodes_and_of_gpus_is_not_wanted_of_this_one(settings, wanted):
+    facts = facts_of(gathering.memory_facts, engine={"kv_cache_memory": "1GiB"}, **settings)
+    assert facts.wanted_bytes == wanted
+
+
 def test_a_port_that_somebody_listens_on_is_told_and_a_free_one_is_not():
     port = free_port()
     free = facts_of(gathering.port_facts, http={"port": port}, network={"port_range": [port + 1, port + 9]})

@@ -176,7 +176,10 @@ CASES = {
     ),
     "KvrayDamagedStore": Case(
         at="10m",
-        fires={'kvray_disk_damaged_blocks_total{worker="c1",role="cache"}': "0x4 2x30"},
+        fires={  # a disk that is well hides no bucket that is not
+            'kvray_disk_damaged_blocks_total{worker="c1",role="cache"}': "0x34",
+            'kvray_remote_damaged_blocks_total{worker="c1",role="cache"}': "0x4 2x30",
+        },
         silent={'kvray_disk_damaged_blocks_total{worker="c1",role="cache"}': "7x30"},
         labels={"worker": "c1"},
     ),
