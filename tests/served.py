@@ -147,6 +147,11 @@ def kvray_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cluster.cli", *arguments]
 
 
+def takes_interrupts() -> None:
+    """For `preexec_fn`: whoever runs tests in the background has SIGINT ignored, and so have all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def serving(*arguments: str, log_dir: Path, extra_environment: dict[str, str] | None = None) -> Iterator[Served]:
     """`kvray serve` with `arguments`, ready for requests; ended when the block ends."""

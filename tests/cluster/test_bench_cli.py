@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli import app
 from messages.errors import ConfigError
 from tests.cluster.bench.lying_server import Server, serving
-from tests.served import kvray_command
+from tests.served import kvray_command, takes_interrupts
 
 SMALL = ("--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "0")
 
@@ -105,7 +105,9 @@ def test_a_server_that_dies_meanwhile_is_counted_and_said():
 def test_ctrl_c_is_one_line():
     with serving(mode="hangs") as server:
         command = kvray_command("bench", "serve", "--url", server.url, "--num-warmups", "0")
-        process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, cwd=Path(__file__).parents[2])
+        process = subprocess.Popen(
+            command, stdout=PIPE, stderr=PIPE, text=True, cwd=Path(__file__).parents[2], preexec_fn=takes_interrupts
+        )
         while not server.bodies:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)

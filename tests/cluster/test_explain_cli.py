@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import msgspec
+import pytest
 from typer.testing import CliRunner
 
-from cluster import cli
+from cluster import cli, explain_cli
 from cluster.openai.route_protocol import PlacementCandidate, PlacementParts, PredictedRoute, RouteReply, RouteRun
 from messages.errors import KvrayError
 
@@ -80,9 +81,14 @@ def server(status: int, body: bytes) -> Iterator[str]:
         listening.server_close()
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setattr(explain_cli._out, "_width", 140)  # of a terminal, which it looks for as it is made
+
+
 def explain(*arguments: str, status: int = 200, body: bytes | None = None):
     with server(status, body or msgspec.json.encode(REPLY)) as url:
-        return CliRunner().invoke(cli.app, ["explain", "a/b:c", "--url", url, *arguments], env={"COLUMNS": "140"})
+        return CliRunner().invoke(cli.app, ["explain", "a/b:c", "--url", url, *arguments])
 
 
 def test_people_get_tables_and_the_sentences():

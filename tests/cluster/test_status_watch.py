@@ -16,7 +16,7 @@ import pytest
 
 from cluster.status import fleet_status
 from tests.cluster.test_status import FakeDispatcher, answering
-from tests.served import free_port, kvray_command, run_kvray
+from tests.served import free_port, kvray_command, run_kvray, takes_interrupts
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,12 @@ ROOT = Path(__file__).parent.parent.parent
 def watching(url: str, *arguments: str, stdout: int) -> subprocess.Popen[bytes]:
     command = kvray_command("status", "--url", url, "--watch", "--interval", "0.2", *arguments)
     return subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "TERM": "xterm"}
+        command,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm"},
+        preexec_fn=takes_interrupts,
     )
 
 
