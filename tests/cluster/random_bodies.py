@@ -16,6 +16,7 @@ from msgspec import inspect
 from cluster.openai import cache_protocol as cache
 from cluster.openai import protocol
 from cluster.openai.responses.protocol import ResponsesRequest
+from cluster.openai.route_protocol import RouteFields
 from tests.text.random_schemas import SchemaDraw
 
 CHAT, TEXT, RESPONSES, IMPORT = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/cache/import"
@@ -36,6 +37,7 @@ ROUTES: Final[dict[str, Any]] = {
     "/v1/cache/gc": cache.CollectRequest,
     "/v1/cache/export": cache.ExportRequest,
     IMPORT: cache.ImportRequest,
+    "/v1/route": RouteFields,
 }
 _GENERATING: Final = (CHAT, TEXT, RESPONSES)
 _MESSAGES: Final = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
