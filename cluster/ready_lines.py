@@ -38,7 +38,7 @@ def ready_lines(
         lines.append(f"  model: {first.dtype}, context of {first.max_model_len:,} tokens")
         lines.append(f"  KV tokens: {kept}; tiers: {_tiers(config.tiers)}")
         lines += _kernels(workers)
-    lines.append(f"  docs: {url}/docs; metrics: {url}/metrics")
+    lines.append(f"  docs: {url}/docs; metrics: {url}/metrics; what is cached where: {url}/cache")
     lines.append(f"  logs: {log_dir}" if log_dir is not None else "  logs: those of Ray, on each node (`ray logs`)")
     where = "Ray started here" if is_own_cluster else "the Ray cluster that was there"
     pools = config.pools

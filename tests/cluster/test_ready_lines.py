@@ -47,6 +47,7 @@ def test_they_say_what_computes_how_much_it_keeps_and_where_to_look():
         "kernels: cpu/dot/native-16-bf16dot",
         "http://127.0.0.1:8000/docs",
         "http://127.0.0.1:8000/metrics",
+        "http://127.0.0.1:8000/cache",
         "logs: /tmp/ray/session_1/logs/kvray",
     ):
         assert words in text
