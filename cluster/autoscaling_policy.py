@@ -125,7 +125,7 @@ class ApplicationPolicy:
                 self._scaler = _in_this_process().FleetScaler()
             numbers = self._scaler.decide(list(contexts.values()))
             return {key: numbers[context.deployment_name] for key, context in contexts.items()}, {}
-        except Exception:
+        except Exception:  # the edge: what is raised here stops the scaling of everybody
             logger.exception("kvray: the numbers of workers stay")
             return {}, {}
 
@@ -142,7 +142,7 @@ class DeploymentPolicy:
         try:
             scaler = _in_this_process().scaler_of(context.app_name)
             return scaler.decide([context])[context.deployment_name], {}
-        except Exception:
+        except Exception:  # the edge, as above
             logger.exception("kvray: the number of workers stays")
             return int(context.target_num_replicas), {}
 

@@ -38,7 +38,7 @@ def _apart(told: Callable[P, None]) -> Callable[P, None]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             told(*args, **kwargs)
-        except Exception:
+        except Exception:  # the edge of what is only watched
             logger.exception("a request is not explained")
 
     return guarded

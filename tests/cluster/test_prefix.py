@@ -16,7 +16,7 @@ import pytest
 from tests.models import make_tiny_model
 from tests.served import STATUS_AGE_S, Served, run_kvray, serving
 
-pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(400), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(400), pytest.mark.usefixtures("one_thread")]
 
 PROMPT = [random.Random(7).randrange(5, 250) for _ in range(800)]
 KEY = {"KVRAY_API_KEY": "a-key"}

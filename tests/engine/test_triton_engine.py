@@ -16,8 +16,8 @@ from tests.steps import Bench
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NUM_OUTPUT = 5
-#: With a window and sinks; the others are tried by `make test-long`.
-SOME = ("gpt_oss, sinks",)
+#: With a window and sinks, and with keys wider than values; the others are tried by `make test-long`.
+SOME = ("gpt_oss, sinks", "deepseek_v3, MLA")
 CASES = [case if case in SOME else pytest.param(case, marks=pytest.mark.long) for case in FAMILIES]
 
 

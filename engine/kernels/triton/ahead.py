@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.kernels.triton import decode, prefill, store
-from engine.kernels.triton.shapes import LOG2_E, HeadShape, Tiling, decode_tiling, prefill_tiling
+from engine.kernels.triton.shapes import HeadShape, Tiling, decode_tiling, prefill_tiling
 
 #: Compute capabilities, times ten: A100, H100 and H200, B200.
 CAPABILITIES: Final = (80, 90, 100)
@@ -82,7 +82,7 @@ def compiled(shape: tuple[int, int, int, int], dtype: torch.dtype, capability: i
     for softcap in (False, True):
         constants = common | of_heads | {"HAS_SOFTCAP": softcap}
         yield _compile(decode._attend_splits, types, constants, tiling, capability)  # noqa: SLF001
-    merging = {"V_DIM": v_dim, "V_PIECE": 64, "TILE": tiling.keys, "HAS_SINKS": True, "LOG2_E": LOG2_E}
+    merging = {"V_DIM": v_dim, "V_PIECE": 64, "TILE": tiling.keys, "HAS_SINKS": True}
     yield _compile(decode._merge_splits, types, merging, Tiling(0, 0, 4, 1), capability)  # noqa: SLF001
     tiling = prefill_tiling(cut, dtype)
     of_tiles = {"SPANS": 64, "ROWS": tiling.rows, "TILE": tiling.keys}

@@ -14,17 +14,17 @@ import triton
 import triton.language as tl
 
 from engine.kernels.protocol import AttentionOptions
-from engine.kernels.triton.shapes import LOG2_E, HeadShape, compute_dtype, decode_tiling, programs_of
-from engine.kernels.triton.visible import (
+from engine.kernels.triton.shapes import HeadShape, compute_dtype, decode_tiling, programs_of
+from engine.kernels.triton.tiles import (
+    LOG2_E,
     MAX_SPLITS,
     MIN_SPLIT_TOKENS,
     UNLIMITED,
     first_visible,
     num_splits,
-    part_of_keys,
-    part_of_values,
-    softcapped,
     split_tokens,
+    take_in,
+    tile_scores,
 )
 
 #: Rows of a launch: each program counts the splits of all of them.
@@ -123,7 +123,6 @@ def _attend(
         V_PIECE=min(64, triton.next_power_of_2(v_dim)),
         TILE=tiling.keys,
         HAS_SINKS=options.sinks is not None,
-        LOG2_E=LOG2_E,
         num_warps=4,
     )
 
@@ -195,6 +194,7 @@ def _attend_splits(
         rows_at = query + row.to(tl.int64) * query_row_stride + heads[:, None] * query_head_stride
         q_main = tl.load(rows_at + k_main[None, :], mask=is_member[:, None] & (k_main < K_DIM)[None, :], other=0.0)
         q_main = q_main.to(COMPUTE)
+        q_rest = q_main
         if K_REST > 0:
             k_rest = K_MAIN + tl.arange(0, K_REST)
             q_rest = tl.load(rows_at + k_rest[None, :], mask=is_member[:, None] & (k_rest < K_DIM)[None, :], other=0.0)
@@ -202,36 +202,44 @@ def _attend_splits(
         largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PADDED], tl.float32)
         sum_main = tl.zeros([GROUP_PADDED, V_MAIN], tl.float32)
-        if V_REST > 0:
-            sum_rest = tl.zeros([GROUP_PADDED, V_REST], tl.float32)
+        sum_rest = tl.zeros([GROUP_PADDED, max(V_REST, 1)], tl.float32)
         keys, values = k_pool + kv_head * k_head_stride, v_pool + kv_head * v_head_stride
         for tile in tl.range(begin, end, TILE):
             token = tile + tl.arange(0, TILE)
             is_seen = (token >= first) & (token < end)
             block = tl.load(table + token // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
-            k_at = block * k_block_stride + token % BLOCK_SIZE * k_token_stride
-            v_at = block * v_block_stride + token % BLOCK_SIZE * v_token_stride
-            tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_seen, 0, K_MAIN, K_DIM).to(COMPUTE)
-            scores = tl.dot(q_main, tile_keys, input_precision="ieee")
-            if K_REST > 0:
-                tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_seen, K_MAIN, K_REST, K_DIM).to(COMPUTE)
-                scores = tl.dot(q_rest, tile_keys, scores, input_precision="ieee")
-            scores = scores * scaling
-            if HAS_SOFTCAP:
-                scores = softcapped(scores, softcap)
-            scores = tl.where(is_seen[None, :], scores * 1.4426950408889634, float("-inf"))
-            # The first tile of a split has a key that is seen, so that this is a number from then on.
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            kept = tl.exp2(largest - new_largest)
-            weights = tl.exp2(scores - new_largest[:, None])
-            total = total * kept + tl.sum(weights, 1)
-            weights = weights.to(COMPUTE)
-            tile_values = part_of_values(values, v_dim_stride, v_at, is_seen, 0, V_MAIN, V_DIM).to(COMPUTE)
-            sum_main = tl.dot(weights, tile_values, sum_main * kept[:, None], input_precision="ieee")
-            if V_REST > 0:
-                tile_values = part_of_values(values, v_dim_stride, v_at, is_seen, V_MAIN, V_REST, V_DIM).to(COMPUTE)
-                sum_rest = tl.dot(weights, tile_values, sum_rest * kept[:, None], input_precision="ieee")
-            largest = new_largest
+            at = token % BLOCK_SIZE
+            scores = tile_scores(
+                q_main,
+                q_rest,
+                keys,
+                k_dim_stride,
+                block * k_block_stride + at * k_token_stride,
+                is_seen,
+                is_seen[None, :],
+                scaling,
+                softcap,
+                K_DIM,
+                K_MAIN,
+                K_REST,
+                HAS_SOFTCAP,
+                COMPUTE,
+            )
+            largest, total, sum_main, sum_rest = take_in(
+                scores,
+                largest,
+                total,
+                sum_main,
+                sum_rest,
+                values,
+                v_dim_stride,
+                block * v_block_stride + at * v_token_stride,
+                is_seen,
+                V_DIM,
+                V_MAIN,
+                V_REST,
+                COMPUTE,
+            )
         part = (row * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64) * most_splits + split
         tl.store(part_max + part, largest, mask=is_member)
         tl.store(part_sum + part, total, mask=is_member)
@@ -261,7 +269,6 @@ def _merge_splits(
     V_PIECE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    LOG2_E: tl.constexpr,
 ):
     # Always over MAX_SPLITS, those that are not there weighing nothing: the order of the sum is the same for all rows.
     row, head = tl.program_id(0), tl.program_id(1)

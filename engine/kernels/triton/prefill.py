@@ -12,7 +12,7 @@ import triton.language as tl
 
 from engine.kernels.protocol import AttentionOptions, PrefillSpans
 from engine.kernels.triton.shapes import HeadShape, compute_dtype, prefill_tiling
-from engine.kernels.triton.visible import UNLIMITED, first_visible, part_of_keys, part_of_values, softcapped
+from engine.kernels.triton.tiles import LOG2_E, UNLIMITED, first_visible, take_in, tile_scores
 
 
 def prefill_attention(
@@ -133,17 +133,15 @@ def _attend_chunks(
     rows_at = query + row.to(tl.int64)[:, None] * query_row_stride + head * query_head_stride
     q_main = tl.load(rows_at + k_main[None, :], mask=is_row[:, None] & (k_main < K_DIM)[None, :], other=0.0)
     q_main = q_main.to(COMPUTE)
+    q_rest = q_main
     if K_REST > 0:
         k_rest = K_MAIN + tl.arange(0, K_REST)
         q_rest = tl.load(rows_at + k_rest[None, :], mask=is_row[:, None] & (k_rest < K_DIM)[None, :], other=0.0)
         q_rest = q_rest.to(COMPUTE)
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum_main = tl.zeros([ROWS, V_MAIN], tl.float32)
-    if V_REST > 0:
-        sum_rest = tl.zeros([ROWS, V_REST], tl.float32)
+    sum_rest = tl.zeros([ROWS, max(V_REST, 1)], tl.float32)
     kv_head = head // GROUP
     keys, values = k_pool + kv_head * k_head_stride, v_pool + kv_head * v_head_stride
     first = kv_len - end + begin + within * ROWS  # the first row's position
@@ -152,32 +150,42 @@ def _attend_chunks(
         token = tile + tl.arange(0, TILE)
         is_key = token < key_end
         block = tl.load(table + token // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        k_at = block * k_block_stride + token % BLOCK_SIZE * k_token_stride
-        v_at = block * v_block_stride + token % BLOCK_SIZE * v_token_stride
-        tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_key, 0, K_MAIN, K_DIM).to(COMPUTE)
-        scores = tl.dot(q_main, tile_keys, input_precision="ieee")
-        if K_REST > 0:
-            tile_keys = part_of_keys(keys, k_dim_stride, k_at, is_key, K_MAIN, K_REST, K_DIM).to(COMPUTE)
-            scores = tl.dot(q_rest, tile_keys, scores, input_precision="ieee")
-        scores = scores * scaling
-        if HAS_SOFTCAP:
-            scores = softcapped(scores, softcap)
+        at = token % BLOCK_SIZE
         is_seen = (token[None, :] <= position[:, None]) & (position[:, None] - token[None, :] < window)
         is_seen = is_seen & (position[:, None] // chunk == token[None, :] // chunk) & is_row[:, None]
-        scores = tl.where(is_seen, scores * 1.4426950408889634, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # of a row that has seen no key yet
-        kept = tl.exp2(largest - base)
-        weights = tl.exp2(scores - base[:, None])
-        total = total * kept + tl.sum(weights, 1)
-        weights = weights.to(COMPUTE)
-        tile_values = part_of_values(values, v_dim_stride, v_at, is_key, 0, V_MAIN, V_DIM).to(COMPUTE)
-        sum_main = tl.dot(weights, tile_values, sum_main * kept[:, None], input_precision="ieee")
-        if V_REST > 0:
-            tile_values = part_of_values(values, v_dim_stride, v_at, is_key, V_MAIN, V_REST, V_DIM).to(COMPUTE)
-            sum_rest = tl.dot(weights, tile_values, sum_rest * kept[:, None], input_precision="ieee")
-        largest = new_largest
+        scores = tile_scores(
+            q_main,
+            q_rest,
+            keys,
+            k_dim_stride,
+            block * k_block_stride + at * k_token_stride,
+            is_key,
+            is_seen,
+            scaling,
+            softcap,
+            K_DIM,
+            K_MAIN,
+            K_REST,
+            HAS_SOFTCAP,
+            COMPUTE,
+        )
+        largest, total, sum_main, sum_rest = take_in(
+            scores,
+            largest,
+            total,
+            sum_main,
+            sum_rest,
+            values,
+            v_dim_stride,
+            block * v_block_stride + at * v_token_stride,
+            is_key,
+            V_DIM,
+            V_MAIN,
+            V_REST,
+            COMPUTE,
+        )
     if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         with_sink = tl.maximum(largest, sink)
         kept = tl.exp2(largest - with_sink)
         total = total * kept + tl.exp2(sink - with_sink)

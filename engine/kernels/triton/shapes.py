@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -10,8 +9,6 @@ from typing import Any, Final
 import torch
 import triton
 import triton.language as tl
-
-LOG2_E: Final = math.log2(math.e)
 
 #: The least size of a matrix product.
 _MIN_DIM: Final = 16

@@ -115,7 +115,7 @@ def shapes(draw):
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(world=shapes(), how=limits, draw=st.data())
 def test_random_layers_and_mixtures_of_lengths_attend_as_torch_does(kernels, world, how, draw):
     options = world.options(**how)
