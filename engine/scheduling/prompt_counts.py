@@ -59,9 +59,17 @@ def count_arrived(seq: Sequence, pull: RemotePull, index: int) -> None:
 
 def note_coming(seq: Sequence, pull: RemotePull, end_tokens: int) -> None:
     """Note where those tokens before `end_tokens` come from that were found, or were asked of holders."""
+    first = last = -1  # of a run of blocks of one copy: what is noted a block takes as long as what is noted a run
+    copy: Copy | None = None
     for index in sorted({*pull.found, *pull.asked}):
-        if index * seq.block_size < end_tokens:
-            _note(seq, index, _copy(seq, pull, index))
+        if index * seq.block_size >= end_tokens:
+            break
+        now = _copy(seq, pull, index)
+        if first < 0 or index != last + 1 or now != copy:
+            _note(seq, first, last, copy)
+            first, copy = index, now
+        last = index
+    _note(seq, first, last, copy)
 
 
 def _copy(seq: Sequence, pull: RemotePull, index: int) -> Copy | None:
@@ -75,12 +83,15 @@ def _count(seq: Sequence, index: int, copy: Copy | None) -> None:
         seq.num_device_tokens += num_tokens
     else:
         seq.num_loaded_tokens[copy.tier] += num_tokens
-    _note(seq, index, copy)
+    _note(seq, index, index, copy)
 
 
-def _note(seq: Sequence, index: int, copy: Copy | None) -> None:
-    begin = index * seq.block_size
-    end = begin + seq.num_prompt_tokens_of(index)
+def _note(seq: Sequence, first: int, last: int, copy: Copy | None) -> None:
+    """Note where blocks `first` to `last` of a prompt come from, none of them where `first` is negative."""
+    if first < 0:
+        return
+    begin = first * seq.block_size
+    end = last * seq.block_size + seq.num_prompt_tokens_of(last)
     if copy is None:
         seq.origins.note(begin, end, "device")
     else:
