@@ -61,6 +61,7 @@ HELP: Final = {
     "kvray_disk_unusable_files": "Files in the directory of the disk tier that are nothing for this model",
     "kvray_disk_written_blocks_total": "KV blocks that were written to disk",
     "kvray_evictions_total": "KV blocks whose content made room, by tier, and by why: room, quota, or a spare copy",
+    "kvray_explained_prompt_tokens_total": "Tokens of requests' first prompts, of which misses are counted",
     "kvray_fleet_workers": "Workers that Serve says are there, by role",
     "kvray_fleet_workers_answering": "Workers that answered this scrape within 2 s, by role",
     "kvray_generated_tokens_total": "Tokens that the worker sampled",

@@ -92,6 +92,7 @@ class RouteLog:
         self._by_id: dict[tuple[int, str], str] = {}  # that, by tenant and client's id: of several the last
         self._reply_ids: OrderedDict[str, str] = OrderedDict()  # that, by ids in replies that do not tell it
         self._missed: Counter[str] = Counter()  # prompt tokens, by reason
+        self._num_explained_tokens = 0  # of those prompts, all
         self._num_predicted_blocks = 0
         self._num_absent_blocks = 0
 
@@ -104,9 +105,10 @@ class RouteLog:
 
     def stats(self) -> dict[str, float]:
         """Return the counters by metric name."""
-        return {
+        missed = {
             f'kvray_prompt_misses_total{{reason="{reason}"}}': float(self._missed[reason]) for reason in MISS_REASONS
         }
+        return {"kvray_explained_prompt_tokens_total": float(self._num_explained_tokens), **missed}
 
     # ------------------------------------------------------------------------------------------------- what happened
 
@@ -197,6 +199,7 @@ class RouteLog:
         )
         record.runs = explained_runs(asked, chunk.plan.got)
         self._missed.update(missed_tokens(record.runs))
+        self._num_explained_tokens += record.num_prompt_tokens
         self._num_predicted_blocks += record.num_matched_tokens // worker.block_size
         self._num_absent_blocks += num_absent_tokens(record.runs, record.num_matched_tokens) // worker.block_size
 

@@ -107,6 +107,7 @@ def test_misses_are_counted_by_reason_in_tokens():
     answered(log, "b")
     stats = log.stats()
     assert stats['kvray_prompt_misses_total{reason="evicted"}'] == 60
+    assert stats.pop("kvray_explained_prompt_tokens_total") == 200
     assert sum(stats.values()) == 60
 
 

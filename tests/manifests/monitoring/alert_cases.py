@@ -31,7 +31,7 @@ _WAITING = 'kvray_sequences_waiting{worker="%s",role="decode"}'
 _CHECKED = 'kvray_canary_checked_blocks_total{ingress="i1"}'
 _WRONG = 'kvray_canary_wrong_blocks_total{ingress="i1",kind="pool_only"}'
 _MISSES = 'kvray_prompt_misses_total{ingress="i1",reason="%s"}'
-_PROMPT = 'kvray_prompt_tokens_total{ingress="i1",source="computed"}'
+_PROMPT = 'kvray_explained_prompt_tokens_total{ingress="i1"}'
 
 
 def _stranded(num_leases: int) -> dict[str, str]:
