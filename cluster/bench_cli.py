@@ -181,6 +181,8 @@ def serve(
 
     if url is not None and base_url is not None:
         raise ConfigError("--base-url: wanted either it or --url, which is the same, saw both")
+    if dataset_path is not None and dataset_name != "random":
+        raise ConfigError(f"--dataset-name: wanted either it or --dataset-path, saw {dataset_name} and {dataset_path}")
     if plot is not None:
         check_can_plot(plot)
     if output is not None:

@@ -158,6 +158,9 @@ def test_agents_are_drawn_in_turns():
         (("--percentiles", "50,101"), "wanted numbers from 0 to 100"),
         (("--extra-body", "[1]"), "--extra-body: wanted a JSON object, saw '[1]'"),
         (("--plot", "plot.png"), "--plot: wanted "),
+        (("--output", "/nowhere/out.json"), "--output: wanted a file in a directory that is there"),
+        (("--dataset-path", "a.jsonl", "--dataset-name", "agents"), "--dataset-name: wanted either it or"),
+        (("--url", "http://me:secret@127.0.0.1:9"), "wanted a URL without a name and password"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments, said):
