@@ -6,6 +6,7 @@ import random
 import pytest
 from typer.testing import CliRunner
 
+from cluster import plan_cli
 from cluster.cli import app
 from messages.errors import ConfigError
 from tests.shared_traces import mooncake
@@ -83,6 +84,15 @@ def test_targets_that_nothing_meets_are_told(trace, arguments, told):
 def test_without_a_server_all_that_is_wanted_is_named(trace):
     with pytest.raises(ConfigError, match=r"give --step-ms, --kv-bytes-per-token, --kv-cache-memory, or --url \(no st"):
         planned(trace, "--prefill-tokens-per-s", 1, "--url", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [([], "has no workers"), ({"workers": [{"compute": None}]}, "says of its workers no block_bytes")],
+)
+def test_what_is_no_kvray_is_told(status, told):
+    with pytest.raises(ConfigError, match=told):
+        plan_cli._a_worker(status)
 
 
 def test_a_broken_line_is_told(trace):

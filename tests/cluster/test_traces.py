@@ -82,6 +82,19 @@ def test_requests_that_begin_alike_share_the_ids_of_whole_blocks(tmp_path):
     assert not trace.is_timed
 
 
+def test_what_a_line_says_of_its_output_is_what_is_asked_for(tmp_path):
+    lines = [
+        {"prompt": "a", "max_tokens": 100, "output_tokens": 5},
+        {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 3, "output_tokens": 5},
+        {"input": "a", "max_output_tokens": 7},
+    ]
+    asked = [one.requests[0] for one in read_trace(written(tmp_path, *lines)).sessions]
+    assert [request.num_output_tokens for request in asked] == [5, 5, 7]
+    assert asked[0].body == {"prompt": "a", "max_tokens": 5}
+    assert asked[1].body == {"messages": lines[1]["messages"], "max_tokens": 5}
+    assert asked[2].body == lines[2]
+
+
 def test_only_as_many_sessions_are_read_as_are_wanted(tmp_path):
     path = written(tmp_path, row(), row(), "no JSON")
     assert read_trace(path, max_sessions=2).num_requests == 2
