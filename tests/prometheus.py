@@ -14,13 +14,15 @@ import httpx
 import pytest
 import yaml
 
+from tests.served import free_port
+
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed (make prometheus)"
 )
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (make prometheus)"
 )
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 
 
 def promtool(*arguments: str | Path, text: str | None = None) -> str:
@@ -53,44 +55,48 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(directory: Path, port: int, target: str, key_file: Path, rules: Sequence[Path]) -> Iterator[Prometheus]:
-    """Scrape `target`, host:port, every second with the key in `key_file`, until the block ends."""
+def prometheus(
+    directory: Path, scrape_configs: Sequence[object] = (), rules: Sequence[Path] = ()
+) -> Iterator[Prometheus]:
+    """One that keeps its data in `directory` and scrapes every second, until the block ends."""
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(rule) for rule in rules],
-        "scrape_configs": [
-            {
-                "job_name": "kvray",
-                "authorization": {"credentials_file": str(key_file)},
-                "static_configs": [{"targets": [target]}],
-            }
-        ],
+        "scrape_configs": list(scrape_configs),
     }
-    file = directory / "prometheus.yml"
-    file.write_text(yaml.safe_dump(config))
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     log = directory / "prometheus.log"
+    with contextlib.ExitStack() as stack:
+        url = None
+        while url is None:
+            url = _started(directory, log, stack)
+        yield Prometheus(url)
+
+
+def _started(directory: Path, log: Path, stack: contextlib.ExitStack) -> str | None:
+    """Where it answers; None where somebody else took its port before it did, and another is to be tried."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
     with log.open("w") as stream:
         process = subprocess.Popen(
             [
                 "prometheus",
-                f"--config.file={file}",
+                f"--config.file={directory / 'prometheus.yml'}",
                 f"--storage.tsdb.path={directory / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",
             ],
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        ends_s = time.monotonic() + _START_TIMEOUT_S
-        while not _is_ready(url):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < ends_s, log.read_text()
-            time.sleep(0.1)
-        yield Prometheus(url)
-    finally:
-        process.terminate()
-        process.wait(10)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    ends_s = time.monotonic() + _START_TIMEOUT_S
+    while process.poll() is None:
+        if _is_ready(url):
+            return url
+        assert time.monotonic() < ends_s, log.read_text()
+        time.sleep(0.1)
+    assert "address already in use" in log.read_text(), log.read_text()
+    return None
 
 
 def _is_ready(url: str) -> bool:

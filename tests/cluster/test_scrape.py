@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -114,7 +115,7 @@ async def test_prometheus_scrapes_the_fleet_with_a_key_and_takes_the_rules(model
         try:
             await ask(port)
             with contextlib.ExitStack() as stack:  # entered beside the loop, which has a fleet to carry on
-                starting = prometheus(tmp_path, free_port(), f"127.0.0.1:{port}", tmp_path / "key", [RULES])
+                starting = prometheus(tmp_path, [scraped(port, tmp_path / "key")], [RULES])
                 seen = await asyncio.to_thread(stack.enter_context, starting)
                 await eventually(lambda: seen.query("kvray_requests_running"))
                 await asyncio.to_thread(check, seen)
@@ -126,6 +127,12 @@ async def test_prometheus_scrapes_the_fleet_with_a_key_and_takes_the_rules(model
             await serving_task
             dispatcher.close()
             router.close()
+
+
+def scraped(port: int, key_file: Path) -> dict[str, object]:
+    """A scrape_config of what answers at `port`, with the key in `key_file`."""
+    targets = [{"targets": [f"127.0.0.1:{port}"]}]
+    return {"job_name": "kvray", "authorization": {"credentials_file": str(key_file)}, "static_configs": targets}
 
 
 async def ask(port: int) -> None:
@@ -167,7 +174,7 @@ def test_prometheus_and_everybodys_own_numbers_agree_within_a_reporting_period(t
     (tmp_path / "key").write_text("none")
     with serving("--host-memory", "64MiB", log_dir=tmp_path) as served:
         port = int(served.url.rpartition(":")[2])
-        with prometheus(tmp_path, free_port(), f"127.0.0.1:{port}", tmp_path / "key", [RULES]) as seen:
+        with prometheus(tmp_path, [scraped(port, tmp_path / "key")], [RULES]) as seen:
             for number in range(6):
                 body = {"prompt": f"{number % 3} " + "a quiet morning " * 60, "max_tokens": 16}
                 assert httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).status_code == 200

@@ -21,10 +21,11 @@ import pytest
 import yaml
 
 from tests.browser import Watched, browser, watched
+from tests.cluster.ray_dashboard.panels import asked_by_panels
 from tests.cluster.ray_dashboard.ray_head import environment_beside, run
-from tests.cluster.ray_dashboard.real_prometheus import asked_by_panels, has_series, prometheus
 from tests.cluster.test_three_nodes import GCS_PORT, HTTP_PORT, Node
 from tests.hosts import hosts_on_a_switch
+from tests.prometheus import needs_prometheus, prometheus
 from tests.served import Served, own_environment
 
 pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(600)]
@@ -212,12 +213,13 @@ async def test_both_pages_show_it_in_a_browser_and_axe_finds_nothing(deployment,
             assert await seen.violations() == []
 
 
+@needs_prometheus
 async def test_every_panel_of_the_grafana_dashboard_has_series(deployment, tmp_path):
-    with prometheus(tmp_path, json.dumps(deployment.scrape_configs)) as url:
+    with prometheus(tmp_path, deployment.scrape_configs) as seen:
         wanted = dict(asked_by_panels())
         ends_s = time.monotonic() + 90
         while wanted:
             assert time.monotonic() < ends_s, f"nothing for {wanted}"
             await deployment.talk(8)
             await asyncio.sleep(2)
-            wanted = {title: expr for title, expr in wanted.items() if not has_series(url, expr)}
+            wanted = {title: expr for title, expr in wanted.items() if not seen.query(expr)}

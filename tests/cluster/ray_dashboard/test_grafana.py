@@ -12,7 +12,8 @@ from cluster.fleet_metrics import HELP
 from cluster.openai.metrics import HttpMetrics
 from cluster.ray_dashboard.grafana import UID, dashboard_json
 from kvrouter.gauges import GAUGES
-from tests.cluster.ray_dashboard.real_prometheus import answer, asked_by_panels, panels, prometheus
+from tests.cluster.ray_dashboard.panels import asked_by_panels, panels
+from tests.prometheus import needs_prometheus, prometheus
 
 _NAME = re.compile(r"\b(?:ray_)?kvray_\w+")
 
@@ -80,8 +81,9 @@ def test_labels_that_are_asked_for_are_those_of_the_gauge(dashboard):
             assert labels <= {*GAUGES[name].labels, *rays}, query
 
 
+@needs_prometheus
 @pytest.mark.slow
 def test_a_real_prometheus_understands_every_query(tmp_path):
-    with prometheus(tmp_path) as url:
-        for title, expr in asked_by_panels():
-            assert answer(url, expr)["status"] == "success", title
+    with prometheus(tmp_path) as seen:
+        for _, expression in asked_by_panels():
+            seen.query(expression)
