@@ -58,11 +58,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
-    @property
-    def has_penalty(self) -> bool:
-        """Whether tokens that came before get other logits."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):
     """An owner that was said to hold a run of blocks, and in which of its tiers."""

@@ -136,7 +136,7 @@ class Sampler:
     def _shape_row(self, logits: Tensor, shaped: Tensor, row: SamplingRow) -> None:
         """Write one row with all that its parameters change into `shaped`."""
         params = row.params
-        if params.has_penalty:
+        if _has_penalty(params):
             self._penalize(logits, shaped, row)
         else:
             shaped.copy_(logits)
@@ -235,6 +235,10 @@ def _no_choice(logits: Tensor, top: float) -> KvrayError:
     return RequestError(f"the request's penalties, biases and grammar together {what}", code="invalid_value")
 
 
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
 def _banned(row: SamplingRow) -> tuple[int, ...]:
     """Return what must not come next, because too little has come."""
     return row.params.stop_token_ids if row.num_output_tokens < row.params.min_tokens else ()
@@ -243,7 +247,7 @@ def _banned(row: SamplingRow) -> tuple[int, ...]:
 def _is_shaped(row: SamplingRow) -> bool:
     """Tell whether anything changes the row's logits before one is chosen."""
     params = row.params
-    return params.has_penalty or bool(params.logit_bias or params.grammar or _banned(row))
+    return _has_penalty(params) or bool(params.logit_bias or params.grammar or _banned(row))
 
 
 class _Penalties:

@@ -255,14 +255,12 @@ class Sequence:
     def must_be_known(self) -> bool:
         """Whether nothing can be planned for it before what runs with it has ended.
 
-        Its grammar and its penalties say by each token which ones may follow, its prompt's log-probabilities go with
-        the first one, and where its computing meets what is pulled is seen then.
+        Its grammar says by each token which ones may follow, its prompt's log-probabilities go with the first one, and
+        where its computing meets what is pulled is seen then.
         """
         if self.pull is not None:
             return self.is_in_step
-        params = self.params
-        by_token = params.grammar is not None or params.has_penalty or self.wants_prompt_logprobs
-        return self.num_awaited > 0 and by_token
+        return self.num_awaited > 0 and (self.params.grammar is not None or self.wants_prompt_logprobs)
 
     @property
     def seniority(self) -> tuple[int, int]:
