@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ _GROUP_COUNTS = 1 << 24
 @dataclass(slots=True)
 class _Counted:
     place: int  #: in the table
-    num_tokens: int = 0  #: of the sequence, that are counted
+    num_tokens: int = 0  #: of the sequence, that are counted; 0: what its place holds is another's
+    has_sampled: bool = False  #: whether its place holds the token that was sampled last
 
 
 @dataclass(slots=True)
@@ -32,11 +33,13 @@ class _Changes:
     places: list[NDArray[np.int64]] = field(default_factory=list)  #: of the tokens that the host knows
     token_ids: list[NDArray[np.int64]] = field(default_factory=list)
     in_output: list[NDArray[np.int64]] = field(default_factory=list)  #: 1 where the token is output, else 0
-    awaited: list[tuple[int, int]] = field(default_factory=list)  #: place, and row of the launch before, of the others
+    awaited: list[int] = field(default_factory=list)  #: places of sequences whose sampled token is to be counted
 
 
 class DevicePenalties:
     """A count for each token of the vocabulary and each sequence that has penalties.
+
+    A launch goes `arrays`, `apply`, `note`. One that failed on its way, for want of memory, may begin anew.
 
     Attributes:
         counts: [places, vocab_size] int32: -1 of a token that did not come yet, else how often it is in the output.
@@ -45,6 +48,7 @@ class DevicePenalties:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.counts = torch.empty((0, vocab_size), dtype=torch.int32, device=device)
+        self._sampled = torch.empty(0, dtype=torch.int64, device=device)  # [places]: what was sampled last
         self._counted: dict[str, _Counted] = {}
         self._free: list[int] = []
 
@@ -54,18 +58,14 @@ class DevicePenalties:
         if counted is not None:
             self._free.append(counted.place)
 
-    def arrays(self, rows: Sequence[SamplingRow], last_rows: Mapping[str, int]) -> list[NDArray[Any]]:
-        """Return what is to be uploaded before `apply`, with the same rows; they count as counted from now on.
-
-        Args:
-            rows: with penalties.
-            last_rows: the row that each sequence had in the launch before this one.
+    def arrays(self, rows: Sequence[SamplingRow]) -> list[NDArray[Any]]:
+        """Return what is to be uploaded before `apply`, with the same rows: all of them have penalties.
 
         Raises:
-            InvariantError: a row awaits a token of a sequence that was not in that launch.
+            InvariantError: a row awaits a token, and none was sampled for its sequence.
         """
         changes = _Changes()
-        places = [self._take_in(row, last_rows, changes) for row in rows]
+        places = [self._take_in(row, changes) for row in rows]
         params = [row.params for row in rows]
         factors = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
         return [
@@ -75,38 +75,48 @@ class DevicePenalties:
             _joined(changes.places),
             _joined(changes.token_ids),
             _joined(changes.in_output),
-            np.array(changes.awaited, np.int64).reshape(-1, 2),
+            np.array(changes.awaited, np.int64),
         ]
 
-    def apply(self, logits: Tensor, uploaded: Sequence[Tensor], last_token_ids: Tensor) -> Tensor:
+    def apply(self, rows: Sequence[SamplingRow], logits: Tensor, uploaded: Sequence[Tensor]) -> Tensor:
         """Count what `arrays` told of; return the rows with their penalties, [len(rows), vocab_size] float32.
 
         Args:
+            rows: those that `arrays` was told of.
             logits: [len(rows), vocab_size] float32; not changed.
             uploaded: what `arrays` returned, on the device.
-            last_token_ids: of the launch before this one, [its rows] int64.
         """
         places, factors, begun, known_places, known_ids, in_output, awaited = uploaded
         self._reserve()
         vocab_size = self.counts.shape[1]
         self.counts.index_fill_(0, begun, -1)
         flat = self.counts.view(-1)
-        known = known_places * vocab_size + known_ids
-        coming = awaited[:, 0] * vocab_size + last_token_ids[awaited[:, 1]]
-        where = torch.cat([known, coming])
+        where = torch.cat([known_places * vocab_size + known_ids, awaited * vocab_size + self._sampled[awaited]])
+        more = torch.cat([in_output, torch.ones_like(awaited)]).to(torch.int32)
         flat[where] = flat[where].clamp(min=0)
-        flat.scatter_add_(0, where, torch.cat([in_output, torch.ones_like(coming)]).to(torch.int32))
+        flat.scatter_add_(0, where, more)  # the only operation that cannot be done twice: from here on it is done
+        for row in rows:
+            self._counted[row.seq_id].num_tokens = row.num_tokens
         group = max(1, _GROUP_COUNTS // vocab_size)
         parts = [slice(begin, begin + group) for begin in range(0, len(places), group)]
         return torch.cat([_penalized(logits[part], self.counts[places[part]], factors[part]) for part in parts])
 
-    def _take_in(self, row: SamplingRow, last_rows: Mapping[str, int], changes: _Changes) -> int:
+    def note(self, rows: Sequence[SamplingRow], uploaded: Sequence[Tensor], token_ids: Tensor) -> None:
+        """Keep what was sampled for the rows that `arrays` was told of, [len(rows)] int64, for rows that await it."""
+        self._sampled[uploaded[0]] = token_ids
+        for row in rows:
+            self._counted[row.seq_id].has_sampled = True
+
+    def _take_in(self, row: SamplingRow, changes: _Changes) -> int:
         """Note what of a row's tokens is not counted yet; return the place of its sequence."""
         counted = self._counted.get(row.seq_id)
-        if counted is None or counted.num_tokens > row.num_tokens:
-            place = counted.place if counted else self._free.pop() if self._free else len(self._counted)
+        if counted is None:
+            place = self._free.pop() if self._free else len(self._counted)
             counted = self._counted[row.seq_id] = _Counted(place)
-            changes.begun.append(place)
+        if counted.num_tokens > row.num_tokens:
+            counted.num_tokens, counted.has_sampled = 0, False
+        if not counted.num_tokens:
+            changes.begun.append(counted.place)
         new = np.array(row.token_ids[counted.num_tokens :], np.int64)
         if len(new):
             changes.places.append(np.full(len(new), counted.place))
@@ -114,18 +124,22 @@ class DevicePenalties:
             positions = np.arange(counted.num_tokens, len(row.token_ids))
             changes.in_output.append((positions >= row.num_prompt_tokens).astype(np.int64))
         if max(counted.num_tokens, len(row.token_ids)) < row.num_tokens:
-            if row.seq_id not in last_rows:
-                raise InvariantError(f"sequence {row.seq_id!r} awaits a token that the step before did not sample")
-            changes.awaited.append((counted.place, last_rows[row.seq_id]))
-        counted.num_tokens = row.num_tokens
+            if not counted.has_sampled:
+                raise InvariantError(f"sequence {row.seq_id!r} awaits a token, and none was sampled for it")
+            changes.awaited.append(counted.place)
         return counted.place
 
     def _reserve(self) -> None:
         wanted = len(self._counted) + len(self._free)
         if wanted > len(self.counts):
-            old = self.counts
-            self.counts = old.new_empty((max(wanted, 2 * len(old)), old.shape[1]))
-            self.counts[: len(old)] = old
+            num_places = max(wanted, 2 * len(self.counts))
+            self.counts, self._sampled = _lengthened(self.counts, num_places), _lengthened(self._sampled, num_places)
+
+
+def _lengthened(table: Tensor, length: int) -> Tensor:
+    longer = table.new_zeros((length, *table.shape[1:]))
+    longer[: len(table)] = table
+    return longer
 
 
 def _joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:

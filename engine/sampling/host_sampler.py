@@ -35,11 +35,12 @@ class HostSampler:
         self._masks = masks
         self._penalties: dict[str, _Penalties] = {}
         self._copies = torch.empty((0, vocab_size))  # [most rows that one step changed, vocab_size] float32
-        self._chosen: dict[str, int] = {}  # by sequence, what the last launch chose
+        self._chosen: dict[str, int] = {}  # by sequence, what was sampled last
 
     def forget(self, seq_id: str) -> None:
         """Drop what is kept for a sequence; unknown ids are ignored."""
         self._penalties.pop(seq_id, None)
+        self._chosen.pop(seq_id, None)
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> LaunchedSamples:
         """Choose the next token of each row of `logits`, [len(rows), vocab_size] float32, as `Sampler.launch` says."""
@@ -47,7 +48,7 @@ class HostSampler:
         shaped = self._shape_rows(logits, rows, errors)
         chosen = self._choose(logits, shaped, rows, errors)
         logprobs = _logprobs(logits, rows, chosen)
-        self._chosen = {rows[index].seq_id: token_id for index, token_id in chosen.items()}
+        self._chosen.update((rows[index].seq_id, token_id) for index, token_id in chosen.items())
         outcomes = [
             errors[index] if index in errors else Sampled(chosen[index], logprobs.get(index))
             for index in range(len(rows))
@@ -104,7 +105,7 @@ class HostSampler:
         penalties.update(row.token_ids)
         if penalties.num_tokens < row.num_tokens:
             if row.seq_id not in self._chosen:
-                raise InvariantError(f"sequence {row.seq_id!r} awaits a token that the step before did not sample")
+                raise InvariantError(f"sequence {row.seq_id!r} awaits a token, and none was sampled for it")
             penalties.add([self._chosen[row.seq_id]])
         penalties.apply(logits, shaped)
 

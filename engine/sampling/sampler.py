@@ -46,11 +46,11 @@ class Sampler:
 
         Args:
             logits: [len(rows), vocab_size] float32, always on one device; not changed.
-            rows: the sequences whose next tokens these are. A token that one awaits is the one that the launch before
-                this one chose for that sequence.
+            rows: the sequences whose next tokens these are. A token that one awaits is the one that was launched last
+                for its sequence.
 
         Raises:
-            InvariantError: logits of another shape or dtype, or a row awaits what was not launched.
+            InvariantError: logits of another shape or dtype, or a row with penalties awaits what was not launched.
         """
         if logits.shape != (len(rows), self._vocab_size) or logits.dtype != torch.float32:
             raise InvariantError(

@@ -146,11 +146,11 @@ def test_nothing_is_kept_for_sampling_a_sequence_that_is_over(engine):
     seen = 0
     while engine.has_work():
         step(engine)
-        seen = max(seen, len(engine.runner._sampler._penalties))
+        seen = max(seen, len(engine.runner._sampler._sampler._penalties))
     assert seen > 2
     add_at_random(engine, rng, 12)
     engine.step()
-    assert engine.runner._sampler._penalties.keys() <= {"s12"}
+    assert engine.runner._sampler._sampler._penalties.keys() <= {"s12"}
 
 
 # ------------------------------------------------------------------------------------ the same request, the same tokens

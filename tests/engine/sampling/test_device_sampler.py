@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engine.sampling import device_sampler, settings
+from engine.sampling import device_sampler, device_shaping, settings
 from engine.sampling.device_logprobs import launch_known
 from engine.sampling.device_sampler import DeviceSampler
 from engine.sampling.grammar_masks import GrammarMasks
@@ -219,7 +219,7 @@ def test_tokens_that_only_the_device_knows_count_as_those_that_were_told(ahead):
 
 
 @pytest.mark.parametrize("kind", ["device", "host"])
-def test_a_row_cannot_await_what_the_launch_before_did_not_sample(kind):
+def test_a_row_cannot_await_what_was_not_sampled(kind):
     sampler = on_device(50) if kind == "device" else Sampler(50, None)
     row = SamplingRow("s", params_of(presence_penalty=1.0), [1], 1, num_awaited=1)
     with pytest.raises(InvariantError, match="'s' awaits a token"):
@@ -235,11 +235,44 @@ def test_a_sequence_that_begins_anew_is_counted_anew_and_places_are_used_again()
     others = [SamplingRow(name, params, [1, 2, 3], 1) for name in ("c", "d")]
     for rows in (long, short):
         assert device.launch(logits, rows).finish() == Sampler(50, None).sample(logits, rows)
-    num_places = len(device._penalties.counts)
+    num_places = len(device._shaper._penalties.counts)
     for name in ("a", "b", "never seen"):
         device.forget(name)
     assert device.launch(logits, others).finish() == Sampler(50, None).sample(logits, others)
-    assert len(device._penalties.counts) == num_places
+    assert len(device._shaper._penalties.counts) == num_places
+
+
+def test_a_launch_that_failed_for_want_of_memory_may_begin_anew_wherever_that_was():
+    rows = [SamplingRow(f"s{i}", each, [3, 4, 3, 5], 2) for i, each in enumerate(PENALIZED)]
+    logits = torch.stack([some_logits(50, i, 1.0, 0.0, 0, []) for i in range(len(rows))])
+    device, other = on_device(50), on_device(50)
+    for some in (rows, [dataclasses.replace(row, num_awaited=1) for row in rows]):
+        expected = shown(other.launch(logits, some).finish())
+        num_operations = 0
+        while True:
+            num_operations += 1
+            try:
+                with FailingAfter(num_operations):
+                    launched = device.launch(logits, some)
+                break
+            except torch.OutOfMemoryError:
+                pass
+        assert num_operations > 50
+        assert shown(launched.finish()) == expected
+
+
+class FailingAfter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations; those after the first `limit` find no memory."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.count = limit, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count > self.limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
 
 
 # -------------------------------------------------------------------------------------------------- nothing is awaited
@@ -281,19 +314,12 @@ def test_a_launch_reads_nothing_of_the_device_and_begins_one_copy_back(monkeypat
         assert len(_Unread.made) == 1
 
 
-def test_rows_that_need_nothing_special_take_as_many_operations_as_one(monkeypatch):
-    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-
+def test_rows_that_need_nothing_special_take_as_many_operations_as_one():
     counts = {}
     for params in (params_of(temperature=0), params_of(), params_of(top_k=5, top_p=0.9, min_p=0.1, logprobs=2)):
         for num_rows in (1, 64):
             rows = [SamplingRow(str(i), params, [1], 1) for i in range(num_rows)]
-            with Counter() as counter:
+            with FailingAfter(10**6) as counter:
                 on_device(50).launch(torch.zeros(num_rows, 50), rows)
             counts[num_rows] = counter.count
         assert counts[1] == counts[64]
@@ -344,7 +370,7 @@ def test_a_row_that_cannot_be_shaped_ends_alone(monkeypatch, caplog):
     def refuse(*_args):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(device_sampler, "bias_refusal", refuse)
+    monkeypatch.setattr(device_shaping, "bias_refusal", refuse)
     rows = [SamplingRow(str(bias), params_of(temperature=0, logit_bias=bias), [1], 1) for bias in ({}, {1: 2.0}, {})]
     first, second, third = on_device(5).launch(torch.arange(15.0).view(3, 5), rows).finish()
     assert (first, third) == (Sampled(4), Sampled(4))
