@@ -44,6 +44,7 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
+from engine.split_steps import SplitStep, SplitSteps
 from engine.step_threads import StepThreads
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
@@ -82,7 +83,7 @@ class EngineStep:
     """A step that is on its way."""
 
     plan: StepPlan
-    launched: LaunchedStep
+    launched: SplitStep[LaunchedStep]
 
 
 @dataclass(slots=True)
@@ -96,6 +97,7 @@ class Engine:
     checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
+    steps: SplitSteps[LaunchedStep]  #: the runner's, split where memory is short
     scheduler: Scheduler
     grammars: GrammarCompiler | None  #: None: no structured output
     threads: StepThreads | None  #: None: not computed on a CPU
@@ -146,6 +148,7 @@ class Engine:
             plans_ahead=not is_host if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
+        runner = Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None)
         return cls(
             loaded=loaded,
             options=options,
@@ -153,7 +156,8 @@ class Engine:
             memory=memory,
             checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
-            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None),
+            runner=runner,
+            steps=SplitSteps(runner.launch, runner.finish, torch.cuda.empty_cache),
             grammars=grammars,
             threads=threads,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
@@ -218,13 +222,13 @@ class Engine:
         May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
-            launched = self.runner.launch(plan)
+            launched = self.steps.launch(plan)
             self.checksums.published(self._kept_blocks(plan))  # here the bytes are still in the cache, and nobody waits
         return EngineStep(plan, launched)
 
     def finish(self, step: EngineStep) -> StepResult:
         """Wait for the end of the step that was launched first of those on their way; on the thread of `launch`."""
-        return self.runner.finish(step.launched)
+        return self.steps.finish(step.launched)
 
     def _kept_blocks(self, plan: StepPlan) -> list[int]:
         """Return the blocks that the step of `plan` fills and peers will read; before the next one is launched."""
