@@ -169,12 +169,12 @@ class BlocksReleased:
 
 @dataclass(frozen=True, slots=True)
 class StepWanted:
-    """The runner is idle: plan a step if there is something to run."""
+    """The runner is idle, or, where steps are planned ahead, runs its last one: plan one if there is one to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The step that ran last gave this."""
+    """The step gave this that began first of those that run."""
 
     result: StepResult
 
@@ -379,6 +379,9 @@ class SequenceStep:
     is_sampled: bool  #: the last token's logits give the next token
     wants_prompt_logprobs: bool = False
     is_kept: bool = False  #: its blocks will be published
+    #: its only token is the one that the step before samples for this slot: the plan is made before that is known, and
+    #: does not hold it, nor does a later one
+    awaits_token: bool = False
 
     @property
     def end(self) -> int:
@@ -393,6 +396,8 @@ class StepPlan:
     parts: tuple[SequenceStep, ...]
     freed_slots: tuple[int, ...] = ()  #: left by their sequences since the last plan, before `parts` begin in any
     is_suspect: bool = False  #: its only part may end the process: whoever asked has to know by then
+    #: a part of a plan that did not fit: the slots were told of it then
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
