@@ -24,7 +24,7 @@ from engine.memory.checksums import BlockChecksums
 from engine.memory.device_memory import DeviceMemory
 from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model.load import LoadedModel
-from engine.runner import Runner
+from engine.runner import Accelerator, Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
@@ -44,6 +44,7 @@ from engine.scheduling.plan import (
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
 from engine.step_threads import StepThreads
+from engine.steps.cuda import CudaDevice
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
@@ -121,6 +122,7 @@ class Engine:
             pool = BlockPool(num_blocks, options.block_size)
             kv_pool = KvPool(*shape, num_blocks=num_blocks)
             memory = DeviceMemory(kv_pool.data)
+        accelerator = None if is_host else Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
         grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
@@ -139,7 +141,13 @@ class Engine:
             memory=memory,
             checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
-            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None),
+            runner=Runner(
+                loaded,
+                kv_pool,
+                Sampler(loaded.vocab_size, grammars),
+                threads.on_layer if threads else None,
+                accelerator,
+            ),
             grammars=grammars,
             threads=threads,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
@@ -149,8 +157,10 @@ class Engine:
     def warm_up(self) -> None:
         """Run a made-up prompt and a few tokens, twice: what happens once happens now, then rates are measured.
 
-        Leaves nothing behind but the measurements: a worker that has none would be guessed at by the router.
+        On a GPU steps are captured first. Leaves nothing behind but the measurements: a worker that has none would be
+        guessed at by the router.
         """
+        self.runner.capture()
         num_tokens = min(_WARM_UP_PROMPT_TOKENS, self.loaded.max_model_len - _WARM_UP_OUTPUT_TOKENS)
         if num_tokens < 1:
             return
