@@ -118,7 +118,7 @@ class LongSequences:
             begin_s = time.perf_counter()
             tables = self._anew.pack(step.plan)
             self.pack_anew_ms.append(1e3 * (time.perf_counter() - begin_s))
-            held = self._runner._tables.block_tables[inputs.tokens[4]]
+            held = self._runner._tables.block_tables[inputs.slots]
             assert torch.equal(held[:, : tables.shape[1]], tables), "both pack the same"
         sampled = {part.seq_id: Sampled(7) for part in step.plan.parts if part.is_sampled}
         self._scheduler.on_event(StepEnded(StepResult(sampled=sampled)), 0.0)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.kernels.protocol import PrefillSpans
@@ -221,23 +223,23 @@ class Runner:
             logits = captured.replay(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
             return captured.inputs(size), logits
         inputs = self._bring(step)
-        if step.awaits_tokens:
+        if step.awaiting:
             inputs.take_awaited(self._tables.sampled_ids)
-        spans = PrefillSpans(tuple(step.spans), inputs.spans) if step.spans else None
+        spans = PrefillSpans(tuple(step.spans), inputs.spans.view(len(step.spans), -1)) if step.spans else None
         return inputs, self._forward(inputs, step.max_kv_len, spans)
 
     def _bring(self, step: PackedStep) -> StepInputs:
         """Put a step's inputs where it runs: on a CPU into the memory that they are computed with."""
         shape = step.shape
 
-        def write(words: torch.Tensor) -> None:
-            step.write(shape.cut(words), self._tables, self._block_size)
+        def write(words: npt.NDArray[np.int64]) -> None:
+            step.write(shape.cut_host(words), self._tables, self._block_size)
 
         if self._staging is not None:
             return shape.cut(self._staging.bring(shape.num_words, write))
-        words = torch.empty(shape.num_words, dtype=torch.int64)
+        words = np.empty(shape.num_words, np.int64)
         write(words)
-        return shape.cut(words)
+        return shape.cut(torch.from_numpy(words))
 
     def _compute_rows(self, inputs: StepInputs) -> torch.Tensor:
         """Compute a step of decode rows so that it can be captured: by nothing that the host knows of it."""
@@ -249,11 +251,11 @@ class Runner:
         num_rows = len(inputs.kv_lens)
         attention = StepAttention(
             layers=self._layers,
-            block_ids=inputs.tokens[2],
-            offsets=inputs.tokens[3],
+            block_ids=inputs.block_ids,
+            offsets=inputs.offsets,
             num_decode_rows=num_rows,
             block_tables=self._tables.block_tables,
-            slots=inputs.tokens[4, :num_rows],
+            slots=inputs.slots[:num_rows],
             kv_lens=inputs.kv_lens,
             max_kv_len=max_kv_len,
             spans=spans,
@@ -263,8 +265,8 @@ class Runner:
         with step_attention(attention):
             # always a tensor: an int makes gemma4 drop positions before its layers that share KV
             output = self._model(
-                input_ids=inputs.tokens[0:1],
-                position_ids=inputs.tokens[1:2],
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
                 use_cache=False,
                 logits_to_keep=inputs.kept,
                 kv_step=attention,
@@ -291,7 +293,7 @@ class Runner:
         token_ids = [0 if isinstance(outcome, KvrayError) else outcome.token_id for outcome in outcomes]
         # what logits wider than the embedding give ends its sequence: the step behind this one may still look it up
         known = torch.tensor(token_ids).clamp_(max=self._loaded.num_embeddings - 1)
-        slots = inputs.tokens[4][inputs.kept[: len(parts)]]
+        slots = inputs.slots[inputs.kept[: len(parts)]]
         self._tables.leave_sampled(slots, known.to(slots.device))
         return outcomes
 

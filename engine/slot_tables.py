@@ -58,7 +58,8 @@ class DeviceRoom:
     device: torch.device
     num_slots: int
     max_blocks: int  #: of a sequence
-    bring: Callable[[int, Callable[[torch.Tensor], None]], torch.Tensor]  #: puts so many words that are written there
+    #: puts so many words, int64, that it lets be written on the host, there
+    bring: Callable[[int, Callable[[npt.NDArray[np.int64]], None]], torch.Tensor]
 
 
 class SlotTables:
@@ -148,8 +149,8 @@ class SlotTables:
         slots = np.repeat([slot for slot, _, _ in written], [end - begin for _, begin, end in written])
         columns = np.concatenate([np.arange(begin, end) for _, begin, end in written])
 
-        def write(words: torch.Tensor) -> None:
-            entries = words.numpy().reshape(3, -1)
+        def write(words: npt.NDArray[np.int64]) -> None:
+            entries = words.reshape(3, -1)
             entries[0], entries[1], entries[2] = slots, columns, self.host_tables[slots, columns]
 
         entries = room.bring(3 * len(slots), write).view(3, -1)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.steps.device import StepDevice, StepGraph
-from engine.steps.packing import NOWHERE, StepInputs, StepShape
+from engine.steps.packing import NOWHERE, HostInputs, StepInputs, StepShape
 from engine.steps.staging import Staging
 
 #: Largest |replayed - eager| / |eager| of a row's logits that passes: both run the same kernels.
@@ -81,7 +81,7 @@ class CapturedSteps:
             same = f"other bits in steps of {' or '.join(', '.join(map(str, each)) for each in self.classes)} rows"
         return f"{found} in {self.elapsed_s:.1f} s; a token has {same}"
 
-    def replay(self, size: int, write: Callable[[StepInputs], None]) -> torch.Tensor:
+    def replay(self, size: int, write: Callable[[HostInputs], None]) -> torch.Tensor:
         """Put a step on its way whose inputs, on the host, `write` fills in; they are of so many rows, all kept.
 
         Returns:
@@ -96,10 +96,10 @@ class CapturedSteps:
         shape = StepShape.of_bucket(size)
         return shape.cut(self._words[: shape.num_words])
 
-    def _bring(self, size: int, write: Callable[[StepInputs], None]) -> None:
+    def _bring(self, size: int, write: Callable[[HostInputs], None]) -> None:
         shape = StepShape.of_bucket(size)
         self._staging.bring(
-            shape.num_words, lambda words: write(shape.cut(words)), target=self._words[: shape.num_words]
+            shape.num_words, lambda words: write(shape.cut_host(words)), target=self._words[: shape.num_words]
         )
 
     def _capture(self, size: int, limits: TrialLimits) -> torch.Tensor:
@@ -128,16 +128,15 @@ class CapturedSteps:
         return replayed[0].clone()
 
 
-def _write_trial(inputs: StepInputs, num_real: int, num_tokens: int) -> None:
+def _write_trial(inputs: HostInputs, num_real: int, num_tokens: int) -> None:
     """Write one sequence's first `num_real` tokens as decode rows, and padding behind them, into `inputs`."""
     places = np.arange(num_real)
-    tokens, kv_lens = inputs.tokens.numpy(), inputs.kv_lens.numpy()
-    tokens[:], kv_lens[:] = 0, 0
-    tokens[0, :num_real] = 7919 * places % num_tokens
-    tokens[1, :num_real] = tokens[3, :num_real] = places
-    tokens[2, num_real:] = NOWHERE
-    kv_lens[:num_real] = places + 1
-    inputs.kept.numpy()[:] = np.arange(len(kv_lens))
+    inputs.tokens[:], inputs.kv_lens[:] = 0, 0
+    inputs.tokens[0, :num_real] = 7919 * places % num_tokens
+    inputs.tokens[1, :num_real] = inputs.tokens[3, :num_real] = places
+    inputs.tokens[2, num_real:] = NOWHERE
+    inputs.kv_lens[:num_real] = places + 1
+    inputs.kept[:] = np.arange(len(inputs.kept))
 
 
 def _classes(rows: dict[int, torch.Tensor]) -> list[list[int]]:

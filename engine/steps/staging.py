@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.steps.device import DeviceEvent, StepDevice
@@ -33,7 +35,7 @@ class Staging:
         self._turn = 0
 
     def bring(
-        self, num_words: int, write: Callable[[torch.Tensor], None], target: torch.Tensor | None = None
+        self, num_words: int, write: Callable[[npt.NDArray[np.int64]], None], target: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Let `write` write `[num_words]` int64 on the host, and put them on their way to the device.
 
@@ -51,7 +53,7 @@ class Staging:
         if len(buffer.words) < num_words:
             buffer.words = self._device.pinned(1 << (num_words - 1).bit_length())
         words = buffer.words[:num_words]
-        write(words)
+        write(words.numpy())
         if target is None:
             target = torch.empty(num_words, dtype=torch.int64, device=self._device.device)
         self._device.copy(target, words)

@@ -79,7 +79,7 @@ def test_an_accelerator_is_brought_the_new_entries_and_no_others():
 
     def bring(num_words, write):
         brought.append(torch.empty(num_words, dtype=torch.int64))
-        write(brought[-1])
+        write(brought[-1].numpy())
         return brought[-1]
 
     tables = SlotTables(DeviceRoom(torch.device("cpu"), 2, 4, bring))

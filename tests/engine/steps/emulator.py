@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+#: What they are called depends on whether inference mode is on.
+_WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 
 
 @dataclass
@@ -137,10 +138,15 @@ class EmulatedGraph:
 
 
 class _NoWaits(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and its import takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         is_masked = name == "index" and any(i is not None and i.dtype is torch.bool for i in args[1])
-        is_counted = name == "repeat_interleave" and kwargs.get("output_size") is None
+        is_counted = name == "repeat_interleave" and "Tensor" in func._overloadname
+        is_counted = is_counted and (kwargs or {}).get("output_size") is None
         is_of_host = name == "lift_fresh" and args[0].dim() > 0
         if name in _WAITS or is_masked or is_counted or is_of_host:
             raise RuntimeError(f"the host waits for the device: {func}")
