@@ -89,6 +89,8 @@ class EngineSection(_Section, frozen=True):
     kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: a share of what is free at start
     #: of the memory that is free when a worker starts, where no size is given
     kv_cache_share: Annotated[float, Meta(ge=0.001, le=0.95)] = 0.25
+    #: auto: as the model computes; fp8: float8 (e4m3), half of bfloat16, less exact: workers say by how much
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_num_seqs: Annotated[int, Meta(ge=1, le=65536)] = 256
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: budget of a step
     #: prefill chunks are cut so that running sequences wait no longer, where possible
@@ -479,6 +481,8 @@ def _check_numbers(config: KvrayConfig) -> None:
         if most is not None and not 1 <= least <= most:
             wanted = "at least 1" if least < 1 else f"at most autoscaling.max_{role} ({most})"
             raise ConfigError(f"pools.{role}: wanted {wanted}, saw {least}")
+    if config.engine.kv_cache_dtype == "fp8" and config.tiers.remote_compression == "int8":
+        raise ConfigError("tiers.remote_compression: wanted off or lossless beside engine.kv_cache_dtype fp8, saw int8")
 
 
 def _check_endpoint(endpoint: str | None) -> None:

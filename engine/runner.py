@@ -54,7 +54,7 @@ class Runner:
         Raises:
             InvariantError: the pool was laid out for another model.
         """
-        if pool.layer_specs != tuple(loaded.layer_specs) or pool.dtype != loaded.dtype:
+        if pool.layer_specs != tuple(loaded.layer_specs) or pool.dtype != loaded.kv_dtype:
             raise InvariantError(f"the KV pool is not laid out for {loaded.family}")
         self._loaded = loaded
         model: Any = loaded.model
@@ -66,7 +66,7 @@ class Runner:
         self._on_layer = on_layer
         self._tables = SlotTables(loaded.device)
         self._layers = [
-            LayerAttention(k_view, v_view, kernels, layer.chunk)
+            LayerAttention(k_view, v_view, kernels, layer.chunk, layer.scales)
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
 

@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, loaded: LoadedModel, num_blocks: int = 256, block_size: int = 16, *, is_reversed: bool = False):
         self.loaded = loaded
-        self.pool = KvPool(loaded.layer_specs, block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
+        self.pool = KvPool(loaded.layer_specs, block_size, loaded.kv_dtype, loaded.device, num_blocks=num_blocks)
         self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None))
         self.block_size = block_size
         self.slots = SlotPool()
