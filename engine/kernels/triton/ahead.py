@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.kernels.triton import decode, operators, prefill, store
-from engine.kernels.triton.shapes import HeadShape, Tiling, decode_tiling, prefill_tiling
+from engine.kernels.triton.shapes import Tiling, decode_tiling, head_shape, prefill_tiling
 
 #: Compute capabilities, times ten: A100, H100 and H200, B200.
 CAPABILITIES: Final = (80, 90, 100)
@@ -98,7 +98,7 @@ def compiled(
     heads, kv_heads, k_dim, v_dim = shape
     pointer, compute = DTYPES[dtype]
     pool = _FLOAT8_POINTER if is_float8 else pointer
-    cut = HeadShape.of(heads, kv_heads, k_dim, v_dim)
+    cut = head_shape(heads, kv_heads, k_dim, v_dim)
     types = _POINTERS | dict.fromkeys(("query", "key", "value", "cosine", "sine", "out", "sinks"), pointer)
     types |= {"k_pool": pool, "v_pool": pool, "block_ids": "*i64", "offsets": "*i64"}
     common = {"GROUP": cut.group, "K_DIM": k_dim, "V_DIM": v_dim, "BLOCK_SIZE": _BLOCK_SIZE, "COMPUTE": compute}

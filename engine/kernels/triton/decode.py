@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.protocol import AttentionOptions
-from engine.kernels.triton.shapes import HeadShape, compute_dtype, decode_tiling, programs_of
+from engine.kernels.triton.shapes import compute_dtype, decode_tiling, head_shape, programs_of
 from engine.kernels.triton.tiles import (
     LOG2_E,
     MAX_SPLITS,
@@ -64,7 +64,7 @@ def _attend(
 ) -> None:
     num_rows, num_heads, k_dim = query.shape
     num_kv_heads, block_size, v_dim = k_view.shape[1], k_view.shape[2], v_view.shape[3]
-    shape = HeadShape.of(num_heads, num_kv_heads, k_dim, v_dim)
+    shape = head_shape(num_heads, num_kv_heads, k_dim, v_dim)
     tiling = decode_tiling(shape, query.dtype, is_float8=k_view.dtype == torch.float8_e4m3fn)
     # A split more than keys give: a window may begin within a tile.
     most_splits = min(MAX_SPLITS, -(-max_kv_len // MIN_SPLIT_TOKENS) + 1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.protocol import AttentionOptions, PrefillSpans
-from engine.kernels.triton.shapes import HeadShape, compute_dtype, prefill_tiling
+from engine.kernels.triton.shapes import compute_dtype, head_shape, prefill_tiling
 from engine.kernels.triton.tiles import LOG2_E, UNLIMITED, first_visible, score_factor, take_in, tile_scores
 
 
@@ -27,7 +27,7 @@ def prefill_attention(
     """Implement `AttentionKernels.prefill_attention`; `spans.table` lies on the query's device."""
     _, num_heads, k_dim = query.shape
     num_kv_heads, block_size, v_dim = k_view.shape[1], k_view.shape[2], v_view.shape[3]
-    shape = HeadShape.of(num_heads, num_kv_heads, k_dim, v_dim)
+    shape = head_shape(num_heads, num_kv_heads, k_dim, v_dim)
     tiling = prefill_tiling(shape, query.dtype)
     out = query.new_empty(query.shape[0], num_heads, v_dim)
     num_tiles = sum(-(-(span.end - span.begin) // tiling.rows) for span in spans.spans)

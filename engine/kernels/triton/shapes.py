@@ -33,11 +33,12 @@ class HeadShape:
     v_main: int
     v_rest: int
 
-    @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int) -> HeadShape:
-        """Cut the sizes of heads."""
-        group = num_heads // num_kv_heads
-        return cls(group, max(_MIN_DIM, triton.next_power_of_2(group)), *_cut(k_dim), *_cut(v_dim))
+
+@cache
+def head_shape(num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int) -> HeadShape:
+    """Cut the sizes of heads: once for all layers and steps, whose time on the host counts."""
+    group = num_heads // num_kv_heads
+    return HeadShape(group, max(_MIN_DIM, triton.next_power_of_2(group)), *_cut(k_dim), *_cut(v_dim))
 
 
 def _cut(dim: int) -> tuple[int, int]:
@@ -79,6 +80,7 @@ class Tiling:
     programs: int = 1
 
 
+@cache
 def prefill_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
     """Choose tiles of prefill attention that fit into registers and shared memory, by the sizes of heads."""
     width = max(shape.k_main + shape.k_rest, shape.v_main + shape.v_rest)
@@ -89,6 +91,7 @@ def prefill_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
     return Tiling(64, 32, 8, 2) if width <= 256 else Tiling(32, 16, 8, 1)
 
 
+@cache
 def decode_tiling(shape: HeadShape, dtype: torch.dtype, *, is_float8: bool = False) -> Tiling:
     """Choose tiles of decode attention, by the sizes of heads; `rows` are those of a group's heads.
 
