@@ -191,6 +191,7 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
     return WorkerOptions(
         model_dir=config.model.path,
         dtype=config.model.dtype,
+        kv_cache_dtype=section.kv_cache_dtype,
         device=config.model.device,
         max_model_len=config.model.max_model_len,
         num_threads=section.num_threads,

@@ -91,6 +91,8 @@ class EngineSection(_Section, frozen=True):
     kv_cache_share: Annotated[float, Meta(ge=0.001, le=0.95)] = 0.25
     #: of a GPU's memory, what a worker uses in all, where no size is given: KV gets what weights and steps leave of it
     gpu_memory_utilization: Annotated[float, Meta(ge=0.01, le=1)] = 0.9
+    #: auto: as the model computes; fp8: float8 (e4m3), half of bfloat16, less exact: workers say by how much
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_num_seqs: Annotated[int, Meta(ge=1, le=65536)] = 256
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: budget of a step
     #: prefill chunks are cut so that running sequences wait no longer, where possible
@@ -481,6 +483,8 @@ def _check_numbers(config: KvrayConfig) -> None:
         if most is not None and not 1 <= least <= most:
             wanted = "at least 1" if least < 1 else f"at most autoscaling.max_{role} ({most})"
             raise ConfigError(f"pools.{role}: wanted {wanted}, saw {least}")
+    if config.engine.kv_cache_dtype == "fp8" and config.tiers.remote_compression == "int8":
+        raise ConfigError("tiers.remote_compression: wanted off or lossless beside engine.kv_cache_dtype fp8, saw int8")
 
 
 def _check_endpoint(endpoint: str | None) -> None:

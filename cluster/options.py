@@ -158,6 +158,15 @@ Threads = Annotated[
 ]
 
 BlockSize = Annotated[int | None, _setting("engine.block_size", "--block-size", "Tokens per KV block.", _ENGINE)]
+KvCacheDtype = Annotated[
+    str | None,
+    _setting(
+        "engine.kv_cache_dtype",
+        "--kv-cache-dtype",
+        "auto (as the model computes), fp8 (float8, half the bytes).",
+        _ENGINE,
+    ),
+]
 KvCacheMemory = Annotated[
     str | None,
     _setting(

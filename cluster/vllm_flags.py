@@ -31,7 +31,10 @@ _RENAMED: Final = {
     "-tp": "--tensor-parallel-size",
 }
 #: values that have another name here
-_VALUES: Final = {"--dtype": {"half": "float16", "float": "float32"}}
+_VALUES: Final = {
+    "--dtype": {"half": "float16", "float": "float32"},
+    "--kv-cache-dtype": {"fp8_e4m3": "fp8"},
+}
 #: flags that take several values, each of which is given by itself here
 _SEVERAL: Final = ("--served-model-name", "--api-key")
 #: switches for what is always so, or changes nothing that a client sees
@@ -64,7 +67,6 @@ _AS_IT_IS: Final = {
     "--convert": ("auto", "none"),
     "--data-parallel-size": ("1",),
     "--generation-config": ("auto",),
-    "--kv-cache-dtype": ("auto",),
     "--load-format": ("auto", "safetensors"),
     "--model-impl": ("auto", "transformers"),
     "--nnodes": ("1",),
@@ -97,7 +99,6 @@ _HINTS: Final = {
     "--kv-offloading-size": "--host-memory, e.g. 8GiB, of each node",
     "--kv-offloading-backend": _TIERS,
     "--kv-transfer-config": "prefill and decode are disaggregated as they are (--prefill, --decode); " + _TIERS,
-    "--kv-cache-dtype": "KV is kept in the dtype that the model computes in (--dtype)",
     "--max-num-queued-reqs": "who would wait too long is refused: http.max_ttft_s in the YAML file",
     "--long-prefill-token-threshold": "prompts are cut by engine.itl_target_ms in the YAML file",
     "--max-num-partial-prefills": "prompts are cut by engine.itl_target_ms in the YAML file",

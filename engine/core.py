@@ -116,7 +116,7 @@ class Engine:
         Raises:
             ConfigError: there is too little memory for one sequence of the model's length.
         """
-        num_bytes_per_block = block_bytes(loaded.layer_specs, options.block_size, loaded.dtype)
+        num_bytes_per_block = block_bytes(loaded.layer_specs, options.block_size, loaded.kv_dtype)
         num_blocks = plan_num_blocks(
             block_bytes=num_bytes_per_block,
             block_size=options.block_size,
@@ -128,7 +128,7 @@ class Engine:
         num_threads = torch.get_num_threads()
         threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_host else None
         layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=is_host)
-        shape = (loaded.layer_specs, options.block_size, loaded.dtype, loaded.device)
+        shape = (loaded.layer_specs, options.block_size, loaded.kv_dtype, loaded.device)
         memory: Memory | DeviceMemory
         if is_host:
             memory = Memory.allocate(layout.num_bytes)

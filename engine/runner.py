@@ -88,7 +88,7 @@ class Runner:
         Raises:
             InvariantError: the pool was laid out for another model, or the model is not where steps run.
         """
-        if pool.layer_specs != tuple(loaded.layer_specs) or pool.dtype != loaded.dtype:
+        if pool.layer_specs != tuple(loaded.layer_specs) or pool.dtype != loaded.kv_dtype:
             raise InvariantError(f"the KV pool is not laid out for {loaded.family}")
         device = torch.device("cpu") if accelerator is None else accelerator.device.device
         if device.type != loaded.device.type:
@@ -111,7 +111,7 @@ class Runner:
         self._tables = SlotTables(room)
         self._ended_s = 0.0  # of the performance counter: when the step that was finished last ended
         self._layers = [
-            LayerAttention(k_view, v_view, kernels, layer.chunk)
+            LayerAttention(k_view, v_view, kernels, layer.chunk, layer.scales)
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
 

@@ -119,6 +119,7 @@ class WorkerOptions:
 
     model_dir: str
     dtype: str
+    kv_cache_dtype: str = "auto"  #: fp8: KV in float8
     device: str
     max_model_len: int | None
     num_threads: int | None  #: of a step, at most; None: as many as there are cores
@@ -190,6 +191,7 @@ class EngineWorker:
         loaded = load_model(
             model_dir,
             dtype=options.dtype,
+            kv_cache_dtype=options.kv_cache_dtype,
             device=options.device,
             num_threads=options.num_threads or num_cores(),
             max_model_len=options.max_model_len,
@@ -453,7 +455,7 @@ class EngineWorker:
             lease_s=options.lease_s,
             stall_s=options.stall_s,
             kernel_path=engine.loaded.kernel_path,
-            numbers=block_numbers(engine.loaded.layer_specs, engine.options.block_size, engine.loaded.dtype),
+            numbers=block_numbers(engine.loaded.layer_specs, engine.options.block_size, engine.loaded.kv_dtype),
             compute=engine.scheduler.cost.price,
         )
 

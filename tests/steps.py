@@ -46,7 +46,7 @@ class Bench:
         accelerator: Accelerator | None = None,
     ):
         self.loaded = loaded
-        self.pool = KvPool(loaded.layer_specs, block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
+        self.pool = KvPool(loaded.layer_specs, block_size, loaded.kv_dtype, loaded.device, num_blocks=num_blocks)
         self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None), accelerator=accelerator)
         self.block_size = block_size
         self.slots = SlotPool()

@@ -26,6 +26,7 @@ from cluster.doctor.facts import (
     SpanFacts,
     UcxFacts,
 )
+from engine.kernels.capability import OLDEST_DRIVERS
 
 State = Literal["ok", "warn", "fail"]
 
@@ -40,8 +41,6 @@ _MAX_OFFSET_S = 1.0
 _MAX_DRIFT_S = 0.02
 _MIN_KEY_CHARS = 16
 _SLOW_REMOTE_S = 2.0
-#: The oldest driver of Linux that runs a wheel of this CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
-_DRIVERS = {11: 450, 12: 525, 13: 580}
 
 
 class Finding(NamedTuple):
@@ -226,7 +225,7 @@ def of_gpu(facts: GpuFacts) -> Finding:
         advice = "torch was built without CUDA: pip install torch from the index of the driver's CUDA"
         return Finding("gpu", state, seen, advice)
     major = int(facts.torch_cuda.partition(".")[0])
-    oldest = _DRIVERS.get(major)
+    oldest = OLDEST_DRIVERS.get(major)
     if oldest is not None and _version(facts.driver) < (oldest,):
         return Finding("gpu", "fail", seen, f"CUDA {facts.torch_cuda} of torch wants driver {oldest} or newer")
     return Finding("gpu", "ok", f"{seen}, CUDA {facts.torch_cuda}")

@@ -16,6 +16,17 @@ from engine.memory.kv_pool import LayerSpec
 
 
 @dataclass(frozen=True, slots=True)
+class KvScales:
+    """What float8 keys and values of a layer are kept with: stored numbers times these are the keys and the values.
+
+    Powers of two, so that they round nothing.
+    """
+
+    k: float
+    v: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerUse:
     """How one layer uses attention, as measured by a probe: kernels decide by it whether they serve the layer."""
 
@@ -25,17 +36,19 @@ class LayerUse:
     chunk: int | None = None  #: attends within aligned chunks of this many tokens (llama4)
     softcap: float | None = None
     has_sinks: bool = False
+    scales: KvScales | None = None  #: KV is kept as float8; None: in the model's dtype
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
     """How a layer attends. Of two limits on what a position sees both hold."""
 
-    scaling: float  #: factor on scores
+    scaling: float  #: factor on scores, above 0
     window: int | None = None  #: position i sees j with `i - j < window`
     softcap: float | None = None  #: scores become `tanh(s / softcap) * softcap`
     sinks: torch.Tensor | None = None  #: `[num_heads]`, one more score per head in the softmax's sum
     chunk: int | None = None  #: position i sees j with `i // chunk == j // chunk`
+    value_scale: float = 1.0  #: factor on results: of values that are kept as float8
 
 
 class PrefillSpan(NamedTuple):
@@ -71,7 +84,8 @@ class AttentionKernels(Protocol):
     Views are the pool's: `k_view [num_blocks, num_kv_heads, block_size, k_dim]`, `v_view` the same with v_dim, each
     head's `[block_size, dim]` contiguous, block strides beyond 2^31 elements possible. Query head h reads KV head
     `h // (num_heads // num_kv_heads)`. `query`, `key` and `value` may be strided views; their last dimension is
-    contiguous.
+    contiguous. Views may be float8 (e4m3), of which kernels compute in the query's dtype: `AttentionOptions` has the
+    scales.
     """
 
     @property
@@ -100,16 +114,18 @@ class AttentionKernels(Protocol):
         v_view: torch.Tensor,
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
+        scales: KvScales | None = None,
     ) -> None:
         """Store the keys and values of T tokens in the pool.
 
         Args:
-            key: `[T, num_kv_heads, k_dim]`, of the pool's dtype.
-            value: `[T, num_kv_heads, v_dim]`, of the pool's dtype.
+            key: `[T, num_kv_heads, k_dim]`, of the pool's dtype, or any where that is float8.
+            value: `[T, num_kv_heads, v_dim]`, likewise.
             k_view: the layer's keys, written in place.
             v_view: the layer's values, written in place.
             block_ids: `[T]` int64, the block that each token goes to.
             offsets: `[T]` int64, its place within that block.
+            scales: of a float8 pool; what is beyond its largest number, or between two, becomes the nearest.
         """
         ...
 
@@ -158,4 +174,78 @@ class AttentionKernels(Protocol):
         Returns:
             `[T, num_heads, v_dim]`, dtype of the query.
         """
+        ...
+
+
+class PoolWrite(Protocol):
+    """Something that stores KV in place of `AttentionKernels.write_kv`, and does more on the way."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_ids: torch.Tensor,
+        offsets: torch.Tensor,
+        scales: KvScales | None = None,
+    ) -> None:
+        """Rotate `query [T, num_heads, k_dim]` in place; store `key`, rotated, and `value` as `write_kv` does."""
+        ...
+
+
+class LayerOperators(Protocol):
+    """What fused modules are computed with (`engine/model/fused.py`). A row has the same bits in any batch.
+
+    Tensors are of one dtype and contiguous where nothing else is said; another raises TypeError or ValueError.
+    """
+
+    def serves(self, tensor: torch.Tensor) -> bool:
+        """Tell whether tensors of that device and dtype are computed."""
+        ...
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool, rounds_first: bool
+    ) -> torch.Tensor:
+        """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
+
+        Args:
+            x: `[..., n]`.
+            weight: `[n]`.
+            eps: under the root.
+            adds_one: the factor is `1 + weight`.
+            rounds_first: round to x's dtype before the weight; otherwise the whole product is float32.
+        """
+        ...
+
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        delta: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        adds_one: bool,
+        rounds_first: bool,
+    ) -> torch.Tensor:
+        """Compute `rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`."""
+        ...
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """Compute `silu(gate) * up`, or gelu's tanh form; overwrite and return `gate`. Both `[..., n]`."""
+        ...
+
+    def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Apply rotary embedding in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
+
+        Args:
+            rows: `[num_tokens, num_heads, head_dim]`, only the last dimension contiguous.
+            cosine: `[num_tokens, r]` or `[1, num_tokens, r]`, r at most head_dim; what is left stays.
+            sine: shaped as `cosine`.
+        """
+        ...
+
+    def rotating_write(self, cosine: torch.Tensor, sine: torch.Tensor) -> PoolWrite | None:
+        """Return what rotates by them and stores KV in one pass; None: there is nothing of the kind."""
         ...

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpans
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, KvScales, LayerUse, PrefillSpans
 
 #: Torch's prefill attention works in segments cut at multiples of this many positions, counted from position 0,
 #: so that how the scheduler cut the chunks does not show in the result.
 SEGMENT_TOKENS = 256
+
+#: The largest number of float8 (e4m3).
+LARGEST_FLOAT8 = 448.0
 
 
 class TorchKernels:
@@ -32,8 +35,12 @@ class TorchKernels:
         v_view: torch.Tensor,
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
+        scales: KvScales | None = None,
     ) -> None:
         """Implement `AttentionKernels.write_kv` by one indexed store for keys and one for values."""
+        if scales is not None:
+            key, value = _as_float8(key, scales.k), _as_float8(value, scales.v)
+            k_view, v_view = k_view.view(torch.uint8), v_view.view(torch.uint8)
         k_view.transpose(1, 2).index_put_((block_ids, offsets), key)
         v_view.transpose(1, 2).index_put_((block_ids, offsets), value)
 
@@ -57,8 +64,8 @@ class TorchKernels:
         out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
         for row, (slot, kv_len) in enumerate(zip(slots.tolist(), kv_lens.tolist(), strict=True)):
             first = _first_visible(kv_len - 1, options)
-            keys = _gather(k_view, block_tables[slot], first, kv_len)  # [num_kv_heads, kv_len - first, k_dim]
-            values = _gather(v_view, block_tables[slot], first, kv_len)
+            keys = _gather(k_view, block_tables[slot], first, kv_len, query.dtype)  # [num_kv_heads, keys, k_dim]
+            values = _gather(v_view, block_tables[slot], first, kv_len, query.dtype)
             grouped = query[row].view(keys.shape[0], -1, query.shape[2])  # [num_kv_heads, group, k_dim]
             # torch's own attention gives so few rows in float32 other bits with other numbers of threads (2.13)
             if options.softcap is None and options.sinks is None and query.dtype is not torch.float32:
@@ -66,7 +73,7 @@ class TorchKernels:
             else:
                 rows = _explicit(grouped, keys, values, None, options)
             out[row] = rows.reshape(query.shape[1], -1)
-        return out
+        return _scaled(out, options)
 
     def prefill_attention(
         self,
@@ -89,7 +96,7 @@ class TorchKernels:
             )
             for span in spans.spans
         ]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        return _scaled(chunks[0] if len(chunks) == 1 else torch.cat(chunks), options)
 
     def _chunk(
         self,
@@ -103,8 +110,8 @@ class TorchKernels:
         """Attend with one chunk; `block_table [num_blocks]` is its sequence's."""
         start = kv_len - query.shape[0]
         origin = _first_visible(start, options)
-        all_keys = _gather(k_view, block_table, origin, kv_len)  # [num_kv_heads, kv_len - origin, k_dim]
-        all_values = _gather(v_view, block_table, origin, kv_len)
+        all_keys = _gather(k_view, block_table, origin, kv_len, query.dtype)  # [num_kv_heads, kv_len - origin, k_dim]
+        all_values = _gather(v_view, block_table, origin, kv_len, query.dtype)
         heads_first = query.transpose(0, 1)  # [num_heads, T, k_dim]
         out = query.new_empty(query.shape[0], query.shape[1], v_view.shape[3])
         for begin, end in segments(start, kv_len):
@@ -145,11 +152,29 @@ def _first_visible(position: int, options: AttentionOptions) -> int:
     return first if chunk is None else max(first, position // chunk * chunk)
 
 
-def _gather(view: torch.Tensor, block_table: torch.Tensor, first: int, end: int) -> torch.Tensor:
+def _as_float8(numbers: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return what a float8 pool keeps of `numbers`, as bytes."""
+    nearest = (numbers.float() / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return nearest.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _blocks_of(view: torch.Tensor, block_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Copy blocks out of `view`, as `dtype` to compute in: `[*block_ids.shape, num_kv_heads, block_size, dim]`."""
+    if view.dtype == dtype:
+        return view[block_ids]
+    return view.view(torch.uint8)[block_ids].view(view.dtype).to(dtype)  # torch indexes no float8
+
+
+def _scaled(out: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    return out if options.value_scale == 1.0 else out * options.value_scale
+
+
+def _gather(view: torch.Tensor, block_table: torch.Tensor, first: int, end: int, dtype: torch.dtype) -> torch.Tensor:
     """Copy tokens `[first, end)` of a sequence out of `view`: `[num_kv_heads, end - first, dim]`."""
     block_size = view.shape[2]
     head_block = first // block_size
-    blocks = view[block_table[head_block : -(-end // block_size)]]  # [blocks, num_kv_heads, block_size, dim]
+    # [blocks, num_kv_heads, block_size, dim]
+    blocks = _blocks_of(view, block_table[head_block : -(-end // block_size)], dtype)
     tokens = blocks.transpose(0, 1).reshape(view.shape[1], -1, view.shape[3])
     return tokens[:, first - head_block * block_size : end - head_block * block_size]
 
@@ -241,8 +266,10 @@ def _decode_padded(
     num_rows, num_heads, k_dim = query.shape
     num_kv_heads, block_size = k_view.shape[1], k_view.shape[2]
     tables = block_tables[:, : -(-max_kv_len // block_size)][slots]
-    keys = k_view[tables].transpose(1, 2).reshape(num_rows, num_kv_heads, -1, k_dim)
-    values = v_view[tables].transpose(1, 2).reshape(num_rows, num_kv_heads, -1, v_view.shape[3])
+    keys = _blocks_of(k_view, tables, query.dtype).transpose(1, 2).reshape(num_rows, num_kv_heads, -1, k_dim)
+    values = (
+        _blocks_of(v_view, tables, query.dtype).transpose(1, 2).reshape(num_rows, num_kv_heads, -1, v_view.shape[3])
+    )
     j = torch.arange(keys.shape[2], device=query.device)[None]
     last = kv_lens[:, None] - 1
     mask = j <= last
@@ -253,7 +280,7 @@ def _decode_padded(
     values.masked_fill_(~mask[:, None, :, None], 0)  # no weight hides a NaN of another sequence
     grouped = query.reshape(num_rows, num_kv_heads, -1, k_dim)
     out = _explicit(grouped, keys, values, mask[:, None, None], options)
-    return out.reshape(num_rows, num_heads, -1)
+    return _scaled(out.reshape(num_rows, num_heads, -1), options)
 
 
 TORCH_KERNELS: AttentionKernels = TorchKernels()

@@ -49,8 +49,10 @@ def block_bytes(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.
     return block_elements(layer_specs, block_size) * dtype.itemsize
 
 
-def block_numbers(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> BlockNumbers:
-    """Tell what the bytes of a block are to who has no torch. See KvPool."""
+def block_numbers(layer_specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> BlockNumbers | None:
+    """Tell what the bytes of a block are to who has no torch; None of float8, which no codec makes less. See KvPool."""
+    if dtype not in _KINDS:
+        return None
     dims = [dim for spec in layer_specs for dim in [spec.k_dim] * spec.num_kv_heads + [spec.v_dim] * spec.num_kv_heads]
     groups = tuple((len(list(same)), dim) for dim, same in itertools.groupby(dims))
     return BlockNumbers(_KINDS[dtype], block_size, groups)
@@ -82,7 +84,7 @@ class KvPool:
         Args:
             layer_specs: one per layer.
             block_size: tokens per block.
-            dtype: of K and V.
+            dtype: of K and V; float8 (e4m3) is half of bfloat16.
             device: where the blocks lie.
             memory: writable bytes on a CPU, a whole number of blocks; kept alive, never copied.
             num_blocks: how many, where there is no `memory`.
@@ -119,12 +121,13 @@ class KvPool:
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
         """Copy these blocks out of the pool: `[len(block_ids), block_elements]`, the pool's dtype."""
-        return self.data[torch.tensor(block_ids, dtype=torch.int64, device=self.device)]
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        return self.data.view(torch.uint8)[index].view(self.dtype)  # as bytes: torch indexes no float8
 
     def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
         """Put `blocks` `[len(block_ids), block_elements]` where `read_blocks` would read them."""
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        self.data.index_copy_(0, index, blocks.to(self.device))
+        self.data.view(torch.uint8).index_copy_(0, index, blocks.to(self.device).view(torch.uint8))
 
 
 def host_room(*, kv_cache_bytes: int | None, kv_cache_share: float) -> int:

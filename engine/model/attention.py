@@ -15,11 +15,20 @@ from typing import Any
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpans
+from engine.kernels.protocol import (
+    AttentionKernels,
+    AttentionOptions,
+    KvScales,
+    LayerUse,
+    PoolWrite,
+    PrefillSpans,
+)
 from engine.kernels.reference import TORCH_KERNELS
 
 #: Registered as an attention function but *not* as a mask function: transformers then builds no [T, T] mask.
 ATTENTION_NAME = "kvray"
+
+_ONE = KvScales(1.0, 1.0)
 
 
 def choose_kernels(
@@ -40,6 +49,7 @@ class LayerAttention:
     v_view: torch.Tensor
     kernels: AttentionKernels
     chunk: int | None
+    scales: KvScales | None = None  #: of float8 views
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +94,14 @@ def paged_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     kv_step: StepAttention | None = None,
+    pool_write: PoolWrite | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Serve transformers' attention call: store the step's K and V, attend through the pool.
 
     Args:
         module: the attention layer; `layer_idx` says which.
-        query: `[1, num_heads, T, k_dim]`, rotary embedding applied.
+        query: `[1, num_heads, T, k_dim]`, rotary embedding applied, or with `pool_write` yet to be applied, in place.
         key: `[1, num_kv_heads, T, k_dim]`.
         value: `[1, num_kv_heads, T, v_dim]`.
         attention_mask: None (see ATTENTION_NAME).
@@ -100,6 +111,7 @@ def paged_attention(
         softcap: as `AttentionOptions` says.
         s_aux: sink scores, `[num_heads]`.
         kv_step: the step, where the model passes keywords down.
+        pool_write: what stores K and V; None: the layer's kernels.
 
     Returns:
         `[1, T, num_heads, v_dim]` and None for the weights.
@@ -111,10 +123,15 @@ def paged_attention(
     layer = step.layers[layer_index]
     kernels, k_view, v_view = layer.kernels, layer.k_view, layer.v_view
     rows = query[0].transpose(0, 1)  # [T, num_heads, k_dim]
-    kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_view, v_view, step.block_ids, step.offsets)
-    options = AttentionOptions(
-        rows.shape[2] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, layer.chunk
-    )
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    places = (k_view, v_view, step.block_ids, step.offsets, layer.scales)
+    if pool_write is None:
+        kernels.write_kv(keys, values, *places)
+    else:
+        pool_write(rows, keys, values, *places)
+    scaling = rows.shape[2] ** -0.5 if scaling is None else scaling
+    scales = layer.scales or _ONE
+    options = AttentionOptions(scaling * scales.k, sliding_window, softcap, s_aux, layer.chunk, scales.v)
     parts = []
     if step.num_decode_rows:
         parts.append(

@@ -16,6 +16,7 @@ from torch.nn import functional
 from engine.kernels.cpu.native import NativeKernels
 from engine.kernels.protocol import AttentionKernels, AttentionOptions, LayerUse, PrefillSpan, PrefillSpans
 from engine.memory.kv_pool import KvPool, LayerSpec
+from engine.model.float8 import kept_dtype
 from engine.model.linear import linear_name, pack_linear
 
 _BLOCK_SIZE = 16
@@ -70,11 +71,11 @@ def _attention_bits(
         return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
     num_blocks = -(-_NUM_TOKENS // _BLOCK_SIZE)
-    pool = KvPool([spec], _BLOCK_SIZE, dtype, device, num_blocks=num_blocks)
+    pool = KvPool([spec], _BLOCK_SIZE, kept_dtype([layer], dtype), device, num_blocks=num_blocks)
     k_view, v_view = pool.k[0], pool.v[0]
     at = torch.arange(_NUM_TOKENS, device=device)
     key, value = random(_NUM_TOKENS, 1, spec.k_dim), random(_NUM_TOKENS, 1, spec.v_dim)
-    kernels.write_kv(key, value, k_view, v_view, at // _BLOCK_SIZE, at % _BLOCK_SIZE)
+    kernels.write_kv(key, value, k_view, v_view, at // _BLOCK_SIZE, at % _BLOCK_SIZE, layer.scales)
     sinks = random(group) if layer.has_sinks else None
     options = AttentionOptions(spec.k_dim**-0.5, layer.window, layer.softcap, sinks, layer.chunk)
     query = random(_NUM_TOKENS, group, spec.k_dim)

@@ -1,9 +1,9 @@
-"""A model's RMS norms, gated MLPs and attention layers on compiled operators: fewer passes over memory, same numbers.
+"""A model's RMS norms, gated MLPs and attention layers on operators of our own: fewer passes over memory, same numbers.
 
 Transformers computes these in several operators, each reading and writing all of its tensors. `fuse_modules` gives
 single *instances* of them another `forward`; classes and module trees stay as they are. An instance is fused only after
-its own arithmetic was reproduced on trial input: the same operations in the same order (bit for bit), and the compiled
-operator within a rounding of them. Whatever differs, in whichever way, keeps its own forward.
+its own arithmetic was reproduced on trial input: the same operations in the same order (bit for bit), and our operator
+within a rounding of them. Whatever differs, in whichever way, keeps its own forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from engine.kernels.cpu.native import NativeKernels
+from engine.kernels.protocol import LayerOperators
+from engine.model.attention import ATTENTION_NAME
 from engine.model.linear import MergedLinear, can_merge
 
 PROBE_NAME = "kvray_fuse_probe"
@@ -25,7 +26,7 @@ TRIAL_ROWS = 5
 #: What the forward of a module that is not what it looks like can raise.
 MODULE_ERRORS = (TypeError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError)
 
-#: Share of bfloat16 results that may differ by a rounding. The wrong order of roundings differs in 15 % and more.
+#: Share of bfloat16 or float16 results that may differ by a rounding; the wrong order of them differs in 15 % and more.
 _MAX_ROUNDED = 0.02
 
 
@@ -43,31 +44,33 @@ class FusedModules:
         return f"fused-{self.norms}-{self.gates}-{self.attentions}"
 
 
-def fuse_modules(model: nn.Module, kernels: NativeKernels) -> FusedModules:
-    """Fuse what can be fused of a loaded model on the CPU, in place. Call it after linears were packed.
+def fuse_modules(model: nn.Module, operators: LayerOperators) -> FusedModules:
+    """Fuse what can be fused of a loaded model, in place. Call it after linears were packed.
 
     The model's attention implementation is left as it was.
     """
     with torch.inference_mode():
         modules = list(model.modules())
-        norms = sum(_fuse_norm(module, kernels) for module in modules)
-        gates = sum(_fuse_gate(module, kernels) for module in modules)
-        attentions = sum(_fuse_attention(call, kernels) for call in _attention_calls(model))
+        norms = sum(_fuse_norm(module, operators) for module in modules)
+        gates = sum(_fuse_gate(module, operators) for module in modules)
+        attentions = sum(_fuse_attention(call, operators) for call in _attention_calls(model))
     return FusedModules(norms, gates, attentions)
 
 
 def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Tell whether both are equal but for the last bits of float32, or the rounding of a few results of bfloat16."""
+    """Tell whether both are equal but for the last bits of float32, or the rounding of a few results of less."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     if got.dtype == torch.float32:
         return torch.allclose(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
-    is_near = torch.allclose(got.float(), want.float(), rtol=2**-6, atol=2**-7 * float(want.abs().mean()))
+    step = torch.finfo(want.dtype).eps
+    is_near = torch.allclose(got.float(), want.float(), rtol=2 * step, atol=step * float(want.float().abs().mean()))
     return is_near and float((got != want).float().mean()) <= _MAX_ROUNDED
 
 
-def _trial(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def _trial(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Draw numbers of the dtype and on the device of `like`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
@@ -80,7 +83,7 @@ class FusedNorm:
         self,
         norm: nn.Module,
         weight: torch.Tensor,
-        kernels: NativeKernels,
+        operators: LayerOperators,
         *,
         eps: float,
         adds_one: bool,
@@ -88,7 +91,7 @@ class FusedNorm:
     ) -> None:
         self._forward = norm.forward
         self._weight = weight.detach()
-        self._kernels = kernels
+        self._operators = operators
         self._eps = eps
         self._adds_one = adds_one
         self._rounds_first = rounds_first
@@ -98,7 +101,7 @@ class FusedNorm:
         if hidden_states.dtype != self._weight.dtype:
             result: torch.Tensor = self._forward(hidden_states)
             return result
-        return self._kernels.rms_norm(
+        return self._operators.rms_norm(
             hidden_states.contiguous(),
             self._weight,
             self._eps,
@@ -108,7 +111,7 @@ class FusedNorm:
 
     def of_sum(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Compute the norm of `residual + delta`, which is left in `delta`; both `[..., n]` of the weight's dtype."""
-        return self._kernels.add_rms_norm(
+        return self._operators.add_rms_norm(
             residual.contiguous(),
             delta,
             self._weight,
@@ -119,35 +122,31 @@ class FusedNorm:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the compiled operator serves; inputs of another go to the module's own forward."""
+        """The dtype that our operator serves; inputs of another go to the module's own forward."""
         return self._weight.dtype
 
 
-def _fuse_norm(norm: nn.Module, kernels: NativeKernels) -> bool:
+def _fuse_norm(norm: nn.Module, operators: LayerOperators) -> bool:
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return False
-    if "Norm" not in type(norm).__name__ or len(list(norm.parameters())) != 1 or not _is_served(weight):
+    if "Norm" not in type(norm).__name__ or len(list(norm.parameters())) != 1 or not operators.serves(weight):
         return False
     size = weight.shape[0]
     # Rows of ordinary and of tiny size: eps must be where it belongs.
-    rows = _trial(TRIAL_ROWS, 64, size, dtype=weight.dtype)
-    rows = rows * torch.tensor([30.0, 1.0, 0.1, 1e-2, 1e-3], dtype=weight.dtype)[:, None, None]
+    rows = _trial(TRIAL_ROWS, 64, size, like=weight)
+    rows = rows * torch.tensor([30.0, 1.0, 0.1, 1e-2, 1e-3]).to(weight)[:, None, None]
     try:
         want = norm(rows)
     except MODULE_ERRORS:
         return False
     for adds_one, rounds_first in ((False, True), (False, False), (True, False)):
-        fused = FusedNorm(norm, weight, kernels, eps=eps, adds_one=adds_one, rounds_first=rounds_first)
+        fused = FusedNorm(norm, weight, operators, eps=eps, adds_one=adds_one, rounds_first=rounds_first)
         if agree(fused(rows), want):
             norm.forward = fused
             return True
     return False
-
-
-def _is_served(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
 # --------------------------------------------------------------------------------------------------------------- gates
@@ -156,54 +155,48 @@ def _is_served(tensor: torch.Tensor) -> bool:
 class FusedGate:
     """Stands for a gated MLP's forward: `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, mlp: Any, kernels: NativeKernels, is_gelu: bool) -> None:
+    def __init__(self, mlp: Any, operators: LayerOperators, is_gelu: bool) -> None:
         self._gate, self._up, self._down = _forwards(mlp)
         opening: list[object] = [mlp.gate_proj, mlp.up_proj]
         self._merged = MergedLinear(opening) if can_merge(opening) else None
-        self._kernels = kernels
+        self._operators = operators
         self._is_gelu = is_gelu
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Compute what the MLP's own forward computes."""
         if self._merged is not None:
             return self._down(self._merged.gated(x, is_gelu=self._is_gelu))
-        return self._down(self._kernels.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
+        return self._down(self._operators.gate(self._gate(x), self._up(x), is_gelu=self._is_gelu))
 
 
 def _forwards(mlp: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     return [mlp.gate_proj.forward, mlp.up_proj.forward, mlp.down_proj.forward]
 
 
-def _fuse_gate(mlp: nn.Module, kernels: NativeKernels) -> bool:
+def _fuse_gate(mlp: nn.Module, operators: LayerOperators) -> bool:
     children = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = getattr(mlp, "act_fn", None)
     if not all(isinstance(child, nn.Module) and hasattr(child, "in_features") for child in children):
         return False
     gate, up, down = children
-    dtype = _dtype_of(gate)
-    if not callable(activation) or dtype is None:
+    weight = getattr(gate, "weight", None)
+    if not callable(activation) or not isinstance(weight, torch.Tensor) or not operators.serves(weight):
         return False
-    rows = _trial(TRIAL_ROWS, gate.in_features, dtype=dtype)  # type: ignore[union-attr]
+    rows = _trial(TRIAL_ROWS, gate.in_features, like=weight)  # type: ignore[union-attr]
     try:
         opened, raised = gate(rows), up(rows)  # type: ignore[misc]
         if not torch.equal(mlp(rows), down(activation(opened) * raised)):  # type: ignore[misc]
             return False
-        opened, raised = _trial(64, 256, dtype=dtype), _trial(64, 256, dtype=dtype, seed=1)
+        opened, raised = _trial(64, 256, like=weight), _trial(64, 256, like=weight, seed=1)
         trials = [(x, y, activation(x) * y) for x, y in ((opened, raised), (opened.float(), raised.float()))]
     except MODULE_ERRORS:
         return False
     for is_gelu in (False, True):
         # In float32 too: bfloat16 alone does not tell gelu's two forms apart.
-        if all(agree(kernels.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
-            mlp.forward = FusedGate(mlp, kernels, is_gelu)
+        if all(agree(operators.gate(x.clone(), y, is_gelu=is_gelu), want) for x, y, want in trials):
+            mlp.forward = FusedGate(mlp, operators, is_gelu)
             return True
     return False
-
-
-def _dtype_of(linear: nn.Module | None) -> torch.dtype | None:
-    """Return the dtype that a linear layer works in; None where the kernels do not serve it."""
-    weight = getattr(linear, "weight", None)
-    return weight.dtype if isinstance(weight, torch.Tensor) and _is_served(weight) else None
 
 
 # ---------------------------------------------------------------------------------------------------------- attentions
@@ -224,7 +217,7 @@ class _AttentionCall:
 
 def probe_result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Make up what a probe answers in place of attention: `[1, T, num_heads, v_dim]`."""
-    return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype, seed=2)
+    return _trial(query.shape[0], query.shape[2], query.shape[1], value.shape[3], like=query, seed=2)
 
 
 Probe: TypeAlias = Callable[..., tuple[torch.Tensor, None]]
@@ -241,7 +234,7 @@ def run_trial(model: nn.Module, modules: Iterable[nn.Module], probe: Probe, afte
     before = config._attn_implementation  # noqa: SLF001  # transformers offers no other way to ask
     AttentionInterface.register(PROBE_NAME, probe)
     hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
-    tokens = torch.arange(TRIAL_ROWS)[None]
+    tokens = torch.arange(TRIAL_ROWS, device=next(model.parameters()).device)[None]
     try:
         model.set_attn_implementation(PROBE_NAME)  # type: ignore[operator]
         model(input_ids=tokens, position_ids=tokens * 7, use_cache=False)
@@ -277,10 +270,10 @@ def _attention_calls(model: nn.Module) -> Iterator[_AttentionCall]:
 class FusedAttention:
     """Stands for an attention layer's forward: projections, norms of q and k where it has them, rotary embedding."""
 
-    def __init__(self, module: Any, kernels: NativeKernels, options: dict[str, Any]) -> None:
+    def __init__(self, module: Any, operators: LayerOperators, options: dict[str, Any]) -> None:
         self._module = module
         self._forward = module.forward
-        self._kernels = kernels
+        self._operators = operators
         self._options = options
         # forward, not the module: no hooks are on them, and the way through a module's call takes longer than a norm
         projections = [module.q_proj, module.k_proj, module.v_proj]
@@ -325,8 +318,13 @@ class FusedAttention:
         if self._key_norm is not None:
             key = self._key_norm(key)
         cosine, sine = position_embeddings
-        self._kernels.rotate(query[0], cosine, sine)
-        self._kernels.rotate(key[0], cosine, sine)
+        # ours alone stores KV: it may be rotated on the way there
+        write = self._operators.rotating_write(cosine, sine) if name == ATTENTION_NAME else None
+        if write is not None:
+            keywords["pool_write"] = write
+        else:
+            self._operators.rotate(query[0], cosine, sine)
+            self._operators.rotate(key[0], cosine, sine)
         out, _ = ALL_ATTENTION_FUNCTIONS[name](
             module,
             query.transpose(1, 2),
@@ -340,13 +338,13 @@ class FusedAttention:
         return self._output(rows if kept_rows is None else rows[:, kept_rows]), None
 
 
-def _fuse_attention(call: _AttentionCall, kernels: NativeKernels) -> bool:
+def _fuse_attention(call: _AttentionCall, operators: LayerOperators) -> bool:
     module: Any = call.module
     if not all(hasattr(module, name) for name in ("k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "config")):
         return False
     given = {*call.keywords, "attention_mask"}  # what the layer passed on; the rest it knows itself
     options = {name: value for name, value in call.options.items() if name not in given}
-    fused = FusedAttention(module, kernels, options)
+    fused = FusedAttention(module, operators, options)
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]] = []
 
     def probe(

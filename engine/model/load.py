@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from engine.kernels.capability import heads_refusal
 from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.cpu.native import load_kernels
-from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.kernels.protocol import AttentionKernels, LayerOperators, LayerUse
 from engine.memory.device_room import CudaReader, check_weights_fit
 from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.model.activations import fix_activations
 from engine.model.attention import choose_kernels
 from engine.model.bits import path_digest
 from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
+from engine.model.devices import check_device, choose_device
 from engine.model.experts import pack_experts
-from engine.model.families import check_against_eager, eager_trial, probe_layers, read_model_config
+from engine.model.families import PagedTrial, check_against_eager, eager_trial, probe_layers, read_model_config
+from engine.model.float8 import FLOAT8, kept_dtype, scales_of
 from engine.model.fused import fuse_modules
 from engine.model.fused_layer import fuse_layers
 from engine.model.linear import can_pack, linear_name, pack_linears
@@ -37,6 +40,7 @@ from transport.memory import total_bytes
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = ("auto", "fp8")
 _STORED_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 #: Of the machine's memory, what weights may take as float32 that are stored as bfloat16.
@@ -56,7 +60,7 @@ class LoadedModel:
     family: str  #: transformers' model_type
     layers: tuple[LayerUse, ...]
     kernels: tuple[AttentionKernels, ...]  #: one per layer
-    dtype: torch.dtype  #: of weights and KV
+    dtype: torch.dtype  #: of weights, and of KV unless that is kept as float8
     device: torch.device
     vocab_size: int  #: width of the logits
     num_embeddings: int  #: token ids of inputs are below it
@@ -72,6 +76,11 @@ class LoadedModel:
         """Shapes of what each layer keeps per token."""
         return [layer.spec for layer in self.layers]
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What KV is kept as."""
+        return kept_dtype(self.layers, self.dtype)
+
 
 def load_model(
     path: Path,
@@ -80,6 +89,7 @@ def load_model(
     device: str = "cpu",
     num_threads: int | None = None,
     max_model_len: int | None = None,
+    kv_cache_dtype: str = "auto",
     use_kernels: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
@@ -94,6 +104,8 @@ def load_model(
         max_model_len: tokens at most; None: as many as the model has positions for, or as it was first trained
             with where its rotary frequencies change after that. Asking for more then gives all lengths the
             frequencies of long ones.
+        kv_cache_dtype: "auto": as weights; "fp8": float8, half the bytes of bfloat16 (`engine.model.float8`). How far
+            logits of a trial are from eager attention's is then said.
         use_kernels: the C++ kernels, where they were built for this machine, or Triton's on a GPU; False: plain torch.
         on_progress: called with a line for people as loading goes on.
 
@@ -101,16 +113,15 @@ def load_model(
         ConfigError: the model cannot be served; one line that says why.
     """
     say = on_progress or _log.info
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for and torch sees no CUDA device")
+    if kv_cache_dtype not in _KV_DTYPES:
+        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}, wanted {' or '.join(_KV_DTYPES)}")
+    target = choose_device(device, say)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     config, files, length = check_model(path, max_model_len=max_model_len)
     family = str(config.model_type)
     chosen = _choose_dtype(dtype, config, files, target)
+    check_device(target, chosen, kv_cache_dtype, use_kernels=use_kernels)
     num_bytes = sum(file.stat().st_size for file in files)
     say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
     digest = weights_digest(files)
@@ -131,18 +142,29 @@ def load_model(
         say("packing linear layers")
         pack_linears(model, native)
         pack_experts(model, native)
-    if native:
-        names.append(f"{fuse_modules(model, native).name}-{fuse_layers(model, native)}")
+    candidates: list[AttentionKernels] = [native] if native else []
+    operators: LayerOperators | None = native
+    if target.type == "cuda" and use_kernels:
+        triton_kernels, operators = _gpu_kernels(family, layers)
+        candidates.append(triton_kernels)
+    if operators:
+        names.append(f"{fuse_modules(model, operators).name}-{fuse_layers(model)}")
     if target.type == "cpu" and chosen is torch.float32:
         fix_activations(model)
     if target.type == "cpu":
         use_huge_pages()
         keep_freed_buffers()
-    candidates: list[AttentionKernels] = [native] if native else []
-    if target.type == "cuda" and use_kernels:
-        candidates += _gpu_kernels(target)
     kernels = choose_kernels(layers, chosen, target, candidates)
     found = check_against_eager(model, family, layers, kernels, chosen, trial)
+    if kv_cache_dtype == "fp8":
+        layers = _with_scales(layers, found)
+        kernels = choose_kernels(layers, chosen, target, candidates)
+        exact, found = found, check_against_eager(model, family, layers, kernels, chosen, trial)
+        names.append("kv-fp8")
+        say(
+            f"KV in float8 (e4m3): a trial's logits are {found.distance:.2g} of their size from eager attention's, "
+            f"{exact.distance:.2g} with KV in {str(chosen).removeprefix('torch.')}"
+        )
     names += sorted({kernel.name for kernel in kernels})
     if not found.is_row_invariant:
         names.append("batch-dependent")
@@ -161,7 +183,7 @@ def load_model(
         max_model_len=length,
         eos_token_ids=_eos_token_ids(path, config),
         fingerprint=_fingerprint(
-            digest, config, chosen, path_digest(found.bits, layers, kernels, chosen, target, native), length
+            digest, config, chosen, path_digest(found.bits, layers, kernels, chosen, target, native), length, layers
         ),
         num_parameters=num_parameters,
         kernel_path=kernel_path,
@@ -169,19 +191,30 @@ def load_model(
     )
 
 
-def _gpu_kernels(device: torch.device) -> list[AttentionKernels]:
-    """Return the kernels for `device`; none, with a line that says why, where they cannot run there."""
+def _with_scales(layers: list[LayerUse], trial: PagedTrial) -> list[LayerUse]:
+    """Return the layers as those that keep float8, by the sizes of a trial's keys and values."""
+    scales = scales_of(trial.keys, trial.values)
+    return [replace(layer, scales=one) for layer, one in zip(layers, scales, strict=True)]
+
+
+def _gpu_kernels(family: str, layers: list[LayerUse]) -> tuple[AttentionKernels, LayerOperators]:
+    """Return what computes these layers on a GPU.
+
+    Raises:
+        ConfigError: it is not installed, or a layer has larger heads than it takes.
+    """
     try:
-        from engine.kernels.triton.kernels import MIN_CAPABILITY, TRITON_KERNELS
+        from engine.kernels.triton.kernels import MAX_HEAD_SIZE, TRITON_KERNELS
+        from engine.kernels.triton.operators import TRITON_OPERATORS
     except ImportError:
-        _log.warning("triton is not installed, using torch's operators for attention: pip install 'kvray[triton]'")
-        return []
-    seen = torch.cuda.get_device_capability(device)
-    if seen < MIN_CAPABILITY:
-        wanted, found = (".".join(map(str, version)) for version in (MIN_CAPABILITY, seen))
-        _log.warning("%s has compute capability %s, kernels want %s: using torch's operators", device, found, wanted)
-        return []
-    return [TRITON_KERNELS]
+        raise ConfigError(
+            "triton is not installed, in which the kernels for GPUs are: pip install 'kvray[triton]', "
+            "or engine.kernels: off, which computes with torch's operators, slowly"
+        ) from None
+    reason = heads_refusal([max(layer.spec.k_dim, layer.spec.v_dim) for layer in layers], MAX_HEAD_SIZE)
+    if reason is not None:
+        raise ConfigError(f"{family} cannot be served as it is: {reason}")
+    return TRITON_KERNELS, TRITON_OPERATORS
 
 
 def _num_embeddings(model: nn.Module) -> int:
@@ -275,10 +308,16 @@ def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def _fingerprint(
-    weights: bytes, config: PretrainedConfig, dtype: torch.dtype, path: bytes, max_model_len: int
+    weights: bytes,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    path: bytes,
+    max_model_len: int,
+    layers: list[LayerUse],
 ) -> bytes:
     """Hash to 32 bytes all that decides the bits of a block but its tokens and its size, which block names add."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IDLE_CONFIG_KEYS}
     has_long_rope = max_model_len > (original_length(config) or max_model_len)
-    description = json.dumps([facts, str(dtype), LAYOUT_VERSION, has_long_rope], sort_keys=True, default=str)
+    kept = [[str(FLOAT8), layer.scales.k, layer.scales.v] for layer in layers if layer.scales is not None]
+    description = json.dumps([facts, str(dtype), LAYOUT_VERSION, has_long_rope, *kept], sort_keys=True, default=str)
     return blake3(weights + path + description.encode()).digest()

@@ -105,13 +105,19 @@ def test_the_replica_sets_of_all_but_the_ingress_are_watched_and_all_are_health_
 def test_a_workers_options_are_the_documents_in_the_engines_units():
     found = options(
         model={"path": "/models/x", "dtype": "float32", "max_model_len": 99},
-        engine={"kv_cache_memory": "1.5MiB", "itl_target_ms": 25.0, "kernels": "off", "num_threads": 3},
+        engine={
+            "kv_cache_memory": "1.5MiB",
+            "itl_target_ms": 25.0,
+            "kernels": "off",
+            "num_threads": 3,
+            "kv_cache_dtype": "fp8",
+        },
         network={"prefill_timeout_s": 7.0, "roads": ["socket"], "port_range": [30000, 30001]},
     )
     assert (found.model_dir, found.dtype, found.max_model_len) == ("/models/x", "float32", 99)
     assert (found.engine.kv_cache_bytes, found.engine.itl_target_s) == (3 * 2**19, 0.025)
     assert found.engine.remote_timeout_s == 7.0
-    assert (found.use_kernels, found.num_threads) == (False, 3)
+    assert (found.use_kernels, found.num_threads, found.kv_cache_dtype) == (False, 3, "fp8")
     assert (found.roads.names, found.roads.port_range) == (("socket",), (30000, 30001))
 
 

@@ -85,6 +85,14 @@ def test_what_is_shown_can_be_read_again():
             {"tiers": {"remote_compression": "zip"}},
             "tiers.remote_compression: wanted one of off, lossless, int8, saw str 'zip'",
         ),
+        (
+            {"engine": {"kv_cache_dtype": "fp8_e5m2"}},
+            "engine.kv_cache_dtype: wanted one of auto, fp8, saw str 'fp8_e5m2'",
+        ),
+        (
+            {"engine": {"kv_cache_dtype": "fp8"}, "tiers": {"remote_compression": "int8"}},
+            "tiers.remote_compression: wanted off or lossless beside engine.kv_cache_dtype fp8, saw int8",
+        ),
         ({"log": {"format": "xml"}}, "log.format: wanted one of text, json, saw str 'xml'"),
         (
             {"model": {"tool_parser": "x"}},

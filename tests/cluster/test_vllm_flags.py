@@ -7,7 +7,13 @@ import pytest
 from cluster.vllm_flags import Translation, translated
 
 KNOWN = {"--port": True, "--dtype": True, "--max-model-len": True, "--served-model-name": True, "--api-key": True}
-KNOWN |= {"--kv-cache-memory": True, "--access-log": False, "--no-access-log": False, "-h": False}
+KNOWN |= {
+    "--kv-cache-memory": True,
+    "--kv-cache-dtype": True,
+    "--access-log": False,
+    "--no-access-log": False,
+    "-h": False,
+}
 
 
 def said(line: str) -> Translation:
@@ -28,7 +34,8 @@ def said(line: str) -> Translation:
         ("DIR --enable-auto-tool-choice --disable-log-stats", "DIR"),
         ("DIR --disable-uvicorn-access-log", "DIR --no-access-log"),
         ("DIR --tensor-parallel-size 1 -pp 1 --data-parallel-size=1", "DIR"),
-        ("DIR --kv-cache-dtype auto --load-format safetensors --generation-config auto", "DIR"),
+        ("DIR --kv-cache-dtype fp8_e4m3", "DIR --kv-cache-dtype fp8"),
+        ("DIR --load-format safetensors --generation-config auto", "DIR"),
         ("DIR --served-model-name a b --port 1", "DIR --served-model-name a --served-model-name b --port 1"),
         ("--port 1 --served-model-name a DIR", "--port 1 --served-model-name a DIR"),
         ("DIR --api-key a b", "DIR --api-key a --api-key b"),
@@ -62,7 +69,6 @@ def test_what_means_the_same_is_taken(theirs, ours):
         ("--swap-space 4", "--host-memory"),
         ("--kv-transfer-config {}", "--prefill"),
         ("--no-enable-prefix-caching", "cache_salt"),
-        ("--kv-cache-dtype fp8", "--dtype"),
         ("--ssl-keyfile key.pem", "a proxy"),
         ("--max-logprobs 20", "logprobs"),
         ("--enable-lora", "none of it"),

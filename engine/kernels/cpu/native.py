@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from engine.kernels.cpu.library import KERNELS
-from engine.kernels.protocol import AttentionOptions, LayerUse, PrefillSpans
+from engine.kernels.protocol import AttentionOptions, KvScales, LayerUse, PoolWrite, PrefillSpans
 from messages.request import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ MAX_HEAD_SIZE = 1024
 
 
 class NativeKernels:
-    """`AttentionKernels` in C++: float32 and bfloat16, any head size up to MAX_HEAD_SIZE, any group.
+    """`AttentionKernels` and `LayerOperators` in C++: float32 and bfloat16, heads of up to MAX_HEAD_SIZE, any group.
 
     Thread-safe; each call uses torch's threads and releases the GIL.
     """
@@ -42,9 +42,9 @@ class NativeKernels:
         self.name = f"native-{module.vector_floats}{dots}"
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
-        """Take every layer on a CPU in float32 or bfloat16 with heads of at most MAX_HEAD_SIZE."""
-        is_small = max(layer.spec.k_dim, layer.spec.v_dim) <= MAX_HEAD_SIZE
-        return is_small and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        """Take every layer on a CPU in float32 or bfloat16, KV too, with heads of at most MAX_HEAD_SIZE."""
+        is_served = max(layer.spec.k_dim, layer.spec.v_dim) <= MAX_HEAD_SIZE and layer.scales is None
+        return is_served and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
     def write_kv(
         self,
@@ -54,6 +54,7 @@ class NativeKernels:
         v_view: torch.Tensor,
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
+        scales: KvScales | None = None,  # None: float8 is not served
     ) -> None:
         """Implement `AttentionKernels.write_kv` in one parallel pass over the tokens."""
         self._module.write_kv(key, value, k_view, v_view, block_ids, offsets)
@@ -136,15 +137,7 @@ class NativeKernels:
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool, rounds_first: bool
     ) -> torch.Tensor:
-        """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, summed in float32.
-
-        Args:
-            x: `[..., n]`, contiguous.
-            weight: `[n]`, of x's dtype.
-            eps: under the root.
-            adds_one: the factor is `1 + weight`.
-            rounds_first: round to x's dtype before the weight; otherwise the whole product is float32.
-        """
+        """Implement `LayerOperators.rms_norm`."""
         out = torch.empty_like(x)
         self._module.rms_norm(x, weight, eps, adds_one, rounds_first, out)
         return out
@@ -159,13 +152,13 @@ class NativeKernels:
         adds_one: bool,
         rounds_first: bool,
     ) -> torch.Tensor:
-        """Compute `rms_norm(residual + delta)`; the sum is left in `delta`. Both `[..., n]`, contiguous."""
+        """Implement `LayerOperators.add_rms_norm`."""
         out = torch.empty_like(delta)
         self._module.add_rms_norm(residual, delta, weight, eps, adds_one, rounds_first, out)
         return out
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
-        """Compute `silu(gate) * up`, or gelu's tanh form; overwrite and return `gate`. Both `[..., n]`, contiguous."""
+        """Implement `LayerOperators.gate`."""
         self._module.gate(gate, up, is_gelu)
         return gate
 
@@ -182,14 +175,16 @@ class NativeKernels:
         self._module.penalize(logits, counts, *penalties, out)
 
     def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        """Apply rotary embedding in place: of each head the elements i and i + r / 2 turn together, i < r / 2.
-
-        Args:
-            rows: `[num_tokens, num_heads, head_dim]`, last dimension contiguous.
-            cosine: `[num_tokens, r]` or `[1, num_tokens, r]`, contiguous, r at most head_dim; what is left stays.
-            sine: shaped as `cosine`.
-        """
+        """Implement `LayerOperators.rotate`; `cosine` and `sine` are contiguous."""
         self._module.rotate(rows, cosine, sine)
+
+    def rotating_write(self, cosine: torch.Tensor, sine: torch.Tensor) -> PoolWrite | None:
+        """Implement `LayerOperators.rotating_write`: what a CPU has written is in its cache, and read from there."""
+        return None
+
+    def serves(self, tensor: torch.Tensor) -> bool:
+        """Take tensors on a CPU, float32 and bfloat16."""
+        return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
 def _plain(options: AttentionOptions) -> tuple[float, int, float, torch.Tensor | None, int]:

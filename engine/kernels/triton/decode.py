@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.protocol import AttentionOptions
-from engine.kernels.triton.shapes import HeadShape, compute_dtype, decode_tiling, programs_of
+from engine.kernels.triton.shapes import compute_dtype, decode_tiling, head_shape, programs_of
 from engine.kernels.triton.tiles import (
     LOG2_E,
     MAX_SPLITS,
@@ -22,6 +22,7 @@ from engine.kernels.triton.tiles import (
     UNLIMITED,
     first_visible,
     num_splits,
+    score_factor,
     split_tokens,
     take_in,
     tile_scores,
@@ -63,15 +64,15 @@ def _attend(
 ) -> None:
     num_rows, num_heads, k_dim = query.shape
     num_kv_heads, block_size, v_dim = k_view.shape[1], k_view.shape[2], v_view.shape[3]
-    shape = HeadShape.of(num_heads, num_kv_heads, k_dim, v_dim)
-    tiling = decode_tiling(shape, query.dtype)
+    shape = head_shape(num_heads, num_kv_heads, k_dim, v_dim)
+    tiling = decode_tiling(shape, query.dtype, is_float8=k_view.dtype == torch.float8_e4m3fn)
     # A split more than keys give: a window may begin within a tile.
     most_splits = min(MAX_SPLITS, -(-max_kv_len // MIN_SPLIT_TOKENS) + 1)
     parts = query.new_empty(num_rows, num_heads, most_splits, v_dim, dtype=torch.float32)
     # Of each split the largest score, and the sum of weights beside it; scores are logarithms to base 2.
     sums = query.new_empty(2, num_rows, num_heads, most_splits, dtype=torch.float32)
     limits = (options.window or UNLIMITED, options.chunk or UNLIMITED)
-    _attend_splits[(programs_of(query.device),)](
+    _attend_splits[(programs_of(query.device, tiling.programs),)](
         query,
         k_view,
         v_view,
@@ -84,6 +85,7 @@ def _attend(
         num_rows,
         most_splits,
         options.scaling,
+        score_factor(options),
         options.softcap or 0.0,
         *limits,
         query.stride(0),
@@ -107,6 +109,7 @@ def _attend(
         COMPUTE=compute_dtype(query.dtype),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        enable_fp_fusion=True,
     )
     _merge_splits[(num_rows, num_heads)](
         parts,
@@ -116,6 +119,7 @@ def _attend(
         options.sinks if options.sinks is not None else sums,
         out,
         most_splits,
+        options.value_scale,
         *limits,
         out.stride(0),
         out.stride(1),
@@ -124,11 +128,13 @@ def _attend(
         TILE=tiling.keys,
         HAS_SINKS=options.sinks is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
-# Triton compiles these from their source, and takes no annotations but its own.
-@triton.jit
+# Triton compiles these from their source, and takes no annotations but its own. What follows from the batch is not
+# specialised on: another batch would want them compiled anew.
+@triton.jit(do_not_specialize=["num_rows", "most_splits"])
 def _attend_splits(
     query,
     k_pool,
@@ -142,6 +148,7 @@ def _attend_splits(
     num_rows,
     most_splits,
     scaling,
+    factor,
     softcap,
     window,
     chunk,
@@ -191,7 +198,7 @@ def _attend_splits(
         end = tl.minimum(begin + size, kv_len)
         table = block_tables + tl.load(slots + row).to(tl.int64) * table_stride
         heads = kv_head * GROUP + member
-        rows_at = query + row.to(tl.int64) * query_row_stride + heads[:, None] * query_head_stride
+        rows_at = query + row.to(tl.int64) * query_row_stride + heads.to(tl.int64)[:, None] * query_head_stride
         q_main = tl.load(rows_at + k_main[None, :], mask=is_member[:, None] & (k_main < K_DIM)[None, :], other=0.0)
         q_main = q_main.to(COMPUTE)
         q_rest = q_main
@@ -223,10 +230,12 @@ def _attend_splits(
                 K_MAIN,
                 K_REST,
                 HAS_SOFTCAP,
+                True,
                 COMPUTE,
             )
             largest, total, sum_main, sum_rest = take_in(
                 scores,
+                factor,
                 largest,
                 total,
                 sum_main,
@@ -238,6 +247,7 @@ def _attend_splits(
                 V_DIM,
                 V_MAIN,
                 V_REST,
+                True,
                 COMPUTE,
             )
         part = (row * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64) * most_splits + split
@@ -252,7 +262,7 @@ def _attend_splits(
         item += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits"])
 def _merge_splits(
     parts,
     part_max,
@@ -261,6 +271,7 @@ def _merge_splits(
     sinks,
     out,
     most_splits,
+    value_scale,
     window,
     chunk,
     out_row_stride,
@@ -291,6 +302,6 @@ def _merge_splits(
         dim = begin + tl.arange(0, V_PIECE)
         is_read = is_there[:, None] & (dim < V_DIM)[None, :]
         pieces = tl.load(parts + part[:, None] * V_DIM + dim[None, :], mask=is_read, other=0.0)
-        result = tl.sum(pieces * weights[:, None], 0) / total
+        result = tl.sum(pieces * weights[:, None], 0) / total * value_scale
         at = out + row.to(tl.int64) * out_row_stride + head * out_head_stride + dim
         tl.store(at, result.to(out.dtype.element_ty), mask=dim < V_DIM)

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from engine.kernels.capability import FLOAT8_CAPABILITY, MIN_CAPABILITY
 from engine.kernels.protocol import AttentionKernels, LayerUse
 from engine.kernels.triton.decode import decode_attention
 from engine.kernels.triton.prefill import prefill_attention
@@ -14,14 +15,12 @@ from engine.kernels.triton.store import write_kv
 
 #: Heads of more dimensions have no tiles that fit a multiprocessor.
 MAX_HEAD_SIZE: Final = 576
-#: CUDA's compute capability from which on there are products of bfloat16, and copies that go on beside them.
-MIN_CAPABILITY: Final = (8, 0)
 
 
 class TritonKernels:
     """The three operations, each a launch or two with no length read back from the device."""
 
-    name = "triton-1"
+    name = "triton-2"
     is_capturable = True
 
     write_kv = staticmethod(write_kv)
@@ -34,7 +33,8 @@ class TritonKernels:
         is_served = is_served and dtype in (torch.float32, torch.bfloat16, torch.float16)
         if device.type != "cuda":
             return is_served and is_interpreted()
-        return is_served and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+        wanted = MIN_CAPABILITY if layer.scales is None else FLOAT8_CAPABILITY
+        return is_served and torch.cuda.get_device_capability(device) >= wanted
 
 
 TRITON_KERNELS: Final[AttentionKernels] = TritonKernels()

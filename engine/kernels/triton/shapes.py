@@ -12,8 +12,6 @@ import triton.language as tl
 
 #: The least size of a matrix product.
 _MIN_DIM: Final = 16
-#: Programs on each multiprocessor: while one waits for memory others compute.
-_PROGRAMS_PER_SM: Final = 4
 #: Programs where kernels run interpreted, one after the other: more than one, so that they share work out.
 _INTERPRETED_PROGRAMS: Final = 3
 
@@ -35,11 +33,12 @@ class HeadShape:
     v_main: int
     v_rest: int
 
-    @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int) -> HeadShape:
-        """Cut the sizes of heads."""
-        group = num_heads // num_kv_heads
-        return cls(group, max(_MIN_DIM, triton.next_power_of_2(group)), *_cut(k_dim), *_cut(v_dim))
+
+@cache
+def head_shape(num_heads: int, num_kv_heads: int, k_dim: int, v_dim: int) -> HeadShape:
+    """Cut the sizes of heads: once for all layers and steps, whose time on the host counts."""
+    group = num_heads // num_kv_heads
+    return HeadShape(group, max(_MIN_DIM, triton.next_power_of_2(group)), *_cut(k_dim), *_cut(v_dim))
 
 
 def _cut(dim: int) -> tuple[int, int]:
@@ -61,11 +60,11 @@ def compute_dtype(dtype: torch.dtype) -> Any:
 
 
 @cache
-def programs_of(device: torch.device) -> int:
+def programs_of(device: torch.device, per_multiprocessor: int) -> int:
     """Return how many programs share a launch's work on `device`: always as many, whatever there is to do."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
-    return _PROGRAMS_PER_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return per_multiprocessor * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,12 @@ class Tiling:
     keys: int
     num_warps: int
     num_stages: int
+    #: Programs that a multiprocessor runs at once, which `tests/engine/kernels/test_triton_ahead.py` holds: one more,
+    #: of a kernel that shares its work out evenly, would begin when the others end.
+    programs: int = 1
 
 
+@cache
 def prefill_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
     """Choose tiles of prefill attention that fit into registers and shared memory, by the sizes of heads."""
     width = max(shape.k_main + shape.k_rest, shape.v_main + shape.v_rest)
@@ -88,11 +91,15 @@ def prefill_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
     return Tiling(64, 32, 8, 2) if width <= 256 else Tiling(32, 16, 8, 1)
 
 
-def decode_tiling(shape: HeadShape, dtype: torch.dtype) -> Tiling:
-    """Choose tiles of decode attention, by the sizes of heads; `rows` are those of a group's heads."""
+@cache
+def decode_tiling(shape: HeadShape, dtype: torch.dtype, *, is_float8: bool = False) -> Tiling:
+    """Choose tiles of decode attention, by the sizes of heads; `rows` are those of a group's heads.
+
+    Where `is_float8`, KV is, and more registers are taken to convert it.
+    """
     width = max(shape.k_main + shape.k_rest, shape.v_main + shape.v_rest)
     if dtype == torch.float32:
         return Tiling(shape.group_padded, 32, 4, 2) if width <= 256 else Tiling(shape.group_padded, 16, 8, 1)
     if width <= 256:
-        return Tiling(shape.group_padded, 64, 4, 3)
+        return Tiling(shape.group_padded, 64, 4, 3, programs=3 if width <= 128 and not is_float8 else 2)
     return Tiling(shape.group_padded, 32, 8, 2)

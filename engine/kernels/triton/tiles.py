@@ -11,6 +11,8 @@ import math
 import triton
 import triton.language as tl
 
+from engine.kernels.protocol import AttentionOptions
+
 #: Keys of one split of decode attention, at least; twice as many where a row would have more than MAX_SPLITS.
 MIN_SPLIT_TOKENS = 256
 MAX_SPLITS = 64
@@ -22,6 +24,11 @@ _MIN_SPLIT = tl.constexpr(MIN_SPLIT_TOKENS)
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
 #: So often a split doubles: sequences of up to 2**30 tokens.
 _DOUBLINGS = tl.constexpr(16)
+
+
+def score_factor(options: AttentionOptions) -> float:
+    """Return what `tile_scores` are to be multiplied by, above 0; with a softcap they are scaled already."""
+    return math.log2(math.e) * (1.0 if options.softcap is not None else options.scaling)
 
 
 # Triton compiles these from their source, and takes no annotations but its own.
@@ -64,27 +71,31 @@ def tile_scores(
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Score rows `[rows, K_MAIN]`, and `[rows, K_REST]` where there is a rest, by a tile's keys: `[rows, tokens]`.
 
-    Scores are logarithms to base 2 of weights, -inf where a row does not see a key. Keys lie at `token_at [tokens]`
-    from `keys`; where not `is_key [tokens]` nothing is read.
+    Scores times `score_factor` of the options are logarithms to base 2 of weights; they are -inf where a row does not
+    see a key. Keys lie at `token_at [tokens]` from `keys`; where not `is_key [tokens]` nothing is read. Where not
+    IS_MASKED, all rows see all keys, which changes no bit.
     """
-    tile = _tile_part(keys, dim_stride, token_at, is_key, 0, K_MAIN, K_DIM).to(COMPUTE)
+    tile = _tile_part(keys, dim_stride, token_at, is_key, 0, K_MAIN, K_DIM, IS_MASKED).to(COMPUTE)
     scores = tl.dot(q_main, tl.trans(tile), input_precision="ieee")
     if K_REST > 0:
-        tile = _tile_part(keys, dim_stride, token_at, is_key, K_MAIN, K_REST, K_DIM).to(COMPUTE)
+        tile = _tile_part(keys, dim_stride, token_at, is_key, K_MAIN, K_REST, K_DIM, IS_MASKED).to(COMPUTE)
         scores = tl.dot(q_rest, tl.trans(tile), scores, input_precision="ieee")
-    scores = scores * scaling
     if HAS_SOFTCAP:  # tanh, written with what interpreter and compiler both have
-        scores = (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0) * softcap
-    return tl.where(is_seen, scores * LOG2_E, float("-inf"))
+        scores = (2.0 * tl.sigmoid(2.0 * (scores * scaling) / softcap) - 1.0) * softcap
+    if IS_MASKED:
+        scores = tl.where(is_seen, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
 def take_in(
     scores,
+    factor,
     largest,
     total,
     sum_main,
@@ -96,32 +107,52 @@ def take_in(
     V_DIM: tl.constexpr,
     V_MAIN: tl.constexpr,
     V_REST: tl.constexpr,
+    IS_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Add a tile's values, weighted by `scores [rows, tokens]`, to what rows have so far.
+    """Add a tile's values, weighted by `scores [rows, tokens]` times `factor`, to what rows have so far.
 
     That is the largest score and the sum of weights beside it, `[rows]`, and the weighted sums of values,
     `[rows, V_MAIN]` and, where there is a rest, `[rows, V_REST]`; they are returned as they are then.
+
+    Products that are added to something are said to be one operation: left to the compiler, a loop with masks could
+    round otherwise than one without.
     """
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
     base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # of a row that has seen no key yet
     kept = tl.exp2(largest - base)
-    weights = tl.exp2(scores - base[:, None])
-    total = total * kept + tl.sum(weights, 1)
+    weights = tl.exp2(tl.fma(scores, factor, -base[:, None]))
+    total = tl.fma(total, kept, tl.sum(weights, 1))
     weights = weights.to(COMPUTE)
-    tile = _tile_part(values, dim_stride, token_at, is_key, 0, V_MAIN, V_DIM).to(COMPUTE)
+    tile = _tile_part(values, dim_stride, token_at, is_key, 0, V_MAIN, V_DIM, IS_MASKED).to(COMPUTE)
     sum_main = tl.dot(weights, tile, sum_main * kept[:, None], input_precision="ieee")
     if V_REST > 0:
-        tile = _tile_part(values, dim_stride, token_at, is_key, V_MAIN, V_REST, V_DIM).to(COMPUTE)
+        tile = _tile_part(values, dim_stride, token_at, is_key, V_MAIN, V_REST, V_DIM, IS_MASKED).to(COMPUTE)
         sum_rest = tl.dot(weights, tile, sum_rest * kept[:, None], input_precision="ieee")
     return new_largest, total, sum_main, sum_rest
 
 
 @triton.jit
-def _tile_part(base, dim_stride, token_at, is_token, BEGIN: tl.constexpr, DIMS: tl.constexpr, END: tl.constexpr):
+def _tile_part(
+    base,
+    dim_stride,
+    token_at,
+    is_token,
+    BEGIN: tl.constexpr,
+    DIMS: tl.constexpr,
+    END: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
     """Load dimensions [BEGIN, BEGIN + DIMS) of a tile, `[tokens, DIMS]`; zeros beyond END and where no token is."""
     dim = BEGIN + tl.arange(0, DIMS)
-    is_there = is_token[:, None]
-    if END < BEGIN + DIMS:
-        is_there = is_there & (dim < END)[None, :]
-    return tl.load(base + token_at[:, None] + dim[None, :] * dim_stride, mask=is_there, other=0.0)
+    at = base + token_at[:, None] + dim[None, :] * dim_stride
+    if IS_MASKED:
+        is_there = is_token[:, None]
+        if END < BEGIN + DIMS:
+            is_there = is_there & (dim < END)[None, :]
+        tile = tl.load(at, mask=is_there, other=0.0)
+    elif END < BEGIN + DIMS:
+        tile = tl.load(at, mask=(dim < END)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile

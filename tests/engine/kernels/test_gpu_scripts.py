@@ -13,9 +13,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 
-def test_attention_on_a_gpu_runs_dry():
+@pytest.mark.parametrize("script", ["attention", "operators"])
+def test_scripts_for_a_gpu_run_dry(script):
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "benchmarks/gpu/attention.py", "--dry-run"]
+    command = [sys.executable, f"benchmarks/gpu/{script}.py", "--dry-run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("dry run: every result is torch's\n")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.protocol import AttentionOptions, LayerUse, PrefillSpan, PrefillSpans
+from engine.kernels.protocol import AttentionOptions, KvScales, LayerUse, PrefillSpan, PrefillSpans
 from engine.kernels.reference import TORCH_KERNELS
 from engine.memory.kv_pool import KvPool, LayerSpec
 from tests.interpreted import triton_kernels
@@ -41,17 +41,18 @@ def row_by_row(kernels, monkeypatch):
 class World:
     """Some sequences in a pool whose other blocks hold NaN, and queries for all of their positions."""
 
-    def __init__(self, lens, *, heads, kv_heads, k_dim, v_dim, block_size=16, dtype=torch.float32, seed=0):
+    def __init__(self, lens, *, heads, kv_heads, k_dim, v_dim, block_size=16, dtype=torch.float32, seed=0, scales=None):
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape):
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        self.lens, self.block_size, self.k_dim = lens, block_size, k_dim
+        self.lens, self.block_size, self.k_dim, self.scales = lens, block_size, k_dim, scales
+        kept = dtype if scales is None else torch.float8_e4m3fn
         width = -(-max(lens) // block_size) + 1
         num_blocks = sum(-(-length // block_size) for length in lens) + 2
-        pool = KvPool([LayerSpec(kv_heads, k_dim, v_dim)] * 2, block_size, dtype, "cpu", num_blocks=num_blocks)
-        pool.data.fill_(float("nan"))
+        pool = KvPool([LayerSpec(kv_heads, k_dim, v_dim)] * 2, block_size, kept, "cpu", num_blocks=num_blocks)
+        pool.data.view(torch.uint8).fill_(0xFF)  # no number, in every dtype
         self.k, self.v = pool.k[1], pool.v[1]
         order = torch.randperm(num_blocks, generator=generator).tolist()
         self.tables = torch.full((len(lens), width), order.pop(), dtype=torch.int32)
@@ -62,14 +63,15 @@ class World:
             at = torch.arange(length)
             places = self.tables[slot, at // block_size].long(), at % block_size
             TORCH_KERNELS.write_kv(
-                random(length, kv_heads, k_dim), random(length, kv_heads, v_dim), self.k, self.v, *places
+                random(length, kv_heads, k_dim), random(length, kv_heads, v_dim), self.k, self.v, *places, scales
             )
             self.query.append(random(heads, length, k_dim).transpose(0, 1))
         self.sinks = random(heads)
 
     def options(self, **how):
         how["sinks"] = self.sinks if how.pop("has_sinks", False) else None
-        return AttentionOptions(self.k_dim**-0.5, **how)
+        scales = self.scales or KvScales(1.0, 1.0)
+        return AttentionOptions(self.k_dim**-0.5 * scales.k, value_scale=scales.v, **how)
 
     def decode(self, kernels, rows, options, max_kv_len=None):
         """`rows`: (slot, keys) of each; a row without keys is what fills a captured step up."""
@@ -112,6 +114,7 @@ def shapes(draw):
         block_size=draw(st.sampled_from([1, 8, 16, 32])),
         dtype=draw(st.sampled_from(list(NEAR))),
         seed=draw(st.integers(0, 99)),
+        scales=draw(st.none() | st.builds(KvScales, st.sampled_from([0.0625, 1.0]), st.sampled_from([0.125, 2.0]))),
     )
 
 
@@ -174,11 +177,14 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_and_for_any_number_of_progra
     together = world.decode(kernels, rows, options)
     for number, row in enumerate(rows):
         assert torch.equal(world.decode(kernels, [row], options)[0], together[number])
-    monkeypatch.setattr("engine.kernels.triton.decode.programs_of", lambda _device: 1)
+    monkeypatch.setattr("engine.kernels.triton.decode.programs_of", lambda *_: 1)
     assert torch.equal(world.decode(kernels, rows, options), together)
 
 
-@pytest.mark.parametrize("how", [{}, {"window": 50}, {"chunk": 64, "softcap": 3.0, "has_sinks": True}], ids=str)
+CUT = [{}, {"window": 50}, {"window": 150}, {"chunk": 64, "softcap": 3.0, "has_sinks": True}]
+
+
+@pytest.mark.parametrize("how", CUT, ids=str)
 def test_how_a_prompt_is_cut_does_not_show(kernels, row_by_row, how):
     world = World([200, 70], **PLAIN)
     options = world.options(**how)

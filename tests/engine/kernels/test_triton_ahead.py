@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -17,13 +18,13 @@ PROGRAM = """
 import dataclasses, sys, torch
 from engine.kernels.triton.ahead import SHAPES, compiled
 for name in sys.argv[3:]:
-    for usage in compiled(SHAPES[name], getattr(torch, sys.argv[1]), int(sys.argv[2])):
+    kind, _, kept = sys.argv[1].partition("/")
+    for usage in compiled(SHAPES[name], getattr(torch, kind), int(sys.argv[2]), is_float8=kept == "float8"):
         print(dataclasses.asdict(usage) | {"shape": name})
 """
 REGISTERS = 65536  #: of a multiprocessor
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  #: that one program may take
-#: Programs that fit a multiprocessor side by side, of heads less wide: what hides the time that memory takes.
-AT_ONCE = {"attend_splits": 2, "attend_chunks": 1, "merge_splits": 4, "write": 16}
+OF_KV = {"attend_splits", "attend_chunks", "merge_splits", "write", "rotate_write"}
 SPILLED_BYTES = 32  #: of each thread, where heads are as wide as DeepSeek's; elsewhere none
 ALL = [
     "Llama 3 8B",
@@ -51,9 +52,9 @@ def assert_within_limits(found):
     for usage in found:
         is_wide = usage["shape"] == "DeepSeek V3, absorbed"
         assert usage["spilled_bytes"] <= (SPILLED_BYTES if is_wide else 0), usage
-        at_once = 1 if is_wide else AT_ONCE[usage["kernel"]]
-        assert usage["registers"] * usage["num_threads"] * at_once <= REGISTERS, usage
-        assert usage["shared_bytes"] * at_once <= SHARED_BYTES[usage["capability"]], usage
+        registers = -(-usage["registers"] // 8) * 8  # as they are given out
+        assert registers * usage["num_threads"] * usage["programs"] <= REGISTERS, usage
+        assert usage["shared_bytes"] * usage["programs"] <= SHARED_BYTES[usage["capability"]], usage
         if usage["kernel"] == "attend_splits":
             assert usage["is_pipelined"], usage
 
@@ -61,12 +62,23 @@ def assert_within_limits(found):
 @pytest.mark.parametrize(("capability", "shapes"), [(80, ALL[:1]), (90, [*ALL[:1], *ALL[2:3], *ALL[6:7]])], ids=str)
 def test_kernels_fit_a_multiprocessor(capability, shapes):
     found = usages("bfloat16", capability, shapes)
-    assert {usage["kernel"] for usage in found} == set(AT_ONCE)
+    assert {usage["kernel"] for usage in found} == OF_KV | {"rms_norm", "gate"}
+    assert_within_limits(found)
+
+
+def test_kernels_over_float8_fit_a_multiprocessor():
+    found = usages("bfloat16/float8", 90, ALL[:1])
+    assert {usage["kernel"] for usage in found} == OF_KV
     assert_within_limits(found)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [
+        *itertools.product(["bfloat16", "float16"], SHARED_BYTES),
+        *itertools.product(["bfloat16/float8", "float16/float8"], [90, 100]),
+    ],
+)
 def test_kernels_of_every_shape_fit_every_multiprocessor(dtype, capability):
     assert_within_limits(usages(dtype, capability, ALL))

@@ -36,6 +36,21 @@ def test_a_blocks_numbers_are_told_by_groups_of_heads_of_one_dim():
     assert numbers.num_numbers * numbers.element_bytes == block_bytes([LayerSpec(2, 16, 16)] * 3, 4, torch.float32)
 
 
+def test_of_float8_no_codec_is_told_anything():
+    assert block_numbers(SPECS, 4, torch.float8_e4m3fn) is None
+    assert block_bytes(SPECS, 4, torch.float8_e4m3fn) * 2 == block_bytes(SPECS, 4, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_blocks_of_every_dtype_are_read_and_written_as_they_are(dtype):
+    source, target = (KvPool(SPECS, 4, dtype, "cpu", num_blocks=3) for _ in range(2))
+    source.data.view(torch.uint8).copy_(torch.arange(source.data.view(torch.uint8).numel()).view(3, -1) % 251)
+    target.write_blocks([2, 0], source.read_blocks([0, 1]))
+    expected = source.data.view(torch.uint8)[[1, 0]]
+    assert torch.equal(target.data.view(torch.uint8)[[0, 2]], expected)
+    assert not target.data.view(torch.uint8)[1].any()
+
+
 def test_layers_do_not_overlap():
     pool = KvPool(SPECS, 4, torch.float32, "cpu", num_blocks=2)
     for number, view in enumerate([*pool.k, *pool.v]):

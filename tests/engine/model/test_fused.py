@@ -237,7 +237,7 @@ def test_a_fused_layer_has_the_bits_of_its_fused_modules(kernels, family, dtype)
     model = packed(small_model(config_class, dtype, **changes))
     fuse_modules(model, kernels)
     want = logits(model)
-    assert fuse_layers(model, kernels) == LAYERED[family]
+    assert fuse_layers(model) == LAYERED[family]
     assert torch.equal(logits(model), want)
 
 
@@ -245,7 +245,7 @@ def test_a_fused_layer_has_the_bits_of_its_fused_modules(kernels, family, dtype)
 def test_the_last_layer_computes_the_wanted_rows_alone_and_to_the_same_bits(kernels, dtype):
     model = packed(small_model(LlamaConfig, dtype))
     fuse_modules(model, kernels)
-    fuse_layers(model, kernels)
+    fuse_layers(model)
     whole = logits(model)
     rows = torch.tensor([39, 3, 17])
     step = StepAttention([], rows, rows, 0, rows, rows, rows, 0, [], kept_rows=rows)
@@ -267,7 +267,7 @@ def test_a_layer_that_does_more_keeps_its_forward(kernels):
     original = type(layer).forward
     layer.forward = lambda hidden_states, **keywords: 2 * original(layer, hidden_states, **keywords)
     fuse_modules(model, kernels)
-    assert fuse_layers(model, kernels) == 1
+    assert fuse_layers(model) == 1
 
 
 def test_other_models_of_the_class_are_not_touched(kernels):
