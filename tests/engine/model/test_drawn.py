@@ -45,6 +45,7 @@ def test_the_same_seed_gives_the_same_weights_and_torchs_generator_is_left_alone
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_drawn_model_is_loaded_from_a_directory_without_weights(directory):
     with pytest.raises(ConfigError, match="has no weights"):
         load_model(directory)

@@ -30,6 +30,7 @@ def layers(**fields: object) -> list[LayerUse]:
     return [LayerUse(LayerSpec(2, 16, 16), 4, **fields)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_operations_of_a_prompt_are_those_that_torch_counts_but_for_keys_that_are_masked(is_tied):
     found = config(tie_word_embeddings=is_tied)
@@ -39,7 +40,8 @@ def test_operations_of_a_prompt_are_those_that_torch_counts_but_for_keys_that_ar
         model(input_ids=tokens, use_cache=False, logits_to_keep=torch.tensor([23]))
     masked = 2 * 4 * 2 * (16 + 16) * (24 * 24 - 24 * 25 // 2)
     work = ModelWork(weights_of(found), layers(), 4)
-    assert work.prefill(1, 24).num_flops == counter.get_total_flops() - masked
+    rotary = 2 * 8 * 24  # of the model, once for all layers: a product in some versions of transformers
+    assert counter.get_total_flops() - masked - work.prefill(1, 24).num_flops in (0, rotary)
     assert weights_of(found).total == sum(parameter.numel() for parameter in model.parameters())
 
 
