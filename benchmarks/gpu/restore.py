@@ -48,6 +48,7 @@ from transport.opening import RoadOptions
 from transport.secret import ClusterSecret
 
 K = 1024
+CHANNEL = ChannelConfig(lost_after_s=60.0)
 NUM_OUTPUT_TOKENS = 8
 WARM_TOKENS = 2048
 DEADLINE_S = 110.0
@@ -70,7 +71,7 @@ def options_of(directory: Path, shape: str, num_tokens: int, disk_dir: Path, *, 
             kv_cache_bytes=num_bytes, max_num_seqs=8, max_num_batched_tokens=8192, has_lower_tiers=True
         ),
         use_kernels=True,
-        channel=ChannelConfig(lost_after_s=60.0),
+        channel=CHANNEL,
         lease_s=60.0,
         stall_s=30.0,
         roads=RoadOptions(names=("shm",)),
@@ -83,11 +84,12 @@ def options_of(directory: Path, shape: str, num_tokens: int, disk_dir: Path, *, 
 class Restore:
     """The prompt, its worker and its node cache."""
 
-    def __init__(self, worker: WorkerProcess, client: DirectClient, cache: DirectClient, num_tokens: int) -> None:
+    def __init__(
+        self, worker: WorkerProcess, client: DirectClient, cache: DirectClient, cache_address: str, num_tokens: int
+    ) -> None:
         """Draw a prompt of `num_tokens`."""
         self.info = worker.info
-        self._client, self._cache = client, cache
-        self._cache_address = str(next(line["cache"] for line in worker.said if "cache" in line))
+        self._client, self._cache, self._cache_address = client, cache, cache_address
         draw = random.Random(7)
         self._prompt = [draw.randrange(5, 500) for _ in range(num_tokens)]
         self.num_blocks = (num_tokens - 1) // self.info.block_size  # one token at least is computed
@@ -172,12 +174,13 @@ async def measure(options: WorkerOptions, num_tokens: int, disk_dir: Path) -> di
         print(f"{time.monotonic() - begun_s:7.1f} s  {what}", flush=True)
 
     with running_worker("decode", options, secret, script=(str(DRAWN_WORKER),)) as worker:
-        client = DirectClient(secret, worker.info.address)
+        client = DirectClient(secret, worker.info.address, CHANNEL)
         async with asyncio.timeout(60):
             while not any("cache" in line for line in worker.said):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        cache = DirectClient(secret, next(line["cache"] for line in worker.said if "cache" in line))
-        restore = Restore(worker, client, cache, num_tokens)
+        address = str(next(line["cache"] for line in worker.said if "cache" in line))
+        cache = DirectClient(secret, address, CHANNEL)
+        restore = Restore(worker, client, cache, address, num_tokens)
         await restore.warm_up()
         found = {"kv_bytes": float(restore.num_blocks * worker.info.block_bytes)}
         say(f"worker and node cache are up: {worker.info.kernel_path}")

@@ -55,6 +55,7 @@ K = 1024
 PROBE_S = 50.0
 PROBE_BYTES, DRY_PROBE_BYTES = 1 << 30, 1 << 20
 REPEATS = 10
+CHANNEL = ChannelConfig(lost_after_s=60.0)
 NUM_OUTPUT_TOKENS = 12
 NUM_PROMPTS = 3
 AFTERMATH_S = 0.2  #: of a request: release, report
@@ -153,7 +154,7 @@ def options_of(directory: Path, num_tokens: int, *, is_dry: bool) -> WorkerOptio
             max_num_batched_tokens=8192,
         ),
         use_kernels=True,
-        channel=ChannelConfig(lost_after_s=60.0),
+        channel=CHANNEL,
         lease_s=60.0,
         stall_s=10.0,
         roads=RoadOptions(names=("shm",) if is_dry else ("ucx",)),
@@ -172,7 +173,7 @@ async def hand_over(options: WorkerOptions, num_tokens: int, vocab_size: int) ->
         running_worker("prefill", options, secret, script=script, is_traced=True) as prefill,
         running_worker("decode", options, secret, script=script, is_traced=True) as decode,
     ):
-        client = DirectClient(secret, decode.info.address)
+        client = DirectClient(secret, decode.info.address, CHANNEL)
         for prompt in draw_prompts(1, 2, min(600, num_tokens), vocab_size):  # connects, probes roads
             await _ask(client, prompt, prefill, decode)
             await asyncio.sleep(0.5)

@@ -14,7 +14,7 @@ from messages.handoff import KvHandoff, PrefillFailed, PrefillRequest, ReleaseLe
 from messages.request import GenerateRequest, HeldRun, SamplingParams
 from messages.stream import PromptSources, TokenBatch, TokenChunk
 from messages.wire import Message
-from transport.channel import ChannelClient
+from transport.channel import ChannelClient, ChannelConfig
 from transport.secret import ClusterSecret
 
 _TIMEOUT_S = 60.0
@@ -25,9 +25,11 @@ class DirectClient:
 
     _ids = itertools.count()  #: of all clients: a worker takes a request once
 
-    def __init__(self, secret: ClusterSecret, address: str) -> None:
+    def __init__(self, secret: ClusterSecret, address: str, config: ChannelConfig | None = None) -> None:
         self._inbox: asyncio.Queue[Message | str] = asyncio.Queue()  #: a string: why the worker was lost
-        self._client = ChannelClient(secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait)
+        self._client = ChannelClient(
+            secret, address, self._inbox.put_nowait, on_lost=self._inbox.put_nowait, config=config or ChannelConfig()
+        )
         self.sources: PromptSources | None = None  #: of the last prompt
         self.token_ids: list[int] = []  #: of the last answer
 
