@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.bench_engine_cli import engine
 from cluster.client import ApiKey, ApiKeyFile, AsJson, Server, Url, server_of
 from cluster.credentials import api_keys
 from messages.errors import ConfigError
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Measure a server.",
+    help="Measure a server, or the engine alone.",
 )
+bench_app.command()(engine)
 
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -44,7 +46,7 @@ def _option(flags: str | tuple[str, ...], text: str, panel: str, default: str | 
 
 @bench_app.callback()
 def everywhere() -> None:
-    """Measure a server."""
+    """Measure a server, or the engine alone."""
 
 
 @bench_app.command()

@@ -5,4 +5,5 @@ bodies    a turn as the body of a request           answers   events of an answe
 sending   asks over HTTP, within deadlines          playing   asks sessions at their times
 figures   statistics of outcomes: pure              running   repeats, of one server or of two in turn
 report    JSON, tables                              plots     SVG, by matplotlib
+tables    figures of repeats, spread and ratios     bare/     the engine alone: `kvray bench engine`
 """

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from cluster.bench.figures import Outcome, Spread, ratios, summary
+from cluster.bench.figures import Outcome, ratios, summary
 from cluster.bench.running import Repeat, Side
+from cluster.bench.tables import figure_table, spreads
 
 _LABELS: Final = {
     "requests": "requests",
@@ -32,26 +33,15 @@ def document(sides: Sequence[Side], workload: dict[str, Any], *, is_detailed: bo
     """Return all that was measured. Keys of figures carry their units; shares are of 1."""
     found: dict[str, Any] = {"workload": workload, "servers": [_side_document(side, is_detailed) for side in sides]}
     if len(sides) == 2:
-        found["ratios"] = _spreads(ratios(*(_figures(side.repeats) for side in sides)))
+        found["ratios"] = spreads(ratios(*(_figures(side.repeats) for side in sides)))
     return found
 
 
 def table(sides: Sequence[Side]) -> Table:
     """Return figures as rows: of each server, and of the first over the second."""
-    columns = [summary(_figures(side.repeats)) for side in sides]
+    columns = [(side.name, summary(_figures(side.repeats))) for side in sides]
     compared = ratios(*(_figures(side.repeats) for side in sides)) if len(sides) == 2 else {}
-    made = Table(box=None, pad_edge=False)
-    made.add_column("")
-    for side in sides:
-        made.add_column(side.name, justify="right")
-    if compared:
-        made.add_column("ratio", justify="right")
-    for name in columns[0] | (columns[1] if len(columns) > 1 else {}):
-        label = _label(name)
-        if label is not None:
-            cells = [_cell(column.get(name), is_share=_is_share(name)) for column in columns]
-            made.add_row(label, *cells, *([_cell(compared.get(name))] if compared else ()))
-    return made
+    return figure_table(columns, compared, _label, _is_share)
 
 
 def lines(sides: Sequence[Side]) -> Iterator[str]:
@@ -96,16 +86,12 @@ def _side_document(side: Side, is_detailed: bool) -> dict[str, Any]:
         "url": side.url,
         "model": side.writing.model,
         "repeats": repeats,
-        "summary": _spreads(summary(_figures(side.repeats))),
+        "summary": spreads(summary(_figures(side.repeats))),
     }
 
 
 def _request(outcome: Outcome) -> dict[str, Any]:
     return {**asdict(outcome), "remarks": sorted(outcome.remarks)}
-
-
-def _spreads(spreads: dict[str, Spread]) -> dict[str, dict[str, float]]:
-    return {name: asdict(spread) for name, spread in spreads.items()}
 
 
 def _figures(repeats: Sequence[Repeat]) -> list[Any]:
@@ -124,20 +110,3 @@ def _label(name: str) -> str | None:
 
 def _is_share(name: str) -> bool:
     return name in _SHARES or name.startswith("from_")
-
-
-def _cell(spread: Spread | None, *, is_share: bool = False) -> str:
-    """Write a median, with the lowest and the highest where they differ."""
-    if spread is None:
-        return "-"
-    if spread.low == spread.high:
-        return _shown(spread.median, is_share)
-    return f"{_shown(spread.median, is_share)} ({_shown(spread.low, is_share)}-{_shown(spread.high, is_share)})"
-
-
-def _shown(value: float, is_share: bool) -> str:
-    if is_share:
-        return f"{100 * value:.1f} %"
-    if value >= 100 or value == round(value):
-        return f"{value:,.0f}"
-    return f"{value:.3g}"

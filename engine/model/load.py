@@ -26,6 +26,7 @@ from engine.model.attention import choose_kernels
 from engine.model.bits import path_digest
 from engine.model.checkpoint import stored_dtype, weight_files, weights_digest
 from engine.model.devices import check_device, choose_device
+from engine.model.drawn import draw_model
 from engine.model.experts import pack_experts
 from engine.model.families import PagedTrial, check_against_eager, eager_trial, probe_layers, read_model_config
 from engine.model.float8 import FLOAT8, kept_dtype, scales_of
@@ -91,6 +92,7 @@ def load_model(
     max_model_len: int | None = None,
     kv_cache_dtype: str = "auto",
     use_kernels: bool = True,
+    drawn_seed: int | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load the decoder in directory `path`. Reads safetensors only, runs no code out of the directory, uses no network.
@@ -107,6 +109,7 @@ def load_model(
         kv_cache_dtype: "auto": as weights; "fp8": float8, half the bytes of bfloat16 (`engine.model.float8`). How far
             logits of a trial are from eager attention's is then said.
         use_kernels: the C++ kernels, where they were built for this machine, or Triton's on a GPU; False: plain torch.
+        drawn_seed: weights are drawn with it where they will lie, not read: `path` needs no more than a config.json.
         on_progress: called with a line for people as loading goes on.
 
     Raises:
@@ -118,19 +121,24 @@ def load_model(
     target = choose_device(device, say)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    config, files, length = check_model(path, max_model_len=max_model_len)
+    config, files, length = check_model(path, max_model_len=max_model_len, is_drawn=drawn_seed is not None)
     family = str(config.model_type)
     chosen = _choose_dtype(dtype, config, files, target)
     check_device(target, chosen, kv_cache_dtype, use_kernels=use_kernels)
-    num_bytes = sum(file.stat().st_size for file in files)
-    say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
-    digest = weights_digest(files)
-    say(f"loading {family} as {str(chosen).removeprefix('torch.')}")
-    model = _load(path, config, chosen)
-    if target.type == "cuda":
-        tensors = (*model.parameters(), *model.buffers())
-        check_weights_fit(sum(tensor.nbytes for tensor in tensors), CudaReader(target))
-    model = model.to(target).eval()
+    if drawn_seed is None:
+        num_bytes = sum(file.stat().st_size for file in files)
+        say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
+        digest = weights_digest(files)
+        say(f"loading {family} as {str(chosen).removeprefix('torch.')}")
+        model = _load(path, config, chosen)
+        if target.type == "cuda":
+            tensors = (*model.parameters(), *model.buffers())
+            check_weights_fit(sum(tensor.nbytes for tensor in tensors), CudaReader(target))
+        model = model.to(target).eval()
+    else:
+        digest = blake3(f"drawn on {target.type} with {drawn_seed}".encode()).digest()
+        say(f"drawing the weights of a {family} as {str(chosen).removeprefix('torch.')}")
+        model = draw_model(config, chosen, target, drawn_seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     fix_frequencies(model, length)
     layers, vocab_size = probe_layers(model, family)
@@ -222,10 +230,12 @@ def _num_embeddings(model: nn.Module) -> int:
     return int(embedding.weight.shape[0])
 
 
-def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[PretrainedConfig, list[Path], int]:
+def check_model(
+    path: Path, *, max_model_len: int | None = None, is_drawn: bool = False
+) -> tuple[PretrainedConfig, list[Path], int]:
     """Check the decoder in `path` as far as can be told before its weights are loaded.
 
-    `max_model_len` is as in `load_model`.
+    `max_model_len` is as in `load_model`; `is_drawn`: it needs no weight files.
 
     Returns:
         Its configuration, its weight files, and the tokens that a sequence may have.
@@ -234,7 +244,7 @@ def check_model(path: Path, *, max_model_len: int | None = None) -> tuple[Pretra
         ConfigError: the model cannot be served; one line that says why.
     """
     config = read_model_config(path)
-    files = weight_files(path)
+    files = [] if is_drawn else weight_files(path)
     return config, files, _context_length(config, max_model_len, path)
 
 

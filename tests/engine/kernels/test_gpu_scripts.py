@@ -13,10 +13,30 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("script", ["attention", "operators"])
-def test_scripts_for_a_gpu_run_dry(script):
-    pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, f"benchmarks/gpu/{script}.py", "--dry-run"]
+def dry(script: str, *arguments: str) -> str:
+    """Run a script dry; return what it prints."""
+    command = [sys.executable, f"benchmarks/gpu/{script}", "--dry-run", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.endswith("dry run: every result is torch's\n")
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["attention.py", "operators.py"])
+def test_kernels_on_a_gpu_run_dry(script):
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert dry(script).endswith("dry run: every result is torch's\n")
+
+
+def test_the_engine_on_a_gpu_runs_dry():
+    assert dry("engine.py").endswith("dry run: both give the same tokens\n")
+
+
+@pytest.mark.long
+def test_two_processes_on_a_gpu_run_dry():
+    assert dry("two_processes.py").endswith("dry run: the same tokens handed over and in one process\n")
+
+
+@pytest.mark.long
+def test_restoring_on_a_gpu_runs_dry(tmp_path):
+    printed = dry("restore.py", "--disk-dir", str(tmp_path))
+    assert printed.endswith("dry run: the same tokens from host memory and from disk\n")

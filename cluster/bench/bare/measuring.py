@@ -1,0 +1,141 @@
+"""Measures an engine for a model and a workload: checks what is asked, builds the contenders, runs the repeats."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from cluster.bench.bare.batch import Workload
+from cluster.bench.bare.machine import measure_machine
+from cluster.bench.bare.ours import KvrayEngine, Model
+from cluster.bench.bare.report import Report
+from cluster.bench.bare.running import Progress, Side, run
+from cluster.bench.bare.theirs import TransformersEngine
+from cluster.bench.bare.work import ModelWork, weights_of
+from engine.memory.kv_pool import free_bytes
+from engine.model.families import read_model_config
+from messages.errors import ConfigError, WorkerError
+
+_MIN_ITEM_BYTES: Final = {"float32": 4}  #: the others, and whatever "auto" becomes: 2 at least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A bench as it is asked for."""
+
+    path: Path  #: a model directory; of a drawn model one with a config.json
+    name: str  #: of the model, for people
+    is_drawn: bool
+    dtype: str
+    device: str  #: auto, cpu, cuda, cuda:1
+    num_threads: int  #: of a CPU
+    batch_size: int
+    input_len: int
+    output_len: int
+    repeats: int
+    seed: int
+    max_num_batched_tokens: int
+    has_peer: bool  #: transformers' continuous batching is measured beside
+
+
+def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -> Report:
+    """Measure what is wanted; `say` takes lines for people meanwhile.
+
+    Raises:
+        ConfigError: the model, the device, the lengths or the memory there is do not go together; one line.
+        WorkerError: the engine failed meanwhile.
+    """
+    device = found_device(wanted.device)
+    config = read_model_config(wanted.path)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    num_tokens = wanted.input_len + wanted.output_len
+    if positions is not None and num_tokens > positions:
+        raise ConfigError(
+            f"--input-len {wanted.input_len} and --output-len {wanted.output_len}: {num_tokens} tokens, "
+            f"{wanted.name} has positions for {positions}"
+        )
+    weights = weights_of(config)
+    num_bytes, free = weights.total * _MIN_ITEM_BYTES.get(wanted.dtype, 2), free_bytes(device)
+    if num_bytes > free:
+        raise ConfigError(
+            f"{wanted.name} has {num_bytes / 1e9:,.1f} GB of weights, {free / 1e9:,.1f} GB are free on {device}: "
+            "a smaller model, or another --device"
+        )
+    workload = Workload(
+        batch_size=wanted.batch_size,
+        input_len=wanted.input_len,
+        output_len=wanted.output_len,
+        vocab_size=text.vocab_size,
+        seed=wanted.seed,
+    )
+    model = Model(
+        path=wanted.path,
+        drawn_seed=wanted.seed if wanted.is_drawn else None,
+        dtype=wanted.dtype,
+        device=device,
+        num_threads=wanted.num_threads,
+    )
+    with contextlib.ExitStack() as open_engines:
+        ours = KvrayEngine(model, workload, wanted.max_num_batched_tokens, say)
+        open_engines.callback(ours.close)
+        dtype = ours.loaded.dtype
+        say("measuring what the device can do")
+        machine = measure_machine(device, dtype)
+        sides = [Side(ours)]
+        if wanted.has_peer:
+            theirs = TransformersEngine(model, workload, dtype)
+            open_engines.callback(theirs.close)
+            sides.append(Side(theirs))
+        run(sides, workload, wanted.repeats, on_progress)
+        if sides[0].failure:
+            raise WorkerError(sides[0].failure)
+        kind = str(dtype).removeprefix("torch.")
+        return Report(
+            model={
+                "name": wanted.name,
+                "is_drawn": wanted.is_drawn,
+                "family": ours.loaded.family,
+                "dtype": kind,
+                "num_parameters": ours.loaded.num_parameters,
+                "kernel_path": ours.loaded.kernel_path,
+                "max_num_batched_tokens": wanted.max_num_batched_tokens,
+                "torch": torch.__version__,
+            },
+            described=(
+                f"{wanted.name}: {ours.loaded.family}, {ours.loaded.num_parameters / 1e6:,.1f} M parameters"
+                f"{', drawn' if wanted.is_drawn else ''}, {kind}, {ours.loaded.kernel_path}"
+            ),
+            workload=workload,
+            work=ModelWork(weights, ours.loaded.layers, dtype.itemsize),
+            machine=machine,
+            sides=sides,
+        )
+
+
+def found_device(name: str) -> torch.device:
+    """Return the device that is meant.
+
+    Raises:
+        ConfigError: there is none of that name here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: wanted auto, cpu, cuda or cuda:0 and so on, saw {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device: wanted a CUDA device that is here, saw {name!r}; torch sees {_cuda_devices()}")
+    return device
+
+
+def _cuda_devices() -> str:
+    return ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count())) or "none"
