@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,11 +19,23 @@ import msgspec
 import numpy as np
 
 from messages.handoff import RegionInfo
-from transport.checksum import CopyWatch, copy_all_checked
 from transport.memory import Memory, SharedView, as_host_memory
-from transport.protocol import Arrived, Copies, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
+from transport.protocol import (
+    Arrived,
+    Copies,
+    Copy,
+    CopyWatch,
+    Link,
+    RegionError,
+    RegionMemory,
+    TransferError,
+    check_ranges,
+)
 
 logger = logging.getLogger(__name__)
+
+#: Regions mapped writable, by nonce: who opens one again gets the same mapping, whose pages may be locked by now.
+_writable: weakref.WeakValueDictionary[bytes, SharedView] = weakref.WeakValueDictionary()
 
 #: What is told at once of what arrived: 2 to 4 ms of copying. A batch costs about 10 us: with 4 MiB, 5 % of a pull.
 _BATCH_BYTES = 32 << 20
@@ -55,6 +67,10 @@ class ShmTransport:
         self._jobs: set[_CopyJob] = set()
         self._links: dict[Link, set[bytes]] = {}  # nonces opened for a peer
         self._is_closed = False
+
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell that pulls can land in any memory: a device's takes what is mapped here by itself."""
+        return True
 
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable by peers of this node; the answer describes it to them. Idempotent.
@@ -89,12 +105,11 @@ class ShmTransport:
         """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        host_target = as_host_memory(target, self.road)
-        opened = self._open(link, source)
+        opened = self._open(link, source, target)
         rows = Copies.of(copies)
         check_ranges(rows, source.num_bytes, target.num_bytes)
-        job = _CopyJob(opened, rows, host_target, on_arrived)
-        if len(rows) <= _INLINE_COPIES and rows.num_bytes <= _INLINE_BYTES:
+        job = _CopyJob(opened, rows, target, on_arrived)
+        if target.is_host and len(rows) <= _INLINE_COPIES and rows.num_bytes <= _INLINE_BYTES:
             job.run()
         else:
             await self._run_in_thread(job, stall_s)
@@ -123,11 +138,12 @@ class ShmTransport:
             job.watch.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, link: Link, source: RegionInfo) -> SharedView:
+    def _open(self, link: Link, source: RegionInfo, target: RegionMemory) -> SharedView:
         opened = self._opened.get(source.nonce)
         if opened is None:
-            opened = open_region(source)
-            threading.Thread(target=opened.populate, name="populate-shm", daemon=True).start()
+            # Pages that are mapped to be read only cannot be locked for a device; nobody writes to these either.
+            opened = open_region(source, is_writable=not target.is_host)
+            target.prepare(opened)
             self._opened[source.nonce] = opened
             if not link.is_lost:
                 self._links.setdefault(link, set()).add(source.nonce)
@@ -168,9 +184,9 @@ class ShmTransport:
 class _CopyJob:
     """The copies of one pull; another thread can tell it to stop."""
 
-    def __init__(self, source: SharedView, copies: Copies, target: Memory, on_arrived: Arrived | None) -> None:
-        self._source = source.view
-        self._target = target.view
+    def __init__(self, source: SharedView, copies: Copies, target: RegionMemory, on_arrived: Arrived | None) -> None:
+        self._source = source
+        self._target = target
         self._copies = copies
         self._on_arrived = on_arrived
         self.watch = CopyWatch()
@@ -178,7 +194,7 @@ class _CopyJob:
     def run(self) -> None:
         first = 0
         for batch in batches(self._copies, _BATCH_BYTES):
-            checksums = copy_all_checked(self._target, self._source, batch, self.watch)
+            checksums = self._target.fill(self._source, batch, self.watch)
             if self._on_arrived is not None:
                 for position, checksum in enumerate(checksums, first):
                     self._on_arrived(position, checksum)
@@ -210,7 +226,7 @@ def batches(copies: Copies, max_bytes: int) -> Iterator[Copies]:
 
 
 def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
-    """Map another process's region; to write in it takes the owner's leave, which no road asks for.
+    """Map another process's region; to write in it takes the owner's leave, which no road asks for. One thread.
 
     Raises:
         RegionError: the region is not there, not on this node, or not the one described.
@@ -223,10 +239,16 @@ def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
         raise RegionError(f"shm: the handle cannot be read: {error}") from error
     if handle.node != _node_identity():
         raise RegionError("shm: the region's owner is on another node or in another pid namespace")
+    known = _writable.get(source.nonce) if is_writable else None
+    if known is not None and known.num_bytes == source.num_bytes and known.is_current():
+        return known
     try:
-        return SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce, is_writable=is_writable)
+        opened = SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce, is_writable=is_writable)
     except (OSError, ValueError) as error:
         raise RegionError(f"shm: the region of process {handle.pid} cannot be opened: {error}") from error
+    if is_writable:
+        _writable[source.nonce] = opened
+    return opened
 
 
 @cache

@@ -1,0 +1,142 @@
+"""The memory of a pool on a GPU: one plain allocation, which the driver can give other processes a handle of.
+
+Not torch's allocator: with `expandable_segments` it gives memory that has no such handle, and without it a pool may be
+a part of a larger piece, all of which would be given away. The driver's cuMemAlloc has neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import Any, Protocol
+
+import torch
+
+from messages.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 2 << 20  #: bytes: the pages of a GPU, and what cuda_ipc and RDMA register as one
+_IPC_HANDLE_BYTES = 64
+
+
+class Driver(Protocol):
+    """What of CUDA's driver this takes. Each call answers with the driver's name of an error, "" where it went well."""
+
+    def allocate(self, num_bytes: int) -> tuple[str, int]:
+        """Allocate in the calling thread's context; also return the address."""
+        ...
+
+    def free(self, address: int) -> str:
+        """Free what `allocate` gave."""
+        ...
+
+    def export(self, address: int) -> str:
+        """Try to make a handle for other processes of what `allocate` gave."""
+        ...
+
+
+class CudaDriver:
+    """The driver itself, libcuda, by its stable C interface."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        size, pointer = ctypes.c_size_t, ctypes.c_uint64
+        library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(pointer), size]
+        library.cuMemFree_v2.argtypes = [pointer]
+        library.cuIpcGetMemHandle.argtypes = [ctypes.c_char_p, pointer]
+        library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+
+    def allocate(self, num_bytes: int) -> tuple[str, int]:
+        """Call cuMemAlloc."""
+        address = ctypes.c_uint64()
+        status = self._library.cuMemAlloc_v2(ctypes.byref(address), num_bytes)
+        return self._name(status), address.value
+
+    def free(self, address: int) -> str:
+        """Call cuMemFree."""
+        return self._name(self._library.cuMemFree_v2(address))
+
+    def export(self, address: int) -> str:
+        """Call cuIpcGetMemHandle."""
+        return self._name(self._library.cuIpcGetMemHandle(ctypes.create_string_buffer(_IPC_HANDLE_BYTES), address))
+
+    def _name(self, status: int) -> str:
+        if status == 0:
+            return ""
+        name = ctypes.c_char_p()
+        self._library.cuGetErrorName(status, ctypes.byref(name))
+        return name.value.decode() if name.value else f"error {status}"
+
+
+@functools.cache
+def cuda_driver() -> CudaDriver:
+    """Return this machine's driver.
+
+    Raises:
+        OSError: there is none.
+    """
+    return CudaDriver(ctypes.CDLL("libcuda.so.1"))
+
+
+class PoolAllocation:
+    """Aligned bytes of a GPU, which torch takes for an array of its own. Freed with the last tensor over it."""
+
+    def __init__(self, num_bytes: int, driver: Driver) -> None:
+        """Allocate in the calling thread's context.
+
+        Raises:
+            ConfigError: there is not that much memory.
+        """
+        self._driver = driver
+        # The driver promises 256 bytes; what it gives of this size is aligned to pages, but that is its own business.
+        error, self._base = driver.allocate(num_bytes + ALIGNMENT)
+        if error:
+            raise ConfigError(
+                f"a KV pool of {num_bytes:,} bytes could not be allocated on the GPU: {error}; "
+                "give it fewer bytes (kv_cache_bytes), or end what else uses this GPU's memory"
+            )
+        self.address = -(-self._base // ALIGNMENT) * ALIGNMENT
+        self.num_bytes = num_bytes
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Describe the bytes, as numba does; whoever takes them keeps this object."""
+        return {
+            "shape": (self.num_bytes,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+    def check_export(self) -> None:
+        """Log one line where other processes cannot be given this memory."""
+        error = self._driver.export(self._base)
+        if error:
+            logger.warning(
+                "the KV pool cannot be exported to other processes (%s): workers of this node will not pull from it over "
+                "cuda_ipc; it needs Linux itself (not WSL), a whole GPU or one MIG instance for both, and containers "
+                "that share their IPC and pid namespaces",
+                error,
+            )
+
+    def __del__(self) -> None:
+        if getattr(self, "_base", 0):
+            self._driver.free(self._base)
+
+
+def allocate_pool(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Allocate a pool, `[num_bytes]` uint8, zeroed; its memory is no part of what torch counts as its own.
+
+    Raises:
+        ConfigError: there is not that much memory.
+    """
+    torch.cuda.init()
+    torch.cuda.empty_cache()  # what loading the model left behind is the pool's now
+    torch.zeros(1, device=device)  # the thread's context is there, whoever calls the driver
+    allocation = PoolAllocation(num_bytes, cuda_driver())
+    allocation.check_export()
+    pool: torch.Tensor = torch.as_tensor(allocation, device=device)
+    return pool.zero_()
