@@ -21,6 +21,8 @@ import torch
 
 from engine.cores import NodeCores, num_cores
 from engine.memory.checksums import BlockChecksums
+from engine.memory.copies import DeviceCopies
+from engine.memory.device import device_of
 from engine.memory.device_memory import DeviceMemory
 from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model.load import LoadedModel
@@ -81,6 +83,7 @@ class Engine:
     options: EngineOptions
     layout: RegionLayout
     memory: Memory | DeviceMemory  #: the region that `layout` describes
+    copies: DeviceCopies | None  #: moves the pool's blocks where it lies on a device; None: it does not
     checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
@@ -107,20 +110,24 @@ class Engine:
             device=loaded.device,
             max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
         )
-        is_host = loaded.device.type == "cpu"
+        device = device_of(loaded.device)
         num_threads = torch.get_num_threads()
-        threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_host else None
-        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=is_host)
+        is_computed_here = loaded.device.type == "cpu"
+        threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_computed_here else None
+        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=device is None)
         shape = (loaded.layer_specs, options.block_size, loaded.dtype, loaded.device)
         memory: Memory | DeviceMemory
-        if is_host:
+        copies: DeviceCopies | None = None
+        if device is None:
             memory = Memory.allocate(layout.num_bytes)
             pool = BlockPool(num_blocks, options.block_size, memory.view[: num_blocks * GENERATION_BYTES].cast("Q"))
             kv_pool = KvPool(*shape, memory.view[layout.data_offset :])
         else:
+            rows = device.pool(layout.num_bytes)
             pool = BlockPool(num_blocks, options.block_size)
-            kv_pool = KvPool(*shape, num_blocks=num_blocks)
-            memory = DeviceMemory(kv_pool.data)
+            kv_pool = KvPool(*shape, rows)
+            copies = DeviceCopies(device, rows.view(num_blocks, num_bytes_per_block))
+            memory = DeviceMemory(rows.view(num_blocks, num_bytes_per_block), copies)
         grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
@@ -137,7 +144,8 @@ class Engine:
             options=options,
             layout=layout,
             memory=memory,
-            checksums=BlockChecksums(pool, kv_pool),
+            copies=copies,
+            checksums=BlockChecksums(pool, kv_pool, copies),
             pool=pool,
             runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None),
             grammars=grammars,
@@ -203,13 +211,21 @@ class Engine:
         May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
-            result = self.runner.execute(plan)
+            launched = self.runner.launch(plan)
+            self.checksums.launched(self._kept_blocks(plan))
+            result = self.runner.finish(launched)
+        self.checksums.finished()
+        return result
+
+    def _kept_blocks(self, plan: StepPlan) -> list[int]:
+        """Return the blocks that the step of `plan` fills and peers will read."""
+        kept: list[int] = []
         for part in plan.parts:
-            if part.is_kept:  # peers will read its blocks: here the bytes are still in the cache, and nobody waits
+            if part.is_kept:
                 size = self.options.block_size
                 end = -(-part.end // size) if part.is_sampled else part.end // size
-                self.checksums.published(self.runner.block_ids(part.slot, part.start // size, end))
-        return result
+                kept += self.runner.block_ids(part.slot, part.start // size, end)
+        return kept
 
     def scaling(self, busy_s: float) -> WorkerScaling:
         """Return what whoever scales the fleet wants to know; steps ran for `busy_s` since the start."""
@@ -227,9 +243,9 @@ class Engine:
 
     def scratch(self, num_bytes: int) -> Memory | DeviceMemory:
         """Allocate memory of the kind that the pool lies in, for the transfers of probes. The caller closes it."""
-        if isinstance(self.memory, Memory):
+        if self.copies is None:
             return Memory.allocate(num_bytes)
-        return DeviceMemory(torch.empty(num_bytes, dtype=torch.uint8, device=self.loaded.device))
+        return DeviceMemory(torch.zeros(1, num_bytes, dtype=torch.uint8, device=self.loaded.device), self.copies)
 
     # -- for callers that have no loop of their own
 
@@ -258,6 +274,8 @@ class Engine:
         """Give the pool's memory back, and the cores."""
         if self.threads:
             self.threads.close()
+        if self.copies:
+            self.copies.close()
         self.memory.close()
 
 

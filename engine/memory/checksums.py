@@ -13,7 +13,6 @@ from engine.memory.copies import DeviceCopies, PendingChecksums
 from engine.memory.kv_pool import KvPool
 from kvcache.pool import BlockPool
 from transport.checksum import checksum, copy_all_checked
-from transport.memory import SharedView
 from transport.protocol import Copy
 
 #: The generation of no block: they begin below 2^62.
@@ -32,7 +31,8 @@ class BlockChecksums:
         """Compute them of the blocks of `kv_pool`; `copies` moves these where they lie on a device."""
         self._pool = pool
         self._copies = copies
-        self._rows = None if copies else kv_pool.data.view(torch.uint8).numpy()  # [num_blocks, block_bytes]
+        self._rows = kv_pool.data.view(torch.uint8)  # [num_blocks, block_bytes]
+        self._host_rows = None if copies else self._rows.numpy()
         self._known = np.zeros(kv_pool.num_blocks, np.uint64)  # of each block, when it had that generation
         self._known_generations = np.full(kv_pool.num_blocks, _NEVER, np.uint64)
         #: blocks, their generations, and what a device computes of them, step by step
@@ -81,21 +81,30 @@ class BlockChecksums:
         is_known = self._known_generations[block_id] == self._pool.generation(block_id)
         return int(self._known[block_id]) if is_known else None
 
+    def are_steps_done(self) -> bool:
+        """Tell whether blocks that no step has can be written: on a device steps may have ended and not be done."""
+        return self._copies is None or self._copies.are_steps_done()
+
+    def await_steps(self) -> None:
+        """Block until they can be."""
+        if self._copies is not None:
+            self._copies.await_steps()
+
     def copy_out(self, block_ids: Sequence[int], target: memoryview, offsets: Sequence[int]) -> list[int]:
         """Copy blocks to these offsets of `target`; return the checksums of what was copied, in order. Any thread."""
         if self._copies is not None:
             return self._copies.copy_out(block_ids, target, offsets)
-        assert self._rows is not None
-        size = self._rows.shape[1]
+        assert self._host_rows is not None
+        size = self._host_rows.shape[1]
         copies = [Copy(number * size, offset, size) for number, offset in zip(block_ids, offsets, strict=True)]
-        return copy_all_checked(target, self._rows.reshape(-1), copies)
+        return copy_all_checked(target, self._host_rows.reshape(-1), copies)
 
     def compute(self, block_ids: Sequence[int]) -> list[int]:
         """Compute the checksums of what these blocks hold now. Any thread."""
         if self._copies is not None:
             return self._copies.checksums(block_ids)
-        assert self._rows is not None
-        return [checksum(self._rows[block_id]) for block_id in block_ids]
+        assert self._host_rows is not None
+        return [checksum(self._host_rows[block_id]) for block_id in block_ids]
 
     def _settle_one(self) -> bool:
         """Wait for the oldest checksums that a device computes; False where there are none."""
@@ -106,8 +115,6 @@ class BlockChecksums:
         self._note(ids, generations, pending.values())
         return True
 
-    def _note(
-        self, ids: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint64], checksums: Sequence[int]
-    ) -> None:
+    def _note(self, ids: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint64], checksums: Sequence[int]) -> None:
         self._known[ids] = checksums
         self._known_generations[ids] = generations  # last: another thread may look

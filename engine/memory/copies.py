@@ -7,9 +7,10 @@ A run is what lies in a row at both ends: one copy. Host memory whose pages are 
 other memory through small locked buffers. All that is gathered, scattered or copied at once is small: a step that is
 launched meanwhile waits for no more than some 0.1 ms of it, and its thread for nothing.
 
-What a step wrote is seen here after the step: `note_step` and `end_step` say when. The other way, a step may use what
-was copied in once `copy_in` has returned, for that waits. Whoever gives blocks to be filled gives none that a launched
-step still has.
+What a step wrote is seen here after the step: `note_step` and `end_step` say when. Nothing is written into a block, by
+whatever road, before all steps that have ended are done on the device, too: `await_steps`. The other way, a step may
+use what was copied in once `copy_in` has returned, for that waits. Whoever gives blocks to be filled gives none that a
+step has which was launched and has not ended.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.memory.block_moves import gather, scatter
 from engine.memory.device import Device, Event, Stream
 from engine.memory.device_checksum import checksum_words, unsigned
 from engine.memory.page_locks import PageLocks, address_of
+from transport.checksum import checksum
 from transport.protocol import Copies, CopyWatch, MappedRegion
 
 #: Gathered or scattered by one kernel: 10 us of a GPU.
@@ -84,11 +87,20 @@ class DeviceCopies:
 
     # ----------------------------------------------------------------------------------------------------- any thread
 
+    def are_steps_done(self) -> bool:
+        """Tell whether the device is done with all steps that have ended, as it mostly is."""
+        return self._ended is None or self._ended.is_done()
+
+    def await_steps(self) -> None:
+        """Block until the device is done with all steps that have ended."""
+        if self._ended is not None:
+            self._ended.wait()
+
     def checksums(self, block_ids: Sequence[int]) -> list[int]:
         """Compute the checksums of what these blocks hold now; blocks until they are there."""
         if not block_ids:
             return []
-        self._await_steps()
+        self.await_steps()
         with self._check_lock:
             pending = self._begin_checksums(self._checking, self._rows, block_ids)
         return pending.values()
@@ -100,7 +112,7 @@ class DeviceCopies:
         """
         if not block_ids:
             return []
-        self._await_steps()
+        self.await_steps()
         host = torch.frombuffer(target, dtype=torch.uint8)
         places = np.argsort(np.asarray(offsets), kind="stable")  # neighbours are copied as one
         ids, into = np.asarray(block_ids, np.int64)[places], np.asarray(offsets, np.int64)[places]
@@ -114,9 +126,7 @@ class DeviceCopies:
             self._out.settle()
         return pending.values()
 
-    def copy_in(
-        self, rows: torch.Tensor, source: MappedRegion, copies: Copies, watch: CopyWatch
-    ) -> list[int]:
+    def copy_in(self, rows: torch.Tensor, source: MappedRegion, copies: Copies, watch: CopyWatch) -> list[int]:
         """Carry out `copies` out of `source` into `rows`, as `transport.protocol.RegionMemory.fill`. Blocks meanwhile.
 
         Args:
@@ -127,6 +137,7 @@ class DeviceCopies:
         """
         if watch.is_stopped:
             return []
+        self.await_steps()
         begins, targets, lengths = copies.table.T
         row_bytes = rows.shape[1]
         host = _host_tensor(source.view)
@@ -145,10 +156,6 @@ class DeviceCopies:
         self.page_locks.close()
 
     # --------------------------------------------------------------------------------------------------------- inside
-
-    def _await_steps(self) -> None:
-        if self._ended is not None:
-            self._ended.wait()
 
     def _rows_in(
         self,
@@ -170,6 +177,8 @@ class DeviceCopies:
 
     def _bytes_in(self, flat: torch.Tensor, host: torch.Tensor, begin: int, into: int, num_bytes: int) -> int:
         """Copy some bytes, whatever they are, and return their checksum."""
+        if num_bytes == 0:
+            return checksum(b"")
         target = flat[into : into + num_bytes]
         self._to_device(host[begin : begin + num_bytes], target)
         row = self._device.buffer(num_bytes).view(1, num_bytes)
@@ -226,22 +235,14 @@ class _Direction:
         """Queue to bring these rows into the buffer; return the part of it that they lie in then."""
         wanted, staging = _uploaded(self._device, ids), self.staging[: len(ids)]
 
-        def gather() -> None:
-            index = wanted.to(rows.device, non_blocking=True)
-            torch.index_select(_words(rows), 0, index, out=_words(staging))
-
-        self.stream.run(gather)
+        self.stream.run(lambda: gather(rows, wanted.to(rows.device, non_blocking=True), staging))
         return staging
 
     def scatter(self, rows: torch.Tensor, ids: npt.NDArray[np.int64]) -> None:
         """Queue to bring what the buffer begins with into these rows."""
         wanted, staging = _uploaded(self._device, ids), self.staging[: len(ids)]
 
-        def scatter() -> None:
-            index = wanted.to(rows.device, non_blocking=True)
-            _words(rows).index_copy_(0, index, _words(staging))
-
-        self.stream.run(scatter)
+        self.stream.run(lambda: scatter(rows, wanted.to(rows.device, non_blocking=True), staging))
 
     def bounce_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Queue a copy out to memory whose pages are not locked, which ends with `settle`."""
@@ -280,11 +281,6 @@ class _Direction:
 
 def _nothing() -> None:
     """Wait for nothing."""
-
-
-def _words(rows: torch.Tensor) -> torch.Tensor:
-    """View rows of bytes as whole words, where they are: an eighth as many numbers to move."""
-    return rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows
 
 
 def _uploaded(device: Device, ids: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:

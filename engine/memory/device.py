@@ -22,6 +22,10 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for all contexts of the proces
 class Event(Protocol):
     """A place in a stream."""
 
+    def is_done(self) -> bool:
+        """Tell whether all that was queued before the event is done."""
+        ...
+
     def wait(self) -> None:
         """Block this thread until all that was queued before the event is done. Other threads go on meanwhile."""
         ...
@@ -85,6 +89,10 @@ class CudaEvent:
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
 
+    def is_done(self) -> bool:
+        """Tell whether all that was queued before the event is done."""
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> None:
         """Block this thread until all that was queued before the event is done."""
         self.event.synchronize()
@@ -108,7 +116,7 @@ class CudaStream:
 
     def record(self) -> CudaEvent:
         """Return the place behind all that was queued so far."""
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._stream.record_event(event)
         return CudaEvent(event)
 
@@ -121,7 +129,7 @@ class CudaDevice:
 
     def new_stream(self) -> CudaStream:
         """Make a stream that runs beside all others, also beside CUDA's default one."""
-        return CudaStream(torch.cuda.Stream(self._device))
+        return CudaStream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def step_stream(self) -> CudaStream:
         """Return the stream to which the calling thread's own launches go."""
@@ -143,14 +151,14 @@ class CudaDevice:
     def lock_pages(self, address: int, num_bytes: int) -> str:
         """Call cudaHostRegister; return CUDA's words where it refuses."""
         with torch.cuda.device(self._device):
-            runtime = torch.cuda.cudart()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             status = runtime.cudaHostRegister(address, num_bytes, _PORTABLE)
             return "" if int(status) == 0 else str(runtime.cudaGetErrorString(status))
 
     def unlock_pages(self, address: int) -> None:
         """Call cudaHostUnregister; a refusal is logged, for nobody can do anything about it."""
         with torch.cuda.device(self._device):
-            runtime = torch.cuda.cudart()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             status = runtime.cudaHostUnregister(address)
             if int(status) != 0:
                 logger.warning("pages stay locked: %s", runtime.cudaGetErrorString(status))

@@ -33,7 +33,7 @@ def device_checksums(rows: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
 
 
 def checksum_words(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Launch the checksum of some blocks: by Triton where it is there, by torch's operators anywhere. Waits for nothing.
+    """Launch the checksum of some blocks, by Triton where it is there, by torch anywhere. Waits for nothing.
 
     Args:
         rows: the pool, `[num_blocks, block_bytes]` uint8, contiguous, on any device.
@@ -42,7 +42,7 @@ def checksum_words(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     Returns:
         `[n]` int64, on the device: the checksums' bits, see `unsigned`.
     """
-    if rows.is_cuda and rows.shape[1] % 8 == 0 and _has_triton():
+    if rows.is_cuda and rows.shape[1] % 8 == 0 and has_triton():
         from engine.memory.triton_checksum import lane_totals
 
         totals = lane_totals(rows, wanted, device_keys(0, LEAF_WORDS, rows.device))
@@ -61,7 +61,7 @@ def unsigned(words: Sequence[int]) -> list[int]:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     """Tell whether Triton is there with what it needs to start a kernel: a C compiler and Python's headers."""
     has_compiler = any(shutil.which(tool) is not None for tool in ("gcc", "clang"))
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

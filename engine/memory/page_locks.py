@@ -43,7 +43,7 @@ class PageLocks:
         #: where locked pieces begin, ascending, and where they end; replaced as a whole, so that readers need no lock
         self._locked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._regions: weakref.WeakSet[MappedRegion] = weakref.WeakSet()
-        self._is_closed = False
+        self._closed = threading.Event()
 
     def lock(self, region: MappedRegion) -> threading.Thread | None:
         """Begin to lock a region that is mapped writable, on a thread, which is returned; None: that was done before.
@@ -51,7 +51,7 @@ class PageLocks:
         What cannot be locked is one line in the log, and stays as it is.
         """
         with self._change:
-            if region in self._regions or self._is_closed:
+            if region in self._regions or self._closed.is_set():
                 return None
             self._regions.add(region)
         pieces: list[int] = []  # their addresses
@@ -68,18 +68,15 @@ class PageLocks:
             at = address + done
             index = bisect.bisect_right(begins, at) - 1
             is_locked = index >= 0 and at < ends[index]
-            if is_locked:
-                limit = ends[index]
-            else:
-                limit = begins[index + 1] if index + 1 < len(begins) else address + num_bytes
-            end = min(num_bytes, limit - address, done + max_bytes)
+            following = ends[index : index + 1] if is_locked else begins[index + 1 : index + 2]
+            end = min(num_bytes, done + max_bytes, *(border - address for border in following))
             yield Part(done, end, is_locked)
             done = end
 
     def close(self) -> None:
         """Unlock everything. Nothing is copied any more."""
         with self._change:
-            self._is_closed = True
+            self._closed.set()
             (begins, _), self._locked = self._locked, ((), ())
         for begin in begins:
             self._device.unlock_pages(begin)
@@ -87,19 +84,19 @@ class PageLocks:
     def _lock_all(self, region: MappedRegion, pieces: list[int]) -> None:
         address, num_bytes = address_of(region.view), region.num_bytes
         for offset in range(0, num_bytes, _PIECE_BYTES):
-            if self._is_closed or not region.is_current():
+            if self._closed.is_set() or not region.is_current():
                 return
             size = min(_PIECE_BYTES, num_bytes - offset)
             reason = self._device.lock_pages(address + offset, size)
             if reason:
                 logger.warning(
-                    "%d of %d bytes of a node cache cannot be page-locked (%s): copies of them go through a buffer, at a "
-                    "half of the rate or less; what helps: a higher limit of locked memory (ulimit -l, IPC_LOCK)",
+                    "%d of %d bytes of a node cache cannot be page-locked (%s): copies of them go through a buffer, "
+                    "which is slower; what helps: a higher limit of locked memory (ulimit -l, IPC_LOCK)",
                     *(num_bytes - offset, num_bytes, reason),
                 )
                 return
             with self._change:
-                if self._is_closed:
+                if self._closed.is_set():
                     self._device.unlock_pages(address + offset)
                     return
                 pieces.append(address + offset)

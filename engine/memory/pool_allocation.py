@@ -116,9 +116,9 @@ class PoolAllocation:
         error = self._driver.export(self._base)
         if error:
             logger.warning(
-                "the KV pool cannot be exported to other processes (%s): workers of this node will not pull from it over "
-                "cuda_ipc; it needs Linux itself (not WSL), a whole GPU or one MIG instance for both, and containers "
-                "that share their IPC and pid namespaces",
+                "the KV pool cannot be exported to other processes (%s): workers of this node will not pull from it "
+                "over cuda_ipc; what helps: Linux itself (not WSL), GPUs that are not cut up by MIG, containers that "
+                "share their IPC namespace",
                 error,
             )
 
@@ -133,7 +133,7 @@ def allocate_pool(num_bytes: int, device: torch.device) -> torch.Tensor:
     Raises:
         ConfigError: there is not that much memory.
     """
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.empty_cache()  # what loading the model left behind is the pool's now
     torch.zeros(1, device=device)  # the thread's context is there, whoever calls the driver
     allocation = PoolAllocation(num_bytes, cuda_driver())

@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 
-import transport.shm
+import transport.memory
 from messages.handoff import RegionInfo
 from transport.checksum import checksum, copy_all_checked
 from transport.memory import Memory
@@ -115,14 +115,14 @@ def in_pieces(delays_s):
 @pytest.fixture
 def slow_copies(monkeypatch):
     """Each MiB takes 20 ms longer, as on a machine that is very busy."""
-    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(itertools.repeat(0.02)))
+    monkeypatch.setattr(transport.memory, "copy_all_checked", in_pieces(itertools.repeat(0.02)))
 
 
 @pytest.fixture
 def stuck_copies(monkeypatch):
     """The second MiB takes longer than anyone waits."""
     delays_s = itertools.chain([0, 0.5], itertools.repeat(0))
-    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(delays_s))
+    monkeypatch.setattr(transport.memory, "copy_all_checked", in_pieces(delays_s))
 
 
 @pytest.fixture
