@@ -21,7 +21,9 @@ from engine.kernels.protocol import PrefillSpan, PrefillSpans
 from engine.memory.kv_pool import KvPool
 from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention, step_attention
 from engine.model.load import LoadedModel
-from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs
+from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.row import SamplingRow
+from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
 from engine.slot_tables import SlotSequence, SlotTables
 from messages.errors import InvariantError, KvrayError

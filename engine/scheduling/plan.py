@@ -169,12 +169,12 @@ class BlocksReleased:
 
 @dataclass(frozen=True, slots=True)
 class StepWanted:
-    """The runner is idle: plan a step if there is something to run."""
+    """The runner is idle, or, where steps are planned ahead, runs its last one: plan one if there is one to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The step that ran last gave this."""
+    """The step gave this that began first of those that run."""
 
     result: StepResult
 

@@ -69,8 +69,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([8, 12, 24]),
         max_num_seqs=st.integers(1, 5),
         watermark=st.sampled_from([0.0, 0.1]),
+        plans_ahead=st.booleans(),
     )
-    def make(self, num_blocks, quantum, budget, max_num_seqs, watermark) -> None:
+    def make(self, num_blocks, quantum, budget, max_num_seqs, watermark, plans_ahead) -> None:
         config = SchedulerConfig(
             max_model_len=44,
             max_num_seqs=max_num_seqs,
@@ -79,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             remote_timeout_s=10.0,
             watermark=watermark,
             block_bytes=1,
+            plans_ahead=plans_ahead,
             has_lower_tiers=True,
         )
         self.worker = FakeWorker(config, BlockPool(num_blocks, 4))
@@ -157,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue  # ended before it moved; a test of its own
             self.worker.add(spec)
 
-    @precondition(lambda self: self.worker.step is None)
+    @precondition(lambda self: self.worker.may_want_step)
     @rule()
     def start_step(self) -> None:
         self.worker.want_step()
@@ -170,11 +172,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             failed = {data.draw(st.sampled_from([part.seq_id for part in self.worker.step.plan.parts]))}
         self.worker.end_step(failed, token_s)
 
-    @precondition(lambda self: self.worker.step is None)
+    @precondition(lambda self: self.worker.may_want_step)
     @rule(num_steps=st.integers(1, 8))
     def run_steps(self, num_steps) -> None:
         for _ in range(num_steps):
-            if self.worker.want_step():
+            self.worker.want_steps()
+            if self.worker.step is not None:
                 self.worker.end_step()
 
     @precondition(lambda self: self._alive())
@@ -280,7 +283,7 @@ class TestSchedulerMachineAtLength(SchedulerMachine.TestCase):
     settings = settings(max_examples=300, stateful_step_count=80, **_SETTINGS)
 
 
-def drive_at_random(seed: int, num_events: int) -> FakeWorker:
+def drive_at_random(seed: int, num_events: int, *, plans_ahead: bool = False) -> FakeWorker:
     """Steps most of the time, so that sequences get long, with everything else in between."""
     rng = random.Random(seed)
     config = SchedulerConfig(
@@ -290,6 +293,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         chunk_quantum_tokens=rng.choice([4, 8]),
         remote_timeout_s=10.0,
         block_bytes=1,
+        plans_ahead=plans_ahead,
         has_lower_tiers=True,
     )
     worker = FakeWorker(config, BlockPool(rng.randint(10, 20), 4))
@@ -336,7 +340,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         elif action < 0.52:
             worker.now_s += rng.choice([0.5, 4.0])
             worker.post(TimePassed())
-        elif worker.step is not None:
+        elif worker.step is not None and not (worker.may_want_step and rng.random() < 0.7):
             failed = {part.seq_id for part in worker.step.plan.parts if rng.random() < 0.005}
             worker.end_step(failed, token_s=rng.choice([1e-4, 5e-3]))
         else:
@@ -349,7 +353,11 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
     if len(tokens) >= worker.max_len:
         return
     kind = rng.choice(["local", "local", "remote", "kept"])
-    params = SamplingParams(max_tokens=rng.randint(1, 20), prompt_logprobs=rng.choice([None] * 5 + [1]))
+    params = SamplingParams(
+        max_tokens=rng.randint(1, 20),
+        prompt_logprobs=rng.choice([None] * 5 + [1]),
+        stop_token_ids=(STOP,) if number % 2 else (),
+    )
     priority = rng.choice([0, 0, 1])
     for choice in range(rng.choice([1, 1, 3])):
         spec = SequenceSpec(
@@ -395,10 +403,26 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     assert min(num_quarantined, num_mixed) > 0
 
 
+@pytest.mark.slow
+def test_steps_that_are_planned_ahead_lose_nothing_in_random_runs_either() -> None:
+    num_preemptions = num_ahead = num_for_nothing = num_hits = 0
+    for seed in range(12):
+        worker = drive_at_random(seed, 400, plans_ahead=True)
+        worker.drain()
+        num_preemptions += worker.scheduler.stats()["num_preemptions"]
+        num_hits += worker.pool.stats.num_hit_blocks
+        num_ahead += worker.num_ahead
+        num_for_nothing += worker.num_for_nothing
+    assert min(num_ahead, num_hits) > 300
+    assert num_for_nothing > 30
+    assert num_preemptions > 10
+
+
 @pytest.mark.long
-def test_many_long_random_runs_lose_nothing() -> None:
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_many_long_random_runs_lose_nothing(plans_ahead: bool) -> None:
     for seed in range(100, 200):
-        drive_at_random(seed, 600).drain()
+        drive_at_random(seed, 600, plans_ahead=plans_ahead).drain()
 
 
 def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() -> None:
