@@ -150,7 +150,7 @@ class Engine:
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
             block_bytes=num_bytes_per_block,
-            plans_ahead=not is_host if options.plans_ahead is None else options.plans_ahead,
+            plans_ahead=not is_computed_here if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
         return cls(

@@ -56,7 +56,7 @@ def _copy(
 
 
 # Triton compiles this from its source, and takes no annotations but its own.
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     pool,  # noqa: ANN001
     block_ids,  # noqa: ANN001

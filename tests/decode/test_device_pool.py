@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 __all__ = ["nodes"]
 
-ENGINE = {"kv_cache_bytes": 2 << 20}
+ENGINE = {"kv_cache_bytes": 2 << 20, "plans_ahead": True}
 
 
 async def test_what_left_a_devices_pool_comes_back_from_host_also_to_another_device(
