@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +93,8 @@ class MappedRegion(Protocol):
     """A region of another process on the same node, mapped here. Compared by identity."""
 
     @property
-    def view(self) -> memoryview:
-        """The bytes, `[num_bytes]` uint8."""
+    def view(self) -> Any:
+        """The bytes, `[num_bytes]` uint8: a memoryview, or a device's array."""
         ...
 
     @property

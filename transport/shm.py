@@ -1,6 +1,7 @@
 """The node's shared memory: the puller maps the owner's region, and copies and hashes in one pass by itself.
 
-Reaches processes of the same user in the same pid namespace; pods do not see each other this way.
+Reaches processes of the same user in the same pid namespace; pods do not see each other this way. A region in a
+device's memory is mapped by devices (CUDA IPC), beside a page of host memory that tells whether it is still published.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Protocol, cast
 
 import msgspec
 import numpy as np
@@ -26,6 +28,7 @@ from transport.protocol import (
     Copy,
     CopyWatch,
     Link,
+    MappedRegion,
     RegionError,
     RegionMemory,
     TransferError,
@@ -43,6 +46,7 @@ _BATCH_BYTES = 32 << 20
 _INLINE_BYTES = 8 << 20
 _INLINE_COPIES = 256
 _NUM_THREADS = 2
+_HEADER_BYTES = 1  #: of the host memory that belongs to a device's
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +55,24 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True):
     node: str
     pid: int
     fd: int
+    device: bytes = b""  #: of a device's memory: what it exported; `fd` is that of its header then
+
+
+class DeviceRegionMemory(RegionMemory, Protocol):
+    """A device's memory, which other processes of the node can map."""
+
+    @property
+    def header(self) -> Memory:
+        """Host memory of the same nonce."""
+        ...
+
+    def export(self) -> bytes:
+        """Describe the memory to `open`; RegionError where that cannot be."""
+        ...
+
+    def open(self, handle: bytes, num_bytes: int, header: SharedView) -> MappedRegion:
+        """Map what another process's `export` described; RegionError where it cannot be reached."""
+        ...
 
 
 class ShmTransport:
@@ -62,7 +84,7 @@ class ShmTransport:
 
     def __init__(self) -> None:
         self._registered: dict[bytes, Memory] = {}  # nonce -> own memory
-        self._opened: dict[bytes, SharedView] = {}  # nonce -> a peer's
+        self._opened: dict[bytes, MappedRegion] = {}  # nonce -> a peer's
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="shm-pull")
         self._jobs: set[_CopyJob] = set()
         self._links: dict[Link, set[bytes]] = {}  # nonces opened for a peer
@@ -76,14 +98,19 @@ class ShmTransport:
         """Make `memory` readable by peers of this node; the answer describes it to them. Idempotent.
 
         Raises:
-            RegionError: it is not host memory, or the transport is closed.
+            RegionError: it is a device's and cannot be exported, or the transport is closed.
         """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        host_memory = as_host_memory(memory, self.road)
-        host_memory.publish()
-        self._registered[memory.nonce] = host_memory
-        handle = _Handle(_node_identity(), os.getpid(), host_memory.fd)
+        exported = b""
+        if memory.is_host:
+            published = as_host_memory(memory, self.road)
+        else:
+            of_device = cast(DeviceRegionMemory, memory)
+            exported, published = of_device.export(), of_device.header
+        published.publish()
+        self._registered[memory.nonce] = published
+        handle = _Handle(_node_identity(), os.getpid(), published.fd, exported)
         return RegionInfo(
             road=self.road, handle=msgspec.msgpack.encode(handle), num_bytes=memory.num_bytes, nonce=memory.nonce
         )
@@ -138,11 +165,18 @@ class ShmTransport:
             job.watch.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, link: Link, source: RegionInfo, target: RegionMemory) -> SharedView:
+    def _open(self, link: Link, source: RegionInfo, target: RegionMemory) -> MappedRegion:
         opened = self._opened.get(source.nonce)
         if opened is None:
-            # Pages that are mapped to be read only cannot be locked for a device; nobody writes to these either.
-            opened = open_region(source, is_writable=not target.is_host)
+            handle = _handle_of(source)
+            if not handle.device:
+                # Pages that are mapped to be read only cannot be locked for a device; nobody writes to these either.
+                opened = open_region(source, is_writable=not target.is_host)
+            elif target.is_host:
+                raise RegionError("shm: a device's memory cannot be pulled into a host's")
+            else:
+                header = _mapped(handle, _HEADER_BYTES, source.nonce, is_writable=False)
+                opened = cast(DeviceRegionMemory, target).open(handle.device, source.num_bytes, header)
             target.prepare(opened)
             self._opened[source.nonce] = opened
             if not link.is_lost:
@@ -184,7 +218,7 @@ class ShmTransport:
 class _CopyJob:
     """The copies of one pull; another thread can tell it to stop."""
 
-    def __init__(self, source: SharedView, copies: Copies, target: RegionMemory, on_arrived: Arrived | None) -> None:
+    def __init__(self, source: MappedRegion, copies: Copies, target: RegionMemory, on_arrived: Arrived | None) -> None:
         self._source = source
         self._target = target
         self._copies = copies
@@ -231,6 +265,19 @@ def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
     Raises:
         RegionError: the region is not there, not on this node, or not the one described.
     """
+    handle = _handle_of(source)
+    if handle.device:
+        raise RegionError("shm: a device's memory cannot be mapped by a CPU")
+    known = _writable.get(source.nonce) if is_writable else None
+    if known is not None and known.num_bytes == source.num_bytes and known.is_current():
+        return known
+    opened = _mapped(handle, source.num_bytes, source.nonce, is_writable=is_writable)
+    if is_writable:
+        _writable[source.nonce] = opened
+    return opened
+
+
+def _handle_of(source: RegionInfo) -> _Handle:
     if source.road != ShmTransport.road:
         raise RegionError(f"a region of road {source.road!r} cannot be read by shm")
     try:
@@ -239,16 +286,14 @@ def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
         raise RegionError(f"shm: the handle cannot be read: {error}") from error
     if handle.node != _node_identity():
         raise RegionError("shm: the region's owner is on another node or in another pid namespace")
-    known = _writable.get(source.nonce) if is_writable else None
-    if known is not None and known.num_bytes == source.num_bytes and known.is_current():
-        return known
+    return handle
+
+
+def _mapped(handle: _Handle, num_bytes: int, nonce: bytes, *, is_writable: bool) -> SharedView:
     try:
-        opened = SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce, is_writable=is_writable)
+        return SharedView.open(handle.pid, handle.fd, num_bytes, nonce, is_writable=is_writable)
     except (OSError, ValueError) as error:
         raise RegionError(f"shm: the region of process {handle.pid} cannot be opened: {error}") from error
-    if is_writable:
-        _writable[source.nonce] = opened
-    return opened
 
 
 @cache

@@ -59,7 +59,7 @@ class DeviceCopies:
 
     def __init__(self, device: Device, rows: torch.Tensor) -> None:
         """Copy from and to `rows`, `[num_blocks, block_bytes]` uint8, contiguous, on `device`."""
-        self._device = device
+        self.device = device
         self._rows = rows
         self.page_locks = PageLocks(device)
         self._launched: deque[Event] = deque()  # behind each step that was launched and has not ended
@@ -74,7 +74,7 @@ class DeviceCopies:
 
     def note_step(self) -> None:
         """Note that a step was launched: what it writes is there when all is done that this thread has launched."""
-        self._launched.append(self._device.step_stream().record())
+        self._launched.append(self.device.step_stream().record())
 
     def begin_checksums(self, block_ids: Sequence[int]) -> PendingChecksums:
         """Begin to compute the checksums of what the step noted last writes to these blocks. Waits for nothing."""
@@ -131,7 +131,7 @@ class DeviceCopies:
 
         Args:
             rows: `[num_rows, row_bytes]` uint8 on the device, the pool or other memory.
-            source: host memory; may be memory that others write.
+            source: host memory, or a device's that is mapped; may be memory that others write.
             copies: the targets are offsets into all rows. Whole rows go in many at once.
             watch: is asked before anything is copied.
         """
@@ -140,14 +140,14 @@ class DeviceCopies:
         self.await_steps()
         begins, targets, lengths = copies.table.T
         row_bytes = rows.shape[1]
-        host = _host_tensor(source.view)
+        there = source.view if isinstance(source.view, torch.Tensor) else _host_tensor(source.view)
         with self._in.turn:
             if row_bytes == self._rows.shape[1] and (lengths == row_bytes).all() and not (targets % row_bytes).any():
-                pending = self._rows_in(rows, host, begins, targets // row_bytes)
+                pending = self._rows_in(rows, there, begins, targets // row_bytes)
                 self._in.settle()
                 sums = pending.values()
             else:
-                sums = [self._bytes_in(rows.view(-1), host, *copy) for copy in copies]
+                sums = [self._bytes_in(rows.view(-1), there, *copy) for copy in copies]
         watch.words[0] += copies.num_bytes
         return sums
 
@@ -160,28 +160,28 @@ class DeviceCopies:
     def _rows_in(
         self,
         rows: torch.Tensor,
-        host: torch.Tensor,
+        source: torch.Tensor,
         begins: npt.NDArray[np.int64],
         ids: npt.NDArray[np.int64],
     ) -> PendingChecksums:
-        """Queue copies of whole rows from these offsets on the host to the rows `ids`."""
+        """Queue copies of whole rows from these offsets of the `source` to the rows `ids`."""
         row_bytes = rows.shape[1]
         places = np.argsort(begins, kind="stable")
         for begin, end in self._in.pieces(len(ids)):
             some = places[begin:end]
             for first, last in _runs(begins[some], row_bytes):
                 at, num_bytes = int(begins[some[first]]), (last - first) * row_bytes
-                self._to_device(host[at : at + num_bytes], self._in.staging[first:last].view(-1))
+                self._to_device(source[at : at + num_bytes], self._in.staging[first:last].view(-1))
             self._in.scatter(rows, ids[some])
         return self._begin_checksums(self._in.stream, rows, ids)
 
-    def _bytes_in(self, flat: torch.Tensor, host: torch.Tensor, begin: int, into: int, num_bytes: int) -> int:
+    def _bytes_in(self, flat: torch.Tensor, source: torch.Tensor, begin: int, into: int, num_bytes: int) -> int:
         """Copy some bytes, whatever they are, and return their checksum."""
         if num_bytes == 0:
             return checksum(b"")
         target = flat[into : into + num_bytes]
-        self._to_device(host[begin : begin + num_bytes], target)
-        row = self._device.buffer(num_bytes).view(1, num_bytes)
+        self._to_device(source[begin : begin + num_bytes], target)
+        row = self.device.buffer(num_bytes).view(1, num_bytes)
         self._in.stream.run(partial(row[0].copy_, target))  # aligned, as words want it
         pending = self._begin_checksums(self._in.stream, row, [0])
         self._in.settle()
@@ -190,8 +190,8 @@ class DeviceCopies:
     def _begin_checksums(
         self, stream: Stream, rows: torch.Tensor, block_ids: Sequence[int] | npt.NDArray[np.int64]
     ) -> PendingChecksums:
-        ids = _uploaded(self._device, block_ids)
-        words = self._device.host_buffer(8 * len(block_ids)).view(torch.int64)
+        ids = _uploaded(self.device, block_ids)
+        words = self.device.host_buffer(8 * len(block_ids)).view(torch.int64)
 
         def compute() -> None:
             wanted = ids.to(rows.device, non_blocking=True)
@@ -208,6 +208,9 @@ class DeviceCopies:
                 self._out.bounce_out(source[begin:end], target[begin:end])
 
     def _to_device(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if source.is_cuda:  # a peer's, which the device reads as it lies
+            self._in.stream.run(partial(target.copy_, source, non_blocking=True))
+            return
         for begin, end, is_locked in self.page_locks.cut(source.data_ptr(), len(source), _COPY_BYTES):
             if is_locked:
                 self._in.stream.run(partial(target[begin:end].copy_, source[begin:end], non_blocking=True))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from engine.memory.pool_allocation import allocate_pool
+from engine.memory.pool_allocation import PeerAllocation, allocate_pool, cuda_driver
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,22 @@ class Device(Protocol):
 
         Raises:
             ConfigError: there is not that much.
+        """
+        ...
+
+    def export(self, pool: torch.Tensor) -> bytes:
+        """Describe what `pool` gave to other processes of this node.
+
+        Raises:
+            OSError: it cannot be exported.
+        """
+        ...
+
+    def open(self, handle: bytes, num_bytes: int) -> torch.Tensor:
+        """Map what another process exported, `[num_bytes]` uint8, on this device or one that this reaches.
+
+        Raises:
+            OSError: it cannot be reached.
         """
         ...
 
@@ -139,6 +155,20 @@ class CudaDevice:
         """Allocate zeroed device memory past torch's allocator. See pool_allocation."""
         with torch.cuda.device(self._device):
             return allocate_pool(num_bytes, self._device)
+
+    def export(self, pool: torch.Tensor) -> bytes:
+        """Describe a pool to other processes, by CUDA IPC."""
+        with torch.cuda.device(self._device):
+            error, handle = cuda_driver().export(pool.data_ptr())
+        if error:
+            raise OSError(error)
+        return handle
+
+    def open(self, handle: bytes, num_bytes: int) -> torch.Tensor:
+        """Map another process's pool, by CUDA IPC."""
+        with torch.cuda.device(self._device):
+            torch.zeros(1, device=self._device)  # the thread's context is there
+            return torch.as_tensor(PeerAllocation(handle, num_bytes, cuda_driver()))
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """Allocate device memory, `[num_bytes]` uint8."""

@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 2 << 20  #: bytes: the pages of a GPU, and what cuda_ipc and RDMA register as one
 _IPC_HANDLE_BYTES = 64
+_LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: also memory of another GPU
+
+
+class _IpcHandle(ctypes.Structure):
+    """The driver's CUipcMemHandle, which is passed by value."""
+
+    _fields_ = (("data", ctypes.c_char * _IPC_HANDLE_BYTES),)
 
 
 class Driver(Protocol):
@@ -32,8 +39,8 @@ class Driver(Protocol):
         """Free what `allocate` gave."""
         ...
 
-    def export(self, address: int) -> str:
-        """Try to make a handle for other processes of what `allocate` gave."""
+    def export(self, address: int) -> tuple[str, bytes]:
+        """Make a handle for other processes of the allocation that `address` lies in, and where in it that is."""
         ...
 
 
@@ -45,7 +52,10 @@ class CudaDriver:
         size, pointer = ctypes.c_size_t, ctypes.c_uint64
         library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(pointer), size]
         library.cuMemFree_v2.argtypes = [pointer]
-        library.cuIpcGetMemHandle.argtypes = [ctypes.c_char_p, pointer]
+        library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_IpcHandle), pointer]
+        library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(pointer), _IpcHandle, ctypes.c_uint]
+        library.cuIpcCloseMemHandle.argtypes = [pointer]
+        library.cuMemGetAddressRange_v2.argtypes = [ctypes.POINTER(pointer), ctypes.POINTER(size), pointer]
         library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
 
     def allocate(self, num_bytes: int) -> tuple[str, int]:
@@ -58,9 +68,23 @@ class CudaDriver:
         """Call cuMemFree."""
         return self._name(self._library.cuMemFree_v2(address))
 
-    def export(self, address: int) -> str:
-        """Call cuIpcGetMemHandle."""
-        return self._name(self._library.cuIpcGetMemHandle(ctypes.create_string_buffer(_IPC_HANDLE_BYTES), address))
+    def export(self, address: int) -> tuple[str, bytes]:
+        """Call cuIpcGetMemHandle; the handle is that of the whole allocation."""
+        base, num_bytes, handle = ctypes.c_uint64(), ctypes.c_size_t(), _IpcHandle()
+        status = self._library.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(num_bytes), address)
+        status = status or self._library.cuIpcGetMemHandle(ctypes.byref(handle), address)
+        return self._name(status), bytes(handle) + (address - base.value).to_bytes(8, "little")
+
+    def open(self, handle: bytes) -> tuple[str, int, int]:
+        """Call cuIpcOpenMemHandle for what `export` gave in another process; also return the base and the address."""
+        base = ctypes.c_uint64()
+        memory = _IpcHandle.from_buffer_copy(handle)
+        status = self._library.cuIpcOpenMemHandle_v2(ctypes.byref(base), memory, _LAZY_ENABLE_PEER_ACCESS)
+        return self._name(status), base.value, base.value + int.from_bytes(handle[_IPC_HANDLE_BYTES:], "little")
+
+    def close(self, base: int) -> str:
+        """Call cuIpcCloseMemHandle."""
+        return self._name(self._library.cuIpcCloseMemHandle(base))
 
     def _name(self, status: int) -> str:
         if status == 0:
@@ -98,22 +122,12 @@ class PoolAllocation:
                 "give it fewer bytes (kv_cache_bytes), or end what else uses this GPU's memory"
             )
         self.address = -(-self._base // ALIGNMENT) * ALIGNMENT
-        self.num_bytes = num_bytes
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Describe the bytes, as numba does; whoever takes them keeps this object."""
-        return {
-            "shape": (self.num_bytes,),
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "strides": None,
-            "version": 3,
-        }
+        #: by which torch takes the bytes; whoever does keeps this object
+        self.__cuda_array_interface__ = _array_interface(self.address, num_bytes)
 
     def check_export(self) -> None:
         """Log one line where other processes cannot be given this memory."""
-        error = self._driver.export(self._base)
+        error, _ = self._driver.export(self.address)
         if error:
             logger.warning(
                 "the KV pool cannot be exported to other processes (%s): workers of this node will not pull from it "
@@ -140,3 +154,28 @@ def allocate_pool(num_bytes: int, device: torch.device) -> torch.Tensor:
     allocation.check_export()
     pool: torch.Tensor = torch.as_tensor(allocation, device=device)
     return pool.zero_()
+
+
+class PeerAllocation:
+    """Another process's allocation on a GPU, mapped here; torch takes it for an array. Closed with the last tensor."""
+
+    def __init__(self, handle: bytes, num_bytes: int, driver: CudaDriver) -> None:
+        """Map what `Driver.export` described in the calling thread's context.
+
+        Raises:
+            OSError: the driver refuses.
+        """
+        self._driver = driver
+        error, self._base, address = driver.open(handle)
+        if error:
+            raise OSError(error)
+        self.__cuda_array_interface__ = _array_interface(address, num_bytes)
+
+    def __del__(self) -> None:
+        if getattr(self, "_base", 0):
+            self._driver.close(self._base)
+
+
+def _array_interface(address: int, num_bytes: int) -> dict[str, Any]:
+    """Describe bytes on a GPU, as numba does."""
+    return {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}

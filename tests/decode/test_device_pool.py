@@ -118,3 +118,25 @@ async def test_prefill_on_one_device_and_decode_on_another_give_the_tokens_of_on
         assert rejected["checksum"] == (3 if fault == "damaged" else 0)
         assert (rejected["transfer"] > 0) == (fault != "none")  # what was damaged has no other road to come over
         assert pair.decode._worker.roads.counters.num_bytes["device"] > 0
+
+
+async def test_devices_of_one_node_map_each_others_pools(model_dir, reference, monkeypatch):
+    fake_device.install(monkeypatch)
+    asked = [prompt_of(seed, length) for seed, length in ((1, 330), (2, 150))]
+    options = worker_options(model_dir, **ENGINE, max_num_batched_tokens=128)
+    async with running_pair(options, options) as pair:
+        answers = [pair.ingress.send(f"r{i}", prompt) for i, prompt in enumerate(asked)]
+        assert await pair.ingress.finish(*answers) == [reference.greedy(prompt, 16) for prompt in asked]
+        stats = await pair.ingress.stats()
+        assert stats['kvray_transfer_bytes_total{road="shm"}'] > 0
+        assert stats['kvray_blocks_rejected_total{reason="checksum"}'] == 0
+
+
+async def test_a_device_whose_pool_cannot_be_exported_computes_what_it_cannot_pull(model_dir, reference, monkeypatch):
+    fake_device.install(monkeypatch, lambda: fake_device.TwinDevice(refusal="not supported"))
+    prompt = prompt_of(1, 330)
+    options = worker_options(model_dir, **ENGINE)
+    async with running_pair(options, options) as pair:
+        assert await pair.ingress.finish(pair.ingress.send("r", prompt)) == [reference.greedy(prompt, 16)]
+        assert pair.decode._worker.roads.regions == ()
+        assert pair.decode._worker.roads.counters.num_bytes.total() == 0

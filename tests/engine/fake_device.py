@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import torch
 from engine.memory.kv_pool import KvPool
 
 _WRONG = 0xA5  #: what is in memory that nobody wrote
+_exported: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 @dataclass(slots=True)
@@ -85,6 +87,18 @@ class FakeDevice:
     def pool(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
+    def export(self, pool: torch.Tensor) -> bytes:
+        if self.refusal:
+            raise OSError(self.refusal)
+        _exported[pool.data_ptr()] = pool
+        return pool.data_ptr().to_bytes(8, "little")
+
+    def open(self, handle: bytes, num_bytes: int) -> torch.Tensor:
+        pool = _exported.get(int.from_bytes(handle, "little"))
+        if pool is None:
+            raise OSError("nobody exported that")
+        return pool[:num_bytes]
+
     def buffer(self, num_bytes: int) -> torch.Tensor:
         return torch.full((num_bytes,), _WRONG, dtype=torch.uint8)
 
@@ -114,8 +128,8 @@ class TwinDevice(FakeDevice):
     the steps' one once it was carried out. So an engine that computes at once, on a CPU, is as late as a device is.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, refusal: str = "") -> None:
+        super().__init__(refusal)
         self.of_copies = self.of_steps = self._noted = torch.empty(0, dtype=torch.uint8)
 
     def pool(self, num_bytes: int) -> torch.Tensor:

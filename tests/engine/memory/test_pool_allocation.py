@@ -30,9 +30,9 @@ class FakeDriver:
         del self.sizes[address]
         return ""
 
-    def export(self, address: int) -> str:
+    def export(self, address: int) -> tuple[str, bytes]:
         self.exported.append(address)
-        return self.refusal
+        return self.refusal, b"handle"
 
 
 @pytest.mark.parametrize("base", [0x7F00_0000_0100, 0x7F00_0020_0000])
@@ -70,8 +70,9 @@ def test_a_pool_that_cannot_be_exported_is_one_line_that_says_what_would_help(ca
     assert "what helps" in record.message
 
 
-def test_it_is_the_allocation_itself_that_is_exported_and_nothing_is_said_where_that_goes_well(caplog):
+def test_nothing_is_said_of_a_pool_that_can_be_exported(caplog):
     driver = FakeDriver()
-    PoolAllocation(1000, driver).check_export()
-    assert driver.exported == [driver.base]
+    allocation = PoolAllocation(1000, driver)
+    allocation.check_export()
+    assert driver.exported == [allocation.address]
     assert caplog.records == []
