@@ -28,7 +28,6 @@ from engine.loans import (
     TellOwner,
     TellScheduler,
 )
-from engine.memory.checksums import BlockChecksums
 from engine.offload import Offloader
 from engine.peers import Peers
 from engine.puller import BlockPuller, PullOutcome
@@ -61,12 +60,11 @@ class Borrower:
         post: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         crash: Crash,
-        checksums: BlockChecksums,
     ) -> None:
         self.peers = Peers(
             puller, roads, secret, channel, self._on_message, self._on_lost, crash, lambda _: self.offloader.go_on()
         )
-        self.offloader = Offloader(self.peers, checksums, post, spawn)
+        self.offloader = Offloader(self.peers, puller.memory, puller.checksums, post, spawn)
         self.on_lost: Callable[[str], None] = lambda _: None  #: told of each owner that is gone
         self._book = LoanBook()
         self._progress_s = lease_s / 4  #: between two looks at a pull

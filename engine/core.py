@@ -22,6 +22,8 @@ import torch
 
 from engine.cores import NodeCores, num_cores
 from engine.memory.checksums import BlockChecksums
+from engine.memory.copies import DeviceCopies
+from engine.memory.device import device_of
 from engine.memory.device_memory import DeviceMemory
 from engine.memory.device_room import CudaReader
 from engine.memory.kv_pool import KvPool, block_bytes, host_room, plan_num_blocks
@@ -98,6 +100,7 @@ class Engine:
     options: EngineOptions
     layout: RegionLayout
     memory: Memory | DeviceMemory  #: the region that `layout` describes
+    copies: DeviceCopies | None  #: moves the pool's blocks where it lies on a device; None: it does not
     checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
@@ -124,21 +127,25 @@ class Engine:
             room_bytes=_pool_bytes(loaded, options),
             max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
         )
-        is_host = loaded.device.type == "cpu"
+        device = device_of(loaded.device)
         num_threads = torch.get_num_threads()
-        threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_host else None
-        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=is_host)
+        is_computed_here = loaded.device.type == "cpu"
+        threads = StepThreads(num_threads, NodeCores(max(num_threads, num_cores()))) if is_computed_here else None
+        layout = RegionLayout(num_blocks=num_blocks, block_bytes=num_bytes_per_block, has_generations=device is None)
         shape = (loaded.layer_specs, options.block_size, loaded.kv_dtype, loaded.device)
         memory: Memory | DeviceMemory
-        if is_host:
+        copies: DeviceCopies | None = None
+        if device is None:
             memory = Memory.allocate(layout.num_bytes)
             pool = BlockPool(num_blocks, options.block_size, memory.view[: num_blocks * GENERATION_BYTES].cast("Q"))
             kv_pool = KvPool(*shape, memory.view[layout.data_offset :])
         else:
+            rows = device.pool(layout.num_bytes)
             pool = BlockPool(num_blocks, options.block_size)
-            kv_pool = KvPool(*shape, num_blocks=num_blocks)
-            memory = DeviceMemory(kv_pool.data)
-        accelerator = None if is_host else Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
+            kv_pool = KvPool(*shape, rows)
+            copies = DeviceCopies(device, rows.view(num_blocks, num_bytes_per_block))
+            memory = DeviceMemory(rows.view(num_blocks, num_bytes_per_block), copies)
+        accelerator = None if is_computed_here else Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
         grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
@@ -148,7 +155,7 @@ class Engine:
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
             block_bytes=num_bytes_per_block,
-            plans_ahead=not is_host if options.plans_ahead is None else options.plans_ahead,
+            plans_ahead=not is_computed_here if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
         sampler = Sampler(loaded.vocab_size, grammars)
@@ -158,7 +165,8 @@ class Engine:
             options=options,
             layout=layout,
             memory=memory,
-            checksums=BlockChecksums(pool, kv_pool),
+            copies=copies,
+            checksums=BlockChecksums(pool, kv_pool, copies),
             pool=pool,
             runner=runner,
             steps=SplitSteps(runner.launch, runner.finish, torch.cuda.empty_cache),
@@ -229,15 +237,18 @@ class Engine:
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
             launched = self.steps.launch(plan)
-            self.checksums.published(self._kept_blocks(plan))  # here the bytes are still in the cache, and nobody waits
+            # which blocks they are is read now: a slot may be another's when the step has ended
+            self.checksums.launched(self._kept_blocks(plan))
         return EngineStep(plan, launched)
 
     def finish(self, step: EngineStep) -> StepResult:
         """Wait for the end of the step that was launched first of those on their way; on the thread of `launch`."""
-        return self.steps.finish(step.launched)
+        result = self.steps.finish(step.launched)
+        self.checksums.finished()
+        return result
 
     def _kept_blocks(self, plan: StepPlan) -> list[int]:
-        """Return the blocks that the step of `plan` fills and peers will read; before the next one is launched."""
+        """Return the blocks that the step of `plan` fills and peers will read."""
         kept: list[int] = []
         for part in plan.parts:
             if part.is_kept:
@@ -266,9 +277,9 @@ class Engine:
 
     def scratch(self, num_bytes: int) -> Memory | DeviceMemory:
         """Allocate memory of the kind that the pool lies in, for the transfers of probes. The caller closes it."""
-        if isinstance(self.memory, Memory):
+        if self.copies is None:
             return Memory.allocate(num_bytes)
-        return DeviceMemory(torch.empty(num_bytes, dtype=torch.uint8, device=self.loaded.device))
+        return DeviceMemory(torch.zeros(1, num_bytes, dtype=torch.uint8, device=self.loaded.device), self.copies)
 
     # -- for callers that have no loop of their own
 
@@ -307,6 +318,8 @@ class Engine:
         """Give the pool's memory back, and the cores."""
         if self.threads:
             self.threads.close()
+        if self.copies:
+            self.copies.close()
         self.memory.close()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -26,7 +25,7 @@ from engine.scheduling.plan import BlocksReleased, BlocksWanted, Event, LendBloc
 from kvcache.locations import Locations, num_locations, unpack_locations
 from messages.handoff import BlocksWritten, RoomGranted, RoomRequest
 from transport.memory import SharedView
-from transport.protocol import RegionError
+from transport.protocol import RegionError, RegionMemory
 from transport.shm import open_region
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 _MAX_WAITING = 256
 #: Questions about one chain: a cache grants no more than half of its arena at a time.
 _MAX_TRIES = 4
-#: Copied between two looks at whether the room was taken back: below 1 ms.
-_BATCH_BYTES = 4 << 20
 #: After so long whoever wrote would know that the cache was lost before it heard of it: channels notice within 5 s.
 _HEARD_AFTER_S = 5.0
 #: Of a worker that leaves, for what waits: 256 chains of some megabytes each are a second at 1 GB/s.
@@ -54,11 +51,14 @@ class Offloader:
     def __init__(
         self,
         peers: Peers,
+        memory: RegionMemory,
         checksums: BlockChecksums,
         post: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
+        """Write down blocks of the pool in `memory`, of which `checksums` are."""
         self._peers = peers
+        self._memory = memory
         self._checksums = checksums
         self._post = post
         self._spawn = spawn
@@ -191,7 +191,8 @@ class Offloader:
         if layout is None:
             return b""
         generations = np.frombuffer(arena.view, np.uint64, layout.num_blocks)
-        num_at_once = max(1, _BATCH_BYTES // layout.block_bytes)
+        # Copied between two looks at whether the room was taken back: below 1 ms.
+        num_at_once = max(1, self._checksums.batch_bytes // layout.block_bytes)
         written: list[Locations] = []
         for begin in range(0, len(targets), num_at_once):
             into, lent = targets[begin : begin + num_at_once], sources[begin : begin + num_at_once]
@@ -218,6 +219,6 @@ class Offloader:
             self.num_dropped += len(self._waiting)
             self._waiting.clear()
             return False
-        # The first touch of a page costs as much as copying it nine times over.
-        threading.Thread(target=self._arena.populate, name="populate-arena", daemon=True).start()
+        # The first touch of a page costs as much as copying it nine times over; a device wants pages that are locked.
+        self._memory.prepare(self._arena)
         return True

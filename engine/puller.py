@@ -53,9 +53,9 @@ class BlockPuller:
     def __init__(self, layout: RegionLayout, memory: RegionMemory, checksums: BlockChecksums, roads: Roads) -> None:
         """Pull into `memory`, the region that `layout` describes; `checksums` are of its blocks."""
         self.block_bytes = layout.block_bytes
+        self.memory = memory
+        self.checksums = checksums
         self._layout = layout
-        self._memory = memory
-        self._checksums = checksums
         self._roads = roads
         self.num_failed = 0  #: pulls that did not end well
         self.num_rejected: Counter[Rejection] = Counter()
@@ -117,33 +117,40 @@ class BlockPuller:
         if not len(rows):
             return PullOutcome(), has_come
         checksums = np.zeros(len(rows), np.uint64)
+        is_hashed = np.zeros(len(rows), bool)
         copies = Copies.of_equal(
             peer.block_offsets(rows["block_id"]), self._layout.block_offsets(into), peer.block_bytes
         )
 
         def take(position: int, checksum: int | None = None, /) -> None:  # on the road's thread
             on_progress()
-            if checksum is None:
-                if not self._memory.is_host:
-                    return
-                (checksum,) = self._checksums.compute([into[position]])  # now, while it is in the cache
-            checksums[position] = checksum  # of the bytes that the road itself wrote, where it says so
+            if checksum is None and self.memory.is_host:
+                (checksum,) = self.checksums.compute([into[position]])  # now, while it is in the cache
+            if checksum is not None:
+                checksums[position] = checksum  # of the bytes that the road itself wrote, where it says so
+                is_hashed[position] = True
             has_come[position] = True
 
+        def forget() -> None:  # another road does all over
+            has_come.fill(False)
+            is_hashed.fill(False)
+
+        if not self.checksums.are_steps_done():
+            await asyncio.to_thread(self.checksums.await_steps)
         error: TransferError | None = None
         pulled: Pulled | None = None
         try:
-            pulled = await self._roads.pull(link, copies, self._memory, take, lambda: has_come.fill(False))
+            pulled = await self._roads.pull(link, copies, self.memory, take, forget)
         except TransferError as failure:
             error = failure
-        if error is None and not self._memory.is_host:
-            checksums[:] = await asyncio.to_thread(self._checksums.compute, into.tolist())
-            has_come[:] = True
         if error is not None:
             logger.warning("pull of %d blocks failed: %s", len(rows), error.message)
             self.num_failed += 1
             if error.quarantine_s > 0:  # what is late may land in blocks that came before, too
                 has_come[:] = False
+        lacking = has_come & ~is_hashed
+        if lacking.any():  # in a device's memory: there many are hashed at once, beside the steps
+            checksums[lacking] = await asyncio.to_thread(self.checksums.compute, into[lacking].tolist())
         is_damaged = has_come & (checksums != rows["checksum"])
         if has_come.all():
             return PullOutcome(pulled=pulled), is_damaged
@@ -153,7 +160,7 @@ class BlockPuller:
     async def _is_reused(self, link: Link, peer: RegionLayout, rows: Locations) -> npt.NDArray[np.bool_]:
         """Tell which blocks their owner uses for something else by now, as far as can be told, `[len(rows)]`."""
         nothing = np.zeros(len(rows), bool)
-        if not peer.has_generations or not self._memory.is_host:
+        if not peer.has_generations:
             return nothing
         generations = Memory.allocate(GENERATION_BYTES * len(rows))
         copies = [

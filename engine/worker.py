@@ -220,7 +220,6 @@ class EngineWorker:
             self.post,
             self.spawn,
             self.crash,
-            self.engine.checksums,
         )
         self._find_cache = find_cache
         self._cache: WorkerInfo | None = None  #: of this node, while there is one

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.checksum_library import CHECKSUM
-from transport.protocol import Copies, Copy
+from transport.protocol import Copies, Copy, CopyWatch
 
 _log = logging.getLogger(__name__)
 
@@ -57,27 +57,6 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Words: TypeAlias = npt.NDArray[np.uint64]
 #: Anything that has bytes in a row: bytes, bytearray, memoryview, numpy arrays.
 Buffer: TypeAlias = bytes | bytearray | memoryview | Bytes
-
-
-class CopyWatch:
-    """A look into a copy from another thread, and the word to stop. For one copy after the other."""
-
-    def __init__(self) -> None:
-        self.words = (ctypes.c_int64 * 2)()  #: shared with the compiled code
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes copied so far."""
-        return self.words[0]
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether `stop` was called."""
-        return bool(self.words[1])
-
-    def stop(self) -> None:
-        """End what is copied within some 0.1 ms; what is begun afterwards ends at once."""
-        self.words[1] = 1
 
 
 def checksum(data: Buffer) -> int:

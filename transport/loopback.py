@@ -88,6 +88,10 @@ class LoopbackTransport:
         self._open_pulls: dict[asyncio.Event, Link] = {}  # event: to be given up
         self._is_closed = False
 
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell whether it is host memory."""
+        return isinstance(memory, Memory)
+
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable on the network; the answer describes it to peers. Idempotent.
 

@@ -21,6 +21,7 @@ import os
 import secrets
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ from typing import NamedTuple
 import psutil
 
 from messages.errors import ConfigError
-from transport.protocol import RegionError, RegionMemory
+from transport.checksum import copy_all_checked
+from transport.protocol import Copies, CopyWatch, MappedRegion, RegionError, RegionMemory
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -146,6 +148,14 @@ class Memory:
     def slice(self, offset: int, num_bytes: int) -> memoryview:
         """Return a view of `num_bytes` writable bytes from `offset` on."""
         return self.view[offset : offset + num_bytes]
+
+    def fill(self, source: MappedRegion, copies: Copies, watch: CopyWatch) -> list[int]:
+        """Carry out all copies out of `source`, in order; return the checksums of what each wrote. Any thread."""
+        return copy_all_checked(self.view, source.view, copies, watch)
+
+    def prepare(self, source: MappedRegion) -> None:
+        """Begin to map every page of `source`, on a thread of its own."""
+        threading.Thread(target=source.populate, name="populate-region", daemon=True).start()
 
     def populate(self) -> None:
         """Map every page, without changing a byte: the first touch of a page costs three copies of it.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,49 @@ class Copies(Sequence[Copy]):
         return map(Copy._make, self.table.tolist())
 
 
+class MappedRegion(Protocol):
+    """A region of another process on the same node, mapped here. Compared by identity."""
+
+    @property
+    def view(self) -> Any:
+        """The bytes, `[num_bytes]` uint8: a memoryview, or a device's array."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the region in bytes."""
+        ...
+
+    def is_current(self) -> bool:
+        """Tell whether its owner still publishes it."""
+        ...
+
+    def populate(self) -> None:
+        """Map every page now, which the first touch would do."""
+        ...
+
+
+class CopyWatch:
+    """A look into a copy from another thread, and the word to stop. For one copy after the other."""
+
+    def __init__(self) -> None:
+        self.words = (ctypes.c_int64 * 2)()  #: bytes copied, whether to stop; shared with compiled code
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes copied so far."""
+        return self.words[0]
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return bool(self.words[1])
+
+    def stop(self) -> None:
+        """End what is copied within some 0.1 ms; what is begun afterwards ends at once."""
+        self.words[1] = 1
+
+
 class RegionMemory(Protocol):
     """Memory that can be registered and pulled into: `transport.memory.Memory`, or an accelerator's."""
 
@@ -108,6 +152,18 @@ class RegionMemory(Protocol):
 
     def slice(self, offset: int, num_bytes: int) -> object:
         """Return a view of a part: the buffer protocol on the host, `__cuda_array_interface__` on a device."""
+        ...
+
+    def fill(self, source: MappedRegion, copies: Copies, watch: CopyWatch) -> list[int]:
+        """Carry out all copies out of `source`; return the checksums (transport.checksum) of what each wrote.
+
+        Blocks until it is done; for a thread where the memory is not a host's. `watch` shows how far it is, and may
+        stop it: then the answer has only the copies that are whole, the first ones.
+        """
+        ...
+
+    def prepare(self, source: MappedRegion) -> None:
+        """Begin to make `source` ready for many copies, on a thread of its own: pages are mapped, or locked."""
         ...
 
 
@@ -143,6 +199,10 @@ class Transport(Protocol):
     @property
     def is_direct(self) -> bool:
         """Whether nobody's memory but the two peers' is involved; roads that are not direct are tried last."""
+        ...
+
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell whether pulls can land in `memory`, whether or not peers can read it over this road."""
         ...
 
     def register(self, memory: RegionMemory) -> RegionInfo:

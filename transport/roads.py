@@ -68,7 +68,8 @@ class Roads:
     ) -> None:
         """Register `memory` with every road that can read it; `transports`: the preferred ones first.
 
-        `scratch`, PROBE_BYTES of the same kind of memory, is where probes land.
+        A road that peers cannot read it over is kept for pulls into it, if it can do those. `scratch`, PROBE_BYTES of
+        the same kind of memory, is where probes land.
         """
         self._transports: dict[str, Transport] = {}
         self._scratch = scratch
@@ -81,15 +82,16 @@ class Roads:
                 regions.append(transport.register(memory))
             except RegionError as error:
                 logger.info("road %s is not offered: %s", transport.road, error.message)
-                transport.close()
-            else:
-                self._transports[transport.road] = transport
+                if not transport.can_fill(memory):
+                    transport.close()
+                    continue
+            self._transports[transport.road] = transport
         #: what peers are told
         self.regions = tuple(regions)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the roads that this process offers."""
+        """Names of the roads that this process takes; it is read over those of `regions`."""
         return tuple(self._transports)
 
     # ------------------------------------------------------------------------------------------------------ the peers

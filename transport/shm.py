@@ -1,6 +1,7 @@
 """The node's shared memory: the puller maps the owner's region, and copies and hashes in one pass by itself.
 
-Reaches processes of the same user in the same pid namespace; pods do not see each other this way.
+Reaches processes of the same user in the same pid namespace; pods do not see each other this way. A region in a
+device's memory is mapped by devices (CUDA IPC), beside a page of host memory that tells whether it is still published.
 """
 
 from __future__ import annotations
@@ -8,22 +9,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Protocol, cast
 
 import msgspec
 import numpy as np
 
 from messages.handoff import RegionInfo
-from transport.checksum import CopyWatch, copy_all_checked
 from transport.memory import Memory, SharedView, as_host_memory
-from transport.protocol import Arrived, Copies, Copy, Link, RegionError, RegionMemory, TransferError, check_ranges
+from transport.protocol import (
+    Arrived,
+    Copies,
+    Copy,
+    CopyWatch,
+    Link,
+    MappedRegion,
+    RegionError,
+    RegionMemory,
+    TransferError,
+    check_ranges,
+)
 
 logger = logging.getLogger(__name__)
+
+#: Regions mapped writable, by nonce: who opens one again gets the same mapping, whose pages may be locked by now.
+_writable: weakref.WeakValueDictionary[bytes, SharedView] = weakref.WeakValueDictionary()
 
 #: What is told at once of what arrived: 2 to 4 ms of copying. A batch costs about 10 us: with 4 MiB, 5 % of a pull.
 _BATCH_BYTES = 32 << 20
@@ -31,6 +46,7 @@ _BATCH_BYTES = 32 << 20
 _INLINE_BYTES = 8 << 20
 _INLINE_COPIES = 256
 _NUM_THREADS = 2
+_HEADER_BYTES = 1  #: of the host memory that belongs to a device's
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
@@ -39,6 +55,24 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True):
     node: str
     pid: int
     fd: int
+    device: bytes = b""  #: of a device's memory: what it exported; `fd` is that of its header then
+
+
+class DeviceRegionMemory(RegionMemory, Protocol):
+    """A device's memory, which other processes of the node can map."""
+
+    @property
+    def header(self) -> Memory:
+        """Host memory of the same nonce."""
+        ...
+
+    def export(self) -> bytes:
+        """Describe the memory to `open`; RegionError where that cannot be."""
+        ...
+
+    def open(self, handle: bytes, num_bytes: int, header: SharedView) -> MappedRegion:
+        """Map what another process's `export` described; RegionError where it cannot be reached."""
+        ...
 
 
 class ShmTransport:
@@ -50,24 +84,33 @@ class ShmTransport:
 
     def __init__(self) -> None:
         self._registered: dict[bytes, Memory] = {}  # nonce -> own memory
-        self._opened: dict[bytes, SharedView] = {}  # nonce -> a peer's
+        self._opened: dict[bytes, MappedRegion] = {}  # nonce -> a peer's
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="shm-pull")
         self._jobs: set[_CopyJob] = set()
         self._links: dict[Link, set[bytes]] = {}  # nonces opened for a peer
         self._is_closed = False
 
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell that pulls can land in any memory: a device's takes what is mapped here by itself."""
+        return True
+
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable by peers of this node; the answer describes it to them. Idempotent.
 
         Raises:
-            RegionError: it is not host memory, or the transport is closed.
+            RegionError: it is a device's and cannot be exported, or the transport is closed.
         """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        host_memory = as_host_memory(memory, self.road)
-        host_memory.publish()
-        self._registered[memory.nonce] = host_memory
-        handle = _Handle(_node_identity(), os.getpid(), host_memory.fd)
+        exported = b""
+        if memory.is_host:
+            published = as_host_memory(memory, self.road)
+        else:
+            of_device = cast(DeviceRegionMemory, memory)
+            exported, published = of_device.export(), of_device.header
+        published.publish()
+        self._registered[memory.nonce] = published
+        handle = _Handle(_node_identity(), os.getpid(), published.fd, exported)
         return RegionInfo(
             road=self.road, handle=msgspec.msgpack.encode(handle), num_bytes=memory.num_bytes, nonce=memory.nonce
         )
@@ -89,12 +132,11 @@ class ShmTransport:
         """
         if self._is_closed:
             raise RegionError("the transport is closed")
-        host_target = as_host_memory(target, self.road)
-        opened = self._open(link, source)
+        opened = self._open(link, source, target)
         rows = Copies.of(copies)
         check_ranges(rows, source.num_bytes, target.num_bytes)
-        job = _CopyJob(opened, rows, host_target, on_arrived)
-        if len(rows) <= _INLINE_COPIES and rows.num_bytes <= _INLINE_BYTES:
+        job = _CopyJob(opened, rows, target, on_arrived)
+        if target.is_host and len(rows) <= _INLINE_COPIES and rows.num_bytes <= _INLINE_BYTES:
             job.run()
         else:
             await self._run_in_thread(job, stall_s)
@@ -123,11 +165,19 @@ class ShmTransport:
             job.watch.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, link: Link, source: RegionInfo) -> SharedView:
+    def _open(self, link: Link, source: RegionInfo, target: RegionMemory) -> MappedRegion:
         opened = self._opened.get(source.nonce)
         if opened is None:
-            opened = open_region(source)
-            threading.Thread(target=opened.populate, name="populate-shm", daemon=True).start()
+            handle = _handle_of(source)
+            if not handle.device:
+                # Pages that are mapped to be read only cannot be locked for a device; nobody writes to these either.
+                opened = open_region(source, is_writable=not target.is_host)
+            elif target.is_host:
+                raise RegionError("shm: a device's memory cannot be pulled into a host's")
+            else:
+                header = _mapped(handle, _HEADER_BYTES, source.nonce, is_writable=False)
+                opened = cast(DeviceRegionMemory, target).open(handle.device, source.num_bytes, header)
+            target.prepare(opened)
             self._opened[source.nonce] = opened
             if not link.is_lost:
                 self._links.setdefault(link, set()).add(source.nonce)
@@ -168,9 +218,9 @@ class ShmTransport:
 class _CopyJob:
     """The copies of one pull; another thread can tell it to stop."""
 
-    def __init__(self, source: SharedView, copies: Copies, target: Memory, on_arrived: Arrived | None) -> None:
-        self._source = source.view
-        self._target = target.view
+    def __init__(self, source: MappedRegion, copies: Copies, target: RegionMemory, on_arrived: Arrived | None) -> None:
+        self._source = source
+        self._target = target
         self._copies = copies
         self._on_arrived = on_arrived
         self.watch = CopyWatch()
@@ -178,7 +228,7 @@ class _CopyJob:
     def run(self) -> None:
         first = 0
         for batch in batches(self._copies, _BATCH_BYTES):
-            checksums = copy_all_checked(self._target, self._source, batch, self.watch)
+            checksums = self._target.fill(self._source, batch, self.watch)
             if self._on_arrived is not None:
                 for position, checksum in enumerate(checksums, first):
                     self._on_arrived(position, checksum)
@@ -210,11 +260,24 @@ def batches(copies: Copies, max_bytes: int) -> Iterator[Copies]:
 
 
 def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
-    """Map another process's region; to write in it takes the owner's leave, which no road asks for.
+    """Map another process's region; to write in it takes the owner's leave, which no road asks for. One thread.
 
     Raises:
         RegionError: the region is not there, not on this node, or not the one described.
     """
+    handle = _handle_of(source)
+    if handle.device:
+        raise RegionError("shm: a device's memory cannot be mapped by a CPU")
+    known = _writable.get(source.nonce) if is_writable else None
+    if known is not None and known.num_bytes == source.num_bytes and known.is_current():
+        return known
+    opened = _mapped(handle, source.num_bytes, source.nonce, is_writable=is_writable)
+    if is_writable:
+        _writable[source.nonce] = opened
+    return opened
+
+
+def _handle_of(source: RegionInfo) -> _Handle:
     if source.road != ShmTransport.road:
         raise RegionError(f"a region of road {source.road!r} cannot be read by shm")
     try:
@@ -223,8 +286,12 @@ def open_region(source: RegionInfo, *, is_writable: bool = False) -> SharedView:
         raise RegionError(f"shm: the handle cannot be read: {error}") from error
     if handle.node != _node_identity():
         raise RegionError("shm: the region's owner is on another node or in another pid namespace")
+    return handle
+
+
+def _mapped(handle: _Handle, num_bytes: int, nonce: bytes, *, is_writable: bool) -> SharedView:
     try:
-        return SharedView.open(handle.pid, handle.fd, source.num_bytes, source.nonce, is_writable=is_writable)
+        return SharedView.open(handle.pid, handle.fd, num_bytes, nonce, is_writable=is_writable)
     except (OSError, ValueError) as error:
         raise RegionError(f"shm: the region of process {handle.pid} cannot be opened: {error}") from error
 

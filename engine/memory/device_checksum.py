@@ -20,7 +20,7 @@ _GROUP_BYTES = 64 << 20  # of blocks at a time: intermediate results take severa
 
 
 def device_checksums(rows: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
-    """Compute the checksum of some blocks: by Triton where it is there, by torch's operators anywhere.
+    """Compute the checksum of some blocks, and wait for it.
 
     Args:
         rows: the pool, `[num_blocks, block_bytes]` uint8, contiguous, on any device.
@@ -28,22 +28,40 @@ def device_checksums(rows: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
     """
     if not block_ids:
         return []
-    wanted = torch.tensor(block_ids, device=rows.device)
-    if rows.is_cuda and rows.shape[1] % 8 == 0 and _has_triton():
+    words: list[int] = checksum_words(rows, torch.tensor(block_ids, device=rows.device)).tolist()
+    return unsigned(words)
+
+
+def checksum_words(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Launch the checksum of some blocks, by Triton where it is there, by torch anywhere. Waits for nothing.
+
+    Args:
+        rows: the pool, `[num_blocks, block_bytes]` uint8, contiguous, on any device.
+        wanted: ids of blocks, `[n]` int64, not empty, on the same device.
+
+    Returns:
+        `[n]` int64, on the device: the checksums' bits, see `unsigned`.
+    """
+    if rows.is_cuda and rows.shape[1] % 8 == 0 and has_triton():
         from engine.memory.triton_checksum import lane_totals
 
         totals = lane_totals(rows, wanted, device_keys(0, LEAF_WORDS, rows.device))
     else:
         group = max(1, _GROUP_BYTES // rows.shape[1])
         totals = torch.cat([_lane_totals(rows[some]) for some in torch.split(wanted, group)])
-    value = torch.from_numpy(keys(rows.shape[1], 1).view("<i8")).to(rows.device)
+    value = device_keys(rows.shape[1], 1, rows.device)
     for lane in range(NUM_LANES):
         value = mixed(value ^ totals[:, lane])
-    return [number & _WORD_MASK for number in value.tolist()]
+    return value
+
+
+def unsigned(words: Sequence[int]) -> list[int]:
+    """Return the numbers in [0, 2^64) with the bits of these."""
+    return [word & _WORD_MASK for word in words]
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     """Tell whether Triton is there with what it needs to start a kernel: a C compiler and Python's headers."""
     has_compiler = any(shutil.which(tool) is not None for tool in ("gcc", "clang"))
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

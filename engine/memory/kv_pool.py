@@ -76,7 +76,7 @@ class KvPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        memory: memoryview | None = None,
+        memory: memoryview | torch.Tensor | None = None,
         num_blocks: int | None = None,
     ) -> None:
         """Lay the pool out in `memory`, or allocate `num_blocks` zeroed blocks on `device`.
@@ -86,7 +86,8 @@ class KvPool:
             block_size: tokens per block.
             dtype: of K and V; float8 (e4m3) is half of bfloat16.
             device: where the blocks lie.
-            memory: writable bytes on a CPU, a whole number of blocks; kept alive, never copied.
+            memory: writable bytes, a whole number of blocks; kept alive, never copied. A memoryview is on a CPU, a
+                tensor `[num_bytes]` uint8 on `device`.
             num_blocks: how many, where there is no `memory`.
 
         Raises:
@@ -105,7 +106,8 @@ class KvPool:
                 raise ValueError(
                     f"pool memory of {memory.nbytes} bytes is not a whole number of blocks of {self.block_bytes} bytes"
                 )
-            self.data = torch.frombuffer(memory, dtype=dtype).view(count, elements)
+            whole = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
+            self.data = whole.view(dtype).view(count, elements)
         else:
             self.data = torch.zeros(num_blocks or 0, elements, dtype=dtype, device=device)
         self.num_blocks = self.data.shape[0]

@@ -74,7 +74,7 @@ class Worker:
             lambda _: self.offloader.go_on(),
         )
         self.tasks: list[asyncio.Task[None]] = []
-        self.offloader = Offloader(self.peers, checksums, self.post, self._spawn)
+        self.offloader = Offloader(self.peers, self.memory, checksums, self.post, self._spawn)
 
     def commit(self, *numbers: int) -> None:
         """Somebody computed these blocks, and ended."""

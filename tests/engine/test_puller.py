@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-import transport.shm
+import transport.memory
 from engine.memory.kv_pool import LayerSpec
 from engine.puller import PullOutcome
 from kvcache.locations import pack_locations
@@ -146,7 +146,7 @@ def between_blocks(monkeypatch):
             waiting.pop()()
         return told + copy_all_checked(target, source, copies[1:], watch)
 
-    monkeypatch.setattr(transport.shm, "copy_all_checked", copy)
+    monkeypatch.setattr(transport.memory, "copy_all_checked", copy)
     return waiting.append
 
 

@@ -183,12 +183,30 @@ async def test_memory_that_a_road_cannot_read_is_not_offered_on_it(setting):
         def register(self, memory):
             raise RegionError("not that memory")
 
+        def can_fill(self, memory):
+            return False
+
     network = LoopbackNetwork()
     transports = [Refusing(network, road="no"), LoopbackTransport(network, road="yes")]
     roads = Roads(transports, setting.source, setting.scratch, 1.0)
     assert roads.names == ("yes",)
     assert [region.road for region in roads.regions] == ["yes"]
     roads.close()
+
+
+async def test_a_road_that_memory_cannot_be_read_over_still_fills_it(setting):
+    class OneWay(LoopbackTransport):
+        def register(self, memory):
+            raise RegionError("not that memory")
+
+    source = Roads([LoopbackTransport(network := LoopbackNetwork())], setting.source, setting.scratch, 1.0)
+    roads = Roads([OneWay(network)], setting.target, setting.scratch, 1.0)
+    assert (roads.names, roads.regions) == (("loopback",), ())
+    link = roads.connect(lambda road, body: True)
+    roads.learn(link, source.regions)
+    assert (await roads.pull(link, [Copy(0, 0, 100)], setting.target)).road == "loopback"
+    roads.close()
+    source.close()
 
 
 async def test_messages_for_unknown_roads_are_dropped(setting, caplog):

@@ -1,20 +1,23 @@
 import asyncio
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import msgspec
 import pytest
 
-import transport.shm
+import transport.memory
 from messages.handoff import RegionInfo
 from transport.checksum import checksum, copy_all_checked
-from transport.memory import Memory
+from transport.memory import Memory, SharedView
 from transport.protocol import Copies, Copy, Link, RegionError, TransferError
-from transport.shm import ShmTransport, batches
+from transport.shm import ShmTransport, batches, open_region
 
 OWNER = """
 import sys, msgspec
@@ -115,14 +118,14 @@ def in_pieces(delays_s):
 @pytest.fixture
 def slow_copies(monkeypatch):
     """Each MiB takes 20 ms longer, as on a machine that is very busy."""
-    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(itertools.repeat(0.02)))
+    monkeypatch.setattr(transport.memory, "copy_all_checked", in_pieces(itertools.repeat(0.02)))
 
 
 @pytest.fixture
 def stuck_copies(monkeypatch):
     """The second MiB takes longer than anyone waits."""
     delays_s = itertools.chain([0, 0.5], itertools.repeat(0))
-    monkeypatch.setattr(transport.shm, "copy_all_checked", in_pieces(delays_s))
+    monkeypatch.setattr(transport.memory, "copy_all_checked", in_pieces(delays_s))
 
 
 @pytest.fixture
@@ -202,3 +205,68 @@ async def _assert_nothing_more_lands(target):
     assert num_landed < 64 << 20
     await asyncio.sleep(0.2)
     assert bytes(target.view).count(0xFF) == num_landed
+
+
+class DeviceMemory:
+    """A device's memory, pretended: bytes that are mapped by their number."""
+
+    is_host = False
+    mapped: ClassVar[dict[bytes, bytearray]] = {}
+
+    def __init__(self, num_bytes: int, refusal: str = "") -> None:
+        self.bytes = bytearray(random.Random(num_bytes).randbytes(num_bytes))
+        self.num_bytes = num_bytes
+        self.header = Memory.allocate(1)
+        self.nonce = self.header.nonce
+        self.refusal = refusal
+
+    def export(self) -> bytes:
+        if self.refusal:
+            raise RegionError(self.refusal)
+        self.mapped[b"device"] = self.bytes
+        return b"device"
+
+    def open(self, handle: bytes, num_bytes: int, header: SharedView):
+        return SimpleNamespace(view=self.mapped[handle], num_bytes=num_bytes, is_current=header.is_current)
+
+    def prepare(self, source) -> None:
+        """Nothing to do."""
+
+    def fill(self, source, copies, watch) -> list[int]:
+        for begin, into, num_bytes in copies:
+            self.bytes[into : into + num_bytes] = source.view[begin : begin + num_bytes]
+        return [0] * len(copies)
+
+
+async def test_a_devices_memory_is_filled_from_that_of_another_until_its_owner_withdraws_it():
+    owner, puller, link = ShmTransport(), ShmTransport(), Link(lambda road, body: True)
+    source, target = DeviceMemory(4096), DeviceMemory(8192)
+    region = owner.register(source)
+    await puller.pull(link, region, [Copy(5, 4100, 90)], target, stall_s=5)
+    assert target.bytes[4100:4190] == source.bytes[5:95]
+    owner.close()
+    with pytest.raises(RegionError, match="withdrawn"):
+        await puller.pull(link, region, [Copy(0, 0, 1)], target, stall_s=5)
+    puller.close()
+
+
+async def test_a_devices_memory_is_not_pulled_into_a_hosts_nor_mapped_by_a_cpu():
+    shm = ShmTransport()
+    region = shm.register(DeviceMemory(4096))
+    with pytest.raises(RegionError, match="into a host's"):
+        await shm.pull(Link(lambda road, body: True), region, [], Memory.allocate(4096), stall_s=5)
+    with pytest.raises(RegionError, match="by a CPU"):
+        open_region(region)
+    shm.close()
+
+
+async def test_a_devices_memory_that_cannot_be_exported_is_not_offered_but_filled():
+    shm, source = ShmTransport(), Memory.allocate(100)
+    source.view[:] = bytes(range(100))
+    target = DeviceMemory(100, refusal="not here")
+    with pytest.raises(RegionError, match="not here"):
+        shm.register(target)
+    assert shm.can_fill(target)
+    await shm.pull(Link(lambda road, body: True), shm.register(source), [Copy(0, 0, 100)], target, stall_s=5)
+    assert target.bytes == bytes(range(100))
+    shm.close()

@@ -134,6 +134,10 @@ class PlasmaTransport:
         self._pulls: set[_Pull] = set()
         self._is_closed = False
 
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell whether it is host memory."""
+        return isinstance(memory, Memory)
+
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable by way of this node's vault; the answer describes it to peers. Idempotent.
 

@@ -82,6 +82,10 @@ class SocketTransport:
         """Connections that ended without a proof of the cluster secret."""
         return self._source.num_refused
 
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell whether it is host memory."""
+        return isinstance(memory, Memory)
+
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable by peers; the answer describes it to them. Idempotent.
 

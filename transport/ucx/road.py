@@ -67,6 +67,10 @@ class UcxTransport:
         """Number of pulls that ended with an infinite quarantine: their targets are lost until the process restarts."""
         return self._mover.num_unsettled
 
+    def can_fill(self, memory: RegionMemory) -> bool:
+        """Tell whether it is host memory, or UCX moves that of devices."""
+        return memory.is_host or self._has_devices
+
     def register(self, memory: RegionMemory) -> RegionInfo:
         """Make `memory` readable by peers; the answer describes it to them. Idempotent.
 
@@ -160,7 +164,7 @@ class UcxTransport:
             raise RegionError("ucx: the transport is closed")
 
     def _check_movable(self, memory: RegionMemory) -> None:
-        if not memory.is_host and not self._has_devices:
+        if not self.can_fill(memory):
             raise RegionError("ucx: device memory, but UCX found no cuda_copy here")
 
     def _handle_of(self, source: RegionInfo) -> Handle:
