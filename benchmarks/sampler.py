@@ -33,7 +33,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampling.sampler import Sampler, SamplingRow
+from engine.sampling.row import SamplingRow
+from engine.sampling.sampler import Sampler
 from messages.request import Grammar, SamplingParams
 from text.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarTokenizer
 from text.tokenizer import Tokenizer

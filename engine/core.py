@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from engine.memory.checksums import BlockChecksums
 from engine.memory.device_memory import DeviceMemory
 from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
 from engine.model.load import LoadedModel
-from engine.runner import Accelerator, Runner
+from engine.runner import Accelerator, LaunchedStep, Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
@@ -43,6 +44,7 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
+from engine.split_steps import SplitStep, SplitSteps
 from engine.step_threads import StepThreads
 from engine.steps.cuda import CudaDevice
 from kvcache.pool import BlockPool
@@ -70,8 +72,20 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     itl_target_s: float = 0.05
     remote_timeout_s: float = 120.0
+    #: each step is planned, and launched, while the one before it runs. None: where that is not on a CPU, which is
+    #: then busy with the one before
+    plans_ahead: bool | None = None
     has_lower_tiers: bool = False
     tokenizer_rules: TokenizerRules = "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStep:
+    """A step that is on its way."""
+
+    plan: StepPlan
+    launched: SplitStep[LaunchedStep]
+    published: list[list[int]]  #: blocks that peers will read when it has ended; of each part that is kept
 
 
 @dataclass(slots=True)
@@ -85,11 +99,13 @@ class Engine:
     checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
+    steps: SplitSteps[LaunchedStep]  #: the runner's, split where memory is short
     scheduler: Scheduler
     grammars: GrammarCompiler | None  #: None: no structured output
     threads: StepThreads | None  #: None: not computed on a CPU
     _config: SchedulerConfig
     _pending: list[Instruction] = field(default_factory=list)
+    _launched: deque[EngineStep] = field(default_factory=deque)  # by `step`
 
     @classmethod
     def build(cls, loaded: LoadedModel, options: EngineOptions, *, model_dir: Path | None = None) -> Engine:
@@ -132,8 +148,11 @@ class Engine:
             itl_target_s=options.itl_target_s,
             remote_timeout_s=options.remote_timeout_s,
             block_bytes=num_bytes_per_block,
+            plans_ahead=not is_host if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
+        sampler = Sampler(loaded.vocab_size, grammars)
+        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, accelerator)
         return cls(
             loaded=loaded,
             options=options,
@@ -141,13 +160,8 @@ class Engine:
             memory=memory,
             checksums=BlockChecksums(pool, kv_pool),
             pool=pool,
-            runner=Runner(
-                loaded,
-                kv_pool,
-                Sampler(loaded.vocab_size, grammars),
-                threads.on_layer if threads else None,
-                accelerator,
-            ),
+            runner=runner,
+            steps=SplitSteps(runner.launch, runner.finish, torch.cuda.empty_cache),
             grammars=grammars,
             threads=threads,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
@@ -182,11 +196,7 @@ class Engine:
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         """Give `event` to the scheduler; return its instructions. `now_s` defaults to the monotonic clock."""
         instructions = self.scheduler.on_event(event, time.monotonic() if now_s is None else now_s)
-        if (
-            isinstance(event, StepWanted)
-            and self.threads
-            and not any(isinstance(each, RunStep) for each in instructions)
-        ):
+        if isinstance(event, StepWanted) and self.threads and not self.scheduler.num_steps:
             self.threads.rest()
         return instructions
 
@@ -207,19 +217,36 @@ class Engine:
         except RequestError as error:
             return GrammarCompiled(wanted.seq_id, error)
 
-    def compute(self, plan: StepPlan) -> StepResult:
-        """Carry out a planned step; blocks for as long as the forward pass takes.
+    @property
+    def max_steps(self) -> int:
+        """Steps that may be on their way at once: a second one where steps are planned ahead."""
+        return 2 if self._config.plans_ahead else 1
+
+    def launch(self, plan: StepPlan) -> EngineStep:
+        """Put a planned step on its way; on a CPU this blocks for as long as the forward pass takes.
 
         May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
-            result = self.runner.execute(plan)
+            launched = self.steps.launch(plan)
+        published = []
         for part in plan.parts:
-            if part.is_kept:  # peers will read its blocks: here the bytes are still in the cache, and nobody waits
+            if part.is_kept:  # which they are is read now: the slot may be another's when the step has ended
                 size = self.options.block_size
                 end = -(-part.end // size) if part.is_sampled else part.end // size
-                self.checksums.published(self.runner.block_ids(part.slot, part.start // size, end))
+                published.append(self.runner.block_ids(part.slot, part.start // size, end))
+        return EngineStep(plan, launched, published)
+
+    def finish(self, step: EngineStep) -> StepResult:
+        """Wait for the end of the step that was launched first of those on their way; on the thread of `launch`."""
+        result = self.steps.finish(step.launched)
+        for block_ids in step.published:  # here the bytes are still in the cache, and nobody waits
+            self.checksums.published(block_ids)
         return result
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """Carry out a planned step; blocks until it has ended. No other is on its way."""
+        return self.finish(self.launch(plan))
 
     def scaling(self, busy_s: float) -> WorkerScaling:
         """Return what whoever scales the fleet wants to know; steps ran for `busy_s` since the start."""
@@ -252,17 +279,27 @@ class Engine:
                 self._pending.append(instruction)
 
     def step(self) -> list[EmitTokens]:
-        """Run one step if there is one to run; return all tokens emitted since the last call."""
-        self.post(StepWanted())
-        for plan in [item.plan for item in self._pending if isinstance(item, RunStep)]:
-            self.post(StepEnded(self.compute(plan)))
+        """Run one step if there is one to run; return all tokens emitted since the last call.
+
+        Where steps are planned ahead the next one is launched before this one is waited for.
+        """
+        num_before = -1
+        while num_before < len(self._launched) < self.max_steps:
+            num_before = len(self._launched)
+            self.post(StepWanted())
+            plans = [item.plan for item in self._pending if isinstance(item, RunStep)]
+            self._pending = [item for item in self._pending if not isinstance(item, RunStep)]
+            self._launched += map(self.launch, plans)
+        if self._launched:
+            self.post(StepEnded(self.finish(self._launched.popleft())))
         emitted = [item for item in self._pending if isinstance(item, EmitTokens)]
         self._pending.clear()
         return emitted
 
     def has_work(self) -> bool:
-        """Tell whether sequences are waiting or running."""
-        return self.scheduler.num_waiting + self.scheduler.num_pulling + self.scheduler.num_running > 0
+        """Tell whether sequences are waiting or running, or a step of sequences that ended still is."""
+        scheduler = self.scheduler
+        return scheduler.num_waiting + scheduler.num_pulling + scheduler.num_running + scheduler.num_steps > 0
 
     def close(self) -> None:
         """Give the pool's memory back, and the cores."""

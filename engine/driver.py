@@ -2,17 +2,23 @@
 
 All bookkeeping is touched by the loop's thread alone; the thread sees a plan and gives back a result. While it
 computes, the loop keeps answering heartbeats, cancels and pulls.
+
+    loop     plan 1 | plan 2 |                   | take in 1, plan 3 |     | take in 2, plan 4 ...
+    thread          | launch 1 | launch 2 | finish 1                 | launch 3 | finish 2 ...
+
+So it goes where steps are planned ahead; elsewhere a step is planned when the one before it was taken in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from engine.core import Engine
+from engine.core import Engine, EngineStep
 from engine.scheduling.plan import (
     CompileGrammar,
     Event,
@@ -31,9 +37,15 @@ _TICK_S = 0.1  #: how late a deadline may be noticed
 _TOLD_S = 0.02
 
 
+class _Launched(NamedTuple):
+    step: EngineStep
+    begun_s: float  #: of the performance counter
+
+
 class _RunningStep(NamedTuple):
     plan: StepPlan
-    begun_s: float  #: of the monotonic clock
+    launched: Future[_Launched]
+    begun_s: float  #: of the monotonic clock: when it was planned, or the step before it ended
     bound_s: float  #: a step that takes longer will never end
 
 
@@ -60,9 +72,10 @@ class EngineDriver:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
-        self._running: _RunningStep | None = None
+        self._running: deque[_RunningStep] = deque()  # oldest first
+        self._ended_s = 0.0  # of the performance counter: when the last step ended
         self.num_steps = 0
-        self.busy_s = 0.0
+        self.busy_s = 0.0  #: for which at least one step ran
 
     def start(self) -> None:
         """Begin stepping on the running loop."""
@@ -75,7 +88,7 @@ class EngineDriver:
         self._wake.set()
 
     async def close(self) -> None:
-        """Stop after the step in progress."""
+        """Stop after the steps in progress."""
         self._is_closed = True
         if self._tick_timer is not None:
             self._tick_timer.cancel()
@@ -90,11 +103,16 @@ class EngineDriver:
             events: list[Event] = []
             while True:
                 self._wake.clear()
-                step = self._carry_out(*events, StepWanted())
+                num_before = len(self._running)
+                self._carry_out(*events, StepWanted())
                 events = []
-                if step is not None:
-                    events.append(StepEnded(await step))
-                    self._running = None
+                if num_before < len(self._running) < self.engine.max_steps:
+                    continue  # with the step behind it
+                if self._running:
+                    events.append(StepEnded(await self._end_of(self._running[0])))
+                    self._running.popleft()
+                    if self._running:  # what waited behind it begins
+                        self._running[0] = self._running[0]._replace(begun_s=time.monotonic())
                     continue
                 await self._wake.wait()
         except asyncio.CancelledError:
@@ -114,9 +132,9 @@ class EngineDriver:
 
     def _check_step(self) -> None:
         """Raise WorkerError if the step in progress runs for so long that it will never end; says what is in it."""
-        running = self._running
-        if running is None:
+        if not self._running:
             return
+        running = self._running[0]
         age_s = time.monotonic() - running.begun_s
         if age_s > running.bound_s:
             parts = ", ".join(f"{part.seq_id} {part.kind} [{part.start}, {part.end})" for part in running.plan.parts)
@@ -124,23 +142,22 @@ class EngineDriver:
                 f"a step runs for {age_s:.1f} s, at most {running.bound_s:.1f} s were expected; in it are: {parts}"
             )
 
-    def _carry_out(self, *events: Event) -> asyncio.Future[StepResult] | None:
+    def _carry_out(self, *events: Event) -> None:
         """Decide, begin the step that follows, and only then hand out the rest: it runs while peers are told."""
-        step = None
         others: list[Instruction] = []
         now_s = time.monotonic()  # one for all: what one event offers, the next does not take back before it is told
         for event in events:
             for instruction in self.engine.decide(event, now_s):
                 if isinstance(instruction, RunStep):
-                    self._running = _RunningStep(instruction.plan, now_s, self.engine.bound_s(instruction.plan))
-                    step = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, instruction.plan)
+                    plan = instruction.plan
+                    launched = self._thread.submit(self._launch, plan)
+                    self._running.append(_RunningStep(plan, launched, now_s, self.engine.bound_s(plan)))
                 elif isinstance(instruction, CompileGrammar):
                     self._compile(instruction)
                 else:
                     others.append(instruction)
         if others:
             self._on_instructions(others)
-        return step
 
     def _compile(self, wanted: CompileGrammar) -> None:
         """Have a grammar compiled, and the scheduler told: soon, where it was compiled before."""
@@ -159,12 +176,22 @@ class EngineDriver:
         except BaseException as error:  # noqa: BLE001 - the edge, as above
             self._on_crash(error)
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        """Compute a step, on the engine's thread."""
+    def _launch(self, plan: StepPlan) -> _Launched:
+        """Put a step on its way, on the engine's thread."""
         if plan.is_suspect:
             time.sleep(_TOLD_S)
-        started_s = time.perf_counter()
-        result = self.engine.compute(plan)
+        begun_s = time.perf_counter()
+        return _Launched(self.engine.launch(plan), begun_s)
+
+    def _end_of(self, running: _RunningStep) -> asyncio.Future[StepResult]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._finish, running.launched)
+
+    def _finish(self, future: Future[_Launched]) -> StepResult:
+        """Wait for the end of a step, on the engine's thread; raises what its launch raised."""
+        launched = future.result()
+        result = self.engine.finish(launched.step)
+        ended_s = time.perf_counter()
         self.num_steps += 1
-        self.busy_s += time.perf_counter() - started_s
+        self.busy_s += ended_s - max(launched.begun_s, self._ended_s)
+        self._ended_s = ended_s
         return result

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.sampling.sampler import Sampler, SamplingRow
+from engine.sampling.row import SamplingRow
+from engine.sampling.sampler import Sampler
 from messages.request import SamplingParams
 
 #: By how much another order of float32 sums moves a logit, at most: logits here are about 1.

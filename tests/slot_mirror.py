@@ -19,6 +19,13 @@ class MirroredSlot:
     begins: SlotBegins
     token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    num_awaited: int = 0  #: tokens behind them that steps compute with, though none of them ended that gives one
+
+    def take_sampled(self, token_id: int) -> None:
+        """A step ended that sampled it: who awaits a token is not told of it."""
+        if self.num_awaited:
+            self.num_awaited -= 1
+            self.token_ids.append(token_id)
 
 
 class SlotMirror:
@@ -44,6 +51,7 @@ class SlotMirror:
             assert mirrored.seq_id == part.seq_id
             mirrored.token_ids += unpack_tokens(part.new_token_ids)
             mirrored.block_table += part.new_block_ids
+            mirrored.num_awaited += part.awaits_token
             seq = scheduler._ledger.running[part.seq_id]
             assert mirrored.token_ids == seq.token_ids.tolist()
             assert mirrored.block_table == seq.block_table[: seq.num_blocks_for(part.end)]

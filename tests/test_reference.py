@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.sampling.sampler import SamplingRow
+from engine.sampling.row import SamplingRow
 from messages.request import SamplingParams
 from tests.models import VOCAB_SIZE, make_tiny_model
 from tests.reference import ROUNDING, Reference

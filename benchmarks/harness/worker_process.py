@@ -23,7 +23,8 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from decode.worker import DecodeWorker
-from engine.scheduling.plan import StepPlan, StepResult
+from engine.core import EngineStep
+from engine.scheduling.plan import StepResult
 from engine.worker import WorkerOptions
 from prefill.worker import PrefillWorker
 from transport.secret import ClusterSecret
@@ -39,14 +40,14 @@ def say(document: Any) -> None:
 def trace_prompts(worker: PrefillWorker | DecodeWorker) -> None:
     """Let `worker` say when each step ended that computed the last of a prompt."""
     engine = worker._worker.engine
-    compute = engine.compute
+    finish = engine.finish
 
     class Traced(type(engine)):  # type: ignore[misc]  # the engine is slotted: its class is where a method can go
         __slots__ = ()
 
-        def compute(self, plan: StepPlan) -> StepResult:
-            result = compute(plan)
-            if any(part.kind == "prefill" and part.is_sampled for part in plan.parts):
+        def finish(self, step: EngineStep) -> StepResult:
+            result = finish(step)
+            if any(part.kind == "prefill" and part.is_sampled for part in step.plan.parts):
                 say({"prompt_ended_s": time.monotonic()})
             return result
 

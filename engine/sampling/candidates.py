@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,33 +36,16 @@ class Candidates:
         )
 
 
-def argmax(logits: Tensor) -> tuple[list[int], list[float]]:
-    """Return for each row the first token with the largest logit, and that logit; a NaN counts as the largest."""
-    if logits.device.type == "cpu":
-        array = logits.numpy()  # 0.007 ms of 0.15 M logits against torch's 0.09 ms
-        ids = array.argmax(axis=1)
-        return ids.tolist(), array[np.arange(len(ids)), ids].tolist()
-    found = logits.argmax(dim=1, keepdim=True)
-    return found.squeeze(1).tolist(), logits.gather(1, found).squeeze(1).tolist()
+def argmax(logits: Tensor) -> tuple[int, float]:
+    """Return the first token with the largest logit of a row, [vocab], and that logit; a NaN counts as the largest."""
+    row = logits.numpy()  # 0.007 ms of 0.15 M logits against torch's 0.09 ms
+    found = int(row.argmax())
+    return found, float(row[found])
 
 
 def leading(logits: Tensor, k: int) -> Candidates:
     """Return the first k candidates of each row of [n, vocab], by selection."""
-    if logits.device.type == "cpu":
-        return Candidates.joined([_leading_by_partition(row, k) for row in logits.numpy()])
-    return leading_by_topk(logits, k)
-
-
-def leading_by_topk(logits: Tensor, k: int) -> Candidates:
-    """Return what `leading` returns, all rows in one call; of several that tie with the last, some may be missing."""
-    top = torch.topk(logits, k, dim=1)
-    values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
-    has_nan = np.isnan(values).any(axis=1)
-    values, ids = _in_order(values, ids)
-    values[has_nan, 0] = np.nan  # selection puts them first, the order may not
-    is_all = (values[:, -1] == -np.inf) | (k == logits.shape[1])
-    num_sure = np.where(is_all, (values > -np.inf).sum(axis=1), (values > values[:, -1:]).sum(axis=1))
-    return Candidates(values, ids, num_sure, is_all)
+    return Candidates.joined([_leading_by_partition(row, k) for row in logits.numpy()])
 
 
 def _leading_by_partition(logits: NDArray[np.float32], k: int) -> Candidates:
@@ -83,13 +65,13 @@ def _leading_by_partition(logits: NDArray[np.float32], k: int) -> Candidates:
 def at_least(logits: Tensor, least: float) -> Candidates:
     """Return the candidates of one row, [1, vocab], with a logit of `least` or more."""
     found = (logits[0] >= least).nonzero().squeeze(1)
-    values, ids = _in_order(logits[0][found].cpu().numpy(), found.cpu().numpy())
+    values, ids = _in_order(logits[0][found].numpy(), found.numpy())
     return Candidates(values[None], ids[None], np.array([len(ids)]), np.array([len(ids) == logits.shape[1]]))
 
 
 def all_in_order(logits: Tensor) -> Candidates:
     """Return all candidates of one row, [1, vocab]."""
-    values, ids = _in_order(logits[0].cpu().numpy(), np.arange(logits.shape[1]))
+    values, ids = _in_order(logits[0].numpy(), np.arange(logits.shape[1]))
     return Candidates(values[None], ids[None], np.array([np.count_nonzero(values > -np.inf)]), np.array([True]))
 
 

@@ -24,6 +24,7 @@ class SchedulerConfig:
     remote_timeout_s: float = 30.0  #: from AskRemote to the end of the last pull
     watermark: float = 0.01  #: share of the pool left free at admission (at least a block), for who runs to grow into
     block_bytes: int = 0  #: of a block, by which loading is priced
+    plans_ahead: bool = False  #: while a step runs the next one may be wanted
     has_lower_tiers: bool = False  #: then OffloadBlocks tells what sequences wrote
 
     def __post_init__(self) -> None:

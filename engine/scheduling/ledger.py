@@ -36,7 +36,7 @@ class SequenceLedger:
         self.ready: list[Sequence] = []  #: of those, who could be admitted but for the room
         self.pulling: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
-        self.dying: list[Sequence] = []  #: ended, with blocks that the running step uses
+        self.dying: list[Sequence] = []  #: ended, with blocks that a running step uses
         self.dead: deque[Sequence] = deque()  #: ended, with blocks that are still to be given back
         self._num_given_back = 0  # blocks of ended sequences, in this event
         self.orphans: dict[str, list[PullTarget]] = {}  #: of open pulls, by the id of the sequence they were for
@@ -236,10 +236,11 @@ class SequenceLedger:
             self._bury(seq)
 
     def bury(self) -> None:
-        """Give back the blocks of ended sequences that the step used which has just ended."""
+        """Give back the blocks of ended sequences that the step used which has just ended, and no other does."""
         for seq in self.dying:
-            self._bury(seq)
-        self.dying.clear()
+            if not seq.is_in_step:
+                self._bury(seq)
+        self.dying = [seq for seq in self.dying if seq.is_in_step]
 
     def begin_event(self) -> None:
         """Give back what earlier events left, as far as one event does: many may end at once, with long tables each."""
@@ -306,10 +307,22 @@ class SequenceLedger:
         seq.block_table += self.pool.allocate(num_lacking)
         return True
 
+    def would_take(self, seq: Sequence, end: int) -> bool:
+        """Tell whether `reserve` would take blocks from others, whom a step that runs may be writing them for."""
+        num_lacking = seq.num_blocks_for(end) - len(seq.block_table)
+        while self.dead and self.pool.num_free < num_lacking:
+            self._give_back(self.dead.popleft())
+        if self.pool.num_free >= num_lacking:
+            return False
+        return bool(self.intakes) or any(s.block_table and s.seniority > seq.seniority for s in self.running.values())
+
     def extend_match(self, seq: Sequence) -> None:
-        """Take blocks that came to be held since admission: others wrote them, or they follow a bad one of a pull."""
+        """Take blocks that came to be held since admission: others wrote them, or they follow a bad one of a pull.
+
+        Not while a step runs with it: that knows its table.
+        """
         begin = len(seq.block_table)
-        if seq.num_computed != begin * seq.block_size or begin >= seq.max_match_blocks:
+        if seq.is_in_step or seq.num_computed != begin * seq.block_size or begin >= seq.max_match_blocks:
             return
         matched = self.pool.match(seq.names[i] for i in range(begin, seq.max_match_blocks))
         if not matched:
@@ -463,7 +476,7 @@ class SequenceLedger:
         if seq.slot is not None:
             _require(seq.phase is Phase.RUNNING, "only who runs has a slot")
             _require(
-                seq.slot.num_told_tokens <= seq.num_tokens and seq.slot.num_told_blocks <= len(table),
+                seq.slot.num_told_tokens <= seq.num_expected_tokens and seq.slot.num_told_blocks <= len(table),
                 "the runner was told of nothing that is not so",
             )
         if seq.pull is not None:

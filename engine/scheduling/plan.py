@@ -169,12 +169,12 @@ class BlocksReleased:
 
 @dataclass(frozen=True, slots=True)
 class StepWanted:
-    """The runner is idle: plan a step if there is something to run."""
+    """The runner is idle, or, where steps are planned ahead, runs its last one: plan one if there is one to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The step that ran last gave this."""
+    """The step gave this that began first of those that run."""
 
     result: StepResult
 
@@ -396,6 +396,8 @@ class StepPlan:
     parts: tuple[SequenceStep, ...]
     freed_slots: tuple[int, ...] = ()  #: left by their sequences since the last plan, before `parts` begin in any
     is_suspect: bool = False  #: its only part may end the process: whoever asked has to know by then
+    #: a part of a plan that did not fit: the slots were told of it then
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ from engine.scheduling.prompt_names import PromptNames
 from engine.scheduling.refusal import Bounds, deadline_error, refusal
 from engine.scheduling.remote_pulls import take_peer_tokens
 from engine.scheduling.room import Room
+from engine.scheduling.running_steps import RunningSteps
 from engine.scheduling.sequence import Phase, Sequence
 from engine.scheduling.sourcing import Sourcing
 from engine.scheduling.step_cost import StepCost
@@ -110,7 +111,7 @@ class Scheduler:
             quantum_tokens=config.chunk_quantum_tokens,
             itl_target_s=config.itl_target_s,
         )
-        self._step: list[tuple[SequenceStep, Sequence]] | None = None
+        self._steps = RunningSteps(2 if config.plans_ahead else 1)
         self._admission = Admission(self._ledger, self._backlog, self._room, config.max_num_seqs, self._start)
         self._deadlines: list[tuple[float, str]] = []  # a heap of times to look at a sequence, by its id
         self._now_s, self._num_arrivals = 0.0, count()  # the last event's time, and numbers of sequences
@@ -159,6 +160,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences in prefill or decode."""
         return len(self._ledger.running)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that run, one that is planned ahead included."""
+        return len(self._steps)
 
     @property
     def num_kept(self) -> int:
@@ -212,7 +218,8 @@ class Scheduler:
     def on_event(self, event: Event, now_s: float) -> list[Instruction]:
         """Take in `event`; return what is to be done, in order. `now_s` never goes back.
 
-        After every event, when the runner is idle, StepWanted may find something to run.
+        After every event StepWanted may find something to run, as long as no step runs, or one does and the next is
+        planned ahead.
 
         Raises:
             RequestError: an added sequence's id is in use; nothing changed.
@@ -411,31 +418,30 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def _begin_step(self, out: list[Instruction]) -> None:
-        if self._step is not None:
-            raise InvariantError("a step is wanted while one runs")
+        self._steps.check_wanted()
         num_preemptions = self._ledger.num_preemptions
-        step = self._planner.plan()
+        if not self._steps:
+            step = self._planner.plan()
+        elif self._steps.may_be_followed:
+            step = self._planner.plan_ahead(self._max_model_len)
+        else:
+            step = []
         if self._ledger.num_preemptions > num_preemptions:
             self._admission.look_at_seniors()  # who were preempted wait again
             self._backlog.forget()
         if not step:
             return
-        self._step = step
-        for part, seq in step:
-            seq.is_in_step, seq.planned_end = True, part.end
+        self._steps.begin(step)
         is_suspect = step[0][1].is_suspect
         if is_suspect:
             out.append(EmitTokens(step[0][0].seq_id, is_alone=True))
         out.append(RunStep(StepPlan(tuple(part for part, _ in step), self._ledger.slots.take_freed(), is_suspect)))
 
     def _finish_step(self, result: StepResult, out: list[Instruction]) -> None:
-        if self._step is None:
-            raise InvariantError("a step ended that was not running")
-        step, self._step = self._step, None
+        step = self._steps.end()
         self.cost.observe([part for part, _ in step], result.elapsed_s)
         self._ledger.bury()
         for part, seq in step:
-            seq.is_in_step = False
             if seq.phase is Phase.ENDED:
                 continue
             if seq.is_suspect:

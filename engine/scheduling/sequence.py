@@ -104,11 +104,11 @@ class Sequence:
         "held_until_s",
         "is_counted",
         "is_handed_over",
-        "is_in_step",
         "is_long",
         "lacks_holders",
         "lacks_room_s",
         "names",
+        "num_awaited",
         "num_computed",
         "num_device_tokens",
         "num_loaded_tokens",
@@ -118,6 +118,7 @@ class Sequence:
         "num_peer_tokens",
         "num_prompt_tokens",
         "num_pulled_tokens",
+        "num_steps",
         "order",
         "origins",
         "params",
@@ -153,7 +154,8 @@ class Sequence:
         self.phase = Phase.WAITING
         self.slot: Slot | None = None  #: while it runs
         self.is_counted = False  #: where the KV of its prompt came from
-        self.is_in_step = False
+        self.num_steps = 0  #: steps that run with it
+        self.num_awaited = 0  #: tokens that they will give
         self.planned_end = 0  #: one past the last token of its part in the step that was planned last
         self.has_emitted = False
         self.held_for: bytes | None = None  #: the name of a block that another sequence is about to write
@@ -230,6 +232,37 @@ class Sequence:
         return self.num_computed == len(self.token_ids) - 1 and self.num_computed >= self.num_prompt_tokens
 
     @property
+    def is_in_step(self) -> bool:
+        """Whether a step runs with it."""
+        return self.num_steps > 0
+
+    @property
+    def next_start(self) -> int:
+        """The first token to compute in the next step to be planned."""
+        return self.planned_end if self.is_in_step else self.num_computed
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Tokens that it has when the steps have ended that run, unless it ends with them."""
+        return len(self.token_ids) + self.num_awaited
+
+    @property
+    def will_decode(self) -> bool:
+        """Whether then only the KV of its last, generated token is missing."""
+        return self.next_start == self.num_expected_tokens - 1 and self.next_start >= self.num_prompt_tokens
+
+    @property
+    def must_be_known(self) -> bool:
+        """Whether nothing can be planned for it before what runs with it has ended.
+
+        Its grammar says by each token which ones may follow, its prompt's log-probabilities go with the first one, and
+        where its computing meets what is pulled is seen then.
+        """
+        if self.pull is not None:
+            return self.is_in_step
+        return self.num_awaited > 0 and (self.params.grammar is not None or self.wants_prompt_logprobs)
+
+    @property
     def seniority(self) -> tuple[int, int]:
         """Priority, then order of arrival: the smaller is admitted sooner, and preempted later."""
         return (self.spec.priority, self.order)
@@ -248,10 +281,12 @@ class Sequence:
         params = self.params
         if self.token_ids[-1] in params.stop_token_ids and self.num_output_tokens > params.min_tokens:
             return "stop"
-        max_tokens = 1 if self.spec.is_kept else params.max_tokens
-        if self.num_output_tokens >= max_tokens or self.num_tokens >= max_model_len:
-            return "length"
-        return None
+        return "length" if self.is_at_length(max_model_len, self.num_tokens) else None
+
+    def is_at_length(self, max_model_len: int, num_tokens: int) -> bool:
+        """Tell whether so many tokens, some of them generated, are as many as it may have."""
+        max_tokens = 1 if self.spec.is_kept else self.params.max_tokens
+        return num_tokens >= min(max_model_len, self.num_prompt_tokens + max_tokens)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""

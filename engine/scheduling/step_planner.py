@@ -1,6 +1,7 @@
 """What goes into the next step: decodes first, a row each, then chunks of prefill and of replay; a suspect alone.
 
-In every second step those of which little is left go first, whoever waits longer.
+In every second step those of which little is left go first, whoever waits longer. A step may be planned ahead, while
+the one before it runs: from what all will have by its end, without taking anything from anybody.
 """
 
 from __future__ import annotations
@@ -51,28 +52,53 @@ class StepPlanner:
                 return planned
         return []
 
-    def _plan(self, running: list[Sequence]) -> list[tuple[SequenceStep, Sequence]]:
+    def plan_ahead(self, max_model_len: int) -> list[tuple[SequenceStep, Sequence]]:
+        """Plan the step behind the one that runs; no part at all where something is to be known or taken first.
+
+        Who ends with the step that runs, as its tokens are `max_model_len` or as many as were asked for, is left out.
+        """
+        going_on = [
+            seq
+            for seq in self._ledger.running.values()
+            if not (seq.num_awaited and seq.is_at_length(max_model_len, seq.num_expected_tokens))
+        ]
+        if any(seq.is_suspect or seq.must_be_known for seq in going_on):
+            return []
+        return self._plan(going_on, is_ahead=True)
+
+    def _plan(self, running: list[Sequence], *, is_ahead: bool = False) -> list[tuple[SequenceStep, Sequence]]:
         planned: list[tuple[SequenceStep, Sequence]] = []
         chunked: list[Sequence] = []
         for seq in running:
             if seq.phase is not Phase.RUNNING:
                 continue  # preempted by one before it
-            if not seq.is_decoding:
+            end = seq.num_expected_tokens
+            if not seq.will_decode:
                 chunked.append(seq)
-            elif self._ledger.reserve(seq, seq.num_tokens):
-                planned.append((_part(seq, seq.num_tokens), seq))
-        if chunked:
-            self._plan_chunks(chunked, planned)
+            elif is_ahead and self._ledger.would_take(seq, end):
+                return []
+            elif self._ledger.reserve(seq, end):
+                planned.append((_part(seq, end), seq))
+        if chunked and not self._plan_chunks(chunked, planned, is_ahead=is_ahead):
+            return []
         planned = [(part, seq) for part, seq in planned if seq.phase is Phase.RUNNING]
+        for part, seq in planned:
+            _tell(seq, part)
         return sorted(planned, key=_is_prefill)  # stable
 
-    def _plan_chunks(self, chunked: list[Sequence], planned: list[tuple[SequenceStep, Sequence]]) -> None:
+    def _plan_chunks(
+        self, chunked: list[Sequence], planned: list[tuple[SequenceStep, Sequence]], *, is_ahead: bool
+    ) -> bool:
         """Plan chunks, short remainders first, for the lowest mean TTFT; who is passed over counts as ever shorter.
 
         Where many wait all of them have been passed over for long: then short prompts have every second step to
         themselves, or each would wait for a chunk of everybody else.
+
+        Returns:
+            False where that would take something from others though it `is_ahead`: then nothing counts as planned.
         """
-        self._was_shorts_turn = not self._was_shorts_turn
+        is_shorts_turn = not self._was_shorts_turn
+        num_passed_over: list[tuple[Sequence, int]] = []
         budget = ChunkBudget(
             self._cost,
             max_tokens=self._max_tokens,
@@ -80,11 +106,11 @@ class StepPlanner:
             decode_parts=[part for part, _ in planned],
             target_s=self._itl_target_s,
         )
-        for seq in sorted(chunked, key=_short_order if self._was_shorts_turn else _chunk_order):
+        for seq in sorted(chunked, key=_short_order if is_shorts_turn else _chunk_order):
             if seq.phase is not Phase.RUNNING:
                 continue
             self._ledger.extend_match(seq)
-            start = seq.num_computed
+            start = seq.next_start
             end = budget.end_of(start, seq.num_prompt_tokens, seq.num_tokens)
             if seq.pull is not None:
                 end = _before_arrivals(seq, seq.pull, end)
@@ -94,12 +120,18 @@ class StepPlanner:
                     end = min(end, (start // self._quantum_tokens + num_quanta) * self._quantum_tokens)
             if seq.wants_prompt_logprobs:  # logits of all its rows, each a vocabulary wide, live until the step ends
                 end = min(end, (start // self._quantum_tokens + 1) * self._quantum_tokens)
+            if is_ahead and self._ledger.would_take(seq, end):
+                return False
             if end > start and self._ledger.reserve(seq, end):
                 planned.append((_part(seq, end), seq))
                 budget.spend(start, end, seq.num_prompt_tokens)
-                seq.num_passed_over = 0
+                num_passed_over.append((seq, 0))
             else:
-                seq.num_passed_over += 1
+                num_passed_over.append((seq, seq.num_passed_over + 1))
+        for seq, number in num_passed_over:
+            seq.num_passed_over = number
+        self._was_shorts_turn = is_shorts_turn
+        return True
 
 
 def _before_arrivals(seq: Sequence, pull: RemotePull, end: int) -> int:
@@ -111,12 +143,12 @@ def _before_arrivals(seq: Sequence, pull: RemotePull, end: int) -> int:
 
 def _chunk_order(seq: Sequence) -> tuple[bool, int, int, int]:
     is_patient = seq.num_passed_over < _MAX_PASSED_OVER
-    remaining = (seq.num_tokens - seq.num_computed) >> seq.num_passed_over
+    remaining = (seq.num_tokens - seq.next_start) >> seq.num_passed_over
     return (is_patient, seq.spec.priority if is_patient else 0, remaining, seq.order)
 
 
 def _short_order(seq: Sequence) -> tuple[int, bool, tuple[bool, int, int, int]]:
-    return (seq.spec.priority, seq.num_tokens - seq.num_computed > SHORT_TOKENS, _chunk_order(seq))
+    return (seq.spec.priority, seq.num_tokens - seq.next_start > SHORT_TOKENS, _chunk_order(seq))
 
 
 def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
@@ -124,7 +156,7 @@ def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
 
 
 def _part(seq: Sequence, end: int) -> SequenceStep:
-    """Make the part that computes `seq` up to `end`; its slot counts as told of all there is now."""
+    """Make the part that computes `seq` up to `end`."""
     slot = seq.slot
     if slot is None:
         raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
@@ -132,18 +164,23 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
     begins = None
     if not slot.num_told_tokens:
         begins = SlotBegins(num_prompt_tokens=seq.num_prompt_tokens, params=seq.params)
-    part = SequenceStep(
+    return SequenceStep(
         seq_id=seq.seq_id,
         slot=slot.index,
         begins=begins,
-        kind="prefill" if seq.num_computed < seq.num_prompt_tokens else "decode",
-        start=seq.num_computed,
-        num_tokens=end - seq.num_computed,
+        kind="prefill" if seq.next_start < seq.num_prompt_tokens else "decode",
+        start=seq.next_start,
+        num_tokens=end - seq.next_start,
         new_token_ids=pack_tokens(seq.token_ids[slot.num_told_tokens :]),
         new_block_ids=tuple(seq.block_table[slot.num_told_blocks : num_blocks]),
-        is_sampled=end == seq.num_tokens,
+        is_sampled=end == seq.num_expected_tokens,
         wants_prompt_logprobs=seq.wants_prompt_logprobs,
         is_kept=seq.spec.is_kept,
+        awaits_token=seq.num_awaited > 0,
     )
-    slot.num_told_tokens, slot.num_told_blocks = len(seq.token_ids), num_blocks
-    return part
+
+
+def _tell(seq: Sequence, part: SequenceStep) -> None:
+    """Note that the slot of `seq` is told, by its part, of all that there is now."""
+    if seq.slot is not None:
+        seq.slot.num_told_tokens, seq.slot.num_told_blocks = seq.num_expected_tokens, seq.num_blocks_for(part.end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -48,7 +48,7 @@ from messages.request import Copy
 from messages.stream import TokenLogprob
 from tests.fake_kv import FINGERPRINT, kv_numbers, next_token
 from tests.locations import pairs_of
-from tests.slot_mirror import SlotMirror
+from tests.slot_mirror import MirroredSlot, SlotMirror
 
 
 @dataclass
@@ -97,7 +97,9 @@ def price_of(copy: Copy) -> MovePrice | None:
 @dataclass
 class RunningStep:
     plan: StepPlan
+    slots: list[MirroredSlot]  #: of its parts: who was in them as it began
     generations: dict[int, int]
+    writers: dict[int, str]  #: by block that it writes: the sequence
 
 
 class FakeWorker:
@@ -113,7 +115,8 @@ class FakeWorker:
         self.kv: list[list[int | None]] = [[None] * pool.block_size for _ in range(pool.num_blocks)]
         self.now_s = 100.0
         self.sequences: dict[str, Expected] = {}
-        self.step: RunningStep | None = None
+        self.steps: deque[RunningStep] = deque()  # those that run, oldest first
+        self.num_ahead = self.num_for_nothing = 0  # parts that awaited a token; of those, whose sequence had ended
         self.asked: dict[str, int] = {}  # remote sequences whose peer has not ended: first index to offer
         self.offered: dict[str, set[int]] = {}
         self.pulls: dict[str, tuple[list[tuple[BlockLocation, int]], dict[int, int]]] = {}
@@ -258,24 +261,23 @@ class FakeWorker:
         self.post(SequenceCancelled(seq_id))
 
     def end_step(self, failed: set[str] = frozenset(), token_s: float = 1e-3) -> None:
-        step = self.step
-        assert step is not None
-        self.step = None
+        step = self.steps.popleft()
         parts = step.plan.parts
         for block_id, generation in step.generations.items():
             assert self.pool.generation(block_id) == generation, "nothing is reused under a running step"
-        for part in parts:
-            slot, size = self.slots[part], self.pool.block_size
+        for part, slot in zip(parts, step.slots, strict=True):
+            size = self.pool.block_size
             numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, slot.token_ids)
             for position in range(part.start, part.end):
                 self.kv[slot.block_table[position // size]][position % size] = numbers[position]
         sampled, logprobs = {}, {}
-        for part in parts:
-            slot = self.slots[part]
+        for part, slot in zip(parts, step.slots, strict=True):
+            self.num_for_nothing += part.awaits_token and self.sequences[part.seq_id].is_over
             numbers = kv_numbers(self.sequences[part.seq_id].spec.salt, slot.token_ids[: part.end])
             assert self._read(slot.block_table, part.end) == numbers, "a token attends to its own past"
             if part.is_sampled:
                 sampled[part.seq_id] = Sampled(next_token(numbers[-1]))
+                slot.take_sampled(next_token(numbers[-1]))
             if part.wants_prompt_logprobs:
                 end = min(part.end + 1, slot.begins.num_prompt_tokens)
                 logprobs[part.seq_id] = [TokenLogprob(t, -1.0, 1) for t in slot.token_ids[part.start + 1 : end]]
@@ -329,9 +331,26 @@ class FakeWorker:
             self.sequences[seq_id].is_cancelled = self.sequences[seq_id].is_over = True
         self.post(BlocksReleased(seq_id))
 
+    @property
+    def may_want_step(self) -> bool:
+        return len(self.steps) < 1 + self.config.plans_ahead
+
+    @property
+    def step(self) -> RunningStep | None:
+        """The one that ends next."""
+        return self.steps[0] if self.steps else None
+
     def want_step(self) -> bool:
+        """Whether one runs then."""
         self.post(StepWanted())
         return self.step is not None
+
+    def want_steps(self) -> None:
+        """As many as there are to run, and may run at once."""
+        num_before = -1
+        while self.may_want_step and num_before < len(self.steps):
+            num_before = len(self.steps)
+            self.want_step()
 
     # -------------------------------------------------------------------------------------------------- instructions
 
@@ -340,7 +359,7 @@ class FakeWorker:
         return [self.kv[table[position // size]][position % size] for position in range(num_tokens)]
 
     def _start(self, plan: StepPlan) -> None:
-        assert self.step is None
+        assert self.may_want_step
         plan = self.slots.take_in(plan, self.scheduler)
         parts, size = plan.parts, self.pool.block_size
         assert parts
@@ -351,14 +370,17 @@ class FakeWorker:
         room = max(self.config.max_num_batched_tokens, num_rows + self.config.chunk_quantum_tokens)
         assert sum(part.num_tokens for part in parts) <= room
         assert len(parts) <= self.config.max_num_seqs
-        written: list[int] = []
+        writers: dict[int, str] = {}
         for part in parts:
             expected, slot = self.sequences[part.seq_id], self.slots[part]
             num_prompt = slot.begins.num_prompt_tokens
             assert not expected.is_over
             assert slot.token_ids == expected.token_ids[: len(slot.token_ids)]
             assert part.num_tokens >= 1
-            assert part.is_sampled == (part.end == len(slot.token_ids))
+            assert part.is_sampled == (part.end == len(slot.token_ids) + slot.num_awaited)
+            assert part.awaits_token == (slot.num_awaited > 0) == (part.end > len(slot.token_ids))
+            assert not part.awaits_token or (part.num_tokens == 1 and part.seq_id in self._sampled_next())
+            self.num_ahead += part.awaits_token
             assert len(slot.block_table) >= -(-part.end // size)
             if part.kind == "prefill":
                 assert part.end <= num_prompt
@@ -372,15 +394,24 @@ class FakeWorker:
             for block_id in touched:
                 assert self.pool.state(block_id) is BlockState.WRITING
                 assert self.pool.num_pins(block_id) == 1
-            written += touched
-        written += [target for pairs, _ in self.pulls.values() for _, target in pairs]
-        assert len(set(written)) == len(written), "nobody writes where another writes"
-        held = {block_id for part in parts for block_id in self.slots[part].block_table}
-        self.step = RunningStep(plan, {block_id: self.pool.generation(block_id) for block_id in held})
+                assert writers.setdefault(block_id, part.seq_id) == part.seq_id, "nobody writes where another writes"
+        for pairs, _ in self.pulls.values():
+            assert writers.keys().isdisjoint(target for _, target in pairs), "nor where a pull does"
+        for step in self.steps:
+            assert all(step.writers.get(block_id, seq_id) == seq_id for block_id, seq_id in writers.items())
+        slots = [self.slots[part] for part in parts]
+        generations = {block_id: self.pool.generation(block_id) for slot in slots for block_id in slot.block_table}
+        self.steps.append(RunningStep(plan, slots, generations, writers))
+
+    def _sampled_next(self) -> set[str]:
+        """Who gets a token by the step that ends next."""
+        return {part.seq_id for part in self.steps[0].plan.parts if part.is_sampled} if self.steps else set()
 
     def _start_pull(self, seq_id: str, pairs: list[tuple[BlockLocation, int]]) -> None:
         assert seq_id not in self.pulls, "one pull at a time"
         assert pairs
+        for step in self.steps:
+            assert step.writers.keys().isdisjoint(target for _, target in pairs), "no step writes where a pull does"
         for location, target in pairs:
             assert location.index in self.offered[seq_id]
             assert self.pool.state(target) is BlockState.WRITING
@@ -489,7 +520,8 @@ class FakeWorker:
     def drain(self) -> None:
         """Peers fall silent or answer, steps run, leases end: then everything has ended and nothing is held."""
         for _ in range(2000):
-            if self.step is not None or self.want_step():
+            self.want_steps()
+            if self.step is not None:
                 self.end_step()
             elif self.pulls:
                 self.end_pull(next(iter(self.pulls)))

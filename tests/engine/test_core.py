@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.core import Engine, EngineOptions
+from engine.core import Engine, EngineOptions, EngineStep
 from engine.cores import NodeCores
 from engine.kernels.cpu.native import load_kernels
 from engine.memory.kv_pool import KvPool
@@ -46,13 +46,13 @@ class Follower:
         shape = (loaded.layer_specs, engine.options.block_size, loaded.dtype, loaded.device)
         self.pool = KvPool(*shape, num_blocks=engine.pool.num_blocks)
         self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None))
-        self._compute, self._wire = engine.compute, wire
+        self._finish, self._wire = engine.finish, wire
         self.num_steps = 0
 
-    def compute(self, plan: StepPlan) -> StepResult:
+    def finish(self, step: EngineStep) -> StepResult:
         """In place of the engine's: both do it, and agree."""
-        followed = self.runner.execute(self._wire(plan))
-        result = self._compute(plan)
+        followed = self.runner.execute(self._wire(step.plan))
+        result = self._finish(step)
         assert (followed.sampled, followed.prompt_logprobs) == (result.sampled, result.prompt_logprobs)
         self.num_steps += 1
         return result
@@ -108,7 +108,7 @@ def step(engine: Engine) -> None:
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_second_runner_that_is_sent_the_plans_computes_the_same(directory, engine, wire, monkeypatch):
     follower = Follower(directory, engine, WIRES[wire])
-    monkeypatch.setattr(Engine, "compute", lambda _, plan: follower.compute(plan))
+    monkeypatch.setattr(Engine, "finish", lambda _, step: follower.finish(step))
     rng = random.Random(7)
     for number in range(60):
         seq_id = add_at_random(engine, rng, number)
@@ -146,11 +146,11 @@ def test_nothing_is_kept_for_sampling_a_sequence_that_is_over(engine):
     seen = 0
     while engine.has_work():
         step(engine)
-        seen = max(seen, len(engine.runner._sampler._penalties))
+        seen = max(seen, len(engine.runner._sampler._sampler._penalties))
     assert seen > 2
     add_at_random(engine, rng, 12)
     engine.step()
-    assert engine.runner._sampler._penalties.keys() <= {"s12"}
+    assert engine.runner._sampler._sampler._penalties.keys() <= {"s12"}
 
 
 # ------------------------------------------------------------------------------------ the same request, the same tokens

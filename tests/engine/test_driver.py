@@ -36,6 +36,8 @@ WAIT_S = 2.0
 class ScriptedEngine:
     """Runs `num_steps` steps, each of which emits its number; records which have begun."""
 
+    max_steps = 1
+
     def __init__(self, num_steps: int, failing_step: int | None = None, failure: BaseException | None = None) -> None:
         self.failure = failure or RuntimeError("no such kernel")
         self.left = num_steps
@@ -59,11 +61,14 @@ class ScriptedEngine:
     def bound_s(self, plan: StepPlan) -> float:
         return WAIT_S
 
-    def compute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> int:
         number, self.num_begun = self.num_begun, self.num_begun + 1
         self.begun[number].set()
         if number == self.failing_step:
             raise self.failure
+        return number
+
+    def finish(self, step: int) -> StepResult:
         return StepResult(sampled={}, elapsed_s=0.001)
 
 
@@ -152,9 +157,9 @@ class HangingEngine(ScriptedEngine):
     def bound_s(self, plan: StepPlan) -> float:
         return 0.05
 
-    def compute(self, plan: StepPlan) -> StepResult:
+    def finish(self, step: int) -> StepResult:
         assert self.may_end.wait(WAIT_S)
-        return super().compute(plan)
+        return super().finish(step)
 
 
 async def test_time_passes_while_a_step_hangs_which_ends_the_worker_with_what_is_in_it():

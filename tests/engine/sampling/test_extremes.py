@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from engine.sampling.sampler import Sampler, SamplingRow
+from engine.sampling.row import SamplingRow
+from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled
 from messages.errors import RequestError
 from messages.request import MIN_REPETITION_PENALTY, SamplingParams

@@ -1,26 +1,24 @@
 import dataclasses
-import functools
 import json
 import math
 
 import msgspec
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.sampling import candidates
-from engine.sampling import sampler as sampler_module
-from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs, uniform
+from engine.sampling import candidates, host_draw, host_sampler, settings
+from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.row import SamplingRow, uniform
+from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled
 from messages.errors import InvariantError, KvrayError, RequestError, WorkerError
 from messages.request import Grammar, SamplingParams
-from text.grammar import GrammarCompiler, GrammarTokenizer
-from text.tokenizer import Tokenizer
+from tests.engine.sampling.grammars import EOS, VOCAB, byte_tokenizer, compiler
 
 INF = float("inf")
 
@@ -130,7 +128,7 @@ shapes = st.tuples(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(shapes, all_params, tokens, st.data())
 def test_the_sampler_does_what_the_formula_says(shape, params, token_ids, data):
     logits = some_logits(*shape)
@@ -145,31 +143,30 @@ def test_the_sampler_does_what_the_formula_says(shape, params, token_ids, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(shapes, all_params, st.integers(1, 300), st.data())
 def test_the_quick_way_gives_exactly_what_sorting_everything_gives(shape, params, num_candidates, data):
     logits = torch.from_numpy(some_logits(*shape))[None]
     rows = [row_of(msgspec.structs.replace(params, temperature=params.temperature or 1.0))]
-    config = sampler_module._Settings.of(rows)
+    config = settings.Settings.of(rows)
     whole = candidates.all_in_order(logits)
-    select = data.draw(st.sampled_from([candidates.leading, candidates.leading_by_topk]))
-    few = select(logits, min(num_candidates, logits.shape[1]))
-    mass = sampler_module._mass(logits, whole.values[:, 0].copy(), config.temperature)
+    few = candidates.leading(logits, min(num_candidates, logits.shape[1]))
+    mass = host_draw.mass(logits, whole.values[:, 0].copy(), config.temperature)
     with np.errstate(invalid="raise"):
-        position = sampler_module._draw(few, mass, config)[0]
-    expected = sampler_module._draw(whole, mass, config)[0]
+        position = host_draw._draw(few, mass, config)[0]
+    expected = host_draw._draw(whole, mass, config)[0]
     assert expected >= 0
     assert position in (-1, expected)
     above = candidates.at_least(logits, float(whole.values[0, min(num_candidates, whole.num_sure[0]) - 1]))
-    assert sampler_module._draw(above, mass, config)[0] in (-1, expected)
-    slowly = sampler_module._draw_slowly(logits, float(whole.values[0, 0]), mass, config)
+    assert host_draw._draw(above, mass, config)[0] in (-1, expected)
+    slowly = host_draw._draw_slowly(logits, float(whole.values[0, 0]), mass, config)
     assert slowly == whole.ids[0, expected]
     sure = few.num_sure[0]
     assert few.ids[0, :sure].tolist() == whole.ids[0, :sure].tolist()
 
 
 def test_the_usual_row_is_decided_without_sorting(monkeypatch):
-    monkeypatch.setattr(sampler_module, "all_in_order", lambda logits: pytest.fail("sorted"))
+    monkeypatch.setattr(host_draw, "all_in_order", lambda logits: pytest.fail("sorted"))
     logits = torch.from_numpy(some_logits(32_000, 1, 4.0, 0.0))[None]
     for params in (
         params_of(top_p=0.5),
@@ -217,17 +214,6 @@ def test_a_row_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threa
         assert together == [alone[i] for i in order]
 
 
-def test_rows_handled_in_one_call_as_on_a_gpu_give_the_same_tokens(monkeypatch):
-    rows = mixed_rows(18)
-    logits = torch.from_numpy(np.stack([some_logits(5_000, i, 3.0, 0.0) for i in range(len(rows))]))
-    singly = Sampler(5_000, None).sample(logits, rows)
-    monkeypatch.setattr(sampler_module, "leading", candidates.leading_by_topk)
-    monkeypatch.setattr(
-        sampler_module, "_batches", lambda rows: [(torch.stack(rows), slice(0, len(rows)))] if rows else []
-    )
-    assert Sampler(5_000, None).sample(logits, rows) == singly
-
-
 def test_state_kept_between_steps_changes_nothing():
     params = params_of(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2, seed=7)
     kept, token_ids = Sampler(50, None), [3, 4, 5]
@@ -257,13 +243,13 @@ def test_state_kept_between_steps_changes_nothing():
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_penalties_that_grow_with_their_tokens_are_those_of_the_formula_bit_for_bit(monkeypatch, has_kernels, values):
     if not has_kernels:
-        monkeypatch.setattr(sampler_module, "load_kernels", lambda: None)
+        monkeypatch.setattr(host_sampler, "load_kernels", lambda: None)
     rng = np.random.default_rng(0)
     history = rng.integers(0, 500, 600).tolist()
     penalties = None
     for end in (400, 401, 402, 450, 600):  # a step, a step, a replay of several, a move
         row = row_of(params_of(**values), history[:end], 400)
-        penalties = penalties or sampler_module._Penalties(row, torch.device("cpu"), 500)
+        penalties = penalties or host_sampler._Penalties(row, 500)
         penalties.update(row.token_ids)
         logits, found = some_logits(500, end, 3.0, 0.25, 7), np.empty(500, np.float32)
         penalties.apply(torch.from_numpy(logits), torch.from_numpy(found))
@@ -274,7 +260,7 @@ def test_the_repetition_penalty_is_that_of_transformers():
     logits = torch.from_numpy(some_logits(500, 1, 3.0, 0.0))[None]
     row = row_of(params_of(repetition_penalty=1.3), np.random.default_rng(0).integers(0, 500, 300).tolist(), 200)
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([row.token_ids]), logits)[0]
-    penalties = sampler_module._Penalties(row, logits.device, 500)
+    penalties = host_sampler._Penalties(row, 500)
     penalties.update(row.token_ids)
     penalties.apply(logits[0], found := torch.empty(500))
     assert torch.equal(found, expected)
@@ -338,7 +324,7 @@ def test_top_p_keeps_no_token_more_than_its_share_needs():
 
 def test_each_token_owns_the_numbers_from_its_beginning_up_to_the_next(monkeypatch):
     for number, token in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1 - 2**-53, 3)):
-        monkeypatch.setattr(sampler_module, "uniform", lambda seed, choice, index, number=number: number)
+        monkeypatch.setattr(settings, "uniform", lambda seed, choice, index, number=number: number)
         assert Sampler(4, None).sample(torch.zeros(1, 4), [row_of(params_of())]) == [Sampled(token)]
 
 
@@ -361,7 +347,7 @@ def test_a_vanishing_temperature_is_greedy():
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
 
-@settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(shapes, st.integers(0, 25), st.integers(0, 10**6))
 def test_logprobs_are_of_the_unmodified_distribution(shape, k, pick):
     logits = some_logits(*shape[:4])
@@ -400,28 +386,12 @@ def test_more_alternatives_than_tokens_give_all_tokens():
 # ------------------------------------------------------------------------------------------------------------ grammars
 
 
-@functools.cache
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    return backend
-
-
-EOS, VOCAB = 256, 300  # padded
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-
-
-@functools.cache
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(GrammarTokenizer(Tokenizer(byte_tokenizer()), VOCAB, [EOS]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -478,9 +448,7 @@ def test_min_tokens_still_holds_where_the_grammar_can_go_on():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
-@pytest.mark.parametrize("select", ["leading", "leading_by_topk"])
-def test_a_row_without_finite_logits_fails_alone(monkeypatch, temperature, bad, select):
-    monkeypatch.setattr(sampler_module, "leading", getattr(candidates, select))
+def test_a_row_without_finite_logits_fails_alone(temperature, bad):
     logits = torch.from_numpy(np.stack([some_logits(1_000, i, 3.0, 0.0) for i in range(3)]))
     rows = [row_of(params_of(temperature=temperature, logprobs=1, seed=i)) for i in range(3)]
     good = Sampler(1_000, None).sample(logits, rows)
@@ -531,7 +499,7 @@ def test_a_row_that_cannot_be_shaped_ends_alone(monkeypatch, caplog):
     def refuse(*_args):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(Sampler, "_add_bias", refuse)
+    monkeypatch.setattr(host_sampler.HostSampler, "_add_bias", refuse)
     rows = [row_of(params_of(temperature=0.0, logit_bias=bias), seq_id=str(bias)) for bias in ({}, {1: 2.0}, {})]
     first, second, third = Sampler(5, None).sample(torch.arange(15.0).view(3, 5), rows)
     assert (first, third) == (Sampled(4), Sampled(4))

@@ -141,13 +141,17 @@ def test_nothing_is_left_of_who_ends_in_any_phase_and_nobody_ends_twice(bench, p
         books.end(seq)
 
 
-def test_blocks_that_a_step_uses_stay_pinned_until_it_ends(bench):
+def test_blocks_that_steps_use_stay_pinned_until_the_last_has_ended(bench):
     seq = bench.running("a", PROMPT)
     assert bench.ledger.reserve(seq, 11)
-    seq.is_in_step = True
+    seq.num_steps = 2
     bench.ledger.end(seq)
     bench.ledger.check_invariants()
     assert (bench.pool.num_used, bench.ledger.sequences) == (3, {})
+    seq.num_steps = 1
+    bench.ledger.bury()
+    assert bench.pool.num_used == 3
+    seq.num_steps = 0
     bench.ledger.bury()
     assert (bench.pool.num_used, bench.ledger.dying) == (0, [])
 

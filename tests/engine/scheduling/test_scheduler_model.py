@@ -69,8 +69,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([8, 12, 24]),
         max_num_seqs=st.integers(1, 5),
         watermark=st.sampled_from([0.0, 0.1]),
+        plans_ahead=st.booleans(),
     )
-    def make(self, num_blocks, quantum, budget, max_num_seqs, watermark) -> None:
+    def make(self, num_blocks, quantum, budget, max_num_seqs, watermark, plans_ahead) -> None:
         config = SchedulerConfig(
             max_model_len=44,
             max_num_seqs=max_num_seqs,
@@ -79,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             remote_timeout_s=10.0,
             watermark=watermark,
             block_bytes=1,
+            plans_ahead=plans_ahead,
             has_lower_tiers=True,
         )
         self.worker = FakeWorker(config, BlockPool(num_blocks, 4))
@@ -157,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue  # ended before it moved; a test of its own
             self.worker.add(spec)
 
-    @precondition(lambda self: self.worker.step is None)
+    @precondition(lambda self: self.worker.may_want_step)
     @rule()
     def start_step(self) -> None:
         self.worker.want_step()
@@ -170,11 +172,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             failed = {data.draw(st.sampled_from([part.seq_id for part in self.worker.step.plan.parts]))}
         self.worker.end_step(failed, token_s)
 
-    @precondition(lambda self: self.worker.step is None)
+    @precondition(lambda self: self.worker.may_want_step)
     @rule(num_steps=st.integers(1, 8))
     def run_steps(self, num_steps) -> None:
         for _ in range(num_steps):
-            if self.worker.want_step():
+            self.worker.want_steps()
+            if self.worker.step is not None:
                 self.worker.end_step()
 
     @precondition(lambda self: self._alive())
