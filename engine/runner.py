@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ from engine.kernels.protocol import PrefillSpans
 from engine.memory.kv_pool import KvPool
 from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention, step_attention
 from engine.model.load import LoadedModel
-from engine.sampling.logprobs import prompt_logprobs
-from engine.sampling.row import SamplingRow
+from engine.sampling.logprobs import launch_prompt_logprobs
+from engine.sampling.row import LaunchedSamples, SamplingRow
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
 from engine.slot_tables import DeviceRoom, SlotSequence, SlotTables
@@ -37,6 +37,8 @@ from messages.stream import TokenLogprob
 
 _log = logging.getLogger(__name__)
 
+#: What waits for log-probabilities that are on their way, and returns them.
+_LaunchedLogprobs: TypeAlias = Callable[[], list[TokenLogprob]]
 #: Rows of logits made float32 at a time for prompt log-probabilities: a long chunk needs no second copy of all.
 _LOGPROB_ROWS = 64
 
@@ -58,8 +60,8 @@ class LaunchedStep:
 
     parts: list[SequenceStep]  #: those that are sampled
     sequences: list[SlotSequence]  #: theirs, in that order
-    outcomes: list[Sampled | KvrayError]  #: theirs, in that order
-    prompt_logprobs: dict[str, list[TokenLogprob]]
+    samples: LaunchedSamples | None  #: theirs, in that order; None: nothing is sampled
+    prompt_logprobs: dict[str, list[_LaunchedLogprobs]]  #: by sequence, some rows after the other
     is_empty: bool
     begun_s: float  #: of the performance counter: when its launch began, and was over
     launched_s: float
@@ -167,22 +169,24 @@ class Runner:
             InvariantError: the plan goes on with a sequence that is not in its slot.
         """
         begun_s = time.perf_counter()
-        outcomes: list[Sampled | KvrayError] = []
+        samples: LaunchedSamples | None = None
         parts: list[SequenceStep] = []
-        of_prompts: dict[str, list[TokenLogprob]] = {}
+        of_prompts: dict[str, list[_LaunchedLogprobs]] = {}
         with torch.inference_mode():
             for seq_id in self._tables.take_in(plan):
                 self._sampler.forget(seq_id)
+            self._tables.bring()
             if plan.parts:
                 step = pack(plan.parts, self._tables)
                 inputs, logits = self._compute(step)  # of the kept rows, [rows, vocab_size]
                 parts, num_sampled = step.sampled, len(step.sampled)
-                outcomes = self._sample(parts, logits[:num_sampled].float(), inputs)
+                if parts:
+                    samples = self._sample(parts, logits[:num_sampled].float(), inputs)
                 of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
         return LaunchedStep(
             parts=parts,
             sequences=[self._tables[part.slot] for part in parts],
-            outcomes=outcomes,
+            samples=samples,
             prompt_logprobs=of_prompts,
             is_empty=not plan.parts,
             begun_s=begun_s,
@@ -198,7 +202,12 @@ class Runner:
         """
         sampled: dict[str, Sampled] = {}
         errors: dict[str, KvrayError] = {}
-        for part, sequence, outcome in zip(launched.parts, launched.sequences, launched.outcomes, strict=True):
+        outcomes = launched.samples.finish() if launched.samples else []
+        prompt_logprobs = {
+            seq_id: [entry for finish in some for entry in finish()]
+            for seq_id, some in launched.prompt_logprobs.items()
+        }
+        for part, sequence, outcome in zip(launched.parts, launched.sequences, outcomes, strict=True):
             if isinstance(outcome, KvrayError):
                 errors[part.seq_id] = outcome
             else:
@@ -209,7 +218,7 @@ class Runner:
         self._ended_s = ended_s
         return StepResult(
             sampled=sampled,
-            prompt_logprobs=launched.prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
             errors=errors,
             elapsed_s=0.0 if launched.is_empty else elapsed_s,
         )
@@ -276,12 +285,8 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _sample(
-        self, parts: Sequence[SequenceStep], logits: torch.Tensor, inputs: StepInputs
-    ) -> list[Sampled | KvrayError]:
-        """Choose the next token of each part, or say why it has none; leave the tokens in their slots."""
-        if not parts:
-            return []
+    def _sample(self, parts: Sequence[SequenceStep], logits: torch.Tensor, inputs: StepInputs) -> LaunchedSamples:
+        """Put the choice of each part's next token on its way; leave the tokens in their slots."""
         rows = []
         for part in parts:
             sequence = self._tables[part.slot]
@@ -291,31 +296,30 @@ class Runner:
                     part.seq_id, begins.params, sequence.token_ids, begins.num_prompt_tokens, sequence.num_awaited
                 )
             )
-        outcomes = self._sampler.sample(logits, rows)
-        token_ids = [0 if isinstance(outcome, KvrayError) else outcome.token_id for outcome in outcomes]
-        # what logits wider than the embedding give ends its sequence: the step behind this one may still look it up
-        known = torch.tensor(token_ids).clamp_(max=self._loaded.num_embeddings - 1)
-        slots = inputs.slots[inputs.kept[: len(parts)]]
-        self._tables.leave_sampled(slots, known.to(slots.device))
-        return outcomes
+        samples = self._sampler.launch(logits, rows)
+        # what logits wider than the embedding give ends its sequence, as an error does: the step behind this one may
+        # still look it up
+        known = samples.token_ids.clamp(0, self._loaded.num_embeddings - 1)
+        self._tables.leave_sampled(inputs.slots[inputs.kept[: len(parts)]], known)
+        return samples
 
     def _prompt_logprobs(
         self, parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor
-    ) -> dict[str, list[TokenLogprob]]:
-        """Return for each part, by sequence id, the logprobs of the prompt tokens after its rows.
+    ) -> dict[str, list[_LaunchedLogprobs]]:
+        """Put for each part, by sequence id, the logprobs of the prompt tokens after its rows on their way.
 
         `logits` is `[rows of all parts, vocab_size]`.
         """
-        found: dict[str, list[TokenLogprob]] = {}
+        found: dict[str, list[_LaunchedLogprobs]] = {}
         begin = 0
         for part, count in parts:
             sequence = self._tables[part.slot]
             k = sequence.begins.params.prompt_logprobs or 0
-            entries: list[TokenLogprob] = []
+            entries: list[_LaunchedLogprobs] = []
             for first in range(0, count, _LOGPROB_ROWS):
                 rows = min(_LOGPROB_ROWS, count - first)
                 targets = sequence.token_ids[part.start + 1 + first :][:rows]
-                entries += prompt_logprobs(logits[begin + first :][:rows].float(), targets, k)
+                entries.append(launch_prompt_logprobs(logits[begin + first :][:rows].float(), targets, k))
             found[part.seq_id] = entries
             begin += count
         return found

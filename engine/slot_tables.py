@@ -76,6 +76,9 @@ class SlotTables:
         """Make tables on the host, and in `room`, where that is on an accelerator."""
         self._sequences: dict[int, SlotSequence] = {}
         self._room = room
+        #: slot, then which entries of its table, [begin, end): those that the device does not have yet, be it that
+        #: bringing them failed for lack of memory
+        self._unbrought: list[tuple[int, int, int]] = []
         shape = (room.num_slots, room.max_blocks) if room else (0, 0)
         self.host_tables: npt.NDArray[np.int32] = np.zeros(shape, np.int32)  # pages that nobody writes cost nothing
         self.block_tables = torch.from_numpy(self.host_tables)
@@ -89,7 +92,7 @@ class SlotTables:
         return self._sequences[slot]
 
     def take_in(self, plan: StepPlan) -> list[str]:
-        """Bring the slots up to date with `plan`; every plan once, in order.
+        """Bring the slots up to date with `plan`, on the host; every plan once, in order.
 
         Returns:
             The ids of the sequences that left their slots.
@@ -100,7 +103,6 @@ class SlotTables:
         if plan.is_told:
             return []
         left = [self._sequences.pop(slot) for slot in plan.freed_slots if slot in self._sequences]
-        written: list[tuple[int, int, int]] = []  # slot, then which entries of its table: [begin, end)
         for part in plan.parts:
             if part.begins is not None:
                 if part.slot in self._sequences:  # whoever plans began anew
@@ -114,10 +116,15 @@ class SlotTables:
                 self._reserve(part.slot + 1, end)
                 self.host_tables[part.slot, begin:end] = part.new_block_ids
                 sequence.num_blocks = end
-                written.append((part.slot, begin, end))
-        if written and self._room:
-            self._bring_entries(written, self._room)
+                if self._room:
+                    self._unbrought.append((part.slot, begin, end))
         return [sequence.seq_id for sequence in left]
+
+    def bring(self) -> None:
+        """Put what plans told of block tables on its way to an accelerator, where they are there."""
+        if self._room and self._unbrought:
+            self._bring_entries(self._unbrought, self._room)
+            self._unbrought.clear()
 
     def leave_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Leave what was sampled for `slots`, both `[n]` int64 on the device, to parts that await it."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from messages.errors import ConfigError
+from transport.memory import available_bytes
 
 _GIB = float(2**30)
 _HELP = (
@@ -63,6 +64,11 @@ class CudaReader:
     def peak_held(self) -> int:
         """Do as `DeviceReader` says."""
         return torch.cuda.max_memory_reserved(self._device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be had on `device`; on a CPU no more than the container's limit leaves."""
+    return CudaReader(device).free_and_total()[0] if device.type == "cuda" else available_bytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,9 @@ class StepShape:
         num_tokens, num_kept, of_lens = self.num_tokens, self.num_kept, (self.num_rows + 1) // 2
         of_tokens = [num_tokens, num_tokens % 2] * _NUM_FIELDS
         sizes = [*of_tokens, num_kept, num_kept % 2, of_lens, of_lens % 2, 2 * self.num_spans]
-        *pieces, kv_lens, spans = words.split_with_sizes(sizes)[::2]
-        return StepInputs(*pieces, kv_lens.view(torch.int32)[: self.num_rows], spans.view(torch.int32))
+        ids, positions, block_ids, offsets, slots, kept, lens, spans = words.split_with_sizes(sizes)[::2]
+        kv_lens = lens.view(torch.int32)[: self.num_rows]
+        return StepInputs(ids, positions, block_ids, offsets, slots, kept, kv_lens, spans.view(torch.int32))
 
     def cut_host(self, words: npt.NDArray[np.int64]) -> HostInputs:
         """Do as `cut` on the host."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -74,24 +76,50 @@ def test_a_plan_that_was_lost_or_came_twice_is_noticed_where_it_changes_who_is_w
         tables.take_in(StepPlan((part("b", 0),)))
 
 
-def test_an_accelerator_is_brought_the_new_entries_and_no_others():
-    brought = []
+@pytest.fixture
+def brought() -> list[torch.Tensor]:
+    return []
+
+
+@pytest.fixture
+def elsewhere(brought) -> SlotTables:
+    """On an accelerator, told what it brings there."""
 
     def bring(num_words, write):
-        brought.append(torch.empty(num_words, dtype=torch.int64))
-        write(brought[-1].numpy())
-        return brought[-1]
+        words = torch.empty(num_words, dtype=torch.int64)
+        write(words.numpy())
+        brought.append(words)
+        return words
 
-    tables = SlotTables(DeviceRoom(torch.device("cpu"), 2, 4, bring))
-    held = tables.block_tables
+    return SlotTables(DeviceRoom(torch.device("cpu"), 2, 4, bring))
+
+
+def test_an_accelerator_is_brought_the_new_entries_and_no_others(elsewhere, brought):
+    held = elsewhere.block_tables
     held.fill_(-1)
-    tables.take_in(StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS), part("b", 1, blocks=[3], begins=BEGINS))))
-    tables.take_in(StepPlan((part("a", 0), part("b", 1))))
-    tables.take_in(StepPlan((part("a", 0), part("b", 1, blocks=[4, 5]))))
+    for plan in (
+        StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS), part("b", 1, blocks=[3], begins=BEGINS))),
+        StepPlan((part("a", 0), part("b", 1))),
+        StepPlan((part("a", 0), part("b", 1, blocks=[4, 5]))),
+    ):
+        elsewhere.take_in(plan)
+        elsewhere.bring()
     assert [words.tolist() for words in brought] == [[0, 0, 1, 0, 1, 0, 1, 2, 3], [1, 1, 1, 2, 4, 5]]
-    assert tables.host_tables.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
-    assert tables.block_tables is held
+    assert elsewhere.host_tables.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
+    assert elsewhere.block_tables is held
     assert held.tolist() == [[1, 2, -1, -1], [3, 4, 5, -1]]
+
+
+def test_entries_that_could_not_be_brought_are_brought_when_their_step_is_tried_again(elsewhere, brought, monkeypatch):
+    plan = StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS),))
+    elsewhere.take_in(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(elsewhere, "_bring_entries", lambda *_: torch.zeros(1 << 60))
+        with pytest.raises(RuntimeError, match="memory"):
+            elsewhere.bring()
+    elsewhere.take_in(dataclasses.replace(plan, is_told=True))
+    elsewhere.bring()
+    assert elsewhere.block_tables[0].tolist() == [1, 2, 0, 0]
 
 
 def test_tables_of_an_accelerator_never_move_and_what_has_no_room_is_said():

@@ -17,7 +17,7 @@ from cluster.bench.bare.report import Report
 from cluster.bench.bare.running import Progress, Side, run
 from cluster.bench.bare.theirs import TransformersEngine
 from cluster.bench.bare.work import ModelWork, weights_of
-from engine.memory.kv_pool import free_bytes
+from engine.memory.device_room import free_bytes
 from engine.model.families import read_model_config
 from messages.errors import ConfigError, WorkerError
 

@@ -14,7 +14,8 @@ import torch
 from cluster.bench.bare.batch import Batch, Tokens, Workload
 from cluster.bench.bare.steps import watch_of
 from engine.core import Engine, EngineOptions
-from engine.memory.kv_pool import block_bytes, free_bytes
+from engine.memory.device_room import free_bytes
+from engine.memory.kv_pool import block_bytes
 from engine.model.load import LoadedModel, load_model
 from engine.scheduling.plan import SequenceAdded, SequenceSpec
 from messages.errors import ConfigError, WorkerError

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from engine.kernels.reference import TORCH_KERNELS
 from engine.model.families import probe_layers
 from engine.model.load import LoadedModel
 from engine.runner import Accelerator
-from engine.scheduling.plan import Sampled
 from messages.request import SamplingParams
 from tests.engine.model.test_families import FAMILIES
 from tests.models import tiny_config
@@ -41,14 +42,21 @@ class MetaDevice:
         return MetaEvent()
 
 
-class MadeUpSampler:
-    """Stands for a sampler, which is told to read back what it gives."""
+class NothingReadBack:
+    """Stands for what comes back from the device, which has no values here."""
 
-    def forget(self, seq_id: str) -> None: ...
+    def __init__(self, tensor: torch.Tensor) -> None:
+        assert tensor.device == META
+        self._shape = tensor.shape
 
-    def sample(self, logits: torch.Tensor, rows: list) -> list[Sampled]:
-        assert logits.device == META
-        return [Sampled(7) for _ in rows]
+    def wait(self) -> NDArray[np.int64]:
+        return np.zeros(self._shape, np.int64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_comes_back(monkeypatch):
+    monkeypatch.setattr("engine.sampling.device_sampler.Readback", NothingReadBack)
+    monkeypatch.setattr("engine.sampling.device_logprobs.Readback", NothingReadBack)
 
 
 def bench_on_meta(case: str) -> Bench:
@@ -72,9 +80,7 @@ def bench_on_meta(case: str) -> Bench:
         num_parameters=0,
         kernel_path="",
     )
-    bench = Bench(loaded, num_blocks=32, accelerator=Accelerator(MetaDevice(), 4))
-    bench.runner._sampler = MadeUpSampler()
-    return bench
+    return Bench(loaded, num_blocks=32, accelerator=Accelerator(MetaDevice(), 4))
 
 
 @pytest.mark.parametrize("case", CASES)
