@@ -24,6 +24,7 @@ def in_order(row: list[float]) -> list[int]:
     return sorted(range(len(row)), key=lambda token: (-row[token], token))
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_keys_are_ordered_as_their_logits_are_and_give_them_back(values):
@@ -42,6 +43,7 @@ def test_a_nan_has_the_largest_key_whatever_its_sign(nan):
     assert logits_of(keys)[1].isnan()
 
 
+@pytest.mark.slow
 @given(table=TABLES, data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_weights_added_up_in_order_exceed_the_target_at_the_key_that_is_found(table, data):
@@ -78,6 +80,7 @@ def test_what_the_target_exceeds_gives_some_token_of_the_row():
     assert ((ids >= 0) & (ids < 2)).all()
 
 
+@pytest.mark.slow
 @given(table=TABLES, data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_first_ids_are_the_first_in_order_those_that_tie_with_the_last_included(table, data):
