@@ -64,7 +64,8 @@ def test_wide_rows_of_every_kind_give_the_references_tokens(grain):
 
 
 @pytest.mark.long
-@settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows without finite logits
+@settings(max_examples=100, deadline=None)
 @given(vocab_size=st.sampled_from([17, 257, 3_001]), drawn=ROWS, data=st.data())
 def test_every_outcome_is_the_references_to_the_bit(vocab_size, drawn, data):
     with pytest.MonkeyPatch.context() as patched:
