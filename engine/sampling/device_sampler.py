@@ -49,29 +49,41 @@ class DeviceSampler:
         greedy = [index for index, row in enumerate(rows) if row.is_greedy]
         drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
         told = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        indexes = [np.array(some, np.int64) for some in (greedy, drawn, told)]
-        drawing = DrawSettings.arrays([rows[index] for index in drawn])
+        kinds = (greedy, drawn) if greedy and drawn else ()  # where there is one kind of rows it has them all
+        indexes = [np.array(some, np.int64) for some in (*kinds, *([told] if told else []))]
+        drawing = DrawSettings.arrays([rows[index] for index in drawn]) if drawn else []
         uploaded = upload([*indexes, *drawing, *self._shaper.arrays(shaping)], self._device)
         num_settings = len(indexes) + len(drawing)
-        at_greedy, at_drawn, at_told = uploaded[: len(indexes)]
-        settings = DrawSettings.of(drawing, uploaded[len(indexes) : num_settings])
+        settings = DrawSettings.of(drawing, uploaded[len(indexes) : num_settings]) if drawn else None
         shaped = self._shaper.apply(logits, shaping, uploaded[num_settings:])
-        tops = shaped.amax(1)  # a NaN counts as the largest
-        if not drawn:
-            token_ids = shaped.argmax(1)  # the first of several
-        elif not greedy:
-            token_ids = draw(shaped, tops, settings)
-        else:
-            token_ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-            token_ids[at_greedy] = shaped[at_greedy].argmax(1)
-            token_ids[at_drawn] = draw(shaped[at_drawn], tops[at_drawn], settings)
+        token_ids, tops = _choose(shaped, settings, uploaded[: len(kinds)])
         self._shaper.note(shaping, uploaded[num_settings:], token_ids)
         facts = [token_ids, bits_of(tops), bits_of(tops if shaped is logits else logits.amax(1))]
         ks = [rows[index].params.logprobs or 0 for index in told]
         if told:
+            at_told = uploaded[len(kinds)]
             facts.append(logprob_columns(logits[at_told], token_ids[at_told], max(ks)).view(-1))
         readback = Readback(torch.cat(facts))
         return LaunchedSamples(token_ids, lambda: _outcomes(readback.wait(), len(rows), shaping.errors, told, ks))
+
+
+def _choose(logits: Tensor, settings: DrawSettings | None, kinds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Choose a token of each row of [n, vocab_size]; return their ids, [n] int64, and the largest logits, [n] float32.
+
+    `settings` are of the rows that are drawn, None: none is. `kinds` are the greedy rows and those that are drawn,
+    where there are both. A NaN counts as the largest logit; of several that are largest the first is taken.
+    """
+    if settings is None:
+        token_ids = logits.argmax(1)
+        return token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    tops = logits.amax(1)
+    if not kinds:
+        return draw(logits, tops, settings), tops
+    greedy, drawn = kinds
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    token_ids[greedy] = logits[greedy].argmax(1)
+    token_ids[drawn] = draw(logits[drawn], tops[drawn], settings)
+    return token_ids, tops
 
 
 def _outcomes(

@@ -18,6 +18,8 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]
 
     The copy leaves from pinned memory, which torch keeps from reuse until it is over.
     """
+    if not arrays:
+        return []
     offsets = [0]
     for array in arrays:
         offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
