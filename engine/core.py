@@ -85,7 +85,6 @@ class EngineStep:
 
     plan: StepPlan
     launched: SplitStep[LaunchedStep]
-    published: list[list[int]]  #: blocks that peers will read when it has ended; of each part that is kept
 
 
 @dataclass(slots=True)
@@ -229,20 +228,22 @@ class Engine:
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
             launched = self.steps.launch(plan)
-        published = []
-        for part in plan.parts:
-            if part.is_kept:  # which they are is read now: the slot may be another's when the step has ended
-                size = self.options.block_size
-                end = -(-part.end // size) if part.is_sampled else part.end // size
-                published.append(self.runner.block_ids(part.slot, part.start // size, end))
-        return EngineStep(plan, launched, published)
+            self.checksums.published(self._kept_blocks(plan))  # here the bytes are still in the cache, and nobody waits
+        return EngineStep(plan, launched)
 
     def finish(self, step: EngineStep) -> StepResult:
         """Wait for the end of the step that was launched first of those on their way; on the thread of `launch`."""
-        result = self.steps.finish(step.launched)
-        for block_ids in step.published:  # here the bytes are still in the cache, and nobody waits
-            self.checksums.published(block_ids)
-        return result
+        return self.steps.finish(step.launched)
+
+    def _kept_blocks(self, plan: StepPlan) -> list[int]:
+        """Return the blocks that the step of `plan` fills and peers will read; before the next one is launched."""
+        kept: list[int] = []
+        for part in plan.parts:
+            if part.is_kept:
+                size = self.options.block_size
+                end = -(-part.end // size) if part.is_sampled else part.end // size
+                kept += self.runner.block_ids(part.slot, part.start // size, end)
+        return kept
 
     def compute(self, plan: StepPlan) -> StepResult:
         """Carry out a planned step; blocks until it has ended. No other is on its way."""

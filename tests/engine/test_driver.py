@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -132,6 +133,101 @@ async def test_a_panic_in_a_step_is_reported_like_an_error():
         ScriptedEngine(2, failing_step=1, failure=Panic("at src/lib.rs:7")), lambda _: None, lambda: False
     )
     assert [str(error) for error in crashes] == ["at src/lib.rs:7"]
+
+
+# -------------------------------------------------------------------------------------------------------- steps ahead
+
+
+class AheadEngine(ScriptedEngine):
+    """Two of its steps may be on their way; it notes what is done, and computes as an accelerator: until `finish`."""
+
+    max_steps = 2
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.may_end = threading.Event()
+        self.may_end.set()
+        self.done: list[str] = []
+
+    def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
+        if isinstance(event, StepEnded):
+            self.done.append(f"take in {self.num_ended}")
+        return super().decide(event, now_s)
+
+    def launch(self, plan: StepPlan) -> int:
+        number = super().launch(plan)
+        self.done.append(f"launch {number}")
+        return number
+
+    def finish(self, step: int) -> StepResult:
+        assert self.may_end.wait(WAIT_S)
+        self.done.append(f"finish {step}")
+        return super().finish(step)
+
+
+async def test_a_step_is_launched_before_the_one_before_it_is_waited_for():
+    engine = AheadEngine(num_steps=4)
+    assert await drive(engine, lambda _: None, lambda: engine.num_ended == 4) == []
+    on_thread = [what for what in engine.done if not what.startswith("take")]
+    assert on_thread == [
+        *("launch 0", "launch 1", "finish 0", "launch 2", "finish 1", "launch 3", "finish 2", "finish 3"),
+    ]
+    assert [what for what in engine.done if what.startswith("take")] == [f"take in {i}" for i in range(4)]
+    assert engine.done.index("take in 0") < engine.done.index("launch 2")
+
+
+async def test_what_steps_gave_that_were_launched_ahead_is_handed_out_in_order():
+    engine = AheadEngine(num_steps=20)
+    seen: list[int] = []
+
+    def on_instructions(instructions: Sequence[Instruction]) -> None:
+        seen.extend(token for emitted in instructions for token in emitted.token_ids)
+
+    assert await drive(engine, on_instructions, lambda: len(seen) == 20) == []
+    assert seen == list(range(1, 21))
+
+
+@pytest.mark.parametrize("failing_step", [0, 1, 4])
+async def test_a_step_that_cannot_be_launched_is_reported_once_whatever_runs_before_it(failing_step):
+    engine = AheadEngine(num_steps=9, failing_step=failing_step)
+    crashes = await drive(engine, lambda _: None, lambda: False)
+    assert [str(error) for error in crashes] == ["no such kernel"]
+    assert engine.num_ended == failing_step
+
+
+async def test_who_is_added_while_nothing_runs_is_stepped_alone_and_then_ahead():
+    engine = AheadEngine(num_steps=0)
+    driver = EngineDriver(engine, lambda _: None, lambda _: None)
+    driver.start()
+    await asyncio.sleep(0.01)
+    assert engine.done == []
+    engine.left, engine.begun = 3, [threading.Event() for _ in range(3)]
+    driver.post(SequenceCancelled("a"))
+    await until(lambda: engine.num_ended == 3)
+    assert driver.num_steps == 3
+    await driver.close()
+
+
+async def test_a_step_that_waits_behind_another_begins_when_that_has_ended():
+    engine = AheadEngine(num_steps=2)
+    engine.may_end.clear()
+    begins_s: list[float] = []  # of what runs as the tokens of a step are handed out: until when it may take, counts
+
+    def on_instructions(_: Sequence[Instruction]) -> None:
+        begins_s.extend(running.begun_s for running in driver._running)
+
+    driver = EngineDriver(engine, on_instructions, lambda _: None)
+    begun_s = time.monotonic()
+    driver.start()
+    await until(lambda: len(driver._running) == 2)
+    await asyncio.sleep(0.05)
+    released_s = time.monotonic()
+    engine.may_end.set()
+    await until(lambda: engine.num_ended == 2)
+    assert len(begins_s) == 1
+    assert begins_s[0] >= released_s
+    assert 0.05 <= driver.busy_s <= time.monotonic() - begun_s
+    await driver.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- hangs

@@ -315,10 +315,11 @@ def test_a_plan_that_awaits_a_token_may_be_carried_out_when_that_is_known(loaded
     assert outputs[0] == outputs[1]
 
 
-def test_a_step_behind_one_that_gave_no_token_runs_all_the_same_for_the_others(loaded):
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_a_step_behind_one_that_gave_no_token_runs_all_the_same_for_the_others(loaded, penalty):
     bench = Bench(loaded)
     good, bad = bench.add("good", prompt_of(20)), bench.add("bad", prompt_of(20, 1))
-    params = SamplingParams(max_tokens=1, logit_bias={loaded.vocab_size: 1.0})
+    params = SamplingParams(max_tokens=1, logit_bias={loaded.vocab_size: 1.0}, repetition_penalty=penalty)
     first = bench.runner.launch(StepPlan((bench.part(good, 20), bench.part(bad, 20, params=params))))
     good.num_computed = bad.num_computed = 20
     second = bench.runner.launch(StepPlan((part_ahead(bench, good), part_ahead(bench, bad))))

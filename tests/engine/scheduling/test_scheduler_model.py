@@ -283,7 +283,7 @@ class TestSchedulerMachineAtLength(SchedulerMachine.TestCase):
     settings = settings(max_examples=300, stateful_step_count=80, **_SETTINGS)
 
 
-def drive_at_random(seed: int, num_events: int) -> FakeWorker:
+def drive_at_random(seed: int, num_events: int, *, plans_ahead: bool = False) -> FakeWorker:
     """Steps most of the time, so that sequences get long, with everything else in between."""
     rng = random.Random(seed)
     config = SchedulerConfig(
@@ -293,6 +293,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         chunk_quantum_tokens=rng.choice([4, 8]),
         remote_timeout_s=10.0,
         block_bytes=1,
+        plans_ahead=plans_ahead,
         has_lower_tiers=True,
     )
     worker = FakeWorker(config, BlockPool(rng.randint(10, 20), 4))
@@ -339,7 +340,7 @@ def drive_at_random(seed: int, num_events: int) -> FakeWorker:
         elif action < 0.52:
             worker.now_s += rng.choice([0.5, 4.0])
             worker.post(TimePassed())
-        elif worker.step is not None:
+        elif worker.step is not None and not (worker.may_want_step and rng.random() < 0.7):
             failed = {part.seq_id for part in worker.step.plan.parts if rng.random() < 0.005}
             worker.end_step(failed, token_s=rng.choice([1e-4, 5e-3]))
         else:
@@ -352,7 +353,11 @@ def add_at_random(worker: FakeWorker, rng: random.Random, number: int) -> None:
     if len(tokens) >= worker.max_len:
         return
     kind = rng.choice(["local", "local", "remote", "kept"])
-    params = SamplingParams(max_tokens=rng.randint(1, 20), prompt_logprobs=rng.choice([None] * 5 + [1]))
+    params = SamplingParams(
+        max_tokens=rng.randint(1, 20),
+        prompt_logprobs=rng.choice([None] * 5 + [1]),
+        stop_token_ids=(STOP,) if number % 2 else (),
+    )
     priority = rng.choice([0, 0, 1])
     for choice in range(rng.choice([1, 1, 3])):
         spec = SequenceSpec(
@@ -398,10 +403,26 @@ def test_long_random_runs_preempt_evict_share_and_lose_nothing() -> None:
     assert min(num_quarantined, num_mixed) > 0
 
 
+@pytest.mark.slow
+def test_steps_that_are_planned_ahead_lose_nothing_in_random_runs_either() -> None:
+    num_preemptions = num_ahead = num_for_nothing = num_hits = 0
+    for seed in range(12):
+        worker = drive_at_random(seed, 400, plans_ahead=True)
+        worker.drain()
+        num_preemptions += worker.scheduler.stats()["num_preemptions"]
+        num_hits += worker.pool.stats.num_hit_blocks
+        num_ahead += worker.num_ahead
+        num_for_nothing += worker.num_for_nothing
+    assert min(num_ahead, num_hits) > 300
+    assert num_for_nothing > 30
+    assert num_preemptions > 10
+
+
 @pytest.mark.long
-def test_many_long_random_runs_lose_nothing() -> None:
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_many_long_random_runs_lose_nothing(plans_ahead: bool) -> None:
     for seed in range(100, 200):
-        drive_at_random(seed, 600).drain()
+        drive_at_random(seed, 600, plans_ahead=plans_ahead).drain()
 
 
 def test_who_was_preempted_under_a_pull_loads_nothing_before_that_has_ended() -> None:
