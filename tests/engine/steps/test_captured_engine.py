@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from engine import runner
+from engine.core import Engine, EngineOptions
 from engine.kernels.reference import TORCH_KERNELS
 from engine.model.load import load_model
 from engine.runner import Accelerator
-from engine.scheduling.plan import StepPlan
+from engine.sampling.device_sampler import DeviceSampler
+from engine.scheduling.plan import SequenceAdded, SequenceSpec, StepPlan
 from messages.errors import InvariantError
+from messages.request import SamplingParams
 from tests.engine.steps.emulator import Emulator
 from tests.engine.steps.padded_kernels import PaddedKernels
 from tests.interpreted import triton_kernels
@@ -41,7 +44,6 @@ def prompt_of(length, seed=0):
 def on_emulator(loaded, kernels, max_num_seqs=MAX_NUM_SEQS) -> Bench:
     loaded = dataclasses.replace(loaded, kernels=(kernels,) * len(loaded.kernels))
     bench = Bench(loaded, NUM_BLOCKS, accelerator=Accelerator(Emulator(), max_num_seqs))
-    bench.free.remove(NUM_BLOCKS - 1)  # see PaddedKernels
     bench.runner.capture()
     return bench
 
@@ -169,3 +171,60 @@ def test_steps_run_where_the_model_is(loaded):
         Bench(loaded, accelerator=Accelerator(elsewhere, 4))
     with pytest.raises(InvariantError, match="llama is on meta, and its steps are to run on cpu"):
         Bench(dataclasses.replace(loaded, device=torch.device("meta")))
+
+
+# ----------------------------------------------------------------------------------------------------- a whole engine
+
+
+def requests():
+    rng = random.Random(0)
+    for number in range(14):
+        prompt = [*prompt_of(20, number // 3), *prompt_of(rng.randint(1, 40), number)]
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 20),
+            temperature=rng.choice([0.0, 0.8]),
+            seed=number,
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            logprobs=rng.choice([None, 1]),
+            prompt_logprobs=rng.choice([None, None, 1]),
+        )
+        yield SequenceSpec(seq_id=f"s{number}", token_ids=prompt, num_prompt_tokens=len(prompt), params=params)
+
+
+def served(loaded, *, plans_ahead: bool) -> dict[str, list[int]]:
+    """Tokens of requests that come one after the other, in a pool that is too small for all of them at once."""
+    num_bytes = 30 * 8 * loaded.dtype.itemsize * sum(spec.token_elements for spec in loaded.layer_specs)
+    options = EngineOptions(
+        block_size=8, kv_cache_bytes=num_bytes, max_num_batched_tokens=48, max_num_seqs=5, plans_ahead=plans_ahead
+    )
+    engine = Engine.build(dataclasses.replace(loaded, max_model_len=200), options)
+    engine.warm_up()
+    tokens: dict[str, list[int]] = {}
+    coming = list(requests())
+    while coming or engine.has_work():
+        if coming:
+            engine.post(SequenceAdded(coming.pop(0)))
+        for emitted in engine.step():
+            assert emitted.error is None
+            tokens.setdefault(emitted.seq_id, []).extend(emitted.token_ids)
+    engine.close()
+    return tokens
+
+
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_an_engine_on_a_device_gives_each_request_the_tokens_of_one_on_a_cpu(loaded, plans_ahead, monkeypatch):
+    wanted = served(loaded, plans_ahead=False)
+    emulator = Emulator()
+    kernels = (PaddedKernels(),) * len(loaded.kernels)
+
+    def on_device(loaded, pool, sampler, on_layer, accelerator):
+        loaded = dataclasses.replace(loaded, kernels=kernels)
+        sampler._sampler = DeviceSampler(loaded.vocab_size, sampler._masks, emulator.device)
+        return runner.Runner(loaded, pool, sampler, on_layer, Accelerator(emulator, 5))
+
+    monkeypatch.setattr("engine.core.Runner", on_device)
+    tokens = served(loaded, plans_ahead=plans_ahead)
+    assert tokens == wanted
+    assert len(tokens) == 14
+    assert emulator.done.count("replay") - emulator.done.count("capture") > 30
+    emulator.synchronize()
