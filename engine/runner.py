@@ -231,7 +231,7 @@ class Runner:
         captured = self._captured
         size = bucket_of(step.parts, captured.sizes) if captured else None
         if captured and size:
-            logits = captured.replay(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
+            logits = captured.launch(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
             return captured.inputs(size), logits
         inputs = self._bring(step)
         if step.awaiting:

@@ -52,10 +52,10 @@ def emulator_of(bench: Bench) -> Emulator:
     return bench.runner._accelerator.device
 
 
-def num_replays(bench: Bench) -> int:
-    """Of steps: each graph is replayed once as it is captured."""
+def num_launches(bench: Bench) -> int:
+    """Of steps: each graph is launched once as it is captured."""
     done = emulator_of(bench).done
-    return done.count("replay") - done.count("capture")
+    return done.count("launch") - done.count("capture")
 
 
 def answers(bench: Bench, num_output=9):
@@ -69,7 +69,7 @@ def answers(bench: Bench, num_output=9):
 def test_tokens_are_those_of_the_cpu_whatever_bucket_they_come_from(loaded):
     bench = on_emulator(loaded, PaddedKernels())
     assert answers(bench) == answers(Bench(loaded, NUM_BLOCKS))
-    assert num_replays(bench) > 20
+    assert num_launches(bench) > 20
     emulator_of(bench).synchronize()
 
 
@@ -131,7 +131,7 @@ def test_layers_whose_kernels_read_lengths_on_the_host_are_not_captured_and_one_
         "attention of some layers is by torch-2, which reads lengths on the host"
     ]
     assert answers(bench, 3) == answers(Bench(loaded, NUM_BLOCKS), 3)
-    assert "replay" not in emulator_of(bench).done
+    assert "launch" not in emulator_of(bench).done
 
 
 def test_a_model_that_looks_at_the_host_is_not_captured_and_one_line_says_so(loaded, caplog, monkeypatch):
@@ -226,5 +226,5 @@ def test_an_engine_on_a_device_gives_each_request_the_tokens_of_one_on_a_cpu(loa
     tokens = served(loaded, plans_ahead=plans_ahead)
     assert tokens == wanted
     assert len(tokens) == 14
-    assert emulator.done.count("replay") - emulator.done.count("capture") > 30
+    assert emulator.done.count("launch") - emulator.done.count("capture") > 30
     emulator.synchronize()
