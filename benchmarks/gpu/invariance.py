@@ -123,8 +123,9 @@ def main() -> None:
     options = made.parse_args()
     device: StepDevice
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-        from engine.kernels.triton.kernels import TRITON_KERNELS  # interpreted by now
+        if os.environ.get("TRITON_INTERPRET") != "1":  # which triton's import decides, and that is over by now
+            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+        from engine.kernels.triton.kernels import TRITON_KERNELS
         from tests.engine.steps.emulator import Emulator
 
         loaded = load_model(model_directory("long"), dtype="float32", use_kernels=False, max_model_len=256)
