@@ -86,9 +86,11 @@ class EngineSection(_Section, frozen=True):
     """How one worker computes."""
 
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16  #: tokens
-    kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: a share of what is free at start
-    #: of the memory that is free when a worker starts, where no size is given
+    kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: by one of the two below
+    #: of the memory that is free when a worker on CPUs starts, where no size is given
     kv_cache_share: Annotated[float, Meta(ge=0.001, le=0.95)] = 0.25
+    #: of a GPU's memory, what a worker uses in all, where no size is given: KV gets what weights and steps leave of it
+    gpu_memory_utilization: Annotated[float, Meta(ge=0.01, le=1)] = 0.9
     max_num_seqs: Annotated[int, Meta(ge=1, le=65536)] = 256
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: budget of a step
     #: prefill chunks are cut so that running sequences wait no longer, where possible

@@ -165,7 +165,16 @@ KvCacheMemory = Annotated[
         "--kv-cache-memory",
         "For KV blocks, of each worker, e.g. 2GiB.",
         _ENGINE,
-        f"{_DEFAULTS.engine.kv_cache_share:.0%} of what is free at the start",
+        f"{_DEFAULTS.engine.kv_cache_share:.0%} of what is free at the start; on GPUs by --gpu-memory-utilization",
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    _setting(
+        "engine.gpu_memory_utilization",
+        "--gpu-memory-utilization",
+        "Of a GPU's memory, what a worker uses in all, unless --kv-cache-memory is given.",
+        _ENGINE,
     ),
 ]
 MaxNumSeqs = Annotated[

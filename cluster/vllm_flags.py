@@ -91,10 +91,6 @@ _HINTS: Final = {
     "--prefill-context-parallel-size": _WORKERS,
     "--shutdown-timeout": "workers that are stopped may finish what they have: pools.drain_timeout_s in the YAML file",
     "--stream-interval": "streams have an event for each step",
-    "--gpu-memory-utilization": (
-        "there it is the share of an accelerator for all of vLLM; KV's share of what is free at the start is "
-        "engine.kv_cache_share in the YAML file, its size --kv-cache-memory"
-    ),
     "--num-gpu-blocks-override": "the room for KV, of each worker, is --kv-cache-memory",
     "--swap-space": _TIERS,
     "--cpu-offload-gb": f"weights stay on the accelerator; {_TIERS}",

@@ -23,8 +23,10 @@ import torch
 from engine.cores import NodeCores, num_cores
 from engine.memory.checksums import BlockChecksums
 from engine.memory.device_memory import DeviceMemory
-from engine.memory.kv_pool import KvPool, block_bytes, plan_num_blocks
+from engine.memory.device_room import CudaReader
+from engine.memory.kv_pool import KvPool, block_bytes, host_room, plan_num_blocks
 from engine.model.load import LoadedModel
+from engine.profiling import Limits, measured_room
 from engine.runner import Accelerator, LaunchedStep, Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.config import SchedulerConfig
@@ -63,11 +65,12 @@ _WARM_UP_OUTPUT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The settings of an engine. `kv_cache_bytes` None: `kv_cache_share` of the memory that is free at the start."""
+    """The settings of an engine."""
 
     block_size: int = 16  #: tokens
-    kv_cache_bytes: int | None = None
-    kv_cache_share: float = 0.25
+    kv_cache_bytes: int | None = None  #: None: by one of the next two
+    kv_cache_share: float = 0.25  #: on a CPU: of the memory that is free at the start
+    gpu_memory_utilization: float = 0.9  #: elsewhere: of the device's memory, what weights, steps and KV take in all
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     itl_target_s: float = 0.05
@@ -118,9 +121,7 @@ class Engine:
             block_bytes=num_bytes_per_block,
             block_size=options.block_size,
             max_model_len=loaded.max_model_len,
-            kv_cache_bytes=options.kv_cache_bytes,
-            kv_cache_share=options.kv_cache_share,
-            device=loaded.device,
+            room_bytes=_pool_bytes(loaded, options),
             max_blocks=options.max_num_seqs * -(-loaded.max_model_len // options.block_size),
         )
         is_host = loaded.device.type == "cpu"
@@ -137,7 +138,6 @@ class Engine:
             pool = BlockPool(num_blocks, options.block_size)
             kv_pool = KvPool(*shape, num_blocks=num_blocks)
             memory = DeviceMemory(kv_pool.data)
-        accelerator = None if is_host else Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
         grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
@@ -151,7 +151,7 @@ class Engine:
             has_lower_tiers=options.has_lower_tiers,
         )
         sampler = Sampler(loaded.vocab_size, grammars)
-        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, accelerator)
+        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, _accelerator(loaded, options))
         return cls(
             loaded=loaded,
             options=options,
@@ -307,6 +307,30 @@ class Engine:
         if self.threads:
             self.threads.close()
         self.memory.close()
+
+
+def _pool_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
+    """Return the bytes that the pool gets; on an accelerator this takes a step."""
+    if loaded.device.type == "cpu":
+        return host_room(kv_cache_bytes=options.kv_cache_bytes, kv_cache_share=options.kv_cache_share)
+    return measured_room(
+        loaded,
+        Limits(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            block_size=options.block_size,
+        ),
+        lambda pool: Runner(loaded, pool, Sampler(loaded.vocab_size, None), accelerator=_accelerator(loaded, options)),
+        CudaReader(loaded.device),
+        kv_cache_bytes=options.kv_cache_bytes,
+        utilization=options.gpu_memory_utilization,
+    )
+
+
+def _accelerator(loaded: LoadedModel, options: EngineOptions) -> Accelerator | None:
+    if loaded.device.type == "cpu":
+        return None
+    return Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
 
 
 def _grammars(model_dir: Path, loaded: LoadedModel, rules: TokenizerRules) -> GrammarCompiler | None:

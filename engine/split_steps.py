@@ -93,7 +93,7 @@ class SplitSteps(Generic[T]):
         if self.num_splits & (self.num_splits - 1) == 0:  # seldomer and seldomer
             logger.warning(
                 "a step of %d sequences, %d tokens, does not fit into the device's memory and is computed in parts (%d "
-                "times so far): lower engine.max_num_batched_tokens or engine.gpu_memory_share",
+                "times so far): lower engine.max_num_batched_tokens or engine.gpu_memory_utilization",
                 len(plan.parts),
                 sum(part.num_tokens for part in plan.parts),
                 self.num_splits,

@@ -127,47 +127,44 @@ class KvPool:
         self.data.index_copy_(0, index, blocks.to(self.device))
 
 
+def host_room(*, kv_cache_bytes: int | None, kv_cache_share: float) -> int:
+    """Return the bytes that a pool gets in the host's memory: `kv_cache_bytes` if given, else a share of what is free.
+
+    Raises:
+        ConfigError: the explicit size exceeds what is free.
+    """
+    free = available_bytes()
+    if kv_cache_bytes is None:
+        return int(free * kv_cache_share)
+    if kv_cache_bytes > free:
+        raise ConfigError(f"a KV pool of {kv_cache_bytes} bytes was asked for and {free} bytes are free")
+    return kv_cache_bytes
+
+
 def plan_num_blocks(
-    *,
-    block_bytes: int,
-    block_size: int,
-    max_model_len: int,
-    kv_cache_bytes: int | None,
-    kv_cache_share: float,
-    device: torch.device,
-    max_blocks: int | None = None,
+    *, block_bytes: int, block_size: int, max_model_len: int, room_bytes: int, max_blocks: int | None = None
 ) -> int:
-    """Compute how many blocks a pool gets: `kv_cache_bytes` if given, else a share of what is free on `device`.
+    """Compute how many blocks a pool gets.
 
     Args:
         block_bytes: of one block.
         block_size: tokens per block.
         max_model_len: longest sequence, tokens; it must fit into the pool alone.
-        kv_cache_bytes: explicit size of the pool.
-        kv_cache_share: in (0, 1], used when `kv_cache_bytes` is None.
-        device: where the pool will lie.
+        room_bytes: what the pool may take.
         max_blocks: never more than this.
 
     Raises:
-        ConfigError: the explicit size exceeds what is free, or one sequence of `max_model_len` tokens does not fit.
+        ConfigError: one sequence of `max_model_len` tokens does not fit.
     """
-    free = free_bytes(device)
-    if kv_cache_bytes is not None and kv_cache_bytes > free:
-        raise ConfigError(f"a KV pool of {kv_cache_bytes} bytes was asked for and {free} bytes are free")
-    budget = kv_cache_bytes if kv_cache_bytes is not None else int(free * kv_cache_share)
-    num_blocks = budget // block_bytes
+    num_blocks = room_bytes // block_bytes
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
     needed = -(-max_model_len // block_size)
     if num_blocks < needed:
+        shorter = f", or lower max_model_len to {num_blocks * block_size}" if num_blocks else ""
         raise ConfigError(
             f"too little memory for one sequence: {max_model_len} tokens need {needed * block_bytes} bytes "
             f"({needed} blocks of {block_bytes}), the KV pool gets {num_blocks * block_bytes}; "
-            "give the pool more memory or lower max_model_len"
+            f"give the pool more memory{shorter}"
         )
     return num_blocks
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be had on `device`; on a CPU no more than the container's limit leaves."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from engine.kernels.cpu.memory import keep_freed_buffers, use_huge_pages
 from engine.kernels.cpu.native import load_kernels
 from engine.kernels.protocol import AttentionKernels, LayerUse
+from engine.memory.device_room import CudaReader, check_weights_fit
 from engine.memory.kv_pool import LAYOUT_VERSION, LayerSpec
 from engine.model.activations import fix_activations
 from engine.model.attention import choose_kernels
@@ -114,7 +115,11 @@ def load_model(
     say(f"hashing {num_bytes / 1e6:,.0f} MB of weights")
     digest = weights_digest(files)
     say(f"loading {family} as {str(chosen).removeprefix('torch.')}")
-    model = _load(path, config, chosen).to(target).eval()
+    model = _load(path, config, chosen)
+    if target.type == "cuda":
+        tensors = (*model.parameters(), *model.buffers())
+        check_weights_fit(sum(tensor.nbytes for tensor in tensors), CudaReader(target))
+    model = model.to(target).eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     fix_frequencies(model, length)
     layers, vocab_size = probe_layers(model, family)

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampling.device_draw import mass_units
 from engine.sampling.device_order import first_ids, keys_of, logits_of
+from engine.sampling.device_weights import mass_units
 from engine.sampling.settings import UNIT
 from engine.sampling.transfers import Readback, upload
 from messages.stream import TokenLogprob

@@ -116,8 +116,9 @@ def test_a_workers_options_are_the_documents_in_the_engines_units():
 
 
 def test_without_a_size_the_pool_is_a_share_of_what_is_free():
-    found = options(engine={"kv_cache_share": 0.5})
+    found = options(engine={"kv_cache_share": 0.5, "gpu_memory_utilization": 0.8})
     assert (found.engine.kv_cache_bytes, found.engine.kv_cache_share, found.use_kernels) == (None, 0.5, True)
+    assert found.engine.gpu_memory_utilization == 0.8
 
 
 def test_node_caches_are_told_whose_blocks_may_take_how_much():

@@ -55,6 +55,7 @@ def test_serve_takes_the_flags_of_vllm_serve_that_mean_the_same():
         *("--host", "--port", "--dtype", "--max-model-len", "--served-model-name", "--api-key", "--block-size"),
         "--allowed-origins",
         *(
+            "--gpu-memory-utilization",
             "--max-num-seqs",
             "--max-num-batched-tokens",
             "--tool-call-parser",
@@ -202,10 +203,10 @@ def test_flags_of_vllms_are_taken_or_answered_in_a_line_each(tmp_path):
     taken = ("--dtype", "half", "--enable-prefix-caching", "--tensor-parallel-size", "1", "--max_model_len", "2k")
     finished, _ = run_kvray("serve", "--model", str(tmp_path / "none"), *taken)
     assert re.fullmatch(rf"kvray: no model directory .*{tmp_path}/none.*\n", finished.stderr)
-    finished, _ = run_kvray("serve", "x", "--tensor-parallel-size", "2", "--gpu-memory-utilization=0.9")
+    finished, _ = run_kvray("serve", "x", "--tensor-parallel-size", "2", "--swap-space=4")
     assert (finished.returncode, finished.stdout) == (2, "")
     lines = finished.stderr.splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["--tensor-parallel-size", "--gpu-memory-utilization"]
+    assert [line.split(": ")[1] for line in lines] == ["--tensor-parallel-size", "--swap-space"]
 
 
 def test_a_switch_with_a_value_is_never_taken_for_a_model():

@@ -56,7 +56,6 @@ def test_what_means_the_same_is_taken(theirs, ours):
         ("--tensor-parallel-size 2", "--decode N"),
         ("-tp 4", "--decode N"),
         ("--data-parallel-size=2", "--decode N"),
-        ("--gpu-memory-utilization 0.9", "--kv-cache-memory"),
         ("--trust-remote-code", "never run"),
         ("--tokenizer other", "nothing is downloaded"),
         ("--quantization awq", "--dtype"),
@@ -86,11 +85,11 @@ def test_what_means_something_else_or_is_not_there_is_one_line_that_says_what_to
 
 
 def test_all_of_them_are_answered_at_once():
-    found = said("DIR -tp 2 --trust-remote-code --gpu-memory-utilization --seed 1")
+    found = said("DIR -tp 2 --trust-remote-code --swap-space --seed 1")
     assert [line.partition(":")[0] for line in found.refusals] == [
         "--tensor-parallel-size",
         "--trust-remote-code",
-        "--gpu-memory-utilization",
+        "--swap-space",
         "--seed",
     ]
 

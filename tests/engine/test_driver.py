@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from engine.driver import EngineDriver
 from engine.scheduling.plan import (
@@ -27,6 +28,7 @@ from engine.scheduling.plan import (
     StepWanted,
     TimePassed,
 )
+from engine.split_steps import SplitSteps
 from messages.errors import RequestError
 from messages.request import Grammar, SamplingParams
 from tests.workers import until
@@ -133,6 +135,16 @@ async def test_a_panic_in_a_step_is_reported_like_an_error():
         ScriptedEngine(2, failing_step=1, failure=Panic("at src/lib.rs:7")), lambda _: None, lambda: False
     )
     assert [str(error) for error in crashes] == ["at src/lib.rs:7"]
+
+
+async def test_a_device_that_failed_ends_the_worker_and_is_not_taken_for_a_want_of_memory():
+    """Both are RuntimeErrors: one leaves a context in which nothing works any more."""
+    failure = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    engine = ScriptedEngine(3, failing_step=1, failure=failure)
+    steps = SplitSteps(engine.launch, engine.finish, lambda: None)
+    engine.launch, engine.finish = steps.launch, steps.finish
+    assert await drive(engine, lambda _: None, lambda: False) == [failure]
+    assert engine.num_begun == 2
 
 
 # -------------------------------------------------------------------------------------------------------- steps ahead

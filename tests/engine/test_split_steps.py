@@ -89,6 +89,7 @@ class Machine:
         )
 
 
+@pytest.mark.slow
 @given(plan=plans(), max_tokens=st.integers(1, 900))
 @settings(max_examples=200, deadline=None)
 def test_the_parts_of_a_step_compute_each_token_once_and_give_what_the_whole_gives(plan, max_tokens):

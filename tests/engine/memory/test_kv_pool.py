@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from engine.memory import kv_pool
-from engine.memory.kv_pool import KvPool, LayerSpec, block_bytes, block_numbers, plan_num_blocks
+from engine.memory.kv_pool import KvPool, LayerSpec, block_bytes, block_numbers, host_room, plan_num_blocks
 from kvcache.region import BlockNumbers
 from messages.errors import ConfigError
 
 SPECS = [LayerSpec(2, 16, 16), LayerSpec(1, 24, 12), LayerSpec(4, 8, 32)]
 CPU = torch.device("cpu")
-PLAN = {"block_bytes": 1000, "block_size": 16, "max_model_len": 160, "kv_cache_share": 0.5, "device": CPU}
+PLAN = {"block_bytes": 1000, "block_size": 16, "max_model_len": 160}
 
 
 def test_block_bytes_count_k_and_v_of_every_layer():
@@ -87,20 +87,24 @@ def test_blocks_read_from_one_pool_can_be_written_into_another():
 
 
 def test_a_share_of_what_is_free_decides_where_no_size_is_given(monkeypatch):
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_999)
-    assert plan_num_blocks(kv_cache_bytes=None, **PLAN) == 50
-    assert plan_num_blocks(kv_cache_bytes=None, max_blocks=12, **PLAN) == 12
-    assert plan_num_blocks(kv_cache_bytes=30_999, **PLAN) == 30
+    monkeypatch.setattr(kv_pool, "available_bytes", lambda: 100_999)
+    assert host_room(kv_cache_bytes=None, kv_cache_share=0.5) == 50_499
+    assert host_room(kv_cache_bytes=30_999, kv_cache_share=0.5) == 30_999
+    assert plan_num_blocks(room_bytes=50_499, **PLAN) == 50
+    assert plan_num_blocks(room_bytes=50_499, max_blocks=12, **PLAN) == 12
 
 
-def test_a_pool_too_small_for_one_sequence_says_what_it_takes(monkeypatch):
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_000)
-    with pytest.raises(ConfigError, match=r"160 tokens need 10000 bytes \(10 blocks of 1000\), the KV pool gets 9000"):
-        plan_num_blocks(kv_cache_bytes=9_999, **PLAN)
-    assert plan_num_blocks(kv_cache_bytes=10_000, **PLAN) == 10
+def test_a_pool_too_small_for_one_sequence_says_what_it_takes_and_what_would_do():
+    with pytest.raises(
+        ConfigError, match=r"160 tokens need 10000 bytes \(10 blocks of 1000\), .* pool gets 9000; .* to 144$"
+    ):
+        plan_num_blocks(room_bytes=9_999, **PLAN)
+    with pytest.raises(ConfigError, match=r"the KV pool gets 0; give the pool more memory$"):
+        plan_num_blocks(room_bytes=999, **PLAN)
+    assert plan_num_blocks(room_bytes=10_000, **PLAN) == 10
 
 
 def test_a_pool_larger_than_what_is_free_is_refused(monkeypatch):
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 20_000)
+    monkeypatch.setattr(kv_pool, "available_bytes", lambda: 20_000)
     with pytest.raises(ConfigError, match="of 20001 bytes was asked for and 20000 bytes are free"):
-        plan_num_blocks(kv_cache_bytes=20_001, **PLAN)
+        host_room(kv_cache_bytes=20_001, kv_cache_share=0.5)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling.device_order import first_ids, first_key_beyond, keys_of, logits_of, nth_with_key
+from engine.sampling.device_order import (
+    first_ids,
+    first_key_beyond,
+    histogram_of,
+    keys_of,
+    logits_of,
+    nth_place,
+    places_with_key,
+)
 
 INF, NAN = math.inf, math.nan
 # Few different values, so that they tie; -0.0 and 0.0 tie too. All are float32 numbers.
@@ -24,6 +32,7 @@ def in_order(row: list[float]) -> list[int]:
     return sorted(range(len(row)), key=lambda token: (-row[token], token))
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_keys_are_ordered_as_their_logits_are_and_give_them_back(values):
@@ -42,6 +51,7 @@ def test_a_nan_has_the_largest_key_whatever_its_sign(nan):
     assert logits_of(keys)[1].isnan()
 
 
+@pytest.mark.slow
 @given(table=TABLES, data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_weights_added_up_in_order_exceed_the_target_at_the_key_that_is_found(table, data):
@@ -54,9 +64,10 @@ def test_weights_added_up_in_order_exceed_the_target_at_the_key_that_is_found(ta
     totals = [sum(row) for row in weights]
     targets = [data.draw(st.integers(0, max(0, total - 1))) for total in totals]
     keys = keys_of(torch.tensor(table))
-    found, before = first_key_beyond(keys, torch.tensor(weights), torch.tensor(targets))
-    units = torch.where(keys == found.unsqueeze(1), torch.tensor(weights), 0).amax(1)
-    ids = nth_with_key(keys, found, (torch.tensor(targets) - before) // units.clamp(min=1))
+    found = first_key_beyond(histogram_of(keys, torch.tensor(weights)), torch.tensor(targets))
+    places = places_with_key(torch.tensor(table), found.key)
+    each = found.here // places[:, -1].clamp(min=1)
+    ids = nth_place(places, (torch.tensor(targets) - found.before) // each.clamp(min=1))
     for index, values in enumerate(table):
         if totals[index] == 0:
             continue
@@ -68,16 +79,19 @@ def test_weights_added_up_in_order_exceed_the_target_at_the_key_that_is_found(ta
                 break
         assert ids[index] == wanted
         larger = [weight for value, weight in zip(values, weights[index], strict=True) if value > values[wanted]]
-        assert before[index] == sum(larger)
+        assert found.before[index] == sum(larger)
+        assert found.here[index] == weights[index][wanted] * values.count(values[wanted])
 
 
 def test_what_the_target_exceeds_gives_some_token_of_the_row():
-    keys = keys_of(torch.tensor([[1.0, 2.0], [NAN, NAN]]))
-    found, before = first_key_beyond(keys, torch.tensor([[1, 1], [0, 0]]), torch.tensor([9, 0]))
-    ids = nth_with_key(keys, found, torch.tensor([9, 0]) - before)
+    logits = torch.tensor([[1.0, 2.0], [NAN, NAN]])
+    histogram = histogram_of(keys_of(logits), torch.tensor([[1, 1], [0, 0]]))
+    found = first_key_beyond(histogram, torch.tensor([9, 0]))
+    ids = nth_place(places_with_key(logits, found.key), torch.tensor([9, 0]) - found.before)
     assert ((ids >= 0) & (ids < 2)).all()
 
 
+@pytest.mark.slow
 @given(table=TABLES, data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_first_ids_are_the_first_in_order_those_that_tie_with_the_last_included(table, data):

@@ -242,6 +242,7 @@ def test_a_sequence_that_begins_anew_is_counted_anew_and_places_are_used_again()
     assert len(device._shaper._penalties.counts) == num_places
 
 
+@pytest.mark.slow
 def test_a_launch_that_failed_for_want_of_memory_may_begin_anew_wherever_that_was():
     rows = [SamplingRow(f"s{i}", each, [3, 4, 3, 5], 2) for i, each in enumerate(PENALIZED)]
     logits = torch.stack([some_logits(50, i, 1.0, 0.0, 0, []) for i in range(len(rows))])
@@ -397,6 +398,7 @@ def test_no_rows_give_nothing():
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(
     vocab_size=st.sampled_from([1, 17, 257]), drawn=st.lists(LOGITS, max_size=4), k=st.integers(0, 25), data=st.data()

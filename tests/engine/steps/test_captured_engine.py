@@ -158,6 +158,17 @@ def test_what_is_captured_is_said_in_one_line(loaded, caplog):
     assert line.startswith("llama: decode steps of up to 6 rows are captured, 4 sizes in ")
 
 
+def test_a_trial_captures_the_largest_alone_and_says_nothing(loaded, caplog):
+    loaded = dataclasses.replace(loaded, kernels=(PaddedKernels(),) * len(loaded.kernels))
+    emulator = Emulator()
+    bench = Bench(loaded, NUM_BLOCKS, accelerator=Accelerator(emulator, MAX_NUM_SEQS))
+    with caplog.at_level(logging.INFO, "engine.runner"):
+        bench.runner.capture(is_trial=True)
+    assert not caplog.records
+    assert emulator.done.count("capture") == 1
+    assert bench.runner._captured.sizes == (MAX_NUM_SEQS,)
+
+
 def test_a_cpu_captures_nothing(loaded, caplog):
     bench = Bench(loaded, NUM_BLOCKS)
     with caplog.at_level(logging.INFO, "engine.runner"):
