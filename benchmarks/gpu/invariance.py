@@ -10,6 +10,7 @@ Without a GPU nothing is measured: no error.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -129,12 +130,7 @@ def main() -> None:
         from tests.engine.steps.emulator import Emulator
 
         loaded = load_model(model_directory("long"), dtype="float32", use_kernels=False, max_model_len=256)
-        loaded = LoadedModel(
-            **{
-                **{name: getattr(loaded, name) for name in LoadedModel.__dataclass_fields__},
-                "kernels": (TRITON_KERNELS,) * len(loaded.kernels),
-            }
-        )
+        loaded = dataclasses.replace(loaded, kernels=(TRITON_KERNELS,) * len(loaded.kernels))
         device, lengths, name = Emulator(), [70, 17, 9, 5], "this CPU"
     elif torch.cuda.is_available():
         from engine.steps.cuda import CudaDevice

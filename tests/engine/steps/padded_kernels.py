@@ -24,6 +24,7 @@ class PaddedKernels(TorchKernels):
         v_view: torch.Tensor,
         block_ids: torch.Tensor,
         offsets: torch.Tensor,
+        *_: object,
     ) -> None:
         """Padding writes what is in block 0 there; it comes last in a step, so it is stored first."""
         is_there = (block_ids >= 0)[:, None, None]
