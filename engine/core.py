@@ -145,7 +145,6 @@ class Engine:
             kv_pool = KvPool(*shape, rows)
             copies = DeviceCopies(device, rows.view(num_blocks, num_bytes_per_block))
             memory = DeviceMemory(rows.view(num_blocks, num_bytes_per_block), copies)
-        accelerator = None if is_computed_here else Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
         grammars = None if model_dir is None else _grammars(model_dir, loaded, options.tokenizer_rules)
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
@@ -159,7 +158,7 @@ class Engine:
             has_lower_tiers=options.has_lower_tiers,
         )
         sampler = Sampler(loaded.vocab_size, grammars)
-        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, accelerator)
+        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, _accelerator(loaded, options))
         return cls(
             loaded=loaded,
             options=options,
@@ -334,11 +333,17 @@ def _pool_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
             max_num_batched_tokens=options.max_num_batched_tokens,
             block_size=options.block_size,
         ),
-        lambda pool: Runner(loaded, pool, Sampler(loaded.vocab_size, None)),
+        lambda pool: Runner(loaded, pool, Sampler(loaded.vocab_size, None), accelerator=_accelerator(loaded, options)),
         CudaReader(loaded.device),
         kv_cache_bytes=options.kv_cache_bytes,
         utilization=options.gpu_memory_utilization,
     )
+
+
+def _accelerator(loaded: LoadedModel, options: EngineOptions) -> Accelerator | None:
+    if loaded.device.type == "cpu":
+        return None
+    return Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
 
 
 def _grammars(model_dir: Path, loaded: LoadedModel, rules: TokenizerRules) -> GrammarCompiler | None:

@@ -117,10 +117,13 @@ class Runner:
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
 
-    def capture(self) -> None:
+    def capture(self, *, is_trial: bool = False) -> None:
         """Capture decode steps where they run on an accelerator; where they cannot be, say so in the log: they run on.
 
         To be called before the first step: what is in block 0 is lost.
+
+        Args:
+            is_trial: capture the largest alone, whose memory the others share, and say nothing.
 
         Raises:
             RuntimeError: the device failed, and cannot go on.
@@ -132,21 +135,23 @@ class Runner:
         if slow:
             failure = f"attention of some layers is by {', '.join(slow)}, which reads lengths on the host"
         else:
-            failure = self._try_to_capture(self._accelerator)
+            sizes = buckets(self._accelerator.max_num_seqs)
+            failure = self._try_to_capture(self._accelerator.device, sizes[-1:] if is_trial else sizes)
+        if is_trial:
+            return
         if failure:
             _log.warning("%s: no decode step is captured, all take longer than they could: %s", family, failure)
         elif self._captured:
             _log.info("%s: %s", family, self._captured.summary)
 
-    def _try_to_capture(self, accelerator: Accelerator) -> str:
+    def _try_to_capture(self, device: StepDevice, sizes: Sequence[int]) -> str:
         """Return why it failed; "": it did not."""
         limits = TrialLimits(min(self._block_size, self._loaded.max_model_len), self._loaded.num_embeddings)
-        sizes, vocab_size = buckets(accelerator.max_num_seqs), self._loaded.vocab_size
         try:
             with torch.inference_mode():
-                self._captured = CapturedSteps(accelerator.device, sizes, self._compute_rows, vocab_size, limits)
+                self._captured = CapturedSteps(device, sizes, self._compute_rows, self._loaded.vocab_size, limits)
         except RuntimeError as error:
-            accelerator.device.synchronize()  # a device that failed raises once more
+            device.synchronize()  # a device that failed raises once more
             return first_line(error)
         return ""
 
@@ -231,7 +236,7 @@ class Runner:
         captured = self._captured
         size = bucket_of(step.parts, captured.sizes) if captured else None
         if captured and size:
-            logits = captured.replay(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
+            logits = captured.launch(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
             return captured.inputs(size), logits
         inputs = self._bring(step)
         if step.awaiting:

@@ -1,4 +1,4 @@
-"""Which decode steps are captured, and which of those a step is replayed in. Pure."""
+"""Which decode steps are captured, and in which of those a step runs. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 
 def bucket_of(parts: Sequence[SequenceStep], sizes: Sequence[int]) -> int | None:
-    """Return which of `sizes`, which go upwards, a step of these parts is replayed in; None: it is computed eagerly.
+    """Return which of `sizes`, which go upwards, a step of these parts runs in; None: it is computed eagerly.
 
     A chunk of a prompt has lengths of its own; more rows than the largest bucket come of long replays alone.
     """

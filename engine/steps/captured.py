@@ -1,4 +1,4 @@
-"""Decode steps as graphs, one for each bucket of rows: captured at the start, replayed over inputs in fixed places.
+"""Decode steps as graphs, one for each bucket of rows: captured at the start, launched over inputs in fixed places.
 
     buckets   largest first, so that the smaller ones work in the memory of the larger
     inputs    one run of words on the device, of which each bucket takes as much as it needs, from the beginning
@@ -21,7 +21,7 @@ from engine.steps.device import StepDevice, StepGraph
 from engine.steps.packing import NOWHERE, HostInputs, StepInputs, StepShape
 from engine.steps.staging import Staging
 
-#: Largest |replayed - eager| / |eager| of a row's logits that passes: both run the same kernels.
+#: Largest |captured - eager| / |eager| of a row's logits that passes: both run the same kernels.
 _TOLERANCE = 0.02
 
 
@@ -52,13 +52,13 @@ class CapturedSteps:
             device: where steps run.
             sizes: numbers of rows, upwards.
             compute: puts a step of decode rows, all kept, on its way, and returns its logits `[rows, vocab_size]`;
-                reads nothing that may lie elsewhere by the time of a replay.
+                reads nothing that may lie elsewhere by the time of a launch.
             vocab_size: width of the logits.
             limits: of the trial.
 
         Raises:
             RuntimeError: the step waits for the device, cannot be captured or does not fit into memory, or its
-                replay gives something else.
+                graph gives something else.
         """
         started_s = time.perf_counter()
         self.sizes = tuple(sizes)
@@ -81,18 +81,18 @@ class CapturedSteps:
             same = f"other bits in steps of {' or '.join(', '.join(map(str, each)) for each in self.classes)} rows"
         return f"{found} in {self.elapsed_s:.1f} s; a token has {same}"
 
-    def replay(self, size: int, write: Callable[[HostInputs], None]) -> torch.Tensor:
+    def launch(self, size: int, write: Callable[[HostInputs], None]) -> torch.Tensor:
         """Put a step on its way whose inputs, on the host, `write` fills in; they are of so many rows, all kept.
 
         Returns:
-            The kept rows' logits, `[size, vocab_size]` float32, until the next replay.
+            The kept rows' logits, `[size, vocab_size]` float32, until the next launch.
         """
         self._bring(size, write)
-        self._graphs[size].replay()
+        self._graphs[size].launch()
         return self._logits[:size]
 
     def inputs(self, size: int) -> StepInputs:
-        """Return the inputs of a step of so many rows on the device, as it was replayed last."""
+        """Return the inputs of a step of so many rows on the device, as it was launched last."""
         shape = StepShape.of_bucket(size)
         return shape.cut(self._words[: shape.num_words])
 
@@ -117,15 +117,15 @@ class CapturedSteps:
         eager = logits[:num_real].clone()
         self._graphs[size] = self._device.capture(work)
         logits.fill_(torch.nan)
-        self._graphs[size].replay()
-        replayed = logits[:num_real]
-        distance = float(((replayed - eager).norm(dim=1) / eager.norm(dim=1).clamp_min(1e-6)).max())
+        self._graphs[size].launch()
+        captured = logits[:num_real]
+        distance = float(((captured - eager).norm(dim=1) / eager.norm(dim=1).clamp_min(1e-6)).max())
         if not distance <= _TOLERANCE:
             raise RuntimeError(
-                f"a replay of {size} rows differs from the step itself by {distance:.2g} of its size, "
+                f"the captured step of {size} rows differs from the step itself by {distance:.2g} of its size, "
                 f"at most {_TOLERANCE} was expected"
             )
-        return replayed[0].clone()
+        return captured[0].clone()
 
 
 def _write_trial(inputs: HostInputs, num_real: int, num_tokens: int) -> None:

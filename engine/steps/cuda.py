@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from engine.steps.device import DeviceEvent, StepGraph
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+
+    def launch(self) -> None:
+        """Implement `StepGraph.launch`."""
+        self.graph.replay()
 
 
 class CudaDevice:
@@ -35,7 +45,7 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             work()
-        return graph
+        return _Graph(graph)
 
     @contextmanager
     def forbid_waits(self) -> Iterator[None]:

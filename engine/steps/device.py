@@ -28,7 +28,7 @@ class DeviceEvent(Protocol):
 class StepGraph(Protocol):
     """Work that was captured: the same operations on the same memory, put on its way as one."""
 
-    def replay(self) -> None:
+    def launch(self) -> None:
         """Put it on its way once more."""
         ...
 
@@ -56,7 +56,7 @@ class StepDevice(Protocol):
     def capture(self, work: Callable[[], None]) -> StepGraph:
         """Record what `work` puts on its way, without running it; all graphs share the memory that they work in.
 
-        What `work` reads and writes has to stay where it is for as long as the graph is replayed.
+        What `work` reads and writes has to stay where it is for as long as the graph is launched.
 
         Raises:
             RuntimeError: it does what cannot be captured, or memory ran out.

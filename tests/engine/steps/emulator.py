@@ -110,7 +110,7 @@ class _Place:
     def tensor(self) -> torch.Tensor:
         storage = None if self.storage.expired() else torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         if storage is None:
-            raise AssertionError(f"a graph is replayed whose memory was given back: {self.dtype} {self.shape}")
+            raise AssertionError(f"a graph is launched whose memory was given back: {self.dtype} {self.shape}")
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.strides)
 
 
@@ -128,8 +128,8 @@ class EmulatedGraph:
     emulator: Emulator
     operations: list[_Operation]
 
-    def replay(self) -> None:
-        self.emulator.done.append("replay")
+    def launch(self) -> None:
+        self.emulator.done.append("launch")
         for operation in self.operations:
             args, kwargs = tree_map(lambda arg: arg.tensor() if isinstance(arg, _Place) else arg, operation.args)
             found = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -185,12 +185,12 @@ class _Recorder(_NoWaits):
         run = InterpretedFunction.run
 
         def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
-            def launch(*args: Any, **kwargs: Any) -> None:
+            def again(*args: Any, **kwargs: Any) -> None:
                 run(kernel, *args, **kwargs)
 
-            self.operations.append(_Operation(launch, self._kept((args, kwargs)), []))
+            self.operations.append(_Operation(again, self._kept((args, kwargs)), []))
             with _disable_current_modes():
-                launch(*args, **kwargs)
+                again(*args, **kwargs)
 
         InterpretedFunction.run = recorded
         try:
@@ -199,7 +199,7 @@ class _Recorder(_NoWaits):
             InterpretedFunction.run = run
 
     def _kept(self, args: Any) -> Any:
-        """What a replay is given: places of what was there before, tensors of what was made in this capture."""
+        """What a launch is given: places of what was there before, tensors of what was made in this capture."""
 
         def kept(leaf: Any) -> Any:
             is_place = _has_storage(leaf) and _storage(leaf) not in self._own

@@ -11,10 +11,28 @@ from engine.kernels.reference import TorchKernels, _decode_padded
 
 
 class PaddedKernels(TorchKernels):
-    """What is to be stored nowhere goes into the pool's last block, which nobody else may have."""
+    """Keeps what `AttentionKernels.is_capturable` promises, by operators of torch alone."""
 
     name = "padded"
     is_capturable = True
+
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_view: torch.Tensor,
+        v_view: torch.Tensor,
+        block_ids: torch.Tensor,
+        offsets: torch.Tensor,
+        *_: object,
+    ) -> None:
+        """Padding writes what is in block 0 there; it comes last in a step, so it is stored first."""
+        is_there = (block_ids >= 0)[:, None, None]
+        at = block_ids.clamp(min=0), offsets
+        for new, view in ((key, k_view), (value, v_view)):
+            tokens = view.transpose(1, 2)
+            rows = torch.where(is_there, new, tokens[at])
+            tokens.index_put_((at[0].flip(0), at[1].flip(0)), rows.flip(0))
 
     def decode_attention(
         self,

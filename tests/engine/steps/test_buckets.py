@@ -33,7 +33,7 @@ def test_their_number_is_bounded_and_little_of_a_step_is_padding():
         assert num_rows <= size < num_rows + max(8, num_rows / 8)
 
 
-def test_a_step_is_replayed_in_the_smallest_bucket_that_holds_its_rows():
+def test_a_step_runs_in_the_smallest_bucket_that_holds_its_rows():
     sizes = (1, 2, 4, 8)
     assert [bucket_of([part(1)] * count, sizes) for count in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
     assert bucket_of([part(3), part(1), part(1)], sizes) == 8, "a replay is as many rows as it has tokens"

@@ -1,4 +1,4 @@
-"""Capturing and replaying, with a step that is one product: what goes in and out, and what is refused."""
+"""Capturing and launching, with a step that is one product: what goes in and out, and what is refused."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def rows_of(*tokens):
     return write
 
 
-def test_a_replay_gives_what_its_own_inputs_come_to(emulator):
+def test_a_launch_gives_what_its_own_inputs_come_to(emulator):
     steps = captured(emulator, TOY)
     for tokens in ([3], [1, 5], [2, 2, 4, 0], [4]):
-        logits = steps.replay(len(tokens), rows_of(*tokens))
+        logits = steps.launch(len(tokens), rows_of(*tokens))
         assert logits.dtype is torch.float32
         assert torch.equal(logits, 2 * TOY.weights[tokens])
         assert steps.inputs(len(tokens)).token_ids.tolist() == tokens
     emulator.synchronize()
 
 
-def test_the_largest_is_captured_first_and_each_is_replayed_once(emulator):
+def test_the_largest_is_captured_first_and_each_is_launched_once(emulator):
     shapes = []
 
     def compute(inputs: StepInputs) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_the_largest_is_captured_first_and_each_is_replayed_once(emulator):
 
     captured(emulator, compute)
     assert shapes == [4, 4, 4, 2, 2, 2, 1, 1, 1], "once, once under watch, once to be captured"
-    assert [each for each in emulator.done if each in ("capture", "replay")] == ["capture", "replay"] * 3
+    assert [each for each in emulator.done if each in ("capture", "launch")] == ["capture", "launch"] * 3
 
 
 def test_the_trial_has_real_rows_and_padding(emulator):
@@ -89,14 +89,16 @@ def test_steps_that_wait_for_the_device_are_not_captured(emulator):
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])
-def test_steps_whose_replay_is_another_are_refused(emulator, wrong):
+def test_steps_whose_graph_gives_something_else_are_refused(emulator, wrong):
     calls = []
 
     def compute(inputs: StepInputs) -> torch.Tensor:
         calls.append(1)
         return TOY(inputs) + (wrong if len(calls) % 3 == 0 else 0.0)
 
-    with pytest.raises(RuntimeError, match=r"a replay of 4 rows differs from the step itself by .* of its size"):
+    with pytest.raises(
+        RuntimeError, match=r"the captured step of 4 rows differs from the step itself by .* of its size"
+    ):
         captured(emulator, compute)
 
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from engine import runner
+from engine.core import Engine, EngineOptions
 from engine.kernels.reference import TORCH_KERNELS
 from engine.model.load import load_model
 from engine.runner import Accelerator
-from engine.scheduling.plan import StepPlan
+from engine.sampling.device_sampler import DeviceSampler
+from engine.scheduling.plan import SequenceAdded, SequenceSpec, StepPlan
 from messages.errors import InvariantError
+from messages.request import SamplingParams
 from tests.engine.steps.emulator import Emulator
 from tests.engine.steps.padded_kernels import PaddedKernels
 from tests.interpreted import triton_kernels
@@ -41,7 +44,6 @@ def prompt_of(length, seed=0):
 def on_emulator(loaded, kernels, max_num_seqs=MAX_NUM_SEQS) -> Bench:
     loaded = dataclasses.replace(loaded, kernels=(kernels,) * len(loaded.kernels))
     bench = Bench(loaded, NUM_BLOCKS, accelerator=Accelerator(Emulator(), max_num_seqs))
-    bench.free.remove(NUM_BLOCKS - 1)  # see PaddedKernels
     bench.runner.capture()
     return bench
 
@@ -50,10 +52,10 @@ def emulator_of(bench: Bench) -> Emulator:
     return bench.runner._accelerator.device
 
 
-def num_replays(bench: Bench) -> int:
-    """Of steps: each graph is replayed once as it is captured."""
+def num_launches(bench: Bench) -> int:
+    """Of steps: each graph is launched once as it is captured."""
     done = emulator_of(bench).done
-    return done.count("replay") - done.count("capture")
+    return done.count("launch") - done.count("capture")
 
 
 def answers(bench: Bench, num_output=9):
@@ -67,7 +69,7 @@ def answers(bench: Bench, num_output=9):
 def test_tokens_are_those_of_the_cpu_whatever_bucket_they_come_from(loaded):
     bench = on_emulator(loaded, PaddedKernels())
     assert answers(bench) == answers(Bench(loaded, NUM_BLOCKS))
-    assert num_replays(bench) > 20
+    assert num_launches(bench) > 20
     emulator_of(bench).synchronize()
 
 
@@ -129,7 +131,7 @@ def test_layers_whose_kernels_read_lengths_on_the_host_are_not_captured_and_one_
         "attention of some layers is by torch-2, which reads lengths on the host"
     ]
     assert answers(bench, 3) == answers(Bench(loaded, NUM_BLOCKS), 3)
-    assert "replay" not in emulator_of(bench).done
+    assert "launch" not in emulator_of(bench).done
 
 
 def test_a_model_that_looks_at_the_host_is_not_captured_and_one_line_says_so(loaded, caplog, monkeypatch):
@@ -156,6 +158,17 @@ def test_what_is_captured_is_said_in_one_line(loaded, caplog):
     assert line.startswith("llama: decode steps of up to 6 rows are captured, 4 sizes in ")
 
 
+def test_a_trial_captures_the_largest_alone_and_says_nothing(loaded, caplog):
+    loaded = dataclasses.replace(loaded, kernels=(PaddedKernels(),) * len(loaded.kernels))
+    emulator = Emulator()
+    bench = Bench(loaded, NUM_BLOCKS, accelerator=Accelerator(emulator, MAX_NUM_SEQS))
+    with caplog.at_level(logging.INFO, "engine.runner"):
+        bench.runner.capture(is_trial=True)
+    assert not caplog.records
+    assert emulator.done.count("capture") == 1
+    assert bench.runner._captured.sizes == (MAX_NUM_SEQS,)
+
+
 def test_a_cpu_captures_nothing(loaded, caplog):
     bench = Bench(loaded, NUM_BLOCKS)
     with caplog.at_level(logging.INFO, "engine.runner"):
@@ -169,3 +182,60 @@ def test_steps_run_where_the_model_is(loaded):
         Bench(loaded, accelerator=Accelerator(elsewhere, 4))
     with pytest.raises(InvariantError, match="llama is on meta, and its steps are to run on cpu"):
         Bench(dataclasses.replace(loaded, device=torch.device("meta")))
+
+
+# ----------------------------------------------------------------------------------------------------- a whole engine
+
+
+def requests():
+    rng = random.Random(0)
+    for number in range(14):
+        prompt = [*prompt_of(20, number // 3), *prompt_of(rng.randint(1, 40), number)]
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 20),
+            temperature=rng.choice([0.0, 0.8]),
+            seed=number,
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            logprobs=rng.choice([None, 1]),
+            prompt_logprobs=rng.choice([None, None, 1]),
+        )
+        yield SequenceSpec(seq_id=f"s{number}", token_ids=prompt, num_prompt_tokens=len(prompt), params=params)
+
+
+def served(loaded, *, plans_ahead: bool) -> dict[str, list[int]]:
+    """Tokens of requests that come one after the other, in a pool that is too small for all of them at once."""
+    num_bytes = 30 * 8 * loaded.dtype.itemsize * sum(spec.token_elements for spec in loaded.layer_specs)
+    options = EngineOptions(
+        block_size=8, kv_cache_bytes=num_bytes, max_num_batched_tokens=48, max_num_seqs=5, plans_ahead=plans_ahead
+    )
+    engine = Engine.build(dataclasses.replace(loaded, max_model_len=200), options)
+    engine.warm_up()
+    tokens: dict[str, list[int]] = {}
+    coming = list(requests())
+    while coming or engine.has_work():
+        if coming:
+            engine.post(SequenceAdded(coming.pop(0)))
+        for emitted in engine.step():
+            assert emitted.error is None
+            tokens.setdefault(emitted.seq_id, []).extend(emitted.token_ids)
+    engine.close()
+    return tokens
+
+
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_an_engine_on_a_device_gives_each_request_the_tokens_of_one_on_a_cpu(loaded, plans_ahead, monkeypatch):
+    wanted = served(loaded, plans_ahead=False)
+    emulator = Emulator()
+    kernels = (PaddedKernels(),) * len(loaded.kernels)
+
+    def on_device(loaded, pool, sampler, on_layer, accelerator):
+        loaded = dataclasses.replace(loaded, kernels=kernels)
+        sampler._sampler = DeviceSampler(loaded.vocab_size, sampler._masks, emulator.device)
+        return runner.Runner(loaded, pool, sampler, on_layer, Accelerator(emulator, 5))
+
+    monkeypatch.setattr("engine.core.Runner", on_device)
+    tokens = served(loaded, plans_ahead=plans_ahead)
+    assert tokens == wanted
+    assert len(tokens) == 14
+    assert emulator.done.count("launch") - emulator.done.count("capture") > 30
+    emulator.synchronize()

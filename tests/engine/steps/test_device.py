@@ -31,7 +31,7 @@ def test_copies_leave_pinned_memory_and_arrive_in_order(device):
     assert target.tolist() == [2, 2, 2]
 
 
-def test_a_replay_runs_on_what_the_copies_before_it_brought(device):
+def test_a_graph_runs_on_what_the_copies_before_it_brought(device):
     words = device.pinned(2)
     given, result = (torch.zeros(2, dtype=torch.int64, device=device.device) for _ in range(2))
     result.add_(1)  # whatever has to be made ready for that
@@ -39,7 +39,7 @@ def test_a_replay_runs_on_what_the_copies_before_it_brought(device):
     assert result.tolist() == [1, 1], "a capture does not run"
     words.copy_(torch.tensor([5, 6]))
     device.copy(given, words)
-    graph.replay()
+    graph.launch()
     assert result.tolist() == [11, 13]
     device.synchronize()
 
@@ -53,5 +53,5 @@ def test_what_waits_is_an_error_and_all_goes_on_after_it(device):
     device.synchronize()
     float(given.sum())
     graph = device.capture(lambda: result.copy_(given * 3))
-    graph.replay()
+    graph.launch()
     assert result.tolist() == [3, 3]

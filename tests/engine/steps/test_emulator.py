@@ -43,7 +43,7 @@ def test_a_graph_runs_again_on_what_its_memory_holds_by_then_and_not_when_it_is_
     graph = emulator.capture(lambda: result.copy_(given[1:].sum() * given))
     assert result.tolist() == [0, 0, 0]
     given.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    graph.replay()
+    graph.launch()
     assert result.tolist() == [5, 10, 15]
 
 
@@ -51,7 +51,7 @@ def test_a_graph_does_not_see_what_the_host_has_learned_since(emulator):
     result, lens = torch.zeros(1, dtype=torch.int64), [3]
     graph = emulator.capture(lambda: result.add_(lens[0]))
     lens[0] = 100
-    graph.replay()
+    graph.launch()
     assert result.tolist() == [3]
 
 
@@ -60,7 +60,7 @@ def test_a_graph_does_not_follow_a_tensor_that_was_made_anew(emulator):
     graph = emulator.capture(lambda: result.copy_(places["table"]))
     places["table"] = torch.full((2,), 7.0)
     with pytest.raises(AssertionError, match=r"memory was given back: torch.float32 \(2,\)"):
-        graph.replay()
+        graph.launch()
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_launches_of_triton_are_part_of_a_graph(emulator):
     graph = emulator.capture(lambda: kernels.write_kv(key, key, pool, pool, at[:1], at[1:]))
     key.fill_(3)
     at.copy_(torch.tensor([0, 0]))
-    graph.replay()
+    graph.launch()
     assert pool[0, 0, 0].tolist() == [3] * 16

@@ -17,6 +17,8 @@ from tests.engine.model.test_families import FAMILIES
 from tests.models import tiny_config
 from tests.steps import Bench
 
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 #: With experts, a window and sinks, and with keys wider than values; the others are tried by `make test-long`.
 SOME = ("qwen3_moe", "gpt_oss, sinks", "deepseek_v3, MLA")
