@@ -160,7 +160,8 @@ def _stored(numbers, inverse_scale, IS_FLOAT8: tl.constexpr, POOL: tl.constexpr)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         tiny = (size + 24576.0) - 24576.0  # of which a float32's last bit is 2**-9
         nearest = tl.minimum(tl.where(size < 0.015625, tiny, normal), 448.0)
-        nearest = tl.where(scaled.to(tl.int32, bitcast=True) < 0, -nearest, nearest)  # zeros have a sign, too
+        sign = scaled.to(tl.int32, bitcast=True) & -0x80000000  # zeros have one, too
+        nearest = (nearest.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         numbers = tl.where(scaled == scaled, nearest, scaled)  # what is no number stays none
     return numbers.to(POOL)
 
