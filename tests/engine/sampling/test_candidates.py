@@ -34,6 +34,7 @@ VALUES = st.sampled_from([-INF, -INF, -3.5, -0.0, 0.0, 2.0**-100, 1.0, 1.0, 2.0*
 ROWS = st.lists(VALUES, min_size=1, max_size=24)
 
 
+@pytest.mark.slow
 @WAYS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), width=st.integers(1, 16))
@@ -55,6 +56,7 @@ def test_what_is_sure_is_what_sorting_everything_gives(select, data, width):
             assert num_sure == k, "of a row by itself all that were asked for are sure"
 
 
+@pytest.mark.slow
 @given(row=ROWS)
 @settings(max_examples=150, deadline=None)
 def test_all_in_order_is_all_in_order(row):
