@@ -128,7 +128,8 @@ def heads_of(num_heads: int, padded: int) -> int:
     return min(wanted, max(1, _NUMBERS // padded))
 
 
-# Triton compiles these from their source, and takes no annotations but its own.
+# Triton compiles these from their source, and takes no annotations but its own. Where a step's numbers lie follows from
+# how many there are, and is not specialised on.
 @triton.jit
 def rotated(first, second, cosine, sine, dim, HALF: tl.constexpr):
     """Turn elements `dim` of heads, `first`, together with those HALF behind, `second`; both `[heads, dims]`.
@@ -185,7 +186,7 @@ def _copy_heads(
     tl.store(at, _stored(numbers, inverse_scale, IS_FLOAT8, places.dtype.element_ty), mask=is_copied)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ids", "offsets"])
 def _write(
     key,
     value,
@@ -249,7 +250,7 @@ def _write(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ids", "offsets"])
 def _rotate_write(
     query,
     key,
