@@ -90,7 +90,7 @@ class LongSequences:
         )
         self._scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), b"model")
         loaded = load_model(model_directory("long"))
-        pool = KvPool(loaded.layer_specs, BLOCK_SIZE, loaded.dtype, loaded.device, num_blocks=num_blocks)
+        pool = KvPool(loaded.layer_specs, BLOCK_SIZE, loaded.kv_dtype, loaded.device, num_blocks=num_blocks)
         self._runner = Runner(loaded, pool, Sampler(loaded.vocab_size, None))
         self._anew = PackedAnew(self._scheduler)
         prompt = [number % 251 for number in range(NUM_TOKENS)]

@@ -134,7 +134,7 @@ def _attend(
 
 # Triton compiles these from their source, and takes no annotations but its own. What follows from the batch is not
 # specialised on: another batch would want them compiled anew.
-@triton.jit(do_not_specialize=["num_rows", "most_splits"])
+@triton.jit(do_not_specialize=["num_rows", "most_splits"], do_not_specialize_on_alignment=["slots", "kv_lens"])
 def _attend_splits(
     query,
     k_pool,
@@ -262,7 +262,7 @@ def _attend_splits(
         item += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["most_splits"])
+@triton.jit(do_not_specialize=["most_splits"], do_not_specialize_on_alignment=["kv_lens"])
 def _merge_splits(
     parts,
     part_max,

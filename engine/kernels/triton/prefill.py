@@ -77,7 +77,7 @@ def prefill_attention(
 
 # Triton compiles these from their source, and takes no annotations but its own. How many chunks there are is not
 # specialised on: another step would want the kernel compiled anew.
-@triton.jit(do_not_specialize=["num_spans"])
+@triton.jit(do_not_specialize=["num_spans"], do_not_specialize_on_alignment=["spans"])
 def _attend_chunks(
     query,
     k_pool,

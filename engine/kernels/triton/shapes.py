@@ -101,5 +101,7 @@ def decode_tiling(shape: HeadShape, dtype: torch.dtype, *, is_float8: bool = Fal
     if dtype == torch.float32:
         return Tiling(shape.group_padded, 32, 4, 2) if width <= 256 else Tiling(shape.group_padded, 16, 8, 1)
     if width <= 256:
-        return Tiling(shape.group_padded, 64, 4, 3, programs=3 if width <= 128 and not is_float8 else 2)
+        is_light = width <= 128 and shape.group_padded <= _MIN_DIM and not is_float8
+        keys = 32 if is_float8 and width > 128 else 64
+        return Tiling(shape.group_padded, keys, 4, 3, programs=3 if is_light else 2)
     return Tiling(shape.group_padded, 32, 8, 2)

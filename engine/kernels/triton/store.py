@@ -128,7 +128,8 @@ def heads_of(num_heads: int, padded: int) -> int:
     return min(wanted, max(1, _NUMBERS // padded))
 
 
-# Triton compiles these from their source, and takes no annotations but its own.
+# Triton compiles these from their source, and takes no annotations but its own. Where a step's numbers lie follows from
+# how many there are, and is not specialised on.
 @triton.jit
 def rotated(first, second, cosine, sine, dim, HALF: tl.constexpr):
     """Turn elements `dim` of heads, `first`, together with those HALF behind, `second`; both `[heads, dims]`.
@@ -160,7 +161,8 @@ def _stored(numbers, inverse_scale, IS_FLOAT8: tl.constexpr, POOL: tl.constexpr)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         tiny = (size + 24576.0) - 24576.0  # of which a float32's last bit is 2**-9
         nearest = tl.minimum(tl.where(size < 0.015625, tiny, normal), 448.0)
-        nearest = tl.where(scaled.to(tl.int32, bitcast=True) < 0, -nearest, nearest)  # zeros have a sign, too
+        sign = scaled.to(tl.int32, bitcast=True) & -0x80000000  # zeros have one, too
+        nearest = (nearest.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         numbers = tl.where(scaled == scaled, nearest, scaled)  # what is no number stays none
     return numbers.to(POOL)
 
@@ -184,7 +186,7 @@ def _copy_heads(
     tl.store(at, _stored(numbers, inverse_scale, IS_FLOAT8, places.dtype.element_ty), mask=is_copied)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ids", "offsets"])
 def _write(
     key,
     value,
@@ -248,7 +250,7 @@ def _write(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ids", "offsets"])
 def _rotate_write(
     query,
     key,

@@ -38,7 +38,7 @@ def normed(x, weight, eps, *, adds_one, rounds_first):
     return (x.float() * root * (weight.float() + adds_one)).to(x.dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     num_rows=st.integers(1, 90),
     size=SIZES,
@@ -64,7 +64,7 @@ def test_norms_are_torchs_and_a_row_has_the_same_bits_alone(operators, num_rows,
     assert torch.equal(got[one : one + 1], by_itself)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(num_rows=st.integers(1, 40), size=SIZES, dtype=DTYPES, is_gelu=st.booleans())
 def test_gates_are_torchs_and_a_row_has_the_same_bits_alone(operators, num_rows, size, dtype, is_gelu):
     gate, up = (drawn(num_rows, size, dtype=dtype, seed=n) for n in (0, 1))
@@ -81,7 +81,7 @@ def turned(rows, cosine, sine):
     return torch.cat([front * cosine[:, None] + behind * sine[:, None], rows[..., 2 * half :]], -1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     num_tokens=st.integers(1, 20),
     kv_heads=st.integers(1, 3),

@@ -20,7 +20,7 @@ def blocks():
     return triton_blocks
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     block_bytes=st.sampled_from([1, 6, 36, 4096, 16384, 16392, 50000]),
     ids=st.lists(st.integers(0, 8), unique=True, max_size=6),

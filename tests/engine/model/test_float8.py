@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from engine.core import Engine, EngineOptions
 from engine.kernels.protocol import KvScales
 from engine.kernels.reference import TORCH_KERNELS
 from engine.model.float8 import FLOAT8, scales_of
@@ -86,6 +87,18 @@ def test_keys_wider_than_values_windows_and_sinks_go_with_float8(tmp_path, case)
     loaded = load_model(make_tiny_model(tmp_path, family, **overrides), dtype="float32", kv_cache_dtype="fp8")
     bench = Bench(loaded, num_blocks=16)
     assert len(bench.run([bench.add("one", prompts()[0])], 4)[0]) == 4
+
+
+@pytest.mark.slow
+def test_an_engine_has_twice_the_blocks_in_the_same_memory(directory):
+    found = {}
+    for kept in ("auto", "fp8"):
+        loaded = load_model(directory, dtype="bfloat16", kv_cache_dtype=kept)
+        engine = Engine.build(loaded, EngineOptions(kv_cache_bytes=2**20))
+        engine.warm_up()
+        found[kept] = (engine.layout.num_blocks, engine.layout.block_bytes)
+        engine.close()
+    assert found == {"auto": (128, 8192), "fp8": (256, 4096)}
 
 
 def test_a_scale_that_is_far_off_fails_the_trial(directory, monkeypatch):
