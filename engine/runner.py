@@ -1,4 +1,10 @@
-"""Carries out a planned step: one packed forward through the model, then sampling."""
+"""Carries out planned steps: one packed forward through the model each, then sampling.
+
+    launch(n) --> launch(n + 1) --> finish(n) --> launch(n + 2) --> finish(n + 1) ...
+
+A step that was launched is on its way, and is finished in the order of launching. The one behind it may be launched
+before it is finished: then tokens that only the device knows yet go from the one to the other there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention
 from engine.model.load import LoadedModel
 from engine.sampling.sampler import Sampler, SamplingRow, prompt_logprobs
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
-from engine.slot_tables import SlotTables
+from engine.slot_tables import SlotSequence, SlotTables
 from messages.errors import InvariantError, KvrayError
 from messages.stream import TokenLogprob
 
@@ -37,8 +43,24 @@ class _PackedStep:
     kept_rows: torch.Tensor  #: [rows] int64: of `sampled` in order, then of `logprob_parts`; never empty
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that is on its way. Whose rows these are was noted as it was launched: their slots may be others' by now.
+
+    On a CPU all is computed by then.
+    """
+
+    parts: list[SequenceStep]  #: those that are sampled
+    sequences: list[SlotSequence]  #: theirs, in that order
+    outcomes: list[Sampled | KvrayError]  #: theirs, in that order
+    prompt_logprobs: dict[str, list[TokenLogprob]]
+    is_empty: bool
+    begun_s: float  #: of the performance counter: when its launch began, and was over
+    launched_s: float
+
+
 class Runner:
-    """Executes steps over one pool. Blocking; all calls from one thread."""
+    """Carries out steps over one pool. All calls from one thread."""
 
     def __init__(
         self, loaded: LoadedModel, pool: KvPool, sampler: Sampler, on_layer: Callable[[], None] | None = None
@@ -65,6 +87,7 @@ class Runner:
         self._sampler = sampler
         self._on_layer = on_layer
         self._tables = SlotTables(loaded.device)
+        self._ended_s = 0.0  # of the performance counter: when the step that was finished last ended
         self._layers = [
             LayerAttention(k_view, v_view, kernels, layer.chunk)
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
@@ -76,32 +99,64 @@ class Runner:
         return found
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every part of `plan`, store its KV in the pool, sample where wanted.
+        """Launch `plan` and wait for its end; raises as `launch` does."""
+        return self.finish(self.launch(plan))
 
-        Each plan goes on from those before it, so every one is to be executed once, in order.
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Put every part of `plan` on its way: compute it, store its KV in the pool, sample where wanted.
 
-        Returns:
-            Tokens and log-probabilities; rows that could not be sampled come back in `errors`.
+        Each plan goes on from those before it, so every one is to be launched once, in order. The one before it may
+        still be on its way, those before that are finished.
 
         Raises:
             InvariantError: the plan goes on with a sequence that is not in its slot.
         """
-        started = time.perf_counter()
+        begun_s = time.perf_counter()
         for seq_id in self._tables.take_in(plan):
             self._sampler.forget(seq_id)
-        if not plan.parts:
-            return StepResult(sampled={})
-        with torch.inference_mode():
-            step = self._pack(plan.parts)
-            logits = self._forward(step)  # [rows, vocab_size]
-            num_sampled = len(step.sampled)
-            sampled, errors = self._sample(step.sampled, logits[:num_sampled].float())
-            of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
+        outcomes: list[Sampled | KvrayError] = []
+        parts: list[SequenceStep] = []
+        of_prompts: dict[str, list[TokenLogprob]] = {}
+        if plan.parts:
+            with torch.inference_mode():
+                step = self._pack(plan.parts)
+                logits = self._forward(step)  # [rows, vocab_size]
+                parts, num_sampled = step.sampled, len(step.sampled)
+                outcomes = self._sample(parts, logits[:num_sampled].float())
+                of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
+        return LaunchedStep(
+            parts=parts,
+            sequences=[self._tables[part.slot] for part in parts],
+            outcomes=outcomes,
+            prompt_logprobs=of_prompts,
+            is_empty=not plan.parts,
+            begun_s=begun_s,
+            launched_s=time.perf_counter(),
+        )
+
+    def finish(self, launched: LaunchedStep) -> StepResult:
+        """Wait for the end of the step that was launched first of those that are on their way; read back what it gave.
+
+        Returns:
+            Tokens and log-probabilities; rows that could not be sampled come back in `errors`. The time that it took
+            is without that for which it waited behind the step before it.
+        """
+        sampled: dict[str, Sampled] = {}
+        errors: dict[str, KvrayError] = {}
+        for part, sequence, outcome in zip(launched.parts, launched.sequences, launched.outcomes, strict=True):
+            if isinstance(outcome, KvrayError):
+                errors[part.seq_id] = outcome
+            else:
+                sampled[part.seq_id] = outcome
+            sequence.take_sampled(0 if isinstance(outcome, KvrayError) else outcome.token_id)
+        ended_s = launched.launched_s if self._device.type == "cpu" else time.perf_counter()
+        elapsed_s = ended_s - max(launched.begun_s, self._ended_s)
+        self._ended_s = ended_s
         return StepResult(
             sampled=sampled,
-            prompt_logprobs=of_prompts,
+            prompt_logprobs=launched.prompt_logprobs,
             errors=errors,
-            elapsed_s=time.perf_counter() - started,
+            elapsed_s=0.0 if launched.is_empty else elapsed_s,
         )
 
     def _forward(self, step: _PackedStep) -> torch.Tensor:
@@ -118,24 +173,25 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _sample(
-        self, parts: Sequence[SequenceStep], logits: torch.Tensor
-    ) -> tuple[dict[str, Sampled], dict[str, KvrayError]]:
+    def _sample(self, parts: Sequence[SequenceStep], logits: torch.Tensor) -> list[Sampled | KvrayError]:
+        """Choose the next token of each part, or say why it has none; leave the tokens in their slots."""
         if not parts:
-            return {}, {}
+            return []
         rows = []
         for part in parts:
             sequence = self._tables[part.slot]
             begins = sequence.begins
-            rows.append(SamplingRow(part.seq_id, begins.params, sequence.token_ids, begins.num_prompt_tokens))
-        sampled: dict[str, Sampled] = {}
-        errors: dict[str, KvrayError] = {}
-        for part, outcome in zip(parts, self._sampler.sample(logits, rows), strict=True):
-            if isinstance(outcome, KvrayError):
-                errors[part.seq_id] = outcome
-            else:
-                sampled[part.seq_id] = outcome
-        return sampled, errors
+            rows.append(
+                SamplingRow(
+                    part.seq_id, begins.params, sequence.token_ids, begins.num_prompt_tokens, sequence.num_awaited
+                )
+            )
+        outcomes = self._sampler.sample(logits, rows)
+        token_ids = [0 if isinstance(outcome, KvrayError) else outcome.token_id for outcome in outcomes]
+        # what logits wider than the embedding give ends its sequence: the step behind this one may still look it up
+        known = torch.tensor(token_ids).clamp_(max=self._loaded.num_embeddings - 1)
+        self._tables.leave_sampled([part.slot for part in parts], known.to(self._device))
+        return outcomes
 
     def _prompt_logprobs(
         self, parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor
@@ -169,7 +225,7 @@ class Runner:
         counts = np.array([part.num_tokens for part in parts])
         ends = np.cumsum(counts)
         packed = np.empty((5, ends[-1]), np.int64)  # token ids, positions, block ids, offsets in them, slots
-        packed[0] = [token_id for part in parts for token_id in tables[part.slot].token_ids[part.start : part.end]]
+        packed[0] = [token_id for part in parts for token_id in tables[part.slot].tokens_of(part)]
         packed[1] = np.arange(ends[-1]) + np.repeat([part.end for part in parts] - ends, counts)
         packed[4] = np.repeat([part.slot for part in parts], counts)
         packed[2] = tables.host_tables[packed[4], packed[1] // block_size]
@@ -195,6 +251,10 @@ class Runner:
         for rows in kept_for_logprobs:
             kept.extend(rows)
         tokens = self._to_device(packed)
+        awaiting = [(end - 1, part.slot) for part, end in zip(parts, ends.tolist(), strict=True) if part.awaits_token]
+        if awaiting:
+            places = self._to_device(np.array(awaiting).T)  # [2, parts that await a token]: rows, then slots
+            tokens[0, places[0]] = tables.sampled_ids[places[1]]
         kept_rows = torch.tensor(kept or [0], dtype=torch.int64, device=self._device)
         return _PackedStep(
             input_ids=tokens[0:1],

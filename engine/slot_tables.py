@@ -23,6 +23,32 @@ class SlotSequence:
     begins: SlotBegins
     token_ids: array[int] = field(default_factory=lambda: array("I"))
     num_blocks: int = 0
+    num_awaited: int = 0  #: tokens behind those that a step computes with, though they did not come back yet
+    untold: int | None = None  #: the token that came back last, until a plan tells of it or awaits it
+
+    def tell(self, part: SequenceStep) -> None:
+        """Take in what a plan tells of the tokens, or that it awaits one, which may have come back by now."""
+        self.token_ids += token_array(part.new_token_ids)
+        untold, self.untold = self.untold, None
+        if not part.awaits_token:
+            return
+        if untold is None:
+            self.num_awaited += 1
+        else:
+            self.token_ids.append(untold)
+
+    def take_sampled(self, token_id: int) -> None:
+        """Take in a token that came back."""
+        if self.num_awaited:
+            self.token_ids.append(token_id)
+            self.num_awaited -= 1
+        else:
+            self.untold = token_id
+
+    def tokens_of(self, part: SequenceStep) -> array[int]:
+        """Return the tokens that `part` computes; 0 in place of one that did not come back yet."""
+        found = self.token_ids[part.start : part.end]
+        return array("I", [0]) if self.num_awaited and not found else found
 
 
 class SlotTables:
@@ -32,6 +58,7 @@ class SlotTables:
         host_tables: `[num_slots, max_blocks]` int32. What follows a sequence's last block is 0, or an earlier one's.
         block_tables: the same on the runner's device; on a CPU the same memory. Elsewhere new entries alone are
             written, in place; where there was no room for them it is another tensor from then on.
+        sampled_ids: `[num_slots]` int64 on the runner's device: what was sampled last for each slot.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,6 +66,7 @@ class SlotTables:
         self._device = device
         self.host_tables: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self.block_tables = torch.from_numpy(self.host_tables).to(device)
+        self.sampled_ids = torch.zeros(0, dtype=torch.int64, device=device)
 
     def __getitem__(self, slot: int) -> SlotSequence:
         """Return who is in a slot that has begun; not to be changed."""
@@ -61,7 +89,7 @@ class SlotTables:
                     left.append(self._sequences[part.slot])
                 self._sequences[part.slot] = SlotSequence(part.seq_id, part.begins)
             sequence = self._sequence_of(part)
-            sequence.token_ids += token_array(part.new_token_ids)
+            sequence.tell(part)
             if part.new_block_ids:
                 begin, end = sequence.num_blocks, sequence.num_blocks + len(part.new_block_ids)
                 self._reserve(part.slot + 1, end)
@@ -71,6 +99,14 @@ class SlotTables:
         if written and self._device.type != "cpu":
             self._copy_entries(written)
         return [sequence.seq_id for sequence in left]
+
+    def leave_sampled(self, slots: Sequence[int], token_ids: torch.Tensor) -> None:
+        """Leave what was sampled for these slots, `[len(slots)]` int64 on the device, to parts that await it."""
+        num_slots = max(slots) + 1
+        if num_slots > len(self.sampled_ids):
+            more = _grown(num_slots) - len(self.sampled_ids)
+            self.sampled_ids = torch.cat([self.sampled_ids, self.sampled_ids.new_zeros(more)])
+        self.sampled_ids[torch.tensor(slots, device=self._device)] = token_ids
 
     def _sequence_of(self, part: SequenceStep) -> SlotSequence:
         sequence = self._sequences.get(part.slot)

@@ -46,11 +46,13 @@ class SamplingRow:
     params: SamplingParams
     token_ids: Sequence[int]  #: prompt and output so far; not changed
     num_prompt_tokens: int
+    #: tokens behind `token_ids` that only the device knows as the step is launched; they are in `token_ids` later
+    num_awaited: int = 0
 
     @property
     def num_output_tokens(self) -> int:
         """Output tokens so far, which is the index of the token to be sampled."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_awaited - self.num_prompt_tokens
 
     @property
     def is_greedy(self) -> bool:

@@ -379,6 +379,9 @@ class SequenceStep:
     is_sampled: bool  #: the last token's logits give the next token
     wants_prompt_logprobs: bool = False
     is_kept: bool = False  #: its blocks will be published
+    #: its only token is the one that the step before samples for this slot: the plan is made before that is known, and
+    #: does not hold it, nor does a later one
+    awaits_token: bool = False
 
     @property
     def end(self) -> int:

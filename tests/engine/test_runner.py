@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -250,6 +251,106 @@ def test_an_interrupted_forward_leaves_no_step_behind(loaded, monkeypatch):
     with pytest.raises(IndexError):
         bench.run([bad], 1)
     assert bench.run([sequence], 4) == Bench(loaded).run([bench.add("s", prompt_of(20))], 4)
+
+
+# -------------------------------------------------------------------------------------------------------- steps ahead
+
+
+def part_ahead(bench, sequence):
+    """The part behind one that is on its way: it decodes the token which that one samples."""
+    part = dataclasses.replace(bench.part(sequence, 1), awaits_token=True, is_sampled=True)
+    sequence.slot.num_told_tokens += 1
+    sequence.num_computed = part.end
+    return part
+
+
+def run_ahead(bench, sequences, num_output):
+    """Generate so many tokens each, every step but the first launched before the one before it is finished."""
+    first = []
+    for sequence in sequences:
+        first.append(bench.part(sequence, sequence.num_prompt_tokens))
+        sequence.num_computed = sequence.num_prompt_tokens
+    launched = [bench.runner.launch(StepPlan(tuple(first)))]
+    found = {sequence.seq_id: [] for sequence in sequences}
+    for number in range(num_output):
+        if number < num_output - 1:
+            launched.append(bench.runner.launch(StepPlan(tuple(part_ahead(bench, s) for s in sequences))))
+        result = bench.runner.finish(launched.pop(0))
+        assert not result.errors
+        for seq_id, sampled in result.sampled.items():
+            found[seq_id].append(sampled.token_id)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(max_tokens=9, temperature=0.0), SamplingParams(max_tokens=9, temperature=1.0, seed=3)]
+)
+def test_steps_that_await_the_tokens_of_those_before_them_give_the_same(loaded, params, monkeypatch):
+    monkeypatch.setattr("tests.steps.GREEDY", params)
+    outputs = []
+    for run in (lambda bench, sequences: bench.run(sequences, 12), lambda *those: run_ahead(*those, 12)):
+        bench = Bench(loaded)
+        outputs.append(run(bench, [bench.add(f"s{i}", prompt_of(7 + i, i)) for i in range(3)]))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_plan_that_awaits_a_token_may_be_carried_out_when_that_is_known(loaded):
+    outputs = []
+    for is_ahead in (False, True):
+        bench = Bench(loaded)
+        sequence = bench.add("s", prompt_of(9))
+        plans = [StepPlan((bench.part(sequence, 9),))]
+        sequence.num_computed = 9
+        plans += [StepPlan((part_ahead(bench, sequence),)) for _ in range(4)]
+        if is_ahead:
+            launched = [bench.runner.launch(plans[0])]
+            results = []
+            for plan in plans[1:]:
+                launched.append(bench.runner.launch(plan))
+                results.append(bench.runner.finish(launched.pop(0)))
+            results.append(bench.runner.finish(*launched))
+        else:
+            results = [bench.runner.execute(plan) for plan in plans]
+        outputs.append([result.sampled["s"].token_id for result in results])
+    assert outputs[0] == outputs[1]
+
+
+def test_a_step_behind_one_that_gave_no_token_runs_all_the_same_for_the_others(loaded):
+    bench = Bench(loaded)
+    good, bad = bench.add("good", prompt_of(20)), bench.add("bad", prompt_of(20, 1))
+    params = SamplingParams(max_tokens=1, logit_bias={loaded.vocab_size: 1.0})
+    first = bench.runner.launch(StepPlan((bench.part(good, 20), bench.part(bad, 20, params=params))))
+    good.num_computed = bad.num_computed = 20
+    second = bench.runner.launch(StepPlan((part_ahead(bench, good), part_ahead(bench, bad))))
+    results = [bench.runner.finish(first), bench.runner.finish(second)]
+    alone = Bench(loaded)
+    wanted = alone.run([alone.add("good", prompt_of(20))], 2)[0]
+    assert [result.sampled["good"].token_id for result in results] == wanted
+    assert [list(result.errors) for result in results] == [["bad"], ["bad"]]
+
+
+def test_what_is_finished_is_its_own_though_others_took_its_slots(loaded):
+    bench = Bench(loaded)
+    first, other = bench.add("first", prompt_of(20)), bench.add("other", prompt_of(30, 2))
+    alone = Bench(loaded)
+    [wanted] = alone.run([alone.add("first", prompt_of(20))], 1)
+    launched = bench.runner.launch(StepPlan((bench.part(first, 20),)))
+    slot = first.slot
+    bench.slots.give_back(slot)
+    behind = bench.runner.launch(StepPlan((bench.part(other, 30),), freed_slots=(slot.index,)))
+    assert other.slot.index == slot.index
+    assert [bench.runner.finish(launched).sampled["first"].token_id] == wanted
+    assert list(bench.runner.finish(behind).sampled) == ["other"]
+    assert bench.runner._tables[slot.index].token_ids.tolist() == other.token_ids
+
+
+def test_a_step_is_not_said_to_take_longer_for_what_is_launched_behind_it(loaded):
+    bench = Bench(loaded)
+    short, long = bench.add("short", prompt_of(5)), bench.add("long", prompt_of(900, 1))
+    bench.run_parts([(short, bench.part(short, 5))])
+    launched = [bench.runner.launch(StepPlan((bench.part(s, n),))) for s, n in ((short, 1), (long, 900))]
+    seconds = [bench.runner.finish(each).elapsed_s for each in launched]
+    assert 0 < seconds[0] < seconds[1]
 
 
 def test_unpacked_linears_give_the_same_tokens(directory, loaded, monkeypatch):

@@ -12,17 +12,20 @@ from messages.request import SamplingParams
 BEGINS = SlotBegins(num_prompt_tokens=2, params=SamplingParams(max_tokens=9))
 
 
-def part(seq_id: str, slot: int, *, tokens=(), blocks=(), begins: SlotBegins | None = None) -> SequenceStep:
+def part(
+    seq_id: str, slot: int, *, tokens=(), blocks=(), begins: SlotBegins | None = None, start: int = 0, awaits=False
+) -> SequenceStep:
     return SequenceStep(
         seq_id=seq_id,
         slot=slot,
         begins=begins,
         kind="decode",
-        start=0,
+        start=start,
         num_tokens=1,
         new_token_ids=pack_tokens(tokens),
         new_block_ids=tuple(blocks),
         is_sampled=False,
+        awaits_token=awaits,
     )
 
 
@@ -79,3 +82,42 @@ def test_other_devices_are_brought_the_new_entries_and_no_others(tables):
     tables._copy_entries([(0, 1, 2), (1, 0, 3)])
     assert host.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
     assert tables.block_tables.tolist() == [[-1, 2, -1, -1], [3, 4, 5, -1]]
+
+
+# ------------------------------------------------------------------------------------------------------ awaited tokens
+
+
+def test_a_token_that_a_later_step_awaits_is_kept_when_it_comes_back(tables):
+    tables.take_in(StepPlan((part("a", 0, tokens=[5, 6], begins=BEGINS),)))
+    behind = part("a", 0, start=2, awaits=True)
+    tables.take_in(StepPlan((behind,)))
+    assert tables[0].num_awaited == 1
+    assert tables[0].tokens_of(behind).tolist() == [0]
+    tables[0].take_sampled(7)
+    assert (tables[0].num_awaited, tables[0].token_ids.tolist()) == (0, [5, 6, 7])
+
+
+def test_a_token_that_came_back_before_the_step_that_awaits_it_was_launched_is_the_same(tables):
+    tables.take_in(StepPlan((part("a", 0, tokens=[5, 6], begins=BEGINS),)))
+    tables[0].take_sampled(7)
+    behind = part("a", 0, start=2, awaits=True)
+    tables.take_in(StepPlan((behind,)))
+    assert tables[0].tokens_of(behind).tolist() == [7]
+    tables[0].take_sampled(8)
+    assert tables[0].token_ids.tolist() == [5, 6, 7]
+
+
+def test_a_token_that_a_plan_tells_is_there_once(tables):
+    tables.take_in(StepPlan((part("a", 0, tokens=[5, 6], begins=BEGINS),)))
+    tables[0].take_sampled(7)
+    tables.take_in(StepPlan((part("a", 0, tokens=[7], start=2),)))
+    assert tables[0].token_ids.tolist() == [5, 6, 7]
+    tables[0].take_sampled(8)
+    tables.take_in(StepPlan((part("a", 0, start=3, awaits=True),)))
+    assert tables[0].token_ids.tolist() == [5, 6, 7, 8]
+
+
+def test_what_was_sampled_is_left_by_slot_and_room_for_more_slots_loses_none(tables):
+    tables.leave_sampled([2, 0], torch.tensor([30, 10]))
+    tables.leave_sampled([5], torch.tensor([50]))
+    assert tables.sampled_ids.tolist() == [10, 0, 30, 0, 0, 50, 0, 0]
