@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
@@ -57,8 +58,12 @@ class TransformersEngine:
                 persistent_manager=True,
                 workload_hints=self._hints,
             ) as manager:
-                _asked(manager, prompts[:1], 1)  # its thread first cleans up what it keeps: that is not measured
-                results = _asked(manager, prompts, num_tokens)
+                try:
+                    _asked(manager, prompts[:1], 1)  # its thread first cleans up what it keeps: that is not measured
+                    results = _asked(manager, prompts, num_tokens)
+                except BaseException:  # of Ctrl-C too: its thread would first generate all that was asked for
+                    manager.stop(hard_stop=True)
+                    raise
         except Exception as error:  # of another project's code anything may come
             raise WorkerError(f"transformers failed: {first_line(error)}") from error
         faults = [str(result.error) for result in results if result.error]
@@ -81,6 +86,7 @@ class TransformersEngine:
     def _loaded(self) -> Any:
         """Load or draw the model: the same weights as ours, its own linears and attention."""
         transformers_logging.set_verbosity_error()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # what it says of managers that are kept
         named = self._named
         if named.drawn_seed is not None:
             model: Any = draw_model(read_model_config(named.path), self._dtype, named.device, named.drawn_seed)
