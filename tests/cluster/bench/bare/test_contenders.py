@@ -35,6 +35,11 @@ def ours(model) -> KvrayEngine:
         yield engine
 
 
+def test_the_engine_is_warmed_up_as_a_workers_is(model):
+    with contextlib.closing(KvrayEngine(model, WORKLOAD, 128, lambda _: None)) as fresh:
+        assert fresh._engine.scheduler.cost.price is not None
+
+
 def check_times(batch: Batch, num_tokens: int) -> None:
     assert [len(output) for output in batch.outputs] == [num_tokens] * 3
     for times in batch.token_times_s:
