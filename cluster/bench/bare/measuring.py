@@ -74,7 +74,7 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
         open_engines.callback(ours.close)
         loaded = ours.loaded
         say("measuring what the device can do")
-        machine = measure_machine(device, loaded.dtype)
+        machine = measure_machine(device, loaded.dtype, wanted.num_threads)
         sides = [Side(ours)]
         if wanted.has_peer:
             theirs = TransformersEngine(model, workload, loaded.dtype)

@@ -50,9 +50,10 @@ def check_times(batch: Batch, num_tokens: int) -> None:
 def test_both_give_the_same_tokens(model, ours):
     with contextlib.closing(TransformersEngine(model, WORKLOAD, torch.float32)) as theirs:
         for part, num_tokens in (("prefill", 1), ("whole", 6)):  # its manager goes on with the second
-            prompts = WORKLOAD.prompts(0, part)
+            prompts, num_threads = WORKLOAD.prompts(0, part), torch.get_num_threads()
             found = [engine.generate(prompts, num_tokens) for engine in (ours, theirs)]
             assert found[0].outputs == found[1].outputs
+            assert torch.get_num_threads() == num_threads  # our engine counts on having set them
             for batch in found:
                 check_times(batch, num_tokens)
 
