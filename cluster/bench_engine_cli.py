@@ -24,6 +24,7 @@ _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _INTERRUPTED: Final = 130
+_TABLE_WIDTH: Final = 110  #: that a spread of two contenders and their ratio has room in
 _MODEL, _LOAD, _TOLD = "Model and device", "Workload", "What is told"
 
 
@@ -120,7 +121,7 @@ def engine(
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201 - machine-readable output
     else:
-        _out.print(report.table())
+        _out.print(report.table(), width=max(_out.width, _TABLE_WIDTH), crop=False)
     if "failures" in document:
         raise typer.Exit(1)
 

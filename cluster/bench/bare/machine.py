@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
@@ -25,19 +26,33 @@ class Machine:
     flops_per_s: float  #: of a product in the model's dtype: a multiplication and an addition are two
 
 
-def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure `device`: medians of a few, each of some milliseconds to a second."""
+def measure_machine(device: torch.device, dtype: torch.dtype, num_threads: int) -> Machine:
+    """Measure `device`: medians of a few, each of some milliseconds to a second.
+
+    `num_threads`: of a CPU; torch has as many as before afterwards.
+    """
     is_cuda = device.type == "cuda"
     num_bytes, size = _COPY_BYTES[device.type], _MATRIX_SIZE[device.type]
-    with torch.inference_mode():
+    with torch.inference_mode(), torch_threads(num_threads):
         copy_s = _copy_s(num_bytes, device)
         product_s = _product_s(size, device, dtype)
     return Machine(
         name=torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
-        num_threads=None if is_cuda else torch.get_num_threads(),
+        num_threads=None if is_cuda else num_threads,
         copy_bytes_per_s=2 * num_bytes / copy_s,
         flops_per_s=2 * size**3 / product_s,
     )
+
+
+@contextlib.contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Have torch compute with so many threads; then with as many as before, which our engine counts on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _copy_s(num_bytes: int, device: torch.device) -> float:

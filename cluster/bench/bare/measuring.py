@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+import transformers
 
 from cluster.bench.bare.batch import Workload
 from cluster.bench.bare.machine import measure_machine
@@ -16,9 +17,10 @@ from cluster.bench.bare.ours import KvrayEngine, Model
 from cluster.bench.bare.report import Report
 from cluster.bench.bare.running import Progress, Side, run
 from cluster.bench.bare.theirs import TransformersEngine
-from cluster.bench.bare.work import ModelWork, weights_of
+from cluster.bench.bare.work import ModelWork, Weights, weights_of
 from engine.memory.device_room import free_bytes
 from engine.model.families import read_model_config
+from engine.model.load import LoadedModel
 from messages.errors import ConfigError, WorkerError
 
 _MIN_ITEM_BYTES: Final = {"float32": 4}  #: the others, and whatever "auto" becomes: 2 at least
@@ -52,8 +54,56 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
     """
     device = found_device(wanted.device)
     config = read_model_config(wanted.path)
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    weights = _checked_weights(wanted, config, device)
+    workload = Workload(
+        batch_size=wanted.batch_size,
+        input_len=wanted.input_len,
+        output_len=wanted.output_len,
+        vocab_size=config.get_text_config().vocab_size,
+        seed=wanted.seed,
+    )
+    model = Model(
+        path=wanted.path,
+        drawn_seed=wanted.seed if wanted.is_drawn else None,
+        dtype=wanted.dtype,
+        device=device,
+        num_threads=wanted.num_threads,
+    )
+    with contextlib.ExitStack() as open_engines:
+        ours = KvrayEngine(model, workload, wanted.max_num_batched_tokens, say)
+        open_engines.callback(ours.close)
+        loaded = ours.loaded
+        say("measuring what the device can do")
+        machine = measure_machine(device, loaded.dtype, wanted.num_threads)
+        sides = [Side(ours)]
+        if wanted.has_peer:
+            theirs = TransformersEngine(model, workload, loaded.dtype)
+            open_engines.callback(theirs.close)
+            sides.append(Side(theirs))
+        run(sides, workload, wanted.repeats, on_progress)
+    if sides[0].failure:
+        raise WorkerError(sides[0].failure)
+    facts = _facts(wanted, loaded)
+    return Report(
+        model=facts,
+        described=(
+            f"{wanted.name}: {loaded.family}, {loaded.num_parameters / 1e6:,.1f} M parameters"
+            f"{', drawn' if wanted.is_drawn else ''}, {facts['dtype']}, {loaded.kernel_path}"
+        ),
+        workload=workload,
+        work=ModelWork(weights, loaded.layers, loaded.dtype.itemsize),
+        machine=machine,
+        sides=sides,
+    )
+
+
+def _checked_weights(wanted: Wanted, config: Any, device: torch.device) -> Weights:
+    """Count the model's weights, for which there is memory, and check that the batch fits its positions.
+
+    Raises:
+        ConfigError: it does not, or there is too little; one line.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     num_tokens = wanted.input_len + wanted.output_len
     if positions is not None and num_tokens > positions:
         raise ConfigError(
@@ -67,55 +117,22 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
             f"{wanted.name} has {num_bytes / 1e9:,.1f} GB of weights, {free / 1e9:,.1f} GB are free on {device}: "
             "a smaller model, or another --device"
         )
-    workload = Workload(
-        batch_size=wanted.batch_size,
-        input_len=wanted.input_len,
-        output_len=wanted.output_len,
-        vocab_size=text.vocab_size,
-        seed=wanted.seed,
-    )
-    model = Model(
-        path=wanted.path,
-        drawn_seed=wanted.seed if wanted.is_drawn else None,
-        dtype=wanted.dtype,
-        device=device,
-        num_threads=wanted.num_threads,
-    )
-    with contextlib.ExitStack() as open_engines:
-        ours = KvrayEngine(model, workload, wanted.max_num_batched_tokens, say)
-        open_engines.callback(ours.close)
-        dtype = ours.loaded.dtype
-        say("measuring what the device can do")
-        machine = measure_machine(device, dtype)
-        sides = [Side(ours)]
-        if wanted.has_peer:
-            theirs = TransformersEngine(model, workload, dtype)
-            open_engines.callback(theirs.close)
-            sides.append(Side(theirs))
-        run(sides, workload, wanted.repeats, on_progress)
-        if sides[0].failure:
-            raise WorkerError(sides[0].failure)
-        kind = str(dtype).removeprefix("torch.")
-        return Report(
-            model={
-                "name": wanted.name,
-                "is_drawn": wanted.is_drawn,
-                "family": ours.loaded.family,
-                "dtype": kind,
-                "num_parameters": ours.loaded.num_parameters,
-                "kernel_path": ours.loaded.kernel_path,
-                "max_num_batched_tokens": wanted.max_num_batched_tokens,
-                "torch": torch.__version__,
-            },
-            described=(
-                f"{wanted.name}: {ours.loaded.family}, {ours.loaded.num_parameters / 1e6:,.1f} M parameters"
-                f"{', drawn' if wanted.is_drawn else ''}, {kind}, {ours.loaded.kernel_path}"
-            ),
-            workload=workload,
-            work=ModelWork(weights, ours.loaded.layers, dtype.itemsize),
-            machine=machine,
-            sides=sides,
-        )
+    return weights
+
+
+def _facts(wanted: Wanted, loaded: LoadedModel) -> dict[str, Any]:
+    """Return what a program wants to know of the model and of how it was computed."""
+    return {
+        "name": wanted.name,
+        "is_drawn": wanted.is_drawn,
+        "family": loaded.family,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "num_parameters": loaded.num_parameters,
+        "kernel_path": loaded.kernel_path,
+        "max_num_batched_tokens": wanted.max_num_batched_tokens,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def found_device(name: str) -> torch.device:

@@ -73,6 +73,8 @@ class KvrayEngine:
             itl_target_s=_NO_TARGET_S,
         )
         self._engine = Engine.build(self.loaded, options)
+        say("warming up")
+        self._engine.warm_up()  # as a worker does: on a GPU steps are captured
         self._watch = watch_of(self._engine)
         self._numbers = itertools.count()
 

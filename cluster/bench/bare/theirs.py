@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
@@ -10,6 +11,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.utils import logging as transformers_logging
 
 from cluster.bench.bare.batch import Batch, Tokens, Workload
+from cluster.bench.bare.machine import torch_threads
 from cluster.bench.bare.ours import Model
 from engine.model.drawn import draw_model
 from engine.model.families import read_model_config
@@ -48,19 +50,8 @@ class TransformersEngine:
         Raises:
             WorkerError: the model cannot be loaded, or not all of them came.
         """
-        torch.set_num_threads(self._named.num_threads)
-        try:
-            self._model = self._model or self._loaded()
-            with self._model.continuous_batching_context_manager(
-                self._config,
-                continuous_batching_config=self._sizes,
-                persistent_manager=True,
-                workload_hints=self._hints,
-            ) as manager:
-                _asked(manager, prompts[:1], 1)  # its thread first cleans up what it keeps: that is not measured
-                results = _asked(manager, prompts, num_tokens)
-        except Exception as error:  # of another project's code anything may come
-            raise WorkerError(f"transformers failed: {first_line(error)}") from error
+        with torch_threads(self._named.num_threads):
+            results = self._results(prompts, num_tokens)
         faults = [str(result.error) for result in results if result.error]
         num_missing = len(prompts) - sum(len(result.generated_tokens) == num_tokens for result in results)
         if faults or num_missing:
@@ -78,9 +69,29 @@ class TransformersEngine:
             self._model.destroy_cached_continuous_batching_manager()
             self._model = None
 
+    def _results(self, prompts: Tokens, num_tokens: int) -> list[Any]:
+        """Return transformers' results, those that came; raises as `generate` does."""
+        try:
+            self._model = self._model or self._loaded()
+            with self._model.continuous_batching_context_manager(
+                self._config,
+                continuous_batching_config=self._sizes,
+                persistent_manager=True,
+                workload_hints=self._hints,
+            ) as manager:
+                try:
+                    _asked(manager, prompts[:1], 1)  # its thread first cleans up what it keeps: that is not measured
+                    return _asked(manager, prompts, num_tokens)
+                except BaseException:  # of Ctrl-C too: its thread would first generate all that was asked for
+                    manager.stop(hard_stop=True)
+                    raise
+        except Exception as error:  # of another project's code anything may come
+            raise WorkerError(f"transformers failed: {first_line(error)}") from error
+
     def _loaded(self) -> Any:
         """Load or draw the model: the same weights as ours, its own linears and attention."""
         transformers_logging.set_verbosity_error()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # what it says of managers that are kept
         named = self._named
         if named.drawn_seed is not None:
             model: Any = draw_model(read_model_config(named.path), self._dtype, named.device, named.drawn_seed)
