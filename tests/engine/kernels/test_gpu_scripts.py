@@ -19,3 +19,11 @@ def test_attention_on_a_gpu_runs_dry():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("dry run: every result is torch's\n")
+
+
+def test_blocks_between_devices_and_the_host_run_dry():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu/transfer.py", "--dry-run"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("dry run: every block came whole\n")
