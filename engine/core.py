@@ -46,6 +46,7 @@ from engine.scheduling.plan import (
 )
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
+from engine.split_steps import SplitStep, SplitSteps
 from engine.step_threads import StepThreads
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
@@ -84,7 +85,7 @@ class EngineStep:
     """A step that is on its way."""
 
     plan: StepPlan
-    launched: LaunchedStep
+    launched: SplitStep[LaunchedStep]
 
 
 @dataclass(slots=True)
@@ -99,6 +100,7 @@ class Engine:
     checksums: BlockChecksums
     pool: BlockPool
     runner: Runner
+    steps: SplitSteps[LaunchedStep]  #: the runner's, split where memory is short
     scheduler: Scheduler
     grammars: GrammarCompiler | None  #: None: no structured output
     threads: StepThreads | None  #: None: not computed on a CPU
@@ -153,6 +155,7 @@ class Engine:
             plans_ahead=not is_computed_here if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
+        runner = Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None)
         return cls(
             loaded=loaded,
             options=options,
@@ -161,7 +164,8 @@ class Engine:
             copies=copies,
             checksums=BlockChecksums(pool, kv_pool, copies),
             pool=pool,
-            runner=Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None),
+            runner=runner,
+            steps=SplitSteps(runner.launch, runner.finish, torch.cuda.empty_cache),
             grammars=grammars,
             threads=threads,
             scheduler=Scheduler(config, pool, loaded.fingerprint),
@@ -226,14 +230,14 @@ class Engine:
         May run on a thread of its own beside `decide`: a plan is a value, and shares nothing with the scheduler.
         """
         with self.threads.step() if self.threads else contextlib.nullcontext():
-            launched = self.runner.launch(plan)
+            launched = self.steps.launch(plan)
             # which blocks they are is read now: a slot may be another's when the step has ended
             self.checksums.launched(self._kept_blocks(plan))
         return EngineStep(plan, launched)
 
     def finish(self, step: EngineStep) -> StepResult:
         """Wait for the end of the step that was launched first of those on their way; on the thread of `launch`."""
-        result = self.runner.finish(step.launched)
+        result = self.steps.finish(step.launched)
         self.checksums.finished()
         return result
 

@@ -81,6 +81,8 @@ class SlotTables:
         Raises:
             InvariantError: a part goes on with a sequence that is not in its slot.
         """
+        if plan.is_told:
+            return []
         left = [self._sequences.pop(slot) for slot in plan.freed_slots if slot in self._sequences]
         written: list[tuple[int, int, int]] = []  # slot, then which entries of its table: [begin, end)
         for part in plan.parts:

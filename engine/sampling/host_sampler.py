@@ -48,13 +48,13 @@ class HostSampler:
         shaped = self._shape_rows(logits, rows, errors)
         chosen = self._choose(logits, shaped, rows, errors)
         logprobs = _logprobs(logits, rows, chosen)
-        self._chosen.update((rows[index].seq_id, token_id) for index, token_id in chosen.items())
         outcomes = [
             errors[index] if index in errors else Sampled(chosen[index], logprobs.get(index))
             for index in range(len(rows))
         ]
-        token_ids = torch.tensor([chosen.get(index, 0) for index in range(len(rows))], dtype=torch.int64)
-        return LaunchedSamples(token_ids, lambda: outcomes)
+        token_ids = [chosen.get(index, 0) for index in range(len(rows))]
+        self._chosen.update(zip((row.seq_id for row in rows), token_ids, strict=True))
+        return LaunchedSamples(torch.tensor(token_ids, dtype=torch.int64), lambda: outcomes)
 
     def _shape_rows(self, logits: Tensor, rows: Sequence[SamplingRow], errors: dict[int, KvrayError]) -> list[Tensor]:
         """Return the rows to choose from, each [vocab_size]: views of `logits`, copies where something is changed.

@@ -396,6 +396,8 @@ class StepPlan:
     parts: tuple[SequenceStep, ...]
     freed_slots: tuple[int, ...] = ()  #: left by their sequences since the last plan, before `parts` begin in any
     is_suspect: bool = False  #: its only part may end the process: whoever asked has to know by then
+    #: a part of a plan that did not fit: the slots were told of it then
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

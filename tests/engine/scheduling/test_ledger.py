@@ -195,6 +195,18 @@ def test_who_finds_no_room_among_its_juniors_keeps_what_it_has_and_costs_nobody_
     bench.ledger.check_invariants()
 
 
+def test_whether_room_would_be_taken_from_others_is_known_before_and_takes_nothing():
+    bench = LedgerBench(num_blocks=5)
+    senior, junior = bench.running("s", 16), bench.running("j", 8)
+    assert bench.ledger.reserve(senior, 8)
+    assert bench.ledger.reserve(junior, 8)
+    would_take = [bench.ledger.would_take(senior, end) for end in (8, 12, 13)]
+    assert would_take == [False, False, True]
+    assert not bench.ledger.would_take(junior, 16), "it could not either way"
+    assert (len(senior.block_table), len(junior.block_table), bench.pool.num_free) == (2, 2, 1)
+    assert bench.ledger.num_preemptions == 0
+
+
 def test_blocks_that_came_to_be_held_since_admission_are_taken(bench):
     seq = bench.running("a", PROMPT)
     bench.hold(PROMPT)

@@ -9,17 +9,19 @@ from engine.scheduling.plan import SequenceSpec
 from engine.scheduling.sequence import Phase, RemotePull, Sequence
 from kvcache.locations import BlockLocation, pack_locations, unpack_locations
 from kvcache.names import BlockNamer, block_names, pack_tokens, split_names
-from messages.request import SamplingParams
+from messages.request import Grammar, SamplingParams
 
 
-def sequence(
-    num_prompt: int, num_generated: int = 0, *, order: int = 0, prompt_logprobs: int | None = None, **fields: object
-) -> Sequence:
+def sequence(num_prompt: int, num_generated: int = 0, *, order: int = 0, **fields: object) -> Sequence:
+    params = {
+        "max_tokens": 9,
+        **{name: fields.pop(name) for name in SamplingParams.__struct_fields__ if name in fields},
+    }
     spec = SequenceSpec(
         seq_id="s",
         token_ids=list(range(num_prompt + num_generated)),
         num_prompt_tokens=num_prompt,
-        params=SamplingParams(max_tokens=9, prompt_logprobs=prompt_logprobs),
+        params=SamplingParams(**params),  # type: ignore[arg-type]
         **fields,  # type: ignore[arg-type]
     )
     return Sequence(spec, order=order, namer=BlockNamer(b"model", b"", 4), block_size=4)
@@ -76,6 +78,38 @@ def test_it_decodes_when_only_its_last_generated_tokens_kv_is_missing(
     seq = sequence(num_prompt, num_generated)
     seq.num_computed = num_computed
     assert seq.is_decoding is is_decoding
+
+
+def test_while_steps_run_with_it_the_next_one_goes_on_behind_the_last_of_them():
+    seq = sequence(5)
+    assert (seq.is_in_step, seq.next_start, seq.num_expected_tokens, seq.will_decode) == (False, 0, 5, False)
+    seq.num_steps, seq.num_awaited, seq.planned_end = 1, 1, 5
+    assert (seq.is_in_step, seq.next_start, seq.num_expected_tokens, seq.will_decode) == (True, 5, 6, True)
+    seq.num_steps, seq.num_awaited, seq.planned_end = 2, 2, 6
+    assert (seq.next_start, seq.num_expected_tokens, seq.will_decode) == (6, 7, True)
+
+
+@pytest.mark.parametrize(("is_kept", "max_model_len", "most"), [(False, 99, 9), (False, 8, 8), (True, 99, 6)])
+def test_it_is_known_by_how_many_tokens_it_is_at_its_end(is_kept, max_model_len, most):
+    seq = sequence(5, max_tokens=4, is_kept=is_kept)
+    assert [seq.is_at_length(max_model_len, n) for n in (most - 1, most, most + 1)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "must_be_known"),
+    [
+        ({}, False),
+        ({"repetition_penalty": 1.2, "logprobs": 1}, False),
+        ({"prompt_logprobs": 0}, True),
+        ({"grammar": Grammar(kind="regex", spec="a")}, True),
+    ],
+)
+def test_what_follows_a_token_is_planned_before_it_is_known_unless_it_depends_on_it_here(fields, must_be_known):
+    seq = sequence(5, **fields)
+    seq.num_steps, seq.planned_end = 1, 4
+    assert not seq.must_be_known, "all that it computes with is known"
+    seq.num_awaited, seq.planned_end = 1, 5
+    assert seq.must_be_known is must_be_known
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,51 @@ def test_a_short_prompt_does_not_wait_for_a_chunk_of_each_long_one():
     assert len(set(turns)) == 3
 
 
+# --------------------------------------------------------------------------------------------------------------- ahead
+
+
+def begin(seq: Sequence, part: SequenceStep) -> None:
+    """The step with this part runs."""
+    seq.num_steps, seq.num_awaited, seq.planned_end = 1, int(part.is_sampled), part.end
+
+
+def test_a_step_ahead_goes_on_where_the_one_that_runs_will_have_ended():
+    bench = Planner(max_tokens=12)
+    decoding, prompt = bench.decoding("d", 3), bench.running("p", 19)
+    for part, seq in bench.planner.plan():
+        begin(seq, part)
+    ahead = [(part.seq_id, part.start, part.end, part.awaits_token) for part, _ in bench.planner.plan_ahead(200)]
+    assert ahead == [("d", 4, 5, True), ("p", 8, 16, False)]
+    assert (decoding.num_computed, prompt.num_computed) == (3, 0), "nothing of it has ended"
+
+
+def test_blocks_that_others_wrote_meanwhile_are_not_put_under_a_running_step():
+    bench = Planner(max_tokens=8)
+    prompt = list(range(100, 119))
+    seq = bench.running("a", prompt)
+    [(part, _)] = bench.planner.plan()
+    begin(seq, part)
+    bench.hold(prompt[:12])
+    [(part, _)] = bench.planner.plan_ahead(200)
+    assert (part.start, part.end) == (8, 16)
+
+
+@pytest.mark.parametrize("is_chunk", [False, True])
+def test_a_step_ahead_that_is_given_up_for_want_of_room_counts_for_nobody(is_chunk):
+    bench = Planner(num_blocks=4, max_tokens=8)
+    senior = bench.running("s", 16) if is_chunk else bench.decoding("s", 7)
+    junior = bench.decoding("j", 6, priority=1)  # of four blocks each has two then
+    [*_, (part, _)] = [(part, seq) for part, seq in bench.planner.plan() if seq is senior]
+    begin(senior, part)
+    told = senior.slot.num_told_tokens, senior.slot.num_told_blocks, junior.slot.num_told_tokens
+    turn = bench.planner._was_shorts_turn
+    senior.num_passed_over = 3
+    assert bench.planner.plan_ahead(200) == []
+    assert (senior.slot.num_told_tokens, senior.slot.num_told_blocks, junior.slot.num_told_tokens) == told
+    assert (senior.num_passed_over, bench.planner._was_shorts_turn) == (3, turn)
+    assert junior.phase is Phase.RUNNING
+
+
 # -------------------------------------------------------------------------------------------------------------- chunks
 
 
