@@ -83,7 +83,7 @@ class ShmTransport:
     is_direct = True
 
     def __init__(self) -> None:
-        self._registered: dict[bytes, Memory] = {}  # nonce -> own memory
+        self._registered: dict[bytes, tuple[RegionMemory, Memory]] = {}  # nonce -> own memory, what tells of it
         self._opened: dict[bytes, MappedRegion] = {}  # nonce -> a peer's
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="shm-pull")
         self._jobs: set[_CopyJob] = set()
@@ -109,7 +109,7 @@ class ShmTransport:
             of_device = cast(DeviceRegionMemory, memory)
             exported, published = of_device.export(), of_device.header
         published.publish()
-        self._registered[memory.nonce] = published
+        self._registered[memory.nonce] = memory, published
         handle = _Handle(_node_identity(), os.getpid(), published.fd, exported)
         return RegionInfo(
             road=self.road, handle=msgspec.msgpack.encode(handle), num_bytes=memory.num_bytes, nonce=memory.nonce
@@ -157,8 +157,8 @@ class ShmTransport:
     def close(self) -> None:
         """Withdraw what was registered and unmap what was opened. Pulls under way end with TransferError."""
         self._is_closed = True
-        for memory in self._registered.values():
-            memory.withdraw()
+        for _, published in self._registered.values():
+            published.withdraw()
         self._registered.clear()
         self._opened.clear()
         for job in self._jobs:

@@ -69,6 +69,14 @@ class DeviceCopies:
         self._check_lock = threading.Lock()
         self._out = _Direction(device, rows.shape[1])
         self._in = _Direction(device, rows.shape[1])
+        self._try_all()
+
+    def _try_all(self) -> None:
+        """Do once, without a change, all that compiles or uploads something when it is done first: no step waits."""
+        self.checksums([0])
+        self._in.gather(self._rows, np.zeros(1, np.int64))
+        self._in.scatter(self._rows, np.zeros(1, np.int64))
+        self._in.settle()
 
     # ---------------------------------------------------------------------------------------------- the steps' thread
 

@@ -153,7 +153,9 @@ def allocate_pool(num_bytes: int, device: torch.device) -> torch.Tensor:
     allocation = PoolAllocation(num_bytes, cuda_driver())
     allocation.check_export()
     pool: torch.Tensor = torch.as_tensor(allocation, device=device)
-    return pool.zero_()
+    pool.zero_()
+    torch.cuda.synchronize(device)  # other streams than this one will use it
+    return pool
 
 
 class PeerAllocation:

@@ -40,3 +40,7 @@ def test_two_processes_on_a_gpu_run_dry():
 def test_restoring_on_a_gpu_runs_dry(tmp_path):
     printed = dry("restore.py", "--disk-dir", str(tmp_path))
     assert printed.endswith("dry run: the same tokens from host memory and from disk\n")
+
+
+def test_blocks_between_devices_and_the_host_run_dry():
+    assert dry("transfer.py").endswith("dry run: every block came whole\n")

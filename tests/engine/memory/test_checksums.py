@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import engine.memory.checksums
 from engine.memory.checksums import BlockChecksums
+from engine.memory.copies import DeviceCopies
 from engine.memory.kv_pool import KvPool, LayerSpec
 from kvcache.pool import BlockPool
+from tests.engine.fake_device import FakeDevice
 from transport.checksum import checksum
 
 NUM_BLOCKS = 6
@@ -108,3 +111,62 @@ def test_a_generation_of_zero_is_not_taken_for_a_known_one():
     kv = KvPool(SPECS, 4, torch.float32, "cpu", num_blocks=1)
     sums = BlockChecksums(BlockPool(1, 4, first_generation=0), kv)
     assert sums.published([0]).tolist() == [checksum(bytes(kv.block_bytes))]
+
+
+# ------------------------------------------------------------------------------------------------- of a device's blocks
+
+
+class DevicePools(Pools):
+    """The same pool on a fake device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = FakeDevice()
+        self.checksums = BlockChecksums(self.pool, self.kv, DeviceCopies(self.device, self.bytes))
+
+    def step(self, *kept: int) -> None:
+        """A step is launched that writes its number to the blocks `kept`, which peers will read."""
+        for block_id in kept:
+            self.device.steps.run(lambda block_id=block_id: self.bytes[block_id].fill_(100 + block_id))
+        self.checksums.launched(kept)
+
+
+def test_what_a_device_is_still_to_write_has_the_checksum_of_what_it_writes():
+    pools = DevicePools()
+    pools.pool.allocate(NUM_BLOCKS)
+    pools.step(1, 3)
+    pools.step(2)
+    assert pools.device.steps.num_waiting == 3  # nobody waited
+    assert pools.checksums.known(3) is None
+    wanted = [checksum(bytes([100 + block_id]) * pools.kv.block_bytes) for block_id in (3, 2, 1)]
+    assert pools.checksums.published([3, 2, 1]).tolist() == wanted
+    assert pools.checksums.known(3) == wanted[0]
+
+
+def test_checksums_that_nobody_asks_for_are_taken_in_after_a_while():
+    pools = DevicePools()
+    pools.pool.allocate(NUM_BLOCKS)
+    for _ in range(engine.memory.checksums._MAX_PENDING + 1):
+        pools.step(1)
+        pools.checksums.finished()
+    assert pools.checksums.known(1) == checksum(bytes([101]) * pools.kv.block_bytes)
+
+
+def test_steps_that_have_ended_are_done_when_they_were_waited_for():
+    pools = DevicePools()
+    assert pools.checksums.are_steps_done()
+    pools.step(1)
+    assert pools.checksums.are_steps_done()  # it has not ended: who has its blocks knows
+    pools.checksums.finished()
+    assert not pools.checksums.are_steps_done()
+    pools.checksums.await_steps()
+    assert pools.checksums.are_steps_done()
+    assert pools.device.steps.num_waiting == 0
+
+
+def test_a_devices_blocks_are_computed_where_nothing_was_begun():
+    pools = DevicePools()
+    assert pools.checksums.published([4, 0]).tolist() == [checksum(pools.row(4)), checksum(pools.row(0))]
+    target = bytearray(pools.kv.block_bytes)
+    assert pools.checksums.copy_out([4], memoryview(target), [0]) == [checksum(pools.row(4))]
+    assert bytes(target) == pools.row(4)
