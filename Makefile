@@ -7,6 +7,8 @@ COMPAT := build/compat
 BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 # torch's CPU build, libgomp and friends spin while they wait; with several workers on a laptop that only costs.
 export OMP_WAIT_POLICY ?= PASSIVE
+# A cluster is a dozen processes: each would compile all of kvray anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: ab browser chaos compat peers prometheus help serve demo test test-fast test-long check format graph bench kernels clean

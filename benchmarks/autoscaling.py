@@ -41,7 +41,7 @@ CGROUPS = Path("/sys/fs/cgroup/cpu")
 TTFT_S, ITL_MS = 2.0, 250.0
 PROMPT_S = 0.5  #: that a prompt takes alone
 BUSY = 0.55  #: of one prefill worker, before the load triples
-NUM_SEQS, ROWS = 6, 2.0  #: slots of a decode worker, and the sequences in them before the load triples
+NUM_SEQS, ROWS = 6, 1.5  #: slots of a decode worker, and the sequences in them before the load triples
 FACTOR = 3
 PATH = "/v1/completions"
 KINDS = {"prefill": "Prefill", "decode": "Decode"}
@@ -161,11 +161,12 @@ async def fitting_load(served: Served, size: int) -> tuple[int, int, float]:
         came = await ask(served.url, prompt, 24, 0.0, aside)
     prompt_tokens = max(128, min(3000, int(num_tokens * PROMPT_S / came[0])))
     (prompt,) = draw_prompts(2, 1, prompt_tokens, size)
-    came = await ask(served.url, prompt, 32, 0.0, aside)
+    came = await ask(served.url, prompt, 1, 0.0, aside)
+    per_s = BUSY / came[0]
+    both = await asyncio.gather(*(ask(served.url, short, 96, 0.0, aside) for short in draw_prompts(3, 2, 64, size)))
     if aside.failed:
         raise RuntimeError(f"the calm server failed: {aside.failed}")
-    per_s = BUSY / came[0]
-    step_s = (came[-1] - came[0]) / 31
+    step_s = max((came[-1] - came[32]) / 63 for came in both)  # with two rows: a step takes longer with more of them
     return prompt_tokens, max(16, min(1000, int(ROWS / per_s / step_s))), per_s
 
 

@@ -52,7 +52,7 @@ from transport.channel import ChannelConfig
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {"Decode": "decode", "Prefill": "prefill"}  #: by deployment
-_LAST_SPANS_S = 0.5  #: for spans that still wait when an ingress ends
+_LAST_SPANS_S = 2.0  #: for spans that still wait when an ingress ends
 _FLEET_TIMEOUT_S = 600.0  #: for the first decode worker: a large model loads for minutes
 
 

@@ -56,6 +56,7 @@ def test_the_page_names_files_that_exist():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.slow
 def test_a_router_starts_without_torch_and_at_once():
     assert not imported_by("import kvrouter.router") & {"torch", "transformers", "ray", "numpy.distutils"}
     timed = "import time; import kvrouter.router; print(time.process_time())"
@@ -81,6 +82,7 @@ def environment_readers(tree: ast.AST) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_only_the_configuration_reads_the_environment():
     found = {name: environment_readers(ast.parse((ROOT / name).read_text())) for name in NAMES}
     # The cache's place is the desktop's convention, and the build is a command of its own (`make kernels`).
@@ -106,6 +108,7 @@ def test_no_file_is_longer_than_a_person_reads():
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
+@pytest.mark.slow
 def test_every_mask_of_a_checker_names_what_it_masks():
     """`noqa` and `type: ignore` carry a code."""
     bare = []

@@ -74,6 +74,7 @@ def complaint(command: str) -> str:
     return f"there is no {missing[0]}" if missing else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "command"), COMMANDS)
 def test_a_command_and_its_flags_are_there(where, command):
     assert complaint(command) == "", where

@@ -35,6 +35,7 @@ async def cache():
     await supervisor.close()
 
 
+@pytest.mark.slow
 async def test_blocks_are_read_in_place_and_stay_as_long_as_they_are_leased(cache):
     address, client, _ = cache
     names = names_of(range(6))

@@ -91,6 +91,7 @@ def test_a_lying_server_is_counted_and_said_in_a_line():
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_meanwhile_is_counted_and_said():
     with serving(dies_after=3) as server:
         result = bench("--url", server.url, *SMALL, "--max-concurrency", "1", "--json")

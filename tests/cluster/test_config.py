@@ -321,6 +321,7 @@ def test_flags_do_not_hide_a_section_of_the_wrong_shape(tmp_path):
         load_config(path, {"http": {"port": 9001}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -22,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.config import ConnectionsConfig
 from cluster.connections import Connections
 
+pytestmark = pytest.mark.slow  # clients that wait are waited for
+
 #: As cluster/ingress.py runs it; argv: the limits, how long an answer's token takes, how many it has, what may be
 #: tokenized, which event loop.
 SERVER = """

@@ -91,6 +91,7 @@ def explain(*arguments: str, status: int = 200, body: bytes | None = None):
         return CliRunner().invoke(cli.app, ["explain", "a/b:c", "--url", url, *arguments])
 
 
+@pytest.mark.slow
 def test_people_get_tables_and_the_sentences():
     shown = explain()
     assert shown.exit_code == 0, shown.output
@@ -106,6 +107,7 @@ def test_people_get_tables_and_the_sentences():
     assert lines[-2:] == ["One sentence.", "Another one."]
 
 
+@pytest.mark.slow
 def test_scripts_get_the_whole_document():
     assert json.loads(explain("--json").output) == json.loads(msgspec.json.encode(REPLY))
 

@@ -48,6 +48,7 @@ def acceptor(listener: SharedListener) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_connection_waits_while_its_acceptor_is_replaced(listener, address):
     with pytest.raises(ConnectionRefusedError):  # nobody is ready yet
         socket.create_connection(address)
@@ -57,6 +58,7 @@ def test_a_connection_waits_while_its_acceptor_is_replaced(listener, address):
         assert int(connection.recv(100)) == second.pid
 
 
+@pytest.mark.slow
 def test_two_acceptors_share_the_port(listener, address):
     with acceptor(listener) as first, acceptor(listener) as second:
         pids = set()

@@ -108,6 +108,7 @@ def test_without_a_home_nothing_is_converted(gguf, monkeypatch):
         asked(gguf)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_converted_once_and_mended_when_it_is_damaged(gguf, cache, tmp_path):
     directory, said = asked(gguf)
     assert (directory.name, directory.parent.parent) == ("tiny", cache)

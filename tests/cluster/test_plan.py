@@ -53,6 +53,7 @@ def test_json_says_how_many_and_what_pays(trace):
     assert told["disk_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_tighter_targets_want_more_workers(trace):
     loose = json.loads(planned(trace, "--ttft", 5, "--itl", 50, *WORKER, "--json"))
     tight = json.loads(planned(trace, "--ttft", 0.6, "--itl", 8.15, *WORKER, "--json"))

@@ -140,6 +140,7 @@ def damage(path: Path, whole: bytes, wanted: list, seed: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_an_altered_byte_is_refused_wherever_it_matters(path):
     whole, wanted = path.read_bytes(), read(path)
     assert sum(damage(path, whole, wanted, seed) for seed in range(200)) > 100

@@ -349,7 +349,7 @@ class RequestTableMachine(RuleBasedStateMachine):
             assert self.router.stats()["kvray_router_reservations"] == 0
 
 
-TestRequestTableMachine = RequestTableMachine.TestCase
+TestRequestTableMachine = pytest.mark.slow(RequestTableMachine.TestCase)
 TestRequestTableMachine.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 
 

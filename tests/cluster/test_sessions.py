@@ -67,6 +67,7 @@ def test_what_a_killed_keeper_left_is_cleaned_and_what_another_uses_is_not(left,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_command_line_that_starts_another_ray_leaves_the_lost_one_to_be_looked_at(left, tmp_path):
     directory = left(1)
     code = "import sys; from pathlib import Path; from cluster.sessions import clean_former as clean"

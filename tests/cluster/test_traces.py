@@ -155,6 +155,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         read_trace(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_real_traces_are_what_their_makers_say():
     talks = read_trace(mooncake())
     asked = [one.requests[0] for one in talks.sessions]

@@ -73,6 +73,7 @@ def test_who_starts_slowly_is_left_alone(watched):
         watched.wait(15)
 
 
+@pytest.mark.slow
 def test_a_warden_ends_with_whom_it_watches(watched):
     warden = warden_of(watched)
     watched.stdin.close()

@@ -302,6 +302,7 @@ async def test_of_too_many_with_hints_the_oldest_go(world):
     assert world.worker.offloader.num_dropped == 2
 
 
+@pytest.mark.slow
 async def test_a_cache_that_is_killed_under_a_copy_leaves_nothing_pinned_and_its_successor_is_written_to(supervised):
     world, supervisor = supervised
     world.worker.commit(1, 2, 3)

@@ -86,6 +86,7 @@ def test_a_team_that_grew_in_vain_waits_longer_each_time():
     assert team.may_grow(now_s + 0.11)
 
 
+@pytest.mark.slow
 def test_beside_processes_that_take_all_cores_one_thread_computes(tmp_path):
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
     try:

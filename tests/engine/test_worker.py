@@ -231,6 +231,7 @@ async def test_what_others_keep_is_marked_until_whoever_says_so_begins_anew(sett
     assert pool.num_dispensable == num_dispensable
 
 
+@pytest.mark.slow
 async def test_what_another_holds_is_taken_in_and_let_go_of_there(model_dir):
     async with running(model_dir) as owner, running(model_dir) as taker:
         await owner.run("a", 10)

@@ -626,6 +626,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
 
 
+@pytest.mark.slow
 class TestPoolMachine(PoolMachine.TestCase):
     settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 

@@ -71,6 +71,7 @@ def test_what_changes_at_once_comes_in_pieces_too(subscribers, sent):
     assert b"".join(message.removed for message in messages) == removed
 
 
+@pytest.mark.slow
 def test_however_many_names_there_are_a_channel_can_queue_the_pieces(subscribers, sent):
     names = bytes(16 * 12_000_000)
     subscribers.add(b"r", [("host", b"a" * 16), ("remote", names)])

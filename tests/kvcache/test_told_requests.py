@@ -1,5 +1,6 @@
 """What subscribers are told of a worker's requests adds up to what it has, whoever subscribes when."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ def test_a_request_that_came_and_went_between_two_reports_is_told_once():
     assert told.told(load("d"), (), ()).ended_ids == ("b",)
 
 
+@pytest.mark.slow
 @given(st.lists(ids, max_size=8), st.integers(0, 8))
 def test_whoever_listens_knows_what_the_worker_has(steps, begin):
     told, state = ToldRequests(), WorkerState(info("d"))

@@ -139,6 +139,7 @@ def test_torn_names_are_refused_whole(make, field):
     assert len(index) == 0
 
 
+@pytest.mark.slow
 @both
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=70),
@@ -158,6 +159,7 @@ def test_galloping_agrees_with_walking(make, lengths, num_names):
     assert [run.end for run in runs] == ends
 
 
+@pytest.mark.slow
 @both
 @given(held=st.lists(st.sets(st.integers(0, 40)), min_size=1, max_size=5))
 def test_runs_of_gappy_holdings_follow_each_other_and_are_right_at_both_their_ends(make, held):
@@ -176,6 +178,7 @@ def test_runs_of_gappy_holdings_follow_each_other_and_are_right_at_both_their_en
         assert before.holders != after.holders
 
 
+@pytest.mark.slow
 @both
 def test_a_table_grows_and_shrinks_with_what_is_held(make):
     index = make()
@@ -246,7 +249,7 @@ class IndexMachine(RuleBasedStateMachine):
                 assert [set(found.holders) for found in index.runs(first)] == ([expected] if expected else [])
 
 
-TestIndexMachine = IndexMachine.TestCase
+TestIndexMachine = pytest.mark.slow(IndexMachine.TestCase)
 TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 

@@ -224,6 +224,7 @@ class CompiledKeepersMachine(KeepersMachine):
     make = staticmethod(compiled)
 
 
-TestPlainKeepers, TestCompiledKeepers = KeepersMachine.TestCase, CompiledKeepersMachine.TestCase
+TestPlainKeepers = pytest.mark.slow(KeepersMachine.TestCase)
+TestCompiledKeepers = pytest.mark.slow(CompiledKeepersMachine.TestCase)
 TestPlainKeepers.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestCompiledKeepers.settings = TestPlainKeepers.settings

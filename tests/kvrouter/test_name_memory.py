@@ -1,5 +1,6 @@
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,6 +111,7 @@ def test_missing_says_why_from_the_first_block_that_nobody_holds_on():
     assert memory.missing(b"", 0) == ()
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 3))
 def test_missing_covers_the_prompt_and_finds_every_border_where_no_state_comes_twice(lengths, begin):
     memory = Memory()

@@ -1,6 +1,7 @@
 """The choice over arrays is the one that the plain definition gives, over random fleets."""
 
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +77,7 @@ def prompt_runs(draw, infos):
     ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink])
 @given(st.data())
 def test_the_placement_is_that_of_the_plain_definition(data):

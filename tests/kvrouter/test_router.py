@@ -494,6 +494,7 @@ def test_the_first_requests_that_end_tell_most_of_how_long_they_take():
     assert fleet.router.explain(request())[0].wait_s == pytest.approx((10.0 + 9 * 1.0) / 10)
 
 
+@pytest.mark.slow
 def test_router_is_light_to_import():
     program = (
         "import sys, time; started = time.process_time(); import kvrouter.router; "
@@ -581,6 +582,7 @@ def test_a_snapshot_is_no_sign_of_use():
     assert told == [spare("d0", names(0, 2))]  # d1, which is larger, goes on
 
 
+@pytest.mark.slow
 def test_a_worker_that_the_index_has_no_room_for_is_told_of_and_listened_to_once_there_is(monkeypatch, caplog):
     index = compiled()
     for number in range(2**16 - 1):
@@ -752,7 +754,7 @@ class RouterMachine(RuleBasedStateMachine):
         assert self.router.stats()["kvray_router_requests"] == 0
 
 
-TestRouterMachine = RouterMachine.TestCase
+TestRouterMachine = pytest.mark.slow(RouterMachine.TestCase)
 TestRouterMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 

@@ -25,6 +25,7 @@ def in_order(documents):
     return sorted(documents, key=lambda document: (document["kind"], document["metadata"]["name"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OVERLAYS, "monitoring"])
 def test_kustomize_makes_the_same_objects(name):
     done = subprocess.run([*the_real_one(), str(MANIFESTS / name)], capture_output=True, text=True)
@@ -43,6 +44,7 @@ def test_kustomize_takes_the_component(name, tmp_path):
     assert in_order(yaml.safe_load_all(done.stdout)) == in_order(build(overlay.parent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(MANIFESTS.rglob("kustomization.yaml")), ids=str)
 def test_a_misspelt_key_of_a_kustomization_is_refused(path, tmp_path):
     content = yaml.safe_load(path.read_text())

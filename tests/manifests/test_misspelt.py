@@ -44,10 +44,12 @@ def test_every_key_of_the_base():
     assert survivors(built("base"), []) == []
 
 
+@pytest.mark.slow
 def test_every_key_of_what_is_for_prometheus():
     assert survivors(built("monitoring"), built("base")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OVERLAYS[1:], *COMPONENTS])
 def test_some_keys_of(name):
     assert survivors(built(name), [], random.Random(name)) == []

@@ -380,7 +380,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
-TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine = pytest.mark.slow(CacheMachine.TestCase)
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, **_SETTINGS)
 
 

@@ -62,6 +62,7 @@ def test_blocks_are_read_out_of_either_tier_in_the_order_wanted():
     assert world.pool.num_used == 0
 
 
+@pytest.mark.slow
 def test_no_more_than_a_piece_is_read_out():
     count = PIECE_BYTES // BLOCK_BYTES
     world = World(64, names_of(range(count + 5)))

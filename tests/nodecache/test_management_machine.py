@@ -109,7 +109,7 @@ class ManagedMachine(CacheMachine):
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
-TestManagedMachine = ManagedMachine.TestCase
+TestManagedMachine = pytest.mark.slow(ManagedMachine.TestCase)
 TestManagedMachine.settings = settings(max_examples=60, stateful_step_count=40, **_SETTINGS)
 
 

@@ -309,6 +309,7 @@ def test_what_is_given_back_quarantined_or_dropped_counts_no_more():
     pool.check_invariants()
 
 
+@pytest.mark.slow
 def test_a_successor_counts_what_it_finds_and_drops_what_is_above_a_smaller_quota():
     pool = pool_with(10, {MINE: 6})
     names, others = names_of(range(6), "mine"), names_of(range(3), "others")

@@ -153,6 +153,7 @@ async def test_two_writers_of_one_block_get_room_once_and_two_readers_lease_it_t
     assert pool.num_used == 0
 
 
+@pytest.mark.slow
 async def test_a_lost_asker_holds_nothing_and_a_lost_writer_gives_its_room_back_later(served):
     made = served(8, quarantine_s=0.2)
     keeper, lost = await made.open(), await made.open()
@@ -169,6 +170,7 @@ async def test_a_lost_asker_holds_nothing_and_a_lost_writer_gives_its_room_back_
     assert len(await keeper.write(names_of(range(10, 14)))) == 4
 
 
+@pytest.mark.slow
 async def test_leases_end_and_late_words_about_ended_grants_are_ignored(served):
     made = served(8, lease_s=0.2, quarantine_s=0.1)
     client = await made.open()
@@ -226,6 +228,7 @@ async def test_the_tail_comes_first_where_it_is_wanted_first(served):
     assert [location.index for location in each_location(handoff.blocks)] == [5, 4, 3, 2]
 
 
+@pytest.mark.slow
 async def test_a_store_that_fails_or_damages_costs_its_blocks_and_nothing_else(served):
     store = LoopbackStore(1000, checksum)
     made = served(8, {"disk": store})
@@ -296,6 +299,7 @@ async def test_the_answer_to_nothing_is_nothing(served):
     assert (await client.stats())["kvray_leases"] == 0
 
 
+@pytest.mark.slow
 async def test_a_prompt_of_a_million_tokens_is_looked_up_in_one_answer(served):
     store = LoopbackStore(10, checksum)
     made = served(64, {"disk": store})
@@ -307,6 +311,7 @@ async def test_a_prompt_of_a_million_tokens_is_looked_up_in_one_answer(served):
     assert (await client.stats())["kvray_cache_missed_total"] == len(names) - 32
 
 
+@pytest.mark.slow
 def test_the_process_is_imported_at_once_and_without_torch_or_ray():
     code = (
         "import sys, time; import nodecache.process; print(time.process_time());"

@@ -77,6 +77,7 @@ async def world():
         yield make
 
 
+@pytest.mark.slow
 async def test_a_killed_process_is_followed_by_one_that_has_its_blocks(world):
     made = await world()
     client = await made.open()
@@ -169,6 +170,7 @@ async def test_an_arena_that_is_too_large_is_a_config_error_that_says_how_much_t
     assert supervisor.pid is None
 
 
+@pytest.mark.slow
 async def test_what_the_process_cannot_start_with_is_a_config_error_here():
     options = msgspec.structs.replace(options_of(16), host="1.2.3.4")
     supervisor = Supervisor(options, ClusterSecret.generate())
@@ -177,6 +179,7 @@ async def test_what_the_process_cannot_start_with_is_a_config_error_here():
     assert supervisor.pid is None
 
 
+@pytest.mark.slow
 async def test_closed_in_order_it_leaves_nothing(world):
     made = await world()
     pid = made.supervisor.pid
@@ -201,6 +204,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_it_ends_with_its_supervisor_and_shows_its_secret_to_nobody():
     secret = ClusterSecret.generate().hex()
     start = Start(options=options_of(16), secret=secret, arena_fd=0)
@@ -224,6 +228,7 @@ def _has_ended(pidfd: int, timeout_s: float) -> bool:
     return bool(select.select([pidfd], [], [], timeout_s)[0])
 
 
+@pytest.mark.slow
 def test_the_process_alone_says_what_it_was_started_wrongly_with(tmp_path):
     with (tmp_path / "no arena").open("wb") as file:
         start = Start(options=options_of(16), secret=ClusterSecret.generate().hex(), arena_fd=file.fileno())

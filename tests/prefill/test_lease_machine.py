@@ -190,6 +190,7 @@ class LeaseMachine(RuleBasedStateMachine):
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 class TestLeaseMachine(LeaseMachine.TestCase):
     settings = settings(max_examples=40, stateful_step_count=50, derandomize=True, **_SETTINGS)
 

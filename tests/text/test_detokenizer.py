@@ -98,6 +98,7 @@ def continued(tokenizer: Tokenizer, prompt: list[int], output: list[int], *, ski
     return prompt_text(tokenizer, prompt, context, skip_special_tokens=skip), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(texts, min_size=1, max_size=3), place=st.floats(0, 1), skip=st.booleans())
@@ -110,6 +111,7 @@ def test_a_prompts_text_and_its_outputs_are_the_decoding_of_both(kind, texts, pl
     assert prompt + output == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"byte_level", "word_suffix", "no_decoder"}))
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), skip=st.booleans())

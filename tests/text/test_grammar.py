@@ -98,6 +98,7 @@ def test_a_lark_grammar_is_followed():
     assert walk(Grammar(kind="lark", spec='start: "ab" ("," "ab")*'), 0) == "ab"
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=1, max_size=4))
 def test_every_choice_can_be_written_and_nothing_else(choices):

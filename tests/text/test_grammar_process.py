@@ -38,6 +38,7 @@ def process() -> Callable[..., GrammarProcess]:
     return make
 
 
+@pytest.mark.slow
 def test_good_and_bad_grammars_are_told_apart_by_one_process(process):
     checks = process()
     written = checks.check(HARMLESS)
@@ -48,6 +49,7 @@ def test_good_and_bad_grammars_are_told_apart_by_one_process(process):
     assert checks.check(written) == written
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_refused_and_the_next_one_is_checked(process):
     checks = process(cpu_s=0.001)
     for _ in range(2):
@@ -55,6 +57,7 @@ def test_what_takes_too_long_is_refused_and_the_next_one_is_checked(process):
             checks.check(plain(500))
 
 
+@pytest.mark.slow
 def test_what_takes_too_much_memory_is_refused(process):
     with pytest.raises(RequestError, match=r"^compiling it takes more than 0 MiB, want a simpler one$"):
         process(memory_bytes=0).check(plain(500))

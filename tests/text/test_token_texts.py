@@ -26,6 +26,7 @@ def told(tokenizer: Tokenizer, prompt: list[int], ids: list[int], *, skip: bool)
     return text + detokenizer.flush(), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=80, deadline=None)
 @given(texts=st.lists(texts, min_size=1, max_size=3), place=st.floats(0, 1), skip=st.booleans())

@@ -180,6 +180,7 @@ def test_a_broken_directory_is_one_line(tmp_path, name, content, message):
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_transformers_is_imported():
     code = (
         "import sys, text.tokenizer, text.grammar, text.stops;"

@@ -413,6 +413,7 @@ async def test_killed_client_is_noticed_in_well_under_a_second(opened, spawn):
     assert server.lost == [server.messages[0][0]]
 
 
+@pytest.mark.slow
 async def test_stopped_server_is_noticed_by_its_silence(opened, spawn):
     process = spawn(SERVER_PROCESS)
     client = opened(Client(process.stdout.readline().strip(), config=FAST))

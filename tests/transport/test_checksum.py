@@ -214,6 +214,7 @@ def test_progress_is_seen_and_stops_end_a_long_copy_with_what_is_whole(used):
     assert len(values) == watch.num_bytes // len(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_bytes", [64 << 10, 2 << 20])  # through the caches, and past them
 def test_of_a_source_that_is_written_meanwhile_the_checksum_is_that_of_what_lies_in_the_target(used, block_bytes):
     source, target = bytearray(random_bytes(block_bytes)), bytearray(block_bytes)
@@ -281,6 +282,7 @@ def damaged(draw) -> tuple[bytes, bytes]:
     return bytes(block), bytes(found)
 
 
+@pytest.mark.slow
 @given(damaged())
 @settings(max_examples=2000, deadline=None)
 def test_every_kind_of_damage_is_noticed(pair):
@@ -331,6 +333,7 @@ def test_a_flipped_bit_flips_each_bit_of_the_checksum_in_half_of_the_cases(kind)
     assert np.abs(counts / num_flips - 0.5).max() < 0.05  # more than 5 standard deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0, 20, 40])
 def test_blocks_that_differ_in_two_bits_share_24_bits_as_seldom_as_random_numbers(shift):
     block = structured("zeros", 512)

@@ -44,6 +44,7 @@ def test_a_library_is_compiled_once(library):
     assert answer(path) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_other_sources_and_other_flags_are_another_library(library):
     first = library.build()

@@ -186,6 +186,7 @@ def test_close_frees_the_kernels_memory_once_no_view_is_left():
         os.fstat(fd)
 
 
+@pytest.mark.slow
 def test_nothing_remains_after_a_process_was_killed():
     def shared_bytes():
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -238,6 +238,7 @@ async def test_a_road_that_others_kept_busy_is_not_blamed(setting, monkeypatch):
     assert await setting.pull() == "a"  # without a probe
 
 
+@pytest.mark.slow
 async def test_a_probe_that_fails_in_whatever_way_leaves_the_other_roads_and_comes_again(setting, monkeypatch, caplog):
     async def fail(*_args):
         raise ZeroDivisionError("in a library")

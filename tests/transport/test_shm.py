@@ -146,6 +146,7 @@ async def test_a_slow_pull_that_goes_on_is_not_given_up(shm, source, target, slo
     assert bytes(target.view[: 32 << 20]).count(0xFF) == 32 << 20
 
 
+@pytest.mark.slow
 async def test_cancelled_pull_has_stopped_writing_when_it_returns(shm, source, target, slow_copies, link):
     task = asyncio.create_task(shm.pull(link, shm.register(source), [Copy(0, 0, 64 << 20)], target, stall_s=60))
     await asyncio.sleep(0.1)

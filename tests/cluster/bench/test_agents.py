@@ -31,6 +31,7 @@ def test_prompts_are_as_long_as_recorded():
     )
 
 
+@pytest.mark.slow
 def test_most_of_a_prompt_was_in_the_one_before():
     """Of recorded ones 92.6 % of prompt tokens, at 25 turns, in blocks of 16 that stand for 64 each."""
     hits = total = 0

@@ -65,6 +65,7 @@ def test_any_bytes_are_an_answer_or_a_fault(data, size):
         answer.close(11.0)
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=3))
 def test_any_json_is_an_answer_or_a_fault(value):
     for name in ("choices", "usage", "error", "kvray", "type", "response"):

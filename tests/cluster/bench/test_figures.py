@@ -27,6 +27,7 @@ def test_percentiles_lie_between_values_linearly():
     assert percentile([7.0], 99) == 7
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=60))
 def test_percentiles_are_those_of_the_standard_library(values):
     ordered = sorted(values)

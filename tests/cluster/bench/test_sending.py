@@ -108,6 +108,7 @@ async def test_who_has_no_models_is_refused_in_one_line():
                 await sender.models()
 
 
+@pytest.mark.slow
 async def test_a_server_that_never_answers_is_waited_for_no_longer_than_said():
     async with Sender("http://127.0.0.1:9", None, QUICK) as sender:
         with pytest.raises(ConfigError, match=r"nobody answers at http://127.0.0.1:9 within 0.3 s"):

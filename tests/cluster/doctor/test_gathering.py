@@ -200,6 +200,7 @@ def test_every_examination_of_this_machine_says_something():
     assert not [finding for finding in found if "could not be looked at" in finding.seen]
 
 
+@pytest.mark.slow
 def test_who_hangs_or_fails_is_a_finding_and_the_others_are_told_all_the_same():
     never = threading.Event()
 

@@ -215,6 +215,7 @@ def check_error(response, status, param, shown):
     assert "\n" not in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "fields", "status", "param", "shown"), FIELDS)
 def test_a_bad_field_is_named_with_what_was_seen(server, path, fields, status, param, shown):
     response = server.post(path, {**BASE[path], **fields})

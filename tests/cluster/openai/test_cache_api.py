@@ -86,6 +86,7 @@ async def test_a_prompt_without_a_full_block_lies_nowhere(world):
     assert (found["num_tokens"], found["held_tokens"], found["tokens"], found["runs"]) == (3, 0, {}, [])
 
 
+@pytest.mark.slow
 async def test_stats_are_by_owner_and_tier(world):
     await world.write(PROMPT)
     await until(lambda: world.router._cache_stats[world.cache.worker_id].values["kvray_disk_blocks"] == 6)
@@ -250,6 +251,7 @@ NONSENSE = [
 ]
 
 
+@pytest.mark.slow
 async def test_what_makes_no_sense_is_a_400_that_says_so(world):
     for path, body, param, words in NONSENSE:
         reply = await world.http.post(f"/v1/cache/{path}", json=body)
@@ -265,6 +267,7 @@ async def test_a_table_that_there_is_not_is_a_400(world, query, param):
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.slow
 async def test_all_of_it_wants_an_api_key(world):
     calls = [("POST", verb) for verb in VERBS]
     for method, path in [*calls, ("GET", "stats"), ("GET", "table")]:

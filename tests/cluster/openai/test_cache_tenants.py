@@ -49,6 +49,7 @@ async def test_a_tenant_finds_clears_and_checks_its_own_blocks_alone(world):
     assert world.worker.held([*others, *plain]) == plain[:4]
 
 
+@pytest.mark.slow
 async def test_what_a_tenant_may_not_is_a_403(world):
     await world.write(PROMPT, None, GLOBEX)
     for path, body, param in (
@@ -106,6 +107,7 @@ async def test_a_tenants_check_tells_nothing_of_how_much_others_have(world):
     assert {line["tier"]: line["held"] for line in progress} == {"device": 0, "host": 6, "disk": 6, "remote": 0}
 
 
+@pytest.mark.slow
 async def test_stats_tell_what_tenants_have_and_each_its_own(world):
     await world.write(PROMPT, None, ACME)
     world.worker.hold(names_of(PROMPT, ACME.salt(None))[:4], ACME.owner(None))
@@ -131,6 +133,7 @@ async def test_a_tenant_at_its_quota_gives_up_its_own_blocks(world):
     assert len(world.held(first)) == 2
 
 
+@pytest.mark.slow
 async def test_other_ways_to_touch_what_is_cached_are_an_operators(world):
     for path in ("evict", "move", "warm", "gc", "export", "import"):
         reply = await world.http.post(f"/v1/cache/{path}", json={"prompt": PROMPT}, headers=bearer("acme-key"))

@@ -53,6 +53,7 @@ def read(kind, pieces):
     return content, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "template"), KINDS, ids=IDS)
 def test_calls_are_read_back_whole_and_character_by_character(kind, template):
     text = spoken(template, CALLS, "Let me look.")
@@ -73,6 +74,7 @@ def test_text_without_calls_stays_as_it_is(kind, text):
     assert read(kind, [text]) == read(kind, list(text)) == (text, [])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     case=st.sampled_from(KINDS),
@@ -97,6 +99,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from([name for name, kind in FORMATS.items() if kind.arguments in ("object", "json", "python")]),
@@ -109,6 +112,7 @@ def test_any_json_comes_back_in_formats_that_write_it(kind, arguments):
     assert read(kind, [text]) == read(kind, list(text)) == ("", [("add", arguments)])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(

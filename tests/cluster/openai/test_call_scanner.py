@@ -117,6 +117,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     arguments=st.dictionaries(st.text(max_size=5), VALUES, max_size=3),

@@ -335,6 +335,7 @@ def test_generation_config_fills_in_what_the_request_leaves_out(serve, served_mo
     assert (second.temperature, second.top_p, second.top_k, second.max_tokens) == (1.0, 0.95, 0, 40)
 
 
+@pytest.mark.slow
 async def test_many_streams_at_once_keep_their_own_text(server):
     import asyncio
 

@@ -120,6 +120,7 @@ def test_special_tokens_that_an_echoed_text_has_not_count_no_characters(serve, s
     assert all(choice.text[offset:].startswith(token) for token, offset in told if token not in ("<s>", "</s>"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "follows"), [("Once", True), ([1], False)])
 def test_workers_are_told_whether_an_output_that_is_held_to_a_grammar_begins_a_text(server, prompt, follows):
     body = {"prompt": prompt, "structured_outputs": {"choice": ["time"]}}

@@ -320,6 +320,7 @@ def test_a_page_may_read_answers_errors_and_streams_where_its_origin_was_named(s
     assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.slow
 def test_any_page_may_call_where_all_may(serve):
     server = serve(allowed_origins=("*",))
     assert server.post(CHAT, {"messages": USER}, Origin="http://x").headers["access-control-allow-origin"] == "*"
@@ -403,6 +404,7 @@ def test_unknown_paths_share_one_label(serve):
     assert "scan" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [(), ("first",)])
 def test_docs_are_a_page_whose_files_come_from_here_and_which_asks_for_a_key_where_one_is_wanted(serve, keys):
     server = serve(callers=Callers.of_keys(keys))
@@ -480,6 +482,7 @@ def test_what_takes_too_much_memory_to_encode_or_decode_is_refused(serve):
     assert (error["param"], "at most 512" in error["message"]) == ("tokens", True)
 
 
+@pytest.mark.slow
 async def test_a_long_prompt_being_encoded_holds_nobody_up(server):
     async with httpx.AsyncClient(timeout=10) as client:
         long = asyncio.ensure_future(client.post(f"{server.url}/tokenize", json={"prompt": "ab " * 20_000}))

@@ -29,6 +29,7 @@ def checks(served_model, tokenizer) -> GrammarChecks:
     return GrammarChecks(served_model(tokenizer), tokenizer, HttpLimits())
 
 
+@pytest.mark.slow
 async def test_good_grammars_pass_and_bad_ones_are_refused_under_their_name(checks):
     await checks.check("p", Grammar(kind="regex", spec="a+"))
     bad = [
@@ -43,6 +44,7 @@ async def test_good_grammars_pass_and_bad_ones_are_refused_under_their_name(chec
         assert caught.value.message.startswith("the_field: ")
 
 
+@pytest.mark.slow
 async def test_a_grammar_is_measured_before_it_is_compiled(checks):
     longest = 256 * 1024
     with pytest.raises(RequestError, match=f"got {longest + 1} characters, want at most {longest}"):
@@ -72,6 +74,7 @@ async def test_a_tokenizer_that_grammars_cannot_use_is_said_once_and_in_each_ref
     assert (caught.value.param, caught.value.code, caught.value.status) == ("the_field", "unsupported", 400)
 
 
+@pytest.mark.slow
 async def test_who_leaves_does_not_take_the_answer_from_the_others(checks):
     grammar = Grammar(kind="choice", spec='["a"]')
     leaving = asyncio.create_task(checks.check("p", grammar))
@@ -87,6 +90,7 @@ async def ask_for(checks: GrammarChecks, num: int) -> list[Grammar | BaseExcepti
     return await asyncio.gather(*asked, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_as_many_grammars_as_clients_send_at_once_are_checked_up_to_a_limit(checks):
     outcomes = await ask_for(checks, 129)
     assert [outcome.kind for outcome in outcomes[:128]] == ["written"] * 128
@@ -94,6 +98,7 @@ async def test_as_many_grammars_as_clients_send_at_once_are_checked_up_to_a_limi
     assert (outcomes[128].status, outcomes[128].retry_after_s) == (429, 1)
 
 
+@pytest.mark.slow
 async def test_who_would_wait_too_long_behind_grammars_that_are_dear_is_told_to_come_again(checks, monkeypatch):
     monkeypatch.setattr("cluster.openai.grammar_checks._MAX_WAIT_S", 0.0)
     async with checks._turn:
@@ -103,6 +108,7 @@ async def test_who_would_wait_too_long_behind_grammars_that_are_dear_is_told_to_
     assert [outcome.kind for outcome in await ask_for(checks, 1)] == ["written"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -27,6 +27,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(VALUES)
 def test_what_python_writes_is_read_as_python_reads_it(value):
     assert read_literal(repr(value)) == ast.literal_eval(repr(value)) == value

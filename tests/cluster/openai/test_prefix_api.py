@@ -169,6 +169,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 async def test_what_is_altered_or_of_another_model_is_a_400_and_nothing_of_it_is_kept(other):
     for fields, words in REFUSED:
         reply = await take_in(other, msgspec.structs.replace(good_piece(), **fields))

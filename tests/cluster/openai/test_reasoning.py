@@ -125,6 +125,7 @@ def test_calls_are_read_after_the_thought_alone(thinker):
     assert streamed.message.content is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "answer"),
     [
@@ -146,6 +147,7 @@ def test_forced_calls_come_after_the_thought(thinker, fields, answer):
     assert (cut["message"]["content"], cut["finish_reason"]) == (None, "length")
 
 
+@pytest.mark.slow
 def test_a_structure_is_wanted_after_the_thought(thinker):
     thinker.backend.says('Hm.</think>{"a":1}')
     body = {**BODY, "response_format": {"type": "json_object"}}
@@ -226,6 +228,7 @@ def test_gpt_oss_channels_are_thought_content_and_calls(gpt_oss, per_chunk):
     assert called["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.slow
 def test_gpt_oss_gives_a_structure_in_its_last_channel(gpt_oss):
     body = {**BODY, "response_format": {"type": "json_object"}}
     choice = said(gpt_oss, body, f'{ANALYSIS}<|channel|>final <|constrain|>json<|message|>{{"a": 1}}')

@@ -63,6 +63,7 @@ async def test_a_long_text_is_encoded_beside_the_event_loop_and_a_short_one_on_i
     assert [thread == here for thread in surface.tokenizer.threads] == [True, False]
 
 
+@pytest.mark.slow
 async def test_huge_texts_are_encoded_one_at_a_time(surface):
     await asyncio.gather(*(surface.encode("ab " * 2**17, add_special_tokens=False) for _ in range(3)))
     assert surface.tokenizer.most_running == 1

@@ -268,6 +268,7 @@ def test_forced_calls_that_are_cut_off_are_those_that_are_whole_and_nothing_else
     assert [json.loads(call.function.arguments)["city"] for call in streamed] == cities
 
 
+@pytest.mark.slow
 def test_ids_of_calls_count_on_where_the_model_gives_them(serve, served_model):
     server = serve(TEMPLATES["kimi_k2"], model=served_model(max_model_len=4096, max_prompt_tokens=4000))
     server.backend.says(spoken(TEMPLATES["kimi_k2"], [("get_weather", {"city": "Oslo"})]))

@@ -34,6 +34,7 @@ async def page_data(world, key: str = "a-key") -> dict:
     return reply.json()
 
 
+@pytest.mark.slow
 async def test_what_the_router_believes_is_what_owners_hold(world):
     async with asyncio.timeout(10):  # a node cache tells its numbers every second
         while True:
@@ -145,6 +146,7 @@ async def test_rays_dashboard_is_answered_as_an_operator_is(world):
     assert store.values[b"told 1"].startswith(b"q1 404\n")
 
 
+@pytest.mark.slow
 async def test_however_many_look_the_router_is_asked_once_a_second(world):
     num_asked = 0
     router = world.router.router

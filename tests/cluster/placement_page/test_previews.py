@@ -76,6 +76,7 @@ async def test_switched_off_nothing_is_kept(tokenizer):
     assert await shown(previews, prefix(tokenizer, "12345678")) == [None]
 
 
+@pytest.mark.slow
 async def test_the_last_prompts_are_kept_within_limits(tokenizer):
     previews = PromptPreviews(tokenizer, 100)
     for number in range(1000):

@@ -99,6 +99,7 @@ def check_rows(module, path, depth, *, width, sizes, threads):
                 assert same_bits(got, whole[begin : begin + size]), (size, begin, count)
 
 
+@pytest.mark.slow
 def test_a_row_has_the_same_bits_in_any_batch_at_the_depths_of_real_models(module):
     for path in paths(module):
         for depth in (768, 8192):

@@ -65,6 +65,7 @@ print("same bits")
 """
 
 
+@pytest.mark.slow
 def test_tritons_kernel_gives_the_same_bits():
     pytest.importorskip("triton", reason="triton is not installed")
     root = Path(__file__).parents[3]

@@ -112,6 +112,7 @@ def prefilled(query, pool, table, begin, end, options):
     return TORCH_KERNELS.prefill_attention(query[begin:end], pool.k[0], pool.v[0], table[None], spans, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("begin", "end"), [(0, 45), (0, 1), (13, 45), (16, 32), (44, 45)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_prefill_chunk_equals_attention_written_out(case, begin, end):

@@ -60,6 +60,7 @@ def output(block, rows):
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -157,6 +157,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "use_kernels"), CASES)
 def test_packed_reused_and_imported_kv_give_the_tokens_of_generate(case, use_kernels, tmp_path, one_thread):
     family, entries = FAMILIES[case]

@@ -93,6 +93,7 @@ def test_weights_are_written_in_the_narrowest_dtype_that_loses_nothing(kind, dty
     assert torch.equal(logits(directory), logits(tmp_path, gguf_file=str(source)))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_and_its_chat_template_are_the_files(tmp_path):
     source, directory = converted(tmp_path)
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(tmp_path, gguf_file=str(source))
@@ -104,6 +105,7 @@ def test_the_tokenizer_and_its_chat_template_are_the_files(tmp_path):
     assert ours.special_tokens["eos_token"] == "<|end|>"
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_sentencepiece_is_the_files_too(tmp_path):
     source, directory = converted(tmp_path, vocab_size=384, metadata=sentencepiece_vocabulary(384))
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(tmp_path, gguf_file=str(source))
@@ -114,6 +116,7 @@ def test_a_vocabulary_of_sentencepiece_is_the_files_too(tmp_path):
     assert ours.eos_token_id == 2
 
 
+@pytest.mark.slow
 def test_a_file_has_chat_templates_by_name_too(tmp_path):
     _, directory = converted(tmp_path, metadata={"tokenizer.chat_template.tool_use": "{{ tools | length }} tools"})
     ours, messages = Tokenizer.load(directory), [{"role": "user", "content": "Hi"}]
@@ -121,6 +124,7 @@ def test_a_file_has_chat_templates_by_name_too(tmp_path):
     assert ours.render_chat(messages) == "<|user|>Hi<|end|><|assistant|>"
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_file_changes_nothing(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
@@ -133,18 +137,21 @@ def generation_config(tmp_path, **metadata) -> dict:
     return json.loads((directory / "generation_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_answers_end_where_the_file_says_and_where_the_template_ends_them(tmp_path):
     ended = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|system|>{% endfor %}"
     found = generation_config(tmp_path, **{"ggml.eot_token_id": 2, "chat_template": ended})
     assert found["eos_token_id"] == [0, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_the_file_recommends_for_sampling_is_the_default(tmp_path):
     _, directory = converted(tmp_path, metadata={"general.sampling.temp": 0.5, "general.sampling.top_k": 7})
     found = json.loads((directory / "generation_config.json").read_text())
     assert found == {"eos_token_id": [0], "temperature": 0.5, "top_k": 7}
 
 
+@pytest.mark.slow
 def test_what_no_request_could_ask_for_and_ends_that_are_no_tokens_are_not_taken(tmp_path, capsys):
     odd = {"temp": float("nan"), "top_k": "many", "top_p": 0.0, "min_p": 0.25, "penalty_repeat": 0.0}
     metadata = {f"general.sampling.{key}": value for key, value in odd.items()}
@@ -154,6 +161,7 @@ def test_what_no_request_could_ask_for_and_ends_that_are_no_tokens_are_not_taken
     assert "general.sampling.temp is nan, wanted 0.0 to 100.0: not taken" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -178,6 +186,7 @@ def test_an_architecture_that_the_reader_knows_and_the_engine_does_not_is_named(
         converted(tmp_path, "mamba", **entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [3, 200, 0.5, 0.99])
 def test_a_file_that_was_cut_is_refused(kept, tmp_path):
     source = write_gguf(tmp_path / "tiny.gguf")

@@ -124,6 +124,7 @@ def test_grouped_linears_are_those_of_each_group(dtype):
         assert GroupedLinear(weights, None, kernels)(rows[:0], [0] * 4).shape == (0, 40)
 
 
+@pytest.mark.slow
 def test_where_onednn_has_amx_bfloat16_goes_to_it_in_calls_of_one_size(monkeypatch):
     needs_packing(torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)

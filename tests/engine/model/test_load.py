@@ -33,6 +33,7 @@ def edit(path: Path, **entries):
     path.write_text(json.dumps({name: entry for name, entry in value.items() if entry is not ...}))
 
 
+@pytest.mark.slow
 def test_what_a_loaded_model_says_of_itself(tiny):
     lines = []
     loaded = load_model(tiny, on_progress=lines.append)
@@ -52,6 +53,7 @@ def test_every_dtype_can_be_asked_for(tiny, dtype):
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {loaded.dtype}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "has_bfloat16", "share", "auto"),
     [
@@ -86,6 +88,7 @@ def test_a_shorter_context_can_be_asked_for_and_a_longer_one_not(tiny):
             load_model(tiny, max_model_len=wrong)
 
 
+@pytest.mark.slow
 def test_the_end_tokens_are_those_generate_stops_at(copy):
     edit(copy / "config.json", eos_token_id=7)
     edit(copy / "generation_config.json", eos_token_id=[3, 9])
@@ -97,6 +100,7 @@ def test_the_end_tokens_are_those_generate_stops_at(copy):
 # ------------------------------------------------------------------------------------------------------- fingerprints
 
 
+@pytest.mark.slow
 def test_a_fingerprint_stays_over_reloads_and_idle_configuration(copy, tiny):
     first = load_model(tiny).fingerprint
     edit(copy / "config.json", transformers_version="0.0", architectures=["LlamaForCausalLM"], use_cache=False)
@@ -104,6 +108,7 @@ def test_a_fingerprint_stays_over_reloads_and_idle_configuration(copy, tiny):
     assert load_model(tiny, max_model_len=64).fingerprint == first
 
 
+@pytest.mark.slow
 def test_a_fingerprint_tells_weights_dtype_rope_and_kernel_path_apart(copy, tiny, monkeypatch):
     found = {load_model(tiny).fingerprint, load_model(tiny, dtype="bfloat16").fingerprint}
     edit(copy / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})

@@ -46,6 +46,7 @@ def test_a_model_whose_frequencies_change_with_length_is_kept_below_the_change_u
         load_model(directory, max_model_len=257)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_model_len", [64, 256])
 def test_a_long_neighbour_does_not_change_a_short_sequence(directory, max_model_len):
     loaded = load_model(directory, max_model_len=max_model_len)
@@ -56,6 +57,7 @@ def test_a_long_neighbour_does_not_change_a_short_sequence(directory, max_model_
     assert together.run(sequences, 20, max_step_tokens=512)[:1] == wanted
 
 
+@pytest.mark.slow
 def test_kv_of_the_two_frequencies_never_shares_a_name(directory):
     short, long = load_model(directory), load_model(directory, max_model_len=256)
     assert short.fingerprint != long.fingerprint

@@ -273,6 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 class TestSchedulerMachine(SchedulerMachine.TestCase):
     settings = settings(max_examples=30, stateful_step_count=40, derandomize=True, **_SETTINGS)
 

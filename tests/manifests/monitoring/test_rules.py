@@ -76,6 +76,7 @@ def test_every_alert_has_a_case_and_every_case_an_alert():
     assert list(CASES) == list(rules())
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_every_alert_fires_alone_and_keeps_silent_below_its_threshold(tmp_path):
     tests = []

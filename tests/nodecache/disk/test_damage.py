@@ -96,6 +96,7 @@ def damage_and_look(original: Path, tmp_path: Path, seeds: range) -> None:
     assert num_lost > len(seeds) // 2  # most of it did hit something
 
 
+@pytest.mark.slow
 def test_what_thirty_damages_leave_is_right(original, tmp_path):
     damage_and_look(original, tmp_path, range(30))
 

@@ -68,6 +68,7 @@ def kill_and_look(root: Path, num_rounds: int) -> None:
         store.close()
 
 
+@pytest.mark.slow
 def test_killed_five_times(tmp_path):
     kill_and_look(tmp_path, 5)
 

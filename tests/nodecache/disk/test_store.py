@@ -287,6 +287,7 @@ def test_a_block_is_read_while_its_segment_is_collected(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_bookkeeping_takes_at_most_160_bytes_a_block(tmp_path):
     """Held by a store of sparse blocks: written once, then opened."""
     num_blocks, block_bytes = 40_000, 512

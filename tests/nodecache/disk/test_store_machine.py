@@ -129,6 +129,7 @@ class DiskStoreMachine(RuleBasedStateMachine):
         self.directory.cleanup()
 
 
+@pytest.mark.slow
 class TestDiskStore(DiskStoreMachine.TestCase):
     settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 

@@ -93,6 +93,7 @@ def test_removals_are_forgotten_in_time(index):
     assert places(index) == {0: (b"a", 0)}
 
 
+@pytest.mark.slow
 def test_bookkeeping_takes_at_most_220_bytes_a_block():
     num_blocks = 100_000
     names = np.random.default_rng(3).bytes(16 * num_blocks)

@@ -481,6 +481,7 @@ def test_a_damaged_manifest_is_told_once_and_its_blocks_are_not_found(opened, tm
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_gone_is_no_loss_of_blocks_and_comes_back(opened, tmp_path):
     root = tmp_path / "bucket"
     store = opened(root)
@@ -495,6 +496,7 @@ def test_a_directory_that_is_gone_is_no_loss_of_blocks_and_comes_back(opened, tm
     assert read(store, range(3)) == [True] * 3
 
 
+@pytest.mark.slow
 def test_a_directory_that_was_deleted_is_made_anew(opened, tmp_path):
     root = tmp_path / "bucket"
     store = opened(root)
@@ -521,6 +523,7 @@ def test_a_place_without_its_parent_is_waited_for(opened, tmp_path, caplog):
     assert [line for line in caplog.messages if line == f"reading {root} works again"]
 
 
+@pytest.mark.slow
 def test_failed_writes_take_writing_out_of_the_plan_until_one_works(opened, tmp_path):
     store = opened()
     objects = folder(tmp_path) / "objects"

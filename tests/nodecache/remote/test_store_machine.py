@@ -142,6 +142,7 @@ class RemoteStoreMachine(RuleBasedStateMachine):
         self.directory.cleanup()
 
 
+@pytest.mark.slow
 class TestRemoteStore(RemoteStoreMachine.TestCase):
     settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 

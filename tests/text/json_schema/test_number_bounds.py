@@ -25,6 +25,7 @@ def holds(value: Fraction, bounds: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(bounds=st.dictionaries(st.sampled_from(NAMES), WIDE, min_size=1), is_integer=st.booleans())
 def test_what_lies_within_lay_within_before(bounds, is_integer):

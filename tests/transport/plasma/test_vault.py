@@ -213,6 +213,7 @@ def test_time_counts_from_the_announcement_and_an_export_that_comes_after_it_is_
 # ------------------------------------------------------------------------------------------------------------ how long
 
 
+@pytest.mark.slow
 def test_segments_live_as_long_as_their_hold_and_no_longer(region):
     class Stored:
         """What Ray's reference is: the segment lives while it does."""

@@ -238,6 +238,7 @@ ITEMS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(NAMES, JUNK, max_size=4), items=st.just("Hi") | ITEMS)
 def test_junk_is_never_a_5xx(server, fields, items):

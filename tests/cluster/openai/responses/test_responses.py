@@ -64,6 +64,7 @@ def test_it_asks_the_model_for_the_same_as_chat_does(server):
     assert (first.params, first.token_ids, first.salt) == (second.params, second.token_ids, second.salt)
 
 
+@pytest.mark.slow
 def test_the_client_reads_it_whole_and_streamed(server):
     client = server.client()
     assert client.responses.create(model="tiny", input="Hi").output_text == "Hello, world"

@@ -127,5 +127,5 @@ class StoreMachine(RuleBasedStateMachine):
                 assert found.conversation()[-1].content == f"{name}!"
 
 
-TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine = pytest.mark.slow(StoreMachine.TestCase)
 TestStoreMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
