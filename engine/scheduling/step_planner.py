@@ -72,13 +72,14 @@ class StepPlanner:
         for seq in running:
             if seq.phase is not Phase.RUNNING:
                 continue  # preempted by one before it
-            end = seq.num_expected_tokens
             if not seq.will_decode:
                 chunked.append(seq)
-            elif is_ahead and self._ledger.would_take(seq, end):
+                continue
+            end = seq.num_expected_tokens
+            if is_ahead and self._ledger.would_take(seq, end):
                 return []
-            elif self._ledger.reserve(seq, end):
-                planned.append((_part(seq, end), seq))
+            if self._ledger.reserve(seq, end):
+                planned.append((_part(seq, end - 1, end), seq))
         if chunked and not self._plan_chunks(chunked, planned, is_ahead=is_ahead):
             return []
         planned = [(part, seq) for part, seq in planned if seq.phase is Phase.RUNNING]
@@ -123,7 +124,7 @@ class StepPlanner:
             if is_ahead and self._ledger.would_take(seq, end):
                 return False
             if end > start and self._ledger.reserve(seq, end):
-                planned.append((_part(seq, end), seq))
+                planned.append((_part(seq, start, end), seq))
                 budget.spend(start, end, seq.num_prompt_tokens)
                 num_passed_over.append((seq, 0))
             else:
@@ -155,8 +156,8 @@ def _is_prefill(planned: tuple[SequenceStep, Sequence]) -> bool:
     return planned[0].kind == "prefill"
 
 
-def _part(seq: Sequence, end: int) -> SequenceStep:
-    """Make the part that computes `seq` up to `end`."""
+def _part(seq: Sequence, start: int, end: int) -> SequenceStep:
+    """Make the part that computes the tokens [start, end) of `seq`."""
     slot = seq.slot
     if slot is None:
         raise InvariantError(f"sequence {seq.seq_id!r} is {seq.phase.value}, and has no slot")
@@ -168,9 +169,9 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
         seq_id=seq.seq_id,
         slot=slot.index,
         begins=begins,
-        kind="prefill" if seq.next_start < seq.num_prompt_tokens else "decode",
-        start=seq.next_start,
-        num_tokens=end - seq.next_start,
+        kind="prefill" if start < seq.num_prompt_tokens else "decode",
+        start=start,
+        num_tokens=end - start,
         new_token_ids=pack_tokens(seq.token_ids[slot.num_told_tokens :]),
         new_block_ids=tuple(seq.block_table[slot.num_told_blocks : num_blocks]),
         is_sampled=end == seq.num_expected_tokens,
@@ -182,5 +183,7 @@ def _part(seq: Sequence, end: int) -> SequenceStep:
 
 def _tell(seq: Sequence, part: SequenceStep) -> None:
     """Note that the slot of `seq` is told, by its part, of all that there is now."""
-    if seq.slot is not None:
-        seq.slot.num_told_tokens, seq.slot.num_told_blocks = seq.num_expected_tokens, seq.num_blocks_for(part.end)
+    slot = seq.slot
+    if slot is not None:
+        slot.num_told_tokens = seq.num_expected_tokens
+        slot.num_told_blocks += len(part.new_block_ids)
