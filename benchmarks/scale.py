@@ -55,6 +55,7 @@ from engine.scheduling.plan import (
     StepWanted,
 )
 from engine.scheduling.scheduler import Scheduler
+from engine.steps.packing import pack
 from kvcache.pool import BlockPool
 from messages.request import SamplingParams
 
@@ -108,15 +109,17 @@ class LongSequences:
         planned_s = time.perf_counter()
         assert isinstance(step, RunStep)
         self._runner._tables.take_in(step.plan)
-        packed = self._runner._pack(step.plan.parts).attention
+        packed = pack(step.plan.parts, self._runner._tables)
+        inputs = self._runner._bring(packed)
         packed_s = time.perf_counter()
-        if packed.num_decode_rows == NUM_SEQUENCES:
+        if packed.shape.num_rows == NUM_SEQUENCES:
             self.plan_ms.append(1e3 * (planned_s - begin_s))
             self.pack_ms.append(1e3 * (packed_s - planned_s))
             begin_s = time.perf_counter()
             tables = self._anew.pack(step.plan)
             self.pack_anew_ms.append(1e3 * (time.perf_counter() - begin_s))
-            assert torch.equal(packed.block_tables[packed.slots][:, : tables.shape[1]], tables), "both pack the same"
+            held = self._runner._tables.block_tables[inputs.slots]
+            assert torch.equal(held[:, : tables.shape[1]], tables), "both pack the same"
         sampled = {part.seq_id: Sampled(7) for part in step.plan.parts if part.is_sampled}
         self._scheduler.on_event(StepEnded(StepResult(sampled=sampled)), 0.0)
 

@@ -27,7 +27,7 @@ from engine.memory.device_room import CudaReader
 from engine.memory.kv_pool import KvPool, block_bytes, host_room, plan_num_blocks
 from engine.model.load import LoadedModel
 from engine.profiling import Limits, measured_room
-from engine.runner import LaunchedStep, Runner
+from engine.runner import Accelerator, LaunchedStep, Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.config import SchedulerConfig
 from engine.scheduling.plan import (
@@ -48,6 +48,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
 from engine.split_steps import SplitStep, SplitSteps
 from engine.step_threads import StepThreads
+from engine.steps.cuda import CudaDevice
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
@@ -149,7 +150,8 @@ class Engine:
             plans_ahead=not is_host if options.plans_ahead is None else options.plans_ahead,
             has_lower_tiers=options.has_lower_tiers,
         )
-        runner = Runner(loaded, kv_pool, Sampler(loaded.vocab_size, grammars), threads.on_layer if threads else None)
+        sampler = Sampler(loaded.vocab_size, grammars)
+        runner = Runner(loaded, kv_pool, sampler, threads.on_layer if threads else None, _accelerator(loaded, options))
         return cls(
             loaded=loaded,
             options=options,
@@ -168,8 +170,10 @@ class Engine:
     def warm_up(self) -> None:
         """Run a made-up prompt and a few tokens, twice: what happens once happens now, then rates are measured.
 
-        Leaves nothing behind but the measurements: a worker that has none would be guessed at by the router.
+        On a GPU steps are captured first. Leaves nothing behind but the measurements: a worker that has none would be
+        guessed at by the router.
         """
+        self.runner.capture()
         num_tokens = min(_WARM_UP_PROMPT_TOKENS, self.loaded.max_model_len - _WARM_UP_OUTPUT_TOKENS)
         if num_tokens < 1:
             return
@@ -316,11 +320,17 @@ def _pool_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
             max_num_batched_tokens=options.max_num_batched_tokens,
             block_size=options.block_size,
         ),
-        lambda pool: Runner(loaded, pool, Sampler(loaded.vocab_size, None)),
+        lambda pool: Runner(loaded, pool, Sampler(loaded.vocab_size, None), accelerator=_accelerator(loaded, options)),
         CudaReader(loaded.device),
         kv_cache_bytes=options.kv_cache_bytes,
         utilization=options.gpu_memory_utilization,
     )
+
+
+def _accelerator(loaded: LoadedModel, options: EngineOptions) -> Accelerator | None:
+    if loaded.device.type == "cpu":
+        return None
+    return Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
 
 
 def _grammars(model_dir: Path, loaded: LoadedModel, rules: TokenizerRules) -> GrammarCompiler | None:

@@ -1,4 +1,4 @@
-"""The largest step that a worker may be asked for, carried out once to see what it takes."""
+"""The largest step that a worker may be asked for, carried out once to see what it takes, captured steps beside it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def measured_room(
     def run_step() -> int:
         plan, num_blocks = largest_step(limits, loaded.max_model_len)
         pool = KvPool(loaded.layer_specs, limits.block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
-        make_runner(pool).execute(plan)
+        runner = make_runner(pool)
+        runner.capture(is_trial=True)
+        runner.execute(plan)
         return pool.block_bytes * num_blocks
 
     use = measure(reader, run_step)

@@ -8,41 +8,47 @@ before it is finished: then tokens that only the device knows yet go from the on
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.kernels.protocol import PrefillSpan, PrefillSpans
+from engine.kernels.protocol import PrefillSpans
 from engine.memory.kv_pool import KvPool
 from engine.model.attention import ATTENTION_NAME, LayerAttention, StepAttention, step_attention
 from engine.model.load import LoadedModel
-from engine.sampling.logprobs import prompt_logprobs
-from engine.sampling.row import SamplingRow
+from engine.sampling.logprobs import launch_prompt_logprobs
+from engine.sampling.row import LaunchedSamples, SamplingRow
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
-from engine.slot_tables import SlotSequence, SlotTables
-from messages.errors import InvariantError, KvrayError
+from engine.slot_tables import DeviceRoom, SlotSequence, SlotTables
+from engine.steps.buckets import bucket_of, buckets
+from engine.steps.captured import CapturedSteps, TrialLimits
+from engine.steps.device import StepDevice
+from engine.steps.packing import PackedStep, StepInputs, pack
+from engine.steps.staging import Staging
+from messages.errors import InvariantError, KvrayError, first_line
 from messages.stream import TokenLogprob
 
+_log = logging.getLogger(__name__)
+
+#: What waits for log-probabilities that are on their way, and returns them.
+_LaunchedLogprobs: TypeAlias = Callable[[], list[TokenLogprob]]
 #: Rows of logits made float32 at a time for prompt log-probabilities: a long chunk needs no second copy of all.
 _LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _PackedStep:
-    """One step on the token axis: decode rows first, then prefill chunks."""
+class Accelerator:
+    """Where steps run that do not run on a CPU, and the most sequences that are in one."""
 
-    input_ids: torch.Tensor  #: [1, T] int64
-    position_ids: torch.Tensor  #: [1, T] int64, each sequence's own
-    attention: StepAttention
-    sampled: list[SequenceStep]  #: parts whose last token is sampled after
-    logprob_parts: list[tuple[SequenceStep, int]]  #: parts with how many of their rows give prompt logprobs
-    kept_rows: torch.Tensor  #: [rows] int64: of `sampled` in order, then of `logprob_parts`; never empty
+    device: StepDevice
+    max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +60,8 @@ class LaunchedStep:
 
     parts: list[SequenceStep]  #: those that are sampled
     sequences: list[SlotSequence]  #: theirs, in that order
-    outcomes: list[Sampled | KvrayError]  #: theirs, in that order
-    prompt_logprobs: dict[str, list[TokenLogprob]]
+    samples: LaunchedSamples | None  #: theirs, in that order; None: nothing is sampled
+    prompt_logprobs: dict[str, list[_LaunchedLogprobs]]  #: by sequence, some rows after the other
     is_empty: bool
     begun_s: float  #: of the performance counter: when its launch began, and was over
     launched_s: float
@@ -65,7 +71,12 @@ class Runner:
     """Carries out steps over one pool. All calls from one thread."""
 
     def __init__(
-        self, loaded: LoadedModel, pool: KvPool, sampler: Sampler, on_layer: Callable[[], None] | None = None
+        self,
+        loaded: LoadedModel,
+        pool: KvPool,
+        sampler: Sampler,
+        on_layer: Callable[[], None] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         """Bind the model's attention layers to the pool.
 
@@ -74,26 +85,75 @@ class Runner:
             pool: blocks shaped for this model.
             sampler: turns logits into tokens.
             on_layer: called before the attention of each layer.
+            accelerator: how what a step brings reaches the model's device; None: that is a CPU, nothing is copied.
 
         Raises:
-            InvariantError: the pool was laid out for another model.
+            InvariantError: the pool was laid out for another model, or the model is not where steps run.
         """
         if pool.layer_specs != tuple(loaded.layer_specs) or pool.dtype != loaded.dtype:
             raise InvariantError(f"the KV pool is not laid out for {loaded.family}")
+        device = torch.device("cpu") if accelerator is None else accelerator.device.device
+        if device.type != loaded.device.type:
+            raise InvariantError(f"{loaded.family} is on {loaded.device}, and its steps are to run on {device}")
         self._loaded = loaded
         model: Any = loaded.model
         model.set_attn_implementation(ATTENTION_NAME)
         self._model = model
-        self._device = loaded.device
         self._block_size = pool.block_size
         self._sampler = sampler
         self._on_layer = on_layer
-        self._tables = SlotTables(loaded.device)
+        self._accelerator = accelerator
+        self._staging: Staging | None = None
+        self._captured: CapturedSteps | None = None
+        room = None
+        if accelerator is not None:
+            self._staging = Staging(accelerator.device)
+            max_blocks = -(-loaded.max_model_len // pool.block_size)
+            room = DeviceRoom(device, accelerator.max_num_seqs, max_blocks, Staging(accelerator.device).bring)
+        self._tables = SlotTables(room)
         self._ended_s = 0.0  # of the performance counter: when the step that was finished last ended
         self._layers = [
             LayerAttention(k_view, v_view, kernels, layer.chunk)
             for k_view, v_view, kernels, layer in zip(pool.k, pool.v, loaded.kernels, loaded.layers, strict=True)
         ]
+
+    def capture(self, *, is_trial: bool = False) -> None:
+        """Capture decode steps where they run on an accelerator; where they cannot be, say so in the log: they run on.
+
+        To be called before the first step: what is in block 0 is lost.
+
+        Args:
+            is_trial: capture the largest alone, whose memory the others share, and say nothing.
+
+        Raises:
+            RuntimeError: the device failed, and cannot go on.
+        """
+        if self._accelerator is None:
+            return
+        family = self._loaded.family
+        slow = sorted({layer.kernels.name for layer in self._layers if not layer.kernels.is_capturable})
+        if slow:
+            failure = f"attention of some layers is by {', '.join(slow)}, which reads lengths on the host"
+        else:
+            sizes = buckets(self._accelerator.max_num_seqs)
+            failure = self._try_to_capture(self._accelerator.device, sizes[-1:] if is_trial else sizes)
+        if is_trial:
+            return
+        if failure:
+            _log.warning("%s: no decode step is captured, all take longer than they could: %s", family, failure)
+        elif self._captured:
+            _log.info("%s: %s", family, self._captured.summary)
+
+    def _try_to_capture(self, device: StepDevice, sizes: Sequence[int]) -> str:
+        """Return why it failed; "": it did not."""
+        limits = TrialLimits(min(self._block_size, self._loaded.max_model_len), self._loaded.num_embeddings)
+        try:
+            with torch.inference_mode():
+                self._captured = CapturedSteps(device, sizes, self._compute_rows, self._loaded.vocab_size, limits)
+        except RuntimeError as error:
+            device.synchronize()  # a device that failed raises once more
+            return first_line(error)
+        return ""
 
     def block_ids(self, slot: int, begin: int, end: int) -> list[int]:
         """Return entries `[begin, end)` of the block table of the sequence in `slot`."""
@@ -114,22 +174,24 @@ class Runner:
             InvariantError: the plan goes on with a sequence that is not in its slot.
         """
         begun_s = time.perf_counter()
-        for seq_id in self._tables.take_in(plan):
-            self._sampler.forget(seq_id)
-        outcomes: list[Sampled | KvrayError] = []
+        samples: LaunchedSamples | None = None
         parts: list[SequenceStep] = []
-        of_prompts: dict[str, list[TokenLogprob]] = {}
-        if plan.parts:
-            with torch.inference_mode():
-                step = self._pack(plan.parts)
-                logits = self._forward(step)  # [rows, vocab_size]
+        of_prompts: dict[str, list[_LaunchedLogprobs]] = {}
+        with torch.inference_mode():
+            for seq_id in self._tables.take_in(plan):
+                self._sampler.forget(seq_id)
+            self._tables.bring()
+            if plan.parts:
+                step = pack(plan.parts, self._tables)
+                inputs, logits = self._compute(step)  # of the kept rows, [rows, vocab_size]
                 parts, num_sampled = step.sampled, len(step.sampled)
-                outcomes = self._sample(parts, logits[:num_sampled].float())
+                if parts:
+                    samples = self._sample(parts, logits[:num_sampled].float(), inputs)
                 of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
         return LaunchedStep(
             parts=parts,
             sequences=[self._tables[part.slot] for part in parts],
-            outcomes=outcomes,
+            samples=samples,
             prompt_logprobs=of_prompts,
             is_empty=not plan.parts,
             begun_s=begun_s,
@@ -145,40 +207,91 @@ class Runner:
         """
         sampled: dict[str, Sampled] = {}
         errors: dict[str, KvrayError] = {}
-        for part, sequence, outcome in zip(launched.parts, launched.sequences, launched.outcomes, strict=True):
+        outcomes = launched.samples.finish() if launched.samples else []
+        prompt_logprobs = {
+            seq_id: [entry for finish in some for entry in finish()]
+            for seq_id, some in launched.prompt_logprobs.items()
+        }
+        for part, sequence, outcome in zip(launched.parts, launched.sequences, outcomes, strict=True):
             if isinstance(outcome, KvrayError):
                 errors[part.seq_id] = outcome
             else:
                 sampled[part.seq_id] = outcome
             sequence.take_sampled(0 if isinstance(outcome, KvrayError) else outcome.token_id)
-        ended_s = launched.launched_s if self._device.type == "cpu" else time.perf_counter()
+        ended_s = launched.launched_s if self._accelerator is None else time.perf_counter()
         elapsed_s = ended_s - max(launched.begun_s, self._ended_s)
         self._ended_s = ended_s
         return StepResult(
             sampled=sampled,
-            prompt_logprobs=launched.prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
             errors=errors,
             elapsed_s=0.0 if launched.is_empty else elapsed_s,
         )
 
-    def _forward(self, step: _PackedStep) -> torch.Tensor:
+    def _compute(self, step: PackedStep) -> tuple[StepInputs, torch.Tensor]:
+        """Put a step on its way; return its inputs there, and the logits `[rows, vocab_size]` of its kept rows first.
+
+        Both are valid until the next step.
+        """
+        captured = self._captured
+        size = bucket_of(step.parts, captured.sizes) if captured else None
+        if captured and size:
+            logits = captured.launch(size, lambda inputs: step.write(inputs, self._tables, self._block_size))
+            return captured.inputs(size), logits
+        inputs = self._bring(step)
+        if step.awaiting:
+            inputs.take_awaited(self._tables.sampled_ids)
+        spans = PrefillSpans(tuple(step.spans), inputs.spans.view(len(step.spans), -1)) if step.spans else None
+        return inputs, self._forward(inputs, step.max_kv_len, spans)
+
+    def _bring(self, step: PackedStep) -> StepInputs:
+        """Put a step's inputs where it runs: on a CPU into the memory that they are computed with."""
+        shape = step.shape
+
+        def write(words: npt.NDArray[np.int64]) -> None:
+            step.write(shape.cut_host(words), self._tables, self._block_size)
+
+        if self._staging is not None:
+            return shape.cut(self._staging.bring(shape.num_words, write))
+        words = np.empty(shape.num_words, np.int64)
+        write(words)
+        return shape.cut(torch.from_numpy(words))
+
+    def _compute_rows(self, inputs: StepInputs) -> torch.Tensor:
+        """Compute a step of decode rows so that it can be captured: by nothing that the host knows of it."""
+        inputs.take_awaited(self._tables.sampled_ids)
+        return self._forward(inputs, self._loaded.max_model_len, None)
+
+    def _forward(self, inputs: StepInputs, max_kv_len: int, spans: PrefillSpans | None) -> torch.Tensor:
         """Compute the logits of the kept rows, `[rows, vocab_size]` in the model's dtype."""
-        with step_attention(step.attention):
+        num_rows = len(inputs.kv_lens)
+        attention = StepAttention(
+            layers=self._layers,
+            block_ids=inputs.block_ids,
+            offsets=inputs.offsets,
+            num_decode_rows=num_rows,
+            block_tables=self._tables.block_tables,
+            slots=inputs.slots[:num_rows],
+            kv_lens=inputs.kv_lens,
+            max_kv_len=max_kv_len,
+            spans=spans,
+            kept_rows=inputs.kept,
+            on_layer=self._on_layer,
+        )
+        with step_attention(attention):
             # always a tensor: an int makes gemma4 drop positions before its layers that share KV
             output = self._model(
-                input_ids=step.input_ids,
-                position_ids=step.position_ids,
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=step.kept_rows,
-                kv_step=step.attention,
+                logits_to_keep=inputs.kept,
+                kv_step=attention,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _sample(self, parts: Sequence[SequenceStep], logits: torch.Tensor) -> list[Sampled | KvrayError]:
-        """Choose the next token of each part, or say why it has none; leave the tokens in their slots."""
-        if not parts:
-            return []
+    def _sample(self, parts: Sequence[SequenceStep], logits: torch.Tensor, inputs: StepInputs) -> LaunchedSamples:
+        """Put the choice of each part's next token on its way; leave the tokens in their slots."""
         rows = []
         for part in parts:
             sequence = self._tables[part.slot]
@@ -188,97 +301,30 @@ class Runner:
                     part.seq_id, begins.params, sequence.token_ids, begins.num_prompt_tokens, sequence.num_awaited
                 )
             )
-        outcomes = self._sampler.sample(logits, rows)
-        token_ids = [0 if isinstance(outcome, KvrayError) else outcome.token_id for outcome in outcomes]
-        # what logits wider than the embedding give ends its sequence: the step behind this one may still look it up
-        known = torch.tensor(token_ids).clamp_(max=self._loaded.num_embeddings - 1)
-        self._tables.leave_sampled([part.slot for part in parts], known.to(self._device))
-        return outcomes
+        samples = self._sampler.launch(logits, rows)
+        # what logits wider than the embedding give ends its sequence, as an error does: the step behind this one may
+        # still look it up
+        known = samples.token_ids.clamp(0, self._loaded.num_embeddings - 1)
+        self._tables.leave_sampled(inputs.slots[inputs.kept[: len(parts)]], known)
+        return samples
 
     def _prompt_logprobs(
         self, parts: Sequence[tuple[SequenceStep, int]], logits: torch.Tensor
-    ) -> dict[str, list[TokenLogprob]]:
-        """Return for each part, by sequence id, the logprobs of the prompt tokens after its rows.
+    ) -> dict[str, list[_LaunchedLogprobs]]:
+        """Put for each part, by sequence id, the logprobs of the prompt tokens after its rows on their way.
 
         `logits` is `[rows of all parts, vocab_size]`.
         """
-        found: dict[str, list[TokenLogprob]] = {}
+        found: dict[str, list[_LaunchedLogprobs]] = {}
         begin = 0
         for part, count in parts:
             sequence = self._tables[part.slot]
             k = sequence.begins.params.prompt_logprobs or 0
-            entries: list[TokenLogprob] = []
+            entries: list[_LaunchedLogprobs] = []
             for first in range(0, count, _LOGPROB_ROWS):
                 rows = min(_LOGPROB_ROWS, count - first)
                 targets = sequence.token_ids[part.start + 1 + first :][:rows]
-                entries += prompt_logprobs(logits[begin + first :][:rows].float(), targets, k)
+                entries.append(launch_prompt_logprobs(logits[begin + first :][:rows].float(), targets, k))
             found[part.seq_id] = entries
             begin += count
         return found
-
-    def _pack(self, parts: Sequence[SequenceStep]) -> _PackedStep:
-        """Lay `parts` out on the token axis, their slots being up to date. Only what is computed takes time.
-
-        parts       a replay | two that generate | a chunk
-        positions   57 58 59 |        8 | 130    | 0 1 2 ...
-        slots        4  4  4 |        1 |   2    | 0 0 0 ...
-        """
-        tables, block_size = self._tables, self._block_size
-        counts = np.array([part.num_tokens for part in parts])
-        ends = np.cumsum(counts)
-        packed = np.empty((5, ends[-1]), np.int64)  # token ids, positions, block ids, offsets in them, slots
-        packed[0] = [token_id for part in parts for token_id in tables[part.slot].tokens_of(part)]
-        packed[1] = np.arange(ends[-1]) + np.repeat([part.end for part in parts] - ends, counts)
-        packed[4] = np.repeat([part.slot for part in parts], counts)
-        packed[2] = tables.host_tables[packed[4], packed[1] // block_size]
-        packed[3] = packed[1] % block_size
-        num_rows = sum(part.num_tokens for part in parts if part.kind == "decode")
-        spans: list[PrefillSpan] = []
-        kept: list[int] = []
-        kept_for_logprobs: list[range] = []
-        sampled: list[SequenceStep] = []
-        logprob_parts: list[tuple[SequenceStep, int]] = []
-        for part, end in zip(parts, ends.tolist(), strict=True):
-            begin = end - part.num_tokens
-            if part.kind == "prefill":
-                spans.append(PrefillSpan(begin - num_rows, end - num_rows, part.end, part.slot))
-            if part.is_sampled:
-                kept.append(end - 1)
-                sampled.append(part)
-            if part.wants_prompt_logprobs:
-                # a row tells of the token after it, as long as that is of the prompt
-                count = max(0, min(part.end, tables[part.slot].begins.num_prompt_tokens - 1) - part.start)
-                kept_for_logprobs.append(range(begin, begin + count))
-                logprob_parts.append((part, count))
-        for rows in kept_for_logprobs:
-            kept.extend(rows)
-        tokens = self._to_device(packed)
-        awaiting = [(end - 1, part.slot) for part, end in zip(parts, ends.tolist(), strict=True) if part.awaits_token]
-        if awaiting:
-            places = self._to_device(np.array(awaiting).T)  # [2, parts that await a token]: rows, then slots
-            tokens[0, places[0]] = tables.sampled_ids[places[1]]
-        kept_rows = torch.tensor(kept or [0], dtype=torch.int64, device=self._device)
-        return _PackedStep(
-            input_ids=tokens[0:1],
-            position_ids=tokens[1:2],
-            attention=StepAttention(
-                layers=self._layers,
-                block_ids=tokens[2],
-                offsets=tokens[3],
-                num_decode_rows=num_rows,
-                block_tables=tables.block_tables,
-                slots=tokens[4, :num_rows],
-                kv_lens=self._to_device((packed[1, :num_rows] + 1).astype(np.int32)),
-                max_kv_len=max((part.end for part in parts if part.kind == "decode"), default=0),
-                spans=PrefillSpans.of(spans, self._device) if spans else None,
-                kept_rows=kept_rows,
-                on_layer=self._on_layer,
-            ),
-            sampled=sampled,
-            logprob_parts=logprob_parts,
-            kept_rows=kept_rows,
-        )
-
-    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """Return `array` as a tensor: the same memory on a CPU, a copy elsewhere."""
-        return torch.from_numpy(array).to(self._device)

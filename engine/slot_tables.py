@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,29 +51,48 @@ class SlotSequence:
         return array("I", [0]) if self.num_awaited and not found else found
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceRoom:
+    """Room for tables on an accelerator: all that will ever be wanted, since captured steps know where they lie."""
+
+    device: torch.device
+    num_slots: int
+    max_blocks: int  #: of a sequence
+    #: puts so many words, int64, that it lets be written on the host, there
+    bring: Callable[[int, Callable[[npt.NDArray[np.int64]], None]], torch.Tensor]
+
+
 class SlotTables:
-    """The slots of one runner. Room for more of them, and for longer tables, is made by doubling.
+    """The slots of one runner. On a CPU room for more of them, and for longer tables, is made by doubling.
 
     Attributes:
         host_tables: `[num_slots, max_blocks]` int32. What follows a sequence's last block is 0, or an earlier one's.
-        block_tables: the same on the runner's device; on a CPU the same memory. Elsewhere new entries alone are
-            written, in place; where there was no room for them it is another tensor from then on.
-        sampled_ids: `[num_slots]` int64 on the runner's device: what was sampled last for each slot.
+        block_tables: the same on the runner's device; on a CPU the same memory. On an accelerator it stays the same
+            tensor, where new entries alone are written, without waiting for it.
+        sampled_ids: `[num_slots]` int64 on the runner's device: what was sampled last for each slot; as lasting.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, room: DeviceRoom | None = None) -> None:
+        """Make tables on the host, and in `room`, where that is on an accelerator."""
         self._sequences: dict[int, SlotSequence] = {}
-        self._device = device
-        self.host_tables: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
-        self.block_tables = torch.from_numpy(self.host_tables).to(device)
-        self.sampled_ids = torch.zeros(0, dtype=torch.int64, device=device)
+        self._room = room
+        #: slot, then which entries of its table, [begin, end): those that the device does not have yet, be it that
+        #: bringing them failed for lack of memory
+        self._unbrought: list[tuple[int, int, int]] = []
+        shape = (room.num_slots, room.max_blocks) if room else (0, 0)
+        self.host_tables: npt.NDArray[np.int32] = np.zeros(shape, np.int32)  # pages that nobody writes cost nothing
+        self.block_tables = torch.from_numpy(self.host_tables)
+        self.sampled_ids = torch.zeros(shape[0], dtype=torch.int64)
+        if room:
+            self.block_tables = torch.zeros(shape, dtype=torch.int32, device=room.device)
+            self.sampled_ids = torch.zeros(shape[0], dtype=torch.int64, device=room.device)
 
     def __getitem__(self, slot: int) -> SlotSequence:
         """Return who is in a slot that has begun; not to be changed."""
         return self._sequences[slot]
 
     def take_in(self, plan: StepPlan) -> list[str]:
-        """Bring the slots up to date with `plan`; every plan once, in order.
+        """Bring the slots up to date with `plan`, on the host; every plan once, in order.
 
         Returns:
             The ids of the sequences that left their slots.
@@ -84,11 +103,11 @@ class SlotTables:
         if plan.is_told:
             return []
         left = [self._sequences.pop(slot) for slot in plan.freed_slots if slot in self._sequences]
-        written: list[tuple[int, int, int]] = []  # slot, then which entries of its table: [begin, end)
         for part in plan.parts:
             if part.begins is not None:
                 if part.slot in self._sequences:  # whoever plans began anew
                     left.append(self._sequences[part.slot])
+                self._reserve(part.slot + 1, 0)
                 self._sequences[part.slot] = SlotSequence(part.seq_id, part.begins)
             sequence = self._sequence_of(part)
             sequence.tell(part)
@@ -97,18 +116,19 @@ class SlotTables:
                 self._reserve(part.slot + 1, end)
                 self.host_tables[part.slot, begin:end] = part.new_block_ids
                 sequence.num_blocks = end
-                written.append((part.slot, begin, end))
-        if written and self._device.type != "cpu":
-            self._copy_entries(written)
+                if self._room:
+                    self._unbrought.append((part.slot, begin, end))
         return [sequence.seq_id for sequence in left]
 
-    def leave_sampled(self, slots: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Leave what was sampled for these slots, `[len(slots)]` int64 on the device, to parts that await it."""
-        num_slots = max(slots) + 1
-        if num_slots > len(self.sampled_ids):
-            more = _grown(num_slots) - len(self.sampled_ids)
-            self.sampled_ids = torch.cat([self.sampled_ids, self.sampled_ids.new_zeros(more)])
-        self.sampled_ids[torch.tensor(slots, device=self._device)] = token_ids
+    def bring(self) -> None:
+        """Put what plans told of block tables on its way to an accelerator, where they are there."""
+        if self._room and self._unbrought:
+            self._bring_entries(self._unbrought, self._room)
+            self._unbrought.clear()
+
+    def leave_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Leave what was sampled for `slots`, both `[n]` int64 on the device, to parts that await it."""
+        self.sampled_ids[slots] = token_ids
 
     def _sequence_of(self, part: SequenceStep) -> SlotSequence:
         sequence = self._sequences.get(part.slot)
@@ -121,18 +141,28 @@ class SlotTables:
         old = self.host_tables
         if num_slots <= old.shape[0] and max_blocks <= old.shape[1]:
             return
+        if self._room:
+            raise InvariantError(
+                f"{num_slots} slots of {max_blocks} blocks are wanted, there are {old.shape[0]} of {old.shape[1]}"
+            )
         shape = [max(have, _grown(want)) for have, want in zip(old.shape, (num_slots, max_blocks), strict=True)]
-        self.host_tables = np.zeros(shape, np.int32)  # pages that nobody writes cost nothing
+        self.host_tables = np.zeros(shape, np.int32)
         for slot, sequence in self._sequences.items():
             if sequence.num_blocks:
                 self.host_tables[slot, : sequence.num_blocks] = old[slot, : sequence.num_blocks]
-        self.block_tables = torch.from_numpy(self.host_tables).to(self._device)
+        self.block_tables = torch.from_numpy(self.host_tables)
+        self.sampled_ids = torch.cat([self.sampled_ids, self.sampled_ids.new_zeros(shape[0] - old.shape[0])])
 
-    def _copy_entries(self, written: Sequence[tuple[int, int, int]]) -> None:
+    def _bring_entries(self, written: Sequence[tuple[int, int, int]], room: DeviceRoom) -> None:
         """Put entries of the host's tables into the device's, in one transfer."""
         slots = np.repeat([slot for slot, _, _ in written], [end - begin for _, begin, end in written])
         columns = np.concatenate([np.arange(begin, end) for _, begin, end in written])
-        entries = torch.from_numpy(np.stack([slots, columns, self.host_tables[slots, columns]])).to(self._device)
+
+        def write(words: npt.NDArray[np.int64]) -> None:
+            entries = words.reshape(3, -1)
+            entries[0], entries[1], entries[2] = slots, columns, self.host_tables[slots, columns]
+
+        entries = room.bring(3 * len(slots), write).view(3, -1)
         self.block_tables[entries[0], entries[1]] = entries[2].int()
 
 

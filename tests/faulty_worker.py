@@ -42,14 +42,14 @@ elif fault == "die":
     from engine.runner import Runner
     from kvcache.names import unpack_tokens
 
-    execute = Runner.execute
+    launch = Runner.launch
 
-    def execute_or_die(self, plan):
+    def launch_or_die(self, plan):
         if any(part.seq_id != "warm-up" and 251 in unpack_tokens(part.new_token_ids) for part in plan.parts):
             os.kill(os.getpid(), signal.SIGKILL)
-        return execute(self, plan)
+        return launch(self, plan)
 
-    Runner.execute = execute_or_die
+    Runner.launch = launch_or_die
 else:
     sys.exit(f"fault {fault!r}: wanted damage, truncate or die")
 

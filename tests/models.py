@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 VOCAB_SIZE = 320
@@ -67,12 +67,9 @@ def make_tiny_model(directory: Path, family: str = "llama", seed: int = 0, **ove
         `directory`.
     """
     dtype = overrides.pop("dtype", torch.float32)
-    removed = {name for name, value in overrides.items() if value is None and name in _COMMON}
-    entries = {name: value for name, value in {**_COMMON, **overrides}.items() if name not in removed}
     write_tokenizer(directory)
     eos = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(EOS)
-    entries.setdefault("eos_token_id", eos)
-    config = AutoConfig.for_model(family, **entries)
+    config = tiny_config(family, **{"eos_token_id": eos, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -83,6 +80,14 @@ def make_tiny_model(directory: Path, family: str = "llama", seed: int = 0, **ove
     transformers_logging.disable_progress_bar()
     model.save_pretrained(directory)
     return directory
+
+
+def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """The configuration of such a model; None removes an entry that all have."""
+    removed = {name for name, value in overrides.items() if value is None and name in _COMMON}
+    return AutoConfig.for_model(
+        family, **{name: value for name, value in {**_COMMON, **overrides}.items() if name not in removed}
+    )
 
 
 def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.memory.kv_pool import KvPool
 from engine.model.load import LoadedModel
-from engine.runner import Runner
+from engine.runner import Accelerator, Runner
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
 from engine.scheduling.slots import Slot, SlotPool
@@ -36,10 +36,18 @@ class Sequence:
 class Bench:
     """A model, a pool of its own and the sequences in it. Blocks are given out from both ends and never freed."""
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int = 256, block_size: int = 16, *, is_reversed: bool = False):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        *,
+        is_reversed: bool = False,
+        accelerator: Accelerator | None = None,
+    ):
         self.loaded = loaded
         self.pool = KvPool(loaded.layer_specs, block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
-        self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None))
+        self.runner = Runner(loaded, self.pool, Sampler(loaded.vocab_size, None), accelerator=accelerator)
         self.block_size = block_size
         self.slots = SlotPool()
         self.free = list(range(num_blocks))

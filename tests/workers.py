@@ -14,7 +14,7 @@ from pathlib import Path
 
 from decode.worker import DecodeWorker
 from engine.core import EngineOptions
-from engine.scheduling.plan import StepPlan, StepResult
+from engine.scheduling.plan import StepPlan
 from engine.worker import FindCache, WorkerOptions
 from kvcache.names import pack_tokens
 from messages.fleet import GetStats, Stats, WorkerInfo
@@ -202,13 +202,13 @@ class Steps:
 
     def __init__(self, worker: PrefillWorker | DecodeWorker) -> None:
         driver = worker._worker.driver
-        self._compute = driver._compute
+        self._launch = driver._launch
         self._gate = threading.Event()
         self._gate.set()
         self._held_id: str | None = None
         self._num_let_pass = 0
         self.begun: list[StepPlan] = []
-        driver._compute = self._compute_when_open
+        driver._launch = self._launch_when_open
 
     def hold(self, seq_id: str, *, after: int) -> None:
         """Let `after` steps pass that compute `seq_id`, and hold the next one in its middle."""
@@ -228,7 +228,7 @@ class Steps:
         """Steps begun so far that compute it."""
         return sum(any(part.seq_id == seq_id for part in plan.parts) for plan in self.begun)
 
-    def _compute_when_open(self, plan: StepPlan) -> StepResult:
+    def _launch_when_open(self, plan: StepPlan) -> object:
         """On the engine's thread."""
         self.begun.append(plan)
         held_id = self._held_id
@@ -237,7 +237,7 @@ class Steps:
                 self._gate.clear()
                 assert self._gate.wait(20)
             self._num_let_pass -= 1
-        return self._compute(plan)
+        return self._launch(plan)
 
 
 def taken_in(worker: PrefillWorker | DecodeWorker, kind: type[Message]) -> asyncio.Event:

@@ -79,6 +79,15 @@ class AttentionKernels(Protocol):
         """Name of the kernels, for people; block names go by the bits that come out (`engine/model/bits.py`)."""
         ...
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether `write_kv` and `decode_attention` serve captured steps (`engine/steps/captured.py`).
+
+        They read lengths on the device alone, whatever `max_kv_len` says; tokens whose block id is negative are stored
+        nowhere, and rows without keys are 0.
+        """
+        ...
+
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether all three operations serve such a layer."""
         ...

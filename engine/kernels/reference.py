@@ -18,6 +18,7 @@ class TorchKernels:
     """The three operations in torch's operators: any device, dtype, head size. The reference for all others."""
 
     name = "torch-2"
+    is_capturable = False
 
     def supports(self, layer: LayerUse, dtype: torch.dtype, device: torch.device) -> bool:
         """Take every layer, dtype and device."""

@@ -31,10 +31,11 @@ from text.tokenizer import Tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
-async def test_pulled_prompts_give_the_tokens_of_plain_transformers(model_dir, reference):
+@pytest.mark.parametrize("plans_ahead", [False, True])
+async def test_pulled_prompts_give_the_tokens_of_plain_transformers(model_dir, reference, plans_ahead):
     lengths = (1, 15, 16, 17, 32, 100, 257, 600)
     asked = prompts(1, *lengths)
-    options = worker_options(model_dir)
+    options = worker_options(model_dir, plans_ahead=plans_ahead)
     async with running_pair(options, options) as pair:
         answers = [pair.ingress.send(f"r{i}", prompt) for i, prompt in enumerate(asked)]
         got = await pair.ingress.finish(*answers)
@@ -187,9 +188,10 @@ async def test_many_choices_that_each_end_as_they_begin_are_answered_one_after_t
 
 
 @pytest.mark.alone
-async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference):
+@pytest.mark.parametrize("plans_ahead", [False, True])
+async def test_a_pool_too_small_for_all_preempts_and_stays_exact(model_dir, reference, plans_ahead):
     asked = prompts(6, *([90] * 12))
-    tiny = worker_options(model_dir, kv_cache_bytes=40 * BLOCK_BYTES, max_model_len=256)
+    tiny = worker_options(model_dir, kv_cache_bytes=40 * BLOCK_BYTES, max_model_len=256, plans_ahead=plans_ahead)
     async with running_pair(tiny, tiny) as pair:
         answers = [pair.ingress.send(f"r{i}", prompt, max_tokens=60) for i, prompt in enumerate(asked)]
         got = await pair.ingress.finish(*answers, timeout_s=60)
@@ -207,9 +209,10 @@ async def test_an_unreachable_prefill_worker_is_done_without(model_dir, referenc
         assert got == reference.greedy(prompt, 16)
 
 
-async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_dir):
+@pytest.mark.parametrize("plans_ahead", [False, True])
+async def test_a_cancelled_request_leaves_nothing_pinned_on_either_side(model_dir, plans_ahead):
     asked = prompts(9, 600, 600, 600, 50)
-    options = worker_options(model_dir)
+    options = worker_options(model_dir, plans_ahead=plans_ahead)
     async with running_pair(options, options) as pair:
         for delay_s in (0.0, 0.005, 0.03, 0.1):
             answers = [pair.ingress.send(f"{delay_s}-{i}", prompt, max_tokens=200) for i, prompt in enumerate(asked)]

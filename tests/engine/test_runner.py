@@ -69,13 +69,13 @@ def same_bits(ours, theirs):
 def record_logits(monkeypatch, bench):
     """Every forward's logits, as they go to the sampler."""
     seen = []
-    sample = bench.runner._sampler.sample
+    launch = bench.runner._sampler.launch
 
     def spy(logits, rows):
         seen.append({row.seq_id: logits[index].clone() for index, row in enumerate(rows)})
-        return sample(logits, rows)
+        return launch(logits, rows)
 
-    monkeypatch.setattr(bench.runner._sampler, "sample", spy)
+    monkeypatch.setattr(bench.runner._sampler, "launch", spy)
     return seen
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
-from engine.slot_tables import SlotTables
+from engine.slot_tables import DeviceRoom, SlotTables
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError
 from messages.request import SamplingParams
@@ -31,7 +33,7 @@ def part(
 
 @pytest.fixture
 def tables() -> SlotTables:
-    return SlotTables(torch.device("cpu"))
+    return SlotTables()
 
 
 def test_parts_append_to_what_their_slot_was_told(tables):
@@ -74,14 +76,58 @@ def test_a_plan_that_was_lost_or_came_twice_is_noticed_where_it_changes_who_is_w
         tables.take_in(StepPlan((part("b", 0),)))
 
 
-def test_other_devices_are_brought_the_new_entries_and_no_others(tables):
-    tables.take_in(
-        StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS), part("b", 1, blocks=[3, 4, 5], begins=BEGINS)))
-    )
-    host, tables.block_tables = tables.block_tables, torch.full((2, 4), -1, dtype=torch.int32)
-    tables._copy_entries([(0, 1, 2), (1, 0, 3)])
-    assert host.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
-    assert tables.block_tables.tolist() == [[-1, 2, -1, -1], [3, 4, 5, -1]]
+@pytest.fixture
+def brought() -> list[torch.Tensor]:
+    return []
+
+
+@pytest.fixture
+def elsewhere(brought) -> SlotTables:
+    """On an accelerator, told what it brings there."""
+
+    def bring(num_words, write):
+        words = torch.empty(num_words, dtype=torch.int64)
+        write(words.numpy())
+        brought.append(words)
+        return words
+
+    return SlotTables(DeviceRoom(torch.device("cpu"), 2, 4, bring))
+
+
+def test_an_accelerator_is_brought_the_new_entries_and_no_others(elsewhere, brought):
+    held = elsewhere.block_tables
+    held.fill_(-1)
+    for plan in (
+        StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS), part("b", 1, blocks=[3], begins=BEGINS))),
+        StepPlan((part("a", 0), part("b", 1))),
+        StepPlan((part("a", 0), part("b", 1, blocks=[4, 5]))),
+    ):
+        elsewhere.take_in(plan)
+        elsewhere.bring()
+    assert [words.tolist() for words in brought] == [[0, 0, 1, 0, 1, 0, 1, 2, 3], [1, 1, 1, 2, 4, 5]]
+    assert elsewhere.host_tables.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
+    assert elsewhere.block_tables is held
+    assert held.tolist() == [[1, 2, -1, -1], [3, 4, 5, -1]]
+
+
+def test_entries_that_could_not_be_brought_are_brought_when_their_step_is_tried_again(elsewhere, brought, monkeypatch):
+    plan = StepPlan((part("a", 0, blocks=[1, 2], begins=BEGINS),))
+    elsewhere.take_in(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(elsewhere, "_bring_entries", lambda *_: torch.zeros(1 << 60))
+        with pytest.raises(RuntimeError, match="memory"):
+            elsewhere.bring()
+    elsewhere.take_in(dataclasses.replace(plan, is_told=True))
+    elsewhere.bring()
+    assert elsewhere.block_tables[0].tolist() == [1, 2, 0, 0]
+
+
+def test_tables_of_an_accelerator_never_move_and_what_has_no_room_is_said():
+    tables = SlotTables(DeviceRoom(torch.device("cpu"), 2, 3, lambda *_: torch.zeros(0)))
+    with pytest.raises(InvariantError, match="3 slots of 0 blocks are wanted, there are 2 of 3"):
+        tables.take_in(StepPlan((part("a", 2, begins=BEGINS),)))
+    with pytest.raises(InvariantError, match="1 slots of 4 blocks are wanted, there are 2 of 3"):
+        tables.take_in(StepPlan((part("a", 0, blocks=[1, 2, 3, 4], begins=BEGINS),)))
 
 
 # ------------------------------------------------------------------------------------------------------ awaited tokens
@@ -118,6 +164,8 @@ def test_a_token_that_a_plan_tells_is_there_once(tables):
 
 
 def test_what_was_sampled_is_left_by_slot_and_room_for_more_slots_loses_none(tables):
-    tables.leave_sampled([2, 0], torch.tensor([30, 10]))
-    tables.leave_sampled([5], torch.tensor([50]))
+    tables.take_in(StepPlan((part("a", 2, begins=BEGINS), part("b", 0, begins=BEGINS))))
+    tables.leave_sampled(torch.tensor([2, 0]), torch.tensor([30, 10]))
+    tables.take_in(StepPlan((part("c", 5, begins=BEGINS),)))
+    tables.leave_sampled(torch.tensor([5]), torch.tensor([50]))
     assert tables.sampled_ids.tolist() == [10, 0, 30, 0, 0, 50, 0, 0]

@@ -343,7 +343,7 @@ async def test_what_an_instruction_makes_raise_ends_the_worker(crashing):
 
 async def test_what_a_step_raises_ends_the_worker(crashing, monkeypatch):
     worker, _, _, crashes = crashing
-    monkeypatch.setattr(worker.driver, "_compute", raising(Panic("at src/lib.rs:7")))
+    monkeypatch.setattr(worker.driver, "_launch", raising(Panic("at src/lib.rs:7")))
     spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=SamplingParams(max_tokens=2))
     worker.post(SequenceAdded(spec))
     await until(lambda: crashes)
@@ -352,8 +352,8 @@ async def test_what_a_step_raises_ends_the_worker(crashing, monkeypatch):
 async def test_a_step_that_hangs_ends_the_worker(crashing, monkeypatch):
     worker, _, _, crashes = crashing
     may_end = threading.Event()
-    compute = worker.driver._compute
-    monkeypatch.setattr(worker.driver, "_compute", lambda plan: compute(plan) if may_end.wait(20) else None)
+    launch = worker.driver._launch
+    monkeypatch.setattr(worker.driver, "_launch", lambda plan: launch(plan) if may_end.wait(20) else None)
     monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FLOOR_S", 0.1)
     monkeypatch.setattr("engine.scheduling.step_cost._HANGS_FACTOR", 0.0)
     spec = SequenceSpec(seq_id="s", token_ids=[5, 6], num_prompt_tokens=2, params=SamplingParams(max_tokens=1))

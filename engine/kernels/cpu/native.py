@@ -30,6 +30,8 @@ class NativeKernels:
     Thread-safe; each call uses torch's threads and releases the GIL.
     """
 
+    is_capturable = False
+
     def __init__(self, module: ModuleType) -> None:
         self._module = module
         #: How bfloat16 linears are computed; None where no way of this machine gives the bits that it should.

@@ -22,6 +22,7 @@ class TritonKernels:
     """The three operations, each a launch or two with no length read back from the device."""
 
     name = "triton-1"
+    is_capturable = True
 
     write_kv = staticmethod(write_kv)
     decode_attention = staticmethod(decode_attention)
