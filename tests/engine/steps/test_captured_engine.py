@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NUM_BLOCKS = 64
 MAX_NUM_SEQS = 6
+MAX_MODEL_LEN = 200
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,8 @@ def requests():
             prompt_logprobs=rng.choice([None, None, 1]),
         )
         yield SequenceSpec(seq_id=f"s{number}", token_ids=prompt, num_prompt_tokens=len(prompt), params=params)
+    params = SamplingParams(max_tokens=MAX_MODEL_LEN, temperature=0.0)
+    yield SequenceSpec(seq_id="longest", token_ids=prompt_of(185), num_prompt_tokens=185, params=params)
 
 
 def served(loaded, *, plans_ahead: bool) -> dict[str, list[int]]:
@@ -208,7 +211,7 @@ def served(loaded, *, plans_ahead: bool) -> dict[str, list[int]]:
     options = EngineOptions(
         block_size=8, kv_cache_bytes=num_bytes, max_num_batched_tokens=48, max_num_seqs=5, plans_ahead=plans_ahead
     )
-    engine = Engine.build(dataclasses.replace(loaded, max_model_len=200), options)
+    engine = Engine.build(dataclasses.replace(loaded, max_model_len=MAX_MODEL_LEN), options)
     engine.warm_up()
     tokens: dict[str, list[int]] = {}
     coming = list(requests())
@@ -236,6 +239,7 @@ def test_an_engine_on_a_device_gives_each_request_the_tokens_of_one_on_a_cpu(loa
     monkeypatch.setattr("engine.core.Runner", on_device)
     tokens = served(loaded, plans_ahead=plans_ahead)
     assert tokens == wanted
-    assert len(tokens) == 14
+    assert len(tokens) == 15
+    assert len(tokens["longest"]) == MAX_MODEL_LEN - 185
     assert emulator.done.count("launch") - emulator.done.count("capture") > 30
     emulator.synchronize()
