@@ -81,7 +81,7 @@ def test_nothing_is_said_of_a_pool_that_can_be_exported(caplog):
     assert caplog.records == []
 
 
-# ------------------------------------------------------------------------------------------------ the driver's own calls
+# ----------------------------------------------------------------------------------------------- the driver's own calls
 
 #: A driver by the same names and in the same form, whose memory is the process's own; handles have the address in them.
 LIBRARY = """
