@@ -79,7 +79,7 @@ def measured_room(
 
     def run_step() -> int:
         plan, num_blocks = largest_step(limits, loaded.max_model_len)
-        pool = KvPool(loaded.layer_specs, limits.block_size, loaded.dtype, loaded.device, num_blocks=num_blocks)
+        pool = KvPool(loaded.layer_specs, limits.block_size, loaded.kv_dtype, loaded.device, num_blocks=num_blocks)
         runner = make_runner(pool)
         runner.capture(is_trial=True)
         runner.execute(plan)

@@ -58,7 +58,7 @@ class Sequences:
         self._tokens = [torch.randint(4, loaded.num_embeddings, (n,), generator=generator).tolist() for n in lengths]
         counts = [n // BLOCK_SIZE + 1 for n in lengths]
         self._blocks = torch.randperm(1 + sum(counts), generator=generator).split([1, *counts])[1:]
-        self._pool = KvPool(loaded.layer_specs, BLOCK_SIZE, loaded.dtype, loaded.device, num_blocks=1 + sum(counts))
+        self._pool = KvPool(loaded.layer_specs, BLOCK_SIZE, loaded.kv_dtype, loaded.device, num_blocks=1 + sum(counts))
         self._sampler = Watched(loaded.vocab_size, None)
         self.runner = Runner(loaded, self._pool, self._sampler, None, Accelerator(device, len(lengths)))
         self.runner.capture()

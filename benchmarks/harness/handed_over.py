@@ -113,17 +113,18 @@ def _compute_nothing(worker: PrefillWorker | DecodeWorker) -> PrefillWorker | De
                 loop.call_soon(end)
             return wanted
 
-        def compute(self, plan: StepPlan) -> StepResult:
+        def launch(self, plan: StepPlan) -> StepResult:
             self.runner._tables.take_in(plan)
-            size = self.options.block_size
-            for part in plan.parts:
-                if part.is_kept:
-                    end = -(-part.end // size) if part.is_sampled else part.end // size
-                    self.checksums.published(self.runner.block_ids(part.slot, part.start // size, end))
-                    loop.call_soon_threadsafe(loop.watch)
+            if kept := self._kept_blocks(plan):
+                self.checksums.launched(kept)
+                loop.call_soon_threadsafe(loop.watch)
             time.sleep(_STEP_S)
             sampled = {part.seq_id: Sampled(7) for part in plan.parts if part.is_sampled}
             return StepResult(sampled=sampled, elapsed_s=0.01)
+
+        def finish(self, step: StepResult) -> StepResult:
+            self.checksums.finished()
+            return step
 
     engine.__class__ = Idle
     return worker

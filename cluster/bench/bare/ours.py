@@ -124,7 +124,7 @@ def pool_bytes(loaded: LoadedModel, workload: Workload) -> int:
     block_size = EngineOptions().block_size
     of_each = -(-(workload.input_len + workload.output_len) // block_size)
     num_blocks = int(_ROOM * workload.batch_size * of_each) + _MORE_BLOCKS
-    wanted = num_blocks * block_bytes(loaded.layer_specs, block_size, loaded.dtype)
+    wanted = num_blocks * block_bytes(loaded.layer_specs, block_size, loaded.kv_dtype)
     free = free_bytes(loaded.device)
     if wanted > free:
         raise ConfigError(
