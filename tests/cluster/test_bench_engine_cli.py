@@ -42,7 +42,7 @@ def test_people_get_a_table_and_programs_every_repeat(tmp_path):
     assert found["bound"]["output_tokens_per_s"] == pytest.approx(12 / found["bound"]["seconds"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_peer_is_measured_beside(tiny_model):
     small = ("--batch-size", "2", "--input-len", "20", "--output-len", "6", "--repeats", "1", "--dtype", "float32")
     result = bench(str(tiny_model), *small, "--peer", "transformers", "--json")
