@@ -319,10 +319,10 @@ class SequenceLedger:
     def extend_match(self, seq: Sequence) -> None:
         """Take blocks that came to be held since admission: others wrote them, or they follow a bad one of a pull.
 
-        Not while a step runs with it: that knows its table.
+        Not while a step runs with it: then its table reaches beyond what is computed.
         """
         begin = len(seq.block_table)
-        if seq.is_in_step or seq.num_computed != begin * seq.block_size or begin >= seq.max_match_blocks:
+        if seq.num_computed != begin * seq.block_size or begin >= seq.max_match_blocks:
             return
         matched = self.pool.match(seq.names[i] for i in range(begin, seq.max_match_blocks))
         if not matched:
