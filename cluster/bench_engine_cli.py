@@ -45,6 +45,9 @@ def engine(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], _option("--dtype", "Of weights and KV.", _MODEL)
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"], _option("--kv-cache-dtype", "Of KV: as the model computes, or float8.", _MODEL)
+    ] = "auto",
     device: Annotated[str, _option("--device", "auto, cpu, cuda, or one of several, as cuda:1.", _MODEL)] = "auto",
     threads: Annotated[int | None, _option("--threads", "Of a CPU.", _MODEL, "its cores", min=1, max=4096)] = None,
     max_num_batched_tokens: Annotated[
@@ -94,6 +97,7 @@ def engine(
                     name=shape or path.name,
                     is_drawn=shape is not None,
                     dtype=dtype,
+                    kv_cache_dtype=kv_cache_dtype,
                     device=device,
                     num_threads=threads or num_cores(),
                     batch_size=batch_size,

@@ -48,6 +48,7 @@ def wanted(directory: Path, *, is_dry: bool, is_quick: bool, has_peer: bool, rep
         name=shape,
         is_drawn=True,
         dtype="float32" if is_dry else "bfloat16",
+        kv_cache_dtype="auto",
         device="cpu" if is_dry else "cuda",
         num_threads=num_cores(),
         batch_size=3 if is_dry else 64,

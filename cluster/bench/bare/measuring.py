@@ -34,6 +34,7 @@ class Wanted:
     name: str  #: of the model, for people
     is_drawn: bool
     dtype: str
+    kv_cache_dtype: str
     device: str  #: auto, cpu, cuda, cuda:1
     num_threads: int  #: of a CPU
     batch_size: int
@@ -66,6 +67,7 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
         path=wanted.path,
         drawn_seed=wanted.seed if wanted.is_drawn else None,
         dtype=wanted.dtype,
+        kv_cache_dtype=wanted.kv_cache_dtype,
         device=device,
         num_threads=wanted.num_threads,
     )
@@ -91,7 +93,7 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
             f"{', drawn' if wanted.is_drawn else ''}, {facts['dtype']}, {loaded.kernel_path}"
         ),
         workload=workload,
-        work=ModelWork(weights, loaded.layers, loaded.dtype.itemsize),
+        work=ModelWork(weights, loaded.layers, loaded.dtype.itemsize, loaded.kv_dtype.itemsize),
         machine=machine,
         sides=sides,
     )
@@ -127,6 +129,7 @@ def _facts(wanted: Wanted, loaded: LoadedModel) -> dict[str, Any]:
         "is_drawn": wanted.is_drawn,
         "family": loaded.family,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(loaded.kv_dtype).removeprefix("torch."),
         "num_parameters": loaded.num_parameters,
         "kernel_path": loaded.kernel_path,
         "max_num_batched_tokens": wanted.max_num_batched_tokens,

@@ -35,6 +35,7 @@ class Model:
     path: Path
     drawn_seed: int | None  #: None: its weights are read
     dtype: str
+    kv_cache_dtype: str
     device: torch.device
     num_threads: int  #: of a CPU
 
@@ -60,6 +61,7 @@ class KvrayEngine:
         self.loaded = load_model(
             model.path,
             dtype=model.dtype,
+            kv_cache_dtype=model.kv_cache_dtype,
             device=str(model.device),
             num_threads=model.num_threads,
             max_model_len=max_model_len,

@@ -51,10 +51,11 @@ class Effort:
 class ModelWork:
     """Counts the effort of a model's steps."""
 
-    def __init__(self, weights: Weights, layers: Sequence[LayerUse], item_bytes: int) -> None:
-        """Count for `layers`, of whose keys, values and weights a number has `item_bytes`."""
+    def __init__(self, weights: Weights, layers: Sequence[LayerUse], item_bytes: int, kv_item_bytes: int) -> None:
+        """Count for `layers`: a number of the weights has `item_bytes`, one of KV `kv_item_bytes`."""
         self.weights = weights
         self.item_bytes = item_bytes
+        self.kv_item_bytes = kv_item_bytes
         self._layers = layers
 
     def prefill(self, batch_size: int, input_len: int) -> Effort:
@@ -87,7 +88,7 @@ class ModelWork:
             if layer.chunk is not None:
                 seen = np.minimum(seen, positions % layer.chunk + 1)
             num_keys = float(seen.sum())
-            num_bytes += num_keys * layer.spec.token_elements * self.item_bytes
+            num_bytes += num_keys * layer.spec.token_elements * self.kv_item_bytes
             num_flops += num_keys * 2 * layer.num_heads * (layer.spec.k_dim + layer.spec.v_dim)
         return num_bytes, num_flops
 

@@ -26,7 +26,9 @@ WORKLOAD = Workload(batch_size=3, input_len=40, output_len=6, vocab_size=500)
 def model(tmp_path_factory) -> Model:
     directory = tmp_path_factory.mktemp("shape")
     write_shape(directory, "llama-tiny")
-    return Model(path=directory, drawn_seed=3, dtype="float32", device=torch.device("cpu"), num_threads=1)
+    return Model(
+        path=directory, drawn_seed=3, dtype="float32", kv_cache_dtype="auto", device=torch.device("cpu"), num_threads=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,9 @@ def test_who_has_enough_does_not_wait_for_all_that_was_asked_for(model, monkeypa
 
 def test_a_model_that_transformers_cannot_load_is_a_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    model = Model(path=tmp_path, drawn_seed=None, dtype="auto", device=torch.device("cpu"), num_threads=1)
+    model = Model(
+        path=tmp_path, drawn_seed=None, dtype="auto", kv_cache_dtype="auto", device=torch.device("cpu"), num_threads=1
+    )
     theirs = TransformersEngine(model, WORKLOAD, torch.float32)
     with pytest.raises(WorkerError, match=r"^transformers failed: OSError: ") as raised:
         theirs.generate([[1]], 1)

@@ -12,7 +12,10 @@ from engine.memory.kv_pool import LayerSpec
 MACHINE = Machine("made up", None, copy_bytes_per_s=1000.0, flops_per_s=10_000.0)
 #: A weight of 90 numbers for all tokens and one of 10 for logits; a key of 2 bytes and 4 operations.
 WORK = ModelWork(
-    Weights(body=90, experts=0, head=10, chosen_share=1.0, vectors=0, total=100), [LayerUse(LayerSpec(1, 1, 1), 1)], 1
+    Weights(body=90, experts=0, head=10, chosen_share=1.0, vectors=0, total=100),
+    [LayerUse(LayerSpec(1, 1, 1), 1)],
+    1,
+    1,
 )
 WORKLOAD = Workload(batch_size=2, input_len=4, output_len=3, vocab_size=10)
 

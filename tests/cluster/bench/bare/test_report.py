@@ -36,6 +36,7 @@ def report(*sides: Side) -> Report:
             Weights(body=90, experts=0, head=10, chosen_share=1.0, vectors=0, total=100),
             [LayerUse(LayerSpec(1, 1, 1), 1)],
             1,
+            1,
         ),
         machine=Machine("made up", 2, copy_bytes_per_s=1e3, flops_per_s=1e4),
         sides=sides,

@@ -39,7 +39,7 @@ def test_operations_of_a_prompt_are_those_that_torch_counts_but_for_keys_that_ar
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(input_ids=tokens, use_cache=False, logits_to_keep=torch.tensor([23]))
     masked = 2 * 4 * 2 * (16 + 16) * (24 * 24 - 24 * 25 // 2)
-    work = ModelWork(weights_of(found), layers(), 4)
+    work = ModelWork(weights_of(found), layers(), 4, 4)
     rotary = 2 * 8 * 24  # of the model, once for all layers: a product in some versions of transformers
     assert counter.get_total_flops() - masked - work.prefill(1, 24).num_flops in (0, rotary)
     assert weights_of(found).total == sum(parameter.numel() for parameter in model.parameters())
@@ -47,8 +47,8 @@ def test_operations_of_a_prompt_are_those_that_torch_counts_but_for_keys_that_ar
 
 def test_a_step_reads_each_weight_once_and_of_each_row_what_it_sees():
     weights = weights_of(config())
-    work = ModelWork(weights, layers(), 2)
-    of_key = 2 * 2 * (16 + 16) * 2
+    work = ModelWork(weights, layers(), 2, 1)
+    of_key = 2 * 2 * (16 + 16)
     read = (weights.total - 320 * 64) * 2  # the embedding only looks up
     assert work.decode([9, 19], 1).num_bytes == read + (10 + 20) * of_key
     assert work.decode([9, 19], 2).num_bytes == 2 * read + (10 + 20) * of_key
@@ -66,7 +66,7 @@ def test_a_tied_embedding_is_read_for_the_logits():
     [({}, 10 + 21), ({"window": 4}, 4 + 4), ({"chunk": 8}, 2 + 5), ({"window": 3, "chunk": 8}, 2 + 3)],
 )
 def test_a_row_sees_no_more_than_its_layer_lets_it(kind, num_keys):
-    work = ModelWork(ONE, layers(**kind), 1)
+    work = ModelWork(ONE, layers(**kind), 1, 1)
     assert work.decode([9, 20], 1).num_bytes == 1 + 2 * num_keys * 2 * 32
     assert work.decode([9, 20], 1).num_flops == 2 * 2 + 2 * num_keys * 2 * 4 * 32
 
