@@ -3,8 +3,8 @@
     with watch:                        of one engine, until the block ends
         watch.begin(); ...; watch.end() -> StepTimes       around each step
 
-On a CPU the model's forward is the device's time. On a CUDA device events lie in the stream before and behind what the
-runner launches: the host waits for the one behind, and between that and the next one before the device has nothing to
+On a CPU the model's forward is the device's time. On a CUDA device events lie in the stream before and behind what is
+launched: the host waits for the one behind, and between that and the next one before the device has nothing to
 do. The two overlap where a step is planned while another computes: what is hidden behind the device is the host's time
 too, and idle is what is not hidden.
 """
@@ -92,17 +92,17 @@ class DeviceEvent(Protocol):
 
 
 class DeviceWatch:
-    """Steps on a CUDA device. Stands between the engine and its runner."""
+    """Steps on a CUDA device. Stands between the engine and what launches its steps."""
 
     def __init__(self, engine: Engine, new_event: type[DeviceEvent] | Any) -> None:
-        """Put itself in the place of the engine's runner. `new_event()` makes an event."""
+        """Put itself in the place of the engine's steps. `new_event()` makes an event."""
         self._engine = engine
-        self._runner: Any = engine.runner
+        self._steps: Any = engine.steps
         self._new_event = new_event
         self._launched: deque[tuple[DeviceEvent, DeviceEvent]] = deque()  # before and behind steps in progress
         self._ended: DeviceEvent | None = None  # behind the last step that was finished
         self._begun_s = self._waited_s = self._idle_s = 0.0
-        engine.runner = self  # type: ignore[assignment]  # what it does not do the runner does
+        engine.steps = self  # type: ignore[assignment]
 
     def begin(self) -> None:
         """Begin to look: a step begins."""
@@ -115,20 +115,20 @@ class DeviceWatch:
         return StepTimes(now_s, now_s - self._begun_s - self._waited_s, self._idle_s)
 
     def close(self) -> None:
-        """Give the engine its runner back."""
-        self._engine.runner = self._runner
+        """Give the engine its own back."""
+        self._engine.steps = self._steps
 
     def launch(self, plan: Any) -> Any:
-        """Launch as the runner does, with an event before and one behind."""
+        """Launch as they do, with an event before and one behind."""
         before, behind = self._new_event(), self._new_event()
         before.record()
-        launched = self._runner.launch(plan)
+        launched = self._steps.launch(plan)
         behind.record()
         self._launched.append((before, behind))
         return launched
 
     def finish(self, launched: Any) -> Any:
-        """Finish the step that was launched first, as the runner does, once the device has come to its end."""
+        """Finish the step that was launched first, as they do, once the device has come to its end."""
         before, behind = self._launched.popleft()
         begun_s = time.perf_counter()
         behind.synchronize()
@@ -136,14 +136,7 @@ class DeviceWatch:
         if self._ended is not None:
             self._idle_s += self._ended.elapsed_time(before) / 1e3
         self._ended = behind
-        return self._runner.finish(launched)
-
-    def execute(self, plan: Any) -> Any:
-        """Launch and finish."""
-        return self.finish(self.launch(plan))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        return self._steps.finish(launched)
 
 
 def watch_of(engine: Engine) -> StepWatch:

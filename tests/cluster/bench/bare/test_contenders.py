@@ -80,7 +80,7 @@ class HostEvent:
         return 1e3 * (end.at_s - self.at_s)
 
 
-def test_who_stands_between_the_engine_and_its_runner_changes_no_token(ours):
+def test_who_stands_between_the_engine_and_its_steps_changes_no_token(ours):
     prompts = WORKLOAD.prompts(3, "whole")
     wanted = ours.generate(prompts, 6).outputs
     own, watch = ours._watch, DeviceWatch(ours._engine, HostEvent)

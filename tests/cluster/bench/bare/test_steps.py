@@ -41,10 +41,8 @@ class Event:
         return 1e3 * (end.at_s - self.at_s)
 
 
-class Runner:
+class Steps:
     """Launching takes the host 1 s, reading back 1 s, a step the device 10 s."""
-
-    some_attribute = 7
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -69,7 +67,7 @@ def world(monkeypatch) -> World:
 
 @pytest.fixture
 def engine(world) -> SimpleNamespace:
-    return SimpleNamespace(runner=Runner(world))
+    return SimpleNamespace(steps=Steps(world))
 
 
 def test_a_step_that_is_waited_for_leaves_the_device_idle_until_the_next(world, engine):
@@ -78,7 +76,7 @@ def test_a_step_that_is_waited_for_leaves_the_device_idle_until_the_next(world, 
     for plan in ("a", "b", "c"):
         watch.begin()
         world.passes(2.0)  # planning
-        assert engine.runner.execute(plan) == plan
+        assert engine.steps.finish(engine.steps.launch(plan)) == plan
         found.append(watch.end())
     assert [step.host_s for step in found] == [4.0, 4.0, 4.0]  # planned, launched, read back
     # while the host launches, nothing was launched yet: that second counts as the device's, as a launch may be long
@@ -88,49 +86,22 @@ def test_a_step_that_is_waited_for_leaves_the_device_idle_until_the_next(world, 
 
 def test_a_step_that_is_planned_while_another_computes_hides_the_hosts_time(world, engine):
     watch = DeviceWatch(engine, world.event)
-    launched = engine.runner.launch("a")
+    launched = engine.steps.launch("a")
     found = []
     for plan in ("b", "c"):
         watch.begin()
         world.passes(2.0)
-        behind = engine.runner.launch(plan)
-        engine.runner.finish(launched)
+        behind = engine.steps.launch(plan)
+        engine.steps.finish(launched)
         launched = behind
         found.append(watch.end())
     assert [step.host_s for step in found] == [4.0, 4.0]
     assert [step.idle_s for step in found] == [0.0, 0.0]
 
 
-def test_the_runner_is_what_it_was_and_is_given_back(world, engine):
-    runner = engine.runner
+def test_what_launches_steps_is_given_back(world, engine):
+    own = engine.steps
     watch = DeviceWatch(engine, world.event)
-    assert engine.runner.some_attribute == 7
+    assert engine.steps is watch
     watch.close()
-    assert engine.runner is runner
-
-
-class Model(torch.nn.Module):
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self.world = world
-
-    def forward(self) -> None:
-        self.world.passes(10.0)
-
-
-def test_on_a_cpu_all_but_the_forward_is_the_hosts(world):
-    model = Model(world)
-    watch = ForwardWatch(model)
-    found = []
-    for _ in range(2):
-        watch.begin()
-        world.passes(2.0)
-        model()
-        world.passes(1.0)
-        found.append(watch.end())
-        world.passes(4.0)  # whoever asks
-    assert [step.host_s for step in found] == [3.0, 3.0]
-    assert [step.idle_s for step in found] == [0.0, 7.0]
-    watch.close()
-    model()
-    assert watch.end().host_s == world.now_s - 117.0 - 10.0  # of this forward it does not know
+    assert engine.steps is own
