@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from cluster.bench.bare import steps
-from cluster.bench.bare.steps import DeviceWatch, ForwardWatch
+from cluster.bench.bare.steps import DeviceWatch
 
 
 class World:
