@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cluster.bench.bare import steps
-from cluster.bench.bare.steps import DeviceWatch
+from cluster.bench.bare.steps import DeviceWatch, ForwardWatch
 
 
 class World:
@@ -104,3 +105,30 @@ def test_what_launches_steps_is_given_back(world, engine):
     assert engine.steps is watch
     watch.close()
     assert engine.steps is own
+
+
+class Model(torch.nn.Module):
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+
+    def forward(self) -> None:
+        self.world.passes(10.0)
+
+
+def test_on_a_cpu_all_but_the_forward_is_the_hosts(world):
+    model = Model(world)
+    watch = ForwardWatch(model)
+    found = []
+    for _ in range(2):
+        watch.begin()
+        world.passes(2.0)
+        model()
+        world.passes(1.0)
+        found.append(watch.end())
+        world.passes(4.0)  # whoever asks
+    assert [step.host_s for step in found] == [3.0, 3.0]
+    assert [step.idle_s for step in found] == [0.0, 7.0]
+    watch.close()
+    model()
+    assert watch.end().host_s == world.now_s - 117.0 - 10.0  # of this forward it does not know
