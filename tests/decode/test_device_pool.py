@@ -33,6 +33,7 @@ async def test_what_left_a_devices_pool_comes_back_from_host_also_to_another_dev
     async with running(model_dir, node, engine=ENGINE) as (worker, ingress, router):
         tokens, sources = await ask(ingress, "cold", prompt)
         assert (tokens, sources.computed) == (wanted, 330)
+        await router.hears(prompt, {"device", "host"})
         engine_of(worker).pool.clear()
         held = await router.hears(prompt, {"host"})
         devices[0].wipe()

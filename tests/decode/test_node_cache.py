@@ -158,6 +158,7 @@ async def test_what_left_the_pool_comes_back_from_host_also_to_another_worker_an
     async with running(model_dir, node) as (worker, ingress, router):
         tokens, sources = await ask(ingress, "cold", prompt)
         assert (tokens, sources.computed) == (wanted, 330)
+        await router.hears(prompt, {"device", "host"})
         engine_of(worker).pool.clear()
         held = await router.hears(prompt, {"host"})
         tokens, sources = await ask(ingress, "from host", prompt, held)
