@@ -7,8 +7,8 @@
     python benchmarks/gpu/two_processes.py --dry-run       the same code on this CPU, in tiny: no figures
 
 First torch alone maps a tensor of this process into another one by CUDA IPC and copies it: where that does not work
-nothing else can. Then, where ucxx is installed (README.md beside this file), blocks go over the road "ucx" as workers
-pull them (transfer.py), and two real workers with the same drawn 8B-shaped weights hand prompts over. Each prompt is
+nothing else can. Then blocks go over the road "shm", which maps the other's pool by CUDA IPC, and over "ucx" where ucxx is
+installed (README.md beside this file), as workers pull them (transfer.py), and two real workers with the same drawn 8B-shaped weights hand prompts over. Each prompt is
 asked twice, once handed over and once computed by the decode worker alone, under names of its own: same tokens. What
 the handoff adds is the time from the end of the last prefill chunk to the second token, less the same of one process
 (benchmarks/handoff.py); one inter-token latency (ITL) is the median gap between later tokens.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.util
 import itertools
 import queue
 import sys
@@ -157,7 +156,7 @@ def options_of(directory: Path, num_tokens: int, *, is_dry: bool) -> WorkerOptio
         channel=CHANNEL,
         lease_s=60.0,
         stall_s=10.0,
-        roads=RoadOptions(names=("shm",) if is_dry else ("ucx",)),
+        roads=RoadOptions(names=("shm",)),
     )
 
 
@@ -245,8 +244,6 @@ def main() -> None:
         results["ipc"] = mapped._asdict()
         rates = [rate / 1e9 for rate in (mapped.mapped_bytes_per_s, mapped.own_bytes_per_s)]
         print(f"memory of another process: copied at {rates[0]:.1f} GB/s, its own at {rates[1]:.1f} GB/s", flush=True)
-    if not lack and not args.dry_run and importlib.util.find_spec("ucxx") is None:
-        lack = "ucxx is not installed, without which no road leads from GPU to GPU"
     if args.probe:
         return
     if not lack:
@@ -265,8 +262,8 @@ def main() -> None:
     elif args.record:
         record("two_processes_gpu", results, device=torch.cuda.get_device_name(), num_tokens=num_tokens)
     road = results.get("road")
-    of_copies = None if road is None else road["copies"] / road["ucx"]
-    print(goal(f"KV over ucx, {CELL}, of copies within one process", of_copies, at_least=MIN_OF_COPIES, unit="x"))
+    of_copies = None if road is None else road["copies"] / road["shm"]
+    print(goal(f"KV over shm, {CELL}, of copies within one process", of_copies, at_least=MIN_OF_COPIES, unit="x"))
     itls = results["added_ms"] / results["itl_ms"] if "itl_ms" in results else None
     print(goal(f"a handoff of {num_tokens} tokens adds, in ITLs", itls, under=MAX_ITLS))
 
