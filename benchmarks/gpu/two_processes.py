@@ -7,8 +7,9 @@
     python benchmarks/gpu/two_processes.py --dry-run       the same code on this CPU, in tiny: no figures
 
 First torch alone maps a tensor of this process into another one by CUDA IPC and copies it: where that does not work
-nothing else can. Then blocks go over the road "shm", which maps the other's pool by CUDA IPC, and over "ucx" where ucxx is
-installed (README.md beside this file), as workers pull them (transfer.py), and two real workers with the same drawn 8B-shaped weights hand prompts over. Each prompt is
+nothing else can. Then blocks go over the road "shm", which maps the other's pool by CUDA IPC, and over "ucx" where ucxx
+is installed (README.md beside this file), as workers pull them (transfer.py), and two real workers with the same drawn
+8B-shaped weights hand prompts over. Each prompt is
 asked twice, once handed over and once computed by the decode worker alone, under names of its own: same tokens. What
 the handoff adds is the time from the end of the last prefill chunk to the second token, less the same of one process
 (benchmarks/handoff.py); one inter-token latency (ITL) is the median gap between later tokens.

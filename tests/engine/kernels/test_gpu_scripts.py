@@ -21,7 +21,7 @@ def dry(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["attention.py", "operators.py"])
+@pytest.mark.parametrize("script", ["attention.py", pytest.param("operators.py", marks=pytest.mark.long)])
 def test_kernels_on_a_gpu_run_dry(script):
     pytest.importorskip("triton", reason="triton is not installed")
     assert dry(script).endswith("dry run: every result is torch's\n")
@@ -42,5 +42,6 @@ def test_restoring_on_a_gpu_runs_dry(tmp_path):
     assert printed.endswith("dry run: the same tokens from host memory and from disk\n")
 
 
+@pytest.mark.long
 def test_blocks_between_devices_and_the_host_run_dry():
     assert dry("transfer.py").endswith("dry run: every block came whole\n")
