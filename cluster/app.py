@@ -199,7 +199,8 @@ def _worker_options(config: KvrayConfig) -> WorkerOptions:
             block_size=section.block_size,
             kv_cache_bytes=None if section.kv_cache_memory is None else parse_size(section.kv_cache_memory),
             kv_cache_share=section.kv_cache_share,
-            gpu_memory_utilization=section.gpu_memory_utilization,
+            # workers that share a GPU share its memory
+            gpu_memory_utilization=section.gpu_memory_utilization * min(1.0, config.pools.gpus_per_worker or 1.0),
             max_num_seqs=section.max_num_seqs,
             max_num_batched_tokens=section.max_num_batched_tokens,
             itl_target_s=section.itl_target_ms / 1000,

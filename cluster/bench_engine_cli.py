@@ -43,7 +43,8 @@ def engine(
         _option("--shape", "Instead of a MODEL: one with drawn weights, llama-8b or smaller.", _MODEL, "none"),
     ] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], _option("--dtype", "Of weights and KV.", _MODEL)
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _option("--dtype", "Of weights, and of KV unless --kv-cache-dtype says otherwise.", _MODEL),
     ] = "auto",
     kv_cache_dtype: Annotated[
         Literal["auto", "fp8"], _option("--kv-cache-dtype", "Of KV: as the model computes, or float8.", _MODEL)

@@ -89,7 +89,7 @@ class EngineSection(_Section, frozen=True):
     kv_cache_memory: str | None = None  #: per worker, e.g. "2GiB"; None: by one of the two below
     #: of the memory that is free when a worker on CPUs starts, where no size is given
     kv_cache_share: Annotated[float, Meta(ge=0.001, le=0.95)] = 0.25
-    #: of a GPU's memory, what a worker uses in all, where no size is given: KV gets what weights and steps leave of it
+    #: of a GPU's memory (or a worker's share of it), what a worker uses in all; KV gets what weights and steps leave
     gpu_memory_utilization: Annotated[float, Meta(ge=0.01, le=1)] = 0.9
     #: auto: as the model computes; fp8: float8 (e4m3), half of bfloat16, less exact: workers say by how much
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
@@ -99,7 +99,7 @@ class EngineSection(_Section, frozen=True):
     itl_target_ms: Annotated[float, Meta(ge=0.1, le=1e6)] = 50.0
     #: CPU threads of a step, at most; None: the node's cores, which its workers share by who has something to compute
     num_threads: Annotated[int, Meta(ge=1, le=4096)] | None = None
-    kernels: Literal["auto", "off"] = "auto"  #: C++ kernels on CPU, where they were built
+    kernels: Literal["auto", "off"] = "auto"  #: of our own: C++ on CPUs where built, Triton on GPUs; off: torch's
 
 
 class PoolsConfig(_Section, frozen=True):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +51,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_cost import StepCost
 from engine.split_steps import SplitStep, SplitSteps
 from engine.step_threads import StepThreads
-from engine.steps.cuda import CudaDevice
+from engine.steps.cuda import CudaSteps
 from kvcache.pool import BlockPool
 from kvcache.region import GENERATION_BYTES, RegionLayout
 from messages.errors import ConfigError, RequestError
@@ -229,6 +230,15 @@ class Engine:
         """Steps that may be on their way at once: a second one where steps are planned ahead."""
         return 2 if self._config.plans_ahead else 1
 
+    def prepare_thread(self) -> None:
+        """Have the calling thread, which will launch steps, ready for the device: make now what is a thread's own."""
+        if self.loaded.device.type != "cuda":
+            return
+        torch.cuda.set_device(self.loaded.device)
+        row = torch.zeros(1, 16, dtype=self.loaded.dtype, device=self.loaded.device)
+        torch.nn.functional.linear(row, row)  # cuBLAS's handle
+        torch.cuda.synchronize()
+
     def launch(self, plan: StepPlan) -> EngineStep:
         """Put a planned step on its way; on a CPU this blocks for as long as the forward pass takes.
 
@@ -237,7 +247,7 @@ class Engine:
         with self.threads.step() if self.threads else contextlib.nullcontext():
             launched = self.steps.launch(plan)
             # which blocks they are is read now: a slot may be another's when the step has ended
-            self.checksums.launched(self._kept_blocks(plan))
+            self.checksums.launched(self._kept_blocks(plan, launched.errors))
         return EngineStep(plan, launched)
 
     def finish(self, step: EngineStep) -> StepResult:
@@ -246,11 +256,11 @@ class Engine:
         self.checksums.finished()
         return result
 
-    def _kept_blocks(self, plan: StepPlan) -> list[int]:
-        """Return the blocks that the step of `plan` fills and peers will read."""
+    def _kept_blocks(self, plan: StepPlan, left_out: Container[str]) -> list[int]:
+        """Return the blocks that the step of `plan` fills and peers will read; of `left_out` nothing was computed."""
         kept: list[int] = []
         for part in plan.parts:
-            if part.is_kept:
+            if part.is_kept and part.seq_id not in left_out:
                 size = self.options.block_size
                 end = -(-part.end // size) if part.is_sampled else part.end // size
                 kept += self.runner.block_ids(part.slot, part.start // size, end)
@@ -343,7 +353,7 @@ def _pool_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
 def _accelerator(loaded: LoadedModel, options: EngineOptions) -> Accelerator | None:
     if loaded.device.type == "cpu":
         return None
-    return Accelerator(CudaDevice(loaded.device), options.max_num_seqs)
+    return Accelerator(CudaSteps(loaded.device), options.max_num_seqs)
 
 
 def _grammars(model_dir: Path, loaded: LoadedModel, rules: TokenizerRules) -> GrammarCompiler | None:

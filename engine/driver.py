@@ -66,7 +66,9 @@ class EngineDriver:
         self.engine = engine
         self._on_instructions = on_instructions
         self._on_crash = on_crash
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="engine-step", initializer=engine.prepare_thread
+        )
         self._is_closed = False
         self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._wake = asyncio.Event()
@@ -88,7 +90,7 @@ class EngineDriver:
         self._wake.set()
 
     async def close(self) -> None:
-        """Stop after the steps in progress."""
+        """Stop after the step in progress; what was launched behind it is not waited for."""
         self._is_closed = True
         if self._tick_timer is not None:
             self._tick_timer.cancel()

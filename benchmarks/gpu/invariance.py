@@ -133,10 +133,10 @@ def main() -> None:
         loaded = dataclasses.replace(loaded, kernels=(TRITON_KERNELS,) * len(loaded.kernels))
         device, lengths, name = Emulator(), [70, 17, 9, 5], "this CPU"
     elif torch.cuda.is_available():
-        from engine.steps.cuda import CudaDevice
+        from engine.steps.cuda import CudaSteps
 
         loaded = load_model(model_directory("8B-wide"), dtype="bfloat16", device="cuda", max_model_len=4096)
-        device, name = CudaDevice(loaded.device), torch.cuda.get_device_name()
+        device, name = CudaSteps(loaded.device), torch.cuda.get_device_name()
         lengths = [2000, *(100 + 37 * number for number in range(15 if options.quick else 63))]
     else:
         print("no CUDA device is there: nothing was measured")

@@ -115,7 +115,7 @@ def _compute_nothing(worker: PrefillWorker | DecodeWorker) -> PrefillWorker | De
 
         def launch(self, plan: StepPlan) -> StepResult:
             self.runner._tables.take_in(plan)
-            if kept := self._kept_blocks(plan):
+            if kept := self._kept_blocks(plan, ()):
                 self.checksums.launched(kept)
                 loop.call_soon_threadsafe(loop.watch)
             time.sleep(_STEP_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -47,12 +48,14 @@ class BlockChecksums:
         Waits for nothing; a CPU has computed the step by now.
         """
         if self._copies is None:
-            self.published(block_ids)
+            if block_ids:
+                self.published(block_ids)
             return
         self._copies.note_step()
         if block_ids:
             ids = np.asarray(block_ids, np.uint32)
-            self._pending.append((ids, self._pool.generations(ids), self._copies.begin_checksums(block_ids)))
+            with contextlib.suppress(torch.OutOfMemoryError):  # then they are computed when somebody asks
+                self._pending.append((ids, self._pool.generations(ids), self._copies.begin_checksums(block_ids)))
         while len(self._pending) > _MAX_PENDING:
             self._settle_one()
 
@@ -68,7 +71,8 @@ class BlockChecksums:
         ids = np.asarray(block_ids, np.uint32)
         generations = self._pool.generations(ids)
         lacking = self._known_generations[ids] != generations
-        while lacking.any() and self._settle_one():
+        # only for these: a step that still runs is not waited for because of others
+        while self._is_pending(ids[lacking]) and self._settle_one():
             lacking = self._known_generations[ids] != generations
         if lacking.any():
             numbers = ids[lacking]
@@ -105,6 +109,10 @@ class BlockChecksums:
             return self._copies.checksums(block_ids)
         assert self._host_rows is not None
         return [checksum(self._host_rows[block_id]) for block_id in block_ids]
+
+    def _is_pending(self, wanted: npt.NDArray[np.uint32]) -> bool:
+        """Tell whether a device computes the checksum of one of these blocks."""
+        return any(np.isin(wanted, ids).any() for ids, _, _ in tuple(self._pending))
 
     def _settle_one(self) -> bool:
         """Wait for the oldest checksums that a device computes; False where there are none."""

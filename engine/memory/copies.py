@@ -125,13 +125,15 @@ class DeviceCopies:
         places = np.argsort(np.asarray(offsets), kind="stable")  # neighbours are copied as one
         ids, into = np.asarray(block_ids, np.int64)[places], np.asarray(offsets, np.int64)[places]
         with self._out.turn:
-            pending = self._begin_checksums(self._out.stream, self._rows, block_ids)
-            for begin, end in self._out.pieces(len(ids)):
-                staging = self._out.gather(self._rows, ids[begin:end])
-                for first, last in _runs(into[begin:end], self._rows.shape[1]):
-                    at, num_bytes = int(into[begin + first]), (last - first) * self._rows.shape[1]
-                    self._to_host(staging[first:last].view(-1), host[at : at + num_bytes])
-            self._out.settle()
+            try:
+                pending = self._begin_checksums(self._out.stream, self._rows, block_ids)
+                for begin, end in self._out.pieces(len(ids)):
+                    staging = self._out.gather(self._rows, ids[begin:end])
+                    for first, last in _runs(into[begin:end], self._rows.shape[1]):
+                        at, num_bytes = int(into[begin + first]), (last - first) * self._rows.shape[1]
+                        self._to_host(staging[first:last].view(-1), host[at : at + num_bytes])
+            finally:  # nothing may be written to the target once this has returned or raised
+                self._out.settle()
         return pending.values()
 
     def copy_in(self, rows: torch.Tensor, source: MappedRegion, copies: Copies, watch: CopyWatch) -> list[int]:
@@ -160,8 +162,9 @@ class DeviceCopies:
         return sums
 
     def close(self) -> None:
-        """Unlock host memory. Nothing is copied any more."""
-        self.page_locks.close()
+        """Unlock host memory, once copies that still run have ended. What begins after that goes through buffers."""
+        with self._out.turn, self._in.turn:
+            self.page_locks.close()
 
     # --------------------------------------------------------------------------------------------------------- inside
 
@@ -189,7 +192,7 @@ class DeviceCopies:
             return checksum(b"")
         target = flat[into : into + num_bytes]
         self._to_device(source[begin : begin + num_bytes], target)
-        row = self.device.buffer(num_bytes).view(1, num_bytes)
+        row = self._in.stream.buffer(num_bytes).view(1, num_bytes)
         self._in.stream.run(partial(row[0].copy_, target))  # aligned, as words want it
         pending = self._begin_checksums(self._in.stream, row, [0])
         self._in.settle()
@@ -234,7 +237,7 @@ class _Direction:
         self.turn = threading.Lock()
         self.stream = device.new_stream()
         self._num_rows = max(1, _STAGING_BYTES // row_bytes)
-        self.staging = device.buffer(self._num_rows * row_bytes).view(self._num_rows, row_bytes)
+        self.staging = self.stream.buffer(self._num_rows * row_bytes).view(self._num_rows, row_bytes)
         #: buffers in the order of their use, each with what must be done before it can be used again
         self._bounces: deque[tuple[torch.Tensor, Callable[[], object]]] = deque()
 

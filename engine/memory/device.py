@@ -34,6 +34,10 @@ class Event(Protocol):
 class Stream(Protocol):
     """A queue of work on the device. Any thread, one at a time."""
 
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """Allocate device memory for this stream, `[num_bytes]` uint8: nothing queued elsewhere may still use it."""
+        ...
+
     def run(self, work: Callable[[], object]) -> None:
         """Queue what `work` launches; it is called without gradients, and must wait for nothing."""
         ...
@@ -82,10 +86,6 @@ class Device(Protocol):
         """
         ...
 
-    def buffer(self, num_bytes: int) -> torch.Tensor:
-        """Allocate device memory, `[num_bytes]` uint8."""
-        ...
-
     def host_buffer(self, num_bytes: int) -> torch.Tensor:
         """Allocate page-locked host memory, `[num_bytes]` uint8. It may be dropped when what uses it was queued."""
         ...
@@ -119,6 +119,11 @@ class CudaStream:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """Allocate device memory out of what this stream had."""
+        with torch.cuda.stream(self._stream):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._stream.device)
 
     def run(self, work: Callable[[], object]) -> None:
         """Call `work`, whose launches go to this stream."""
@@ -159,6 +164,7 @@ class CudaDevice:
     def export(self, pool: torch.Tensor) -> bytes:
         """Describe a pool to other processes, by CUDA IPC."""
         with torch.cuda.device(self._device):
+            torch.zeros(1, device=self._device)  # the thread's context is there
             error, handle = cuda_driver().export(pool.data_ptr())
         if error:
             raise OSError(error)
@@ -168,11 +174,9 @@ class CudaDevice:
         """Map another process's pool, by CUDA IPC."""
         with torch.cuda.device(self._device):
             torch.zeros(1, device=self._device)  # the thread's context is there
-            return torch.as_tensor(PeerAllocation(handle, num_bytes, cuda_driver()))
-
-    def buffer(self, num_bytes: int) -> torch.Tensor:
-        """Allocate device memory, `[num_bytes]` uint8."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            peer = PeerAllocation(handle, num_bytes, cuda_driver())
+            # with no device torch copies it to the host, and with another one to that
+            return torch.as_tensor(peer, device=torch.device("cuda", peer.ordinal))
 
     def host_buffer(self, num_bytes: int) -> torch.Tensor:
         """Allocate page-locked host memory, `[num_bytes]` uint8; torch keeps it for as long as a stream uses it."""

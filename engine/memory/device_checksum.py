@@ -43,12 +43,12 @@ def checksum_words(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         `[n]` int64, on the device: the checksums' bits, see `unsigned`.
     """
     if rows.is_cuda and rows.shape[1] % 8 == 0 and has_triton():
-        from engine.memory.triton_checksum import lane_totals
+        from engine.memory.triton_checksum import block_checksums, lane_totals
 
         totals = lane_totals(rows, wanted, device_keys(0, LEAF_WORDS, rows.device))
-    else:
-        group = max(1, _GROUP_BYTES // rows.shape[1])
-        totals = torch.cat([_lane_totals(rows[some]) for some in torch.split(wanted, group)])
+        return block_checksums(totals, device_keys(rows.shape[1], 1, rows.device))
+    group = max(1, _GROUP_BYTES // rows.shape[1])
+    totals = torch.cat([_lane_totals(rows[some]) for some in torch.split(wanted, group)])
     value = device_keys(rows.shape[1], 1, rows.device)
     for lane in range(NUM_LANES):
         value = mixed(value ^ totals[:, lane])

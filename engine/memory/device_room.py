@@ -18,8 +18,7 @@ from transport.memory import available_bytes
 
 _GIB = float(2**30)
 _HELP = (
-    "lower engine.max_num_batched_tokens, engine.max_num_seqs or model.max_model_len, raise "
-    "engine.gpu_memory_utilization, or end what else uses the device"
+    "lower engine.max_num_batched_tokens, engine.max_num_seqs or model.max_model_len, or end what else uses the device"
 )
 
 
@@ -130,7 +129,8 @@ def device_room(use: DeviceUse, *, kv_cache_bytes: int | None, memory_utilizatio
         if kv_cache_bytes > unused:
             raise ConfigError(
                 f"a KV pool of {_gib(kv_cache_bytes)} was asked for, and {_gib(max(0, unused))} of the device's "
-                f"{_gib(use.total)} are free beside the weights and the largest step; {_HELP}"
+                f"{_gib(use.total)} are free beside the weights and the largest step; lower engine.kv_cache_memory, or "
+                f"{_HELP}"
             )
         return kv_cache_bytes
     room = min(int(use.total * memory_utilization) - use.held - use.step - use.outside, unused)
@@ -138,7 +138,7 @@ def device_room(use: DeviceUse, *, kv_cache_bytes: int | None, memory_utilizatio
         raise ConfigError(
             f"no memory is left for KV: of the device's {_gib(use.total)}, of which engine.gpu_memory_utilization is "
             f"{memory_utilization:g}, weights take {_gib(use.held)}, the largest step {_gib(use.step)}, and "
-            f"{_gib(use.free)} are free; {_HELP}"
+            f"{_gib(use.free)} are free; raise engine.gpu_memory_utilization, or {_HELP}"
         )
     return room
 

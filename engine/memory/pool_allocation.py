@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 2 << 20  #: bytes: the pages of a GPU, and what cuda_ipc and RDMA register as one
 _IPC_HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: also memory of another GPU
+_DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 
 
 class _IpcHandle(ctypes.Structure):
@@ -56,6 +57,7 @@ class CudaDriver:
         library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(pointer), _IpcHandle, ctypes.c_uint]
         library.cuIpcCloseMemHandle.argtypes = [pointer]
         library.cuMemGetAddressRange_v2.argtypes = [ctypes.POINTER(pointer), ctypes.POINTER(size), pointer]
+        library.cuPointerGetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, pointer]
         library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
 
     def allocate(self, num_bytes: int) -> tuple[str, int]:
@@ -81,6 +83,12 @@ class CudaDriver:
         memory = _IpcHandle.from_buffer_copy(handle)
         status = self._library.cuIpcOpenMemHandle_v2(ctypes.byref(base), memory, _LAZY_ENABLE_PEER_ACCESS)
         return self._name(status), base.value, base.value + int.from_bytes(handle[_IPC_HANDLE_BYTES:], "little")
+
+    def ordinal(self, address: int) -> tuple[str, int]:
+        """Call cuPointerGetAttribute; also return the number, in this process, of the GPU whose memory that is."""
+        found = ctypes.c_int()
+        status = self._library.cuPointerGetAttribute(ctypes.byref(found), _DEVICE_ORDINAL, address)
+        return self._name(status), found.value
 
     def close(self, base: int) -> str:
         """Call cuIpcCloseMemHandle."""
@@ -119,7 +127,7 @@ class PoolAllocation:
         if error:
             raise ConfigError(
                 f"a KV pool of {num_bytes:,} bytes could not be allocated on the GPU: {error}; "
-                "give it fewer bytes (kv_cache_bytes), or end what else uses this GPU's memory"
+                "lower engine.kv_cache_memory or engine.gpu_memory_utilization, or end what else uses this GPU's memory"
             )
         self.address = -(-self._base // ALIGNMENT) * ALIGNMENT
         #: by which torch takes the bytes; whoever does keeps this object
@@ -169,6 +177,9 @@ class PeerAllocation:
         """
         self._driver = driver
         error, self._base, address = driver.open(handle)
+        if error:
+            raise OSError(error)
+        error, self.ordinal = driver.ordinal(address)
         if error:
             raise OSError(error)
         self.__cuda_array_interface__ = _array_interface(address, num_bytes)

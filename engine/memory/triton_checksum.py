@@ -1,4 +1,4 @@
-"""The checksum's leaves on a GPU: one program per leaf, read once, where the blocks lie."""
+"""The checksum on a GPU: one program per leaf, read once, where the blocks lie; then one per block."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def lane_totals(rows: torch.Tensor, block_ids: torch.Tensor, line_keys: torch.Te
     return totals
 
 
+def block_checksums(totals: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Fold the lanes' totals of each block, `[num_wanted, NUM_LANES]` int64, into its checksum, `[num_wanted]` int64.
+
+    `seed`: the key of a block's length, `[1]` int64, on the same device.
+    """
+    checksums = totals.new_empty(len(totals))
+    _fold[(len(totals),)](totals, seed, checksums)
+    return checksums
+
+
 # Triton compiles these from their source, and takes no annotations but its own.
 @triton.jit
 def _mix(word):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
@@ -56,3 +66,12 @@ def _add_leaf(words, block_ids, line_keys, totals, block_words, num_leaves):  # 
     leaf_key = _mix((leaf + (_WORDS + 1)).to(tl.uint64) * _GOLDEN)
     total = _mix(sums ^ leaf_key).to(tl.int64, bitcast=True)
     tl.atomic_add(totals + row * _LANES + tl.arange(0, _LANES), total)
+
+
+@triton.jit
+def _fold(totals, seed, checksums):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    row = tl.program_id(0).to(tl.int64)
+    value = tl.load(seed).to(tl.uint64, bitcast=True)
+    for lane in tl.static_range(_LANES):
+        value = _mix(value ^ tl.load(totals + row * _LANES + lane).to(tl.uint64, bitcast=True))
+    tl.store(checksums + row, value.to(tl.int64, bitcast=True))

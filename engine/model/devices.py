@@ -29,8 +29,7 @@ def choose_device(wanted: str, say: Callable[[str], None]) -> torch.device:
         return torch.device(wanted)
     if wanted == "auto" and torch.cuda.is_available():
         return torch.device("cuda")
-    facts = cuda_facts(torch.device("cuda"))
-    if wanted == "auto" and facts.driver:
+    if wanted == "auto" and (facts := cuda_facts(torch.device("cuda"))).driver:
         say(f"computing on the CPU: {device_refusal(facts)}")
     return torch.device("cpu")
 

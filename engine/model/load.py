@@ -119,6 +119,8 @@ def load_model(
     if kv_cache_dtype not in _KV_DTYPES:
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}, wanted {' or '.join(_KV_DTYPES)}")
     target = choose_device(device, say)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)  # whose streams, graphs and kernels are meant from now on
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     config, files, length = check_model(path, max_model_len=max_model_len, is_drawn=drawn_seed is not None)
@@ -173,6 +175,8 @@ def load_model(
             f"KV in float8 (e4m3): a trial's logits are {found.distance:.2g} of their size from eager attention's, "
             f"{exact.distance:.2g} with KV in {str(chosen).removeprefix('torch.')}"
         )
+        if target.type == "cpu":
+            say("KV in float8 is computed with by torch's operators on a CPU: several times slower than without")
     names += sorted({kernel.name for kernel in kernels})
     if not found.is_row_invariant:
         names.append("batch-dependent")

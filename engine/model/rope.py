@@ -2,8 +2,9 @@
 
 transformers' longrope looks at the largest position of the forward pass: past the model's original length all rows get
 other frequencies. In a packed step that would be the neighbour's length, and KV already stored would not match. So the
-choice is made once, at load, by the longest sequence that may come. (Its "dynamic" type changes only past
-max_position_embeddings, which no sequence of ours reaches.)
+choice is made once, at load, by the longest sequence that may come. Its "dynamic" type changes only past
+max_position_embeddings, which no sequence of ours reaches: it need not look at positions either, for which a GPU's
+host would wait in every step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 _LENGTH_DEPENDENT = "longrope"
+_FAR = "dynamic"  #: transformers asks whether it is within the type's name
 
 
 def original_length(config: PretrainedConfig) -> int | None:
@@ -36,7 +38,11 @@ def fix_frequencies(model: nn.Module, max_model_len: int) -> None:
         if kind == _LENGTH_DEPENDENT:
             module(x, last)  # sets the frequencies of that length, which stay when the type stops asking
             module.rope_type = "default"
+        elif isinstance(kind, str) and _FAR in kind:
+            module.rope_type = "default"
         elif isinstance(kind, dict):
             for layer_type in [name for name, value in kind.items() if value == _LENGTH_DEPENDENT]:
                 module(x, last, layer_type)
+                kind[layer_type] = "default"
+            for layer_type in [name for name, value in kind.items() if _FAR in value]:
                 kind[layer_type] = "default"

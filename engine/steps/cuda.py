@@ -21,7 +21,7 @@ class _Graph:
         self.graph.replay()
 
 
-class CudaDevice:
+class CudaSteps:
     """Implements `StepDevice`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -43,9 +43,12 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> StepGraph:
         """Implement `StepDevice.capture`; other threads may go on using the device meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(before)  # where the end of a capture raises, torch leaves its own stream current
         return _Graph(graph)
 
     @contextmanager

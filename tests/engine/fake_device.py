@@ -37,6 +37,9 @@ class FakeStream:
         self._queue: list[Callable[[], object]] = []
         self.num_done = 0
 
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        return torch.full((num_bytes,), _WRONG, dtype=torch.uint8)
+
     def run(self, work: Callable[[], object]) -> None:
         self.queue(lambda: self._device.carry_out(work))
 
@@ -98,9 +101,6 @@ class FakeDevice:
         if pool is None:
             raise OSError("nobody exported that")
         return pool[:num_bytes]
-
-    def buffer(self, num_bytes: int) -> torch.Tensor:
-        return torch.full((num_bytes,), _WRONG, dtype=torch.uint8)
 
     def host_buffer(self, num_bytes: int) -> torch.Tensor:
         self.num_host_bytes += num_bytes

@@ -48,6 +48,10 @@ class ScriptedEngine:
         self.num_ended = 0
         self.begun = [threading.Event() for _ in range(num_steps)]
         self.num_begun = 0
+        self.prepared: list[str] = []
+
+    def prepare_thread(self) -> None:
+        self.prepared.append(threading.current_thread().name)
 
     def decide(self, event: Event, now_s: float | None = None) -> list[Instruction]:
         match event:
@@ -108,6 +112,12 @@ async def test_what_steps_gave_is_handed_out_in_order():
 
     assert await drive(engine, on_instructions, lambda: len(seen) == 20) == []
     assert seen == list(range(1, 21))
+
+
+async def test_the_thread_of_steps_is_prepared_once_before_the_first():
+    engine = ScriptedEngine(num_steps=2)
+    assert not await drive(engine, lambda _: None, lambda: engine.num_ended == 2)
+    assert engine.prepared == ["engine-step_0"]
 
 
 async def test_instructions_of_a_posted_event_are_handed_out_before_post_returns():

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from engine.memory.device_room import free_bytes
+
 _REPEATS: Final = 7
 _COPY_BYTES: Final = {"cpu": 256 << 20, "cuda": 2 << 30}
 _MATRIX_SIZE: Final = {"cpu": 1536, "cuda": 8192}
@@ -32,7 +34,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, num_threads: int) 
     `num_threads`: of a CPU; torch has as many as before afterwards.
     """
     is_cuda = device.type == "cuda"
-    num_bytes, size = _COPY_BYTES[device.type], _MATRIX_SIZE[device.type]
+    num_bytes, size = min(_COPY_BYTES[device.type], free_bytes(device) // 4), _MATRIX_SIZE[device.type]
     with torch.inference_mode(), torch_threads(num_threads):
         copy_s = _copy_s(num_bytes, device)
         product_s = _product_s(size, device, dtype)

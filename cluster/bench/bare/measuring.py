@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from cluster.bench.bare.running import Progress, Side, run
 from cluster.bench.bare.theirs import TransformersEngine
 from cluster.bench.bare.work import ModelWork, Weights, weights_of
 from engine.memory.device_room import free_bytes
+from engine.model.devices import choose_device
 from engine.model.families import read_model_config
 from engine.model.load import LoadedModel
 from messages.errors import ConfigError, WorkerError
@@ -53,7 +55,7 @@ def measure(wanted: Wanted, say: Callable[[str], None], on_progress: Progress) -
         ConfigError: the model, the device, the lengths or the memory there is do not go together; one line.
         WorkerError: the engine failed meanwhile.
     """
-    device = found_device(wanted.device)
+    device = found_device(wanted.device, say)
     config = read_model_config(wanted.path)
     weights = _checked_weights(wanted, config, device)
     workload = Workload(
@@ -138,24 +140,12 @@ def _facts(wanted: Wanted, loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def found_device(name: str) -> torch.device:
-    """Return the device that is meant.
+def found_device(name: str, say: Callable[[str], None]) -> torch.device:
+    """Return the device that is meant; `say` gets a line where there is a GPU and it cannot be used.
 
     Raises:
         ConfigError: there is none of that name here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"--device: wanted auto, cpu, cuda or cuda:0 and so on, saw {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device: wanted a CUDA device that is here, saw {name!r}; torch sees {_cuda_devices()}")
-    return device
-
-
-def _cuda_devices() -> str:
-    return ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count())) or "none"
+    return choose_device(name, say)

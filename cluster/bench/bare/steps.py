@@ -1,7 +1,6 @@
 """Tells of an engine's steps which time was the device's and which the host's.
 
-    with watch:                        of one engine, until the block ends
-        watch.begin(); ...; watch.end() -> StepTimes       around each step
+    watch.begin(); ...; watch.end() -> StepTimes       around each step of one engine
 
 On a CPU the model's forward is the device's time. On a CUDA device events lie in the stream before and behind what is
 launched: the host waits for the one behind, and between that and the next one before the device has nothing to
@@ -11,10 +10,12 @@ too, and idle is what is not hidden.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -75,7 +76,7 @@ class ForwardWatch:
         self._forward_s += self._ended_s
 
 
-class DeviceEvent(Protocol):
+class TimedEvent(Protocol):
     """A place in a device's stream: `torch.cuda.Event` with timing, or a fake."""
 
     def record(self) -> None:
@@ -94,13 +95,13 @@ class DeviceEvent(Protocol):
 class DeviceWatch:
     """Steps on a CUDA device. Stands between the engine and what launches its steps."""
 
-    def __init__(self, engine: Engine, new_event: type[DeviceEvent] | Any) -> None:
+    def __init__(self, engine: Engine, new_event: type[TimedEvent] | Any) -> None:
         """Put itself in the place of the engine's steps. `new_event()` makes an event."""
         self._engine = engine
         self._steps: Any = engine.steps
         self._new_event = new_event
-        self._launched: deque[tuple[DeviceEvent, DeviceEvent]] = deque()  # before and behind steps in progress
-        self._ended: DeviceEvent | None = None  # behind the last step that was finished
+        self._launched: deque[tuple[TimedEvent, TimedEvent]] = deque()  # before and behind steps in progress
+        self._ended: TimedEvent | None = None  # behind the last step that was finished
         self._begun_s = self._waited_s = self._idle_s = 0.0
         engine.steps = self  # type: ignore[assignment]
 
@@ -143,8 +144,4 @@ def watch_of(engine: Engine) -> StepWatch:
     """Return what looks at an engine's steps on its device."""
     if engine.loaded.device.type != "cuda":
         return ForwardWatch(engine.loaded.model)
-    import functools
-
-    import torch
-
     return DeviceWatch(engine, functools.partial(torch.cuda.Event, enable_timing=True))

@@ -111,7 +111,7 @@ def compiled(
     merging = {"V_DIM": v_dim, "V_PIECE": 64, "TILE": tiling.keys, "HAS_SINKS": True}
     yield _compile(decode._merge_splits, types, merging, Tiling(0, 0, 4, 1, 4), capability)  # noqa: SLF001
     tiling = prefill_tiling(cut, dtype)
-    of_tiles = {"SPANS": 64, "ROWS": tiling.rows, "TILE": tiling.keys}
+    of_tiles = {"SPANS": prefill.MIN_SPANS, "ROWS": tiling.rows, "TILE": tiling.keys}
     for has_all in (False, True):
         constants = common | of_tiles | dict.fromkeys(("HAS_LIMITS", "HAS_SOFTCAP", "HAS_SINKS"), has_all)
         yield _compile(prefill._attend_chunks, types, constants, tiling, capability)  # noqa: SLF001

@@ -7,6 +7,8 @@ most of a long prompt's, are taken without a mask. The longest work comes first.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ import triton.language as tl
 from engine.kernels.protocol import AttentionOptions, PrefillSpans
 from engine.kernels.triton.shapes import compute_dtype, head_shape, prefill_tiling
 from engine.kernels.triton.tiles import LOG2_E, UNLIMITED, first_visible, score_factor, take_in, tile_scores
+
+#: How many chunks there may be is part of the kernel: nearly all steps take the one that this makes.
+MIN_SPANS: Final = 256
 
 
 def prefill_attention(
@@ -53,7 +58,7 @@ def prefill_attention(
         block_tables.stride(0),
         out.stride(0),
         out.stride(1),
-        SPANS=max(16, triton.next_power_of_2(len(spans.spans))),
+        SPANS=max(MIN_SPANS, triton.next_power_of_2(len(spans.spans))),
         GROUP=shape.group,
         K_DIM=k_dim,
         K_MAIN=shape.k_main,

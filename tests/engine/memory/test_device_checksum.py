@@ -52,7 +52,7 @@ def test_no_blocks_have_no_checksums():
 INTERPRETED = """
 import torch
 from engine.memory import device_checksum
-from engine.memory.triton_checksum import lane_totals
+from engine.memory.triton_checksum import block_checksums, lane_totals
 from tests.engine.memory.test_device_checksum import BLOCK_BYTES, WANTED, pool
 
 for block_bytes in BLOCK_BYTES:
@@ -61,6 +61,8 @@ for block_bytes in BLOCK_BYTES:
         keys = device_checksum.device_keys(0, 512, rows.device)
         found = lane_totals(rows, torch.tensor(WANTED), keys)
         assert torch.equal(found, device_checksum._lane_totals(rows[WANTED])), block_bytes
+        words = block_checksums(found, device_checksum.device_keys(block_bytes, 1, rows.device)).tolist()
+        assert device_checksum.unsigned(words) == device_checksum.device_checksums(rows, WANTED), block_bytes
 print("same bits")
 """
 

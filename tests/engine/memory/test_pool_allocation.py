@@ -60,7 +60,7 @@ def test_it_is_given_back_with_the_last_reference():
 
 def test_a_pool_that_does_not_fit_is_one_line_that_says_what_was_wanted():
     driver = FakeDriver(capacity=1000)
-    with pytest.raises(ConfigError, match=r"5,000,000 bytes .* CUDA_ERROR_OUT_OF_MEMORY; give it fewer"):
+    with pytest.raises(ConfigError, match=r"5,000,000 bytes .* CUDA_ERROR_OUT_OF_MEMORY; lower engine.kv_cache_memory"):
         PoolAllocation(5_000_000, driver)
     gc.collect()  # nothing is given back that was not had
 
@@ -109,6 +109,10 @@ int cuIpcOpenMemHandle_v2(CUdeviceptr *p, CUipcMemHandle h, unsigned flags) {
     memcpy(p, h.reserved + 56, 8); return flags == 1 ? 0 : 1;
 }
 int cuIpcCloseMemHandle(CUdeviceptr p) { return p == base ? 0 : 1; }
+int cuPointerGetAttribute(void *data, int attribute, CUdeviceptr at) {
+    if (attribute != 9 || at < base || at >= base + size) return 1;
+    *(int *)data = 3; return 0;
+}
 int cuGetErrorName(int error, const char **name) {
     if (error != 2) return 1;
     *name = "CUDA_ERROR_OUT_OF_MEMORY"; return 0;
@@ -134,6 +138,7 @@ def test_what_was_exported_is_mapped_at_its_place_in_the_allocation(driver):
     assert (error, len(handle)) == ("", 72)
     peer = PeerAllocation(handle, 5_000_000, driver)
     assert peer.__cuda_array_interface__ == allocation.__cuda_array_interface__
+    assert peer.ordinal == 3  # torch copies an array of whose device it is not told
     base = allocation._base
     assert driver.close(base) == ""
     del peer, allocation

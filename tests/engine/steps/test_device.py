@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.steps.cuda import CudaDevice
+from engine.steps.cuda import CudaSteps
 from tests.engine.steps.emulator import Emulator
 
 
@@ -15,7 +15,7 @@ def device(request):
         return Emulator()
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    return CudaSteps(torch.device("cuda", torch.cuda.current_device()))
 
 
 def test_copies_leave_pinned_memory_and_arrive_in_order(device):
