@@ -127,6 +127,12 @@ def test_without_a_size_the_pool_is_a_share_of_what_is_free():
     assert found.engine.gpu_memory_utilization == 0.8
 
 
+@pytest.mark.parametrize(("gpus", "share"), [(0.5, 0.4), (1, 0.8), (2, 0.8), (0, 0.8)])
+def test_workers_that_share_a_gpu_share_its_memory(gpus, share):
+    found = options(engine={"gpu_memory_utilization": 0.8}, pools={"gpus_per_worker": gpus})
+    assert found.engine.gpu_memory_utilization == share
+
+
 def test_node_caches_are_told_whose_blocks_may_take_how_much():
     member = {"name": "acme", "api_key_file": "/run/acme", "host_quota": "1KiB", "remote_quota": "2GB"}
     other = {"name": "globex", "api_key_file": "/run/globex"}

@@ -143,6 +143,29 @@ def test_what_a_device_is_still_to_write_has_the_checksum_of_what_it_writes():
     assert pools.checksums.known(3) == wanted[0]
 
 
+def test_a_step_that_runs_is_not_waited_for_by_who_asks_for_other_blocks():
+    pools = DevicePools()
+    pools.pool.allocate(NUM_BLOCKS)
+    pools.step(3)
+    assert pools.checksums.published([5]).tolist() == [checksum(pools.row(5))]
+    assert pools.device.steps.num_waiting == 1
+    assert pools.checksums.known(3) is None
+
+
+def test_checksums_for_which_there_is_no_memory_are_computed_when_they_are_asked_for(monkeypatch):
+    pools = DevicePools()
+    pools.pool.allocate(NUM_BLOCKS)
+
+    def lack(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceCopies, "begin_checksums", lack)
+        pools.step(1)
+    pools.checksums.finished()
+    assert pools.checksums.published([1]).tolist() == [checksum(bytes([101]) * pools.kv.block_bytes)]
+
+
 def test_checksums_that_nobody_asks_for_are_taken_in_after_a_while():
     pools = DevicePools()
     pools.pool.allocate(NUM_BLOCKS)

@@ -39,6 +39,11 @@ def test_the_cpu_that_is_taken_for_want_of_a_working_gpu_is_said(driver):
     assert said[0].startswith("computing on the CPU: torch ")
 
 
+def test_whoever_wants_a_cpu_has_no_gpu_opened(monkeypatch):
+    monkeypatch.setattr(devices, "cuda_facts", lambda _: pytest.fail("a GPU was looked at"))
+    assert choose_device("cpu", print) == torch.device("cpu")
+
+
 @pytest.mark.parametrize("wanted", ["auto", "cpu"])
 def test_where_there_is_no_driver_nothing_is_said(wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "_DRIVER", tmp_path / "none")
