@@ -26,7 +26,7 @@ from engine.sampling.logprobs import launch_prompt_logprobs
 from engine.sampling.row import LaunchedSamples, SamplingRow
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
-from engine.slot_tables import DeviceRoom, SlotSequence, SlotTables
+from engine.slot_tables import SlotSequence, SlotTables, TableRoom
 from engine.steps.buckets import bucket_of, buckets
 from engine.steps.captured import CapturedSteps, TrialLimits
 from engine.steps.device import StepDevice
@@ -109,7 +109,7 @@ class Runner:
         if accelerator is not None:
             self._staging = Staging(accelerator.device)
             max_blocks = -(-loaded.max_model_len // pool.block_size)
-            room = DeviceRoom(device, accelerator.max_num_seqs, max_blocks, Staging(accelerator.device).bring)
+            room = TableRoom(device, accelerator.max_num_seqs, max_blocks, Staging(accelerator.device).bring)
         self._tables = SlotTables(room)
         self._ended_s = 0.0  # of the performance counter: when the step that was finished last ended
         self._layers = [

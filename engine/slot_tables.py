@@ -52,7 +52,7 @@ class SlotSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRoom:
+class TableRoom:
     """Room for tables on an accelerator: all that will ever be wanted, since captured steps know where they lie."""
 
     device: torch.device
@@ -72,7 +72,7 @@ class SlotTables:
         sampled_ids: `[num_slots]` int64 on the runner's device: what was sampled last for each slot; as lasting.
     """
 
-    def __init__(self, room: DeviceRoom | None = None) -> None:
+    def __init__(self, room: TableRoom | None = None) -> None:
         """Make tables on the host, and in `room`, where that is on an accelerator."""
         self._sequences: dict[int, SlotSequence] = {}
         self._room = room
@@ -153,7 +153,7 @@ class SlotTables:
         self.block_tables = torch.from_numpy(self.host_tables)
         self.sampled_ids = torch.cat([self.sampled_ids, self.sampled_ids.new_zeros(shape[0] - old.shape[0])])
 
-    def _bring_entries(self, written: Sequence[tuple[int, int, int]], room: DeviceRoom) -> None:
+    def _bring_entries(self, written: Sequence[tuple[int, int, int]], room: TableRoom) -> None:
         """Put entries of the host's tables into the device's, in one transfer."""
         slots = np.repeat([slot for slot, _, _ in written], [end - begin for _, begin, end in written])
         columns = np.concatenate([np.arange(begin, end) for _, begin, end in written])

@@ -19,19 +19,6 @@ _WORD_MASK = (1 << 64) - 1
 _GROUP_BYTES = 64 << 20  # of blocks at a time: intermediate results take several times as much
 
 
-def device_checksums(rows: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
-    """Compute the checksum of some blocks, and wait for it.
-
-    Args:
-        rows: the pool, `[num_blocks, block_bytes]` uint8, contiguous, on any device.
-        block_ids: which of them; the answer is in this order.
-    """
-    if not block_ids:
-        return []
-    words: list[int] = checksum_words(rows, torch.tensor(block_ids, device=rows.device)).tolist()
-    return unsigned(words)
-
-
 def checksum_words(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Launch the checksum of some blocks, by Triton where it is there, by torch anywhere. Waits for nothing.
 

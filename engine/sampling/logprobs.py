@@ -26,8 +26,3 @@ def launch_prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> Ca
         found = token_logprobs(logits, targets, [k] * len(targets))
         return lambda: found
     return launch_known(logits, targets, k)
-
-
-def prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> list[TokenLogprob]:
-    """Do as `launch_prompt_logprobs`, and wait."""
-    return launch_prompt_logprobs(logits, targets, k)()

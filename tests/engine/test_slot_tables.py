@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.scheduling.plan import SequenceStep, SlotBegins, StepPlan
-from engine.slot_tables import DeviceRoom, SlotTables
+from engine.slot_tables import SlotTables, TableRoom
 from kvcache.names import pack_tokens
 from messages.errors import InvariantError
 from messages.request import SamplingParams
@@ -91,7 +91,7 @@ def elsewhere(brought) -> SlotTables:
         brought.append(words)
         return words
 
-    return SlotTables(DeviceRoom(torch.device("cpu"), 2, 4, bring))
+    return SlotTables(TableRoom(torch.device("cpu"), 2, 4, bring))
 
 
 def test_an_accelerator_is_brought_the_new_entries_and_no_others(elsewhere, brought):
@@ -123,7 +123,7 @@ def test_entries_that_could_not_be_brought_are_brought_when_their_step_is_tried_
 
 
 def test_tables_of_an_accelerator_never_move_and_what_has_no_room_is_said():
-    tables = SlotTables(DeviceRoom(torch.device("cpu"), 2, 3, lambda *_: torch.zeros(0)))
+    tables = SlotTables(TableRoom(torch.device("cpu"), 2, 3, lambda *_: torch.zeros(0)))
     with pytest.raises(InvariantError, match="3 slots of 0 blocks are wanted, there are 2 of 3"):
         tables.take_in(StepPlan((part("a", 2, begins=BEGINS),)))
     with pytest.raises(InvariantError, match="1 slots of 4 blocks are wanted, there are 2 of 3"):

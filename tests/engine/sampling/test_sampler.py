@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.sampling import candidates, host_draw, host_sampler, settings
-from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.logprobs import launch_prompt_logprobs
 from engine.sampling.row import SamplingRow, uniform
 from engine.sampling.sampler import Sampler
 from engine.scheduling.plan import Sampled
@@ -352,7 +352,7 @@ def test_a_vanishing_temperature_is_greedy():
 def test_logprobs_are_of_the_unmodified_distribution(shape, k, pick):
     logits = some_logits(*shape[:4])
     target = pick % len(logits)
-    (found,) = prompt_logprobs(torch.from_numpy(logits)[None], [target], k)
+    (found,) = launch_prompt_logprobs(torch.from_numpy(logits)[None], [target], k)()
     wide = logits.astype(np.float64)
     expected = wide - wide.max() - math.log(np.exp(wide - wide.max()).sum())
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
@@ -368,7 +368,7 @@ def test_a_sampled_tokens_logprob_ignores_how_it_was_sampled():
     params = params_of(temperature=0.3, top_k=2, repetition_penalty=2.0, logit_bias={17: 100.0}, logprobs=2)
     (outcome,) = Sampler(300, None).sample(logits, [row_of(params)])
     assert outcome.token_id == 17
-    assert [outcome.logprob] == prompt_logprobs(logits, [17], 2)
+    assert [outcome.logprob] == launch_prompt_logprobs(logits, [17], 2)()
 
 
 def test_no_logprobs_where_none_are_wanted():
@@ -379,7 +379,7 @@ def test_no_logprobs_where_none_are_wanted():
 
 
 def test_more_alternatives_than_tokens_give_all_tokens():
-    (found,) = prompt_logprobs(torch.tensor([[1.0, 2.0, 2.0]]), [0], 20)
+    (found,) = launch_prompt_logprobs(torch.tensor([[1.0, 2.0, 2.0]]), [0], 20)()
     assert [token for token, _ in found.top] == [1, 2, 0]
 
 
