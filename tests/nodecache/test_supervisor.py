@@ -101,7 +101,8 @@ async def test_a_killed_process_is_followed_by_one_that_has_its_blocks(world):
 
 
 @pytest.mark.slow
-async def test_killed_twenty_times_under_load_no_wrong_byte_counts_and_nothing_committed_is_lost(world):
+@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.long)])
+async def test_killed_many_times_under_load_no_wrong_byte_counts_and_nothing_committed_is_lost(world, num_kills):
     """Two writers and readers, SIGKILL between any two of their steps; the arena has room for all they write."""
     made = await world(4096, quarantine_s=0.5)
     rng = random.Random(20261128)
@@ -118,7 +119,7 @@ async def test_killed_twenty_times_under_load_no_wrong_byte_counts_and_nothing_c
     async def work(which: str) -> None:
         nonlocal num_wrong, num_right
         number = 0
-        while len(made.infos) <= 20:
+        while len(made.infos) <= num_kills:
             client = await made.open(on_step)
             with contextlib.suppress(CacheLostError):
                 while not client.lost.is_set():
@@ -139,8 +140,8 @@ async def test_killed_twenty_times_under_load_no_wrong_byte_counts_and_nothing_c
     arrived = await client.fetch(sorted(confirmed))
     assert arrived == {name: content_of(name, BLOCK_BYTES) for name in confirmed}
     assert num_wrong == 0
-    assert num_right > 1000
-    assert len(made.infos) >= 21
+    assert num_right > 50 * num_kills
+    assert len(made.infos) > num_kills
     assert (await client.stats())["kvray_blocks_pinned"] == 0
     client.close()
 

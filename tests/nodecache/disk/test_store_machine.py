@@ -134,6 +134,6 @@ class TestDiskStore(DiskStoreMachine.TestCase):
     settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestDiskStoreMore(DiskStoreMachine.TestCase):
     settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

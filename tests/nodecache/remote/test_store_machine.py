@@ -147,6 +147,6 @@ class TestRemoteStore(RemoteStoreMachine.TestCase):
     settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestRemoteStoreMore(RemoteStoreMachine.TestCase):
     settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
