@@ -25,7 +25,7 @@ from transport.memory import Memory
 from transport.protocol import Copy, Link, RegionError, TransferError
 from transport.ucx import mover, wire
 from transport.ucx.road import UcxTransport
-from transport.ucx.worker import Worker
+from transport.ucx.worker import UcxError, Worker
 
 pytestmark = pytest.mark.slow
 
@@ -450,6 +450,45 @@ async def test_closed_owner_refuses_and_closed_puller_too(owner, puller):
     puller.close()
     with pytest.raises(RegionError, match="closed"):
         await puller.pull(link, region, [Copy(0, 0, 10)], target, 5)
+
+
+class OnDevice:
+    """Memory that says it is a device's."""
+
+    is_host = False
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._memory, name)
+
+
+async def test_a_devices_memory_is_registered_once_for_as_long_as_the_road_is_open(owner, puller, target, monkeypatch):
+    for transport in (owner, puller):
+        monkeypatch.setattr(transport, "_has_devices", True)
+    memory = OnDevice(Memory.allocate(MIB))
+    memory.view[:] = pattern(0, MIB)
+    owner.register(Memory.allocate(MIB))
+    regions = [owner.register(memory) for _ in range(2)]
+    await puller.pull(linked(puller, owner), regions[1], [Copy(0, 0, MIB)], target, 5)
+    assert target.view[:MIB] == pattern(0, MIB)
+    worker = owner._mover.worker
+    assert len(worker._kept) == 1
+    await ended(owner)
+    assert worker._kept == []
+
+
+class Nowhere:
+    """Memory at no address."""
+
+    def __init__(self) -> None:
+        self.__cuda_array_interface__ = {"data": (0, False)}
+
+
+async def test_memory_that_ucx_does_not_register_is_an_error_with_its_words(owner):
+    with pytest.raises(UcxError, match="Invalid parameter"):
+        owner._mover.worker.keep_registered(Nowhere(), 4096)
 
 
 async def test_lost_link_is_not_even_tried(puller, owner):

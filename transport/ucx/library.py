@@ -22,6 +22,7 @@ EP_CLIENT_SERVER, EP_NO_LOOPBACK = 1 << 0, 1 << 1
 EP_LOCAL_SOCKADDR, EP_TRANSPORTS = 1 << 1, 1 << 3
 LISTENER_SOCKADDR, LISTENER_CONN_HANDLER = 1 << 0, 1 << 2
 CONN_REQUEST_CLIENT = 1 << 0
+MEMORY_ADDRESS, MEMORY_LENGTH = 1 << 0, 1 << 1
 
 #: ucp_request_param_t begins with a mask of the fields that are set, flags, and where the request lies.
 NO_PARAMETERS = bytes(128)
@@ -101,6 +102,20 @@ class ConnRequestAttributes(ctypes.Structure):
     _fields_ = (("field_mask", ctypes.c_uint64), ("client_address", Storage), ("client_id", ctypes.c_uint64))
 
 
+class MemoryParameters(ctypes.Structure):
+    """UCX's ucp_mem_map_params_t."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("address", ctypes.c_void_p),
+        ("num_bytes", ctypes.c_size_t),
+        ("flags", ctypes.c_uint),
+        ("protection", ctypes.c_uint),
+        ("memory_type", ctypes.c_int),
+        ("exported", ctypes.c_void_p),
+    )
+
+
 class ContextAttributes(ctypes.Structure):
     """The first fields of UCX's ucp_context_attr_t; there is room for the others."""
 
@@ -158,6 +173,8 @@ def ucp() -> ctypes.CDLL:
         ("ucp_tag_probe_nb", pointer, (pointer, tag, tag, ctypes.c_int, pointer)),
         ("ucp_tag_msg_recv_nbx", pointer, (pointer, pointer, size, pointer, ctypes.c_char_p)),
         ("ucp_context_query", Status, (pointer, pointer)),
+        ("ucp_mem_map", Status, (pointer, pointer, pointer)),
+        ("ucp_mem_unmap", Status, (pointer, pointer)),
         ("ucp_request_free", None, (pointer,)),
         ("ucp_request_cancel", None, (pointer, pointer)),
         ("ucp_ep_create", Status, (pointer, pointer, pointer)),

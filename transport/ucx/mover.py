@@ -147,6 +147,15 @@ class Mover:
         elif state.way.is_ready:
             self._ask(state, state.way, pull)
 
+    def keep_registered(self, memory: RegionMemory) -> None:
+        """Have UCX register memory once, not by message; where it does not, messages go all the same."""
+        if self._is_closing:
+            return
+        try:
+            self.worker.keep_registered(memory.slice(0, memory.num_bytes), memory.num_bytes)
+        except UcxError as error:
+            log.info("ucx: %d bytes are registered as they are moved, not once: %s", memory.num_bytes, error)
+
     def cancel(self, pull: Pull) -> None:
         """End a pull soon, as failed; one that is over is left alone."""
         state = next((state for state, each in self._pulls if each is pull), None)

@@ -79,6 +79,8 @@ class UcxTransport:
         """
         self._check_open()
         self._check_movable(memory)
+        if memory.nonce not in self._registered and not memory.is_host:  # a host's pages would be locked, all of them
+            self._mover.post(self._mover.keep_registered, memory)
         self._registered[memory.nonce] = memory
         handle = msgspec.msgpack.encode(Handle(self._version, memory.is_host, *self._address))
         return RegionInfo(road=self.road, handle=handle, num_bytes=memory.num_bytes, nonce=memory.nonce)

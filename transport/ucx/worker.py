@@ -48,12 +48,15 @@ from transport.ucx.library import (
     IN_PROGRESS,
     LISTENER_CONN_HANDLER,
     LISTENER_SOCKADDR,
+    MEMORY_ADDRESS,
+    MEMORY_LENGTH,
     NO_PARAMETERS,
     PEER_ERRORS,
     ConnRequestAttributes,
     EndpointAttributes,
     EndpointParameters,
     ListenerParameters,
+    MemoryParameters,
     RequestMemory,
     SocketAddress,
     TagInfo,
@@ -243,6 +246,8 @@ class Worker:
         #: whether it can move GPU memory
         self.has_devices = "cuda_copy" in found
         self._handle: int = self._worker.handle
+        self._context = context
+        self._kept: list[tuple[object, ctypes.c_void_p]] = []  # registered memory, and UCX's handles of it
         self._requests = Requests(request_bytes_of(context.handle))
         self._num_connections = 0
         self._errors: dict[int, str] = {}  # number of a connection -> what broke it
@@ -306,6 +311,20 @@ class Worker:
                 del self._arrived[address]
                 ucp().ucp_listener_reject(self._listener, request)
 
+    def keep_registered(self, buffer: object, num_bytes: int) -> None:
+        """Register memory with the devices that move it, until `close`: else UCX does so by message, as it comes to it.
+
+        Raises:
+            UcxError: they do not take it; messages still go.
+        """
+        owner, address = _address_of(buffer)
+        parameters = MemoryParameters(field_mask=MEMORY_ADDRESS | MEMORY_LENGTH, address=address, num_bytes=num_bytes)
+        handle = ctypes.c_void_p()
+        status = ucp().ucp_mem_map(self._context.handle, ctypes.byref(parameters), ctypes.byref(handle))
+        if status != 0:
+            raise UcxError(status_text(status))
+        self._kept.append((owner, handle))
+
     def receive(self, buffer: object, num_bytes: int, tag: int) -> Transfer:
         """Post `buffer` for the message `tag`, which must be as long, from whomever."""
         owner, address = _address_of(buffer)
@@ -333,7 +352,11 @@ class Worker:
         self.refuse_strangers(0)
         ucp().ucp_listener_destroy(self._listener)
         self._worker.stop_progress_thread()
-        self._worker = None
+        while self._kept:
+            owner, handle = self._kept.pop()
+            ucp().ucp_mem_unmap(self._context.handle, handle)
+            del owner  # whose memory is free from here on
+        self._worker = self._context = None
 
     def _listen(self, host: str, ports: Sequence[int]) -> tuple[int, int]:
         for port in ports:
