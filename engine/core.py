@@ -266,10 +266,6 @@ class Engine:
                 kept += self.runner.block_ids(part.slot, part.start // size, end)
         return kept
 
-    def compute(self, plan: StepPlan) -> StepResult:
-        """Carry out a planned step; blocks until it has ended. No other is on its way."""
-        return self.finish(self.launch(plan))
-
     def scaling(self, busy_s: float) -> WorkerScaling:
         """Return what whoever scales the fleet wants to know; steps ran for `busy_s` since the start."""
         scheduler, price = self.scheduler, self.scheduler.cost.price

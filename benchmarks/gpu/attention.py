@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # where kvr
 from harness.report import goal, parser, record
 
 from engine.kernels.protocol import AttentionKernels, AttentionOptions, PrefillSpan, PrefillSpans
+from messages.errors import first_line
 
 BLOCK_SIZE = 16
 K = 1024
@@ -179,7 +180,7 @@ def decode_cell(device: Device, cell: Cell, heads: Heads, kernels: AttentionKern
     try:
         found["flex"] = timed(flex_decode(pool, query, cell.lens, heads), device.scratch)
     except Exception as error:  # noqa: BLE001 - a peer that does not run is said, and is no fault of ours
-        print(f"{cell.name}: flex_attention does not run: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        print(f"{cell.name}: flex_attention does not run: {type(error).__name__}: {first_line(error)}")
     return found
 
 

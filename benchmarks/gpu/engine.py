@@ -3,7 +3,7 @@
     python benchmarks/gpu/engine.py                    64 sequences, 1 k in, 256 out, once, within two minutes
     python benchmarks/gpu/engine.py --repeats 3        for how far figures spread, where there is time
     python benchmarks/gpu/engine.py --quick            64 out
-    python benchmarks/gpu/engine.py --alone            without transformers: half a minute
+    python benchmarks/gpu/engine.py --alone            without transformers, whose side takes longer
     python benchmarks/gpu/engine.py --record           also append to benchmarks/results/engine_gpu.jsonl
     python benchmarks/gpu/engine.py --dry-run          the same code on this CPU, in tiny: no figures
 
@@ -109,7 +109,7 @@ def main() -> None:
     if options.dry_run:
         if not options.alone and document.get("same_tokens", {}).get("sequences") != 3 * options.repeats:
             raise SystemExit(f"kvray and transformers gave different tokens, or none: {document.get('failures')}")
-        print("dry run: both give the same tokens")
+        print("dry run: it generates" if options.alone else "dry run: both give the same tokens")
         return
     if options.record:
         record("engine_gpu", document, device=report.machine.name)

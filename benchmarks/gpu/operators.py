@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # where kvr
 from attention import BLOCK_SIZE, Device, timed
 from harness.report import goal, parser, record
 
-from engine.kernels.protocol import AttentionOptions, KvScales
+from engine.kernels.protocol import AttentionKernels, AttentionOptions, KvScales
 from engine.kernels.reference import TORCH_KERNELS
 from engine.memory.kv_pool import KvPool, LayerSpec
 
@@ -173,13 +173,10 @@ class Cells:
         slots = torch.arange(batch, device=self.device.device)
         query = self.device.randn(batch, heads, dim)
 
-        def attend(number: int, kernels: object) -> torch.Tensor:
+        def attend(number: int, kernels: AttentionKernels) -> torch.Tensor:
             pool, scales = pools[number], (KvScales(1.0, 1.0), SCALES)[number]
             options = AttentionOptions(dim**-0.5 * scales.k, value_scale=scales.v)
-            result: torch.Tensor = kernels.decode_attention(  # type: ignore[attr-defined]
-                query, pool.k[0], pool.v[0], tables, slots, lens, context, options
-            )
-            return result
+            return kernels.decode_attention(query, pool.k[0], pool.v[0], tables, slots, lens, context, options)
 
         got, wanted = attend(1, self.kernels).float(), attend(1, TORCH_KERNELS).float()
         self.hold("attention over float8", is_right=bool((got - wanted).abs().max() < 1e-2 * wanted.abs().max()))
@@ -204,7 +201,7 @@ class Cells:
             self.tell(
                 f"{num_blocks} blocks gathered by {programs} programs",
                 2 * out.numel(),
-                lambda programs=programs: gather_blocks(pool, ids, out, programs),  # type: ignore[misc]
+                lambda programs=programs: gather_blocks(pool, ids, out, programs),  # type: ignore[misc]  # a default has no type
                 lambda: torch.index_select(pool, 0, ids, out=out),
             )
 

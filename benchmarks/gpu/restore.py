@@ -128,7 +128,7 @@ class Restore:
         """Wait until the prompt's blocks lie in host memory; return the seconds."""
         begun_s = time.monotonic()
         async with asyncio.timeout(DEADLINE_S):
-            while (await self._cache.values())["kvray_cache_blocks_held"] < self.num_blocks:  # noqa: ASYNC110
+            while (await self._cache.values())["kvray_cache_blocks_held"] < self.num_blocks:  # noqa: ASYNC110 - another process is asked
                 await asyncio.sleep(0.05)
         return time.monotonic() - begun_s
 
@@ -176,7 +176,7 @@ async def measure(options: WorkerOptions, num_tokens: int, disk_dir: Path) -> di
     with running_worker("decode", options, secret, script=(str(DRAWN_WORKER),)) as worker:
         client = DirectClient(secret, worker.info.address, CHANNEL)
         async with asyncio.timeout(60):
-            while not any("cache" in line for line in worker.said):  # noqa: ASYNC110
+            while not any("cache" in line for line in worker.said):  # noqa: ASYNC110 - a thread hears it
                 await asyncio.sleep(0.05)
         address = str(next(line["cache"] for line in worker.said if "cache" in line))
         cache = DirectClient(secret, address, CHANNEL)

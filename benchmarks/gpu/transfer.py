@@ -383,6 +383,8 @@ def main() -> None:
                 cells, budget_s = DRY_CELLS, 0.0
             times, facts = uvloop.run(run_all(cells, budget_s=budget_s, is_dry=args.dry_run))
         except ConfigError as error:
+            if args.dry_run:
+                raise
             print(f"{error.message}: no pulls measured")
             facts = {}
         if args.dry_run:

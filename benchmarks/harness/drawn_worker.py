@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -21,6 +22,7 @@ import engine.worker
 import harness.planned_worker  # noqa: F401 - its import forces what a request's id says
 from decode.worker import DecodeWorker
 from engine.model.load import load_model
+from engine.worker import WorkerOptions
 from harness import worker_process
 from harness.worker_process import say
 from messages.fleet import WorkerInfo
@@ -58,9 +60,15 @@ class OwnCache:
 async def main() -> None:
     cache = OwnCache()
 
-    def make(*arguments: object) -> DecodeWorker:
-        worker_id, host, options, cache.secret, on_crash = arguments  # type: ignore[assignment]
-        return DecodeWorker(worker_id, host, options, cache.secret, on_crash, find_cache=cache.find)  # type: ignore[arg-type]
+    def make(
+        worker_id: str,
+        host: str,
+        options: WorkerOptions,
+        secret: ClusterSecret,
+        on_crash: Callable[[BaseException], None],
+    ) -> DecodeWorker:
+        cache.secret = secret
+        return DecodeWorker(worker_id, host, options, secret, on_crash, find_cache=cache.find)
 
     engine.worker.load_model = functools.partial(load_model, drawn_seed=SEED)
     worker_process.WORKERS["decode"] = make  # type: ignore[assignment]  # typed as the class that is made

@@ -13,7 +13,7 @@ from harness.report import CACHE, ROOT
 DEMO = ROOT / "cluster" / "demo" / "kvray-demo"
 _VOCAB_SIZE = 32_000
 #: Of the parameter counts that their names say, so that a step takes long enough to matter; "long": for what does not
-#: depend on the model, but on how long its sequences are; "8B-wide": for what depends on how wide it is.
+#: depend on the model, but on how long its sequences are.
 SHAPES: dict[str, dict[str, Any]] = {
     "120M": {
         "hidden_size": 768,
@@ -30,14 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 20,
         "num_key_value_heads": 4,
         "head_dim": 64,
-    },
-    "8B-wide": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
     },
     "long": {
         "hidden_size": 32,

@@ -57,7 +57,7 @@ def generate(prompts: Tokens, num_tokens: int) -> Tokens:
     while engine.has_work():
         todo += engine.decide(StepWanted())
         for plan in [item.plan for item in todo if isinstance(item, RunStep)]:
-            todo += engine.decide(StepEnded(engine.compute(plan)))
+            todo += engine.decide(StepEnded(engine.finish(engine.launch(plan))))
             sample_waste(plan)
         for item in todo:
             if isinstance(item, EmitTokens):

@@ -73,6 +73,6 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-def write_shape(directory: Path, name: str) -> None:
-    """Write the config.json of a shape to `directory`, which is there."""
-    (directory / "config.json").write_text(json.dumps(_COMMON | SHAPES[name], indent=1), encoding="utf-8")
+def write_shape(directory: Path, name: str, **changed: Any) -> None:
+    """Write the config.json of a shape, with some of it changed, to `directory`, which is there."""
+    (directory / "config.json").write_text(json.dumps(_COMMON | SHAPES[name] | changed, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -95,7 +96,7 @@ class TimedEvent(Protocol):
 class DeviceWatch:
     """Steps on a CUDA device. Stands between the engine and what launches its steps."""
 
-    def __init__(self, engine: Engine, new_event: type[TimedEvent] | Any) -> None:
+    def __init__(self, engine: Engine, new_event: Callable[[], TimedEvent]) -> None:
         """Put itself in the place of the engine's steps. `new_event()` makes an event."""
         self._engine = engine
         self._steps: Any = engine.steps
@@ -103,7 +104,7 @@ class DeviceWatch:
         self._launched: deque[tuple[TimedEvent, TimedEvent]] = deque()  # before and behind steps in progress
         self._ended: TimedEvent | None = None  # behind the last step that was finished
         self._begun_s = self._waited_s = self._idle_s = 0.0
-        engine.steps = self  # type: ignore[assignment]
+        engine.steps = self  # type: ignore[assignment]  # it launches and finishes as they do
 
     def begin(self) -> None:
         """Begin to look: a step begins."""

@@ -45,3 +45,12 @@ def test_restoring_on_a_gpu_runs_dry(tmp_path):
 @pytest.mark.long
 def test_blocks_between_devices_and_the_host_run_dry():
     assert dry("transfer.py").endswith("dry run: every block came whole\n")
+
+
+@pytest.mark.long
+def test_invariance_on_a_gpu_runs_dry():
+    pytest.importorskip("triton", reason="triton is not installed")
+    printed = dry("invariance.py")
+    assert printed.count("the same bits in 2 of 2 sizes") == 2
+    assert printed.count("the same bits in 3 of 3 sizes") == 1
+    assert printed.endswith("dry run: every way was compared\n")

@@ -21,8 +21,8 @@ def sequence(num_prompt: int, num_generated: int = 0, *, order: int = 0, **field
         seq_id="s",
         token_ids=list(range(num_prompt + num_generated)),
         num_prompt_tokens=num_prompt,
-        params=SamplingParams(**params),  # type: ignore[arg-type]
-        **fields,  # type: ignore[arg-type]
+        params=SamplingParams(**params),  # type: ignore[arg-type]  # of whatever kind the field is
+        **fields,  # type: ignore[arg-type]  # likewise
     )
     return Sequence(spec, order=order, namer=BlockNamer(b"model", b"", 4), block_size=4)
 

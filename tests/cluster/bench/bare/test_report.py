@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from cluster.bench.bare.batch import Batch, Workload
@@ -11,20 +13,10 @@ from engine.kernels.protocol import LayerUse
 from engine.memory.kv_pool import LayerSpec
 
 
-class Named:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def generate(self, prompts: list, num_tokens: int) -> Batch:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
-
-
 def side(name: str, step_s: float, outputs: list[list[int]], failure: str = "") -> Side:
     prefill = Batch(0.0, [[1.0], [1.0]], [[1], [1]])
     whole = Batch(0.0, [[1.0, 1.0 + step_s, 1.0 + 2 * step_s]] * 2, outputs)
-    return Side(Named(name), [Repeat(prefill, whole)], failure)
+    return Side(SimpleNamespace(name=name), [Repeat(prefill, whole)], failure)
 
 
 def report(*sides: Side) -> Report:
