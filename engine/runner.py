@@ -29,7 +29,7 @@ from engine.scheduling.plan import Sampled, SequenceStep, StepPlan, StepResult
 from engine.slot_tables import SlotSequence, SlotTables, TableRoom
 from engine.steps.buckets import bucket_of, buckets
 from engine.steps.captured import CapturedSteps, TrialLimits
-from engine.steps.device import StepDevice
+from engine.steps.device import DeviceEvent, StepDevice
 from engine.steps.packing import PackedStep, StepInputs, pack
 from engine.steps.staging import Staging
 from messages.errors import InvariantError, KvrayError, first_line
@@ -63,6 +63,7 @@ class LaunchedStep:
     samples: LaunchedSamples | None  #: theirs, in that order; None: nothing is sampled
     prompt_logprobs: dict[str, list[_LaunchedLogprobs]]  #: by sequence, some rows after the other
     is_empty: bool
+    ended: DeviceEvent | None  #: behind all that it put on its way; None: on a CPU, where that is over
     begun_s: float  #: of the performance counter: when its launch began, and was over
     launched_s: float
 
@@ -188,12 +189,17 @@ class Runner:
                 if parts:
                     samples = self._sample(parts, logits[:num_sampled].float(), inputs)
                 of_prompts = self._prompt_logprobs(step.logprob_parts, logits[num_sampled:])
+            ended: DeviceEvent | None = None
+            if self._accelerator is not None:
+                ended = self._accelerator.device.event()
+                ended.record()
         return LaunchedStep(
             parts=parts,
             sequences=[self._tables[part.slot] for part in parts],
             samples=samples,
             prompt_logprobs=of_prompts,
             is_empty=not plan.parts,
+            ended=ended,
             begun_s=begun_s,
             launched_s=time.perf_counter(),
         )
@@ -205,6 +211,8 @@ class Runner:
             Tokens and log-probabilities; rows that could not be sampled come back in `errors`. The time that it took
             is without that for which it waited behind the step before it.
         """
+        if launched.ended is not None:  # nothing else waits where nothing is sampled
+            launched.ended.synchronize()
         sampled: dict[str, Sampled] = {}
         errors: dict[str, KvrayError] = {}
         outcomes = launched.samples.finish() if launched.samples else []

@@ -56,7 +56,10 @@ class SplitSteps(Generic[T]):
 
     def launch(self, plan: StepPlan) -> SplitStep[T]:
         """Put a step on its way, as a whole or in parts."""
-        errors = {part.seq_id: self._last_errors[part.seq_id] for part in plan.parts if self._is_over(part)}
+        last, errors = self._last_errors, dict[str, KvrayError]()
+        if last:
+            over = (part.seq_id for part in plan.parts if part.begins is None and part.seq_id in last)
+            errors = {seq_id: last[seq_id] for seq_id in over}
         launched: list[T] = []
         left = [plan]
         while left:
@@ -76,9 +79,6 @@ class SplitSteps(Generic[T]):
     def finish(self, step: SplitStep[T]) -> StepResult:
         """Wait for the end of a step; return what all of its parts gave."""
         return merged([self._finish(each) for each in step.launched], step.errors)
-
-    def _is_over(self, part: SequenceStep) -> bool:
-        return part.begins is None and part.seq_id in self._last_errors
 
     def _split(self, plan: StepPlan, errors: dict[str, KvrayError]) -> Sequence[StepPlan]:
         """Split a step that does not fit; put its sequence into `errors` where it cannot be."""

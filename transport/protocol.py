@@ -128,7 +128,7 @@ class CopyWatch:
         return bool(self.words[1])
 
     def stop(self) -> None:
-        """End what is copied within some 0.1 ms; what is begun afterwards ends at once."""
+        """End what is copied within some 0.1 ms, by a device with its batch; what is begun afterwards ends at once."""
         self.words[1] = 1
 
 

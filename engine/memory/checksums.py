@@ -32,8 +32,7 @@ class BlockChecksums:
         """Compute them of the blocks of `kv_pool`; `copies` moves these where they lie on a device."""
         self._pool = pool
         self._copies = copies
-        self._rows = kv_pool.data.view(torch.uint8)  # [num_blocks, block_bytes]
-        self._host_rows = None if copies else self._rows.numpy()
+        self._host_rows = None if copies else kv_pool.data.view(torch.uint8).numpy()  # [num_blocks, block_bytes]
         self._known = np.zeros(kv_pool.num_blocks, np.uint64)  # of each block, when it had that generation
         self._known_generations = np.full(kv_pool.num_blocks, _NEVER, np.uint64)
         #: blocks, their generations, and what a device computes of them, step by step

@@ -10,7 +10,8 @@ launched meanwhile waits for no more than some 0.1 ms of it, and its thread for 
 What a step wrote is seen here after the step: `note_step` and `end_step` say when. Nothing is written into a block, by
 whatever road, before all steps that have ended are done on the device, too: `await_steps`. The other way, a step may
 use what was copied in once `copy_in` has returned, for that waits. Whoever gives blocks to be filled gives none that a
-step has which was launched and has not ended.
+step has which was launched and has not ended. Waits here have no deadline of their own, as what was queued may still be
+written: a device that hangs does so in the next step, too, whose deadline ends the worker.
 """
 
 from __future__ import annotations

@@ -146,7 +146,9 @@ class PoolAllocation:
 
     def __del__(self) -> None:
         if getattr(self, "_base", 0):
-            self._driver.free(self._base)
+            error = self._driver.free(self._base)
+            if error:
+                logger.warning("the memory of a KV pool is not given back: %s", error)
 
 
 def allocate_pool(num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -186,7 +188,9 @@ class PeerAllocation:
 
     def __del__(self) -> None:
         if getattr(self, "_base", 0):
-            self._driver.close(self._base)
+            error = self._driver.close(self._base)
+            if error:
+                logger.warning("a peer's pool stays mapped: %s", error)
 
 
 def _array_interface(address: int, num_bytes: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ of the whole vocabulary are, as multiples of 2^-40 of the likeliest token's, whi
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.memory.device_checksum import has_triton
 from engine.sampling.device_order import first_key_beyond, nth_place, places_with_key
 from engine.sampling.device_weights import DrawWeights, TorchWeights
 from engine.sampling.row import SamplingRow
@@ -120,7 +120,7 @@ def _units_upto(weights: DrawWeights, targets: Tensor) -> Tensor:
 @functools.cache
 def _weights_kind(device: torch.device) -> type[DrawWeights]:
     """Return what weighs there: Triton's kernels read the logits alone, torch's operators move many times that."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and has_triton():
         from engine.sampling.triton_weights import TritonWeights
 
         return TritonWeights

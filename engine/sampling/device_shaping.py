@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.device_penalties import DevicePenalties
-from engine.sampling.grammar_masks import GrammarMasks, allows_any
+from engine.sampling.grammar_masks import GrammarMasks, bans
 from engine.sampling.refusals import bias_refusal
 from engine.sampling.row import SamplingRow
 from messages.errors import KvrayError, first_line
@@ -126,7 +126,5 @@ class DeviceShaper:
         if mask is not None:
             shaping.masked.append(index)
             shaping.masks.append(mask)
-        banned = tuple(token_id for token_id in row.banned if 0 <= token_id < vocab_size)
-        # Where nothing would be left, as of a complete grammar but its end, min_tokens cannot be had and yields.
-        if banned and (len(banned) < vocab_size if mask is None else allows_any(mask, banned)):
+        if banned := bans(row, mask, vocab_size):
             shaping.bans.append(np.array([(index, token_id) for token_id in banned], np.int64))

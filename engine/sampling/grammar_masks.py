@@ -52,7 +52,19 @@ class GrammarMasks:
         return state.matcher.mask()
 
 
-def allows_any(mask: NDArray[np.int32], banned: tuple[int, ...]) -> bool:
+def bans(row: SamplingRow, mask: NDArray[np.int32] | None, vocab_size: int) -> tuple[int, ...]:
+    """Return which tokens the row bans of the vocabulary, and of those that `mask` allows.
+
+    Where nothing would be left, as of a complete grammar but its end, min_tokens cannot be had and yields: none.
+    """
+    banned = tuple(token_id for token_id in row.banned if 0 <= token_id < vocab_size)
+    if not banned:
+        return ()
+    is_left = len(banned) < vocab_size if mask is None else _allows_any(mask, banned)
+    return banned if is_left else ()
+
+
+def _allows_any(mask: NDArray[np.int32], banned: tuple[int, ...]) -> bool:
     """Tell whether a mask still allows a token once the `banned` ones, each in the vocabulary, are taken out."""
     left = mask.view(np.uint32).copy()
     ids = np.array(banned, np.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.kernels.cpu.native import load_kernels
 from engine.sampling.candidates import argmax
-from engine.sampling.grammar_masks import GrammarMasks, allows_any
+from engine.sampling.grammar_masks import GrammarMasks, bans
 from engine.sampling.host_draw import draw_rows
 from engine.sampling.host_logprobs import token_logprobs
 from engine.sampling.refusals import bias_refusal, choice_refusal
@@ -93,9 +93,7 @@ class HostSampler:
         if mask is not None:
             allowed = _BITS[torch.from_numpy(mask).view(torch.uint8).to(torch.int64)].view(-1)[: self._vocab_size]
             shaped.masked_fill_(~allowed, -torch.inf)
-        banned = tuple(token_id for token_id in row.banned if 0 <= token_id < self._vocab_size)
-        # Where nothing would be left, as of a complete grammar but its end, min_tokens cannot be had and yields.
-        if banned and (len(banned) < self._vocab_size if mask is None else allows_any(mask, banned)):
+        if banned := bans(row, mask, self._vocab_size):
             shaped[torch.tensor(banned, dtype=torch.int64)] = -torch.inf
 
     def _penalize(self, logits: Tensor, shaped: Tensor, row: SamplingRow) -> None:

@@ -249,8 +249,7 @@ class Sequence:
     @property
     def will_decode(self) -> bool:
         """Whether then only the KV of its last, generated token is missing."""
-        start = self.planned_end if self.num_steps else self.num_computed
-        return start == len(self.token_ids) + self.num_awaited - 1 and start >= self.num_prompt_tokens
+        return self.next_start == self.num_expected_tokens - 1 and self.next_start >= self.num_prompt_tokens
 
     @property
     def must_be_known(self) -> bool:

@@ -184,6 +184,6 @@ def _part(seq: Sequence, start: int, end: int) -> SequenceStep:
 def _tell(seq: Sequence, part: SequenceStep) -> None:
     """Note that the slot of `seq` is told, by its part, of all that there is now."""
     slot = seq.slot
-    if slot is not None:
-        slot.num_told_tokens = seq.num_expected_tokens
-        slot.num_told_blocks += len(part.new_block_ids)
+    assert slot is not None, "it is planned"
+    slot.num_told_tokens = seq.num_expected_tokens
+    slot.num_told_blocks += len(part.new_block_ids)

@@ -68,6 +68,8 @@ class CapturedSteps:
         self._logits = torch.zeros(sizes[-1], vocab_size, device=device.device)  # [most rows, vocab_size] float32
         self._staging = Staging(device, len(self._words))
         self._graphs: dict[int, StepGraph] = {}
+        shapes = {size: StepShape.of_bucket(size) for size in self.sizes}
+        self._inputs = {size: shape.cut(self._words[: shape.num_words]) for size, shape in shapes.items()}
         first_rows = {size: self._capture(size, limits) for size in reversed(self.sizes)}
         self.classes = _classes(first_rows)  #: sizes by the bits that the same row has in them
         self.elapsed_s = time.perf_counter() - started_s
@@ -93,8 +95,7 @@ class CapturedSteps:
 
     def inputs(self, size: int) -> StepInputs:
         """Return the inputs of a step of so many rows on the device, as it was launched last."""
-        shape = StepShape.of_bucket(size)
-        return shape.cut(self._words[: shape.num_words])
+        return self._inputs[size]
 
     def _bring(self, size: int, write: Callable[[HostInputs], None]) -> None:
         shape = StepShape.of_bucket(size)

@@ -63,7 +63,7 @@ def compute(loaded: LoadedModel, before_layer: Callable[[], None]) -> list[torch
                 result = made.runner.execute(plan)
                 emitted.append((result.sampled, result.errors))
                 made.decide(StepEnded(result))
-        return [*logits, emitted, made.checksums._rows.clone()]
+        return [*logits, emitted, torch.from_numpy(made.checksums._host_rows.copy())]
     finally:
         for hook in hooks:
             hook.remove()

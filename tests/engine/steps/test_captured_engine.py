@@ -88,6 +88,17 @@ def test_tokens_of_triton_s_kernels_are_those_of_the_cpu_and_padding_leaves_all_
     assert outputs[0] == outputs[1]
 
 
+def test_a_step_that_samples_nothing_is_waited_for_too(loaded):
+    bench = on_emulator(loaded, PaddedKernels())
+    sequence = bench.add("s", prompt_of(40))
+    emulator = emulator_of(bench)
+    launched = bench.runner.launch(StepPlan((bench.part(sequence, 20),)))
+    last_copy = emulator.num_copies
+    before = len(emulator.done)
+    assert bench.runner.finish(launched).sampled == {}
+    assert f"wait {last_copy}" in emulator.done[before:]
+
+
 def test_steps_launched_ahead_find_their_tokens_on_the_device(loaded):
     outputs = []
     for bench in (on_emulator(loaded, PaddedKernels()), Bench(loaded, NUM_BLOCKS)):
